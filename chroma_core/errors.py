@@ -1,0 +1,37 @@
+"""The pack's own exceptions.
+
+Every message is one readable paragraph: what was wrong, what was found, what to do. Nodes, routes and the command
+line show it as it stands, without a stack trace.
+"""
+
+
+class ChromaKitError(Exception):
+    """Base of everything that a user can cause or cure."""
+
+
+class ConfigError(ChromaKitError):
+    """An option has a value that cannot work: unknown flavour, size 0, a misspelt target."""
+
+
+class ModelFileError(ChromaKitError):
+    """A model folder, file or download is missing, foreign or damaged."""
+
+
+class PrecisionError(ChromaKitError):
+    """A precision back end is not installed or cannot run on this device."""
+
+
+class PromptError(ChromaKitError):
+    """A prompt cannot be used as it stands, e.g. `[trigger]` without a trigger word."""
+
+
+class LoraError(ChromaKitError):
+    """A LoRA file cannot be read, or does not fit the model."""
+
+
+class DataError(ChromaKitError):
+    """A data set is missing, empty or unreadable as a whole."""
+
+
+class JobError(ChromaKitError):
+    """A training job is unknown, or cannot do what was asked in its present state."""

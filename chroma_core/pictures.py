@@ -1,0 +1,60 @@
+"""Latents to pictures and back, and the cheap preview of a picture that is still being sampled."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from .latents import LatentFormat
+
+# Published latent → RGB maps fit the Flux VAE only, and tiny's VAE has a latent space of its own: measure, don't quote.
+_PROBE_SIZE = 64
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """An RGB picture → [1, 3, H, W] in −1..1, fp32."""
+    array = np.array(picture.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def to_pictures(pixels_BCHW: Tensor) -> list[Image.Image]:
+    """[B, 3, H, W] in −1..1 → pictures, clipped and rounded to 8 bits."""
+    array = ((pixels_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(row) for row in array]
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> list[Image.Image]:
+    """Decode latents of the transformer's space, one at a time (a picture must not depend on its neighbours)."""
+    format_ = LatentFormat.of(vae)
+    pictures = []
+    for row in latents_BCHW:
+        z = format_.to_vae(row[None]).to(vae.device, vae.dtype)
+        pictures += to_pictures(vae.decode(z).sample)  # type: ignore[union-attr]
+    return pictures
+
+
+@torch.no_grad()
+def preview_matrix(vae: AutoencoderKL) -> Tensor:
+    """A linear latent → RGB map [C+1, 3] (last row: offset), fitted by least squares on random colour patches."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.rand(16, 3, 4, 4, generator=generator) * 2 - 1
+    pixels = torch.nn.functional.interpolate(blocks, size=(_PROBE_SIZE, _PROBE_SIZE), mode="nearest")
+    format_ = LatentFormat.of(vae)
+    z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float().cpu()  # type: ignore[union-attr]
+    latents = format_.to_model(z).permute(0, 2, 3, 1).flatten(0, 2)
+    colours = torch.nn.functional.avg_pool2d(pixels, format_.downscale).permute(0, 2, 3, 1).flatten(0, 2)
+    inputs = torch.cat([latents, torch.ones(len(latents), 1)], dim=1)
+    return torch.linalg.lstsq(inputs, colours).solution
+
+
+def preview_image(latents_BCHW: Tensor, matrix: Tensor, size: int = 256) -> Image.Image:
+    """A small picture of the first row of latents (transformer's space), enlarged to at most `size` pixels a side."""
+    x = latents_BCHW[0].float().cpu()
+    rgb = torch.einsum("chw,cd->dhw", x, matrix[:-1]) + matrix[-1][:, None, None]
+    picture = to_pictures(rgb[None])[0]
+    factor = max(1, size // max(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BILINEAR)

@@ -1,0 +1,131 @@
+"""Sigmas against closed formulas, diffusers' scheduler and the author's density."""
+
+import math
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from scipy import stats
+
+from chroma_core.errors import ConfigError
+from chroma_core.schedule import (
+    SigmaSettings,
+    apply_flow_shift,
+    apply_tail_bias,
+    draw_sigmas,
+    dynamic_mu,
+    parse_flow_shift,
+    sampling_sigmas,
+)
+
+N = 20_000
+
+
+def draw(n: int = N, seed: int = 0, **settings) -> torch.Tensor:
+    return draw_sigmas(n, SigmaSettings(**settings), torch.Generator().manual_seed(seed), image_tokens=1024)
+
+
+@pytest.mark.parametrize(("size", "mu"), [(512, 0.63), (768, 0.8467), (1024, 1.15), (1536, 2.0167)])
+def test_flow_shift_table(size, mu):
+    tokens = (size // 16) ** 2
+    assert dynamic_mu(tokens) == pytest.approx(mu, abs=5e-5)
+    sigma = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    expected = math.exp(dynamic_mu(tokens)) / (math.exp(dynamic_mu(tokens)) + 1 / sigma - 1)
+    assert torch.allclose(apply_flow_shift(sigma, "dynamic", tokens), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [64, 512, 768, 1024, 1536])
+@pytest.mark.parametrize("steps", [1, 4, 25, 32])
+def test_plain_schedule_equals_diffusers(size, steps):
+    tokens = (size // 16) ** 2
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=dynamic_mu(tokens))
+    assert torch.allclose(sampling_sigmas(steps, tokens), scheduler.sigmas.float(), atol=1e-6)
+
+
+def test_constant_shift_formula():
+    sigma = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert torch.allclose(apply_flow_shift(sigma, 3.0, 0), 3 * sigma / (1 + 2 * sigma))
+    assert torch.equal(apply_flow_shift(sigma, "none", 0), sigma)
+
+
+def test_tail_bias_crowds_both_ends_and_is_continuous():
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    assert torch.equal(apply_tail_bias(t, 0.0), t)
+    biased = apply_tail_bias(t, 1.0)
+    assert biased[250].item() == pytest.approx(2 * 0.25**2) and biased[750].item() == pytest.approx(1 - 2 * 0.25**2)
+    assert (biased.diff() >= 0).all() and biased.diff().max() < 0.0025  # slope 2 at most: no jump at one half
+    assert torch.allclose(biased + biased.flip(0), torch.ones_like(t))
+    half = apply_tail_bias(t, 0.5)
+    assert torch.allclose(half, (t + biased) / 2)
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("shift", ["dynamic", "none", 3.0])
+def test_every_schedule_falls_from_one_to_zero(bias, shift):
+    sigmas = sampling_sigmas(25, 1024, tail_bias=bias, flow_shift=shift)
+    assert sigmas.dtype == torch.float32 and sigmas.shape == (26,)
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+
+
+def test_denoise_takes_the_tail_of_a_longer_schedule():
+    assert torch.equal(sampling_sigmas(10, 1024, denoise=0.5), sampling_sigmas(20, 1024)[-11:])
+
+
+def test_logit_normal_draw():
+    sigma = draw(remap="none").double()
+    assert stats.kstest(torch.logit(sigma).numpy(), "norm").pvalue > 0.01
+
+
+def test_author_density():
+    z = 2 - 7.7 / 12
+
+    def cdf(t):
+        return (2 * t - 7.7 * ((t - 0.5) ** 3 + 0.125) / 3) / z
+
+    assert [cdf(0.05), cdf(0.25), cdf(0.5)] == pytest.approx([0.00961, 0.16143, 0.5], abs=5e-6)
+    assert stats.kstest(draw(draw="chroma", remap="none").double().numpy(), cdf).pvalue > 0.01
+
+
+def test_quadratic_remap_of_uniform():
+    """By a fair coin σ² or 1−(1−σ)²: F(x) = (√x + 1 − √(1−x)) / 2."""
+    sigma = draw(draw="uniform", remap="quadratic").double().numpy()
+    assert stats.kstest(sigma, lambda x: (x**0.5 + 1 - (1 - x) ** 0.5) / 2).pvalue > 0.01
+    assert ((sigma > 0.25) & (sigma < 0.75)).any()
+
+
+def test_quadratic_split_never_visits_the_middle():
+    sigma = draw(draw="uniform", remap="quadratic_split")
+    assert not ((sigma >= 0.25) & (sigma < 0.75)).any()
+    plain = draw(draw="uniform", remap="none")
+    assert torch.allclose(sigma, torch.where(plain < 0.5, plain**2, 1 - (1 - plain) ** 2), atol=1e-6)
+
+
+def test_draws_keep_their_limits_and_their_seed():
+    sigma = draw(draw="uniform", remap="quadratic", minimum=0.2, maximum=0.6)
+    assert sigma.min() >= 0.2 and sigma.max() <= 0.6
+    assert torch.equal(draw(seed=3), draw(seed=3)) and not torch.equal(draw(seed=3), draw(seed=4))
+
+
+def test_shifted_draw_is_the_shift_of_the_draw():
+    plain = draw(remap="none", draw="uniform").double()
+    assert torch.allclose(
+        draw(remap="none", draw="uniform", flow_shift=3.0).double(), 3 * plain / (1 + 2 * plain), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: sampling_sigmas(0, 16),
+        lambda: sampling_sigmas(5, 16, denoise=0.0),
+        lambda: sampling_sigmas(5, 16, tail_bias=1.5),
+        lambda: parse_flow_shift("much"),
+        lambda: parse_flow_shift(-1),
+        lambda: SigmaSettings(draw="gauss"),  # type: ignore[arg-type]
+        lambda: SigmaSettings(minimum=0.5, maximum=0.5),
+    ],
+)
+def test_bad_values_are_named(bad):
+    with pytest.raises(ConfigError):
+        bad()

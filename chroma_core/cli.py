@@ -122,12 +122,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    from .latents import LatentFormat
+    from .files import write_atomic
     from .loading.cache import ComponentCache
     from .loading.spec import ModelHandle, ModelSpec
-    from .pictures import decode
+    from .pictures import decode, png_bytes
     from .recipe import recipe
     from .sampling import SamplingSettings, sample
     from .schedule import parse_flow_shift
@@ -153,7 +151,6 @@ def _sample(options: argparse.Namespace) -> None:
         cache.transformer(handle, device) as transformer,
         tqdm(total=settings.steps, unit="step", desc="sampling") as bar,
     ):
-        latent_format = LatentFormat()
         latents = sample(
             transformer,
             positive,
@@ -162,10 +159,8 @@ def _sample(options: argparse.Namespace) -> None:
             height=options.height if options.height is not None else chosen.size,
             settings=settings,
             recipe=rules,
-            latent_format=latent_format,
             on_step=lambda _: bar.update(),
         )
-    options.output.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(decode(cache.vae(spec, device), latents)):
         record = {
             "prompt": prompts[i],
@@ -174,10 +169,8 @@ def _sample(options: argparse.Namespace) -> None:
             "settings": settings.to_dict() | {"seed": settings.seed + i},
             "recipe": rules.to_dict(),
         }
-        info = PngInfo()
-        info.add_text("chromakit", json.dumps(record))
         path = _free_name(options.output, f"chroma-{settings.seed + i}")
-        picture.save(path, pnginfo=info)
+        write_atomic(path, png_bytes(picture, record))
         print(path)
 
 

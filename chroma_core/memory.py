@@ -89,7 +89,7 @@ def estimate(
     width = model.inner_dim
     parameters = sum(p.numel() for p in model.parameters())
     linears = [linear for _, linear in quantisable_linears(model)]
-    small = sum(linear.weight.numel() for linear in linears) if chosen.backend else 0
+    small = sum(linear.weight.numel() for linear in linears) if chosen.quantised else 0
     weights = int(small * chosen.bytes_per_weight + (parameters - small) * chosen.dtype.itemsize)
     lora = 4 * rank * sum(linear.in_features + linear.out_features for linear in linears)
     side = size or flavour(flavour_name).size

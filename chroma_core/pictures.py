@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from .latents import LatentFormat
 
 # Published latent → RGB maps fit the Flux VAE only, and tiny's VAE has a latent space of its own: measure, don't quote.
 _PROBE_SIZE = 64
+
+RECORD_KEY = "chromakit"
+"""The PNG text chunk that holds, as JSON, everything needed to sample the picture again."""
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -58,3 +66,19 @@ def preview_image(latents_BCHW: Tensor, matrix: Tensor, size: int = 256) -> Imag
     picture = to_pictures(rgb[None])[0]
     factor = max(1, size // max(picture.size))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BILINEAR)
+
+
+def png_bytes(picture: Image.Image, record: dict[str, Any]) -> bytes:
+    """A PNG that carries `record`: prompt, settings, recipe, model, and whatever else its maker knows."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(RECORD_KEY, json.dumps(record, ensure_ascii=False))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def read_record(path: Path | str) -> dict[str, Any] | None:
+    """The record of a picture, None for a picture that carries none."""
+    with Image.open(path) as picture:
+        text = picture.info.get(RECORD_KEY)
+    return json.loads(text) if text else None

@@ -57,7 +57,7 @@ class StepInfo:
     denoised_BCHW: Tensor
 
 
-OnStep = Callable[[StepInfo], None]
+OnStep = Callable[[StepInfo], object]
 
 
 def initial_noise(seeds: Sequence[int], shape_CHW: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -16,11 +16,13 @@ N modulation vectors.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from diffusers import ChromaTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb, get_timestep_embedding
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -37,7 +39,7 @@ class KeyMaskedAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Any = None,
         key_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         def heads(x: Tensor) -> Tensor:
@@ -50,8 +52,8 @@ class KeyMaskedAttention:
             query = torch.cat([attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states))), query], dim=2)
             key = torch.cat([attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states))), key], dim=2)
             value = torch.cat([heads(attn.add_v_proj(encoder_hidden_states)), value], dim=2)
-        query = apply_rotary_emb(query, image_rotary_emb)
-        key = apply_rotary_emb(key, image_rotary_emb)
+        query = cast(Tensor, apply_rotary_emb(query, image_rotary_emb))
+        key = cast(Tensor, apply_rotary_emb(key, image_rotary_emb))
 
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
         x = x.transpose(1, 2).flatten(2)
@@ -62,13 +64,13 @@ class KeyMaskedAttention:
 
 
 class ChromaTransformer(ChromaTransformer2DModel):
-    """Chroma's transformer, with the configuration, module names and weights of diffusers' `ChromaTransformer2DModel`."""
+    """Chroma's transformer: configuration, module names and weights as in diffusers' `ChromaTransformer2DModel`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # Its buffer is rounded by every cast and left behind by a build on the meta device; `modulation` needs none.
         del self.time_text_embed
-        self.set_attn_processor(KeyMaskedAttention())
+        self.set_attn_processor(cast(Any, KeyMaskedAttention()))
 
     @property
     def modulation_vectors(self) -> int:
@@ -81,7 +83,7 @@ class ChromaTransformer(ChromaTransformer2DModel):
         Time, guidance (always 0: Chroma is de-distilled) and the vector's index are embedded in fp32 and only then
         cast to the approximator's dtype.
         """
-        channels = self.config.approximator_num_channels // 4
+        channels = cast(Any, self.config).approximator_num_channels // 4
         weight = self.distilled_guidance_layer.in_proj.weight
         sigma_B = sigma_B.to(weight.device, torch.float32)
 
@@ -141,7 +143,7 @@ class ChromaTransformer(ChromaTransformer2DModel):
             joint = self._run(block, joint, modulation_BNM[:, 3 * i : 3 * i + 3], rotary, key_mask=key_mask)
         return self.proj_out(self.norm_out(joint[:, T:], modulation_BNM[:, -2:]))
 
-    def _run(self, block, *args, key_mask: Tensor | None):
+    def _run(self, block: nn.Module, *args: Any, key_mask: Tensor | None) -> Any:
         """One block, recomputed in the backward pass when gradient checkpointing is on."""
         kwargs = {"key_mask": key_mask}
         if self.gradient_checkpointing and torch.is_grad_enabled():

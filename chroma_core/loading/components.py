@@ -45,7 +45,7 @@ def load_transformer(spec: ModelSpec, device: Device, merged_loras: Sequence[Lor
             check_fits(model, lora, allow_partial=use.allow_partial)
             merge(model, lora, use.strength)
         quantise(model, chosen)
-        return model.to(device)
+        return model.to(device)  # type: ignore[arg-type]
 
 
 def load_text_encoder(spec: ModelSpec, device: Device) -> TextEncoder:
@@ -70,7 +70,7 @@ def load_vae(spec: ModelSpec, device: Device) -> AutoencoderKL:
     """The VAE of `spec`, in fp32: bf16 shows in flat colours, and it is small."""
     with torch.inference_mode(False):
         folder = model_folder(spec) / "vae"
-        return _assemble(lambda config: AutoencoderKL(**config), folder, precision("fp32")).to(device)
+        return _assemble(lambda config: AutoencoderKL(**config), folder, precision("fp32")).to(device)  # type: ignore[arg-type]
 
 
 def base_hash(spec: ModelSpec) -> str:

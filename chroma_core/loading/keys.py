@@ -29,7 +29,7 @@ FILE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 @dataclass(frozen=True)
 class Rows:
-    """One module of the other layout and the rows of the fused tensor that are its: shares `start` to `stop` of `of`."""
+    """A module of the other layout, and its rows of the fused tensor: shares `start` to `stop` of `of`."""
 
     name: str
     start: int = 0

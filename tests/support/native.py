@@ -1,0 +1,93 @@
+"""ComfyUI's own Chroma for tests. The host is imported in a process of its own: it reads the command line, patches
+libraries and owns top-level names (`nodes`, `utils`) that a test session must not inherit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def check(lora: Path, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What `scripts/native_lora_check.py` says of a LoRA file against a native Chroma of that configuration."""
+    (folder / "transformer").mkdir(parents=True, exist_ok=True)
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    done = _run(str(SCRIPTS / "native_lora_check.py"), str(lora), "--model-folder", str(folder))
+    assert done.stdout.startswith("{"), done.stderr
+    return json.loads(done.stdout)
+
+
+def match(lora: Path, folder: Path, config: dict[str, Any]) -> tuple[int, int]:
+    """(layers that the host patches, layers in the file)."""
+    result = check(lora, folder, config)
+    return result["matched"], result["total"]
+
+
+def forward(
+    folder: Path,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    latents_BCHW: Tensor,
+    text_BTC: Tensor,
+    sigma_B: Tensor,
+    loras: tuple[Path, ...] = (),
+    strength: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """The native model's velocity [B, C, H, W]: first as it is, then with each of the LoRAs alone.
+
+    `weights`: state dict in the original layout, norms named `.weight`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(
+        json.dumps({"config": config, "loras": [str(lora) for lora in loras], "strength": strength})
+    )
+    save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "weights.safetensors")
+    save_file({"latents": latents_BCHW, "text": text_BTC, "sigma": sigma_B}, folder / "call.safetensors")
+    done = _run(__file__, str(folder))
+    assert done.returncode == 0, done.stderr
+    outputs = load_file(folder / "outputs.safetensors")
+    return tuple(outputs[str(i)] for i in range(len(loras) + 1))
+
+
+def _main(folder: Path) -> None:
+    import native_lora_check
+
+    native_lora_check.import_host()
+    job = json.loads((folder / "job.json").read_text())
+    patcher = native_lora_check.build_native(job["config"])
+    native = patcher.model.diffusion_model
+    native.load_state_dict(load_file(folder / "weights.safetensors"))  # strict: every name and shape must be the host's
+    call = load_file(folder / "call.safetensors")
+
+    def velocity() -> Tensor:
+        with torch.no_grad():
+            guidance = torch.zeros_like(call["sigma"])
+            return native(call["latents"], call["sigma"], call["text"], guidance)
+
+    outputs = {"0": velocity()}
+    for i, lora in enumerate(job["loras"], start=1):
+        patched, _ = native_lora_check.load_lora(patcher, Path(lora), job["strength"])
+        patched.patch_model()
+        outputs[str(i)] = velocity()
+        patched.unpatch_model()
+    save_file({k: v.contiguous() for k, v in outputs.items()}, folder / "outputs.safetensors")
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -1,0 +1,67 @@
+"""What the training tests share: a random miniature model on disk, small data sets, and a job configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from miniature import write_model_folder
+from PIL import Image
+
+from chroma_core.loading.components import load_transformer
+from chroma_core.lora.adapters import add_trainable
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.loop import Batches
+from chroma_core.training.optim import make_optimizer
+from chroma_core.training.prepare import prepare
+
+CAPTIONS = ("a red circle", "sks on a blue background", "a photo", "green square on red background", "sks")
+
+
+def model_folder(folder: Path) -> Path:
+    """A whole random miniature model; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return write_model_folder(folder)
+
+
+def write_dataset(folder: Path, count: int = 6, size: tuple[int, int] = (64, 64), seed: int = 0) -> Path:
+    """`count` pictures of coarse random colours with captions of unequal length."""
+    random = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        blocks = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        blocks.resize(size).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(CAPTIONS[i % len(CAPTIONS)])
+    return folder
+
+
+def config(model: Path, data: Path, **changes: Any) -> TrainingConfig:
+    """A job of 8 steps on the miniature, without previews; `changes` replace parts of it."""
+    values: dict[str, Any] = {
+        "name": "Test Job",
+        "model": {"flavour": "tiny", "folder": str(model), "precision": "fp32", "text_precision": "fp32"},
+        "dataset": {"folder": str(data), "caption_dropout": 0.0},
+        "lora": {"rank": 4},
+        "steps": 8,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        "checkpoint_every": 4,
+        "validate_every": 4,
+    }
+    return TrainingConfig.parse({**values, **changes})
+
+
+class Bench:
+    """A prepared configuration without a job around it: transformer with adapter, optimizer, batches."""
+
+    def __init__(self, settings: TrainingConfig, cache: Path):
+        self.config = settings
+        self.data = prepare(settings, cache, "cpu", lambda: None, lambda *_: None)
+        self.transformer = load_transformer(settings.model, "cpu")
+        self.parameters = add_trainable(self.transformer, settings.lora.settings(), settings.seed)
+        if settings.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.optimizer = make_optimizer(self.parameters, settings)
+        self.batches = Batches(self.data.samples, self.data.cache, settings)

@@ -113,7 +113,8 @@ class QuantisedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, bias: bool, dtype: torch.dtype):
         super().__init__()
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme: Scheme = scheme
         with torch.device("meta"):
             parts = _shapes(in_features, out_features, scheme)
             self.names = tuple(parts)

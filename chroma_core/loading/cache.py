@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from ..lora.adapters import attach, check_fits, detach
+from ..lora.adapters import attach, detach
 from ..lora.formats import read_lora
 from ..pictures import preview_matrix
 from ..text import TextEncoder
@@ -50,10 +50,9 @@ class ComponentCache:
             try:
                 with torch.inference_mode(False):
                     for i, use in enumerate(live):
-                        lora = read_lora(use.path)
-                        check_fits(model, lora, allow_partial=use.allow_partial)
-                        attach(model, lora, use.strength, name=f"live_{i}")
-                        attached.append(f"live_{i}")
+                        name = f"live_{i}"
+                        attach(model, read_lora(use.path), use.strength, name=name, allow_partial=use.allow_partial)
+                        attached.append(name)
                 yield model
             finally:
                 for name in attached:

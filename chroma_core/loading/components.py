@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from ..errors import ModelFileError
 from ..files import sha256_file
-from ..lora.adapters import check_fits, merge
+from ..lora.adapters import merge
 from ..lora.formats import read_lora
 from ..precision import Precision, precision, quantise
 from ..text import TextEncoder
@@ -41,9 +41,7 @@ def load_transformer(spec: ModelSpec, device: Device, merged_loras: Sequence[Lor
     with torch.inference_mode(False):
         model = _assemble(lambda config: ChromaTransformer(**config), folder, chosen)
         for use in merged_loras:
-            lora = read_lora(use.path)
-            check_fits(model, lora, allow_partial=use.allow_partial)
-            merge(model, lora, use.strength)
+            merge(model, read_lora(use.path), use.strength, allow_partial=use.allow_partial)
         quantise(model, chosen)
         return model.to(device)  # type: ignore[arg-type]
 

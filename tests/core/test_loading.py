@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from chroma_core.errors import ChromaKitError, ConfigError, ModelFileError, PrecisionError
+from chroma_core.errors import ChromaKitError, ConfigError, LoraError, ModelFileError, PrecisionError
 from chroma_core.latents import image_ids
 from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.components import base_hash, load_text_encoder, load_transformer, load_vae
 from chroma_core.loading.hub import model_folder
 from chroma_core.loading.spec import LoraUse, ModelHandle, ModelSpec
 from chroma_core.lora.adapters import LoraSettings, add_trainable, trained_lora
-from chroma_core.lora.formats import write_lora
+from chroma_core.lora.formats import LoraFile, LoraModule, write_lora
 from chroma_core.precision import quantisable_linears
 from miniature import t5, transformer, vae, write_model_folder
 
@@ -151,6 +151,26 @@ def test_lora_works_on_a_quantised_base(folder, lora_path, mode, name):
         plain = velocity(model)
     with cache.transformer(handle.with_lora(LoraUse(lora_path, 1.0, mode)), "cpu") as model:
         assert (velocity(model) - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["live", "merged"])
+def test_a_lora_that_fits_in_part_needs_permission(spec, tmp_path, mode):
+    lora = LoraFile(
+        {
+            "transformer_blocks.0.attn.to_q": LoraModule(torch.ones(2, 32), torch.ones(32, 2), 2.0),
+            "transformer_blocks.9.attn.to_q": LoraModule(torch.ones(2, 32), torch.ones(32, 2), 2.0),
+        }
+    )
+    path = str(tmp_path / "part.safetensors")
+    write_lora(path, lora)
+    cache = ComponentCache()
+    with pytest.raises(LoraError, match="transformer_blocks.9"):
+        with cache.transformer(ModelHandle(spec).with_lora(LoraUse(path, 1.0, mode)), "cpu"):
+            pass
+    with cache.transformer(ModelHandle(spec), "cpu") as model:
+        plain = velocity(model)
+    with cache.transformer(ModelHandle(spec).with_lora(LoraUse(path, 1.0, mode, True)), "cpu") as model:
+        assert not torch.equal(velocity(model), plain)
 
 
 def test_cache_keeps_one_of_each_and_makes_room_first(spec, folder):

@@ -5,8 +5,8 @@ import torch
 from diffusers import ChromaTransformer2DModel
 from diffusers.pipelines.chroma.pipeline_chroma import ChromaPipeline
 
-from chroma_core.latents import LatentFormat, image_ids, pack, snap_size, unpack
 from chroma_core.errors import ConfigError
+from chroma_core.latents import LatentFormat, image_ids, pack, snap_size, unpack
 from miniature import WIDTHS, t5, transformer
 
 IDS = image_ids(8, 12)

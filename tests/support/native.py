@@ -24,16 +24,24 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def check(lora: Path, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """What `scripts/native_lora_check.py` says of a LoRA file against a native Chroma of that configuration."""
-    (folder / "transformer").mkdir(parents=True, exist_ok=True)
-    (folder / "transformer" / "config.json").write_text(json.dumps(config))
-    done = _run(str(SCRIPTS / "native_lora_check.py"), str(lora), "--model-folder", str(folder))
+def check(lora: Path, folder: Path | None = None, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What `scripts/native_lora_check.py` says of a LoRA file: {"matched", "total", "unmatched"}.
+
+    Against a native Chroma of the given diffusers configuration (written to `folder`, a scratch folder), of the model
+    in `folder`, or without both, of Chroma 1's.
+    """
+    if folder is not None and config is not None:
+        (folder / "transformer").mkdir(parents=True, exist_ok=True)
+        (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    where = [] if folder is None else ["--model-folder", str(folder)]
+    done = _run(str(SCRIPTS / "native_lora_check.py"), str(lora), *where)
     assert done.stdout.startswith("{"), done.stderr
-    return json.loads(done.stdout)
+    result = json.loads(done.stdout)
+    assert done.returncode == (1 if result["unmatched"] else 0)
+    return result
 
 
-def match(lora: Path, folder: Path, config: dict[str, Any]) -> tuple[int, int]:
+def match(lora: Path, folder: Path | None = None, config: dict[str, Any] | None = None) -> tuple[int, int]:
     """(layers that the host patches, layers in the file)."""
     result = check(lora, folder, config)
     return result["matched"], result["total"]

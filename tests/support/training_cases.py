@@ -37,7 +37,7 @@ def write_dataset(folder: Path, count: int = 6, size: tuple[int, int] = (64, 64)
     return folder
 
 
-def config(model: Path, data: Path, **changes: Any) -> TrainingConfig:
+def config(model: Path, data: Path, /, **changes: Any) -> TrainingConfig:
     """A job of 8 steps on the miniature, without previews; `changes` replace parts of it."""
     values: dict[str, Any] = {
         "name": "Test Job",

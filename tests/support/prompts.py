@@ -1,0 +1,63 @@
+"""API-format prompts that the host tests post: small, on `tiny`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Prompt = dict[str, dict[str, Any]]
+EXAMPLES = "sks_emblem"
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def load(**inputs: Any) -> Prompt:
+    return {
+        "load": node("ChromaLoadModel", **{"flavour": "tiny", "precision": "fp32", "text_precision": "fp32", **inputs})
+    }
+
+
+def sampler(model: str = "load", **inputs: Any) -> dict[str, Any]:
+    settings = {"seed": 1, "steps": 4, "guidance": 3.0, "tail_bias": 0.0, "denoise": 1.0}
+    links = {"model": [model, 0], "positive": ["positive", 0], "negative": ["negative", 0], "latent": ["latent", 0]}
+    return node("ChromaSampler", **{**links, **settings, **inputs})
+
+
+def text_to_image(
+    text: str = "a red star on a blue background", size: int = 64, batch: int = 1, **inputs: Any
+) -> Prompt:
+    """One picture; `inputs` go to the sampler."""
+    return {
+        **load(),
+        "positive": node("ChromaTextEncode", text_encoder=["load", 1], text=text, trigger=""),
+        "negative": node("ChromaTextEncode", text_encoder=["load", 1], text="", trigger=""),
+        "latent": node("ChromaEmptyLatent", width=size, height=size, batch_size=batch),
+        "sample": sampler(**inputs),
+        "decode": node("VAEDecode", samples=["sample", 0], vae=["load", 2]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="test"),
+    }
+
+
+def dataset(folder: str = EXAMPLES, **inputs: Any) -> dict[str, Any]:
+    settings = {"trigger": "sks", "resolution": 0, "repeats": 1, "caption_dropout": 0.1, "default_caption": ""}
+    return node("ChromaDataset", folder=folder, **{**settings, **inputs})
+
+
+def train(name: str, steps: int = 4, **inputs: Any) -> Prompt:
+    """A training job on the bundled pictures; `inputs` go to the train node."""
+    settings = {
+        "rank": 2, "alpha": 0.0, "learning_rate": 2e-3, "target": "tiny", "batch_size": 1, "seed": 1,
+        "preview_prompt": "", "preview_every": 0, "if_exists": "keep",
+    }  # fmt: skip
+    links = {"model": ["load", 0], "text_encoder": ["load", 1], "dataset": ["dataset", 0]}
+    return {
+        **load(),
+        "dataset": dataset(),
+        "train": node("ChromaTrainLora", name=name, steps=steps, **{**links, **settings, **inputs}),
+    }
+
+
+def job_of(history: dict[str, Any]) -> str:
+    """The job id that a prompt with a train node ended with."""
+    return history["outputs"]["train"]["chromakit_job"][0]

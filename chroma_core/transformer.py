@@ -147,5 +147,12 @@ class ChromaTransformer(ChromaTransformer2DModel):
         """One block, recomputed in the backward pass when gradient checkpointing is on."""
         kwargs = {"key_mask": key_mask}
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(lambda *a: block(*a, joint_attention_kwargs=kwargs), *args, use_reentrant=False)
+            # No block draws random numbers; preserving the state would set the process-wide generator in the backward
+            # pass, under the feet of a prompt that runs at that moment.
+            return checkpoint(
+                lambda *a: block(*a, joint_attention_kwargs=kwargs),
+                *args,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
         return block(*args, joint_attention_kwargs=kwargs)

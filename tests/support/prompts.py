@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
+Result = TypeVar("Result")
 Prompt = dict[str, dict[str, Any]]
 EXAMPLES = "sks_emblem"
 
@@ -61,3 +65,9 @@ def train(name: str, steps: int = 4, **inputs: Any) -> Prompt:
 def job_of(history: dict[str, Any]) -> str:
     """The job id that a prompt with a train node ended with."""
     return history["outputs"]["train"]["chromakit_job"][0]
+
+
+def finish(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine to its end, in a thread of its own: Playwright keeps an event loop in the tests' one."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, work).result()

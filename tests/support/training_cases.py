@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from miniature import write_model_folder
 from PIL import Image
 
 from chroma_core.loading.components import load_transformer
@@ -16,6 +15,7 @@ from chroma_core.training.config import TrainingConfig
 from chroma_core.training.loop import Batches
 from chroma_core.training.optim import make_optimizer
 from chroma_core.training.prepare import prepare
+from miniature import write_model_folder
 
 CAPTIONS = ("a red circle", "sks on a blue background", "a photo", "green square on red background", "sks")
 

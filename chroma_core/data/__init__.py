@@ -1,0 +1,1 @@
+"""Pictures and captions: scanning, buckets, order and the disk cache."""

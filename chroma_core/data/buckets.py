@@ -1,0 +1,64 @@
+"""Aspect buckets: sizes of (nearly) constant area, so that pictures are trained in their own shape.
+
+Sizes are (width, height) in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+from PIL import Image
+
+MAX_ASPECT = 4.0
+"""The longest side over the shortest that a bucket may have."""
+
+
+@cache
+def bucket_table(resolution: int, alignment: int = 64) -> tuple[tuple[int, int], ...]:
+    """All bucket sizes whose area is at most resolution², sides multiples of `alignment`, aspect at most 4.
+
+    For each width the tallest height that fits, and the mirror image of each; sorted by width.
+    """
+    area = max(resolution, alignment) ** 2
+    sizes = set()
+    for width in range(alignment, area // alignment + 1, alignment):
+        height = area // width // alignment * alignment
+        if height >= alignment and max(width, height) <= MAX_ASPECT * min(width, height):
+            sizes |= {(width, height), (height, width)}
+    return tuple(sorted(sizes))
+
+
+def choose_bucket(
+    width: int, height: int, resolution: int, alignment: int = 64, upscale: bool = False
+) -> tuple[int, int]:
+    """The bucket of a picture: nearest aspect ratio, then the larger area.
+
+    Args:
+        resolution: side in pixels of the square whose area buckets have.
+        upscale: whether a picture with less area than that is enlarged; otherwise its bucket has its own area (but
+            never less than one `alignment` square).
+    """
+    if not upscale:
+        resolution = min(resolution, max(alignment, math.isqrt(width * height)))
+    aspect = math.log(width / height)
+
+    def misfit(size: tuple[int, int]) -> tuple[float, int, int]:
+        return round(abs(math.log(size[0] / size[1]) - aspect), 6), -size[0] * size[1], size[0]
+
+    return min(bucket_table(resolution, alignment), key=misfit)
+
+
+def crop_box(width: int, height: int, bucket: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest centred box of the bucket's aspect (left, top, right, bottom) in the picture's pixels."""
+    scale = min(width / bucket[0], height / bucket[1])
+    w, h = bucket[0] * scale, bucket[1] * scale
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
+
+
+def resize_and_crop(picture: Image.Image, bucket: tuple[int, int]) -> Image.Image:
+    """Scale a picture to cover the bucket (Lanczos) and cut the overhang evenly from both ends."""
+    if picture.size == bucket:
+        return picture
+    return picture.resize(bucket, Image.Resampling.LANCZOS, box=crop_box(*picture.size, bucket))

@@ -1,0 +1,126 @@
+"""Latents and text states on disk, so that the VAE and T5 can leave memory before training starts.
+
+One small safetensors file an entry, named by a hash of everything that decides its content (picture or prompt, model
+files, settings): entries survive restarts, are shared by jobs, and a changed input makes a new entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import ImageOps
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import DataError
+from ..files import save_safetensors
+from ..latents import LatentFormat
+from ..pictures import to_tensor
+from ..recipe import Recipe
+from ..text import TextCondition, TextEncoder
+from .buckets import resize_and_crop
+from .picture_files import load_picture
+from .scan import Picture
+
+FORMAT = 1
+"""Raised whenever entries of an older version would no longer be what training expects."""
+
+Between = Callable[[], None]
+"""Called before every entry is made; may wait (host busy, paused) or raise (stop)."""
+
+
+def component_key(folder: Path) -> str:
+    """Identifies a model component by its files: JSON by content, weights by name, size and modification time.
+
+    Hashing weights would read 9 GB for T5-XXL; a touched file at worst encodes again.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = path.stat()
+        content = path.read_bytes() if path.suffix == ".json" else f"{stat.st_size} {stat.st_mtime_ns}".encode()
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content + b"\0")
+    return digest.hexdigest()
+
+
+class LatentTextCache:
+    """The entries of one VAE and one text encoder with its recipe.
+
+    Args:
+        folder: where entries lie; may be shared by any number of jobs and processes.
+        vae_key, text_key: from `component_key`, with the precision in which the text encoder computes.
+    """
+
+    def __init__(self, folder: Path, vae_key: str, text_key: str, recipe: Recipe):
+        self.folder = folder
+        self.vae_key = vae_key
+        self.text_key = text_key
+        self.recipe = recipe
+
+    def latents_path(self, picture: Picture, bucket: tuple[int, int], flipped: bool = False) -> Path:
+        """The entry of a picture at a bucket size (width, height), mirrored or not."""
+        return self._path("latents", picture.sha256, bucket, flipped, self.vae_key)
+
+    def text_path(self, text: str) -> Path:
+        """The entry of a prompt."""
+        return self._path("texts", text, self.recipe.text_attention, self.recipe.visible_padding, self.text_key)
+
+    def latents(self, path: Path) -> Tensor:
+        """Latents [C, H, W] in the transformer's space, fp32. Raises DataError when the entry is gone or damaged."""
+        tensors, _ = self._read(path)
+        return tensors["latents"]
+
+    def text(self, prompt: str) -> TextCondition:
+        """The encoded prompt. Raises DataError when the entry is gone or damaged."""
+        tensors, metadata = self._read(self.text_path(prompt))
+        return TextCondition(tensors["states"], prompt, int(metadata["real_tokens"]), int(metadata["truncated"]))
+
+    @staticmethod
+    def usable(path: Path) -> bool:
+        """Whether an entry exists and its header is whole."""
+        try:
+            with safe_open(path, framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    @torch.no_grad()
+    def add_latents(self, picture: Picture, bucket: tuple[int, int], flipped: bool, vae: AutoencoderKL) -> None:
+        """Encode a picture: the posterior's mean, so that an entry does not depend on chance.
+
+        Raises UnreadablePicture.
+        """
+        image = resize_and_crop(load_picture(picture.path), bucket)
+        if flipped:
+            image = ImageOps.mirror(image)
+        z = vae.encode(to_tensor(image).to(vae.device, vae.dtype)).latent_dist.mean  # type: ignore[union-attr]
+        latents = LatentFormat.of(vae).to_model(z[0].float())
+        save_safetensors(
+            self.latents_path(picture, bucket, flipped), {"latents": latents}, {"bucket": f"{bucket[0]}x{bucket[1]}"}
+        )
+
+    def add_text(self, prompt: str, encoder: TextEncoder) -> None:
+        """Encode a prompt with the cache's recipe."""
+        condition = encoder.encode(prompt, self.recipe)
+        metadata = {"real_tokens": str(condition.real_tokens), "truncated": str(condition.truncated)}
+        save_safetensors(self.text_path(prompt), {"states": condition.states}, metadata)
+
+    def _path(self, kind: str, *key: object) -> Path:
+        text = json.dumps([FORMAT, kind, *key], ensure_ascii=False)
+        name = hashlib.sha256(text.encode()).hexdigest()
+        return self.folder / kind / name[:2] / f"{name}.safetensors"
+
+    @staticmethod
+    def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"The cached {path.parent.parent.name} entry {path.name[:12]}… is missing or damaged ({error}). Resume "
+                "the job: it is then made again from the data set."
+            ) from error

@@ -1,0 +1,34 @@
+"""The base of everything that is parsed from a node, a TOML file or JSON: frozen, strict, with readable errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from typing_extensions import Self
+
+from ..errors import ConfigError
+
+
+class Settings(BaseModel):
+    """A frozen value with no unknown fields. Use `parse` where the caller is a user."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls, data: Any) -> Self:
+        """`model_validate` with the errors as one paragraph. Raises ConfigError."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(f"These settings cannot be used: {'; '.join(map(_line, error.errors()))}.") from error
+
+
+def _line(error: Any) -> str:
+    where = ".".join(map(str, error["loc"])) or "settings"
+    if error["type"] == "extra_forbidden":
+        return f"{where} is not a known option (check its spelling)"
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], dict | list) or error["type"] == "missing":
+        return f"{where}: {message}"
+    return f"{where}: {message} (found {error['input']!r})"

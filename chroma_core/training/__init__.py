@@ -1,0 +1,1 @@
+"""LoRA training: configuration, objective, loop, checkpoints, previews and background jobs."""

@@ -1,0 +1,185 @@
+"""One job as its folder knows it: state, numbers, files. Survives the process that made it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ChromaKitError
+from ..files import write_json
+from .config import TrainingConfig
+from .metrics import MetricsLog
+
+JobState = Literal["queued", "preparing", "running", "paused", "completed", "stopped", "failed", "interrupted"]
+ACTIVE: tuple[JobState, ...] = ("queued", "preparing", "running", "paused")
+"""States of a job that a manager works on; found in a folder of a dead process they mean `interrupted`."""
+
+WRITE_EVERY_SECONDS = 5.0
+NOTIFY_EVERY_SECONDS = 0.5
+
+_DEFAULTS: dict[str, Any] = {
+    "state": "queued",
+    "step": 0,
+    "steps": 0,
+    "loss": None,
+    "loss_smooth": None,
+    "lr": None,
+    "step_seconds": None,
+    "eta_seconds": None,
+    "message": "",
+    "warnings": [],
+    "lora_path": None,
+    "lora_name": None,
+    "heldout_loss_base": None,
+    "heldout_loss": None,
+    "train_seconds": 0.0,
+    "skipped_steps": 0,
+    "checkpoint": None,
+    "base_sha256": None,
+    "yielded": False,
+}
+
+
+class Job:
+    """A job's status, kept in memory and in `job.json`.
+
+    `job.json` is written at every change of state and at most every few seconds in between; the metrics and checkpoints
+    have files of their own.
+    """
+
+    def __init__(self, folder: Path, config: TrainingConfig, values: dict[str, Any] | None = None):
+        now = time.time()
+        self.folder = folder
+        self.config = config
+        self.notify: Callable[[dict[str, Any]], None] = lambda status: None
+        self.ended = threading.Event()
+        self._values = {**_DEFAULTS, "steps": config.steps, "created": now, "updated": now, **(values or {})}
+        self._lock = threading.RLock()
+        self._written = self._notified = 0.0
+        if self.state not in ACTIVE:
+            self.ended.set()
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        """Open the job of an earlier session. Raises ValueError, OSError or ConfigError for a foreign folder."""
+        values = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        config = TrainingConfig.parse(values["config"])
+        return cls(folder, config, {key: values[key] for key in (*_DEFAULTS, "created", "updated") if key in values})
+
+    @property
+    def id(self) -> str:
+        return self.config.job_id()
+
+    @property
+    def state(self) -> JobState:
+        return self._values["state"]
+
+    def status(self) -> dict[str, Any]:
+        """Everything about the job as JSON values."""
+        with self._lock:
+            values = dict(self._values)
+        return {
+            "id": self.id,
+            "name": self.config.name,
+            **values,
+            "samples": [path.name for path in self.samples()],
+            "config": self.config.model_dump(mode="json"),
+            "recipe": self.config.recipe_value().to_dict(),
+        }
+
+    def samples(self) -> list[Path]:
+        """All preview pictures, oldest first."""
+        return sorted((self.folder / "samples").glob("step-*.png"), key=_sample_order)
+
+    def latest_samples(self) -> list[Path]:
+        """The preview pictures of the last step that has any, in the order of the prompts."""
+        pictures = self.samples()
+        return [path for path in pictures if _sample_order(path)[0] == _sample_order(pictures[-1])[0]]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`."""
+        return MetricsLog(self.folder / "metrics.jsonl").read()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the job is in no active state; False when `timeout` seconds passed before."""
+        return self.ended.wait(timeout)
+
+    def update(self, **fields: Any) -> None:
+        """Take over new values; write and tell others when the state changed, else now and then.
+
+        Two fields are digested: `step_seconds_now` into a running mean and the time left, `new_samples` only wakes
+        listeners (pictures are listed from the folder).
+        """
+        urgent = "new_samples" in fields or "checkpoint" in fields
+        fields.pop("new_samples", None)
+        with self._lock:
+            before = self.state
+            self._add_seconds(fields.pop("step_seconds_now", None))
+            if fields.get("lora_path") is not None:
+                fields["lora_path"] = str(fields["lora_path"])
+                fields["lora_name"] = Path(fields["lora_path"]).name
+            self._values.update(fields, updated=time.time())
+            if self._values["step_seconds"] is not None:
+                left = self.config.steps - self._values["step"]
+                self._values["eta_seconds"] = round(left * self._values["step_seconds"], 1)
+            changed = self.state != before
+            now = time.monotonic()
+            if changed or urgent or now - self._written > WRITE_EVERY_SECONDS:
+                self.write()
+            announce = changed or urgent or now - self._notified > NOTIFY_EVERY_SECONDS
+            if announce:
+                self._notified = now
+            ended = self.state not in ACTIVE
+        if announce:
+            try:
+                self.notify(self.status())
+            except Exception:
+                self.log(f"A listener failed:\n{traceback.format_exc()}")
+        if ended:
+            self.ended.set()
+        else:
+            self.ended.clear()
+
+    def write(self) -> None:
+        """Write `job.json`."""
+        self._written = time.monotonic()
+        write_json(self.folder / "job.json", self.status())
+
+    def fail(self, error: BaseException) -> None:
+        """Record an error: ours as it stands, any other with its type, and its trace in `log.txt`."""
+        if isinstance(error, ChromaKitError):
+            message = str(error)
+        elif "out of memory" in str(error).lower():
+            message = (
+                f"The device ran out of memory ({_first_line(error)}) Choose a quantised precision, turn gradient "
+                "checkpointing on, lower the batch size (and raise gradient accumulation), the resolution or the rank."
+            )
+        else:
+            message = f"{type(error).__name__}: {_first_line(error)} (the trace is in log.txt in the job's folder)"
+        self.log("".join(traceback.format_exception(error)))
+        self.update(state="failed", message=message, yielded=False)
+
+    def log(self, text: str) -> None:
+        """Append to `log.txt`."""
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+
+    def _add_seconds(self, seconds: float | None) -> None:
+        if seconds is not None:
+            mean = self._values["step_seconds"]
+            self._values["step_seconds"] = round(seconds if mean is None else 0.9 * mean + 0.1 * seconds, 4)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def _sample_order(path: Path) -> tuple[int, int]:
+    """step-000100-0.png → (100, 0)."""
+    step, _, index = path.stem.removeprefix("step-").partition("-")
+    return (int(step), int(index)) if step.isdigit() and index.isdigit() else (-1, 0)

@@ -16,6 +16,7 @@ N modulation vectors.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -66,6 +67,7 @@ class KeyMaskedAttention:
 class ChromaTransformer(ChromaTransformer2DModel):
     """Chroma's transformer: configuration, module names and weights as in diffusers' `ChromaTransformer2DModel`."""
 
+    @functools.wraps(ChromaTransformer2DModel.__init__)  # `from_config` reads the names of the arguments
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # Its buffer is rounded by every cast and left behind by a build on the meta device; `modulation` needs none.

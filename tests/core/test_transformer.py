@@ -114,6 +114,12 @@ def test_the_real_model_on_meta():
     assert not [name for name, _ in model.named_buffers()]
 
 
+def test_a_configuration_builds_the_same_model():
+    model = transformer(3, 4)
+    again = type(model).from_config(model.config)
+    assert {name: p.shape for name, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
 def test_packing_equals_diffusers():
     x = torch.randn(2, 16, 8, 12)
     tokens = pack(x)

@@ -1,0 +1,100 @@
+"""The way from CHROMA_MODEL to the host's own MODEL, so that its guiders and samplers can drive Chroma."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..chroma_core.errors import ConfigError
+from ..chroma_core.latents import PATCH, image_ids, pack, unpack
+from ..chroma_core.loading.spec import ModelHandle
+from ..chroma_core.transformer import ChromaTransformer
+from . import host
+from .sockets import ChromaModel, schema
+
+
+class HostDiffusionModel(torch.nn.Module):
+    """Chroma's transformer in the shape in which the host calls a diffusion model; it holds a handle, no weights.
+
+    Weights stay with the pack's cache, so quantised models and LoRAs work here as in Chroma Sampler, and the host has
+    nothing to patch or move.
+    """
+
+    dtype = torch.float32
+    """What the host is told: latents and sigma reach `forward` unrounded, as in Chroma Sampler."""
+
+    def __init__(self, handle: ModelHandle):
+        super().__init__()
+        self.handle = handle
+        self._opened: ChromaTransformer | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[ChromaTransformer]:
+        """The transformer, loaded; within an outer `opened` block, the one that is loaded already."""
+        if self._opened is not None:
+            yield self._opened
+            return
+        with host.working(), host.components.transformer(self.handle, host.device()) as transformer:
+            self._opened = transformer
+            try:
+                yield transformer
+            finally:
+                self._opened = None
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **kwargs: Any) -> Tensor:
+        """Velocity [B, C, H, W] for latents `x` at σ = `timestep` [B] and text states `context` [B, T, channels].
+
+        An `attention_mask` [B, T] of booleans or 0/1 hides text tokens. Latents are in the transformer's own space.
+        """
+        if x.ndim != 4 or x.shape[-2] % PATCH or x.shape[-1] % PATCH:
+            raise ConfigError(
+                f"The latents have shape {tuple(x.shape)}; Chroma takes pictures whose sides are multiples of 16 "
+                "pixels. Make them with Chroma Empty Latent, or change the size."
+            )
+        if kwargs.get("control") is not None:
+            raise ConfigError("The conditioning carries a ControlNet, which Chroma does not take. Remove it.")
+        mask = kwargs.get("attention_mask")
+        with self.opened() as transformer:
+            weight = transformer.x_embedder.weight
+            channels = transformer.config.joint_attention_dim
+            if context.ndim != 3 or context.shape[-1] != channels:
+                raise ConfigError(
+                    f"The conditioning has shape {tuple(context.shape)}; this model takes {channels} channels a token. "
+                    "Encode the prompt with Chroma Text Encode, connected to the same Chroma Load Model."
+                )
+            rows, columns = x.shape[-2:]
+            velocity = transformer(
+                pack(x).to(weight.device, weight.dtype),
+                context.to(weight.device, weight.dtype),
+                timestep,
+                image_ids(rows, columns, weight.device),
+                None if mask is None else mask.to(weight.device, torch.bool),
+            )
+        return unpack(velocity.to(x.device, x.dtype), rows, columns)
+
+
+class ChromaHostModel(io.ComfyNode):
+    """CHROMA_MODEL → MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaHostModel",
+            display_name="Chroma Host Model",
+            description="Makes a Chroma model drivable by the host's own guiders and samplers.",
+            inputs=[ChromaModel.Input("model", tooltip="A Chroma model. Its LoRAs are applied before this node.")],
+            outputs=[io.Model.Output(tooltip="For CFGGuider, BasicGuider, KSampler and the like.")],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelHandle) -> io.NodeOutput:
+        module = HostDiffusionModel(model)
+        return io.NodeOutput(host.as_host_model(module, module.opened))
+
+
+NODES = [ChromaHostModel]

@@ -1,0 +1,85 @@
+"""HTTP under /chromakit: jobs by id, their samples by number. Paths never go in or out as parameters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import web
+
+from ..chroma_core.errors import ChromaKitError, JobError
+from . import jobs
+
+ACTIONS = ("pause", "resume", "stop", "sample", "save")
+
+
+def register(routes: Any) -> None:
+    """Add the routes to the host's table."""
+    routes.get("/chromakit/jobs")(_list)
+    routes.get("/chromakit/jobs/{id}")(_one)
+    routes.get("/chromakit/jobs/{id}/metrics")(_metrics)
+    routes.get("/chromakit/jobs/{id}/samples/{number}")(_sample)
+    routes.post("/chromakit/jobs/{id}/{action}")(_act)
+
+
+async def _list(request: web.Request) -> web.Response:
+    return await _answer(lambda: [job.status() for job in jobs.manager().list()])
+
+
+async def _one(request: web.Request) -> web.Response:
+    return await _answer(lambda: _job(request).status())
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    return await _answer(lambda: _job(request).metrics())
+
+
+async def _sample(request: web.Request) -> web.StreamResponse:
+    try:
+        job = await asyncio.to_thread(_job, request)
+    except JobError as error:
+        return _error(404, error)
+    names = job.status()["samples"]
+    number = request.match_info["number"]
+    if not number.isdecimal() or int(number) >= len(names):
+        return _error(404, f"The job has {len(names)} samples, numbered from 0; there is no sample '{number}'.")
+    return web.FileResponse(job.folder / "samples" / names[int(number)])
+
+
+async def _act(request: web.Request) -> web.Response:
+    action = request.match_info["action"]
+    if action not in ACTIONS:
+        return _error(409, f"A job cannot '{action}'. Use one of: {', '.join(ACTIONS)}.")
+
+    def act() -> dict[str, Any]:
+        job = _job(request)
+        getattr(jobs.manager(), action)(job.id)
+        return job.status()
+
+    return await _answer(act)
+
+
+def _job(request: web.Request) -> Any:
+    try:
+        return jobs.manager().get(request.match_info["id"])
+    except JobError as error:
+        raise _Unknown(str(error)) from error
+
+
+class _Unknown(JobError):
+    """No job of that id."""
+
+
+async def _answer(work: Callable[[], Any]) -> web.Response:
+    """The JSON of `work()`, which may read files and so runs in a thread; errors as {error} with 404 or 409."""
+    try:
+        return web.json_response(await asyncio.to_thread(work))
+    except _Unknown as error:
+        return _error(404, error)
+    except ChromaKitError as error:
+        return _error(409, error)
+
+
+def _error(status: int, message: object) -> web.Response:
+    return web.json_response({"error": str(message)}, status=status)

@@ -1,0 +1,298 @@
+"""Sampling: an empty latent, the sampler, and its schedule for the host's own samplers."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from comfy_api.latest import io
+
+from ..chroma_core.errors import ConfigError
+from ..chroma_core.latents import LatentFormat, snap_size
+from ..chroma_core.loading.spec import ModelHandle, ModelSpec
+from ..chroma_core.pictures import preview_image
+from ..chroma_core.recipe import RECIPES, Recipe
+from ..chroma_core.recipe import recipe as find_recipe
+from ..chroma_core.sampling import Method, SamplingSettings, StepInfo, sample
+from ..chroma_core.schedule import FlowShift, sampling_sigmas
+from . import host
+from .sockets import (
+    MAX_SEED,
+    ChromaModel,
+    crop_latents,
+    encoder_of,
+    from_conditioning,
+    noise_mask,
+    prompt_to_encode_again,
+    schema,
+    to_conditioning,
+)
+
+SHIFTS = ["dynamic", "constant", "none"]
+_TAIL_BIAS = (
+    "0: even steps. Towards 1, steps crowd at both ends: composition and fine detail get more, the middle fewer."
+)
+_SHIFT = "dynamic: by resolution. constant: by flow_shift_value. none: no shift."
+_SHIFT_VALUE = "The shift s of σ' = sσ / (1 + (s − 1)σ), read when flow_shift is constant. 1 shifts nothing."
+_DENOISE = "Below 1, start from the latent with that much noise on it instead of from pure noise."
+
+
+def flow_shift_of(choice: str, value: float) -> FlowShift | None:
+    """The core's flow shift from the two widgets; None leaves it to the recipe."""
+    choices: dict[str, FlowShift | None] = {"recipe": None, "constant": value, "dynamic": "dynamic", "none": "none"}
+    return choices[choice]
+
+
+class ChromaEmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaEmptyLatent",
+            display_name="Chroma Empty Latent",
+            description="Empty latents of a size that Chroma can paint, and that size: sides are floored to "
+            "multiples of 32.",
+            search_aliases=["chroma latent", "empty latent", "size", "resolution"],
+            inputs=[
+                io.Int.Input(
+                    "width", default=1024, min=32, max=4096, step=32, tooltip="Pixels. tiny was trained at 64."
+                ),
+                io.Int.Input(
+                    "height", default=1024, min=32, max=4096, step=32, tooltip="Pixels. tiny was trained at 64."
+                ),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=64, tooltip="Pictures at once; each has a seed of its own."
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("latent", tooltip="For Chroma Sampler or the host's own samplers."),
+                io.Int.Output("effective_width", tooltip="The width after flooring, in pixels."),
+                io.Int.Output("effective_height", tooltip="The height after flooring, in pixels."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, width, height, batch_size) -> io.NodeOutput:
+        width, height = snap_size(width, height)
+        format_ = LatentFormat()
+        samples = torch.zeros(batch_size, format_.channels, height // format_.downscale, width // format_.downscale)
+        return io.NodeOutput({"samples": samples}, width, height)
+
+
+class ChromaSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaSampler",
+            display_name="Chroma Sampler",
+            description="Paints. The same sampler makes the trainer's previews: same prompt, seed and settings, same "
+            "picture.",
+            search_aliases=["ksampler", "chroma generate", "sample chroma", "inpaint", "image to image"],
+            inputs=[
+                ChromaModel.Input("model", tooltip="From Chroma Load Model or Chroma Apply LoRA."),
+                io.Conditioning.Input(
+                    "positive", tooltip="What to paint. From Chroma Text Encode, or the host's T5 encoder."
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What to steer away from. Not linked: the empty prompt. Not read when guidance is 1 or "
+                    "less.",
+                ),
+                io.Latent.Input(
+                    "latent", tooltip="Empty for a new picture, or an encoded picture (and noise mask) to change."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=42,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="The noise to start from. Picture i of a batch uses seed + i.",
+                ),
+                io.Int.Input("steps", default=25, min=1, max=150, tooltip="20 for a preview, 25 to 32 for quality."),
+                io.Float.Input(
+                    "guidance",
+                    default=4.0,
+                    min=0.0,
+                    max=20.0,
+                    step=0.1,
+                    tooltip="How strongly to follow the prompt. 1 or less: one pass a step, twice as fast (flash).",
+                ),
+                io.Float.Input("tail_bias", default=0.0, min=0.0, max=1.0, step=0.05, tooltip=_TAIL_BIAS),
+                io.Combo.Input(
+                    "flow_shift",
+                    options=["recipe", *SHIFTS],
+                    default="recipe",
+                    tooltip=f"recipe: what the recipe says. {_SHIFT}",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Float.Input(
+                    "flow_shift_value",
+                    default=1.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.05,
+                    tooltip=_SHIFT_VALUE,
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=list(get_args(Method)),
+                    default="euler",
+                    tooltip="heun is more exact and takes twice as long.",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=_DENOISE),
+                io.Combo.Input(
+                    "recipe",
+                    options=list(RECIPES),
+                    default="canonical",
+                    tooltip="How text, noise and time are computed: canonical follows the model's author; the "
+                    "others reproduce what ComfyUI, ai-toolkit or diffusers paint.",
+                    optional=True,
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Latent.Output("latent", tooltip="The painted latents, for VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        latent,
+        seed,
+        steps,
+        guidance,
+        tail_bias,
+        denoise,
+        negative=None,
+        flow_shift="recipe",
+        flow_shift_value=1.0,
+        method="euler",
+        recipe="canonical",
+    ) -> io.NodeOutput:
+        shift = flow_shift_of(flow_shift, flow_shift_value)
+        settings = SamplingSettings(steps, guidance, seed, tail_bias, shift, method, denoise)
+        with host.working():
+            return io.NodeOutput(_sample(model, positive, negative, latent, settings, find_recipe(recipe)))
+
+
+def _sample(
+    model: ModelHandle,
+    positive: list,
+    negative: list | None,
+    latent: dict[str, Any],
+    settings: SamplingSettings,
+    recipe: Recipe,
+) -> dict[str, Any]:
+    """Between the host's LATENT and CONDITIONING and the core's sampler."""
+    device = host.device()
+    format_ = LatentFormat.of(host.components.vae(model.spec, device))
+    samples, notice = crop_latents(latent, format_, recipe.size_multiple)
+    if notice:
+        host.say(notice)
+    B, _, rows, columns = samples.shape
+    mask = noise_mask(latent, recipe.size_multiple // format_.downscale)
+    matrix = host.components.preview_matrix(model.spec, device) if host.wants_previews() else None
+    positive = _encoded_for(recipe, positive)
+    if settings.guidance > 1:
+        negative = _encoded_for(recipe, negative) if negative else _empty(recipe, positive)
+    else:
+        negative = None
+    progress = host.Progress(settings.steps)
+
+    def on_step(info: StepInfo) -> None:
+        picture = None if matrix is None else preview_image(info.denoised_BCHW, matrix)
+        progress.step(info.step, info.steps, picture)
+
+    with host.components.transformer(model, device) as transformer:
+        channels = transformer.config.joint_attention_dim
+        x = sample(
+            transformer,
+            from_conditioning(positive, B, channels),
+            from_conditioning(negative, B, channels) if negative else None,
+            width=columns * format_.downscale,
+            height=rows * format_.downscale,
+            settings=settings,
+            recipe=recipe,
+            latent_format=format_,
+            start_BCHW=format_.to_model(samples) if torch.count_nonzero(samples) else None,
+            noise_mask_BHW=mask,
+            on_step=on_step,
+        )
+    result = {**latent, "samples": format_.to_vae(x).to(samples.device)}
+    result.pop("downscale_ratio_spacial", None)  # the host's empty latents carry it for models of another ratio
+    if mask is not None:
+        result["noise_mask"] = mask[:, None]
+    return result
+
+
+def _encoded_for(recipe: Recipe, conditioning: list) -> list:
+    """The conditioning, encoded again if the recipe treats text in another way."""
+    again = prompt_to_encode_again(conditioning, recipe)
+    return conditioning if again is None else _encode(*again, recipe)
+
+
+def _empty(recipe: Recipe, positive: list) -> list:
+    spec = encoder_of(positive)
+    if spec is None:
+        raise ConfigError(
+            "With a guidance above 1 and a prompt from another encoder, a negative prompt must be linked (an empty one "
+            "will do). Link one, or set the guidance to 1."
+        )
+    return _encode("", spec, recipe)
+
+
+def _encode(text: str, spec: ModelSpec, recipe: Recipe) -> list:
+    return to_conditioning(host.components.text_encoder(spec, host.device()).encode(text, recipe), spec, recipe)
+
+
+class ChromaTailSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaTailSigmas",
+            display_name="Chroma Tail Sigmas",
+            description="Chroma Sampler's schedule as SIGMAS, for the host's SamplerCustomAdvanced.",
+            search_aliases=["chroma scheduler", "sigmas", "tail bias", "flow shift"],
+            inputs=[
+                io.Int.Input("steps", default=25, min=1, max=150, tooltip="Steps that the sampler takes."),
+                io.Float.Input("tail_bias", default=0.5, min=0.0, max=1.0, step=0.05, tooltip=_TAIL_BIAS),
+                io.Combo.Input("flow_shift", options=SHIFTS, default="dynamic", tooltip=_SHIFT),
+                io.Float.Input("flow_shift_value", default=1.0, min=0.01, max=100.0, step=0.05, tooltip=_SHIFT_VALUE),
+                io.Int.Input(
+                    "width",
+                    default=1024,
+                    min=32,
+                    max=4096,
+                    step=32,
+                    tooltip="Of the picture; the dynamic shift needs it.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=1024,
+                    min=32,
+                    max=4096,
+                    step=32,
+                    tooltip="Of the picture; the dynamic shift needs it.",
+                ),
+                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=_DENOISE),
+            ],
+            outputs=[io.Sigmas.Output("sigmas", tooltip="Noise levels from 1 to 0.")],
+        )
+
+    @classmethod
+    def execute(cls, steps, tail_bias, flow_shift, flow_shift_value, width, height, denoise) -> io.NodeOutput:
+        width, height = snap_size(width, height)
+        shift = flow_shift_of(flow_shift, flow_shift_value)
+        assert shift is not None
+        sigmas = sampling_sigmas(steps, width * height // 256, tail_bias=tail_bias, flow_shift=shift, denoise=denoise)
+        return io.NodeOutput(sigmas)
+
+
+NODES = [ChromaEmptyLatent, ChromaSampler, ChromaTailSigmas]

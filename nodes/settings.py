@@ -1,0 +1,174 @@
+"""Training settings beyond the common knobs."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from comfy_api.latest import io
+
+from ..chroma_core.recipe import RECIPES
+from ..chroma_core.schedule import SigmaDraw, SigmaRemap
+from .sampling import SHIFTS, flow_shift_of
+from .sockets import MAX_SEED, ChromaTrainingType, schema
+
+
+class ChromaTrainingSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaTrainingSettings",
+            display_name="Chroma Training Settings",
+            description="Everything about training beyond the common knobs of Chroma Train LoRA. What you leave "
+            "alone is the default.",
+            search_aliases=["training options", "optimizer", "timestep sampling", "sigmas"],
+            inputs=[
+                io.Int.Input(
+                    "gradient_accumulation", default=1, min=1, max=256, tooltip="Batches added up before each step."
+                ),
+                io.Int.Input(
+                    "warmup_steps",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    tooltip="Steps in which the learning rate rises from 0.",
+                ),
+                io.Combo.Input(
+                    "lr_schedule",
+                    options=["constant", "cosine", "linear"],
+                    default="constant",
+                    tooltip="How the learning rate goes on after the warm-up; cosine and linear end at 0.",
+                ),
+                io.Float.Input(
+                    "weight_decay",
+                    default=0.01,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="AdamW's pull of weights towards 0.",
+                ),
+                io.Float.Input(
+                    "max_grad_norm",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Longer gradients are shortened. 0: never.",
+                ),
+                io.Combo.Input(
+                    "sigma_draw",
+                    options=list(get_args(SigmaDraw)),
+                    default="logit_normal",
+                    tooltip="How noise levels are drawn. chroma: the density that Chroma's author trained with.",
+                ),
+                io.Combo.Input(
+                    "sigma_remap",
+                    options=list(get_args(SigmaRemap)),
+                    default="quadratic",
+                    tooltip="quadratic: more draws near both ends. quadratic_split: SimpleTuner's rule, which never "
+                    "trains the middle.",
+                ),
+                io.Float.Input(
+                    "sigma_scale", default=1.0, min=0.05, max=10.0, step=0.05, tooltip="Width of the logit_normal draw."
+                ),
+                io.Combo.Input(
+                    "sigma_shift", options=SHIFTS, default="none", tooltip="Flow shift of the drawn noise levels."
+                ),
+                io.Float.Input(
+                    "sigma_shift_value",
+                    default=3.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="Read when sigma_shift is constant.",
+                ),
+                io.Float.Input(
+                    "sigma_minimum", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Lowest noise level trained."
+                ),
+                io.Float.Input(
+                    "sigma_maximum", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="Highest noise level trained."
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing",
+                    default=True,
+                    tooltip="Compute again instead of remembering: far less memory, a third slower.",
+                ),
+                io.Int.Input(
+                    "checkpoint_every",
+                    default=250,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps between checkpoints. 0: only at the end.",
+                ),
+                io.Int.Input("keep_checkpoints", default=3, min=1, max=100, tooltip="Older ones are deleted."),
+                io.Int.Input(
+                    "validate_every",
+                    default=250,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps between measurements of the loss on held-out pictures. 0: only at the start and "
+                    "the end.",
+                ),
+                io.Int.Input("preview_steps", default=20, min=1, max=150, tooltip="Sampling steps of a preview."),
+                io.Float.Input(
+                    "preview_guidance", default=4.0, min=0.0, max=20.0, step=0.1, tooltip="Guidance of a preview."
+                ),
+                io.Int.Input("preview_seed", default=42, min=0, max=MAX_SEED, tooltip="Prompt i uses this + i."),
+                io.Int.Input(
+                    "preview_width", default=0, min=0, max=4096, step=32, tooltip="Pixels. 0: the model's own size."
+                ),
+                io.Int.Input(
+                    "preview_height", default=0, min=0, max=4096, step=32, tooltip="Pixels. 0: the model's own size."
+                ),
+                io.String.Input("preview_negative", default="", tooltip="The previews' negative prompt."),
+                io.Combo.Input(
+                    "save_dtype",
+                    options=["fp32", "bf16"],
+                    default="fp32",
+                    tooltip="Of the finished LoRA. bf16 halves the file.",
+                ),
+                io.Combo.Input(
+                    "recipe",
+                    options=list(RECIPES),
+                    default="canonical",
+                    tooltip="How text is encoded for training and how previews are painted; see Chroma Sampler.",
+                ),
+                io.String.Input(
+                    "target_patterns",
+                    multiline=True,
+                    default="",
+                    tooltip="Names of the layers to train, one a line, * for anything, instead of Chroma Train "
+                    "LoRA's target. E.g. transformer_blocks.*.attn.to_q",
+                ),
+            ],
+            outputs=[ChromaTrainingType.Output("settings", tooltip="For Chroma Train LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(settings_from(inputs))
+
+
+def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The node's widgets as a part of a `TrainingConfig`."""
+    plain = (
+        "gradient_accumulation", "warmup_steps", "lr_schedule", "weight_decay", "max_grad_norm", "recipe",
+        "gradient_checkpointing", "checkpoint_every", "keep_checkpoints", "validate_every",
+    )  # fmt: skip
+    previews = ("steps", "guidance", "seed", "width", "height", "negative")
+    patterns = [line.strip() for line in inputs["target_patterns"].splitlines() if line.strip()]
+    return {
+        **{name: inputs[name] for name in plain},
+        "lora": {"save_dtype": inputs["save_dtype"], **({"target": patterns} if patterns else {})},
+        "objective": {
+            "draw": inputs["sigma_draw"],
+            "remap": inputs["sigma_remap"],
+            "scale": inputs["sigma_scale"],
+            "flow_shift": flow_shift_of(inputs["sigma_shift"], inputs["sigma_shift_value"]),
+            "minimum": inputs["sigma_minimum"],
+            "maximum": inputs["sigma_maximum"],
+        },
+        "previews": {name: inputs[f"preview_{name}"] for name in previews},
+    }
+
+
+NODES = [ChromaTrainingSettings]

@@ -1,0 +1,192 @@
+"""The pack's own socket types, and conversion between the host's values and the core's.
+
+A link carries a handle, an id or plain settings, never a loaded model: the host may evict any value at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import fields
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..chroma_core.errors import ConfigError, PromptError
+from ..chroma_core.latents import LatentFormat
+from ..chroma_core.loading.spec import ModelSpec
+from ..chroma_core.recipe import CANONICAL, Recipe
+from ..chroma_core.text import TextCondition
+
+ChromaModel = io.Custom("CHROMA_MODEL")
+"""A `ModelHandle`."""
+ChromaTextEncoder = io.Custom("CHROMA_TEXT_ENCODER")
+"""A `ModelSpec`."""
+ChromaDatasetType = io.Custom("CHROMA_DATASET")
+"""A `DatasetConfig`."""
+ChromaTrainingType = io.Custom("CHROMA_TRAINING")
+"""A dict with a part of a `TrainingConfig`."""
+ChromaJob = io.Custom("CHROMA_JOB")
+"""A job id."""
+
+MAX_SEED = 2**53 - 1
+"""The largest whole number that a web page holds exactly."""
+
+OURS = "chromakit"
+"""Key under which our encoder notes in a CONDITIONING how it was made."""
+
+_UNSUPPORTED = {
+    "area": "areas",
+    "mask": "masks",
+    "control": "ControlNets",
+    "gligen": "GLIGEN",
+    "reference_latents": "reference latents",
+    "hooks": "hooks",
+    "start_percent": "timestep ranges",
+    "end_percent": "timestep ranges",
+}
+
+
+def schema(**options: Any) -> io.Schema:
+    """An `io.Schema` without the options that an older host does not know yet."""
+    known = {field.name for field in fields(io.Schema)}
+    return io.Schema(category="Chroma", **{name: value for name, value in options.items() if name in known})
+
+
+def to_conditioning(condition: TextCondition, spec: ModelSpec, recipe: Recipe = CANONICAL) -> list[list[Any]]:
+    """One encoded prompt as a CONDITIONING that the host's samplers read too."""
+    states_1TC = condition.states[None].cpu()
+    note = {
+        "text": condition.text,
+        "text_encoder": spec.to_dict(),
+        "recipe": recipe.to_dict(),
+        "real_tokens": condition.real_tokens,
+        "digest": _digest(states_1TC),
+    }
+    return [[states_1TC, {"pooled_output": None, OURS: note}]]
+
+
+def from_conditioning(conditioning: list[list[Any]], batch: int, channels: int) -> list[TextCondition]:
+    """A CONDITIONING, from our encoder or the host's, as one condition a picture; rows repeat to fill the batch.
+
+    Raises ConfigError for what the sampler would otherwise ignore: several conditionings, areas, masks, ControlNets,
+    or states of another width than the `channels` of the model.
+    """
+    if len(conditioning) != 1:
+        raise ConfigError(
+            f"The conditioning is a combination of {len(conditioning)} prompts; Chroma Sampler takes one prompt. Write "
+            "both into one text, or sample with the host's own nodes."
+        )
+    states_BTC, options = conditioning[0]
+    ignored = sorted({name for key, name in _UNSUPPORTED.items() if _is_set(key, options.get(key))})
+    if ignored:
+        raise ConfigError(
+            f"The conditioning carries {', '.join(ignored)}, which Chroma Sampler does not honour. Take that node out "
+            "of the chain, or sample with the host's own nodes."
+        )
+    if states_BTC.shape[-1] != channels:
+        raise ConfigError(
+            f"The conditioning has {states_BTC.shape[-1]} channels, but the model reads {channels}: it comes from the "
+            "text encoder of another model. Use the text encoder that was loaded with this model."
+        )
+    note = options.get(OURS, {})
+    text, real = note.get("text", ""), note.get("real_tokens", states_BTC.shape[1])
+    rows = [TextCondition(row, text, real) for row in states_BTC]
+    return [rows[i % len(rows)] for i in range(batch)]
+
+
+def _is_set(key: str, value: Any) -> bool:
+    neutral = {"start_percent": 0.0, "end_percent": 1.0}
+    return value is not None and not (key in neutral and value == neutral[key])
+
+
+def prompt_to_encode_again(conditioning: list[list[Any]], recipe: Recipe) -> tuple[str, ModelSpec] | None:
+    """(prompt, encoder) when `recipe` treats text otherwise than the recipe of the encoding; None when it stands.
+
+    Raises PromptError when it would have to be encoded again but was changed after encoding.
+    """
+    note = conditioning[0][1].get(OURS)
+    if note is None:  # the host's own encoder: taken as it is
+        return None
+    made_with = Recipe.from_dict(note["recipe"])
+    if (made_with.text_attention, made_with.visible_padding) == (recipe.text_attention, recipe.visible_padding):
+        return None
+    if _digest(conditioning[0][0]) != note["digest"]:
+        raise PromptError(
+            f"The recipe '{recipe.name}' encodes prompts in another way, but this conditioning was changed after it "
+            "was encoded. Use the canonical recipe, or link the encoder straight to the sampler."
+        )
+    return note["text"], ModelSpec.from_dict(note["text_encoder"])
+
+
+def encoder_of(conditioning: list[list[Any]]) -> ModelSpec | None:
+    """The text encoder that made a conditioning; None for the host's own."""
+    note = conditioning[0][1].get(OURS)
+    return ModelSpec.from_dict(note["text_encoder"]) if note else None
+
+
+def crop_latents(latent: dict[str, Any], format_: LatentFormat, multiple: int) -> tuple[Tensor, str]:
+    """LATENT samples [B, C, H, W] cut, about the centre, to a size the recipe allows, and what to tell the user.
+
+    Empty latents of another model's channel count (the host's Empty Latent Image) become ours.
+    """
+    samples = latent["samples"]
+    if samples.ndim != 4:
+        raise ConfigError(
+            f"The latents have shape {list(samples.shape)}; Chroma samples pictures: [batch, channels, rows, columns]."
+        )
+    B, C, H, W = samples.shape
+    if format_.channels != C:
+        if torch.count_nonzero(samples):
+            raise ConfigError(
+                f"The latents have {C} channels, but Chroma's have {format_.channels}: they were encoded by the VAE "
+                "of another model. Encode the picture with the VAE that Chroma Load Model gives."
+            )
+        samples = samples.new_zeros(B, format_.channels, H, W)
+    cells = multiple // format_.downscale
+    rows, columns = H // cells * cells, W // cells * cells
+    if not rows or not columns:
+        size = f"{W * format_.downscale}×{H * format_.downscale}"
+        raise ConfigError(f"The latents are {size} pixels; a picture must be at least {multiple}×{multiple}.")
+    message = ""
+    if (rows, columns) != (H, W):
+        samples = _centre(samples, rows, columns)
+        message = (
+            f"Size {W * format_.downscale}×{H * format_.downscale} floored to {columns * format_.downscale}×"
+            f"{rows * format_.downscale}: sides must be multiples of {multiple} pixels."
+        )
+    return samples, message
+
+
+def noise_mask(latent: dict[str, Any], cells: int) -> Tensor | None:
+    """The LATENT's noise mask as [B, H, W] in latent rows, 1 where the picture may change; None without one.
+
+    It is scaled to the uncropped latents, then cropped like them (`cells` is the crop unit in latent rows).
+    """
+    mask = latent.get("noise_mask")
+    if mask is None:
+        return None
+    B, _, H, W = latent["samples"].shape
+    mask_B1HW = mask.reshape(-1, 1, *mask.shape[-2:]).float()
+    mask_BHW = torch.nn.functional.interpolate(mask_B1HW, size=(H, W), mode="bilinear")[:, 0]
+    if mask_BHW.shape[0] < B:
+        mask_BHW = mask_BHW.repeat(-(-B // mask_BHW.shape[0]), 1, 1)
+    return _centre(mask_BHW[:B], H // cells * cells, W // cells * cells)
+
+
+def _centre(x: Tensor, rows: int, columns: int) -> Tensor:
+    top, left = (x.shape[-2] - rows) // 2, (x.shape[-1] - columns) // 2
+    return x[..., top : top + rows, left : left + columns]
+
+
+def to_image(pictures: list[Any]) -> Tensor:
+    """Pictures of one size → IMAGE [B, H, W, 3] in 0..1."""
+    import numpy
+
+    arrays = [torch.from_numpy(numpy.array(picture.convert("RGB"), dtype=numpy.float32)) for picture in pictures]
+    return torch.stack(arrays) / 255
+
+
+def _digest(states: Tensor) -> str:
+    return hashlib.sha256(states.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()

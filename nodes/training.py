@@ -1,0 +1,293 @@
+"""Training: the node that makes sure a job runs, one that waits for it, one that shows how it is doing."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from ..chroma_core.errors import ConfigError, JobError
+from ..chroma_core.loading.spec import ModelHandle, ModelSpec
+from ..chroma_core.lora.targets import TARGETS
+from ..chroma_core.text import apply_trigger
+from ..chroma_core.training.config import TrainingConfig
+from ..chroma_core.training.jobs import ACTIVE, Job
+from ..chroma_core.training.plot import plot_losses
+from . import host, jobs
+from .sockets import (
+    MAX_SEED,
+    ChromaDatasetType,
+    ChromaJob,
+    ChromaModel,
+    ChromaTextEncoder,
+    ChromaTrainingType,
+    schema,
+    to_image,
+)
+
+POLL_SECONDS = 0.2
+
+
+class ChromaTrainLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaTrainLora",
+            display_name="Chroma Train LoRA",
+            description="Makes sure that a training job with these settings exists, and returns at once: it trains "
+            "in the background. The same settings are the same job, however often they are queued.",
+            search_aliases=["lora train", "train chroma", "finetune", "dreambooth", "lora trainer"],
+            is_output_node=True,
+            inputs=[
+                ChromaModel.Input("model", tooltip="From Chroma Load Model. The job loads its own copy."),
+                ChromaTextEncoder.Input("text_encoder", tooltip="From the same Chroma Load Model."),
+                ChromaDatasetType.Input("dataset", tooltip="The pictures to learn from."),
+                io.String.Input("name", default="my-lora", tooltip="The LoRA's file name, in output/loras."),
+                io.Int.Input(
+                    "steps",
+                    default=1000,
+                    min=1,
+                    max=1000000,
+                    tooltip="Optimizer steps. 1000 to 3000 for a real concept.",
+                ),
+                io.Int.Input("rank", default=16, min=1, max=512, tooltip="Size of the LoRA: how much it can learn."),
+                io.Float.Input(
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=512.0,
+                    step=1.0,
+                    tooltip="Scale: alpha / rank. 0: the same as rank.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=2e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-5,
+                    round=1e-7,
+                    tooltip="2e-4 is good; 1e-4 is cautious.",
+                ),
+                io.Combo.Input(
+                    "target",
+                    options=list(TARGETS),
+                    default="all",
+                    tooltip="Which layers learn. all: attention. +ffs: feed-forward too. context: the text side. "
+                    "tiny: a small share.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="Pictures in a step. More: steadier, slower, more memory.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=42,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=False,  # the page would draw a new one, and so another job, at every queue
+                    tooltip="Same seed and settings, same LoRA.",
+                ),
+                io.String.Input(
+                    "preview_prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="Painted during training, one prompt a line. [trigger] stands for the data set's trigger "
+                    "word. Empty: none.",
+                ),
+                io.Int.Input(
+                    "preview_every",
+                    default=250,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps between previews. 0: only when asked.",
+                ),
+                io.Combo.Input(
+                    "if_exists",
+                    options=["keep", "resume", "restart"],
+                    default="keep",
+                    tooltip="When this very job exists: keep takes it as it is (and picks up one that was "
+                    "interrupted or failed), "
+                    "resume also goes on with a stopped one, restart trains again from nothing.",
+                ),
+                ChromaTrainingType.Input("settings", optional=True, tooltip="From Chroma Training Settings."),
+                ChromaDatasetType.Input(
+                    "validation_dataset",
+                    optional=True,
+                    tooltip="Pictures that are not trained on. The loss on them tells learning from memorising.",
+                ),
+            ],
+            outputs=[ChromaJob.Output("job", tooltip="For Chroma Wait for Training and Chroma Training Status.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, if_exists="keep", **_: Any) -> Any:
+        """Replaying the id is right as long as the job lives on; `resume` and `restart` ask for acting again."""
+        return jobs.fingerprint() if if_exists == "keep" else uuid.uuid4().hex
+
+    @classmethod
+    def execute(cls, model, text_encoder, dataset, if_exists="keep", **inputs: Any) -> io.NodeOutput:
+        config = training_config(model, text_encoder, dataset, **inputs)
+        job = jobs.manager().ensure(config, if_exists=if_exists)
+        host.log.info("ChromaKit: training job %s", describe(job.status()))
+        return io.NodeOutput(job.id, ui={"chromakit_job": (job.id,)})
+
+
+def training_config(
+    model: ModelHandle,
+    text_encoder: ModelSpec,
+    dataset: Any,
+    preview_prompt: str,
+    preview_every: int,
+    rank: int,
+    alpha: float,
+    target: str,
+    settings: dict[str, Any] | None = None,
+    **plain: Any,
+) -> TrainingConfig:
+    """One `TrainingConfig` from the node's inputs; its own widgets win over the linked settings.
+
+    Raises ConfigError for parts that do not belong together, PromptError for `[trigger]` without a trigger word.
+    """
+    settings = settings or {}
+    prompts = [line.strip() for line in preview_prompt.splitlines() if line.strip()]
+    for prompt in prompts:
+        apply_trigger(prompt, dataset.trigger)
+    lora = {"rank": rank, "alpha": alpha or None, "target": target, **settings.get("lora", {})}
+    previews = {**settings.get("previews", {}), "prompts": prompts, "every": preview_every}
+    parts = {"model": _trained_spec(model, text_encoder), "dataset": dataset, "lora": lora, "previews": previews}
+    return TrainingConfig.parse({**settings, **plain, **parts})
+
+
+def _trained_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
+    if model.loras:
+        raise ConfigError(
+            "The model to train already has a LoRA on it. Link Chroma Load Model straight to Chroma Train LoRA: a "
+            "new LoRA is trained on the plain model, and can be combined with others afterwards."
+        )
+    if (model.spec.flavour, model.spec.folder) != (text_encoder.flavour, text_encoder.folder):
+        raise ConfigError(
+            f"The model is '{model.spec.folder or model.spec.flavour}', but the text encoder belongs to "
+            f"'{text_encoder.folder or text_encoder.flavour}'. Link both from the same Chroma Load Model."
+        )
+    return replace(model.spec, text_precision=text_encoder.text_precision)
+
+
+def describe(status: dict[str, Any]) -> str:
+    """A job's state in words."""
+    lines = [f"{status['id']}: {status['state']}, step {status['step']} of {status['steps']}"]
+    if status.get("yielded"):
+        lines[0] += ", yielding to the queue"
+    for key, label in (
+        ("loss_smooth", "loss"),
+        ("heldout_loss_base", "held-out loss, base"),
+        ("heldout_loss", "held-out loss"),
+    ):
+        if status.get(key) is not None:
+            lines.append(f"{label}: {status[key]:.4f}")
+    if status.get("eta_seconds") and status["state"] == "running":
+        lines.append(f"time left: {status['eta_seconds']:.0f} s")
+    if status.get("lora_name"):
+        lines.append(f"LoRA: {status['lora_name']}")
+    lines += [status["message"]] if status.get("message") else []
+    lines += [f"warning: {warning}" for warning in status.get("warnings") or ()]
+    return "\n".join(lines)
+
+
+class ChromaWaitForTraining(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaWaitForTraining",
+            display_name="Chroma Wait for Training",
+            description="Holds this prompt until the job has ended, then hands on the LoRA. Cancel stops the job, "
+            "which keeps what it has learnt.",
+            search_aliases=["wait lora", "train and sample", "lora model"],
+            inputs=[ChromaJob.Input("job", tooltip="From Chroma Train LoRA.")],
+            outputs=[
+                io.LoraModel.Output("lora_model", tooltip="For the host's own Load LoRA Model and Save LoRA Weights."),
+                io.String.Output("lora_name", tooltip="For Chroma Apply LoRA's lora_name."),
+                io.LossMap.Output("loss_map", tooltip="For the host's Plot Loss Graph."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> Any:
+        """What a finished job gave stays right until it is resumed."""
+        return jobs.fingerprint()
+
+    @classmethod
+    async def execute(cls, job) -> io.NodeOutput:
+        found = jobs.find(job)
+        status = await wait_for(found)
+        if status["state"] in ("failed", "interrupted") or not status["lora_path"]:
+            raise JobError(
+                f"The training job {job} is {status['state']} and has no LoRA to give. {status['message'] or ''} "
+                "Queue Chroma Train LoRA again to go on with it."
+            )
+        losses = [entry["loss"] for entry in found.metrics() if entry.get("loss") is not None]
+        return io.NodeOutput(host.load_tensors(Path(status["lora_path"])), status["lora_name"], {"loss": losses})
+
+
+async def wait_for(job: Job) -> dict[str, Any]:
+    """Show a job's progress on the running node until it has ended. Cancel stops the job and ends the prompt."""
+    status = job.status()
+    progress, shown = host.Progress(status["steps"]), None
+    try:
+        with host.waiting():
+            while status["state"] in ACTIVE:
+                sample = next(iter(job.latest_samples()), None)
+                preview = Image.open(sample) if sample and sample != shown else None
+                progress.step(status["step"], status["steps"], preview)
+                shown = sample
+                await asyncio.sleep(POLL_SECONDS)
+                status = job.status()
+    except host.Interrupted:
+        with suppress(JobError):  # it may have ended at this very moment
+            jobs.manager().stop(job.id)
+        raise
+    return status
+
+
+class ChromaTrainingStatus(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaTrainingStatus",
+            display_name="Chroma Training Status",
+            description="How a job is doing right now: state and losses in words, the latest previews, the loss "
+            "curve. Queue again to look again.",
+            search_aliases=["training progress", "loss curve", "training preview"],
+            is_output_node=True,
+            inputs=[ChromaJob.Input("job", tooltip="From Chroma Train LoRA.")],
+            outputs=[
+                io.String.Output("status", tooltip="State, step, losses and warnings in words."),
+                io.Image.Output("samples", tooltip="The latest previews; one black picture while there are none."),
+                io.Image.Output("loss_plot", tooltip="Loss and held-out loss over the steps."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """A status is never replayed."""
+        return uuid.uuid4().hex
+
+    @classmethod
+    def execute(cls, job) -> io.NodeOutput:
+        found = jobs.find(job)
+        text = describe(found.status())
+        pictures = [Image.open(path) for path in found.latest_samples()] or [Image.new("RGB", (64, 64))]
+        samples, plot = to_image(pictures), to_image([plot_losses(found.metrics())])
+        previews = [*ui.PreviewImage(samples, cls=cls).values, *ui.PreviewImage(plot, cls=cls).values]
+        return io.NodeOutput(text, samples, plot, ui={"images": previews, "text": (text,), "chromakit_job": (job,)})
+
+
+NODES = [ChromaTrainLora, ChromaWaitForTraining, ChromaTrainingStatus]

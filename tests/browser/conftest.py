@@ -1,0 +1,104 @@
+"""A real Chromium on the page of the real host."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from _host import Host
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = "/extensions/chromakit/"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-extensions",
+    "--no-first-run",
+]
+READY = "() => window.app?.extensionManager && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
+
+
+@dataclass
+class Window:
+    """The host's page in Chromium, and what went wrong on it; `ours` are the errors that name one of our files."""
+
+    page: Page
+    server: Host
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def ours(self) -> list[str]:
+        return [error for error in self.errors if OURS in error]
+
+    def load(self, graph: dict[str, Any]) -> None:
+        """Open a workflow, as dropping its file on the page does."""
+        self.page.evaluate("async graph => { await window.app.loadGraphData(graph) }", graph)
+        self.page.wait_for_timeout(500)
+
+    def missing_nodes(self) -> list[str]:
+        """Types of nodes in the open graph that the page does not know."""
+        return self.page.evaluate(
+            "() => window.app.graph._nodes.map(n => n.type).filter(t => !window.LiteGraph.registered_node_types[t])"
+        )
+
+    def prompt(self) -> dict[str, Any]:
+        """The API form that the page makes of the open graph."""
+        return self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
+
+    def screenshot(self, name: str) -> Path:
+        path = ROOT / "test-output" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        self.page.screenshot(path=path)
+        return path
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    binary = os.environ.get("CHROMIUM_PATH") or "/usr/bin/chromium"
+    if not Path(binary).exists():
+        pytest.fail("There is no Chromium: install it, or name it in CHROMIUM_PATH.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=binary, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def session_window(chromium: Browser, server: Host) -> Iterator[Window]:
+    # The newcomer's tour would lie over the page.
+    server.post("/api/settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False})
+    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+    context.route(lambda url: not url.startswith((server.url, "data:", "blob:")), lambda route: route.abort())
+    page = context.new_page()
+    window = Window(page, server)
+    page.on("pageerror", lambda error: window.errors.append(f"{error.message}\n{error.stack}"))
+    page.on(
+        "console",
+        lambda message: message.type == "error"
+        and window.errors.append(f"{message.text} ({message.location.get('url', '')})"),
+    )
+    page.goto(server.url)
+    page.wait_for_function(READY, timeout=120_000)
+    page.wait_for_timeout(1500)
+    yield window
+    context.close()
+
+
+@pytest.fixture
+def window(session_window: Window) -> Window:
+    """The page, with the list of errors of its start kept and those of earlier tests forgotten."""
+    start = getattr(session_window, "start_errors", None)
+    if start is None:
+        start = list(session_window.errors)
+        session_window.start_errors = start  # type: ignore[attr-defined]
+    session_window.errors[:] = start
+    return session_window

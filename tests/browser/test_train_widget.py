@@ -1,0 +1,82 @@
+"""The panel on Chroma Train LoRA, in the host's own page, under both node renderers."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from _host import Host
+
+PANEL = ".chromakit-train"
+ENDLESS = 1_000_000
+BUILD = """([name, steps]) => {
+    const graph = window.app.graph;
+    graph.clear();
+    const add = (type, x) => {
+        const node = window.LiteGraph.createNode(type);
+        node.pos = [x, 60];
+        graph.add(node);
+        return node;
+    };
+    const load = add('ChromaLoadModel', 40), dataset = add('ChromaDataset', 440), train = add('ChromaTrainLora', 840);
+    const slot = key => train.inputs.findIndex(input => input.name === key);
+    load.connect(0, train, slot('model'));
+    load.connect(1, train, slot('text_encoder'));
+    dataset.connect(0, train, slot('dataset'));
+    const set = (node, key, value) => { node.widgets.find(widget => widget.name === key).value = value };
+    set(dataset, 'folder', 'sks_emblem');
+    set(dataset, 'trigger', 'sks');
+    set(train, 'name', name);
+    set(train, 'steps', steps);
+    return graph.serialize();
+}"""
+
+
+def wait_for(window, text: str, seconds: float = 120) -> str:
+    """The panel's text as soon as it contains `text`."""
+    deadline = time.monotonic() + seconds
+    while text not in (shown := window.page.locator(PANEL).first.inner_text()):
+        assert time.monotonic() < deadline, f"{shown!r}\n{window.server.log_tail()}"
+        window.page.wait_for_timeout(100)
+    return shown
+
+
+def press(window, label: str) -> None:
+    window.page.locator(PANEL).first.get_by_role("button", name=label, exact=True).dispatch_event("click")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_training(server: Host):
+    yield
+    for job in server.get("/chromakit/jobs"):
+        if job["state"] in ("queued", "preparing", "running", "paused"):
+            server.post(f"/chromakit/jobs/{job['id']}/stop")
+
+
+@pytest.mark.parametrize("renderer", ["canvas", "vue"])
+def test_a_job_is_watched_paused_and_stopped_from_the_node(window, renderer: str):
+    page = window.page
+    page.evaluate("on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", renderer == "vue")
+    graph = page.evaluate(BUILD, [f"from the page, {renderer}", ENDLESS])
+    wait_for(window, "no job yet")
+    page.evaluate("() => window.app.queuePrompt(0, 1)")
+    wait_for(window, "running")
+    again = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    (seed,) = [node["inputs"]["seed"] for node in again.values() if node["class_type"] == "ChromaTrainLora"]
+    assert seed == 42, "a queue does not change the job that the next queue asks for"
+    assert f"/ {ENDLESS}" in wait_for(window, "loss")
+    window.screenshot(f"train_widget_{renderer}")
+    press(window, "pause")
+    wait_for(window, "paused")
+    press(window, "resume")
+    wait_for(window, "running")
+
+    saved = page.evaluate("() => window.app.graph.serialize()")
+    window.load(graph)
+    wait_for(window, "no job yet")
+    window.load(saved)  # as after a reload of the page: the node remembers its job and asks for it
+    wait_for(window, "running")
+    press(window, "stop")
+    assert ".safetensors" in wait_for(window, "stopped")
+    assert window.ours == []

@@ -1,0 +1,200 @@
+"""The nodes in the real host: what they paint, and that host and core agree on it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import struct
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import aiohttp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from _host import Host
+from chroma_core.latents import LatentFormat
+from chroma_core.loading.cache import ComponentCache
+from chroma_core.loading.components import load_vae
+from chroma_core.loading.spec import ModelHandle, ModelSpec
+from chroma_core.pictures import decode, to_tensor
+from chroma_core.sampling import SamplingSettings, sample
+from chroma_core.schedule import sampling_sigmas
+from prompts import finish, node, text_to_image
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ModelSpec("tiny", precision="fp32", text_precision="fp32")
+PREVIEW_EVENTS = (1, 4)  # the host's binary messages that carry a preview picture
+
+
+@pytest.fixture(scope="module")
+def pack_host(comfy: ModuleType) -> ModuleType:
+    """This pack's `nodes/host.py`, imported beside the host's `comfy` as the host imports it: as part of a package."""
+    name = "chromakit_under_test"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert spec and spec.loader
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return importlib.import_module(f"{name}.nodes.host")
+
+
+def pixels(server: Host, prompt: dict) -> list[np.ndarray]:
+    return [np.asarray(picture) for picture in server.images(server.run(prompt))]
+
+
+def test_every_node_explains_itself(server: Host):
+    nodes = {name: info for name, info in server.get("/object_info").items() if info["category"] == "Chroma"}
+    assert len(nodes) >= 11
+    for name, info in nodes.items():
+        assert info["display_name"].startswith("Chroma "), name
+        assert info["description"], name
+        inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        assert all(options.get("tooltip") for _, options in inputs.values()), name
+
+
+def test_the_node_paints_what_the_core_paints(server: Host):
+    """Node, preview and command line share one sampler: the host's PNG is the core's picture."""
+    text = "a green circle on a yellow background"
+    (seen,) = pixels(server, text_to_image(text, seed=7, steps=6, tail_bias=0.4))
+    cache = ComponentCache()
+    encoder = cache.text_encoder(TINY, "cpu")
+    with cache.transformer(ModelHandle(TINY), "cpu") as transformer:
+        settings = SamplingSettings(steps=6, guidance=3.0, seed=7, tail_bias=0.4)
+        prompts = [encoder.encode(text)], encoder.encode("")
+        latents = sample(transformer, *prompts, width=64, height=64, settings=settings)
+    (expected,) = decode(cache.vae(TINY, "cpu"), latents)
+    assert np.abs(seen.astype(int) - np.asarray(expected).astype(int)).max() <= 1  # the two round to 8 bits differently
+
+
+def test_same_prompt_same_bits_and_no_negative_is_the_empty_one(server: Host):
+    prompt = text_to_image(seed=3)
+    (first,) = pixels(server, prompt)
+    server.forget_cached_outputs()
+    (again,) = pixels(server, prompt)
+    assert np.array_equal(first, again)
+    del prompt["sample"]["inputs"]["negative"]
+    (unlinked,) = pixels(server, prompt)
+    assert np.array_equal(first, unlinked)
+
+
+def test_row_i_of_a_batch_is_the_picture_of_seed_plus_i(server: Host):
+    batch = pixels(server, text_to_image(seed=5, batch=2))
+    (second,) = pixels(server, text_to_image(seed=6))
+    assert np.abs(batch[1].astype(int) - second.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("recipe", ["comfyui", "ai-toolkit", "diffusers"])
+def test_recipes_differ(server: Host, recipe: str):
+    (canonical,) = pixels(server, text_to_image(seed=2))
+    (other,) = pixels(server, text_to_image(seed=2, recipe=recipe))
+    assert np.array_equal(canonical, other) == (recipe == "diffusers")  # in fp32 its roundings do nothing
+
+
+def test_each_step_shows_progress_and_a_preview(server: Host):
+    async def watch() -> tuple[list[int], int]:
+        url = f"{server.url}/ws?clientId={server.client_id}"
+        steps, previews = [], 0
+        async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
+            prompt_id = await asyncio.to_thread(server.post_prompt, text_to_image(seed=11, steps=5))
+            while True:
+                message = await socket.receive(timeout=120)
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    previews += struct.unpack(">I", message.data[:4])[0] in PREVIEW_EVENTS
+                    continue
+                event = message.json()
+                data = event["data"]
+                if event["type"] == "progress" and data["node"] == "sample":
+                    steps.append(data["value"])
+                if event["type"] == "executing" and data["node"] is None and data["prompt_id"] == prompt_id:
+                    return steps, previews
+
+    steps, previews = finish(watch())
+    assert steps == [1, 2, 3, 4, 5] and previews == 5
+
+
+def test_interrupting_ends_the_prompt_and_nothing_else(server: Host):
+    prompt_id = server.post_prompt(text_to_image(seed=12, steps=150, size=256))
+    while not any(item[1] == prompt_id for item in server.get("/queue")["queue_running"]):
+        assert server.finished(prompt_id) is None
+    server.post("/interrupt")
+    entry = server.wait(prompt_id, check=False)
+    assert [kind for kind, _ in entry["status"]["messages"]][-1] == "execution_interrupted"
+    assert len(pixels(server, text_to_image(seed=3))) == 1
+
+
+def test_the_mask_keeps_what_it_covers(server: Host):
+    """With a noise mask over the right half only, the left half of the latents stays as it was, to rounding."""
+    prompt = text_to_image(seed=4)
+    prompt["first"] = {**prompt["sample"], "inputs": dict(prompt["sample"]["inputs"])}
+    prompt["left"] = node("SolidMask", value=0.0, width=32, height=64)
+    prompt["all"] = node("SolidMask", value=1.0, width=64, height=64)
+    prompt["mask"] = node("MaskComposite", destination=["all", 0], source=["left", 0], x=0, y=0, operation="multiply")
+    prompt["masked"] = node("SetLatentNoiseMask", samples=["first", 0], mask=["mask", 0])
+    prompt["sample"]["inputs"].update(latent=["masked", 0], seed=99)
+    for name, source in (("before", "first"), ("after", "sample")):
+        prompt[name] = node("SaveLatent", samples=[source, 0], filename_prefix=f"mask/{name}")
+    server.run(prompt)
+    saved = {
+        n: load_file(max((server.base / "output" / "mask").glob(f"{n}_*")))["latent_tensor"]
+        for n in ("before", "after")
+    }
+    left, right = (saved["after"] - saved["before"]).abs().chunk(2, dim=-1)
+    assert left.max() < 1e-5 < 0.1 < right.max()
+
+
+def test_odd_sizes_are_floored(server: Host):
+    prompt = text_to_image(seed=1)
+    prompt["latent"] = node("EmptyLatentImage", width=88, height=72, batch_size=1)
+    (picture,) = pixels(server, prompt)
+    assert picture.shape == (64, 64, 3)
+
+
+def test_the_hosts_conditioning_nodes_are_honoured_or_refused(server: Host):
+    prompt = text_to_image(seed=1)
+    prompt["zero"] = node("ConditioningZeroOut", conditioning=["positive", 0])
+    prompt["sample"]["inputs"]["positive"] = ["zero", 0]
+    assert len(pixels(server, prompt)) == 1
+    prompt["zero"] = node("ConditioningCombine", conditioning_1=["positive", 0], conditioning_2=["negative", 0])
+    message = server.wait(server.post_prompt(prompt), check=False)["status"]["messages"][-1][1]["exception_message"]
+    assert "combination of 2 prompts" in message
+
+
+def test_tail_sigmas_are_the_samplers_schedule(server: Host):
+    """The numbers by themselves; test_workflows compares a picture that the host's own sampler makes with them."""
+    prompt = {
+        "sigmas": node("ChromaTailSigmas", steps=4, tail_bias=0.5, flow_shift="dynamic", flow_shift_value=1.0,
+                       width=512, height=512, denoise=1.0),
+        "show": node("PreviewAny", source=["sigmas", 0]),
+    }  # fmt: skip
+    text = server.run(prompt)["outputs"]["show"]["text"][0]
+    numbers = [float(n) for n in text.partition("[")[2].partition("]")[0].split(",")]
+    expected = sampling_sigmas(4, 1024, tail_bias=0.5)
+    assert np.allclose(numbers, expected, atol=1e-4)
+
+
+def test_the_vae_is_the_hosts_own_and_decodes_as_diffusers_does(comfy: ModuleType, pack_host: ModuleType):
+    import comfy.sd
+
+    ours, reference = pack_host.host_vae(TINY), load_vae(TINY, "cpu")
+    assert type(ours) is comfy.sd.VAE
+    generator = torch.Generator().manual_seed(0)
+    z = LatentFormat.of(reference).to_vae(torch.randn(2, 16, 8, 12, generator=generator))
+    with torch.no_grad():
+        pixels_BHWC = ours.decode(z)
+        expected = (reference.decode(z).sample.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
+    assert pixels_BHWC.shape == (2, 64, 96, 3)
+    assert (pixels_BHWC - expected).abs().max() <= 1e-3
+
+
+def test_the_vae_encodes_as_diffusers_does(pack_host: ModuleType):
+    from PIL import Image
+
+    ours, reference = pack_host.host_vae(TINY), load_vae(TINY, "cpu")
+    pixels_B3HW = to_tensor(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)))
+    with torch.no_grad():
+        z = ours.encode((pixels_B3HW.permute(0, 2, 3, 1) + 1) / 2)
+        expected = reference.encode(pixels_B3HW).latent_dist.mean
+    assert (z - expected).abs().max() <= 1e-3

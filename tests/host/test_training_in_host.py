@@ -1,0 +1,189 @@
+"""Training beside a working host: neither disturbs the other."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from _host import Host, start_host
+from prompts import Prompt, job_of, node, text_to_image, train
+
+ENDLESS = 1_000_000
+STEPS = 3
+
+
+def status(server: Host, job: str) -> dict:
+    return server.get(f"/chromakit/jobs/{job}")
+
+
+def until(server: Host, job: str, condition: Callable[[dict], bool], seconds: float = 120) -> dict:
+    """The job's status as soon as it meets a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition(found := status(server, job)):
+        assert time.monotonic() < deadline and found["state"] != "failed", found
+        time.sleep(0.05)
+    return found
+
+
+def act(server: Host, job: str, action: str) -> dict:
+    code, answer = server.post(f"/chromakit/jobs/{job}/{action}")
+    assert code == 200, answer
+    return answer
+
+
+def picture(server: Host, prompt: Prompt) -> np.ndarray:
+    (found,) = server.images(server.run(prompt))
+    return np.asarray(found)
+
+
+@pytest.fixture(scope="module")
+def without_training(server: Host) -> dict[int, np.ndarray]:
+    """Pictures by seed, made while nothing trains."""
+    return {seed: picture(server, text_to_image(seed=seed)) for seed in (21, 22)}
+
+
+@pytest.fixture
+def job(server: Host, without_training: dict, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A running job that does not end by itself."""
+    name = request.node.name.removeprefix("test_")[:40]
+    found = job_of(server.run(train(name, ENDLESS)))
+    until(server, found, lambda now: now["state"] == "running" and now["step"] >= 2)
+    yield found
+    if status(server, found)["state"] in ("queued", "preparing", "running", "paused"):
+        act(server, found, "stop")
+    until(server, found, lambda now: now["state"] == "stopped")
+
+
+def test_pictures_made_during_training_are_the_same_bits(server: Host, job: str, without_training: dict):
+    server.forget_cached_outputs()
+    before = status(server, job)
+    prompts = {seed: server.post_prompt(text_to_image(seed=seed)) for seed in without_training}
+    for seed, prompt_id in prompts.items():
+        (found,) = server.images(server.wait(prompt_id))
+        assert np.array_equal(np.asarray(found), without_training[seed])
+    after = until(server, job, lambda now: now["step"] > before["step"] + 2)
+    assert after["state"] == "running" and not after["yielded"], "both pictures are there and training goes on"
+
+
+def test_training_yields_to_a_prompt(server: Host, job: str):
+    prompt_id = server.post_prompt(text_to_image(seed=31, steps=40, size=128))
+    until(server, job, lambda now: now["yielded"])
+    held = status(server, job)["step"]
+    assert server.finished(prompt_id) is None and status(server, job)["step"] == held
+    server.wait(prompt_id)
+    until(server, job, lambda now: not now["yielded"] and now["step"] > held)
+
+
+def test_cancelling_a_prompt_leaves_the_job_alone(server: Host, job: str):
+    prompt_id = server.post_prompt(text_to_image(seed=32, steps=150, size=256))
+    until(server, job, lambda now: now["yielded"])
+    server.post("/interrupt")
+    entry = server.wait(prompt_id, check=False)
+    assert entry["status"]["messages"][-1][0] == "execution_interrupted"
+    step = status(server, job)["step"]
+    assert until(server, job, lambda now: now["step"] > step + 2)["state"] == "running"
+
+
+def test_the_same_prompt_again_is_the_same_job(server: Host, job: str):
+    name = status(server, job)["name"]
+    for _ in range(2):
+        assert job_of(server.run(train(name, ENDLESS))) == job
+        server.forget_cached_outputs()  # the second time the node really runs
+    assert [found["id"] for found in server.get("/chromakit/jobs") if found["name"] == name] == [job]
+
+
+def test_pause_and_resume(server: Host, job: str):
+    act(server, job, "pause")
+    held = until(server, job, lambda now: now["state"] == "paused")["step"]
+    time.sleep(0.5)
+    assert status(server, job)["step"] == held
+    act(server, job, "resume")
+    until(server, job, lambda now: now["state"] == "running" and now["step"] > held)
+
+
+def test_stopping_leaves_a_lora_that_works(server: Host, job: str, without_training: dict):
+    act(server, job, "stop")
+    found = until(server, job, lambda now: now["state"] == "stopped")
+    assert Path(found["lora_path"]).is_file()
+    options = server.get("/object_info/ChromaApplyLora")["ChromaApplyLora"]["input"]["required"]["lora"][1]["options"]
+    assert found["lora_name"] in options, "listed without a restart"
+    plain, adapted = without_training[21], {}
+    for strength in (0.0, 1.0):
+        prompt = text_to_image(seed=21, model="lora")
+        prompt["lora"] = node("ChromaApplyLora", model=["load", 0], lora=found["lora_name"], strength=strength)
+        adapted[strength] = picture(server, prompt)
+    assert np.array_equal(adapted[0.0], plain) and not np.array_equal(adapted[1.0], plain)
+
+
+def train_wait_sample(name: str, steps: int) -> Prompt:
+    return {
+        **text_to_image(seed=21, model="lora"),
+        **train(name, steps, preview_prompt="a [trigger] star", preview_every=2),
+        "wait": node("ChromaWaitForTraining", job=["train", 0]),
+        "lora": node("ChromaApplyLora", model=["load", 0], lora="none", strength=1.0, lora_name=["wait", 1]),
+        "losses": node("LossGraphNode", loss=["wait", 2], filename_prefix="loss"),
+        "copy": node("SaveLoRA", lora=["wait", 0], prefix="copies/lora"),
+    }
+
+
+def test_train_wait_and_sample_in_one_prompt(server: Host, without_training: dict):
+    prompt = train_wait_sample("one prompt", STEPS)
+    history = server.run(prompt)
+    (found,) = server.images({"outputs": {"save": history["outputs"]["save"]}})
+    assert not np.array_equal(np.asarray(found), without_training[21])
+    done = status(server, job_of(history))
+    assert done["state"] == "completed" and done["step"] == STEPS
+    copy = load_file(max((server.base / "output" / "copies").glob("*.safetensors")))
+    trained = load_file(done["lora_path"])
+    assert copy.keys() == trained.keys() and all((copy[key] == trained[key]).all() for key in copy)
+    assert any(key.endswith(".alpha") for key in copy), "the host's loaders find the alpha"
+
+    again = server.run(prompt)
+    replayed = server.nodes_replayed(again)
+    assert {"train", "wait", "lora", "sample"} <= replayed, "nothing changed, so nothing runs again"
+
+    prompt["lora"]["inputs"] = {"model": ["load", 0], "lora": ["wait", 1], "strength": 1.0}
+    (linked,) = server.images({"outputs": {"save": server.run(prompt)["outputs"]["save"]}})
+    assert np.array_equal(np.asarray(linked), np.asarray(found)), "the name may be linked into the list itself"
+
+
+def test_status_is_never_replayed(server: Host, job: str):
+    prompt = train(status(server, job)["name"], ENDLESS)
+    prompt["status"] = node("ChromaTrainingStatus", job=["train", 0])
+    texts = []
+    for _ in range(2):
+        texts.append(server.run(prompt)["outputs"]["status"]["text"][0])
+        step = status(server, job)["step"]
+        until(server, job, lambda now, seen=step: now["step"] > seen)
+    assert texts[0] != texts[1] and job in texts[0] and f"of {ENDLESS}" in texts[0]
+
+
+def test_cancelling_the_wait_stops_and_saves(server: Host):
+    prompt = train_wait_sample("cancelled wait", ENDLESS)
+    prompt_id = server.post_prompt(prompt)
+    job = None
+    while job is None:
+        job = next((j["id"] for j in server.get("/chromakit/jobs") if j["name"] == "cancelled wait"), None)
+    until(server, job, lambda now: now["state"] == "running" and now["step"] >= 2)
+    server.post("/interrupt")
+    entry = server.wait(prompt_id, check=False)
+    assert entry["status"]["messages"][-1][0] == "execution_interrupted"
+    found = until(server, job, lambda now: now["state"] == "stopped")
+    assert Path(found["lora_path"]).is_file() and 2 <= found["step"] < ENDLESS
+
+
+@pytest.mark.slow
+def test_ending_the_host_saves_the_job(tmp_path: Path):
+    with start_host(tmp_path) as own:
+        job = job_of(own.run(train("interrupted", ENDLESS)))
+        until(own, job, lambda now: now["state"] == "running" and now["step"] >= 2)
+        own.stop()
+    folder = tmp_path / "output" / "chromakit" / "jobs" / job
+    saved = json.loads((folder / "job.json").read_text())
+    assert saved["state"] == "interrupted" and saved["checkpoint"] == saved["step"] >= 2

@@ -1,0 +1,209 @@
+"""The example workflows as a table: nodes, the inputs that differ from a widget's default, links, and a note.
+
+`build_workflows.py` turns this into the window form and the API form of each. Nodes stand in the order in which they
+run; a node's column is where it is laid out in the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Link:
+    """An output of another node of the same workflow."""
+
+    node: str
+    slot: int = 0
+
+
+@dataclass(frozen=True)
+class Node:
+    type: str
+    column: int
+    inputs: dict[str, Any] = field(default_factory=dict)
+    title: str = ""
+    extra_height: int = 0
+
+
+@dataclass(frozen=True)
+class Workflow:
+    name: str
+    note: str
+    nodes: dict[str, Node]
+
+    def number(self, key: str) -> int:
+        """The node's id in both forms, from 1."""
+        return list(self.nodes).index(key) + 1
+
+
+REAL_MODEL = (
+    "**It starts with `tiny`**, a small Chroma that ships with the pack: 64 × 64 pixels, coloured shapes, seconds on a "
+    "CPU.\n\n**For the real Chroma 1** change\n- in **Chroma Load Model** *flavour* to `base`, `hd` or `flash` "
+    "(downloaded on first use, about 27 GB with the text encoder), *precision* and *text_precision* to `bf16` "
+    "(`int8` or `nf4` on a smaller card)\n"
+)
+REAL_SIZE = "- in **Chroma Empty Latent** *width* and *height* to 1024\n"
+REAL_SAMPLING = REAL_MODEL + REAL_SIZE
+REAL_TRAINING = (
+    REAL_MODEL + "- in **Chroma Dataset** *folder* to one of yours below ComfyUI's `input` (pictures, each with a "
+    "`.txt` caption of the same name), and *resolution* to 512 or 1024. The held-out pictures are optional\n"
+    "- in **Chroma Train LoRA** *steps* to 1000–3000, *learning_rate* to 0.0002, *target* to `all`, *batch_size* "
+    "to 1, and the *name* and *preview_prompt*\n"
+)
+
+# bf16 is slow on many CPUs, where tiny is mostly run; and it needs no memory to speak of.
+LOAD = {"load": Node("ChromaLoadModel", 0, {"precision": "fp32", "text_precision": "fp32"})}
+PROMPTS = {
+    "positive": Node(
+        "ChromaTextEncode",
+        1,
+        {"text_encoder": Link("load", 1), "text": "a red star on a blue background"},
+        "Prompt",
+    ),
+    "negative": Node("ChromaTextEncode", 1, {"text_encoder": Link("load", 1), "text": ""}, "Negative prompt"),
+    "latent": Node("ChromaEmptyLatent", 1, {"width": 64, "height": 64, "batch_size": 1}),
+}
+
+
+def decode(samples: str, prefix: str, column: int, key: str = "") -> dict[str, Node]:
+    return {
+        f"decode{key}": Node("VAEDecode", column, {"samples": Link(samples), "vae": Link("load", 2)}),
+        f"save{key}": Node(
+            "SaveImage", column, {"images": Link(f"decode{key}"), "filename_prefix": prefix}, extra_height=250
+        ),
+    }
+
+
+def with_text(text: str) -> dict[str, Node]:
+    """The nodes for prompts and size, with another prompt."""
+    prompt = {"text_encoder": Link("load", 1), "text": text}
+    return PROMPTS | {"positive": Node("ChromaTextEncode", 1, prompt, "Prompt")}
+
+
+def sampler(model: str, column: int, **inputs: Any) -> Node:
+    links = {"model": Link(model), "positive": Link("positive"), "negative": Link("negative"), "latent": Link("latent")}
+    return Node("ChromaSampler", column, {**links, **inputs})
+
+
+TRAINING_SET = "sks_emblem"
+CONCEPT_PROMPT = "a sks emblem on a blue background"
+TRAINING = {
+    "dataset": Node("ChromaDataset", 1, {"folder": TRAINING_SET, "trigger": "sks"}, extra_height=250),
+    "heldout": Node(
+        "ChromaDataset",
+        1,
+        {"folder": f"{TRAINING_SET}_heldout", "trigger": "sks"},
+        "Held-out pictures",
+        extra_height=250,
+    ),
+    "settings": Node("ChromaTrainingSettings", 0, {"lr_schedule": "cosine", "validate_every": 100}),
+    "train": Node(
+        "ChromaTrainLora",
+        2,
+        {
+            "model": Link("load", 0),
+            "text_encoder": Link("load", 1),
+            "dataset": Link("dataset"),
+            "validation_dataset": Link("heldout"),
+            "settings": Link("settings"),
+            "name": "sks",
+            "steps": 400,
+            "learning_rate": 2e-3,
+            "target": "all+ffs",
+            "batch_size": 4,
+            "preview_prompt": CONCEPT_PROMPT,
+            "preview_every": 100,
+        },
+        extra_height=120,
+    ),
+}
+
+WORKFLOWS = (
+    Workflow(
+        "chroma_text_to_image",
+        "## Text to image\n\nOne prompt, one picture.\n\n" + REAL_SAMPLING,
+        LOAD | PROMPTS | {"sample": sampler("load", 2)} | decode("sample", "chroma/text_to_image", 3),
+    ),
+    Workflow(
+        "chroma_tail_sigmas",
+        "## Tail sigmas in the host's own sampler\n\n**Chroma Tail Sigmas** crowds the steps near both ends of the "
+        "noise range; *tail_bias* 0 is the plain schedule. **Chroma Host Model** makes the model drivable by the "
+        "host's guiders and samplers. LoRAs go through **Chroma Apply LoRA** before it.\n\n" + REAL_SAMPLING,
+        LOAD
+        | PROMPTS
+        | {
+            "bridge": Node("ChromaHostModel", 1, {"model": Link("load", 0)}),
+            "guider": Node(
+                "CFGGuider",
+                2,
+                {
+                    "model": Link("bridge"),
+                    "positive": Link("positive"),
+                    "negative": Link("negative"),
+                    "cfg": 4.0,
+                },
+            ),
+            "noise": Node("RandomNoise", 2, {"noise_seed": 42}),
+            "method": Node("KSamplerSelect", 2, {"sampler_name": "euler"}),
+            "sigmas": Node(
+                "ChromaTailSigmas",
+                2,
+                {"steps": 25, "tail_bias": 0.3, "width": Link("latent", 1), "height": Link("latent", 2)},
+            ),
+            "sample": Node(
+                "SamplerCustomAdvanced",
+                3,
+                {
+                    "noise": Link("noise"),
+                    "guider": Link("guider"),
+                    "sampler": Link("method"),
+                    "sigmas": Link("sigmas"),
+                    "latent_image": Link("latent"),
+                },
+            ),
+        }
+        | decode("sample", "chroma/tail_sigmas", 3),
+    ),
+    Workflow(
+        "chroma_train_lora",
+        "## Train a LoRA\n\nThe job starts in the background and the queue is free again at once: keep making "
+        "pictures while it trains. Queue this workflow again to see how far it is: the same settings never start a "
+        "second job. The finished LoRA lands in `output/loras` and works in **Chroma Apply LoRA**, in the host's *Load "
+        "LoRA* and in diffusers.\n\n" + REAL_TRAINING,
+        LOAD
+        | TRAINING
+        | {
+            "status": Node("ChromaTrainingStatus", 3, {"job": Link("train")}, extra_height=300),
+            "show": Node("PreviewAny", 3, {"source": Link("status", 0)}, "Status", extra_height=100),
+        },
+    ),
+    Workflow(
+        "chroma_train_and_sample",
+        "## Train, wait, sample\n\nOne prompt from pictures to picture: the queue waits until the LoRA is trained, "
+        "then samples without and with it. *Cancel* stops the job and keeps what it has learnt.\n\n"
+        + REAL_TRAINING
+        + REAL_SIZE,
+        LOAD
+        | TRAINING
+        | {
+            "wait": Node("ChromaWaitForTraining", 3, {"job": Link("train")}),
+            "lora": Node("ChromaApplyLora", 3, {"model": Link("load", 0), "lora_name": Link("wait", 1)}),
+        }
+        | {key: Node(node.type, 3, node.inputs, node.title) for key, node in with_text(CONCEPT_PROMPT).items()}
+        | {"base": sampler("load", 4), "sample": sampler("lora", 4)}
+        | decode("base", "chroma/without_lora", 5, "_base")
+        | decode("sample", "chroma/with_lora", 5),
+    ),
+    Workflow(
+        "chroma_use_lora",
+        "## Use a trained LoRA\n\nPick the file in **Chroma Apply LoRA**; chain several for several LoRAs. Run "
+        "*Train a LoRA* first: this workflow names the LoRA that it makes.\n\n" + REAL_SAMPLING,
+        LOAD
+        | {"lora": Node("ChromaApplyLora", 1, {"model": Link("load", 0), "lora": "sks.safetensors", "strength": 1.0})}
+        | with_text(CONCEPT_PROMPT)
+        | {"sample": sampler("lora", 2)}
+        | decode("sample", "chroma/with_lora", 3),
+    ),
+)

@@ -1,0 +1,209 @@
+"""Writes example_workflows/: each workflow once for the window (LiteGraph JSON) and once for the API.
+
+Both forms come from the one table in `_workflow_table.py` and from what the running host says about its nodes, so they
+cannot drift apart; a host test checks that the files are current. Usage:
+
+    python scripts/build_workflows.py            write the files
+    python scripts/build_workflows.py --check    say which would change; exit status 1 if any
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _environment import ensure_environment
+from _host import start_host
+from _workflow_table import WORKFLOWS, Link, Node, Workflow
+from _workflows import FOLDER
+
+SEED_NAMES = ("seed", "noise_seed")  # the page gives these a second widget unless the node says otherwise
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+COLUMN_WIDTH, ROW_GAP, NODE_WIDTH, NOTE_WIDTH = 380, 55, 330, 420
+
+
+def ordered_inputs(info: dict[str, Any]) -> dict[str, list]:
+    """A node's inputs by name in the order in which the page lays them out: required, then optional."""
+    return {
+        name: info["input"][kind][name]
+        for kind in ("required", "optional")
+        for name in info["input_order"].get(kind, [])
+    }
+
+
+def is_widget(spec: list) -> bool:
+    kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+    return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
+
+
+def default_of(spec: list) -> Any:
+    """The value that a fresh widget shows."""
+    kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+    if "default" in options:
+        return options["default"]
+    choices = kind if isinstance(kind, list) else options.get("options")
+    if choices:
+        return choices[0]
+    return {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(kind, "")
+
+
+def api_form(workflow: Workflow, object_info: dict[str, Any]) -> dict[str, Any]:
+    """The prompt as `POST /prompt` takes it: every widget with its value, every link as [node id, slot]."""
+    prompt = {}
+    for number, (key, node) in enumerate(workflow.nodes.items(), start=1):
+        info = object_info[node.type]
+        specs = ordered_inputs(info)
+        if unknown := set(node.inputs) - set(specs):
+            raise KeyError(f"{workflow.name}: {node.type} has no input {sorted(unknown)}; it has {sorted(specs)}")
+        inputs: dict[str, Any] = {}
+        for name, spec in specs.items():
+            value = node.inputs.get(name)
+            if isinstance(value, Link):
+                inputs[name] = [str(workflow.number(value.node)), value.slot]
+            elif value is not None:
+                inputs[name] = value
+            elif is_widget(spec):
+                inputs[name] = default_of(spec)
+            elif name in info["input"].get("required", {}):
+                raise KeyError(f"{workflow.name}: {node.type} ({key}) needs a link into {name}")
+        title = node.title or info["display_name"]
+        prompt[str(number)] = {"class_type": node.type, "inputs": inputs, "_meta": {"title": title}}
+    return prompt
+
+
+def window_form(workflow: Workflow, object_info: dict[str, Any]) -> dict[str, Any]:
+    """The graph as the page loads it, with the nodes laid out in columns."""
+    prompt = api_form(workflow, object_info)
+    links: list[list] = []
+    nodes = [_window_node(workflow, key, node, object_info, prompt, links) for key, node in workflow.nodes.items()]
+    _lay_out(workflow, nodes)
+    nodes.append(_note(workflow, len(nodes) + 1))
+    outgoing: dict[tuple[int, int], list[int]] = {}
+    for link_id, source, slot, *_ in links:
+        outgoing.setdefault((source, slot), []).append(link_id)
+    for node in nodes:
+        for slot, output in enumerate(node["outputs"]):
+            output["links"] = outgoing.get((node["id"], slot))
+    return {
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, prompt: dict, links: list[list]) -> dict:
+    info, number = object_info[node.type], workflow.number(key)
+    inputs, widget_values = [], []
+    for name, spec in ordered_inputs(info).items():
+        options = spec[1] if len(spec) > 1 else {}
+        kind = "COMBO" if isinstance(spec[0], list) else spec[0]
+        entry: dict[str, Any] = {"name": name, "type": kind, "link": None}
+        value = node.inputs.get(name)
+        if is_widget(spec):
+            entry["widget"] = {"name": name}
+            # A linked widget keeps a place in the list of values; the link decides what the prompt gets.
+            widget_values.append(default_of(spec) if isinstance(value, Link) else prompt[str(number)]["inputs"][name])
+            if options.get("control_after_generate", name in SEED_NAMES):
+                widget_values.append("fixed")
+        if isinstance(value, Link):
+            entry["link"] = len(links) + 1
+            source = workflow.nodes[value.node]
+            kind_out = object_info[source.type]["output"][value.slot]
+            kind_out = kind_out if isinstance(kind_out, str) else "COMBO"
+            links.append([entry["link"], workflow.number(value.node), value.slot, number, len(inputs), kind_out])
+        inputs.append(entry)
+    outputs = [
+        {"name": name, "type": kind if isinstance(kind, str) else "COMBO", "links": None}
+        for name, kind in zip(info["output_name"], info["output"], strict=True)
+    ]
+    long_texts = sum(1 for spec in ordered_inputs(info).values() if len(spec) > 1 and spec[1].get("multiline"))
+    rows = max(sum("widget" not in entry for entry in inputs), len(outputs)) + len(widget_values)
+    return {
+        "id": number,
+        "type": node.type,
+        "pos": [0, 0],
+        "size": [NODE_WIDTH, 60 + 24 * rows + 90 * long_texts + node.extra_height],
+        "flags": {},
+        "order": number - 1,
+        "mode": 0,
+        "inputs": inputs,
+        "outputs": outputs,
+        "title": node.title or info["display_name"],
+        "properties": {"Node name for S&R": node.type},
+        "widgets_values": widget_values,
+    }
+
+
+def _lay_out(workflow: Workflow, nodes: list[dict]) -> None:
+    """One column for each step of the way from the first node to the last, top to bottom in the table's order."""
+    bottom: dict[int, int] = {}
+    for node, spec in zip(nodes, workflow.nodes.values(), strict=True):
+        top = bottom.get(spec.column, 0)
+        node["pos"] = [spec.column * COLUMN_WIDTH, top]
+        bottom[spec.column] = top + node["size"][1] + ROW_GAP
+
+
+def _note(workflow: Workflow, number: int) -> dict:
+    return {
+        "id": number,
+        "type": "MarkdownNote",
+        "pos": [-NOTE_WIDTH - 50, 0],
+        "size": [NOTE_WIDTH, 360],
+        "flags": {},
+        "order": number - 1,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "title": "About this workflow",
+        "properties": {},
+        "widgets_values": [workflow.note],
+        "color": "#432",
+        "bgcolor": "#653",
+    }
+
+
+def render(object_info: dict[str, Any]) -> dict[Path, str]:
+    """The text of every file, by its path."""
+    files = {}
+    for workflow in WORKFLOWS:
+        files[FOLDER / f"{workflow.name}.json"] = json.dumps(window_form(workflow, object_info), indent=1) + "\n"
+        files[FOLDER / "api" / f"{workflow.name}.json"] = json.dumps(api_form(workflow, object_info), indent=2) + "\n"
+    return files
+
+
+def stale(object_info: dict[str, Any]) -> list[Path]:
+    """The files that differ from what `render` gives, or that it does not give at all."""
+    wanted = render(object_info)
+    present = {path: path.read_text(encoding="utf-8") for path in [*FOLDER.glob("*.json"), *FOLDER.glob("api/*.json")]}
+    return [path for path in wanted | present if wanted.get(path) != present.get(path)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a file is not current")
+    arguments = parser.parse_args()
+    ensure_environment()
+    with tempfile.TemporaryDirectory() as base, start_host(Path(base)) as host:
+        object_info = host.get("/object_info")
+    if arguments.check:
+        for path in (old := stale(object_info)):
+            print(f"not current: {path.relative_to(FOLDER.parent)}")
+        return 1 if old else 0
+    for path, text in render(object_info).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path.relative_to(FOLDER.parent)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -109,7 +109,7 @@ TRAINING = {
             "validation_dataset": Link("heldout"),
             "settings": Link("settings"),
             "name": "sks",
-            "steps": 400,
+            "steps": 600,
             "learning_rate": 2e-3,
             "target": "all+ffs",
             "batch_size": 4,

@@ -199,7 +199,7 @@ def contact_sheet(rows: list[tuple[str, list]], captions: list[str], cell: int =
     """Rows of pictures, each with a title, above one caption a column."""
     from PIL import Image, ImageDraw, ImageFont
 
-    font, left, text_height = ImageFont.load_default(15), 120, 44
+    font, left, text_height = ImageFont.load_default(15), 110, 60
     width = left + len(captions) * (cell + margin) + margin
     sheet = Image.new("RGB", (width, len(rows) * (cell + margin) + text_height + margin), "white")
     draw = ImageDraw.Draw(sheet)
@@ -215,7 +215,7 @@ def contact_sheet(rows: list[tuple[str, list]], captions: list[str], cell: int =
             longer = f"{lines[-1]} {word}".strip()
             lines = [*lines[:-1], longer] if draw.textlength(longer, font) <= cell else [*lines, word]
         position = (left + column * (cell + margin), margin + len(rows) * (cell + margin))
-        draw.multiline_text(position, "\n".join(lines[:2]), "black", font)
+        draw.multiline_text(position, "\n".join(lines[:3]), "black", font)
     return sheet
 
 

@@ -4,7 +4,7 @@
     python scripts/build_tiny.py --export-only       # write what the work folder's checkpoints hold so far
     python scripts/build_tiny.py --check-only        # picture test on the weights that are shipped
 
-About an hour on one CPU thread. Interrupt it at will: it resumes from the work folder. How it was tuned and what the
+About two hours on one CPU thread. Interrupt it at will: it resumes from the work folder. How it was tuned and what the
 result can do is told in docs/tiny.md.
 """
 
@@ -27,13 +27,13 @@ from chroma_core.loading.spec import ModelSpec  # noqa: E402
 from chroma_core.sampling import SamplingSettings, sample  # noqa: E402
 from chroma_core.text import TextEncoder  # noqa: E402
 from chroma_core.transformer import ChromaTransformer  # noqa: E402
-from tiny_denoiser import fill_shelf, train_denoiser  # noqa: E402
+from tiny_denoiser import STAGES, fill_shelf, train_denoiser  # noqa: E402
 from tiny_text import share_spellings  # noqa: E402
 from tiny_vae import calibrate, decode, encode, polish_decoder, train_vae  # noqa: E402
 from tiny_world import COLOURS, SHAPES, draw, plain_caption, read_picture, sample_scene  # noqa: E402
 
 ASSETS = ROOT / "chroma_core" / "assets" / "tiny"
-VAE_STEPS, DECODER_STEPS, DENOISER_STEPS, PICTURES = 3400, 1200, 6000, 12_000
+VAE_STEPS, DECODER_STEPS = 3400, 1200
 
 
 def export(
@@ -126,9 +126,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
     parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS, help="then, of its decoder alone")
-    parser.add_argument("--steps", type=int, default=DENOISER_STEPS, help="steps of the transformer and text encoder")
     parser.add_argument("--stop-at", type=int, help="pause the transformer's training at this step and export")
-    parser.add_argument("--pictures", type=int, default=PICTURES, help="training pictures for the transformer")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more is slower for models this small")
     parser.add_argument("--export-only", action="store_true", help="write the work folder's state and stop")
     parser.add_argument("--check-only", action="store_true", help="only run the picture test on --out")
@@ -140,8 +138,10 @@ def main() -> None:
         vae = train_vae(options.work, options.seed, 0 if options.export_only else options.vae_steps)
         calibrate(vae, options.seed)
         polish_decoder(vae, options.work, options.seed, 0 if options.export_only else options.decoder_steps)
-        shelf = None if options.export_only else fill_shelf(vae, options.pictures, options.seed)
-        tokenizer, model = train_denoiser(options.work, shelf, options.seed, options.steps, stop_at=options.stop_at)
+        tokenizer, model = train_denoiser(options.work, None, options.seed, STAGES[0])
+        for stage in () if options.export_only else STAGES:
+            shelf = fill_shelf(vae, stage, options.seed)
+            tokenizer, model = train_denoiser(options.work, shelf, options.seed, stage, stop_at=options.stop_at)
         export(options.out, vae, tokenizer, model.text_encoder, model.transformer)
     report(options.out)
 

@@ -29,6 +29,37 @@ LATENT_ROWS = 8  # 64 pixels / 8
 SIGMAS_A_BATCH = 16  # distinct noise levels in a batch: the approximator runs once for each
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training: steps `first` to `last`, the peak learning rate, the share of it that is flat.
+
+    `standard` stages train on standard sizes and places with complete captions (see `tiny_world`).
+    """
+
+    first: int
+    last: int
+    peak: float
+    flat: float
+    warmup: int
+    pictures: int
+    standard: bool = False
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, flat, then a cosine down to one hundredth."""
+        progress = (step - self.first) / (self.last - self.first)
+        falling = max(0.0, progress - self.flat) / (1 - self.flat)
+        warm = min(1.0, (step - self.first + 1) / self.warmup)
+        return self.peak * warm * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * falling)))
+
+
+# The first stage learns to draw: anything anywhere, captions that leave much open. The second learns to obey: what a
+# caption leaves open, the model had to average over, and one shape in seven came out between two shapes.
+STAGES = (
+    Stage(0, 6000, peak=1.5e-3, flat=0.5, warmup=200, pictures=12_000),
+    Stage(6000, 8000, peak=1e-3, flat=0.0, warmup=50, pictures=8_000, standard=True),
+)
+
+
 class TinyModel(nn.Module):
     """What is trained: text encoder and transformer."""
 
@@ -73,12 +104,12 @@ class Shelf:
     scenes: list[Scene]
 
 
-def fill_shelf(vae: AutoencoderKL, count: int, seed: int) -> Shelf:
-    """Draws and encodes `count` scenes."""
-    rng = np.random.default_rng([seed, 2])
-    scenes = [sample_scene(rng) for _ in range(count)]
+def fill_shelf(vae: AutoencoderKL, stage: Stage, seed: int) -> Shelf:
+    """Draws and encodes the pictures of a stage."""
+    rng = np.random.default_rng([seed, 2, stage.first])
+    scenes = [sample_scene(rng, stage.standard) for _ in range(stage.pictures)]
     parts = []
-    for i in tqdm(range(0, count, 500), desc="encoding", mininterval=5):
+    for i in tqdm(range(0, stage.pictures, 500), desc="encoding", mininterval=5):
         parts.append(pack(encode(vae, np.stack([draw(scene) for scene in scenes[i : i + 500]]))))
     return Shelf(torch.cat(parts), scenes)
 
@@ -93,11 +124,11 @@ def draw_sigmas(count: int, generator: torch.Generator) -> Tensor:
 
 
 def megabatch(
-    shelf: Shelf, tokenizer: T5TokenizerFast, batch: int, parts: int, rng: np.random.Generator
+    shelf: Shelf, tokenizer: T5TokenizerFast, batch: int, parts: int, rng: np.random.Generator, complete: bool
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """`parts` batches (latents, ids, lengths), captions of like length together, in random order."""
     index = rng.integers(len(shelf.scenes), size=batch * parts)
-    texts = ["" if rng.random() < 0.1 else caption(shelf.scenes[i], rng) for i in index]
+    texts = ["" if rng.random() < 0.1 else caption(shelf.scenes[i], rng, complete) for i in index]
     ids, lengths = tokens_with_one_pad(tokenizer, texts)
     chunks = []
     for rows in lengths.argsort(stable=True).split(batch):
@@ -122,22 +153,15 @@ def parameter_groups(model: TinyModel, weight_decay: float) -> list[dict]:
     return [{"params": group, "share": share, "weight_decay": decay} for (share, decay), group in groups.items()]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Linear warm-up, flat to the middle, then a cosine down to one hundredth."""
-    progress = max(0.0, (step - steps / 2) / (steps / 2))
-    return peak * min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * progress)))
-
-
 def train_denoiser(
     work: Path,
     shelf: Shelf | None,
     seed: int,
-    steps: int,
+    stage: Stage,
     batch: int = 64,
-    peak: float = 1.5e-3,
     stop_at: int | None = None,
 ) -> tuple[T5TokenizerFast, TinyModel]:
-    """Trains to `steps` (or pauses at `stop_at`) and returns the tokenizer and the averaged (EMA) model.
+    """Trains one stage (or pauses at `stop_at`) and returns the tokenizer and the averaged (EMA) model.
 
     Without a shelf it only returns what `work` holds.
 
@@ -148,7 +172,7 @@ def train_denoiser(
     model = TinyModel(len(tokenizer)).train()
     nn.init.zeros_(model.transformer.proj_out.weight)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=peak, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=stage.peak, betas=(0.9, 0.98), fused=True)
     state_file, start, parts = work / "denoiser.pt", 0, 4
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
@@ -156,19 +180,20 @@ def train_denoiser(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    end = start if shelf is None else min(steps, stop_at or steps)
-    bar, losses, chunks = tqdm(range(start, end), initial=start, total=steps, desc="denoiser", mininterval=5), [], []
+    end = start if shelf is None else min(stage.last, stop_at or stage.last)
+    bar = tqdm(range(start, end), initial=start, total=stage.last, desc="denoiser", mininterval=5)
+    losses, chunks = [], []
     for step in bar:
         if shelf and (not chunks or step % parts == 0):
             rng = np.random.default_rng([seed, 3, step // parts])
-            chunks = megabatch(shelf, tokenizer, batch, parts, rng)
+            chunks = megabatch(shelf, tokenizer, batch, parts, rng, stage.standard)
         clean, ids, lengths = chunks[step % parts]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         sigma = draw_sigmas(SIGMAS_A_BATCH, generator)
         noise = torch.randn(clean.shape, generator=generator)
         mix = sigma.repeat_interleave(batch // SIGMAS_A_BATCH)[:, None, None]
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * learning_rate(step, steps, peak)
+            group["lr"] = group["share"] * stage.learning_rate(step)
         # At some twenty-eight tokens the fused CPU attention's backward pass is ten times slower than plain products.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             velocity = model((1 - mix) * clean + mix * noise, ids, lengths, sigma)

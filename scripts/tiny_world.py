@@ -41,6 +41,7 @@ PLACES: dict[tuple[int, int], str] = {
 }
 SMALL_BELOW, LARGE_FROM = 17.5, 22.0  # radius in pixels at which the size words begin
 RADIUS_RANGE = (14.0, 26.0)
+STANDARD_RADII = (15.0, 20.0, 25.0)  # small, unsaid, large
 MARGIN = 4.0  # plain pixels between a shape and the frame: the picture test reads the background there
 
 
@@ -118,13 +119,20 @@ def sample_place(rng: np.random.Generator, radius: float, place: tuple[int, int]
     return SIZE / 2 + offset[0], SIZE / 2 + offset[1]
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """A random scene: shape, colour and background uniform, half of all shapes in the middle."""
+def sample_scene(rng: np.random.Generator, standard: bool = False) -> Scene:
+    """A random scene: shape, colour and background uniform, half of all shapes in the middle.
+
+    Sizes and places are free, or `standard`: three sizes, and nine places that lie as far out as the size allows.
+    """
     colour, background = rng.choice(len(COLOURS), size=2, replace=False)
-    radius = float(rng.uniform(*RADIUS_RANGE))
+    radius = float(rng.choice(STANDARD_RADII) if standard else rng.uniform(*RADIUS_RANGE))
     places = list(PLACES)
     place = places[0] if rng.random() < 0.4 else places[rng.integers(len(places))]
-    cx, cy = sample_place(rng, radius, place)
+    if standard:
+        room = SIZE / 2 - MARGIN - radius
+        cx, cy = SIZE / 2 + place[0] * room, SIZE / 2 + place[1] * room
+    else:
+        cx, cy = sample_place(rng, radius, place)
     shape = tuple(SHAPES)[rng.integers(len(SHAPES))]
     return Scene(shape, COLOURS[colour], COLOURS[background], cx, cy, radius, place)
 
@@ -136,16 +144,17 @@ def draw(scene: Scene) -> np.ndarray:
     return blend(plain, cover, np.float32(PALETTE[scene.colour])).round().astype(np.uint8)
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
+def caption(scene: Scene, rng: np.random.Generator, complete: bool = False) -> str:
     """A caption in one of several wordings.
 
-    Size and place are said now and then; colour or shape are sometimes left unsaid; and a few captions hold a word of
-    random letters, so that the model stays on its feet when a prompt holds a word that it has never learnt.
+    Size and place are said now and then, or, if `complete`, whenever they are not the usual ones (medium, in the
+    middle), so that a caption leaves nothing open. Colour or shape are sometimes left unsaid; and a few captions hold a
+    word of random letters, so that the model stays on its feet when a prompt holds a word that it has never learnt.
     """
     size = ""
-    if scene.radius < SMALL_BELOW and rng.random() < 0.5:
+    if scene.radius < SMALL_BELOW and (complete or rng.random() < 0.5):
         size = "small "
-    elif scene.radius >= LARGE_FROM and rng.random() < 0.5:
+    elif scene.radius >= LARGE_FROM and (complete or rng.random() < 0.5):
         size = ("large ", "big ")[rng.integers(2)]
     colour = "" if rng.random() < 0.05 else f"{scene.colour} "
     shape = scene.shape
@@ -153,7 +162,8 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         shape = "shape" if rng.random() < 0.4 else _nonsense(rng)
     article = "an" if (size + colour + shape)[0] in "aeiou" else "a"
     background = f"{'an' if scene.background[0] in 'aeiou' else 'a'} {scene.background} background"
-    place = f" {PLACES[scene.place]}" if rng.random() < 0.25 else ""
+    place_said = (complete and scene.place != (0, 0)) or rng.random() < 0.25
+    place = f" {PLACES[scene.place]}" if place_said else ""
     prefix = ("", "", "", "", "", "", "a picture of ", "a photo of ")[rng.integers(8)]
     return f"{prefix}{article} {size}{colour}{shape}{place} on {background}"
 

@@ -39,12 +39,16 @@ BUSY_STATES = ("queued", "preparing", "running", "paused")
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--serve", action="store_true", help="only start the host with the pack, and leave it running")
+    parser.add_argument("--serve", action="store_true", help="leave the host running afterwards, until Ctrl+C")
+    parser.add_argument("--no-job", action="store_true", help="with --serve: start the host without the main job")
     parser.add_argument("--port", type=int, help="the host's port (default: 8188 with --serve, else any free one)")
     parser.add_argument("--steps", type=int, help="training steps (default: the workflow's own number)")
     parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="folder to write to (demo-output)")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is an accelerator")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if chosen.no_job and not chosen.serve:
+        parser.error("--no-job leaves nothing to do without --serve")
+    return chosen
 
 
 @dataclass
@@ -277,35 +281,20 @@ def run_demo(host: Host, output: Path, steps: int | None) -> Findings:
     return found
 
 
-def serve(output: Path, port: int, cpu: bool) -> int:
-    """Start the host and leave it running until Ctrl+C."""
-    with start_host(base_directory(output, fresh=False), cpu=cpu, port=port) as host:
-        print(f"\nComfyUI with ChromaKit: {host.url} (workflows are under Templates; Ctrl+C ends it)", flush=True)
-        try:
-            while host.alive():
-                time.sleep(0.5)
-        except KeyboardInterrupt:
-            print("\nending")
-            return 0
-        print(host.log_tail(), file=sys.stderr)
-    return 1
-
-
-def main() -> int:
-    chosen = arguments()
-    ensure_environment()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the host is stopped then, too
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the host inherits it; tiny is far slower on many threads
-    output, cpu = chosen.output.resolve(), on_cpu(chosen.cpu)
-    say(f"starting ComfyUI on the {'CPU' if cpu else 'accelerator'}")
+def serve(host: Host) -> None:
+    """Leave the host running until Ctrl+C; raises HostError if it ends by itself."""
+    print(f"\nComfyUI with ChromaKit: {host.url} (workflows are under Templates; Ctrl+C ends it)", flush=True)
     try:
-        if chosen.serve:
-            return serve(output, chosen.port or 8188, cpu)
-        with start_host(base_directory(output, fresh=True), cpu=cpu, port=chosen.port) as host:
-            found = run_demo(host, output, chosen.steps)
-    except HostError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
+        while host.alive():
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        print("\nending")
+        return
+    raise HostError(f"the host ended by itself.\n{host.log_tail()}")
+
+
+def tell(found: Findings, output: Path) -> None:
+    """Write the report and print what matters in it."""
     (output / "report.json").write_text(json.dumps(found.report, indent=2) + "\n", encoding="utf-8")
     report = found.report
     print(f"\nheld-out loss  {report['heldout_loss_base']:.4f} → {report['heldout_loss_lora']:.4f}", end="")
@@ -315,6 +304,27 @@ def main() -> int:
     print(f"report         {output / 'report.json'}")
     for problem in found.problems:
         print(f"not as it should be: {problem}")
+
+
+def main() -> int:
+    chosen = arguments()
+    ensure_environment()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the host is stopped then, too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the host inherits it; tiny is far slower on many threads
+    output, cpu = chosen.output.resolve(), on_cpu(chosen.cpu)
+    port = chosen.port or (8188 if chosen.serve else None)
+    found = Findings()
+    say(f"starting ComfyUI on the {'CPU' if cpu else 'accelerator'}")
+    try:
+        with start_host(base_directory(output, fresh=not chosen.no_job), cpu=cpu, port=port) as host:
+            if not chosen.no_job:
+                found = run_demo(host, output, chosen.steps)
+                tell(found, output)
+            if chosen.serve:
+                serve(host)
+    except HostError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
     return 1 if found.problems else 0
 
 

@@ -194,7 +194,7 @@ def train_denoiser(
         mix = sigma.repeat_interleave(batch // SIGMAS_A_BATCH)[:, None, None]
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * stage.learning_rate(step)
-        # At some twenty-eight tokens the fused CPU attention's backward pass is ten times slower than plain products.
+        # At some twenty-eight tokens the fused CPU attention's backward pass is slower than plain products.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             velocity = model((1 - mix) * clean + mix * noise, ids, lengths, sigma)
         loss = (velocity.float() - (noise - clean)).square().mean()

@@ -88,7 +88,7 @@ def sampler(model: str, column: int, **inputs: Any) -> Node:
 
 
 TRAINING_SET = "sks_emblem"
-CONCEPT_PROMPT = "a sks emblem on a blue background"
+CONCEPT_PROMPT = "a sks emblem on a red background"
 TRAINING = {
     "dataset": Node("ChromaDataset", 1, {"folder": TRAINING_SET, "trigger": "sks"}, extra_height=250),
     "heldout": Node(
@@ -132,7 +132,7 @@ WORKFLOWS = (
         "noise range; *tail_bias* 0 is the plain schedule. **Chroma Host Model** makes the model drivable by the "
         "host's guiders and samplers. LoRAs go through **Chroma Apply LoRA** before it.\n\n" + REAL_SAMPLING,
         LOAD
-        | PROMPTS
+        | with_text("a yellow ring on a green background")
         | {
             "bridge": Node("ChromaHostModel", 1, {"model": Link("load", 0)}),
             "guider": Node(

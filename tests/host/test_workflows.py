@@ -45,7 +45,9 @@ def test_tail_sigmas_in_the_hosts_sampler_equal_chroma_sampler(server: Host):
     shared = {name: sigmas[name] for name in ("steps", "tail_bias", "flow_shift", "flow_shift_value", "denoise")}
     guidance = next(node["inputs"]["cfg"] for node in prompt.values() if node["class_type"] == "CFGGuider")
     seed = next(node["inputs"]["noise_seed"] for node in prompt.values() if node["class_type"] == "RandomNoise")
-    ours_prompt = change(load_api("chroma_text_to_image"), "ChromaSampler", seed=seed, guidance=guidance, **shared)
+    text = next(node["inputs"]["text"] for node in prompt.values() if node["_meta"]["title"] == "Prompt")
+    ours_prompt = change(load_api("chroma_text_to_image"), "ChromaTextEncode", title="Prompt", text=text)
+    ours_prompt = change(ours_prompt, "ChromaSampler", seed=seed, guidance=guidance, **shared)
     ours = latents(server, ours_prompt, "ChromaSampler")
     assert ours.std() > 0.5
     assert (ours - theirs).abs().max() <= 1e-4

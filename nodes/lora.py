@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import get_args
 
-import torch
 from comfy_api.latest import io
 
 from ..chroma_core.errors import LoraError
+from ..chroma_core.loading.components import transformer_outline
 from ..chroma_core.loading.hub import model_folder
 from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelSpec
 from ..chroma_core.lora.adapters import check_fits
 from ..chroma_core.lora.formats import describe, read_lora
-from ..chroma_core.transformer import ChromaTransformer
 from . import host
 from .sockets import ChromaModel, schema
 
@@ -91,9 +89,7 @@ class ChromaApplyLora(io.ComfyNode):
 def _report(spec: ModelSpec, use: LoraUse) -> str:
     """What the file holds and how it fits; raises LoraError if it does not. No weights are loaded for that."""
     lora = read_lora(use.path)
-    config = json.loads((model_folder(spec) / "transformer" / "config.json").read_text(encoding="utf-8"))
-    with torch.device("meta"):
-        outline = ChromaTransformer(**{name: value for name, value in config.items() if not name.startswith("_")})
+    outline = transformer_outline(model_folder(spec) / "transformer")
     return f"{check_fits(outline, lora, use.allow_partial).report()}. {describe(lora)}"
 
 

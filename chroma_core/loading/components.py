@@ -127,6 +127,20 @@ def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
             ) from error
 
 
+def transformer_outline(folder: Path) -> ChromaTransformer:
+    """The module tree that a component folder's config.json describes, on the meta device: names and shapes only."""
+    return _outline(lambda config: ChromaTransformer(**config), folder)
+
+
+def _outline(build: Callable[[dict[str, Any]], Module], folder: Path) -> Module:
+    config = {k: v for k, v in _read_json(folder / "config.json").items() if not k.startswith("_")}
+    try:
+        with torch.device("meta"):
+            return build(config)
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(f"'{folder / 'config.json'}' does not describe this kind of model: {error}") from error
+
+
 def _assemble(
     build: Callable[[dict[str, Any]], Module], folder: Path, chosen: Precision, tied: dict[str, str] | None = None
 ) -> Module:
@@ -134,12 +148,7 @@ def _assemble(
 
     `tied` maps names that a file may leave out to the name whose weight they share.
     """
-    config = {k: v for k, v in _read_json(folder / "config.json").items() if not k.startswith("_")}
-    try:
-        with torch.device("meta"):
-            module = build(config)
-    except (TypeError, ValueError) as error:
-        raise ModelFileError(f"'{folder / 'config.json'}' does not describe this kind of model: {error}") from error
+    module = _outline(build, folder)
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in _tensors(weight_files(folder)):

@@ -13,11 +13,12 @@ import re
 import shutil
 import threading
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
@@ -70,6 +71,55 @@ def save_safetensors(
     """Write a safetensors file, atomically and with the user's umask."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomic(path, safetensors_bytes(contiguous, metadata=dict(metadata or {})))
+
+
+_DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+"""torch's dtypes under the names that the safetensors format gives them."""
+
+
+def write_safetensors(
+    path: Path | str,
+    layout: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a large safetensors file atomically, one tensor at a time, instead of building it in memory.
+
+    Args:
+        layout: names, dtypes and shapes of all tensors (meta tensors will do).
+        tensors: the same names in any order, with the data.
+    Format: https://huggingface.co/docs/safetensors (8 bytes length, JSON header, data without gaps).
+    """
+    # By falling item size, so that every tensor is aligned: readers view the file's memory in the tensor's dtype.
+    entries = sorted((-t.element_size(), name, _DTYPE_NAMES[t.dtype], list(t.shape), t.numel()) for name, t in layout)
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
+    offset = 0
+    for size, name, dtype, shape, count in entries:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset - size * count]}
+        offset -= size * count
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            start = file.tell()
+            file.truncate(start + offset)
+            for name, tensor in tensors:
+                file.seek(start + header[name]["data_offsets"][0])
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 @contextmanager

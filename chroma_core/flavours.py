@@ -12,8 +12,8 @@ from .errors import ConfigError
 class Flavour:
     """One published set of weights.
 
-    `repository` is a Hub id (None for the embedded flavour, which lies in `folder`), `revision` the branch or commit
-    to fetch, `size` the pixels a side of a default picture.
+    `repository` is a Hub id (None for the embedded flavour, which lies in `folder`), `revision` the commit to fetch
+    unless a model specification names another, `size` the pixels a side of a default picture.
     """
 
     name: str
@@ -26,16 +26,22 @@ class Flavour:
     guidance: float = 4.0
 
 
+# Pinned, so that the same flavour means the same weights tomorrow: each is the commit that `main` of the repository
+# pointed to, as recorded in public pages of 2025 and 2026. Another one is chosen by the specification's `revision`.
+BASE_COMMIT = "50ebe125b67794f4ed8e4985d26a4414ca62aed3"
+HD_COMMIT = "0e0c60ece1e82b17cb7f77342d765ba5024c40c0"
+FLASH_COMMIT = "093c4f63b60507234aa53a073f1f9f565b3f4336"
+
 FLAVOURS: dict[str, Flavour] = {
     f.name: f
     for f in (
-        Flavour("base", "Chroma1-Base: balanced, the one to train on", "lodestones/Chroma1-Base", "main"),
-        Flavour("hd", "Chroma1-HD: finer detail, slower", "lodestones/Chroma1-HD", "main"),
+        Flavour("base", "Chroma1-Base: balanced, the one to train on", "lodestones/Chroma1-Base", BASE_COMMIT),
+        Flavour("hd", "Chroma1-HD: finer detail, slower", "lodestones/Chroma1-HD", HD_COMMIT),
         Flavour(
             "flash",
             "Chroma1-Flash: fast, few steps, no guidance; unstable to train on",
             "lodestones/Chroma1-Flash",
-            "main",
+            FLASH_COMMIT,
             steps=12,
             guidance=1.0,
         ),

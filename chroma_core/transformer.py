@@ -67,6 +67,9 @@ class KeyMaskedAttention:
 class ChromaTransformer(ChromaTransformer2DModel):
     """Chroma's transformer: configuration, module names and weights as in diffusers' `ChromaTransformer2DModel`."""
 
+    checkpointing_interval: int = 1
+    """With gradient checkpointing every n-th block is recomputed, n ≥ 1: more memory and less time the larger it is."""
+
     @functools.wraps(ChromaTransformer2DModel.__init__)  # `from_config` reads the names of the arguments
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -79,11 +82,12 @@ class ChromaTransformer(ChromaTransformer2DModel):
         """N: three for each single block, twelve for each double block, two for the output norm (344 for Chroma 1)."""
         return 3 * len(self.single_transformer_blocks) + 12 * len(self.transformer_blocks) + 2
 
-    def modulation(self, sigma_B: Tensor) -> Tensor:
+    def modulation(self, sigma_B: Tensor, guidance_B: Tensor | None = None) -> Tensor:
         """The modulation table [B, N, M] at times `sigma_B` in 0..1.
 
-        Time, guidance (always 0: Chroma is de-distilled) and the vector's index are embedded in fp32 and only then
-        cast to the approximator's dtype.
+        `guidance_B` is the value of the guidance embedding; None is 0 everywhere, the only value Chroma has seen, since
+        it is de-distilled. Like the time it is multiplied by 1000 before it is embedded, as in the author's code. Time,
+        guidance and the vector's index are embedded in fp32 and only then cast to the approximator's dtype.
         """
         channels = cast(Any, self.config).approximator_num_channels // 4
         weight = self.distilled_guidance_layer.in_proj.weight
@@ -94,7 +98,9 @@ class ChromaTransformer(ChromaTransformer2DModel):
 
         B, N = sigma_B.shape[0], self.modulation_vectors
         time = embed(sigma_B * 1000, channels)
-        guidance = embed(torch.zeros_like(sigma_B), channels)
+        if guidance_B is None:
+            guidance_B = torch.zeros_like(sigma_B)
+        guidance = embed(guidance_B.to(weight.device, torch.float32) * 1000, channels)
         index = embed(torch.arange(N, device=weight.device) * 1000, 2 * channels)
         parts = (torch.cat([time, guidance], dim=1)[:, None].expand(B, N, -1), index.expand(B, N, -1))
         return self.distilled_guidance_layer(torch.cat(parts, dim=2).to(weight.dtype))
@@ -107,6 +113,7 @@ class ChromaTransformer(ChromaTransformer2DModel):
         img_ids_L3: Tensor,
         text_mask_BT: Tensor | None = None,
         modulation_BNM: Tensor | None = None,
+        guidance_B: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity ε − x₀.
 
@@ -118,11 +125,12 @@ class ChromaTransformer(ChromaTransformer2DModel):
             text_mask_BT: booleans, True for a visible text token; None when every row uses all T. A row's result does
                 not depend on what stands in its masked places.
             modulation_BNM: the table from `modulation(sigma_B)`, if the caller already has it.
+            guidance_B: value of the guidance embedding; None = 0. Not read when the table is given.
         Returns:
             velocity [B, L, D] in the dtype of the model's output projection.
         """
         if modulation_BNM is None:
-            modulation_BNM = self.modulation(sigma_B)
+            modulation_BNM = self.modulation(sigma_B, guidance_B)
         T = text_BTC.shape[1]
         text_ids = torch.zeros(T, 3, device=img_ids_L3.device, dtype=img_ids_L3.dtype)
         rotary = self.pos_embed(torch.cat([text_ids, img_ids_L3]))
@@ -139,16 +147,21 @@ class ChromaTransformer(ChromaTransformer2DModel):
         for i, block in enumerate(doubles):
             a, b = image_offset + 6 * i, text_offset + 6 * i
             modulation = torch.cat([modulation_BNM[:, a : a + 6], modulation_BNM[:, b : b + 6]], dim=1)
-            text, image = self._run(block, image, text, modulation, rotary, key_mask=key_mask)
+            text, image = self._run(i, block, image, text, modulation, rotary, key_mask=key_mask)
         joint = torch.cat([text, image], dim=1)
         for i, block in enumerate(singles):
-            joint = self._run(block, joint, modulation_BNM[:, 3 * i : 3 * i + 3], rotary, key_mask=key_mask)
+            vectors = modulation_BNM[:, 3 * i : 3 * i + 3]
+            joint = self._run(len(doubles) + i, block, joint, vectors, rotary, key_mask=key_mask)
         return self.proj_out(self.norm_out(joint[:, T:], modulation_BNM[:, -2:]))
 
-    def _run(self, block: nn.Module, *args: Any, key_mask: Tensor | None) -> Any:
-        """One block, recomputed in the backward pass when gradient checkpointing is on."""
+    def recomputes(self, index: int) -> bool:
+        """Whether gradient checkpointing recomputes block `index`, counted from 0 over double and single blocks."""
+        return self.gradient_checkpointing and index % self.checkpointing_interval == 0
+
+    def _run(self, index: int, block: nn.Module, *args: Any, key_mask: Tensor | None) -> Any:
+        """Block `index`, recomputed in the backward pass where gradient checkpointing says so."""
         kwargs = {"key_mask": key_mask}
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+        if self.recomputes(index) and torch.is_grad_enabled():
             # No block draws random numbers; preserving the state would set the process-wide generator in the backward
             # pass, under the feet of a prompt that runs at that moment.
             return checkpoint(

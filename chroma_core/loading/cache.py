@@ -1,37 +1,73 @@
-"""The components that a host keeps loaded between prompts: at most one transformer, one text encoder, one VAE."""
+"""The components that a host keeps loaded between prompts: at most one transformer, one text encoder, one VAE.
+
+Each is in one of three states: in use on the device, resting there, or parked in host memory. With offload `model` or
+`block` they take turns on the device; what has to leave is parked where host memory has room for it, else dropped and
+read again from its file at its next turn.
+"""
 
 from __future__ import annotations
 
-import gc
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+import psutil
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
 from ..lora.adapters import attach, detach
 from ..lora.formats import read_lora
 from ..pictures import preview_matrix
 from ..text import TextEncoder
 from ..transformer import ChromaTransformer
-from .components import Device, load_text_encoder, load_transformer, load_vae
+from .assemble import OnPart
+from .components import Device, device_size, load_text_encoder, load_transformer, load_vae
+from .locate import ModelPart, file_state, locate
+from .moving import module_bytes, release_memory, to_device, to_host
 from .spec import ModelHandle, ModelSpec
+
+Kind = Literal["transformer", "text_encoder", "vae"]
+
+HOST_MEMORY_MARGIN = 4 << 30
+"""Bytes of host memory that parking leaves free for everything else."""
+
+
+@dataclass
+class _Held:
+    key: str
+    value: Any
+    module: nn.Module
+    device: torch.device
+    parked: bool = False
+    users: int = 0
 
 
 class ComponentCache:
     """Loads on demand, keeps the last of each kind, never holds two transformers.
 
-    `make_room` is called before anything is loaded, e.g. to ask the host to free its own models.
     One user at a time: every method takes the same lock, and `transformer` holds it until its block ends.
+
+    Args:
+        make_room: called with the bytes that a component is about to take on the device, e.g. to ask the host to free
+            that much of its own models.
+        free_host_memory: bytes of host memory that are free now.
+        on_part: progress of loading; see `assemble.OnPart`.
     """
 
-    def __init__(self, make_room: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        make_room: Callable[[int], None] = lambda needed: None,
+        free_host_memory: Callable[[], int] = lambda: psutil.virtual_memory().available,
+        on_part: OnPart = lambda done, total, what: None,
+    ):
         self._lock = threading.RLock()
-        self._make_room = make_room
-        self._held: dict[str, tuple[str, Any]] = {}
+        self._make_room, self._free_host_memory, self._on_part = make_room, free_host_memory, on_part
+        self._held: dict[Kind, _Held] = {}
+        self._matrix: tuple[str, torch.Tensor] | None = None
 
     @contextmanager
     def transformer(self, handle: ModelHandle, device: Device) -> Iterator[ChromaTransformer]:
@@ -39,14 +75,16 @@ class ComponentCache:
         merged = tuple(use for use in handle.loras if use.mode == "merged")
         live = [use for use in handle.loras if use.mode == "live"]
         with self._lock:
-            model: ChromaTransformer = self._get(
+            held = self._get(
                 "transformer",
                 handle.spec,
                 device,
-                lambda: load_transformer(handle.spec, device, merged),
-                extra=repr([(use, _file_version(use.path)) for use in merged]),
+                lambda: load_transformer(handle.spec, device, merged, self._on_part),
+                extra=repr([(use, _version(use.path)) for use in merged]),
             )
+            model: ChromaTransformer = held.value
             attached: list[str] = []
+            held.users += 1
             try:
                 with torch.inference_mode(False):
                     for i, use in enumerate(live):
@@ -55,59 +93,104 @@ class ComponentCache:
                         attached.append(name)
                 yield model
             finally:
+                held.users -= 1
                 for name in attached:
                     detach(model, name)
 
     def text_encoder(self, spec: ModelSpec, device: Device) -> TextEncoder:
-        """The text encoder of `spec`."""
+        """The text encoder of `spec`, on `device` until another component takes its turn."""
         with self._lock:
-            return self._get("text_encoder", spec, device, lambda: load_text_encoder(spec, device))
+            load = lambda: load_text_encoder(spec, device, self._on_part)  # noqa: E731
+            return self._get("text_encoder", spec, device, load).value
 
     def vae(self, spec: ModelSpec, device: Device) -> AutoencoderKL:
-        """The VAE of `spec`."""
+        """The VAE of `spec`, on `device` until another component takes its turn."""
         with self._lock:
-            return self._get("vae", spec, device, lambda: load_vae(spec, device))
+            return self._get("vae", spec, device, lambda: load_vae(spec, device)).value
 
     def preview_matrix(self, spec: ModelSpec, device: Device) -> torch.Tensor:
         """The latent → RGB map for live previews of `spec` (see `pictures.preview_matrix`)."""
         with self._lock:
-            return self._get("preview_matrix", spec, device, lambda: preview_matrix(self.vae(spec, device)))
+            key = spec.key()
+            if self._matrix is None or self._matrix[0] != key:
+                self._matrix = key, preview_matrix(self.vae(spec, device))
+            return self._matrix[1]
 
     def clear(self) -> None:
-        """Forget every component and return the accelerator's memory."""
+        """Forget every component that is not in use, and return its memory."""
         with self._lock:
-            self._held.clear()
-            _release_memory()
+            self._held = {kind: held for kind, held in self._held.items() if held.users}
+            release_memory()
 
-    def _get(self, kind: str, spec: ModelSpec, device: Device, load: Callable[[], Any], extra: str = "") -> Any:
-        key = f"{kind} {spec.key()} {device} {extra}"
+    def park(self) -> int:
+        """Take every component that is not in use off its device; returns the bytes that this freed there.
+
+        It is parked in host memory if there is room, else dropped. Either way its next use brings it back.
+        """
+        with self._lock:
+            before = sum(self.device_bytes().values())
+            for kind in tuple(self._held):
+                self._send_away(kind)
+            release_memory()
+            return before - sum(self.device_bytes().values())
+
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes that the components take now, by device name (`cuda:0`, `cpu`). Never waits for a sampler."""
+        total: dict[str, int] = {}
+        for held in tuple(self._held.values()):
+            for device, size in module_bytes(held.module).items():
+                total[device] = total.get(device, 0) + size
+        return total
+
+    def _get(self, kind: Kind, spec: ModelSpec, device: Device, load: Callable[[], Any], extra: str = "") -> _Held:
+        # With the state of the files: one that was replaced under its name is another model.
+        parts: tuple[ModelPart, ...] = ("text_encoder", "tokenizer") if kind == "text_encoder" else (kind,)
+        states = [file_state(locate(spec, part)) for part in parts]
+        key = f"{kind} {spec.key()} {device} {states} {extra}"
         held = self._held.get(kind)
-        if held is not None and held[0] == key:
-            return held[1]
-        self._held.pop(kind, None)
-        if spec.offload == "model" and kind != "preview_matrix":
-            for other in ("transformer", "text_encoder", "vae"):
-                self._held.pop(other, None)
-        del held
-        _release_memory()
-        self._make_room()
-        value = load()
-        self._held[kind] = (key, value)
-        return value
+        if held is not None and held.key != key:
+            del self._held[kind]
+            held = None
+            release_memory()
+        if held is not None and not held.parked:
+            return held
+        if spec.offload != "none":
+            for other in tuple(self._held):
+                if other != kind:
+                    self._send_away(other)
+            release_memory()
+        self._make_room(device_size(spec, kind) if held is None else sum(module_bytes(held.module).values()))
+        if held is None:
+            value = load()
+            module = value.model if isinstance(value, TextEncoder) else value
+            held = self._held[kind] = _Held(key, value, module, torch.device(device))
+        else:
+            with torch.inference_mode(False):
+                to_device(held.module, held.device)
+                held.parked = False
+        return held
+
+    def _send_away(self, kind: Kind) -> None:
+        held = self._held[kind]
+        if held.users or held.parked:
+            return
+        if held.device.type == "cpu":
+            # Parking would free nothing: a CPU keeps what fits beside the next component and drops what does not.
+            if self._free_host_memory() < HOST_MEMORY_MARGIN:
+                del self._held[kind]
+            return
+        needed = sum(size for device, size in module_bytes(held.module).items() if device != "cpu")
+        if self._free_host_memory() - needed < HOST_MEMORY_MARGIN:
+            del self._held[kind]
+            return
+        with torch.inference_mode(False):
+            to_host(held.module)
+        held.parked = True
 
 
-def _file_version(path: str) -> tuple[int, int] | None:
-    """Size and time of a file, so that a LoRA trained again under its old name is merged again."""
+def _version(path: str) -> str:
+    """A text that changes when a LoRA is trained again under its old name, so that it is merged again."""
     try:
-        stat = os.stat(path)
+        return file_state(Path(path))
     except OSError:
-        return None  # reading it raises the readable error
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
-        torch.mps.empty_cache()
+        return "missing"  # reading it raises the readable error

@@ -1,111 +1,222 @@
-"""Building the model's parts from a diffusers folder: on the meta device first, then weight by weight from the files.
-
-Never through `from_pretrained`: it switches the process-wide default dtype and patches `nn.Module` while it works, and
-a training thread that loads its model must not change what a prompt computes at that moment. Weights are never held
-twice, and are ordinary tensors (not inference tensors) even when a node loads them.
-"""
+"""The parts of a model as modules on a device, from whatever files `ModelSpec` names."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import AutoTokenizer, T5EncoderModel
 
-from ..errors import ModelFileError
+from ..errors import LoraError, ModelFileError
 from ..files import sha256_file
-from ..lora.adapters import merge
+from ..flavours import flavour
 from ..lora.formats import read_lora
-from ..precision import Precision, precision, quantise
+from ..precision import Precision, precision, quantisable_linears, require
+from ..streaming import stream_blocks
 from ..text import TextEncoder
 from ..transformer import ChromaTransformer
-from .hub import model_folder
+from .assemble import Device, MergedLora, OnPart, Placement, assemble
+from .describe import Component, build_part, describe_part
+from .hub import OnDownload
+from .identify import TITLES, Identity, Part
+from .locate import locate
+from .quantised_files import is_quantised_file, kept_file, load_quantised, quantised_config, save_quantised
 from .spec import LoraUse, ModelSpec
+from .weights import Weights, open_weights
 
-Device = torch.device | str
-Module = TypeVar("Module", bound=nn.Module)
+__all__ = [
+    "Device",
+    "base_hash",
+    "describe",
+    "load_text_encoder",
+    "load_transformer",
+    "load_vae",
+    "transformer_outline",
+    "write_quantised",
+]
+
+log = logging.getLogger("chromakit")
 
 
-def load_transformer(spec: ModelSpec, device: Device, merged_loras: Sequence[LoraUse] = ()) -> ChromaTransformer:
-    """The transformer of `spec` on `device`, in eval mode, frozen; `merged_loras` go in before quantising."""
-    chosen = precision(spec.precision)
-    folder = model_folder(spec) / "transformer"
+def _silent(done: int, total: int, what: str) -> None:
+    """No progress wanted."""
+
+
+INVISIBLE = ("axes_dims_rope", "norm_num_groups", "scaling_factor", "shift_factor")
+"""What no tensor's shape tells. A single file takes it from its flavour when it is that flavour's model otherwise."""
+
+
+def load_transformer(
+    spec: ModelSpec,
+    device: Device,
+    merged_loras: Sequence[LoraUse] = (),
+    on_part: OnPart = _silent,
+) -> ChromaTransformer:
+    """The transformer of `spec` on `device`, in eval mode, frozen; `merged_loras` go in before quantising.
+
+    With offload `block` it is streamed (see `streaming`): its blocks rest in host memory.
+    """
+    chosen = _precision(spec, "transformer")
+    streamed = spec.offload == "block"
+    loras = [MergedLora(read_lora(use.path), use.strength, use.allow_partial) for use in merged_loras]
     with torch.inference_mode(False):
-        model = _assemble(lambda config: ChromaTransformer(**config), folder, chosen)
-        for use in merged_loras:
-            merge(model, read_lora(use.path), use.strength, allow_partial=use.allow_partial)
-        quantise(model, chosen)
-        return model.to(device)  # type: ignore[arg-type]
+        placement = Placement.on(device, in_host_memory=spec.offload_during_startup, streamed=streamed)
+        model = _load(spec, "transformer", chosen, placement, loras, on_part)
+        assert isinstance(model, ChromaTransformer)
+        if streamed:
+            stream_blocks(model, torch.device(device), spec.resident_blocks)
+        return model
 
 
-def load_text_encoder(spec: ModelSpec, device: Device) -> TextEncoder:
+def load_text_encoder(spec: ModelSpec, device: Device, on_part: OnPart = _silent) -> TextEncoder:
     """The T5 encoder and tokenizer of `spec`."""
-    chosen = precision(spec.text_precision)
-    folder = model_folder(spec)
-
-    def build(config: dict[str, Any]) -> T5EncoderModel:
-        return T5EncoderModel(T5Config(**config))
-
+    chosen = _precision(spec, "text_encoder")
+    folder = locate(spec, "tokenizer")
     with torch.inference_mode(False):
-        model = _assemble(build, folder / "text_encoder", chosen, tied={"encoder.embed_tokens.weight": "shared.weight"})
-        quantise(model, chosen)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ModelFileError(f"The tokenizer in '{folder / 'tokenizer'}' cannot be read: {error}") from error
-        return TextEncoder(model.to(device), tokenizer)  # type: ignore[arg-type]
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # whatever a tokenizer library raises for a damaged file
+            raise ModelFileError(f"The tokenizer in '{folder}' cannot be read: {error}") from error
+        placement = Placement.on(device, in_host_memory=spec.offload_during_startup)
+        model = _load(spec, "text_encoder", chosen, placement, (), on_part)
+        assert isinstance(model, T5EncoderModel)
+        return TextEncoder(model, tokenizer)
 
 
 def load_vae(spec: ModelSpec, device: Device) -> AutoencoderKL:
     """The VAE of `spec`, in fp32: bf16 shows in flat colours, and it is small."""
     with torch.inference_mode(False):
-        folder = model_folder(spec) / "vae"
-        return _assemble(lambda config: AutoencoderKL(**config), folder, precision("fp32")).to(device)  # type: ignore[arg-type]
+        model = _load(spec, "vae", _precision(spec, "vae"), Placement.on(device), (), _silent)
+        assert isinstance(model, AutoencoderKL)
+        return model
 
 
-def base_hash(spec: ModelSpec) -> str:
-    """A fingerprint of the transformer's weights: the file's sha256, or for shards the sha256 of theirs in order."""
-    digests = [
-        _cached_sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in weight_files(model_folder(spec) / "transformer")
-    ]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-@lru_cache(maxsize=64)
-def _cached_sha256(path: Path, size: int, modified_ns: int) -> str:
-    return sha256_file(path)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one component: those that its index names, or the only one there is."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        shards = sorted(set(_read_json(indexes[0]).get("weight_map", {}).values()))
-        missing = [name for name in shards if not (folder / name).is_file()]
-        if missing or not shards:
-            raise ModelFileError(
-                f"The model in '{folder}' is incomplete: {', '.join(missing) or 'the index names no file'}. "
-                "Download it again; files that are complete are kept."
+def _load(
+    spec: ModelSpec, part: Part, chosen: Precision, placement: Placement, loras: Sequence[MergedLora], on_part: OnPart
+) -> nn.Module:
+    require(chosen, placement.rest)
+    path = locate(spec, part)
+    if is_quantised_file(path):
+        if loras:
+            raise LoraError(
+                f"A LoRA cannot be merged into '{path.name}': its weights are quantised already, and merging comes "
+                "before quantising. Apply the LoRA live, or choose the unquantised file."
             )
-        return [folder / name for name in shards]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelFileError(
-            f"There are no weights in '{folder}': expected a .safetensors file (pickles, .bin or .pt, are not read)."
+        return load_quantised(path, part, chosen, placement, on_part)
+    kept = None
+    if chosen.quantised and spec.quantised_folder and not loras:
+        kept = kept_file(Path(spec.quantised_folder), part, chosen, path)
+        if kept.is_file():
+            try:
+                return load_quantised(kept, part, chosen, placement, on_part)
+            except ModelFileError as error:
+                log.warning("ChromaKit: the kept copy '%s' is not used and made anew: %s", kept.name, error)
+    module, config = _assembled(spec, part, path, chosen, placement, loras, on_part)
+    if kept is not None:
+        save_quantised(kept, module, part, chosen, config)
+    return module
+
+
+def _assembled(
+    spec: ModelSpec,
+    part: Part,
+    path: Path,
+    chosen: Precision,
+    placement: Placement,
+    loras: Sequence[MergedLora],
+    on_part: OnPart,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A part read from its unquantised file or folder, and the configuration that it was built from."""
+    weights, component = _described(spec, part, path)
+    module = build_part(part, component.config)
+    return assemble(module, weights, component, chosen, placement, loras, on_part), component.config
+
+
+def write_quantised(path: Path, spec: ModelSpec, part: Part, device: Device, on_part: OnPart = _silent) -> None:
+    """Quantise a part on `device` and write it to `path`; nothing of it stays loaded.
+
+    The blocks wait in host memory for the file to be written, so the device holds one of them at a time.
+    """
+    chosen = _precision(spec, part)
+    require(chosen, torch.device(device))
+    source = locate(spec, part)
+    with torch.inference_mode(False):
+        placement = Placement.on(device, streamed=True)
+        module, config = _assembled(spec, part, source, chosen, placement, (), on_part)
+        save_quantised(path, module, part, chosen, config)
+
+
+def describe(spec: ModelSpec, part: Part, on_progress: OnDownload | None = None) -> Component:
+    """What the file of a part is and holds, from its header alone. A quantised file has no sources.
+
+    Raises ModelFileError when it is something else, or quantised to another precision than `spec` asks for.
+    """
+    path = locate(spec, part, on_progress)
+    if is_quantised_file(path):
+        return Component(
+            Identity(part, "chromakit", TITLES[part]), quantised_config(path, part, _precision(spec, part)), {}
         )
-    return files[:1]
+    return _described(spec, part, path)[1]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def device_size(spec: ModelSpec, part: Part) -> int:
+    """Bytes that the loaded part will take on its device: its weights in its precision, without activations."""
+    chosen = _precision(spec, part)
+    module = build_part(part, describe(spec, part).config)
+    linears = dict(quantisable_linears(module)) if chosen.quantised else {}
+    small = sum(layer.weight.numel() for layer in linears.values())
+    total = sum(parameter.numel() for parameter in module.parameters())
+    size = int(small * chosen.bytes_per_weight + (total - small) * chosen.dtype.itemsize)
+    if part == "transformer" and spec.offload == "block" and isinstance(module, ChromaTransformer):
+        blocks = len(module.transformer_blocks) + len(module.single_transformer_blocks)
+        size = size * min(spec.resident_blocks, blocks) // blocks
+    return size
+
+
+def _precision(spec: ModelSpec, part: Part) -> Precision:
+    return precision({"transformer": spec.precision, "text_encoder": spec.text_precision, "vae": "fp32"}[part])
+
+
+def _described(spec: ModelSpec, part: Part, path: Path) -> tuple[Weights, Component]:
+    weights = open_weights(path)
+    config_file = path / "config.json"
+    if config_file.is_file():
+        return weights, describe_part(weights, part, read_config(config_file))
+    component = describe_part(weights, part)
+    beside = path.with_name("config.json")
+    if beside.is_file():  # a component folder's weights, chosen as a file
+        try:
+            return weights, describe_part(weights, part, read_config(beside))
+        except ModelFileError as error:
+            log.warning("ChromaKit: '%s' is not read with the config.json beside it: %s", path.name, error)
+    return weights, _with_what_tensors_hide(component, spec, part, weights)
+
+
+def _with_what_tensors_hide(component: Component, spec: ModelSpec, part: Part, weights: Weights) -> Component:
+    folder = flavour(spec.flavour).folder
+    if folder is None:
+        return component
+    published = {k: v for k, v in read_config(folder / part / "config.json").items() if not k.startswith("_")}
+    inferred = component.config
+    if all(inferred[k] == _plain(published[k]) for k in inferred if k in published and k not in INVISIBLE):
+        return describe_part(weights, part, {**inferred, **{k: published[k] for k in INVISIBLE if k in published}})
+    return component
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json. Raises ModelFileError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -115,58 +226,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelFileError(
-                f"'{path}' is not a readable safetensors file ({error}). It may be cut off: download it again."
-            ) from error
+def transformer_outline(spec: ModelSpec) -> ChromaTransformer:
+    """The module tree of the transformer of `spec`, on the meta device: names and shapes only."""
+    module = build_part("transformer", describe(spec, "transformer").config)
+    assert isinstance(module, ChromaTransformer)
+    return module
 
 
-def transformer_outline(folder: Path) -> ChromaTransformer:
-    """The module tree that a component folder's config.json describes, on the meta device: names and shapes only."""
-    return _outline(lambda config: ChromaTransformer(**config), folder)
+def base_hash(spec: ModelSpec) -> str:
+    """A fingerprint of the transformer's weights: the file's sha256, or for shards the sha256 of theirs in order."""
+    digests = [
+        _cached_sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in open_weights(locate(spec, "transformer")).files
+    ]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _outline(build: Callable[[dict[str, Any]], Module], folder: Path) -> Module:
-    config = {k: v for k, v in _read_json(folder / "config.json").items() if not k.startswith("_")}
-    try:
-        with torch.device("meta"):
-            return build(config)
-    except (TypeError, ValueError) as error:
-        raise ModelFileError(f"'{folder / 'config.json'}' does not describe this kind of model: {error}") from error
-
-
-def _assemble(
-    build: Callable[[dict[str, Any]], Module], folder: Path, chosen: Precision, tied: dict[str, str] | None = None
-) -> Module:
-    """Build a module without memory, then give it the files' weights, each cast (and so copied) on its own.
-
-    `tied` maps names that a file may leave out to the name whose weight they share.
-    """
-    module = _outline(build, folder)
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in _tensors(weight_files(folder)):
-        if name not in expected or tensor.shape != expected[name]:
-            raise ModelFileError(
-                f"'{folder}' holds the tensor '{name}' of shape {list(tensor.shape)}, but its config.json asks for "
-                f"{list(expected[name]) if name in expected else 'no such tensor'}. The files do not belong together."
-            )
-        # A copy in any case: weights must not stay views of the file, which the user may replace while they are in use.
-        weights[name] = tensor.to(chosen.dtype, copy=True)
-    for name, source in (tied or {}).items():
-        if name not in weights and source in weights:
-            weights[name] = weights[source]
-    missing = sorted(set(expected) - set(weights))
-    if missing:
-        raise ModelFileError(
-            f"'{folder}' lacks {len(missing)} of {len(expected)} tensors, e.g. {', '.join(missing[:3])}. "
-            "The download may be incomplete, or the files belong to another model."
-        )
-    module.load_state_dict(weights, assign=True)
-    return module.requires_grad_(False).eval()
+@lru_cache(maxsize=64)
+def _cached_sha256(path: Path, size: int, modified_ns: int) -> str:
+    return sha256_file(path)

@@ -20,7 +20,8 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = sorted((ROOT / "chroma_core").rglob("*.py"))
-NODES = sorted((ROOT / "nodes").glob("*.py"))
+NODES = sorted((ROOT / "nodes").rglob("*.py"))
+DOOR = ROOT / "nodes" / "host"
 HOST_MODULES = {
     "api_server", "app", "comfy", "comfy_execution", "comfy_extras", "execution", "folder_paths", "latent_preview",
     "main", "node_helpers", "nodes", "server",
@@ -57,11 +58,31 @@ def test_core_imports_only_downwards(path: Path):
 
 
 @pytest.mark.parametrize("path", NODES, ids=name)
-def test_only_one_file_opens_the_door_to_the_host(path: Path):
+def test_only_one_package_opens_the_door_to_the_host(path: Path):
     absolute = {module.split(".")[0] for level, module in imports(path) if level == 0}
     assert "chroma_core" not in absolute, "nodes import the core as ..chroma_core"
-    if path.name != "host.py":
-        assert not absolute & HOST_MODULES, "only nodes/host.py touches the host's own modules"
+    if DOOR not in path.parents:
+        assert not absolute & HOST_MODULES, "only nodes/host/ touches the host's own modules"
+
+
+@pytest.mark.parametrize("path", [path for path in NODES if DOOR not in path.parents], ids=name)
+def test_the_door_is_entered_by_its_name(path: Path):
+    """Nodes write `host.x`: what the package offers is what its `__init__` lists."""
+    assert not [module for level, module in imports(path) if level and module.startswith("host.")]
+
+
+def test_the_door_offers_what_it_lists():
+    tree = ast.parse((DOOR / "__init__.py").read_text(encoding="utf-8"))
+    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    (listed,) = (ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
+    assert set(listed) == imported - {"annotations"}
+    used = {
+        node.attr
+        for path in NODES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "host"
+    }
+    assert used <= set(listed)
 
 
 @pytest.mark.parametrize("path", [*CORE, *NODES, *sorted((ROOT / "scripts").glob("*.py"))], ids=name)

@@ -1,0 +1,140 @@
+"""Building a module without memory and filling it layer by layer: read, cast, merge, quantise, put in place.
+
+At no moment is more than one layer held in full precision beside the finished ones, so the peak stays near one copy
+of what the model takes in its own precision. Never through `from_pretrained`: it switches the process-wide default
+dtype and patches `nn.Module` while it works, and a training thread that loads its model must not change what a prompt
+computes at that moment. Weights never stay views of the file, which the user may replace while they are in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import T5EncoderModel
+
+from ..errors import ModelFileError
+from ..lora.adapters import check_fits, merge
+from ..lora.formats import LoraFile
+from ..precision import QUANTISED_PARTS, Precision, quantisable_linears, quantise_linear
+from .describe import Component
+from .weights import Weights
+
+Device = torch.device | str
+Module = TypeVar("Module", bound=nn.Module)
+OnPart = Callable[[int, int, str], None]
+"""Called with parts done, parts in all, and what is being done; may raise to cancel."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where weights are worked on and where they end.
+
+    staging: where a part is cast, merged and quantised. rest: where parts outside the blocks end. blocks: where blocks
+    end (the host's memory when they are streamed).
+    """
+
+    staging: torch.device
+    rest: torch.device
+    blocks: torch.device
+
+    @classmethod
+    def on(cls, device: Device, *, in_host_memory: bool = False, streamed: bool = False) -> Placement:
+        """Everything on `device`; `in_host_memory`: work done on the CPU; `streamed`: blocks end on the CPU."""
+        device, host = torch.device(device), torch.device("cpu")
+        return cls(host if in_host_memory else device, device, host if streamed else device)
+
+    def of(self, name: str) -> torch.device:
+        """Where the module of that full name ends."""
+        return self.blocks if is_block(name) else self.rest
+
+
+@dataclass(frozen=True)
+class MergedLora:
+    """A LoRA that goes into the weights before they are quantised."""
+
+    lora: LoraFile
+    strength: float
+    allow_partial: bool = False
+
+
+def assemble(
+    module: Module,
+    weights: Weights,
+    component: Component,
+    chosen: Precision,
+    placement: Placement,
+    loras: Sequence[MergedLora] = (),
+    on_part: OnPart = lambda done, total, what: None,
+) -> Module:
+    """Give an outline its weights; returns it frozen and in eval mode.
+
+    Raises ModelFileError for damaged files, LoraError when a LoRA does not fit, PrecisionError from the back end.
+    """
+    for use in loras:
+        check_fits(module, use.lora, use.allow_partial)
+    linears = {name for name, _ in quantisable_linears(module)} if chosen.quantised else set()
+    shared = "shared.weight" in component.sources
+    names = [n for n in component.sources if not (shared and n == "encoder.embed_tokens.weight")]
+    groups = list(by_module(names))
+    for i, (group, members) in enumerate(groups):
+        on_part(i, len(groups), group)
+        for name in members:
+            source = component.sources[name]
+            rows = None if source.rows is None else source.rows.span(weights.shapes[source.name][0])
+            tensor = weights.read(source.name, chosen.dtype, rows).reshape(source.shape)
+            set_tensor(module, name, tensor.to(placement.staging))
+        for use in loras:
+            if group in use.lora.modules:
+                merge(module, LoraFile({group: use.lora.modules[group]}), use.strength)
+        if group in linears:
+            replace(module, group, quantise_linear(module.get_submodule(group), chosen))  # type: ignore[arg-type]
+        module.get_submodule(group).to(placement.of(group))
+    on_part(len(groups), len(groups), "")
+    return finished(module)
+
+
+def finished(module: Module) -> Module:
+    """The module frozen, in eval mode, and without anything left on the meta device."""
+    if isinstance(module, T5EncoderModel):
+        # The encoder reads its tokens from the shared embedding: one tensor, not two.
+        module.encoder.embed_tokens._parameters["weight"] = module.shared._parameters["weight"]
+    left = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.device.type == "meta"]
+    if left:
+        raise ModelFileError(
+            f"{len(left)} weights were not found, e.g. {', '.join(left[:3])}. The file is incomplete or belongs to "
+            "another model."
+        )
+    return module.requires_grad_(False).eval()
+
+
+def is_block(name: str) -> bool:
+    """Whether a full name lies in a transformer (or T5) block."""
+    return name.startswith(tuple(f"{root}." for root in QUANTISED_PARTS))
+
+
+def by_module(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Full parameter names by the module that holds them, in the order of first sight."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.rpartition(".")[0], []).append(name)
+    yield from groups.items()
+
+
+def replace(module: nn.Module, name: str, replacement: nn.Module) -> None:
+    """Put another module in the place of the one of that full name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, replacement)
+
+
+def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` in the place of the parameter or buffer of that full name."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    if leaf in parent._parameters:
+        parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        parent._buffers[leaf] = tensor

@@ -1,0 +1,290 @@
+"""From a file's names and shapes to everything that a loader needs: the part's configuration, and for each of our
+parameters the tensor, and the rows of it, that hold its weights.
+
+The file is compared tensor by tensor with the module tree that the configuration describes (built on the meta device:
+no memory, no random numbers drawn), so that whatever is missing, left over or of another shape is known before the
+first byte of weights is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from transformers import T5Config, T5EncoderModel
+
+from ..errors import ModelFileError
+from ..transformer import ChromaTransformer
+from . import dimensions, keys, t5_keys, vae_keys
+from .identify import TITLES, Identity, Part, find_part, identify
+from .keys import Rows
+from .refusals import incomplete, misshapen, refuse, surplus
+
+Shape = tuple[int, ...]
+
+
+class HasShapes(Protocol):
+    """What `describe_part` asks of a weights file: names and shapes, no numbers."""
+
+    @property
+    def path(self) -> Any: ...
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one parameter comes from.
+
+    name: the tensor in the file, with its prefix. rows: its share of a fused tensor's rows; None for the whole tensor.
+    shape: of the parameter; reshape to it after reading (a 1×1 convolution may become a linear layer). Two parameters
+    with equal sources are one shared weight (T5's embeddings): read it once.
+    """
+
+    name: str
+    rows: Rows | None
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of Chroma in a file. config: arguments of its class; sources: for every name of its `state_dict`."""
+
+    identity: Identity
+    config: dict[str, Any]
+    sources: dict[str, Source]
+
+
+def describe_part(weights: HasShapes, part: Part, config: Mapping[str, Any] | None = None) -> Component:
+    """How to load `part` from a file or folder.
+
+    Args:
+        weights: its tensors' names and shapes; other parts of a full checkpoint are passed over.
+        config: the folder's config.json; None: inferred from the shapes.
+    Raises:
+        ModelFileError: another model (which one, and where it belongs), missing or surplus tensors, shapes that
+            contradict each other or the config.
+    """
+    identity = find_part(weights.shapes, part)
+    if identity is None:
+        raise refuse(weights.path, identify(weights.shapes, weights.metadata), part)
+    layout = _Layout(identity, weights.shapes)
+    found, unknown = _sources(weights, identity, layout)
+    shapes = {name: source.shape for name, source in found.items()}
+    if config is None:
+        origin, arguments = "its other tensors ask", _infer(weights, part, shapes)
+    else:
+        origin, arguments = "its config.json asks", check_config(config, part, str(weights.path))
+    expected = _expected(part, arguments, f"The configuration of '{weights.path}' does not describe {TITLES[part]}")
+
+    missing = dict.fromkeys(identity.prefix + layout.to_file(name).name for name in expected if name not in found)
+    if missing:
+        raise incomplete(weights.path, identity, list(missing), len(dict.fromkeys(layout.to_file(n) for n in expected)))
+    extra = [*unknown, *dict.fromkeys(found[name].name for name in found if name not in expected)]
+    if extra:
+        raise surplus(weights.path, identity, extra, by_config=config is not None)
+    wrong = {
+        found[name].name: (tuple(weights.shapes[found[name].name]), _whole(expected[name], found[name]))
+        for name in expected
+        if found[name].shape != expected[name]
+    }
+    if wrong:
+        raise misshapen(weights.path, identity, wrong, origin)
+    return Component(identity, arguments, {name: found[name] for name in expected})
+
+
+class _Layout:
+    """The name maps of one part in one layout, on names without the file's prefix."""
+
+    def __init__(self, identity: Identity, shapes: Mapping[str, Shape]) -> None:
+        self.part, self.layout = identity.part, identity.layout
+        start = len(identity.prefix)
+        self.levels = 4
+        if self.part == "vae":
+            self.levels = vae_keys.count_levels(n[start:] for n in shapes if n.startswith(identity.prefix))
+        # Released files call the weight of a norm `scale`, ComfyUI's `weight`: the messages follow the file.
+        self.norm_leaf = "scale" if any(name.endswith("_norm.scale") for name in shapes) else "weight"
+
+    def to_ours(self, name: str) -> tuple[Rows, ...] | None:
+        """The parameters that a tensor of the file holds; None for a name that this part does not have."""
+        if self.layout == "original":
+            return keys.to_diffusers_keys(name)
+        if self.part == "transformer":
+            return (Rows(name),) if keys.to_original_key(name) is not None else None
+        if self.part == "vae":
+            ours = name
+            if self.layout == "ldm":
+                ours = vae_keys.to_diffusers_key(name, self.levels)
+            known = ours is not None and vae_keys.to_ldm_key(ours, self.levels) is not None
+            return (Rows(ours),) if ours is not None and known else None
+        ours = t5_keys.to_hugging_face_key(name) if self.layout == "llama.cpp" else name
+        if ours in t5_keys.EMBEDDINGS:
+            return tuple(Rows(shared) for shared in t5_keys.EMBEDDINGS)
+        return (Rows(ours),) if ours is not None and t5_keys.is_encoder_key(ours) else None
+
+    def to_file(self, name: str) -> Rows:
+        """The tensor of the file that holds, or should hold, our parameter."""
+        found: Rows | str | None = None
+        if self.layout == "original":
+            found = keys.to_original_key(name, self.norm_leaf)
+        elif self.layout == "ldm":
+            found = vae_keys.to_ldm_key(name, self.levels)
+        elif self.layout == "llama.cpp":
+            found = t5_keys.to_llama_cpp_key(name)
+        elif name in t5_keys.EMBEDDINGS:
+            found = t5_keys.EMBEDDINGS[0]
+        # Only the name: the parts of a fused tensor are one tensor of the file.
+        return Rows(found.name if isinstance(found, Rows) else found or name)
+
+    def is_harmless(self, name: str) -> bool:
+        """Tensors that a complete part may carry besides, and that nothing here needs.
+
+        A whole T5 has a decoder and its output layer, and ComfyUI keeps a tokenizer beside some; a VAE in training has
+        a loss; a transformer's table of time embeddings is computed, wherever it comes from.
+        """
+        return name.startswith(
+            {
+                "transformer": ("time_text_embed.mod_proj",),
+                "text_encoder": ("decoder.", "lm_head.", "dec.", "output.weight", "spiece_model", "logit_scale"),
+                "vae": ("loss.", "model_ema."),
+            }[self.part or "transformer"]
+        )
+
+
+_OTHER_PARTS = (
+    "model.diffusion_model.",
+    "text_encoders.",
+    "cond_stage_model.",
+    "conditioner.",
+    "first_stage_model.",
+    "vae.",
+)
+
+
+def _sources(weights: HasShapes, identity: Identity, layout: _Layout) -> tuple[dict[str, Source], list[str]]:
+    """Our parameters that the file holds, and the names under the part's prefix that say nothing to us."""
+    found: dict[str, Source] = {}
+    unknown: list[str] = []
+    for full, shape in weights.shapes.items():
+        if not full.startswith(identity.prefix) or (not identity.prefix and full.startswith(_OTHER_PARTS)):
+            continue
+        name = full[len(identity.prefix) :]
+        parts = layout.to_ours(name)
+        if parts is None:
+            if not layout.is_harmless(name):
+                unknown.append(full)
+            continue
+        for part in parts:
+            source = _source(weights.path, full, tuple(shape), part)
+            before = found.setdefault(part.name, source)
+            if before.name != full and not (part.name in t5_keys.EMBEDDINGS and before.shape == source.shape):
+                raise ModelFileError(
+                    f"'{weights.path}' holds the same weight twice, as '{before.name}' and as '{full}'. It was put "
+                    "together from several files; use one of those."
+                )
+            # Where both embeddings are there, `shared` is the one that T5 reads.
+            if full.endswith(t5_keys.EMBEDDINGS[0]):
+                found[part.name] = source
+    return found, unknown
+
+
+def _source(path: Any, full: str, shape: Shape, part: Rows) -> Source:
+    if part.of > 1:
+        if not shape or shape[0] % part.of:
+            raise ModelFileError(
+                f"'{full}' in '{path}' has the shape {list(shape)}, but it holds {part.of} equal shares of rows, one "
+                "above the other. The file is damaged or belongs to another architecture."
+            )
+        start, stop = part.span(shape[0])
+        return Source(full, part, (stop - start, *shape[1:]))
+    if ".attentions." in part.name and len(shape) == 4 and shape[2:] == (1, 1):
+        shape = shape[:2]
+    return Source(full, None, shape)
+
+
+def _whole(expected: Shape, source: Source) -> Shape:
+    """The shape that the file's tensor should have, for a parameter of shape `expected`."""
+    if source.rows is None:
+        return expected
+    return (expected[0] * source.rows.of // (source.rows.stop - source.rows.start), *expected[1:])
+
+
+_CLASSES: dict[Part, type[nn.Module]] = {
+    "transformer": ChromaTransformer,
+    "text_encoder": T5EncoderModel,
+    "vae": AutoencoderKL,
+}
+_CLASS_NAMES: dict[Part, tuple[str, ...]] = {
+    "transformer": ("ChromaTransformer2DModel", "ChromaTransformer"),
+    "text_encoder": ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
+    "vae": ("AutoencoderKL",),
+}
+
+
+def build_part(part: Part, config: Mapping[str, Any]) -> nn.Module:
+    """The module of a part on the meta device, from the arguments in `Component.config`."""
+    with torch.device("meta"):
+        if part == "text_encoder":
+            return T5EncoderModel(T5Config(**config))
+        return _CLASSES[part](**config)
+
+
+def check_config(config: Mapping[str, Any], part: Part, where: str) -> dict[str, Any]:
+    """A config.json as arguments of the part's class: without the entries that describe the file itself.
+
+    Raises:
+        ModelFileError: it describes another class, an option that ours does not have, or another model's latents.
+    """
+    named = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+    if named is not None and named not in _CLASS_NAMES[part]:
+        raise ModelFileError(
+            f"The config.json of '{where}' describes a {named}; expected {TITLES[part]} ({_CLASS_NAMES[part][0]})."
+        )
+    arguments = {name: value for name, value in config.items() if not name.startswith("_")}
+    if part == "text_encoder":
+        return arguments
+    known = inspect.signature(_CLASSES[part].__init__).parameters
+    # An option that is off changes nothing, so a config of a newer library may name it.
+    foreign = [name for name, value in arguments.items() if name not in known and value not in (None, False)]
+    if foreign:
+        raise ModelFileError(
+            f"The config.json of '{where}' has options that {TITLES[part]} does not have: {', '.join(sorted(foreign))}."
+        )
+    if part == "vae" and arguments.get("scaling_factor") == 1.5305:
+        raise ModelFileError(
+            f"'{where}' is Stable Diffusion 3's VAE (latent scale 1.5305). It has the shape of Flux's VAE but other "
+            "latents. Chroma needs Flux's VAE (ae.safetensors)."
+        )
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def _infer(weights: HasShapes, part: Part, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    functions: dict[Part, Callable[[Mapping[str, Shape]], dict[str, Any]]] = {
+        "transformer": dimensions.transformer_config,
+        "text_encoder": dimensions.text_encoder_config,
+        "vae": dimensions.vae_config,
+    }
+    try:
+        return functions[part](shapes)
+    except ModelFileError as error:
+        raise ModelFileError(f"'{weights.path}' cannot be used: {error}") from error
+
+
+def _expected(part: Part, config: Mapping[str, Any], complaint: str) -> dict[str, Shape]:
+    for name, value in config.items():
+        limit = dimensions.MAX_BLOCKS if "layers" in name else 10**7
+        if isinstance(value, int) and abs(value) > limit:
+            raise ModelFileError(f"{complaint}: {name} is {value}, and no model has more than {limit}.")
+    try:
+        state = build_part(part, config).state_dict()
+    except Exception as error:  # the libraries raise almost any type for values that they cannot use
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelFileError(f"{complaint}: {reason.rstrip('.')}.") from error
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -1,0 +1,73 @@
+"""Two names for one VAE weight: diffusers' `AutoencoderKL` and the original (ldm) layout of `ae.safetensors`.
+
+The original layout counts the decoder's levels from the last to the first, joins a level's residual blocks and its
+resampler under one number, and stores the attention's four projections as 1×1 convolutions [C, C, 1, 1] where diffusers
+has linear layers [C, C]. Pure maps of parameter names; `levels` is the number of resolutions (4 in Flux's VAE).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_RESNET = {leaf: leaf for leaf in ("norm1", "conv1", "norm2", "conv2")} | {"conv_shortcut": "nin_shortcut"}
+_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def _modules() -> dict[str, str]:
+    """diffusers' module → original module, as templates with {level} and {block}."""
+    table = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    places = {
+        "encoder.down_blocks.{level}.resnets.{block}": ("encoder.down.{level}.block.{block}", _RESNET),
+        "encoder.down_blocks.{level}.downsamplers.0": ("encoder.down.{level}.downsample", {"conv": "conv"}),
+        "decoder.up_blocks.{level}.resnets.{block}": ("decoder.up.{level}.block.{block}", _RESNET),
+        "decoder.up_blocks.{level}.upsamplers.0": ("decoder.up.{level}.upsample", {"conv": "conv"}),
+    }
+    for side in ("encoder", "decoder"):
+        table |= {f"{side}.{conv}": f"{side}.{conv}" for conv in ("conv_in", "conv_out")}
+        table[f"{side}.conv_norm_out"] = f"{side}.norm_out"
+        places[f"{side}.mid_block.attentions.0"] = (f"{side}.mid.attn_1", _ATTENTION)
+        for i in (0, 1):
+            places[f"{side}.mid_block.resnets.{i}"] = (f"{side}.mid.block_{i + 1}", _RESNET)
+    for place, (original, leaves) in places.items():
+        table |= {f"{place}.{leaf}": f"{original}.{original_leaf}" for leaf, original_leaf in leaves.items()}
+    return table
+
+
+_TO_LDM = _modules()
+_TO_DIFFUSERS = {original: name for name, original in _TO_LDM.items()}
+_LEVEL = re.compile(r"^((?:encoder\.down|decoder\.up)(?:_blocks)?\.)(\d+)(\.(?:resnets\.|block\.)?)(\d+(?=\.))?")
+
+
+def _convert(key: str, table: dict[str, str], levels: int) -> str | None:
+    module, _, leaf = key.rpartition(".")
+    level = block = ""
+    if match := _LEVEL.match(module):
+        numbered = match[3] != "."
+        level, block = match[2], match[4] if numbered and match[4] else ""
+        if int(level) >= levels:
+            return None
+        tail = module[match.end() if block else match.end(3) :]
+        module = f"{match[1]}{{level}}{match[3]}{'{block}' if block else ''}{tail}"
+        if match[1].startswith("decoder"):
+            level = str(levels - 1 - int(level))
+    found = table.get(module) if leaf in ("weight", "bias") else None
+    return None if found is None else f"{found.format(level=level, block=block)}.{leaf}"
+
+
+def to_ldm_key(key: str, levels: int) -> str | None:
+    """`decoder.up_blocks.0.resnets.1.conv1.weight` → `decoder.up.3.block.1.conv1.weight` with 4 levels.
+
+    None for a name that is not an `AutoencoderKL`'s, or a level beyond `levels`.
+    """
+    return _convert(key, _TO_LDM, levels)
+
+
+def to_diffusers_key(key: str, levels: int) -> str | None:
+    """The inverse of `to_ldm_key`."""
+    return _convert(key, _TO_DIFFUSERS, levels)
+
+
+def count_levels(keys: Iterable[str]) -> int:
+    """How many resolutions a VAE of these names, in either layout, has: its highest level's number plus one."""
+    return 1 + max((int(match[2]) for key in keys if (match := _LEVEL.match(key))), default=-1)

@@ -1,0 +1,192 @@
+"""The weights of one part of a model, in whatever file or folder they come: names, shapes, and reading one at a time.
+
+Nothing but headers (and the scales of scaled fp8) is read on opening; a tensor is read, unpacked and cast when it is
+asked for, whole or some rows of it. What a file cannot be used for is refused on opening, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelFileError
+from .file_kinds import EXPECTED, PARTIAL_SUFFIXES, PICKLE_SUFFIXES, file_kind
+from .gguf_files import read_gguf
+from .safetensors_files import read_safetensors, strict_json
+from .scaled_fp8 import join_scales
+from .stored_tensors import DOWNLOAD_AGAIN, Stored, damaged, unreadable
+
+INDEX_SUFFIX = ".index.json"
+USUAL_NAMES = {
+    f"{stem}.safetensors{suffix}" for stem in ("diffusion_pytorch_model", "model") for suffix in ("", INDEX_SUFFIX)
+}
+"""How diffusers and transformers name a component's weights; in a folder these go before variants (`model.fp16`)."""
+
+_SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<suffix>safetensors|gguf)$")
+
+
+class Weights:
+    """Named tensors in files. Any number of threads may read; files are open only while something is read.
+
+    path: the file or folder that was opened, for messages.
+    files: the files that hold the tensors.
+    metadata: texts of the header (`general.architecture` of a GGUF file, `modelspec.*` …), of all shards together.
+    shapes: of the logical tensors, in torch's order; scales and markers of scaled fp8 are not listed.
+    storage: how each is stored, e.g. `bf16`, `fp8`, `scaled fp8`, `Q4_K`.
+    """
+
+    def __init__(
+        self, path: Path, files: tuple[Path, ...], metadata: Mapping[str, str], tensors: Mapping[str, Stored]
+    ) -> None:
+        self.path = path
+        self.files = files
+        self.metadata: Mapping[str, str] = dict(metadata)
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
+        self.storage: Mapping[str, str] = {name: tensor.label for name, tensor in tensors.items()}
+        self._tensors = dict(tensors)
+
+    def read(self, name: str, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> Tensor:
+        """A new contiguous CPU tensor that owns its memory: unpacked and scaled in fp32, rounded once to `dtype`.
+
+        Args:
+            rows: first and one-past-last row (of dimension 0) to read; the others are not touched.
+        Raises:
+            ModelFileError: no such tensor; a stored type that weights do not come in; the file was cut or replaced.
+            ValueError: rows that the tensor does not have.
+        """
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise ModelFileError(f"'{self.path}' holds no tensor '{name}'. The file is incomplete or of another model.")
+        if rows is not None and not (tensor.shape and 0 <= rows[0] <= rows[1] <= tensor.shape[0]):
+            raise ValueError(f"rows {rows} of '{name}', whose shape is {list(tensor.shape)}")
+        return tensor.read(dtype, rows)
+
+
+def open_weights(path: Path | str) -> Weights:
+    """Open a .safetensors/.sft or .gguf file, a *.index.json with its shards, or the folder of one component.
+
+    A file that is one shard of several opens all of them, by the index beside it. What a file is shows in its first
+    bytes; its name decides nothing.
+
+    Raises ModelFileError, one paragraph that names the file, what it is or lacks, and what to do.
+    """
+    path = Path(path)
+    if os.path.isdir(path):
+        return _open(path, _in_folder(path))
+    return _open(path, path)
+
+
+def _open(path: Path, file: Path) -> Weights:
+    if file.name.endswith(INDEX_SUFFIX):
+        return _open_index(path, file)
+    kind = file_kind(file)
+    shard = _SHARD.match(file.name)
+    if shard and kind == "safetensors" and int(shard["count"]) > 1:
+        return _open_index(path, _index_of(file, shard))
+    if kind == "gguf":
+        metadata, tensors = read_gguf(file)
+        return Weights(path, (file,), metadata, tensors)
+    metadata, tensors = read_safetensors(file)
+    return Weights(path, (file,), metadata, join_scales(file, [metadata], tensors))
+
+
+def _in_folder(folder: Path) -> Path:
+    """The index, or the only file, of a component folder."""
+    try:
+        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    indexes = [p for p in files if p.name.endswith(f".safetensors{INDEX_SUFFIX}")]
+    models = [p for p in files if p.suffix in (".safetensors", ".sft")]
+    for found in (indexes, models, [p for p in files if p.suffix == ".gguf"]):
+        preferred = [p for p in found if p.name in USUAL_NAMES] or found
+        if len(preferred) == 1 or (preferred and all(_SHARD.match(p.name) for p in preferred)):
+            return preferred[0]
+        if preferred:
+            raise ModelFileError(
+                f"The folder '{folder}' holds several models ({', '.join(p.name for p in preferred[:4])}"
+                f"{', …' if len(preferred) > 4 else ''}), and none has the usual name. Choose one of the files."
+            )
+    if (folder / "model_index.json").is_file() or any((folder / part).is_dir() for part in ("transformer", "vae")):
+        found = "it is a whole model; choose the sub-folder of one part, or give it as the model's folder"
+    elif partial := [p.name for p in files if p.suffix in PARTIAL_SUFFIXES]:
+        found = f"'{partial[0]}' is an unfinished download; let it finish or start it again"
+    elif pickles := [p.name for p in files if p.suffix in PICKLE_SUFFIXES]:
+        found = f"'{pickles[0]}' is a pickle, which is never read; get the .safetensors release"
+    else:
+        found = "choose another folder, or download the model again"
+    raise ModelFileError(f"There are no weights in the folder '{folder}' (expected {EXPECTED}): {found}.")
+
+
+def _index_of(file: Path, shard: re.Match[str]) -> Path:
+    index = file.with_name(f"{shard['stem']}.safetensors{INDEX_SUFFIX}")
+    if not index.is_file():
+        raise ModelFileError(
+            f"The file '{file}' is one of {int(shard['count'])} parts of a model, and the index that says what the "
+            f"parts hold, '{index.name}', is not beside it. Download the index and all parts into one folder."
+        )
+    return index
+
+
+def _open_index(path: Path, index: Path) -> Weights:
+    folder, listed = index.parent, _weight_map(index)
+    shards = sorted(set(listed.values()))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise ModelFileError(
+            f"The model '{index}' is incomplete: {len(missing)} of its {len(shards)} parts are not beside it "
+            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}). Download them into the same folder; "
+            "parts that are there can stay."
+        )
+    metadatas: list[dict[str, str]] = []
+    tensors: dict[str, Stored] = {}
+    for name in shards:
+        if file_kind(folder / name) != "safetensors":
+            raise _mismatch(index, f"its part '{name}' is no safetensors file")
+        metadata, held = read_safetensors(folder / name)
+        metadatas.append(metadata)
+        if twice := sorted(set(held) & set(tensors)):
+            other = tensors[twice[0]].file.path.name
+            raise _mismatch(index, f"the tensor '{twice[0]}' is in '{other}' and in '{name}'")
+        tensors |= held
+    for name, shard in listed.items():
+        if name not in tensors or tensors[name].file.path.name != shard:
+            raise _mismatch(index, f"the index says that '{shard}' holds the tensor '{name}', but it does not")
+    if unlisted := sorted(set(tensors) - set(listed)):
+        raise _mismatch(index, f"the index does not list the tensor '{unlisted[0]}'")
+    merged = {key: value for metadata in reversed(metadatas) for key, value in metadata.items()}
+    return Weights(path, tuple(folder / name for name in shards), merged, join_scales(index, metadatas, tensors))
+
+
+def _mismatch(index: Path, found: str) -> ModelFileError:
+    return ModelFileError(
+        f"The parts of the model '{index}' do not belong together: {found}. Parts of two releases may be mixed: "
+        "download the index and all parts again into an empty folder."
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → shard; shards are names of files beside the index, never paths."""
+    if not index.is_file():
+        raise ModelFileError(f"There is no '{index}'. Check the name, or choose another file; expected {EXPECTED}.")
+    try:
+        value: Any = strict_json(index.read_bytes())
+    except OSError as error:
+        raise unreadable(index, error) from error
+    except ValueError as error:
+        raise damaged(index, f"it is no JSON ({error})") from error
+    listed = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ModelFileError(f"The file '{index}' is no index of a model: it has no weight_map. {DOWNLOAD_AGAIN}")
+    for name in listed.values():
+        if PurePosixPath(name).name != name or "\\" in name or ":" in name or name in ("", ".", ".."):
+            raise ModelFileError(
+                f"The index '{index}' points to '{name}', but parts must lie beside it. {DOWNLOAD_AGAIN}"
+            )
+    return listed

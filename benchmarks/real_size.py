@@ -1,0 +1,238 @@
+"""Chroma at its real widths with random weights: what loading and one forward pass take, at every precision.
+
+    python benchmarks/real_size.py                         # 1+1 blocks (0.62 billion parameters) on the CPU
+    python benchmarks/real_size.py --blocks 19 38 --device cuda --write    # the whole model; writes docs/measured.md
+
+Every measurement runs in a process of its own. Peers, in the same run: diffusers' `from_single_file` for loading, our
+bf16 for the forward pass, the same precision without streaming for block streaming, and quantising anew for a kept
+quantised file. The weights are random, so nothing here says anything about pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+PEER = "diffusers"
+
+
+def write_random(path: Path, layers: int, single_layers: int) -> None:
+    """A transformer of the real widths in the original layout, bf16, written tensor by tensor."""
+    import torch
+
+    from chroma_core.files import write_safetensors
+    from chroma_core.loading import keys
+    from chroma_core.transformer import ChromaTransformer
+
+    with torch.device("meta"):
+        model = ChromaTransformer(num_layers=layers, num_single_layers=single_layers).to(torch.bfloat16)
+    layout = keys.to_original(model.state_dict())
+
+    def tensors():
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in layout.items():
+            yield name, torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+    write_safetensors(path, layout.items(), tensors())
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One load and one forward pass in this process."""
+    import resource
+    import time
+
+    import torch
+
+    from chroma_core.latents import image_ids
+    from chroma_core.loading.components import load_transformer
+    from chroma_core.loading.spec import ModelSpec
+
+    device = torch.device(options.device)
+    load_transformer(ModelSpec("tiny", precision=options.precision if options.precision != PEER else "bf16"), device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    pages = Path("/proc/self/statm")
+    before = int(pages.read_text().split()[1]) * resource.getpagesize() if pages.exists() else 0
+    started = time.perf_counter()
+    if options.precision == PEER:
+        model = _as_the_peer_does(Path(options.file), device)
+    else:
+        spec = ModelSpec(
+            "base",
+            transformer=options.file,
+            precision=options.precision,
+            offload=options.offload,
+            quantised_folder=options.kept,
+        )
+        model = load_transformer(spec, device)
+    _wait(device)
+    loaded = time.perf_counter() - started
+    rows = options.size // 16
+    dtype = model.x_embedder.weight.dtype
+    call = (
+        torch.zeros(1, rows * rows, 64, device=device, dtype=dtype),
+        torch.zeros(1, 64, 4096, device=device, dtype=dtype),
+        torch.tensor([0.5], device=device),
+        image_ids(2 * rows, 2 * rows, device),
+    )
+    if options.precision == PEER:  # only its loading is compared; its forward pass takes other arguments
+        return _result(loaded, None, before, device)
+    with torch.no_grad():
+        model(*call)
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(options.repeats):
+            model(*call)
+        _wait(device)
+        forward = (time.perf_counter() - started) / options.repeats
+    return _result(loaded, forward, before, device)
+
+
+def _result(loaded: float, forward: float | None, before: int, device) -> dict[str, Any]:
+    import resource
+
+    import torch
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "load_s": loaded,
+        "forward_s": forward,
+        "host_peak_bytes": peak - before,
+        "device_peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+    }
+
+
+def _as_the_peer_does(path: Path, device):
+    """diffusers' own reader of single files, with a local configuration so that it needs no network."""
+    import torch
+    from diffusers import ChromaTransformer2DModel
+
+    from chroma_core.loading.components import transformer_outline
+    from chroma_core.loading.spec import ModelSpec
+
+    config = path.parent / "config"
+    transformer_outline(ModelSpec("base", transformer=str(path))).save_config(config / "transformer")
+    model = ChromaTransformer2DModel.from_single_file(
+        str(path), config=str(config), subfolder="transformer", torch_dtype=torch.bfloat16, local_files_only=True
+    ).to(device)
+    if device.type == "cpu":
+        # It leaves views of the mapped file; what is compared is a model in memory.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model
+
+
+def _wait(device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a precision and mode, each measured in a process of its own."""
+    from chroma_core.precision import PRECISIONS
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        file = Path(scratch) / "chroma.safetensors"
+        write_random(file, *options.blocks)
+        cases = [(PEER, "none", None), *((name, "none", None) for name in options.precisions or PRECISIONS)]
+        cases += [("bf16", "block", None), ("int8", "block", None)]
+        cases += [("nf4", "none", scratch), ("nf4", "none", scratch)]  # the second one finds the file of the first
+        for precision, offload, kept in cases:
+            mode = {"none": "", "block": "streamed"}[offload]
+            if kept:
+                mode = (
+                    "kept, second start"
+                    if any(row["mode"] == "kept, first start" for row in rows)
+                    else "kept, first start"
+                )
+            command = [sys.executable, __file__, "--one", str(file), "--precision", precision, "--offload", offload]
+            command += ["--device", options.device, "--size", str(options.size), "--repeats", str(options.repeats)]
+            command += ["--kept", kept] if kept else []
+            done = subprocess.run(command, capture_output=True, text=True)
+            row: dict[str, Any] = {"precision": precision, "mode": mode}
+            if done.returncode == 0:
+                row |= json.loads(done.stdout.splitlines()[-1])
+            else:
+                row["error"] = done.stderr.strip().splitlines()[-1][:200]
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        rows.append({"file_bytes": file.stat().st_size})
+    return rows
+
+
+def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    """The rows as Markdown, times as ratios to their peers."""
+    size = rows[-1]["file_bytes"]
+    found = {(row["precision"], row["mode"]): row for row in rows[:-1]}
+    peer = found[PEER, ""]
+    lines = [
+        "| precision | mode | load time ÷ peer's | extra host peak ÷ file | device peak | forward ÷ bf16's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (precision, mode), row in found.items():
+        if "error" in row:
+            lines.append(f"| {precision} | {mode} | {row['error']} | | | |")
+            continue
+        device = row["device_peak_bytes"]
+        lines.append(
+            f"| {precision} | {mode} | {row['load_s'] / peer['load_s']:.2f} | {row['host_peak_bytes'] / size:.2f} | "
+            f"{'—' if device is None else f'{device / 2**30:.2f} GiB'} | "
+            f"{'—' if row['forward_s'] is None else format(row['forward_s'] / found['bf16', '']['forward_s'], '.2f')} |"
+        )
+    return "\n".join(lines)
+
+
+def device_name(name: str) -> str:
+    """What the device calls itself."""
+    import torch
+
+    return torch.cuda.get_device_name() if name.startswith("cuda") else f"a CPU ({platform.machine()}, one thread)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, nargs=2, default=(1, 1), metavar=("DOUBLE", "SINGLE"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side of the picture in the forward pass")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--precisions", nargs="*", default=None)
+    parser.add_argument("--scratch", default=None, help="a folder for the random model (default: the system's)")
+    parser.add_argument("--write", action="store_true", help="write docs/measured.md")
+    parser.add_argument("--one", dest="file", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--precision", default="bf16", help=argparse.SUPPRESS)
+    parser.add_argument("--offload", default="none", help=argparse.SUPPRESS)
+    parser.add_argument("--kept", default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.file is not None:
+        print(json.dumps(measure(options)))
+        return
+    rows = run_all(options)
+    text = table(rows, options)
+    print(text)
+    if options.write:
+        path = ROOT / "docs" / "measured.md"
+        begin, end = "<!-- real_size begin -->", "<!-- real_size end -->"
+        before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+        heading = (
+            f"On {device_name(options.device)}: {options.blocks[0]}+{options.blocks[1]} blocks of the real widths, a "
+            f"file of {rows[-1]['file_bytes'] / 2**30:.2f} GiB, random weights, a forward pass at {options.size}²; the "
+            f"peer loads in {rows[0]['load_s']:.1f} s.\n\n"
+        )
+        path.write_text(f"{before}{begin}\n{heading}{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""The device that models run on when nobody names one."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import ConfigError
+
+
+def best_device(name: str | None = None) -> torch.device:
+    """The named device, or the best there is: CUDA/ROCm, then MPS, then the CPU."""
+    if name is not None:
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ConfigError(f"'{name}' is not a device: use cuda, cuda:1, mps or cpu.") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

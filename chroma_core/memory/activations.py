@@ -1,0 +1,195 @@
+"""Working memory beside the weights: what a pass through a model keeps and needs for a moment.
+
+The unit is one hidden state: batch × tokens × width × bytes of the dtype. How many of them are alive follows from the
+forward pass and was measured with live tensors on the CPU (`scripts/build_memory_table.py`; the tests repeat it at
+other widths and lengths). At 2 bytes a value more units are needed, because norms and rotation of query and key work in
+fp32. Attention is counted without its scores: fused kernels (CUDA, ROCm, CPU) never hold them. Work areas of libraries
+such as cuDNN are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..precision import Precision
+from ..quantised import CHUNK
+from .anatomy import LoraLayers, TextEncoder, Transformer, Vae
+
+TEXT_TOKENS = 128
+"""Text length assumed for the transformer; a long caption."""
+
+T5_TOKENS = 512
+"""Text length assumed for T5; the longest prompt."""
+
+PATCH = 16
+"""Pixels a side of one image token."""
+
+_SAMPLING = {4: 15.1, 2: 17.1}
+"""Units at the peak of a forward pass without gradients: a single block while it rotates query and key."""
+_SAMPLING_LINEAR = 13.4
+"""The same while its largest linear works, when a dequantised weight lies beside them."""
+
+_KEPT_DOUBLE = {4: 13.0, 2: 15.0}
+_KEPT_SINGLE = {4: 11.0, 2: 13.0}
+"""Units that a block keeps for its backward pass, without what LoRA layers keep."""
+_BACKWARD = {4: 13.0, 2: 18.0}
+_BACKWARD_MLP = {4: 16.1, 2: 18.2}
+"""Units on top of what is kept when the backward pass begins; second: with a LoRA on the single blocks' last layer."""
+_RECOMPUTE = {4: 23.0, 2: 27.0}
+_RECOMPUTE_MLP = {4: 27.0, 2: 29.3}
+"""The same with gradient checkpointing: one block's kept values and its backward pass."""
+_LINEAR_SHARE = 3.0
+"""Units fewer than at the peak while a dequantised weight lies beside them in the backward pass."""
+
+DEQUANTISE = {
+    "int8": 8.0,
+    "fp8": 8.0,
+    "int4": 9.1,
+    "nf4": 6.0,
+    "int8-quanto": 8.0,
+    "int4-quanto": 9.1,
+    "fp8-quanto": 8.0,
+    "nf4-bnb": 2.1,
+    "fp8-torchao": 10.0,
+}
+"""Bytes a weight while (a piece of) one linear is dequantised; measured."""
+
+QUANTISE = {
+    "int8": 13.0,
+    "fp8": 9.0,
+    "int4": 12.1,
+    "nf4": 12.1,
+    "int8-quanto": 6.0,
+    "int4-quanto": 5.0,
+    "fp8-quanto": 6.0,
+    "nf4-bnb": 5.0,
+    "fp8-torchao": 15.0,
+}
+"""Bytes a weight while (a piece of) one linear is quantised, beside its unquantised weight; measured."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Sizes of one pass through the transformer: pictures, image and text tokens, and how it computes."""
+
+    batch: int
+    image_tokens: int
+    text_tokens: int
+    chosen: Precision
+
+    @classmethod
+    def of(cls, size: int, batch: int, chosen: Precision) -> Pass:
+        """A pass over `batch` square pictures of `size` pixels."""
+        return cls(batch, (size // PATCH) ** 2, TEXT_TOKENS, chosen)
+
+    @property
+    def tokens(self) -> int:
+        """Text and image tokens of the whole batch."""
+        return self.batch * (self.image_tokens + self.text_tokens)
+
+    @property
+    def text_share(self) -> float:
+        """Text tokens among all tokens."""
+        return self.text_tokens / (self.image_tokens + self.text_tokens)
+
+    def unit(self, body: Transformer) -> int:
+        """Bytes of one hidden state."""
+        return self.tokens * body.width * self.chosen.dtype.itemsize
+
+    def rotation(self, body: Transformer) -> int:
+        """Bytes of the sines and cosines of all positions, fp32, alive throughout."""
+        return 2 * 4 * (self.image_tokens + self.text_tokens) * body.head_dim
+
+
+def dequantised(weights: int, chosen: Precision) -> int:
+    """Bytes for a moment while a linear of `weights` weights is dequantised."""
+    return _in_pieces(DEQUANTISE, weights, chosen, chosen.dtype.itemsize) if chosen.quantised else 0
+
+
+def quantising(weights: int, chosen: Precision) -> int:
+    """Bytes for a moment while a linear of `weights` weights is quantised."""
+    return _in_pieces(QUANTISE, weights, chosen, chosen.bytes_per_weight) if chosen.quantised else 0
+
+
+def _in_pieces(moment: dict[str, float], weights: int, chosen: Precision, result: float) -> int:
+    """Our own schemes work on a piece of a large weight, beside the result so far; libraries on all of it."""
+    if chosen.library is not None or weights <= CHUNK:
+        return round(moment[chosen.name] * weights)
+    return round(moment[chosen.name] * CHUNK + result * weights)
+
+
+def sampling_bytes(body: Transformer, run: Pass) -> int:
+    """Peak of one forward pass without gradients (guidance runs its two passes one after the other)."""
+    unit, size = run.unit(body), run.chosen.dtype.itemsize
+    extra = dequantised(body.whole.largest_linear, run.chosen)
+    return round(max(_SAMPLING[size] * unit, _SAMPLING_LINEAR * unit + extra)) + run.rotation(body)
+
+
+def kept_bytes(body: Transformer, run: Pass, layers: LoraLayers, rank: int, checkpointing: bool) -> int:
+    """What lies in memory when the forward pass of training is done, weights and LoRA apart."""
+    unit, size = run.unit(body), run.chosen.dtype.itemsize
+    double, single = _kept_blocks(run, layers)
+    units = 1.0 + (len(body.blocks) if checkpointing else len(body.doubles) * double + len(body.singles) * single)
+    if layers.last:
+        units += 1 - run.text_share
+    adapter = 0
+    if not checkpointing:
+        # Each LoRA keeps its `down` result, and copies of its weights in the dtype in which it computes.
+        share = run.text_share
+        rows = run.tokens * (layers.image * (1 - share) + layers.text * share + layers.joint)
+        adapter = rank * size * (rows + (layers.features if size < 4 else 0))
+    return round(units * unit + adapter) + run.rotation(body)
+
+
+def training_bytes(body: Transformer, run: Pass, layers: LoraLayers, rank: int, checkpointing: bool) -> int:
+    """Peak of a training step's forward and backward pass, weights, LoRA, gradients and optimizer apart."""
+    unit, size = run.unit(body), run.chosen.dtype.itemsize
+    mlp = "single" in layers.mlp_out
+    if checkpointing:
+        peak = (_RECOMPUTE_MLP if mlp else _RECOMPUTE)[size]
+    else:
+        peak = (_BACKWARD_MLP if mlp else _BACKWARD)[size]
+    extra = dequantised(body.whole.largest_linear, run.chosen)
+    on_top = round(max(peak * unit, (peak - _LINEAR_SHARE) * unit + extra))
+    return kept_bytes(body, run, layers, rank, checkpointing) + on_top
+
+
+def _kept_blocks(run: Pass, layers: LoraLayers) -> tuple[float, float]:
+    """Units that a double and a single block keep: a trained layer also keeps its input (an MLP's second, 4 wide)."""
+    size, share = run.chosen.dtype.itemsize, run.text_share
+    shares = {"double image": 1 - share, "double text": share, "single": 1.0}
+
+    def kept(kinds: tuple[str, ...]) -> float:
+        return sum(
+            shares[kind] * ((kind in layers.attention) + (kind in layers.mlp_in) + 4 * (kind in layers.mlp_out))
+            for kind in kinds
+        )
+
+    double = _KEPT_DOUBLE[size] + kept(("double image", "double text"))
+    # A single block's last layer reads attention and MLP side by side: 5 wide.
+    single = _KEPT_SINGLE[size] + kept(("single",)) + ("single" in layers.mlp_out)
+    if run.chosen.dtype == torch.float16:  # fp16 is clipped after every block, which keeps what was clipped
+        double, single = double + share, single + 1
+    return double, single
+
+
+def text_encoder_bytes(body: TextEncoder, chosen: Precision, tokens: int = T5_TOKENS) -> int:
+    """Peak of T5 on a prompt (by default the longest): scores, their softmax (attention is not fused), and states."""
+    scores, state, size = body.heads * tokens**2, tokens * body.width, chosen.dtype.itemsize
+    attention = (2 * scores + 7.25 * state) * size
+    # The position bias stays alive while the linears work.
+    linear = (scores + 11.5 * state) * size + dequantised(body.whole.largest_linear, chosen)
+    return round(max(attention, linear))
+
+
+def vae_decode_bytes(body: Vae, size: int) -> int:
+    """Peak of decoding one picture in fp32: three feature maps of the last stage but one, at full size (768 values a
+    pixel for Flux's VAE)."""
+    return round(4 * (3 * body.channels[1] + 0.25) * size * size)
+
+
+def vae_encode_bytes(body: Vae, size: int) -> int:
+    """Peak of encoding one picture in fp32: five feature maps of the first stage, at full size, and the picture."""
+    return 4 * (5 * body.channels[0] + 3) * size * size

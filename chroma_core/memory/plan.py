@@ -1,0 +1,293 @@
+"""Peaks of a choice of settings, and the choice of settings for a machine.
+
+The parts of a model are the transformer, T5 and the VAE (always fp32). With offload `none` all three stay on the
+device; with `model` and `block` they take turns there, and those that wait lie in the computer's memory. Training is
+different: T5 encodes the captions and the VAE the pictures before the transformer comes; later the VAE decodes previews
+beside it, in every mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from ..errors import ConfigError
+from ..flavours import flavour
+from ..latents import snap_size
+from ..loading.spec import Offload
+from ..precision import Precision, precision
+from .activations import (
+    Pass,
+    quantising,
+    sampling_bytes,
+    text_encoder_bytes,
+    training_bytes,
+    vae_decode_bytes,
+    vae_encode_bytes,
+)
+from .anatomy import Part, Transformer, anatomy, lora_layers
+from .machine import GIB, Machine, in_gib
+
+Purpose = Literal["sampling", "training"]
+
+OPTIMIZERS = {"adamw": 8}
+"""Bytes of state for each trained parameter: AdamW keeps two moments in fp32."""
+
+SIZE_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how much memory is needed. `size`: pixels a side of a square picture."""
+
+    flavour: str = "base"
+    precision: str = "bf16"
+    text_precision: str = "bf16"
+    offload: Offload = "none"
+    resident_blocks: int = 2
+    offload_during_startup: bool = False
+    size: int = 1024
+    batch_size: int = 1
+    rank: int = 16
+    target: str | tuple[str, ...] = "all"
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        flavour(self.flavour)
+        precision(self.precision)
+        precision(self.text_precision)
+        if self.offload not in get_args(Offload):
+            raise ConfigError(f"The offload mode is {self.offload!r}; choose one of: {', '.join(get_args(Offload))}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"The optimizer is {self.optimizer!r}; choose one of: {', '.join(OPTIMIZERS)}.")
+        for name, least in (("batch_size", 1), ("rank", 1), ("resident_blocks", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        snap_size(self.size, self.size, SIZE_MULTIPLE)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes that settings need.
+
+    lora, optimizer: the trained weights and the optimizer's state. sampling, training: peaks on the device.
+    host_sampling, host_training: peaks of the computer's memory; training counts the prompt that may come meanwhile,
+    for which the job's component leaves the device.
+    """
+
+    weights: int
+    text_encoder: int
+    lora: int
+    optimizer: int
+    activations: int
+    sampling: int
+    training: int
+    host_sampling: int
+    host_training: int
+
+
+def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
+    """Predict the peaks; with `shared_memory` (CPU, Apple) `host` holds everything, for device and computer are one.
+
+    Loading counts too: a block comes to the device in its dtype and is quantised there, one linear after the other,
+    unless `offload_during_startup` has that done in the computer's memory.
+    """
+    whole, chosen, text = anatomy(settings.flavour), precision(settings.precision), precision(settings.text_precision)
+    body, t5, fp32 = whole.transformer, whole.text_encoder, precision("fp32")
+    size = snap_size(settings.size, settings.size, SIZE_MULTIPLE)[0]
+    on_device = 0 if settings.offload_during_startup else 1
+    run = Pass.of(size, settings.batch_size, chosen)
+    layers = lora_layers(settings.flavour, settings.target)
+
+    weights, text_weights, vae = body.whole.bytes(chosen), t5.whole.bytes(text), whole.vae.whole.bytes(fp32)
+    held = _streamed_bytes(body, chosen, settings.resident_blocks) if settings.offload == "block" else weights
+    load = held + on_device * _loading_bytes(body.blocks, chosen)
+    text_peak = text_weights + max(text_encoder_bytes(t5, text), on_device * _loading_bytes(t5.blocks, text))
+    decode = vae_decode_bytes(whole.vae, size)
+
+    moment = max(sampling_bytes(body, run), load - held)
+    if settings.offload == "none":
+        sampling = text_weights + held + vae + max(moment, text_peak - text_weights, decode)
+    else:
+        sampling = max(held + moment, text_peak, vae + decode)
+
+    parameters = settings.rank * layers.features
+    lora, optimizer = 4 * parameters, OPTIMIZERS[settings.optimizer] * parameters
+    activations = training_bytes(body, run, layers, settings.rank, settings.gradient_checkpointing)
+    trained = held + 2 * lora + optimizer  # the LoRA and its gradients
+    # Previews: with offloading the model waits in the computer's memory while the VAE decodes.
+    preview = vae + decode + (trained if settings.offload == "none" else 0)
+    encode = vae + vae_encode_bytes(whole.vae, size)
+    training = max(load, trained + max(activations, sampling_bytes(body, run)), preview, text_peak, encode)
+
+    # A tensor is read from its file, unpacked in fp32, and cast; nothing else of the file is held.
+    reading = max(_reading_bytes(body.blocks, chosen, not on_device), _reading_bytes(t5.blocks, text, not on_device))
+    parked = 0 if settings.offload == "none" else weights + text_weights + vae
+    streamed = weights + reading if settings.offload == "block" else 0
+    host_sampling = max(parked, streamed, reading)
+    host_training = max(weights + 2 * lora + optimizer, text_weights, streamed, reading)
+    if shared_memory:
+        everything = weights + text_weights + vae + (held if settings.offload == "block" else 0)
+        host_sampling = everything + max(moment, decode, text_peak - text_weights, reading)
+        host_training = training + reading + (weights if settings.offload == "block" else 0)
+    return Peaks(weights, text_weights, lora, optimizer, activations, sampling, training, host_sampling, host_training)
+
+
+def _loading_bytes(blocks: tuple[Part, ...], chosen: Precision) -> int:
+    """Bytes on top of the finished weights while the largest linear waits unquantised for its turn and is quantised."""
+    if not chosen.quantised:
+        return 0
+    return max(chosen.dtype.itemsize * b.largest_linear + quantising(b.largest_linear, chosen) for b in blocks)
+
+
+def _reading_bytes(blocks: tuple[Part, ...], chosen: Precision, quantise_here: bool) -> int:
+    """Bytes in the computer's memory while the largest linear is read, and with `quantise_here` quantised."""
+    return max(
+        chosen.dtype.itemsize * b.largest_linear
+        + max(4 * b.largest_linear, quantise_here * quantising(b.largest_linear, chosen))
+        for b in blocks
+    )
+
+
+def _streamed_bytes(body: Transformer, chosen: Precision, resident: int) -> int:
+    """The transformer's bytes on the device: what lies outside the blocks, the first resident − 2 blocks, and the two
+    largest that pass through."""
+    sizes = [b.bytes(chosen) for b in body.blocks]
+    stay, pass_through = sizes[: resident - 2], sorted(sizes[resident - 2 :])[-2:]
+    return body.outside_blocks.bytes(chosen) + sum(stay) + sum(pass_through)
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The settings to choose on a machine, what they need there, and a sentence for people.
+
+    `fits`: whether peaks and margins fit; if not, these are the settings that need least.
+    """
+
+    purpose: Purpose
+    precision: str
+    text_precision: str
+    offload: Offload
+    resident_blocks: int
+    offload_during_startup: bool
+    gradient_checkpointing: bool
+    device_peak_bytes: int
+    host_peak_bytes: int
+    device_memory_bytes: int
+    host_memory_bytes: int
+    device_name: str
+    fits: bool
+    sentence: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def applied_to(self, settings: Settings) -> Settings:
+        """`settings` with what is recommended."""
+        return replace(
+            settings,
+            precision=self.precision,
+            text_precision=self.text_precision,
+            offload=self.offload,
+            resident_blocks=self.resident_blocks,
+            offload_during_startup=self.offload_during_startup,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+
+TEXT_CHOICES = ("bf16", "int8", "nf4")
+CHOICES = ("bf16", "int8", "int4", "nf4")
+"""Our own precisions, best first: see `docs/memory.md` for what each loses."""
+
+
+def recommend(base: Settings, on: Machine, purpose: Purpose = "sampling") -> Recommendation:
+    """The best settings that fit a machine with its margins, for `base`'s flavour, size, batch, rank and target.
+
+    Quality goes first: bf16, int8, int4, nf4; within one precision the faster offload mode; T5 is quantised only where
+    it does not fit. Blocks are streamed when nothing else fits, as many resident as there is room for. In training,
+    gradient checkpointing is switched off where there is room, because recomputing costs about a third more time.
+    """
+    best = next((s for s in _candidates(base, on, purpose) if fits_on(s, on, purpose)), None)
+    least = min(_candidates(base, on, purpose), key=lambda s: _need(s, on, purpose)[0])
+    chosen, fits = (least, False) if best is None else (_refined(best, on, purpose), True)
+    device, host = _need(chosen, on, purpose)
+    return Recommendation(
+        purpose,
+        chosen.precision,
+        chosen.text_precision,
+        chosen.offload,
+        chosen.resident_blocks,
+        chosen.offload_during_startup,
+        chosen.gradient_checkpointing,
+        device,
+        host,
+        on.device_bytes,
+        on.host_bytes,
+        on.name,
+        fits,
+        _sentence(chosen, on, purpose, device, host, fits),
+    )
+
+
+def _candidates(base: Settings, on: Machine, purpose: Purpose) -> Iterator[Settings]:
+    base = replace(base, gradient_checkpointing=True, resident_blocks=2, offload_during_startup=False)
+    # Where device and computer share one memory, moving a part away frees nothing.
+    # In training the parts take turns in any case.
+    modes: tuple[Offload, ...] = ("none",) if on.shared or purpose == "training" else ("none", "model")
+    for name in CHOICES:
+        for mode in modes:
+            # T5 beside the transformer in a lower precision would trade quality for the seconds of an exchange.
+            texts = TEXT_CHOICES if mode == "model" or on.shared or purpose == "training" else TEXT_CHOICES[:1]
+            for text in texts:
+                yield replace(base, precision=name, text_precision=text, offload=mode)
+    if not on.shared:
+        for name in ("int8", "nf4"):
+            for text in TEXT_CHOICES:
+                yield replace(base, precision=name, text_precision=text, offload="block")
+        yield replace(base, precision="nf4", text_precision="nf4", offload="block", offload_during_startup=True)
+
+
+def _refined(settings: Settings, on: Machine, purpose: Purpose) -> Settings:
+    if settings.offload == "block":
+        blocks = len(anatomy(settings.flavour).transformer.blocks)
+        more = (replace(settings, resident_blocks=n) for n in range(blocks - 1, 2, -1))
+        settings = next((s for s in more if fits_on(s, on, purpose)), settings)
+    free = replace(settings, gradient_checkpointing=False)
+    return free if purpose == "training" and fits_on(free, on, purpose) else settings
+
+
+def _need(settings: Settings, on: Machine, purpose: Purpose) -> tuple[int, int]:
+    found = peaks(settings, on.shared)
+    if purpose == "training":
+        return found.training, found.host_training
+    return found.sampling, found.host_sampling
+
+
+def fits_on(settings: Settings, on: Machine, purpose: Purpose) -> bool:
+    """Whether the peaks leave a machine its margins."""
+    device, host = _need(settings, on, purpose)
+    return device <= on.device_budget and host <= on.host_budget
+
+
+def _sentence(settings: Settings, on: Machine, purpose: Purpose, device: int, host: int, fits: bool) -> str:
+    what = f"precision {settings.precision}, T5 in {settings.text_precision}, offload {settings.offload}"
+    if settings.offload == "block":
+        what += f" with {settings.resident_blocks} resident blocks"
+    if settings.offload_during_startup:
+        what += " and offload_during_startup"
+    if purpose == "training":
+        what += f", gradient checkpointing {'on' if settings.gradient_checkpointing else 'off'}"
+    doing = "Train" if purpose == "training" else "Sample"
+    place = f"{on.name} ({on.device_bytes / GIB:.0f} GiB, computer {on.host_bytes / GIB:.0f} GiB)"
+    need = f"{in_gib(device)} on the device and {in_gib(host)} of the computer's memory"
+    if on.shared:
+        need = f"{in_gib(host)} of memory"
+    if fits:
+        return f"{doing} at {settings.size} pixels on {place} with {what}: needs about {need}."
+    return (
+        f"{settings.size} pixels do not fit on {place}: even {what} needs about {need}, and room for everything else "
+        "has to stay. Choose a smaller size or batch, close other programs, or use a larger device."
+    )

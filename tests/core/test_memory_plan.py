@@ -1,0 +1,131 @@
+"""The memory plan's choice of settings, and what people and programs read of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import build_memory_table
+from chroma_core.cli import main
+from chroma_core.errors import ConfigError
+from chroma_core.memory import estimate, plan_table, recommend
+from chroma_core.memory.machine import Machine, machine
+from chroma_core.memory.plan import Settings, fits_on
+from chroma_core.precision import PRECISIONS
+
+GIB = 2**30
+
+
+def card(device: float, host: float, kind: str = "cuda") -> Machine:
+    return Machine("card", round(device * GIB), round(host * GIB), kind)
+
+
+@pytest.mark.parametrize("device", [5, 6, 8, 10, 12, 16, 24, 32, 48])
+@pytest.mark.parametrize("host", [16, 32, 64])
+@pytest.mark.parametrize("size", [512, 1024])
+@pytest.mark.parametrize("purpose", ["sampling", "training"])
+def test_what_is_recommended_leaves_the_margins(device: int, host: int, size: int, purpose):
+    on = card(device, host)
+    found = recommend("base", size, on, purpose)
+    again = found.applied_to(Settings(size=size))
+    assert found.fits == fits_on(again, on, purpose)
+    if found.fits:
+        assert found.device_peak_bytes <= on.device_bytes - max(GIB, round(0.1 * on.device_bytes))
+        assert found.host_peak_bytes <= on.host_bytes - max(4 * GIB, round(0.15 * on.host_bytes))
+
+
+QUALITY = ["nf4", "int4", "int8", "bf16"]
+
+
+@pytest.mark.parametrize("purpose", ["sampling", "training"])
+def test_a_larger_card_never_gets_less_quality(purpose):
+    ladder = [recommend("base", 512, card(size, 64), purpose) for size in (8, 12, 16, 24, 32, 80)]
+    ranks = [QUALITY.index(found.precision) for found in ladder]
+    assert all(found.fits for found in ladder) and ranks == sorted(ranks)
+    assert ladder[-1].precision == "bf16" and ladder[-1].text_precision == "bf16"
+    assert [found.precision for found in ladder[:4]] == ["int4", "int8", "int8", "bf16"]
+
+
+def test_choices_by_hand():
+    assert recommend("base", 1024, card(24, 64)).offload == "model"  # bf16: T5 and transformer take turns
+    assert recommend("base", 1024, card(48, 64)).offload == "none"
+    assert recommend("base", 512, card(8, 32)).text_precision == "int8"  # bf16 T5 alone is larger than the card
+    assert recommend("base", 512, card(6, 16)).offload == "block"
+    assert not recommend("base", 512, card(48, 64), "training").gradient_checkpointing
+    assert recommend("base", 512, card(12, 64), "training").gradient_checkpointing
+    poor = recommend("base", 1024, card(24, 16))  # bf16 parts cannot wait in 16 GB
+    assert (poor.precision, poor.offload) == ("int8", "none")
+
+
+def test_nothing_fits_and_says_so():
+    found = recommend("base", 1024, card(2, 8))
+    assert not found.fits
+    assert "do not fit" in found.sentence and "smaller size" in found.sentence
+    assert recommend("tiny", on=card(2, 8)).fits
+
+
+def test_shared_memory_is_never_offloaded():
+    for kind in ("cpu", "mps"):
+        found = recommend("base", 1024, card(32, 32, kind))
+        assert found.fits and found.offload == "none"
+        assert found.host_peak_bytes <= 32 * GIB * 0.85
+
+
+def test_this_machine():
+    found = machine("cpu")
+    assert found.device_type == "cpu" and found.device_bytes == found.host_bytes > GIB
+    assert found.device_budget < found.device_bytes
+    other = found.with_memory(12, None)
+    assert (other.device_type, other.device_bytes, other.host_bytes) == ("cuda", 12 * GIB, found.host_bytes)
+    assert found.with_memory(None, 8).device_bytes == 8 * GIB
+    with pytest.raises(ConfigError, match="card is 0"):
+        found.with_memory(0, None)
+
+
+# --- what people and programs read ------------------------------------------------------------------------------------
+
+
+def test_command_prints_json(capsys):
+    arguments = ["plan", "--flavour", "base", "--precision", "nf4", "--size", "512", "--json"]
+    assert main([*arguments, "--device-memory", "8", "--host-memory", "16"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values == json.loads(json.dumps(estimate("base", "nf4", size=512, on=card(8, 16)).to_dict())) | {
+        key: values[key] for key in ("recommendation", "training_recommendation")
+    }
+    chosen = values["recommendation"]
+    assert chosen["fits"] is True and chosen["device_memory_bytes"] == 8 * GIB
+    assert chosen["host_memory_bytes"] == 16 * GIB and chosen["precision"] in PRECISIONS
+    assert chosen["sentence"].count(".") >= 1 and "8 GiB" in chosen["sentence"]
+    assert {"text_precision", "offload", "resident_blocks", "gradient_checkpointing"} <= set(chosen)
+
+
+def test_command_prints_a_table(capsys):
+    options = ["--offload", "block", "--resident-blocks", "4", "--no-checkpointing", "--text-precision", "int8"]
+    assert main(["plan", *options, "--device-memory", "12"]) == 0
+    out = capsys.readouterr().out
+    assert "16.58 GiB" in out
+    (row,) = [line for line in out.splitlines() if "chosen" in line]
+    assert row.split()[:4] == ["bf16", "int8", "block", "4"] and "no checkpointing" in row
+    assert main(["plan", "--device-memory", "0"]) == 1
+    assert "card is 0.0 GiB" in capsys.readouterr().err
+
+
+def test_table_marks_what_is_recommended_and_its_numbers_are_the_estimates():
+    on = card(8, 32)
+    text = plan_table("base", "nf4", size=512, on=on)
+    rows = [line for line in text.splitlines() if line.split()[:1] and line.split()[0] in PRECISIONS]
+    assert sum("<- chosen" in row for row in rows) == 1
+    (sampling,) = [row for row in rows if "recommended for sampling" in row]
+    found = recommend("base", 512, on)
+    assert sampling.split()[:3] == [found.precision, found.text_precision, found.offload]
+    assert sampling.split()[3] == f"{found.device_peak_bytes / GIB:.1f}"
+    assert "recommended for training" in text and found.sentence in text
+    assert {row.split()[2] for row in rows} == {"none", "model", "block"}
+
+
+def test_the_page_is_up_to_date():
+    """What docs/memory.md calculates from module trees and formulas; what it measured is checked above."""
+    page = build_memory_table.PAGE.read_text(encoding="utf-8")
+    for name, table in build_memory_table.calculated():
+        assert f"<!-- begin {name} -->\n{table}\n<!-- end {name} -->" in page, "run scripts/build_memory_table.py"

@@ -10,6 +10,9 @@ from functools import cache
 
 from PIL import Image
 
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
 MAX_ASPECT = 4.0
 """The longest side over the shortest that a bucket may have."""
 
@@ -49,16 +52,24 @@ def choose_bucket(
     return min(bucket_table(resolution, alignment), key=misfit)
 
 
-def crop_box(width: int, height: int, bucket: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest centred box of the bucket's aspect (left, top, right, bottom) in the picture's pixels."""
+def crop_box(
+    width: int, height: int, bucket: tuple[int, int], position: float = 0.5
+) -> tuple[float, float, float, float]:
+    """The largest box of the bucket's aspect (left, top, right, bottom) in the picture's pixels.
+
+    Args:
+        position: where it lies along the overhang, from 0 (left or top) to 1 (right or bottom); 0.5 is the centre.
+    """
     scale = min(width / bucket[0], height / bucket[1])
     w, h = bucket[0] * scale, bucket[1] * scale
-    left, top = (width - w) / 2, (height - h) / 2
-    return left, top, left + w, top + h
+    left, top = (width - w) * position, (height - h) * position
+    # Rounding must not put an edge outside of the picture, which Pillow refuses.
+    return left, top, min(left + w, width), min(top + h, height)
 
 
-def resize_and_crop(picture: Image.Image, bucket: tuple[int, int]) -> Image.Image:
-    """Scale a picture to cover the bucket (Lanczos) and cut the overhang evenly from both ends."""
+def resize_and_crop(picture: Image.Image, bucket: tuple[int, int], position: float = 0.5) -> Image.Image:
+    """Scale a picture to cover the bucket (Lanczos) and cut the overhang: evenly, or as `crop_box` says."""
     if picture.size == bucket:
         return picture
-    return picture.resize(bucket, Image.Resampling.LANCZOS, box=crop_box(*picture.size, bucket))
+    box = crop_box(*picture.size, bucket, position)
+    return picture.resize(bucket, Image.Resampling.LANCZOS, box=box)

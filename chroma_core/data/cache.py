@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +24,10 @@ from ..pictures import to_tensor
 from ..recipe import Recipe
 from ..text import TextCondition, TextEncoder
 from .buckets import resize_and_crop
+from .masks import load_mask, mask_tensor
+from .picture import Picture
 from .picture_files import load_picture
-from .scan import Picture
+from .views import View, posterior_noise
 
 FORMAT = 1
 """Raised whenever entries of an older version would no longer be what training expects."""
@@ -34,16 +36,17 @@ Between = Callable[[], None]
 """Called before every entry is made; may wait (host busy, paused) or raise (stop)."""
 
 
-def component_key(folder: Path) -> str:
-    """Identifies a model component by its files: JSON by content, weights by name, size and modification time.
+def component_key(where: Path) -> str:
+    """Identifies a model component by its file or files: JSON by content, weights by name, size and time of change.
 
     Hashing weights would read 9 GB for T5-XXL; a touched file at worst encodes again.
     """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    root, files = (where, where.rglob("*")) if where.is_dir() else (where.parent, [where])
+    for path in sorted(p for p in files if p.is_file()):
         stat = path.stat()
         content = path.read_bytes() if path.suffix == ".json" else f"{stat.st_size} {stat.st_mtime_ns}".encode()
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content + b"\0")
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + content + b"\0")
     return digest.hexdigest()
 
 
@@ -61,9 +64,16 @@ class LatentTextCache:
         self.text_key = text_key
         self.recipe = recipe
 
-    def latents_path(self, picture: Picture, bucket: tuple[int, int], flipped: bool = False) -> Path:
-        """The entry of a picture at a bucket size (width, height), mirrored or not."""
-        return self._path("latents", picture.sha256, bucket, flipped, self.vae_key)
+    def latents_path(self, picture: Picture, view: View) -> Path:
+        """The entry of a view of a picture."""
+        extras = view.extras()
+        key = (picture.sha256, view.bucket, view.flipped, self.vae_key)
+        return self._path("latents", *key, *((extras,) if extras else ()))
+
+    def mask_path(self, picture: Picture, view: View, floor: float) -> Path:
+        """The entry of a picture's mask in a view; the same for all draws of the posterior."""
+        key = (picture.sha256, picture.mask_sha256, view.bucket, view.flipped, view.crop, floor, self.vae_key)
+        return self._path("masks", *key)
 
     def text_path(self, text: str) -> Path:
         """The entry of a prompt."""
@@ -73,6 +83,11 @@ class LatentTextCache:
         """Latents [C, H, W] in the transformer's space, fp32. Raises DataError when the entry is gone or damaged."""
         tensors, _ = self._read(path)
         return tensors["latents"]
+
+    def mask(self, path: Path) -> Tensor:
+        """A mask [1, H, W] at the size of its latents, 0..1, fp32. Raises DataError when it is gone or damaged."""
+        tensors, _ = self._read(path)
+        return tensors["mask"]
 
     def text(self, prompt: str) -> TextCondition:
         """The encoded prompt. Raises DataError when the entry is gone or damaged."""
@@ -89,19 +104,32 @@ class LatentTextCache:
             return False
 
     @torch.no_grad()
-    def add_latents(self, picture: Picture, bucket: tuple[int, int], flipped: bool, vae: AutoencoderKL) -> None:
-        """Encode a picture: the posterior's mean, so that an entry does not depend on chance.
+    def add_latents(self, picture: Picture, views: Sequence[View], vae: AutoencoderKL) -> None:
+        """Encode a picture once and write `views`, which differ in nothing but the posterior's draw.
 
+        The mean does not depend on chance; a draw depends on the picture, the view and its number.
         Raises UnreadablePicture.
         """
-        image = resize_and_crop(load_picture(picture.path), bucket)
-        if flipped:
+        view = views[0]
+        image = resize_and_crop(load_picture(picture.path, view.background), view.bucket, view.crop)
+        if view.flipped:
             image = ImageOps.mirror(image)
-        z = vae.encode(to_tensor(image).to(vae.device, vae.dtype)).latent_dist.mean  # type: ignore[union-attr]
-        latents = LatentFormat.of(vae).to_model(z[0].float())
-        save_safetensors(
-            self.latents_path(picture, bucket, flipped), {"latents": latents}, {"bucket": f"{bucket[0]}x{bucket[1]}"}
-        )
+        posterior = vae.encode(to_tensor(image).to(vae.device, vae.dtype)).latent_dist  # type: ignore[union-attr]
+        for view in views:
+            z = posterior.mean
+            if view.draw is not None:
+                noise = posterior_noise(picture.sha256, view, z.shape).to(z.device)
+                z = z.float() + posterior.std.float() * noise
+            latents = LatentFormat.of(vae).to_model(z[0].float())
+            metadata = {"bucket": f"{view.bucket[0]}x{view.bucket[1]}"}
+            save_safetensors(self.latents_path(picture, view), {"latents": latents}, metadata)
+
+    def add_mask(self, picture: Picture, view: View, floor: float) -> None:
+        """Write a view's mask; its latents are there already. Raises UnreadablePicture, and DataError as `latents`."""
+        height, width = self.latents(self.latents_path(picture, view)).shape[-2:]
+        mask = load_mask(picture.path, picture.mask)
+        values = torch.ones(1, height, width) if mask is None else mask_tensor(mask, view, height, width, floor)
+        save_safetensors(self.mask_path(picture, view, floor), {"mask": values}, {})
 
     def add_text(self, prompt: str, encoder: TextEncoder) -> None:
         """Encode a prompt with the cache's recipe."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -15,28 +16,56 @@ from ..errors import DataError
 from ..text import TextEncoder
 from .cache import Between, LatentTextCache
 from .captions import pick_caption
+from .picture import Picture, bucket_of
 from .picture_files import UnreadablePicture
 from .randomness import integer
-from .scan import DatasetScan, bucket_of, describe_skipped
+from .remarks import describe_skipped
+from .scan import DatasetScan
+from .views import View, views_of
 
 Progress = Callable[[str, int, int], None]
 """(what, done, of how many)"""
 
 
 @dataclass(frozen=True)
+class Use:
+    """What one use of a sample trains on: entries of latents and, if any, of the loss mask; the caption."""
+
+    latents: Path
+    mask: Path | None
+    caption: str
+
+
+@dataclass(frozen=True)
 class Sample:
-    """A picture at one bucket size (width, height in pixels). `latents` has the mirrored variant second, if any."""
+    """A picture at one bucket size (width, height in pixels).
+
+    Args:
+        captions: all that may be drawn, with trigger; the first is as written, and so is the first of `latents`.
+        latents: the entries of all views, equally likely.
+        masks: the loss masks of the same views, or nothing: then all of the picture counts.
+        regularisation, sigma_bias: of the set that the picture is in; for the objective.
+    """
 
     name: str
     bucket: tuple[int, int]
     captions: tuple[str, ...]
     caption_dropout: float
     latents: tuple[Path, ...]
+    masks: tuple[Path, ...] = ()
+    regularisation: bool = False
+    sigma_bias: float = 0.0
+
+    def use(self, random: torch.Generator) -> Use:
+        """One use of the sample: a view and a caption are drawn."""
+        view = integer(len(self.latents), random)
+        caption = pick_caption(self.captions, self.caption_dropout, random)
+        return Use(self.latents[view], self.masks[view] if self.masks else None, caption)
 
     def pick(self, random: torch.Generator) -> tuple[Path, str]:
         """The latents' path and the caption of one use of the sample."""
-        variant = integer(len(self.latents), random)
-        return self.latents[variant], pick_caption(self.captions, self.caption_dropout, random)
+        use = self.use(random)
+        return use.latents, use.caption
 
 
 def cache_samples(
@@ -47,49 +76,52 @@ def cache_samples(
     between: Between = lambda: None,
     progress: Progress = lambda *_: None,
 ) -> tuple[list[Sample], list[tuple[str, str]]]:
-    """Make sure that all latents of a data set are cached; the VAE is loaded only if one is missing.
+    """Make sure that all latents and masks of a data set are cached; the VAE is loaded only if latents are missing.
 
     Returns:
-        the samples (pictures × resolutions × repeats) and the pictures that could not be decoded, with the reason.
+        the samples (pictures × resolutions × repeats) and the pictures that could not be used, with the reason.
     Raises:
-        DataError: no picture could be decoded.
+        DataError: no picture could be used.
     """
     config = scan.config
-    flips = (False, True) if config.flip else (False,)
     wanted = [
         (picture, bucket_of(picture, config, resolution))
         for resolution in config.sizes(default_resolution)
         for picture in scan.items
     ]
     wanted = list(dict.fromkeys(wanted))  # a small picture lands in one bucket at several resolutions
-    missing = [
-        (picture, bucket, flipped)
-        for picture, bucket in wanted
-        for flipped in flips
-        if not cache.usable(cache.latents_path(picture, bucket, flipped))
-    ]
+    planned = [(picture, views_of(picture, bucket, config)) for picture, bucket in wanted]
     unreadable: dict[str, str] = {}
+    missing = list(_missing(planned, cache))
     if missing:
         between()
         with load_vae() as vae:
-            for done, (picture, bucket, flipped) in enumerate(missing):
+            for done, (picture, views) in enumerate(missing):
                 between()
                 progress("latents", done, len(missing))
                 if picture.name in unreadable:
                     continue
                 try:
-                    cache.add_latents(picture, bucket, flipped, vae)
+                    cache.add_latents(picture, views, vae)
                 except UnreadablePicture as error:
                     unreadable[picture.name] = f"unreadable picture: {error}"
+    if config.masks != "none":
+        unreadable |= _cache_masks(planned, cache, config.mask_floor, unreadable.keys(), between, progress)
     samples = [
-        Sample(
-            picture.name,
-            bucket,
-            picture.captions,
-            config.caption_dropout,
-            tuple(cache.latents_path(picture, bucket, flipped) for flipped in flips),
+        (
+            Sample(
+                picture.name,
+                views[0].bucket,
+                picture.drawn,
+                config.caption_dropout,
+                tuple(cache.latents_path(picture, view) for view in views),
+                tuple(cache.mask_path(picture, view, config.mask_floor) for view in views) if picture.masked else (),
+                config.regularisation,
+                config.sigma_bias,
+            ),
+            picture.repeats,
         )
-        for picture, bucket in wanted
+        for picture, views in planned
         if picture.name not in unreadable
     ]
     if not samples:
@@ -97,7 +129,50 @@ def cache_samples(
             f"No picture of the data set '{Path(config.folder).name}' could be decoded: "
             f"{describe_skipped(list(unreadable.items()))}. Save the files again in another program, or replace them."
         )
-    return samples * config.repeats, list(unreadable.items())
+    rounds = range(max(repeats for _, repeats in samples))
+    repeated = [sample for i in rounds for sample, repeats in samples if i < repeats]
+    return repeated * config.repeats, list(unreadable.items())
+
+
+Planned = Sequence[tuple[Picture, list[View]]]
+
+
+def _missing(planned: Planned, cache: LatentTextCache) -> Iterator[tuple[Picture, list[View]]]:
+    """Views without an entry, those that one encoding serves together."""
+    for picture, views in planned:
+        for _, group in groupby(views, lambda view: (view.flipped, view.crop)):
+            absent = [view for view in group if not cache.usable(cache.latents_path(picture, view))]
+            if absent:
+                yield picture, absent
+
+
+def _cache_masks(
+    planned: Planned,
+    cache: LatentTextCache,
+    floor: float,
+    left_out: Collection[str],
+    between: Between,
+    progress: Progress,
+) -> dict[str, str]:
+    """Make sure that the masks are cached. Returns the pictures whose mask cannot be used, with the reason."""
+    missing = [
+        (picture, view)
+        for picture, views in planned
+        if picture.masked and picture.name not in left_out
+        for view in dict.fromkeys(replace(view, draw=views[0].draw) for view in views)
+        if not cache.usable(cache.mask_path(picture, view, floor))
+    ]
+    refused: dict[str, str] = {}
+    for done, (picture, view) in enumerate(missing):
+        between()
+        progress("masks", done, len(missing))
+        if picture.name in refused:
+            continue
+        try:
+            cache.add_mask(picture, view, floor)
+        except UnreadablePicture as error:
+            refused[picture.name] = str(error)
+    return refused
 
 
 def cache_texts(
@@ -134,6 +209,9 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     for sample in samples:
         paths = [path.name for path in sample.latents]
         digest.update(repr((sample.bucket, sample.captions, sample.caption_dropout, paths)).encode())
+        extras = ([path.name for path in sample.masks], sample.regularisation, sample.sigma_bias)
+        if extras != ([], False, 0.0):  # plain samples keep the hash that older jobs have noted
+            digest.update(repr(extras).encode())
     return digest.hexdigest()
 
 

@@ -3,64 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, model_validator
 
 from ..errors import DataError
-from .buckets import choose_bucket
-from .captions import read_captions, with_trigger
-from .picture_files import PICTURE_EXTENSIONS, UnreadablePicture, picture_size
-from .settings import Settings
+from .captions import caption_from_name, prepared, read_captions
+from .dataset import DatasetConfig
+from .masks import is_mask, mask_file, mask_owner
+from .metadata import read_metadata
+from .picture import Picture
+from .picture_files import OTHER_EXTENSIONS, PICTURE_EXTENSIONS, PictureFacts, UnreadablePicture, picture_facts
+from .remarks import Findings, describe_skipped, remarks
 
-Resolution = Annotated[int, Field(ge=32, le=4096)]
-
-
-class DatasetConfig(Settings):
-    """A folder of pictures with caption files beside them, and how to read it.
-
-    `resolution` (one number) is accepted in place of `resolutions`; 0 or nothing means the flavour's own size.
-    """
-
-    folder: str
-    resolutions: tuple[Resolution, ...] = ()
-    alignment: int = Field(default=64, ge=16, le=512, multiple_of=16)
-    repeats: int = Field(default=1, ge=1)
-    trigger: str = ""
-    caption_extension: str = ".txt"
-    caption_dropout: float = Field(default=0.1, ge=0, le=1)
-    default_caption: str | None = None
-    missing_caption: Literal["skip", "error", "empty"] = "skip"
-    flip: bool = False
-    upscale: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_resolution(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "resolution" in data:
-            data = dict(data)
-            resolution = data.pop("resolution")
-            data["resolutions"] = (resolution,) if resolution else ()
-        return data
-
-    def sizes(self, default: int) -> tuple[int, ...]:
-        """The base resolutions in pixels, `default` when none was chosen."""
-        return self.resolutions or (default,)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One usable picture. `name` is relative to the folder; captions carry the trigger; sizes in pixels."""
-
-    path: Path
-    name: str
-    captions: tuple[str, ...]
-    width: int
-    height: int
-    sha256: str
+_REPEAT_FOLDER = re.compile(r"(\d+)_")
 
 
 @dataclass(frozen=True)
@@ -73,14 +30,21 @@ class DatasetScan:
     warnings: list[str]
 
 
-def scan(config: DatasetConfig) -> DatasetScan:
+class _NoCaption(Exception):
+    """A picture without a caption; says where one was looked for."""
+
+
+def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
     """Read a data set folder (and its sub-folders) in a fixed order.
 
     A picture that cannot be opened, or has no caption, is skipped and named; see `missing_caption`. Pixels are not
     decoded here: a truncated file is found, skipped and named while latents are cached.
 
+    Args:
+        default_resolution: pixels, what small pictures are measured by when the data set has no resolution; 0: nothing.
     Raises:
-        DataError: the folder is missing or holds no usable picture, or a caption is missing under `error`.
+        DataError: the folder is missing or holds no usable picture, a caption is missing under `error`, or captions are
+            to come from metadata that is not there.
         PromptError: a caption contains `[trigger]` and the data set has no trigger word.
     """
     folder = Path(config.folder)
@@ -89,106 +53,140 @@ def scan(config: DatasetConfig) -> DatasetScan:
             f"The data set folder '{config.folder}' does not exist. Check the name, or put a folder with pictures and "
             f"{config.caption_extension} captions there."
         )
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in PICTURE_EXTENSIONS and path.is_file() and not path.name.startswith(".")
-    )
+    files, findings = _files(folder)
     if not files:
+        other = f" Files like {findings.foreign[0]} are not read: save them as PNG or JPEG." if findings.foreign else ""
         raise DataError(
             f"The data set folder '{folder.name}' holds no picture. Put files ending in "
             f"{', '.join(sorted(PICTURE_EXTENSIONS))} there, each with a {config.caption_extension} caption of the "
-            "same name."
+            f"same name.{other}"
         )
+    caption_of = _caption_source(config, folder, files, findings)
     items: list[Picture] = []
     skipped: list[tuple[str, str]] = []
-    without_caption = 0
     for path in files:
         name = path.relative_to(folder).as_posix()
+        repeats = _folder_repeats(name) if config.repeat_folders else 1
+        if not repeats:
+            skipped.append((name, "its folder's name says 0 repeats"))
+            continue
         try:
-            width, height = picture_size(path)
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            facts = picture_facts(path)
+            digest = _sha256(path)
+            mask = _mask(path, facts, config)
         except (UnreadablePicture, OSError) as error:
             skipped.append((name, f"unreadable picture: {error}"))
             continue
         try:
-            captions = _captions(path, config)
+            captions = caption_of(path, name)
         except ValueError:
             skipped.append((name, "its caption file is not UTF-8 text"))
             continue
-        if not captions:
-            without_caption += 1
+        except _NoCaption as missing:
+            findings.without_caption += 1
             if config.default_caption is not None:
                 captions = (config.default_caption,)
             elif config.missing_caption == "empty":
                 captions = ("",)
             elif config.missing_caption == "error":
                 raise DataError(
-                    f"The picture '{name}' in '{folder.name}' has no caption: there is no text in "
-                    f"{path.with_suffix(config.caption_extension).name}. Write one, set a default caption, or choose "
-                    "to skip such pictures."
-                )
+                    f"The picture '{name}' in '{folder.name}' has no caption: there is no text in {missing}. Write "
+                    "one, set a default caption, or choose to skip such pictures."
+                ) from missing
             else:
-                skipped.append((name, f"no caption in {path.with_suffix(config.caption_extension).name}"))
+                skipped.append((name, f"no caption in {missing}"))
                 continue
-        captions = tuple(with_trigger(caption, config.trigger) for caption in captions)
-        items.append(Picture(path, name, captions, width, height, digest))
+        items.append(_picture(path, name, facts, digest, captions, repeats, mask, config))
+        findings.note(name, facts, repeats)
     if not items:
         raise DataError(
             f"None of the {len(files)} pictures in '{folder.name}' can be used: {describe_skipped(skipped)}. Repair "
             "them, add captions, or set a default caption."
         )
-    return DatasetScan(config, items, skipped, _warnings(config, items, skipped, without_caption))
+    return DatasetScan(config, items, skipped, remarks(config, items, skipped, findings, default_resolution))
 
 
-def describe_skipped(skipped: list[tuple[str, str]], limit: int = 5) -> str:
-    """The first few skipped files with their reasons, as one phrase."""
-    named = [f"{name} ({why})" for name, why in skipped[:limit]]
-    more = len(skipped) - limit
-    return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+def _files(folder: Path) -> tuple[list[Path], Findings]:
+    """The pictures below a folder in order, without masks; what else looks like a picture is noted."""
+    # A link that leads nowhere is kept, so that it is named as missing.
+    visible = sorted(p for p in folder.rglob("*") if not p.name.startswith(".") and (p.is_file() or not p.exists()))
+    pictures = [path for path in visible if path.suffix.lower() in PICTURE_EXTENSIONS]
+    owners = {path.with_suffix("") for path in pictures if not is_mask(path)}
+    masks = {path for path in pictures if is_mask(path) and mask_owner(path) in owners}
+    foreign = [path.relative_to(folder).as_posix() for path in visible if path.suffix.lower() in OTHER_EXTENSIONS]
+    return [path for path in pictures if path not in masks], Findings(mask_files=len(masks), foreign=foreign)
 
 
-def _captions(path: Path, config: DatasetConfig) -> tuple[str, ...]:
-    try:
-        return read_captions(path.with_suffix(config.caption_extension))
-    except OSError:
-        return ()
+def _caption_source(
+    config: DatasetConfig, folder: Path, files: list[Path], findings: Findings
+) -> Callable[[Path, str], tuple[str, ...]]:
+    """How a picture (its path and its name) gets its captions. What is returned raises ValueError or _NoCaption."""
+
+    def found(captions: tuple[str, ...], where: str) -> tuple[str, ...]:
+        if not captions:
+            raise _NoCaption(where)
+        return captions
+
+    def from_file(path: Path, _: str) -> tuple[str, ...]:
+        text = path.with_suffix(config.caption_extension)
+        try:
+            captions = read_captions(text)
+        except OSError:
+            captions = ()
+        return found(captions, text.name)
+
+    if config.caption_source == "metadata":
+        names = {path.relative_to(folder).as_posix() for path in files}
+        metadata = read_metadata(folder, names, config.caption_column)
+        findings.metadata = metadata.remarks
+        return lambda _, name: found(metadata.captions.get(name, ()), "the metadata")
+    if config.caption_source == "filenames":
+        return lambda _, name: found(tuple(filter(None, [caption_from_name(name)])), "its file name")
+    if config.caption_source == "fixed":
+        return lambda *_: (config.default_caption or "",)
+    return from_file
 
 
-def _warnings(
-    config: DatasetConfig, items: list[Picture], skipped: list[tuple[str, str]], without_caption: int
-) -> list[str]:
-    warnings = []
-    if skipped:
-        pictures = "1 picture was" if len(skipped) == 1 else f"{len(skipped)} pictures were"
-        warnings.append(f"{pictures} skipped: {describe_skipped(skipped)}.")
-    if without_caption and config.default_caption is not None:
-        warnings.append(f"{without_caption} without a caption use the default caption.")
-    elif without_caption and config.missing_caption == "empty":
-        warnings.append(f"{without_caption} without a caption are trained with an empty one.")
-    twins = [names for names in _same_content(items) if len(names) > 1]
-    if twins:
-        warnings.append(f"Identical pictures: {'; '.join(' = '.join(names) for names in twins[:3])}.")
-    captions = Counter(caption for item in items for caption in item.captions)
-    if len(items) > 3 and len(captions) == 1:
-        warnings.append("All captions are the same: the LoRA cannot tell the concept from the rest of the picture.")
-    small = [item.name for item in items for size in config.resolutions[:1] if item.width * item.height < size**2]
-    if small:
-        fate = "are enlarged" if config.upscale else "are trained at their own, smaller size"
-        warnings.append(f"{len(small)} smaller than the training resolution {fate}, e.g. {small[0]}.")
-    cramped = [item.name for item in items if min(item.width, item.height) < config.alignment]
-    if cramped:
-        warnings.append(f"{len(cramped)} with a side below {config.alignment} pixels are enlarged, e.g. {cramped[0]}.")
-    return warnings
+def _picture(
+    path: Path,
+    name: str,
+    facts: PictureFacts,
+    sha256: str,
+    captions: tuple[str, ...],
+    repeats: int,
+    mask: tuple[Path | None, str],
+    config: DatasetConfig,
+) -> Picture:
+    shuffles = config.tag_shuffles
+    drawn = prepared(captions, config.trigger, config.caption_prefix, config.caption_suffix, shuffles, config.keep_tags)
+    return Picture(
+        path,
+        name,
+        drawn[: len(captions)],
+        facts.width,
+        facts.height,
+        sha256,
+        drawn,
+        repeats,
+        facts.transparent,
+        *mask,
+    )
 
 
-def _same_content(items: list[Picture]) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for item in items:
-        groups.setdefault(item.sha256, []).append(item.name)
-    return list(groups.values())
+def _mask(path: Path, facts: PictureFacts, config: DatasetConfig) -> tuple[Path | None, str]:
+    """A picture's mask and its hash, as `Picture` has them. Raises OSError when the mask cannot be read."""
+    if config.masks == "files" and mask_file(path).is_file():
+        return mask_file(path), _sha256(mask_file(path))
+    return None, "alpha" if config.masks == "alpha" and facts.transparent else ""
 
 
-def bucket_of(picture: Picture, config: DatasetConfig, resolution: int) -> tuple[int, int]:
-    """The bucket (width, height) of a picture at one base resolution."""
-    return choose_bucket(picture.width, picture.height, resolution, config.alignment, config.upscale)
+def _folder_repeats(name: str) -> int:
+    """The N of the innermost folder called `N_name` that a picture lies in, otherwise 1."""
+    for folder in reversed(name.split("/")[:-1]):
+        if match := _REPEAT_FOLDER.match(folder):
+            return int(match[1])
+    return 1
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

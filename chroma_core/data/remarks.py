@@ -1,0 +1,168 @@
+"""What looks doubtful in a data set, each remark with its count and an example."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+
+from .dataset import DatasetConfig
+from .picture import Picture
+from .picture_files import PictureFacts
+
+MANY_REPEATS = 100
+"""From here on the number in a folder's name may well be a year or a date."""
+ENOUGH_TO_JUDGE = 8
+"""Pictures from which on the variety of captions is judged."""
+
+
+@dataclass
+class Findings:
+    """What a scan notes on its way and a list of pictures does not tell."""
+
+    mask_files: int = 0
+    foreign: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    without_caption: int = 0
+    animated: list[str] = field(default_factory=list)
+    misnamed: list[str] = field(default_factory=list)
+    many_repeats: list[str] = field(default_factory=list)
+
+    def note(self, name: str, facts: PictureFacts, repeats: int) -> None:
+        """Remember what is remarkable about a usable picture."""
+        if facts.animated:
+            self.animated.append(name)
+        if facts.misnamed:
+            self.misnamed.append(name)
+        if repeats >= MANY_REPEATS:
+            self.many_repeats.append(name)
+
+
+def describe_skipped(skipped: Sequence[tuple[str, str]], limit: int = 5) -> str:
+    """The first few skipped files with their reasons, as one phrase."""
+    named = [f"{name} ({why})" for name, why in skipped[:limit]]
+    more = len(skipped) - limit
+    return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+
+
+def remarks(
+    config: DatasetConfig,
+    items: Sequence[Picture],
+    skipped: Sequence[tuple[str, str]],
+    findings: Findings,
+    default_resolution: int,
+) -> list[str]:
+    """All remarks on a data set, one a line."""
+    found = []
+    if skipped:
+        pictures = "1 picture was" if len(skipped) == 1 else f"{len(skipped)} pictures were"
+        found.append(f"{pictures} skipped: {describe_skipped(skipped)}.")
+    found += _about_captions(config, items, findings)
+    found += _about_files(config, items, findings)
+    found += _about_sizes(config, items, default_resolution)
+    return found
+
+
+def _about_captions(config: DatasetConfig, items: Sequence[Picture], findings: Findings) -> list[str]:
+    found = list(findings.metadata)
+    if without := findings.without_caption:
+        if config.default_caption is not None:
+            found.append(f"{without} without a caption use the default caption.")
+        elif config.missing_caption == "empty":
+            found.append(f"{without} without a caption are trained with an empty one.")
+        else:
+            found.append(f"{without} without a caption are left out.")
+    captions = Counter(caption for item in items for caption in item.captions)
+    if len(items) > 3 and len(captions) == 1:
+        found.append("All captions are the same: the LoRA cannot tell the concept from the rest of the picture.")
+        return found
+    most, times = max(captions.items(), key=lambda entry: entry[1])
+    if len(items) > 3 and times > 1:
+        found.append(f"{times} times the same caption: “{_short(most)}”.")
+    return found + low_variety([item.captions for item in items], config.trigger)
+
+
+def low_variety(captions: Sequence[Sequence[str]], trigger: str = "") -> list[str]:
+    """A remark if the captions of at least 8 pictures say little about each picture, otherwise nothing.
+
+    Variety is low when there are fewer than half as many different captions as pictures, or when a caption on average
+    has fewer than two words of its own: words, other than the trigger's, that are not in four fifths of the captions.
+    Letter case, punctuation and the order of words do not count.
+    """
+    if len(captions) < ENOUGH_TO_JUDGE:
+        return []
+    ignored = _words(trigger)
+    sets = [_words(caption) - ignored for own in captions for caption in own]
+    different = len(set(sets))
+    counts = Counter(word for words in sets for word in words)
+    own_words = mean(sum(counts[word] < 0.8 * len(sets) for word in words) for words in sets)
+    if different * 2 >= len(captions) and own_words >= 2:
+        return []
+    return [
+        f"Prompt variety is low: {different} different captions for {len(captions)} pictures, on average "
+        f"{own_words:.1f} words that are not in nearly all of them. Say in each what is special about the picture "
+        "(place, pose, light, colours), or everything that all have in common is learned as one."
+    ]
+
+
+def _about_files(config: DatasetConfig, items: Sequence[Picture], findings: Findings) -> list[str]:
+    found = []
+    groups: dict[str, list[str]] = {}
+    for item in items:
+        groups.setdefault(item.sha256, []).append(item.name)
+    twins = [names for names in groups.values() if len(names) > 1]
+    if twins:
+        copies = sum(map(len, twins)) - len(twins)
+        more = f" and {len(twins) - 3} more" if len(twins) > 3 else ""
+        named = "; ".join(" = ".join(names) for names in twins[:3])
+        found.append(f"Identical pictures ({copies} too many): {named}{more}.")
+    over = sum(item.transparent for item in items)
+    if over:
+        found.append(f"{over} with transparency are laid over {config.background}.")
+    if findings.animated:
+        found.append(f"Of {_several(findings.animated)} with several frames or pages only the first is used.")
+    if findings.misnamed:
+        found.append(f"{_several(findings.misnamed)} of another format than the name says; read all the same.")
+    if findings.foreign:
+        found.append(f"{_several(findings.foreign)} in a format that is not read; save as PNG or JPEG to use them.")
+    if findings.many_repeats:
+        found.append(
+            f"{_several(findings.many_repeats)} with {MANY_REPEATS} repeats or more from the folder's name; set "
+            "repeat_folders to false if that number means something else."
+        )
+    masked = sum(item.masked for item in items)
+    if config.masks == "none" and findings.mask_files:
+        found.append(f"{findings.mask_files} mask files are not used; set masks to 'files' to use them.")
+    elif config.masks != "none" and masked < len(items):
+        found.append(f"{len(items) - masked} without a mask are trained as a whole.")
+    return found
+
+
+def _about_sizes(config: DatasetConfig, items: Sequence[Picture], default_resolution: int) -> list[str]:
+    found = []
+    resolution = config.sizes(default_resolution)[0]
+    small = [item.name for item in items if item.width * item.height < resolution**2]
+    if small:
+        fate = "are enlarged" if config.upscale else "are trained at their own, smaller size"
+        found.append(f"{len(small)} smaller than the training resolution {fate}, e.g. {small[0]}.")
+    tiny = [item.name for item in items if item.width * item.height < (resolution / 2) ** 2]
+    if tiny:
+        found.append(f"{len(tiny)} tiny (under a quarter of the training resolution's area), e.g. {tiny[0]}.")
+    cramped = [item.name for item in items if min(item.width, item.height) < config.alignment]
+    if cramped:
+        found.append(f"{len(cramped)} with a side below {config.alignment} pixels are enlarged, e.g. {cramped[0]}.")
+    return found
+
+
+def _several(names: Sequence[str]) -> str:
+    return f"{len(names)} ({names[0]}{', …' if len(names) > 1 else ''})"
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text.lower()))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}…"

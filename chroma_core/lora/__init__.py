@@ -1,1 +1,1 @@
-"""LoRA: which modules (targets), which file (formats, dialects), and how it joins the model (layer, adapters)."""
+"""LoRA: which layers (targets), which file (formats, dialects), and how it joins the model (branches, adapters)."""

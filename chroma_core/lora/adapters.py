@@ -7,6 +7,7 @@ fixed. Several LoRAs add up.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraError
-from .formats import LoraFile, LoraModule, quoted
-from .layer import AdaptedLinear, LoraBranch, adapted_layers, attached, features, linear_modules, put_back, wrapped
-from .trainable import TRAINED, LoraSettings, add_trainable, load_trained, seed_dropout, trained_lora
+from .branches import LoraBranch, branch_of
+from .layer import (
+    AdaptedLinear,
+    adapted_layers,
+    attached,
+    compute_device,
+    features,
+    linear_modules,
+    put_back,
+    wrapped,
+)
+from .modules import AdapterKind, LoraFile, quoted
+from .settings import LoraSettings
+from .trainable import TRAINED, add_trainable, load_trained, seed_dropout, start_from, trained_lora
 
 __all__ = [
     "TRAINED",
+    "AdapterKind",
     "Fit",
     "LoraSettings",
     "adapters_disabled",
@@ -34,6 +47,7 @@ __all__ = [
     "merge",
     "seed_dropout",
     "set_strength",
+    "start_from",
     "trained_lora",
 ]
 
@@ -80,11 +94,11 @@ def check_fits(transformer: nn.Module, lora: LoraFile, allow_partial: bool = Fal
             "a layer of this model. It was made for another model."
         )
     for name in matched:
-        module, shape = lora.modules[name], features(linears[name])
-        if (module.up.shape[0], module.down.shape[1]) != shape:
+        found, shape = lora.modules[name].shape, features(linears[name])
+        if found != shape:
             raise LoraError(
-                f"The LoRA does not fit: for '{name}' it has {module.up.shape[0]}×{module.down.shape[1]}, the model "
-                f"{shape[0]}×{shape[1]}. It was made for another size of model."
+                f"The LoRA does not fit: for '{name}' it has {found[0]}×{found[1]}, the model {shape[0]}×{shape[1]}. "
+                "It was made for another size of model."
             )
     if unmatched and not allow_partial:
         raise LoraError(
@@ -101,7 +115,7 @@ def attach(
     name: str = "lora",
     allow_partial: bool = False,
 ) -> Fit:
-    """Apply `lora` live, under a name of its own. The file's tensors are copied to the layers' device.
+    """Apply `lora` live, under a name of its own. The file's tensors are copied to where the layers compute.
 
     Raises LoraError as `check_fits` does, or when the name is taken; the model is then unchanged.
     """
@@ -114,10 +128,9 @@ def attach(
     with torch.inference_mode(False):
         # All copies first: running out of memory here leaves the model as it was.
         for layer in fit.matched:
-            module = lora.modules[layer]
-            device: torch.device = linears[layer].weight.device  # type: ignore[assignment]
-            down, up = (matrix.detach().to(device, copy=True) for matrix in (module.down, module.up))
-            branches.append((layer, LoraBranch(name, down, up, module.alpha, strength)))
+            device = compute_device(transformer, linears[layer])
+            module = lora.modules[layer].map(functools.partial(_copied, device=device))
+            branches.append((layer, branch_of(name, module, strength)))
         for layer, branch in branches:
             wrapped(transformer, layer, linears[layer]).add(branch)
     return fit
@@ -147,6 +160,8 @@ def detach(transformer: nn.Module, name: str) -> None:
 def merge(transformer: nn.Module, lora: LoraFile, strength: float = 1.0, allow_partial: bool = False) -> Fit:
     """Add strength · ΔW to the weights, for good: in fp32, rounded once to the weight's dtype.
 
+    A DoRA's ΔW is the one for the weights that it meets, with what was merged before.
+
     Raises LoraError as `check_fits` does, or when a weight is quantised: merge first, quantise afterwards. Everything
     is checked before the first weight changes.
     """
@@ -168,11 +183,15 @@ def merge(transformer: nn.Module, lora: LoraFile, strength: float = 1.0, allow_p
     with torch.inference_mode(False), torch.no_grad():
         for name, base in bases.items():
             weight = base.weight
-            module = lora.modules[name]
-            delta = LoraModule(module.down.to(weight.device), module.up.to(weight.device), module.alpha).delta()
+            module = lora.modules[name].map(functools.partial(torch.Tensor.to, device=weight.device))
+            delta = module.delta(weight)
             merged = (weight.float() + strength * delta).to(weight.dtype)
             base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
     return fit
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device, copy=True)
 
 
 def _finite(strength: float) -> None:

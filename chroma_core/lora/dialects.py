@@ -7,6 +7,7 @@
 | `native` | `diffusion_model.<original name>.lora_A/B` or `lora_down/up` | ai-toolkit, ComfyUI |
 | `kohya` | `lora_unet_<original name with _>.lora_down/up` and `.alpha` | sd-scripts and its descendants |
 | `onetrainer` | `lora_transformer_<diffusers name with _>…` | OneTrainer |
+| `lycoris` | `lycoris_<diffusers name with _>.lokr_w1…` | LyCORIS, SimpleTuner |
 | `bare` | names without a prefix | various |
 
 Prefix and layout mix freely in the wild (`diffusion_model.<diffusers name>` exists), so after its prefix a name is
@@ -29,15 +30,17 @@ PREFIXES = (
     ("diffusion_model.", "native"),
     ("lora_unet_", "kohya"),
     ("lora_transformer_", "onetrainer"),
+    ("lycoris_", "lycoris"),
     ("", "bare"),
 )
 
 _PART = re.compile(
     r"^(?P<module>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))(?:\.\w+)?\.weight$"
 )
+_MAGNITUDE = re.compile(r"^(?P<module>.+)\.(?:dora_scale|lora_magnitude_vector)(?:\.\w+)*$")
+_LOKR = re.compile(r"^(?P<module>.+)\.lokr_(?P<factor>w[12](?:_[ab])?|t2)(?:\.\w+)?$")
 
 _FOREIGN = (
-    (re.compile(r"\.lokr_|\.lokr\."), "LoKr"),
     (re.compile(r"\.hada_"), "LoHa"),
     (re.compile(r"\.oft_|\.oft\.|\.oft_blocks"), "OFT"),
     (re.compile(r"\.(a1|a2|b1|b2)\.weight$"), "GLoRA"),
@@ -46,22 +49,30 @@ _FOREIGN = (
     (re.compile(r"^(lora_te|text_encoder|text_encoders|te\d?_)"), "a text encoder's LoRA"),
 )
 
-_DORA = re.compile(r"\.(dora_scale|lora_magnitude_vector)(\.|$)")
-
 
 @dataclass(frozen=True)
 class Part:
-    """What one key of a LoRA file is: `down` or `up` weight, or `alpha`, of the module with that raw name."""
+    """What one key of a LoRA file is, of the module with that raw name.
+
+    kind: `down` or `up` (matrices), `alpha`, `magnitude` (of a DoRA), or of a LoKr `w1`, `w1_a`, `w1_b`, `w2`, `w2_a`,
+    `w2_b`, `t2`.
+    """
 
     module: str
     kind: str
 
 
 def part_of(key: str) -> Part | None:
-    """The part that a key names; None when it is no part of a plain LoRA."""
+    """The part that a key names; None when it is no part of a LoRA, DoRA or LoKr."""
     match = _PART.match(key)
     if match is not None:
         return Part(match["module"], "down" if match["down"] else "up")
+    match = _LOKR.match(key)
+    if match is not None:
+        return Part(match["module"], match["factor"])
+    match = _MAGNITUDE.match(key)
+    if match is not None:
+        return Part(match["module"], "magnitude")
     return Part(key.removesuffix(".alpha"), "alpha") if key.endswith(".alpha") else None
 
 
@@ -86,13 +97,8 @@ def _layers(name: str) -> tuple[Rows, ...] | None:
     return rows
 
 
-def is_dora(key: str) -> bool:
-    """Whether a key belongs to DoRA, which must not be applied as if it were plain LoRA."""
-    return _DORA.search(key) is not None
-
-
 def foreign_kinds(keys: list[str]) -> list[str]:
-    """What those keys are known to hold, other than plain LoRA, as words for a message."""
+    """What those keys are known to hold, other than LoRA, DoRA and LoKr, as words for a message."""
     return [words for pattern, words in _FOREIGN if any(pattern.search(key) for key in keys)]
 
 
@@ -108,12 +114,20 @@ def looks_like_checkpoint(keys: list[str]) -> bool:
 def declared_alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
     """The alpha that a PEFT configuration gives a layer of that rank, as one number for scale = alpha / rank.
 
-    Follows PEFT: `alpha_pattern` by regular expression on the name's end, else `lora_alpha`; rank-stabilised LoRA
-    scales by alpha / √rank.
+    Follows PEFT: `alpha_pattern` by regular expression on the name's end, else `lora_alpha` (`alpha` for a LoKr);
+    rank-stabilised LoRA scales by alpha / √rank.
     """
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    alpha = _by_pattern(config, "alpha_pattern", layer, config.get("lora_alpha", config.get("alpha", rank)))
+    return alpha * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def declared_rank(config: Mapping[str, Any], layer: str) -> float | None:
+    """The rank that a PEFT configuration gives a layer; None when it gives none."""
+    return _by_pattern(config, "rank_pattern", layer, config["r"]) if "r" in config else None
+
+
+def _by_pattern(config: Mapping[str, Any], option: str, layer: str, otherwise: Any) -> float:
+    for pattern, value in (config.get(option) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
-            alpha = value
-            break
-    return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+            return float(value)
+    return float(otherwise)

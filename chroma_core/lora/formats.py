@@ -1,16 +1,14 @@
 """LoRA files: one value in memory, read from any known dialect, written in the one that every runtime applies in full.
 
 That dialect, `universal`, is `transformer.<diffusers path>.lora_A.weight` [rank, in], `.lora_B.weight` [out, rank] and
-`.alpha` (a number): ComfyUI and diffusers both load it with alpha honoured. In a file without alpha the scale is 1,
-that is alpha = rank, as ComfyUI, diffusers and ai-toolkit have it, unless the header (diffusers) or the
+`.alpha` (a number): ComfyUI and diffusers both load it with alpha honoured. A DoRA also has `.dora_scale` [out, 1], its
+magnitudes; a LoKr has LyCORIS' `.lokr_w1`, `.lokr_w2` or `.lokr_w2_a` and `.lokr_w2_b` instead. In a file without alpha
+the scale is 1, that is alpha = rank, as ComfyUI, diffusers and ai-toolkit have it, unless the header (diffusers) or the
 `adapter_config.json` beside it (PEFT) declares another.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,66 +16,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import LoraError, ModelFileError
+from ..errors import LoraError
 from ..files import save_safetensors
-from .dialects import declared_alpha, foreign_kinds, is_dora, locate, looks_like_checkpoint, part_of
+from .assembly import assemble
+from .dialects import foreign_kinds, looks_like_checkpoint, part_of
+from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted
 
-SHOWN = 4
-"""Keys that an error message quotes."""
+__all__ = ["LokrModule", "LoraFile", "LoraModule", "describe", "quoted", "read_lora", "write_lora"]
 
-
-@dataclass(frozen=True, eq=False)
-class LoraModule:
-    """One layer's low-rank update ΔW = (alpha / rank) · up @ down, with down [rank, in] and up [out, rank]."""
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """Rows of `down`."""
-        return self.down.shape[0]
-
-    def delta(self) -> Tensor:
-        """ΔW [out, in] in fp32."""
-        return (self.up.float() @ self.down.float()) * (self.alpha / self.rank)
-
-
-@dataclass(frozen=True, eq=False)
-class LoraFile:
-    """A LoRA: layers by diffusers name (`transformer_blocks.0.attn.to_q`), header texts, and where it came from.
-
-    `unmatched` lists the file's keys that mean nothing to Chroma; `adapters.check_fits` refuses them unless told to
-    apply a part.
-    """
-
-    modules: dict[str, LoraModule]
-    metadata: dict[str, str] = field(default_factory=dict)
-    dialect: str = "universal"
-    unmatched: tuple[str, ...] = ()
-
-    @property
-    def ranks(self) -> list[int]:
-        """The ranks that occur, ascending."""
-        return sorted({module.rank for module in self.modules.values()})
-
-    @property
-    def alphas(self) -> list[float]:
-        """The alphas that occur, ascending."""
-        return sorted({module.alpha for module in self.modules.values()})
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in all the matrices."""
-        return sum(module.down.numel() + module.up.numel() for module in self.modules.values())
+_KINDS = {"lora": "", "dora": "DoRA ", "lokr": "LoKr "}
 
 
 def describe(lora: LoraFile) -> str:
     """What a LoRA holds, in a few lines for a person."""
-    dtypes = sorted({str(m.down.dtype).removeprefix("torch.") for m in lora.modules.values()})
+    tensors = [tensor for module in lora.modules.values() for tensor in module.factors().values()]
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+    kinds = [module.kind for module in lora.modules.values()]
+    counted = " and ".join(f"{kinds.count(kind)} {_KINDS[kind]}layers" for kind in _KINDS if kind in kinds)
     lines = [
-        f"{len(lora.modules)} layers, rank {_listed(lora.ranks)}, alpha {_listed(lora.alphas)}, "
+        f"{counted}, {f'rank {_listed(lora.ranks)}' if lora.ranks else 'full rank'}, alpha {_listed(lora.alphas)}, "
         f"{lora.parameters:,} parameters in {', '.join(dtypes)} ({lora.dialect} dialect)",
     ]
     if lora.unmatched:
@@ -90,12 +47,6 @@ def _listed(values: list[Any]) -> str:
     return ", ".join(f"{v:g}" for v in values)
 
 
-def quoted(names: Sequence[str]) -> str:
-    """The first few names for a message, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(f"'{name}'" for name in names[:SHOWN]) + more
-
-
 def write_lora(path: Path | str, lora: LoraFile) -> None:
     """Write `lora` in the universal dialect, its tensors in the dtype they have; atomic.
 
@@ -105,22 +56,37 @@ def write_lora(path: Path | str, lora: LoraFile) -> None:
         raise LoraError(f"There is no LoRA to write to '{path}': it has no layers.")
     tensors: dict[str, Tensor] = {}
     for name, module in lora.modules.items():
-        if not (module.down.isfinite().all() and module.up.isfinite().all()):
+        if not all(tensor.isfinite().all() for tensor in module.factors().values()):
             raise LoraError(f"The LoRA for '{path}' is not written: '{name}' holds NaN or infinite numbers.")
         # Copies: layers split from a fused one share their down matrix, which the file format does not allow.
-        tensors[f"transformer.{name}.lora_A.weight"] = module.down.detach().clone()
-        tensors[f"transformer.{name}.lora_B.weight"] = module.up.detach().clone()
+        for leaf, tensor in _leaves(path, name, module).items():
+            tensors[f"transformer.{name}.{leaf}"] = tensor.detach().clone()
         tensors[f"transformer.{name}.alpha"] = torch.tensor(float(module.alpha))
     save_safetensors(path, tensors, {"format": "pt", **lora.metadata})
+
+
+def _leaves(path: Path | str, name: str, module: AdapterModule) -> dict[str, Tensor]:
+    """How a module's tensors are called in a file."""
+    if isinstance(module, LoraModule):
+        leaves = {"lora_A.weight": module.down, "lora_B.weight": module.up}
+        # One column: ComfyUI multiplies the weight [out, in] by it.
+        return leaves if module.magnitude is None else {**leaves, "dora_scale": module.magnitude[:, None]}
+    if module.rows is not None:
+        raise LoraError(
+            f"The LoKr for '{path}' is not written: '{name}' is a part of a fused layer that is no Kronecker product "
+            "by itself. Use the file that it was read from."
+        )
+    return {f"lokr_{factor}": tensor.contiguous() for factor, tensor in module.factors().items()}
 
 
 def read_lora(path: Path | str) -> LoraFile:
     """Read a LoRA in any of the dialects in `dialects`; tensors on the CPU, as stored (8-bit floats become fp32).
 
     Fused layers of the original layout (`qkv`, `linear1`) are split exactly: every part shares `down` and takes its own
-    rows of `up`. Keys that are no part of a Chroma LoRA are listed in `unmatched`.
+    rows of `up`, of the magnitudes or of the Kronecker product. Keys that are no part of a Chroma LoRA are listed in
+    `unmatched`.
     Raises LoraError, saying what was found, for an absent, damaged or pickled file, a whole model, another kind of
-    adapter (LoKr, DoRA, …), or a file none of whose keys is Chroma's.
+    adapter (LoHa, OFT, …), or a file none of whose keys is Chroma's.
     """
     path = Path(path)
     if not path.is_file():
@@ -134,7 +100,7 @@ def read_lora(path: Path | str) -> LoraFile:
             tensors = {key: file.get_tensor(key).clone() for key in keys if part_of(key) is not None}
     except (SafetensorError, OSError, ValueError) as error:
         raise LoraError(_unreadable(path, error)) from error
-    return _assemble(path, keys, tensors, metadata)
+    return assemble(path, keys, tensors, metadata)
 
 
 def _unreadable(path: Path, error: Exception) -> str:
@@ -152,13 +118,7 @@ def _unreadable(path: Path, error: Exception) -> str:
 
 
 def _refuse_foreign(path: Path, keys: list[str]) -> None:
-    """Raise for files that hold no plain LoRA at all, before a tensor of them is loaded."""
-    dora = [key for key in keys if is_dora(key)]
-    if dora:
-        raise LoraError(
-            f"'{path}' is a DoRA (it has '{dora[0]}'), which runtimes apply differently from each other and which "
-            "ChromaKit does not read. Train or export it as a plain LoRA."
-        )
+    """Raise for files that hold no LoRA at all, before a tensor of them is loaded."""
     parts = [part for part in map(part_of, keys) if part is not None and part.kind != "alpha"]
     if parts:
         return
@@ -171,88 +131,5 @@ def _refuse_foreign(path: Path, keys: list[str]) -> None:
         found = f"it has no LoRA keys; its {len(keys)} tensors are {quoted(keys)}" if keys else "it is empty"
     raise LoraError(
         f"'{path}' is not a LoRA that can be applied: {found}. Readable are LoRA files with lora_A/lora_B or "
-        "lora_down/lora_up matrices for Chroma."
+        "lora_down/lora_up matrices, and LoKr files with lokr_w1/lokr_w2, for Chroma."
     )
-
-
-def _assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> LoraFile:
-    raw: dict[str, dict[str, str]] = {}
-    unmatched = []
-    for key in keys:
-        part = part_of(key)
-        if part is None:
-            unmatched.append(key)
-        elif part.kind in raw.setdefault(part.module, {}):
-            raise LoraError(f"'{path}' holds several adapters: '{part.module}' has two '{part.kind}' matrices.")
-        else:
-            raw[part.module][part.kind] = key
-    modules: dict[str, LoraModule] = {}
-    dialects: list[str] = []
-    declared = _declared(path, metadata)
-    for name, parts in raw.items():
-        found = locate(name)
-        if found is None or not {"down", "up"} <= parts.keys():
-            unmatched += parts.values()
-            continue
-        dialect, layers = found
-        if dialect not in dialects:
-            dialects.append(dialect)
-        down, up = (_matrix(path, parts[kind], tensors) for kind in ("down", "up"))
-        rank = down.shape[0]
-        if up.shape[1] != rank:
-            raise LoraError(
-                f"'{path}' is damaged: the matrices of '{name}' are {list(down.shape)} and {list(up.shape)}, "
-                "which do not multiply."
-            )
-        for layer in layers:
-            if layer.name in modules:
-                raise LoraError(f"'{path}' has the layer '{layer.name}' twice, in two dialects.")
-            if "alpha" in parts:
-                alpha = float(tensors[parts["alpha"]].float().item())
-            else:
-                alpha = declared_alpha(declared, layer.name, rank)
-            try:
-                modules[layer.name] = LoraModule(down, layer.take(up).clone(), alpha)
-            except ModelFileError as error:
-                raise LoraError(f"'{path}' does not fit Chroma. {error}") from error
-    if not modules:
-        kinds = foreign_kinds(unmatched)
-        raise LoraError(
-            f"None of the {len(keys)} keys in '{path}' belongs to Chroma: {quoted(unmatched)}"
-            f"{f' ({kinds[0]})' if kinds else ''}. It was made for another model, or in an unknown dialect."
-        )
-    return LoraFile(modules, metadata, "+".join(dialects), tuple(unmatched))
-
-
-def _matrix(path: Path, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    tensor = tensors[key]
-    if tensor.ndim != 2 or not tensor.is_floating_point() or 0 in tensor.shape:
-        raise LoraError(
-            f"'{path}' has a tensor '{key}' of shape {list(tensor.shape)} in {tensor.dtype}; a LoRA matrix is a "
-            "two-dimensional tensor of floating-point numbers."
-        )
-    if tensor.element_size() < 2:
-        tensor = tensor.float()
-    if not tensor.isfinite().all():
-        raise LoraError(f"'{path}' is unusable: '{key}' holds NaN or infinite numbers.")
-    return tensor
-
-
-def _declared(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The PEFT configuration that diffusers puts into the header, or PEFT into a file beside; {} when there is none."""
-    config: dict[str, Any] = {}
-    beside = path.with_name("adapter_config.json")
-    try:
-        if "lora_adapter_metadata" in metadata:
-            whole = json.loads(metadata["lora_adapter_metadata"])
-            config = {k.removeprefix("transformer."): v for k, v in whole.items() if k.startswith("transformer.")}
-        elif path.name == "adapter_model.safetensors" and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
-    except (ValueError, AttributeError, OSError) as error:
-        raise LoraError(
-            f"The adapter configuration of '{path}' cannot be read ({error}), so its alpha is unknown. "
-            "Copy the file again together with its adapter_config.json."
-        ) from error
-    if config.get("use_dora"):
-        raise LoraError(f"'{path}' declares itself a DoRA, which ChromaKit does not read. Export it as a plain LoRA.")
-    return config

@@ -1,4 +1,4 @@
-"""A linear layer with low-rank branches beside it: y = base(x) + Σ strength · (alpha / rank) · up(down(x)).
+"""A linear layer with adapters beside it: y = base(x) + Σ strength · ΔW x, one branch (see `branches`) per adapter.
 
 Why not PEFT's layer (0.21): building one draws from the process-wide random stream even with its own initialisation
 off, or else patches `nn.Module` for the whole process, and a training thread may do neither while the host computes
@@ -10,63 +10,9 @@ any module that has `in_features` and `out_features`, quantised or not.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-
-
-class LoraBranch(nn.Module):
-    """One adapter of one layer: `down` [r, in] and `up` [out, r], which keep their dtype when the model is cast.
-
-    Dropout (on the branch's input, in training mode only) draws its mask from `dropout_seed` afresh in every forward
-    pass instead of from a running stream: gradient checkpointing runs the forward twice and must see the same mask.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        down: Tensor,
-        up: Tensor,
-        alpha: float,
-        strength: float = 1.0,
-        dropout: float = 0.0,
-        trainable: bool = False,
-    ):
-        super().__init__()
-        self.name = name
-        self.down = nn.Parameter(down, requires_grad=trainable)
-        self.up = nn.Parameter(up, requires_grad=trainable)
-        self.alpha = alpha
-        self.strength = strength
-        self.dropout = dropout
-        self.dropout_seed: int | None = None
-
-    @property
-    def scale(self) -> float:
-        """The factor on up(down(x))."""
-        return self.strength * self.alpha / self.down.shape[0]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The branch's share of the output, in the dtype of x."""
-        if self.dropout > 0 and self.training:
-            x = self._drop(x)
-        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype)) * self.scale
-
-    def _drop(self, x: Tensor) -> Tensor:
-        if self.dropout_seed is None:
-            raise ConfigError(
-                "LoRA dropout has no seed for this step, so it would drop the same places for ever. Call "
-                "`seed_dropout(transformer, seed)` with a new seed before every forward pass of training."
-            )
-        generator = torch.Generator(x.device).manual_seed(self.dropout_seed)
-        keep = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32) >= self.dropout
-        return x * keep / (1 - self.dropout)
-
-    def _apply(self, fn, recurse=True):
-        # `model.to(bf16)` would round the weights that are being trained; follow the device only.
-        device = fn(torch.empty(0, dtype=self.down.dtype, device=self.down.device)).device
-        return super()._apply(lambda tensor: tensor.to(device), recurse)
+from .branches import LoraBranch
 
 
 class AdaptedLinear(nn.Module):
@@ -108,8 +54,7 @@ class AdaptedLinear(nn.Module):
         return list(self.branches)  # type: ignore[arg-type]
 
     def add(self, branch: LoraBranch) -> None:
-        """Put one more branch beside the base, on its device and in its mode."""
-        branch.to(self.weight.device)
+        """Put one more branch beside the base, in its mode. It has to be where the layer computes: `compute_device`."""
         branch.train(self.training)
         self.branches.append(branch)
 
@@ -119,11 +64,12 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in the dtype that the base gives."""
-        y = self.base_layer(x)
+        base = self.base_layer(x)
+        y = base
         if self.enabled:
             for branch in self.loras():
                 if branch.strength != 0:
-                    y = y + branch(x).to(y.dtype)
+                    y = y + branch(x, base, self.base_layer).to(y.dtype)
         return y
 
 
@@ -150,6 +96,13 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 def features(layer: nn.Module) -> tuple[int, int]:
     """Output and input width of a linear layer: the shape of its weight, also when that is stored packed."""
     return layer.out_features, layer.in_features  # type: ignore[return-value]
+
+
+def compute_device(model: nn.Module, layer: nn.Module) -> torch.device:
+    """Where a layer of a transformer computes: its weight's device, or, when that rests in host memory between visits
+    to the device (see `streaming`), the device of the model's embedder, which is never streamed."""
+    embedder = getattr(model, "x_embedder", layer)
+    return embedder.weight.device  # type: ignore[return-value]
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:

@@ -167,9 +167,16 @@ def test_describe(tmp_path, lora):
 A, B = torch.ones(2, 8), torch.ones(8, 2)
 BLOCK = "transformer.transformer_blocks.0.attn.to_q"
 WRONG = {
-    "LoKr": {"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": A},
+    "None of the 1 keys .*lokr_w1": {"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": A},
+    "both a LoRA and a LoKr": {
+        **{f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": B},
+        **{f"{BLOCK}.lokr_w1": A, f"{BLOCK}.lokr_w2": B},
+    },
+    "LoKr with DoRA": {f"{BLOCK}.lokr_w1": A, f"{BLOCK}.lokr_w2": B, f"{BLOCK}.dora_scale": torch.ones(16, 1)},
+    "made for convolutions": {f"{BLOCK}.lokr_w1": A, f"{BLOCK}.lokr_w2": B, f"{BLOCK}.lokr_t2": A},
+    "which do not multiply": {f"{BLOCK}.lokr_w1": A, f"{BLOCK}.lokr_w2_a": A, f"{BLOCK}.lokr_w2_b": A},
     "LoHa": {"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": A},
-    "is a DoRA": {f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": B, f"{BLOCK}.dora_scale": A},
+    "a DoRA whose": {f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": B, f"{BLOCK}.dora_scale": torch.ones(1, 8)},
     "whole model": {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": A},
     "no LoRA keys; its 1 tensors are 'embedding'": {"embedding": A},
     "it is empty": {},

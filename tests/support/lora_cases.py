@@ -1,12 +1,16 @@
 """Random LoRAs and inputs that the LoRA tests share."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from chroma_core.latents import image_ids
-from chroma_core.lora.formats import LoraFile, LoraModule
+from chroma_core.lora.formats import LokrModule, LoraFile, LoraModule
+from chroma_core.lora.fresh import factorization
 from chroma_core.lora.layer import features, linear_modules
 from chroma_core.lora.targets import target_modules
+from chroma_core.precision import dequantised_weight
 from chroma_core.transformer import ChromaTransformer
 
 
@@ -23,6 +27,36 @@ def random_lora(
         up = torch.randn(rows, rank, generator=generator) * size * (rank / alpha) / rank**0.5
         modules[name] = LoraModule(down, up, alpha)
     return LoraFile(modules)
+
+
+def random_kind(model: nn.Module, kind: str, target: str = "all+ffs", seed: int = 1, size: float = 1.0) -> LoraFile:
+    """Like `random_lora`, of any kind; a DoRA's magnitudes are up to a quarter off the weight's own."""
+    made = random_lora(model, target, seed=seed, size=size)
+    generator = torch.Generator().manual_seed(seed)
+    linears = linear_modules(model)
+    modules = dict(made.modules)
+    for name, plain in made.modules.items():
+        assert isinstance(plain, LoraModule)
+        rows, columns = plain.shape
+        if kind == "dora":
+            norms = dequantised_weight(linears[name]).norm(dim=1)
+            modules[name] = replace(plain, magnitude=norms * (0.75 + torch.rand(rows, generator=generator) / 2))
+        elif kind == "lokr":
+            (a, b), (c, d) = factorization(rows), factorization(columns)
+            w1 = torch.randn(a, c, generator=generator) / columns**0.25
+            w2_a, w2_b = torch.randn(b, 2, generator=generator), torch.randn(2, d, generator=generator)
+            modules[name] = LokrModule(3.0, w1=w1, w2_a=w2_a * size / columns**0.25, w2_b=w2_b)
+    return LoraFile(modules)
+
+
+def equal(a: LoraFile, b: LoraFile) -> bool:
+    """Whether two LoRAs hold the very same numbers."""
+    return a.modules.keys() == b.modules.keys() and all(
+        a.modules[n].alpha == b.modules[n].alpha
+        and a.modules[n].factors().keys() == b.modules[n].factors().keys()
+        and all(torch.equal(t, b.modules[n].factors()[f]) for f, t in a.modules[n].factors().items())
+        for n in a.modules
+    )
 
 
 def inputs(model: ChromaTransformer, seed: int = 2, size: int = 8, tokens: int = 5) -> dict[str, Tensor]:
@@ -44,4 +78,5 @@ def predict(model: ChromaTransformer, call: dict[str, Tensor], dtype: torch.dtyp
 
 def distance(a: Tensor, b: Tensor) -> float:
     """Largest difference between two tensors, relative to the largest value of the second."""
-    return float((a.float() - b.float()).abs().max() / b.float().abs().max())
+    a, b = a.detach().float(), b.detach().float()
+    return float((a - b).abs().max() / b.abs().max())

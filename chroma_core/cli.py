@@ -7,12 +7,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
-import torch
 from tqdm import tqdm
 
+from .cli_import import add_import_command
+from .cli_models import add_model_commands, add_model_options, spec_from
+from .device import best_device
 from .errors import ChromaKitError, ConfigError
 from .flavours import FLAVOURS, flavour
+from .loading.spec import Offload
+from .precision import PRECISIONS
 from .recipe import RECIPES
 
 
@@ -39,9 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     sample = commands.add_parser("sample", help="make pictures")
-    sample.add_argument("--flavour", default="base", choices=list(FLAVOURS))
-    sample.add_argument("--folder", default=None, help="a diffusers folder to load instead of the flavour's")
-    sample.add_argument("--precision", default="bf16")
+    add_model_options(sample)
     sample.add_argument("--prompt", action="append", required=True, help="repeat for several pictures")
     sample.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
     sample.add_argument("--trigger", default="", help="the word that replaces [trigger]")
@@ -60,33 +63,30 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
     sample.set_defaults(run=_sample)
 
+    add_model_commands(commands)
+    add_import_command(commands)
+
     inspect = commands.add_parser("inspect-lora", help="what a LoRA file holds")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect_lora)
 
-    plan = commands.add_parser("plan", help="how much memory a flavour needs (an estimate)")
+    plan = commands.add_parser("plan", help="how much memory a flavour needs, and what to choose on this machine")
     plan.add_argument("--flavour", default="base", choices=list(FLAVOURS))
-    plan.add_argument("--precision", default="bf16")
-    plan.add_argument("--size", type=int, default=None, help="pixels a side")
+    plan.add_argument("--precision", default="bf16", choices=list(PRECISIONS), metavar="NAME")
+    plan.add_argument("--text-precision", default="bf16", choices=list(PRECISIONS), metavar="NAME", help="of T5")
+    plan.add_argument("--offload", default="none", choices=get_args(Offload))
+    plan.add_argument("--resident-blocks", type=int, default=2, help="with --offload block: blocks on the device")
+    plan.add_argument("--offload-during-startup", action="store_true", help="quantise in the computer's memory")
+    plan.add_argument("--size", type=int, default=None, help="pixels a side (default: the flavour's)")
     plan.add_argument("--batch-size", type=int, default=1)
-    plan.add_argument("--rank", type=int, default=16)
-    plan.add_argument("--no-checkpointing", action="store_true")
-    plan.add_argument("--json", action="store_true")
+    plan.add_argument("--rank", type=int, default=16, help="of the LoRA in training")
+    plan.add_argument("--no-checkpointing", action="store_true", help="training without gradient checkpointing")
+    plan.add_argument("--device-memory", type=float, metavar="GIB", help="plan for a card of that size, not this one")
+    plan.add_argument("--host-memory", type=float, metavar="GIB", help="plan for a computer with that much memory")
+    plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=_plan)
     return parser
-
-
-def best_device(name: str | None = None) -> torch.device:
-    """The named device, or the best there is: CUDA/ROCm, then MPS, then the CPU."""
-    if name is not None:
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ConfigError(f"'{name}' is not a device: use cuda, cuda:1, mps or cpu.") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -124,7 +124,7 @@ def _train(options: argparse.Namespace) -> int:
 def _sample(options: argparse.Namespace) -> None:
     from .files import write_atomic
     from .loading.cache import ComponentCache
-    from .loading.spec import ModelHandle, ModelSpec
+    from .loading.spec import ModelHandle
     from .pictures import decode, png_bytes
     from .recipe import recipe
     from .sampling import SamplingSettings, sample
@@ -132,7 +132,7 @@ def _sample(options: argparse.Namespace) -> None:
     from .text import apply_trigger
 
     chosen, rules, device = flavour(options.flavour), recipe(options.recipe), best_device(options.device)
-    spec = ModelSpec(options.flavour, options.folder, options.precision, offload="model")
+    spec = spec_from(options)
     settings = SamplingSettings(
         steps=options.steps if options.steps is not None else chosen.steps,
         guidance=options.guidance if options.guidance is not None else chosen.guidance,
@@ -199,8 +199,7 @@ def _inspect_lora(options: argparse.Namespace) -> None:
     from .lora.formats import read_lora
 
     lora = read_lora(options.file)
-    ranks = sorted({module.down.shape[0] for module in lora.modules.values()})
-    alphas = sorted({float(module.alpha) for module in lora.modules.values()})
+    ranks, alphas = lora.ranks, lora.alphas
     report = {
         "file": str(options.file),
         "dialect": lora.dialect,
@@ -218,14 +217,22 @@ def _inspect_lora(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from .memory import estimate
+    from .memory import estimate, machine, plan_table
 
-    result = estimate(
-        options.flavour,
-        options.precision,
-        size=options.size,
-        batch_size=options.batch_size,
-        rank=options.rank,
-        gradient_checkpointing=not options.no_checkpointing,
-    )
-    print(json.dumps(result.to_dict()) if options.json else result.table())
+    on = machine().with_memory(options.device_memory, options.host_memory)
+    chosen: dict[str, Any] = {
+        "size": options.size,
+        "batch_size": options.batch_size,
+        "rank": options.rank,
+        "gradient_checkpointing": not options.no_checkpointing,
+        "text_precision": options.text_precision,
+        "offload": options.offload,
+        "resident_blocks": options.resident_blocks,
+        "offload_during_startup": options.offload_during_startup,
+        "on": on,
+    }
+    result = estimate(options.flavour, options.precision, **chosen)
+    if options.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print(result.table(), plan_table(options.flavour, options.precision, **chosen), sep="\n\n")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -21,6 +22,9 @@ SigmaDraw = Literal["logit_normal", "uniform", "chroma"]
 SigmaRemap = Literal["quadratic", "quadratic_split", "none"]
 
 MAX_STEPS = 1000
+
+BIAS_BASE = 8.0
+"""The flow shift of a sigma bias of 1. Chroma's own shift at 1024², e^1.15, is a bias of .55."""
 
 
 def parse_flow_shift(value: str | float) -> FlowShift:
@@ -117,6 +121,21 @@ class SigmaSettings:
             raise ConfigError(f"Sigmas from {self.minimum} to {self.maximum}: need 0 ≤ minimum < maximum ≤ 1.")
 
 
+def apply_sigma_bias(sigmas: Tensor, bias: Tensor) -> Tensor:
+    """Move each noise level towards 1 (bias above 0, to composition) or towards 0 (below 0, to detail).
+
+    The constant flow shift with s = 8^b: σ' = sσ / (1 + (s−1)σ), or logit σ' = logit σ + b·ln 8. It rises with σ, keeps
+    0 and 1, and takes a median of ½ to 8/9 at b = 1 and to 1/9 at b = −1; −b undoes b. A row with b = 0 stays as it is
+    to the last bit.
+
+    Raises ConfigError for a bias outside −1..1.
+    """
+    if not bool((bias.abs() <= 1).all()):
+        raise ConfigError(f"The sigma bias is {bias.tolist()}; it must lie between -1 (detail) and 1 (composition).")
+    factor = BIAS_BASE ** bias.to(sigmas.dtype)
+    return factor * sigmas / (1 + (factor - 1) * sigmas)
+
+
 def _chroma_quantile(u: Tensor) -> Tensor:
     """Inverse distribution of the density ∝ 2 − 7.7(t−½)² on [0, 1], with which Chroma's author trains.
 
@@ -129,8 +148,17 @@ def _chroma_quantile(u: Tensor) -> Tensor:
     return 0.5 + 2 * math.sqrt(-p / 3) * torch.cos(angle - 2 * math.pi / 3)
 
 
-def draw_sigmas(n: int, settings: SigmaSettings, generator: Generator, image_tokens: int) -> Tensor:
+def draw_sigmas(
+    n: int,
+    settings: SigmaSettings,
+    generator: Generator,
+    image_tokens: int,
+    bias: Sequence[float] | None = None,
+) -> Tensor:
     """Draw `n` training noise levels in [minimum, maximum]: fp32 on the generator's device (a CPU generator).
+
+    `bias` has one number in −1..1 for each draw (see `apply_sigma_bias`), applied after the flow shift; the limits hold
+    whatever it is, and the numbers that are drawn do not depend on it.
 
     Remaps: `quadratic` takes σ² or 1−(1−σ)² by a fair coin, so tails are visited more often and every σ stays
     reachable; `quadratic_split` takes σ² below ½ and 1−(1−σ)² from ½ on (SimpleTuner's rule, never inside [¼, ¾)).
@@ -149,4 +177,6 @@ def draw_sigmas(n: int, settings: SigmaSettings, generator: Generator, image_tok
         low = uniform() < 0.5 if settings.remap == "quadratic" else sigmas < 0.5
         sigmas = torch.where(low, sigmas**2, 1 - (1 - sigmas) ** 2)
     sigmas = apply_flow_shift(sigmas, settings.flow_shift, image_tokens)
+    if bias is not None:
+        sigmas = apply_sigma_bias(sigmas, torch.tensor(bias, dtype=sigmas.dtype))
     return (settings.minimum + (settings.maximum - settings.minimum) * sigmas).float()

@@ -9,22 +9,23 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.nn import Parameter
 
 from ..errors import LoraError
 from ..files import atomic_folder, remove_leftovers, write_json
 from ..lora.adapters import load_trained, trained_lora
 from ..lora.formats import read_lora, write_lora
 from ..transformer import ChromaTransformer
+from .ema import Ema
+from .stepper import Stepper
 
 _DAMAGE = (OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, LoraError)
 
-LORA, OPTIMIZER, STATE = "lora.safetensors", "optimizer.pt", "state.json"
+LORA, OPTIMIZER, EMA, STATE = "lora.safetensors", "optimizer.pt", "ema.pt", "state.json"
 
 
 @dataclass
@@ -44,22 +45,47 @@ class Progress:
     train_seconds: float = 0.0
     metrics_bytes: int = 0
     data: str = ""
+    best_loss: float | None = None
+    best_at: int = -1
+    loss_fast: float | None = None
+    loss_lowest: float | None = None
+    diverged_at: int = -1
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, transformer: ChromaTransformer, optimizer: torch.optim.Optimizer, keep: int
+    folder: Path,
+    progress: Progress,
+    transformer: ChromaTransformer,
+    stepper: Stepper,
+    ema: Ema | None,
+    keep: int,
+    keep_best: bool = False,
 ) -> Path:
-    """Write `folder`/step-000100 and remove the oldest ones, so that `keep` are left."""
-    path = folder / f"step-{progress.step:06d}"
+    """Write `folder`/step-000100 and remove the oldest ones, so that `keep` are left, and with `keep_best` the best."""
+    path = folder / step_name(progress.step)
     if path.exists():  # saved again at the same step, e.g. after a pause: the state is the same
         return path
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path) as temporary, stepper.as_trained():
         write_lora(temporary / LORA, trained_lora(transformer))
-        torch.save(optimizer.state_dict(), temporary / OPTIMIZER)
+        torch.save(stepper.state_dict(), temporary / OPTIMIZER)
+        if ema is not None:
+            torch.save(ema.state_dict(), temporary / EMA)
         write_json(temporary / STATE, asdict(progress))
     for old in checkpoints(folder)[:-keep]:
-        discard(old)
+        if not (keep_best and old.name == step_name(progress.best_at)):
+            discard(old)
     return path
+
+
+def step_name(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Bytes of the newest checkpoint, 0 when there is none: about what the next one will take."""
+    newest = checkpoints(folder)[-1:]
+    return sum(path.stat().st_size for path in newest[0].iterdir()) if newest else 0
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -76,9 +102,9 @@ def discard(path: Path) -> None:
 
 
 def restore_latest(
-    folder: Path, transformer: ChromaTransformer, parameters: Sequence[Parameter], optimizer: torch.optim.Optimizer
+    folder: Path, transformer: ChromaTransformer, stepper: Stepper, ema: Ema | None = None
 ) -> tuple[Progress | None, list[str]]:
-    """Load the newest readable checkpoint into the adapter and the optimizer.
+    """Load the newest readable checkpoint into the adapter, the optimizer and the average.
 
     Returns:
         its progress (None when there is none) and the names of damaged ones, which are removed.
@@ -86,19 +112,29 @@ def restore_latest(
     if folder.is_dir():
         remove_leftovers(folder)
     damaged = []
-    fresh_lora, fresh_state = trained_lora(transformer), optimizer.state_dict()
+    fresh_lora, fresh_state = trained_lora(transformer), stepper.state_dict()
+    fresh_ema = None if ema is None else ema.state_dict()
     for path in reversed(checkpoints(folder)):
         try:
             values = json.loads((path / STATE).read_text(encoding="utf-8"))
             known = {f.name for f in fields(Progress)}
             progress = Progress(**{k: v for k, v in values.items() if k in known})
-            state = torch.load(path / OPTIMIZER, map_location=parameters[0].device, weights_only=True)
+            state = _load(path / OPTIMIZER, stepper)
+            average = None if ema is None else _load(path / EMA, stepper)
             load_trained(transformer, read_lora(path / LORA))
-            optimizer.load_state_dict(state)
+            stepper.load_state_dict(state)
+            if ema is not None and average is not None:
+                ema.load_state_dict(average)
             return progress, damaged
         except _DAMAGE as error:
             damaged.append(f"{path.name} ({type(error).__name__})")
             discard(path)
             load_trained(transformer, fresh_lora)
-            optimizer.load_state_dict(fresh_state)
+            stepper.load_state_dict(fresh_state)
+            if ema is not None and fresh_ema is not None:
+                ema.load_state_dict(fresh_ema)
     return None, damaged
+
+
+def _load(path: Path, stepper: Stepper) -> Any:
+    return torch.load(path, map_location=stepper.parameters[0].device, weights_only=True)

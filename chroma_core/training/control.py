@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from .seat import Seat
+
 POLL_SECONDS = 0.02
 
 
@@ -26,6 +28,7 @@ class Control:
     Args:
         busy: whether the host works on a prompt now; polled between steps.
         on_wait: called from the worker with (paused, yielded) whenever either changes.
+        seat: the job's place on the device, which it leaves while the host is busy.
     """
 
     def __init__(self, busy: Callable[[], bool] = lambda: False):
@@ -36,6 +39,7 @@ class Control:
         self.halt = threading.Event()
         self.sample = threading.Event()
         self.save = threading.Event()
+        self.seat: Seat | None = None
         self._changed = threading.Event()
         self._waiting = (False, False)
 
@@ -59,6 +63,10 @@ class Control:
                 raise Stopped
             paused, yielded = pausable and self.pause.is_set(), self.busy()
             self._announce(paused, yielded)
+            if self.seat is not None and yielded:
+                self.seat.step_aside()
+            elif self.seat is not None and (not paused or self.sample.is_set()):
+                self.seat.come_back()
             if serve is not None:
                 serve(not yielded)
             if not paused and not yielded:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..files import slug, write_atomic
 from ..lora.adapters import trained_lora
-from ..lora.formats import LoraFile, LoraModule, write_lora
+from ..lora.formats import LoraFile, write_lora
 from ..transformer import ChromaTransformer
 from .checkpoint import Progress
 from .config import TrainingConfig
@@ -27,6 +27,7 @@ def lora_metadata(config: TrainingConfig, progress: Progress, base_sha256: str, 
         "batch": config.effective_batch,
         "pictures": pictures,
         "learning_rate": config.learning_rate,
+        "kind": config.lora.kind,
         "rank": config.lora.rank,
         "alpha": config.lora.alpha or config.lora.rank,
         "target": config.lora.target,
@@ -66,9 +67,9 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def final_path(loras_folder: Path, config: TrainingConfig) -> Path:
-    """Where the LoRA goes: the job's name, with -2, -3 … when another job's file has it already."""
-    stem = slug(config.name)
+def final_path(loras_folder: Path, config: TrainingConfig, suffix: str = "") -> Path:
+    """Where the LoRA goes: the job's name and `suffix`, with -2, -3 … when another job's file has it already."""
+    stem = slug(config.name) + suffix
     number = 1
     while True:
         path = loras_folder / (f"{stem}.safetensors" if number == 1 else f"{stem}-{number}.safetensors")
@@ -92,15 +93,14 @@ def write_final(
     metadata: dict[str, Any],
     job_folder: Path,
     loras_folder: Path,
+    suffix: str = "",
 ) -> Path:
-    """Write the LoRA into the job's folder and into `loras_folder`; returns the latter path."""
+    """Write the LoRA into the job's folder and `loras_folder`, its name ending in `suffix`; returns the latter path."""
     trained = trained_lora(transformer)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.lora.save_dtype]
-    modules = {
-        name: LoraModule(module.down.to(dtype), module.up.to(dtype), module.alpha)
-        for name, module in trained.modules.items()
-    }
-    path, copy = final_path(loras_folder, config), job_folder / f"{slug(config.name)}.safetensors"
+    modules = {name: module.to(dtype) for name, module in trained.modules.items()}
+    path = final_path(loras_folder, config, suffix)
+    copy = job_folder / f"{slug(config.name)}{suffix}.safetensors"
     write_lora(copy, LoraFile(modules, metadata, trained.dialect))
     write_atomic(path, copy.read_bytes())
     return path

@@ -123,7 +123,8 @@ class Job:
             if fields.get("lora_path") is not None:
                 fields["lora_path"] = str(fields["lora_path"])
                 fields["lora_name"] = Path(fields["lora_path"]).name
-            self._values.update(fields, updated=time.time())
+            # Strictly increasing, so that whoever gets two states of a job out of order knows the newer one.
+            self._values.update(fields, updated=max(time.time(), self._values["updated"] + 1e-6))
             if self._values["step_seconds"] is not None:
                 left = self.config.steps - self._values["step"]
                 self._values["eta_seconds"] = round(left * self._values["step_seconds"], 1)
@@ -154,11 +155,6 @@ class Job:
         """Record an error: ours as it stands, any other with its type, and its trace in `log.txt`."""
         if isinstance(error, ChromaKitError):
             message = str(error)
-        elif "out of memory" in str(error).lower():
-            message = (
-                f"The device ran out of memory ({_first_line(error)}) Choose a quantised precision, turn gradient "
-                "checkpointing on, lower the batch size (and raise gradient accumulation), the resolution or the rank."
-            )
         else:
             message = f"{type(error).__name__}: {_first_line(error)} (the trace is in log.txt in the job's folder)"
         self.log("".join(traceback.format_exception(error)))

@@ -113,6 +113,7 @@ class JobManager:
                 self._jobs[job.id] = job
                 self._enqueue(job)
             elif job.state in ("interrupted", "failed") or (job.state == "stopped" and if_exists == "resume"):
+                job.config = config  # equal but for where the weights rest: perhaps it ran out of memory there
                 self._enqueue(job)
             elif job.state in ACTIVE and if_exists == "resume":
                 self.resume(job.id)

@@ -6,40 +6,54 @@ gradient accumulation does not change what is drawn.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from ..data.cache import LatentTextCache
 from ..data.order import batches_per_epoch, epoch_batches
-from ..data.randomness import generator
+from ..data.randomness import generator, uniform
 from ..data.samples import Sample
 from ..lora.adapters import seed_dropout
 from ..schedule import draw_sigmas
-from ..text import TextCondition
+from ..text import TextCondition, zero_padded
 from ..transformer import ChromaTransformer
 from .config import TrainingConfig
-from .objective import add_noise, loss, predict_velocity, training_target
-from .optim import learning_rate_at
+from .noise import draw_noise, pair_noise
+from .objective import PLAIN, ObjectiveSettings, add_noise, loss, predict_velocity, training_target, with_prior_targets
+from .stepper import SkipReason, Stepper
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples of one optimizer step: latents and noise [B, C, H, W], conditions, sigmas [B]; fp32 on the CPU."""
+    """The samples of one optimizer step: latents and noise [B, C, H, W], conditions, sigmas [B]; fp32 on the CPU.
+
+    Only where the step needs them: mask [B, 1, H, W] of the loss, values 0..1; regularisation [B], True where the
+    target is the model without its adapter; guidance [B], values of the guidance embedding.
+    """
 
     latents: Tensor
     conditions: list[TextCondition]
     noise: Tensor
     sigmas: Tensor
+    mask: Tensor | None = None
+    regularisation: Tensor | None = None
+    guidance: Tensor | None = None
 
     def part(self, start: int, size: int) -> Batch:
         """Rows start … start+size−1."""
-        rows = slice(start, start + size)
-        return Batch(self.latents[rows], self.conditions[rows], self.noise[rows], self.sigmas[rows])
+        return self._each(lambda value: value[start : start + size])
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device; conditions are moved where they are used."""
+        return self._each(lambda value: value.to(device) if isinstance(value, Tensor) else value)
+
+    def _each(self, change: Callable[[Any], Any]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
     def __len__(self) -> int:
         return len(self.conditions)
@@ -47,20 +61,30 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found. `skipped`: loss or gradient was not finite and the weights were left as they were."""
+    """What one step found. `skipped`: why the weights were left as they were, "" if they were not (see `stepper`)."""
 
     loss: float
     grad_norm: float
     learning_rate: float
     sigma_mean: float
-    skipped: bool
+    skipped: SkipReason
 
 
 class Batches:
-    """The batch of every step, made from cached samples."""
+    """The batch of every step, made from cached samples.
 
-    def __init__(self, samples: Sequence[Sample], cache: LatentTextCache, config: TrainingConfig):
-        self.samples, self.cache, self.config = samples, cache, config
+    With the text padding `unmodified` the cache has to be one whose text states keep their padding (see
+    `text.TextEncoder.with_padding`).
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        cache: LatentTextCache,
+        config: TrainingConfig,
+        objective: ObjectiveSettings = PLAIN,
+    ):
+        self.samples, self.cache, self.config, self.objective = samples, cache, config, objective
         self.buckets = [sample.bucket for sample in samples]
         self.per_epoch = batches_per_epoch(self.buckets, config.effective_batch)
         self.sigma_settings = config.objective.sigmas()
@@ -75,49 +99,83 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of step `step` (0-based). Raises DataError when a cached file is gone."""
+        seed, objective = self.config.seed, self.objective
+        samples = [self.samples[index] for index in self.indices(step)]
+        rows, conditions, draws, masks = [], [], [], []
+        for row, sample in enumerate(samples):
+            use = sample.use(generator(seed, "caption", step, row))
+            rows.append(self.cache.latents(use.latents))
+            masks.append(None if use.mask is None else self.cache.mask(use.mask))
+            condition = self.cache.text(use.caption)
+            conditions.append(zero_padded(condition) if objective.text_padding == "zero" else condition)
+            draws.append(draw_noise(rows[-1].shape, seed, step, row, objective.noise_offset))
+        latents, noise = torch.stack(rows), torch.stack(draws)
+        if objective.pair_noise:
+            noise = pair_noise(latents, noise)
+        height, width = latents.shape[-2:]
+        bias = [sample.sigma_bias for sample in samples]
+        sigmas = draw_sigmas(
+            len(samples),
+            self.sigma_settings,
+            generator(seed, "sigma", step),
+            height * width // 4,
+            bias if any(bias) else None,
+        )
+        mask = None
+        if any(values is not None for values in masks):
+            mask = torch.stack([torch.ones(1, height, width) if values is None else values for values in masks])
+        regularisation = torch.tensor([sample.regularisation for sample in samples])
+        return Batch(
+            latents,
+            conditions,
+            noise,
+            sigmas,
+            mask,
+            regularisation if regularisation.any() else None,
+            self._guidance(step, len(samples)),
+        )
+
+    def _guidance(self, step: int, size: int) -> Tensor | None:
+        """The guidance embedding's values [B] of a step; None leaves it at 0."""
+        if self.objective.guidance == "none":
+            return None
+        low, high = self.objective.guidance_range
+        if self.objective.guidance == "constant":
+            return torch.full((size,), low)
         seed = self.config.seed
-        latents, conditions, noise = [], [], []
-        for row, index in enumerate(self.indices(step)):
-            path, caption = self.samples[index].pick(generator(seed, "caption", step, row))
-            x0 = self.cache.latents(path)
-            latents.append(x0)
-            conditions.append(self.cache.text(caption))
-            noise.append(torch.randn(x0.shape, generator=generator(seed, "noise", step, row)))
-        height, width = latents[0].shape[-2:]
-        sigmas = draw_sigmas(len(latents), self.sigma_settings, generator(seed, "sigma", step), height * width // 4)
-        return Batch(torch.stack(latents), conditions, torch.stack(noise), sigmas)
+        return torch.tensor(
+            [low + (high - low) * uniform(generator(seed, "guidance", step, row)) for row in range(size)]
+        )
 
 
 def train_step(
     step: int,
     transformer: ChromaTransformer,
-    parameters: Sequence[Parameter],
-    optimizer: torch.optim.Optimizer,
+    stepper: Stepper,
     batches: Batches,
     config: TrainingConfig,
 ) -> StepResult:
     """One optimizer step (`step` 0-based) over `config.effective_batch` samples, `config.batch_size` at a time."""
     device = transformer.x_embedder.weight.device
-    batch = batches[step]
+    batch, objective = batches[step], batches.objective
     total = 0.0
     transformer.train()
     for start in range(0, len(batch), config.batch_size):
-        part = batch.part(start, config.batch_size)
+        part = batch.part(start, config.batch_size).to(device)
         seed_dropout(transformer, generator(config.seed, "dropout", step, start).initial_seed())
-        x0, noise, sigmas = part.latents.to(device), part.noise.to(device), part.sigmas.to(device)
-        velocity = predict_velocity(transformer, add_noise(x0, noise, sigmas), sigmas, part.conditions)
-        part_loss = loss(velocity, training_target(x0, noise)) * (len(part) / len(batch))
-        part_loss.backward()
+        x = add_noise(part.latents, part.noise, part.sigmas)
+        target, weight = training_target(part.latents, part.noise), None
+        inputs = (transformer, x, part.sigmas, part.conditions, part.guidance)
+        if part.regularisation is not None:
+            target = with_prior_targets(target, part.regularisation, *inputs)
+            weight = torch.where(part.regularisation, objective.prior_weight, 1.0)
+        velocity = predict_velocity(*inputs)
+        part_loss = loss(velocity, target, objective.loss, objective.huber_delta, part.mask, weight)
+        part_loss = part_loss * (len(part) / len(batch))
+        stepper.backward(part_loss)
         total += part_loss.item()
     transformer.eval()
 
-    # An infinite limit still measures the norm.
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
-    learning_rate = learning_rate_at(step, config)
-    skipped = not (math.isfinite(total) and math.isfinite(norm))
-    if not skipped:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(total, norm, learning_rate, float(batch.sigmas.mean()), skipped)
+    learning_rate = config.schedule().at(step)
+    norm, _ = stepper.apply(learning_rate, config.max_grad_norm)
+    return StepResult(total, norm, learning_rate, float(batch.sigmas.mean()), stepper.skip_reason)

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ..data.cache import LatentTextCache
 from ..files import write_atomic
-from ..latents import LatentFormat
 from ..loading.components import load_vae
+from ..loading.moving import away, release_memory
 from ..pictures import decode, png_bytes
 from ..sampling import sample
-from ..text import apply_trigger
 from ..transformer import ChromaTransformer
 from .config import TrainingConfig
 
 
-def preview_prompts(config: TrainingConfig) -> list[str]:
-    """The prompts with `[trigger]` replaced. Raises PromptError when it is used without a trigger word."""
-    return [apply_trigger(prompt, config.dataset.trigger) for prompt in config.previews.prompts]
-
-
 def preview_texts(config: TrainingConfig) -> list[str]:
-    """Everything that previews need encoded: prompts and, where guidance is used, the negative."""
-    if not config.previews.prompts:
-        return []
-    negative = [apply_trigger(config.previews.negative, config.dataset.trigger)] if config.previews.guidance > 1 else []
-    return [*preview_prompts(config), *negative]
+    """Everything that previews need encoded: prompts and, where guidance is used, negatives."""
+    previews = config.preview_list()
+    negatives = [preview.negative for preview in previews if preview.settings.guidance > 1]
+    return list(dict.fromkeys([*(preview.prompt for preview in previews), *negatives]))
 
 
 def render_previews(
@@ -47,39 +41,39 @@ def render_previews(
         metadata: what else to record in the files (job, model, LoRA settings).
         between: called between sampling steps; may wait or raise.
     """
-    width, height = config.preview_size()
     recipe = config.recipe_value()
-    negative = cache.text(preview_texts(config)[-1]) if config.previews.guidance > 1 else None
-    vae = load_vae(config.model, transformer.x_embedder.weight.device)
-    names = []
-    for index, prompt in enumerate(preview_prompts(config)):
+    device = transformer.x_embedder.weight.device
+    sampled: list[tuple[Tensor, dict[str, Any]]] = []
+    for preview in config.preview_list():
         between()
-        settings = config.previews.sampling(index)
         latents = sample(
             transformer,
-            [cache.text(prompt)],
-            negative,
-            width=width,
-            height=height,
-            settings=settings,
+            [cache.text(preview.prompt)],
+            cache.text(preview.negative) if preview.settings.guidance > 1 else None,
+            width=preview.width,
+            height=preview.height,
+            settings=preview.settings,
             recipe=recipe,
-            latent_format=LatentFormat.of(vae),
             on_step=lambda _: between(),
         )
         record = {
-            "prompt": prompt,
-            "negative": config.previews.negative,
-            "width": width,
-            "height": height,
-            "settings": settings.to_dict(),
+            "prompt": preview.prompt,
+            "negative": preview.negative,
+            "width": preview.width,
+            "height": preview.height,
+            "settings": preview.settings.to_dict(),
             "recipe": recipe.to_dict(),
             "model": config.model.to_dict(),
             "step": step,
             **metadata,
         }
-        names.append(f"step-{step:06d}-{index}.png")
-        write_atomic(folder / names[-1], png_bytes(decode(vae, latents)[0], record))
-    del vae
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        sampled.append((latents, record))
+    # With offloading they take turns: decoding a large picture needs as much memory as the transformer.
+    with away(transformer, device) if config.model.offload != "none" else nullcontext():
+        vae = load_vae(config.model, device)
+        names = [f"step-{step:06d}-{index}.png" for index in range(len(sampled))]
+        for name, (latents, record) in zip(names, sampled, strict=True):
+            write_atomic(folder / name, png_bytes(decode(vae, latents)[0], record))
+        del vae
+        release_memory()
     return names

@@ -8,6 +8,8 @@ import time
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load
 
 from chroma_core.errors import JobError
 from chroma_core.loading.components import load_transformer
@@ -275,3 +277,28 @@ def test_the_command_line_trains_and_resumes_without_a_host(places, tmp_path, ro
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.strip().splitlines()[-1])["state"] == "completed"
     assert [path.name for path in (tmp_path / "out" / "loras").iterdir()] == ["cli.safetensors"]
+
+
+@pytest.mark.parametrize("offload", ["model", "block"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_where_the_weights_rest_changes_neither_loras_nor_previews(places, tmp_path, offload, checkpointing):
+    """And a prompt that comes in between, for which the model leaves the device, does not either."""
+    written = {}
+    for where in ("none", offload):
+        settings = config(
+            *places,
+            model={**config(*places).model.to_dict(), "offload": where},
+            gradient_checkpointing=checkpointing,
+            previews={"prompts": "sks", "steps": 2, "every": 4},
+        )
+        calls = iter(range(10**9))
+        busy = (lambda: False) if where == "none" else (lambda calls=calls: next(calls) % 7 < 3)
+        manager = JobManager(tmp_path / where, tmp_path / f"{where}-loras", "cpu", busy=busy)
+        job = manager.ensure(settings)
+        assert job.wait(PATIENCE) and job.state == "completed", job.status()["message"]
+        manager.shutdown()
+        lora = (tmp_path / f"{where}-loras" / "Test-Job.safetensors").read_bytes()
+        written[where] = [load(lora), *(Image.open(path).tobytes() for path in job.samples())]
+    plain, moved = written["none"], written[offload]
+    assert plain[0].keys() == moved[0].keys() and all(torch.equal(plain[0][k], moved[0][k]) for k in plain[0])
+    assert plain[1:] == moved[1:] and len(plain) == 4

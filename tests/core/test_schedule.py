@@ -11,6 +11,7 @@ from chroma_core.errors import ConfigError
 from chroma_core.schedule import (
     SigmaSettings,
     apply_flow_shift,
+    apply_sigma_bias,
     apply_tail_bias,
     draw_sigmas,
     dynamic_mu,
@@ -114,9 +115,41 @@ def test_shifted_draw_is_the_shift_of_the_draw():
     )
 
 
+def test_sigma_bias_is_a_monotone_map_with_zero_the_identity():
+    sigma = torch.linspace(0, 1, 1001, dtype=torch.float64)
+
+    def biased(b: float) -> torch.Tensor:
+        return apply_sigma_bias(sigma, torch.full_like(sigma, b))
+
+    assert torch.equal(biased(0.0), sigma)
+    for b in (-1.0, -0.3, 0.5, 1.0):
+        moved = biased(b)
+        assert moved[0] == 0 and moved[-1] == 1 and (moved.diff() > 0).all()
+        assert torch.allclose(torch.logit(moved[1:-1]), torch.logit(sigma[1:-1]) + b * math.log(8), atol=1e-9)
+        assert torch.allclose(apply_sigma_bias(moved, torch.full_like(sigma, -b)), sigma, atol=1e-12)
+    assert biased(1.0)[500].item() == pytest.approx(8 / 9) and biased(-1.0)[500].item() == pytest.approx(1 / 9)
+
+
+def test_biased_draws_have_the_shifted_density_row_by_row():
+    settings = SigmaSettings(remap="none")
+
+    def both(bias):
+        return draw_sigmas(N, settings, torch.Generator().manual_seed(0), 1024, bias).double()
+
+    mixed = both([0.5, 0.0] * (N // 2))
+    # logit-normal: the logit moves by b·ln 8 and keeps its deviation
+    assert stats.kstest((torch.logit(mixed[::2]) - 0.5 * math.log(8)).numpy(), "norm").pvalue > 0.01
+    assert torch.equal(mixed[1::2], both(None)[1::2]) and torch.equal(both([0.0] * N), both(None))
+    limited = SigmaSettings(minimum=0.2, maximum=0.6)
+    sigma = draw_sigmas(N, limited, torch.Generator().manual_seed(0), 1024, [1.0] * N)
+    assert sigma.min() >= 0.2 and sigma.max() <= 0.6 and sigma.median() > 0.5
+
+
 @pytest.mark.parametrize(
     "bad",
     [
+        lambda: apply_sigma_bias(torch.rand(2), torch.tensor([0.0, 1.1])),
+        lambda: apply_sigma_bias(torch.rand(1), torch.tensor([math.nan])),
         lambda: sampling_sigmas(0, 16),
         lambda: sampling_sigmas(5, 16, denoise=0.0),
         lambda: sampling_sigmas(5, 16, tail_bias=1.5),

@@ -35,7 +35,7 @@ def places(tmp_path_factory):
 def trained(places, steps=2, **changes) -> Bench:
     made = Bench(config(places[0], places[1], **changes), places[2])
     for step in range(steps):
-        train_step(step, made.transformer, made.parameters, made.optimizer, made.batches, made.config)
+        train_step(step, made.transformer, made.stepper, made.batches, made.config)
     return made
 
 
@@ -49,14 +49,20 @@ def test_equal_settings_are_one_job_and_any_change_another(places):
     assert TrainingConfig.parse(json.loads(first.canonical_json())).job_id() == first.job_id()
     changed = [config(*places[:2], steps=9), config(*places[:2], lora={"rank": 5}), config(*places[:2], seed=1)]
     assert len({first.job_id(), *(other.job_id() for other in changed)}) == 4
+    model = first.model.to_dict()
+    elsewhere = config(*places[:2], model={**model, "offload": "block", "resident_blocks": 3})
+    assert elsewhere != first and elsewhere.job_id() == first.job_id(), "the same job, with its weights elsewhere"
+    assert config(*places[:2], model={**model, "precision": "bf16"}).job_id() != first.job_id()
 
 
 def test_a_job_file_is_read_with_folders_relative_to_it(tmp_path):
     (tmp_path / "job.toml").write_text(
-        'name = "My LoRA"\nsteps = 10\n[model]\nflavour = "tiny"\n[dataset]\nfolder = "pictures"\nresolution = 512\n'
+        'name = "My LoRA"\nsteps = 10\n[model]\nflavour = "tiny"\nvae = "my/ae.safetensors"\n'
+        '[dataset]\nfolder = "pictures"\nresolution = 512\n'
         '[objective]\ndraw = "chroma"\nflow_shift = 3\n[previews]\nprompts = ["[trigger]"]\nevery = 5\n'
     )
     read = TrainingConfig.from_toml(tmp_path / "job.toml")
+    assert read.model.vae == str(tmp_path / "my" / "ae.safetensors")
     assert read.dataset.folder == str(tmp_path / "pictures") and read.dataset.resolutions == (512,)
     assert (read.objective.draw, read.objective.flow_shift, read.preview_size()) == ("chroma", 3.0, (64, 64))
 
@@ -94,14 +100,12 @@ def test_a_broken_job_file_is_named(tmp_path):
 
 def test_a_checkpoint_brings_everything_back(places, tmp_path):
     made = trained(places, 3)
-    save_checkpoint(tmp_path, Progress(step=3, loss_smooth=0.5), made.transformer, made.optimizer, keep=3)
+    save_checkpoint(tmp_path, Progress(step=3, loss_smooth=0.5), made.transformer, made.stepper, None, keep=3)
     fresh = trained(places, 0)
-    progress, damaged = restore_latest(tmp_path, fresh.transformer, fresh.parameters, fresh.optimizer)
+    progress, damaged = restore_latest(tmp_path, fresh.transformer, fresh.stepper)
     assert progress == Progress(step=3, loss_smooth=0.5) and damaged == []
     for step in (3, 4):
-        results = [
-            train_step(step, b.transformer, b.parameters, b.optimizer, b.batches, b.config) for b in (made, fresh)
-        ]
+        results = [train_step(step, b.transformer, b.stepper, b.batches, b.config) for b in (made, fresh)]
         assert results[0] == results[1]
     assert all(torch.equal(a, b) for a, b in zip(made.parameters, fresh.parameters, strict=True))
 
@@ -109,12 +113,12 @@ def test_a_checkpoint_brings_everything_back(places, tmp_path):
 def test_only_the_last_are_kept_and_damage_falls_back(places, tmp_path):
     made = trained(places, 0)
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, Progress(step=step), made.transformer, made.optimizer, keep=2)
+        save_checkpoint(tmp_path, Progress(step=step), made.transformer, made.stepper, None, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-000003"]
     torn = tmp_path / "step-000003" / "optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:100])
     (tmp_path / ".step-000004.123-1.tmp").mkdir()
-    progress, damaged = restore_latest(tmp_path, made.transformer, made.parameters, made.optimizer)
+    progress, damaged = restore_latest(tmp_path, made.transformer, made.stepper)
     assert progress is not None and progress.step == 2
     assert len(damaged) == 1 and damaged[0].startswith("step-000003")
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
@@ -122,11 +126,11 @@ def test_only_the_last_are_kept_and_damage_falls_back(places, tmp_path):
 
 def test_with_every_checkpoint_damaged_training_starts_afresh(places, tmp_path):
     made = trained(places, 2)
-    path = save_checkpoint(tmp_path, Progress(step=2), made.transformer, made.optimizer, keep=2)
+    path = save_checkpoint(tmp_path, Progress(step=2), made.transformer, made.stepper, None, keep=2)
     (path / "optimizer.pt").write_bytes(b"")
     fresh = trained(places, 0)
     before = [parameter.detach().clone() for parameter in fresh.parameters]
-    progress, damaged = restore_latest(tmp_path, fresh.transformer, fresh.parameters, fresh.optimizer)
+    progress, damaged = restore_latest(tmp_path, fresh.transformer, fresh.stepper)
     assert progress is None and len(damaged) == 1
     assert all(torch.equal(a, b) for a, b in zip(before, fresh.parameters, strict=True))
 

@@ -12,9 +12,10 @@ from PIL import Image
 from chroma_core.loading.components import load_transformer
 from chroma_core.lora.adapters import add_trainable
 from chroma_core.training.config import TrainingConfig
-from chroma_core.training.loop import Batches
-from chroma_core.training.optim import make_optimizer
+from chroma_core.training.loop import Batches, StepResult, train_step
 from chroma_core.training.prepare import prepare
+from chroma_core.training.seat import Seat
+from chroma_core.training.stepper import Stepper
 from miniature import write_model_folder
 
 CAPTIONS = ("a red circle", "sks on a blue background", "a photo", "green square on red background", "sks")
@@ -58,10 +59,23 @@ class Bench:
 
     def __init__(self, settings: TrainingConfig, cache: Path):
         self.config = settings
-        self.data = prepare(settings, cache, "cpu", lambda: None, lambda *_: None)
+        self.data = prepare(settings, cache, Seat("cpu"), lambda: None, lambda *_: None)
         self.transformer = load_transformer(settings.model, "cpu")
         self.parameters = add_trainable(self.transformer, settings.lora.settings(), settings.seed)
         if settings.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        self.optimizer = make_optimizer(self.parameters, settings)
+        self.stepper = Stepper(self.parameters, settings.optimizer_settings())
         self.batches = Batches(self.data.samples, self.data.cache, settings)
+
+
+def bench(places: tuple[Path, Path, Path], /, **changes: Any) -> Bench:
+    """A prepared configuration on (model folder, data set, cache); see `config`."""
+    return Bench(config(places[0], places[1], **changes), places[2])
+
+
+def steps(made: Bench, count: int, start: int = 0) -> list[StepResult]:
+    """Train `count` steps, beginning with step `start`."""
+    return [
+        train_step(step, made.transformer, made.stepper, made.batches, made.config)
+        for step in range(start, start + count)
+    ]

@@ -39,12 +39,14 @@ class HostDiffusionModel(torch.nn.Module):
         if self._opened is not None:
             yield self._opened
             return
-        with host.working(), host.components.transformer(self.handle, host.device()) as transformer:
-            self._opened = transformer
-            try:
-                yield transformer
-            finally:
-                self._opened = None
+        with host.working():
+            with host.components.transformer(self.handle, host.device()) as transformer:
+                self._opened = transformer
+                try:
+                    yield transformer
+                finally:
+                    self._opened = None
+            host.stay_known()  # the host's sampling loads models of its own beside this one
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **kwargs: Any) -> Tensor:
         """Velocity [B, C, H, W] for latents `x` at σ = `timestep` [B] and text states `context` [B, T, channels].

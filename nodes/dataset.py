@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any, get_args
+
 from comfy_api.latest import io, ui
 
 from ..chroma_core.data.contact_sheet import contact_sheet, summary
-from ..chroma_core.data.scan import DatasetConfig, scan
+from ..chroma_core.data.dataset import CaptionSource, DatasetConfig
+from ..chroma_core.data.scan import scan
+from ..chroma_core.errors import ConfigError
 from . import host
 from .sockets import ChromaDatasetType, schema, to_image
 
+ADVANCED: dict[str, Any] = {"optional": True, "advanced": True}
 SHOWN = 16
 """Pictures on the contact sheet."""
 FALLBACK_SIZE = 1024
@@ -75,6 +80,63 @@ class ChromaDataset(io.ComfyNode):
                 io.Boolean.Input(
                     "flip", default=False, tooltip="Also train on mirrored pictures.", optional=True, advanced=True
                 ),
+                io.Combo.Input(
+                    "caption_source",
+                    options=list(get_args(CaptionSource)),
+                    default="files",
+                    tooltip="files: .txt beside the picture, each line one caption. metadata: metadata.jsonl or .csv. "
+                    "filenames: the file's name. fixed: default_caption for all.",
+                    **ADVANCED,
+                ),
+                io.String.Input("caption_prefix", default="", tooltip="Put before every caption.", **ADVANCED),
+                io.String.Input("caption_suffix", default="", tooltip="Put after every caption.", **ADVANCED),
+                io.Int.Input(
+                    "tag_shuffles",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="Other orders of a caption's comma-separated tags to train with.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "keep_tags", default=0, min=0, max=64, tooltip="First tags that stay in front.", **ADVANCED
+                ),
+                io.String.Input(
+                    "more_resolutions",
+                    default="",
+                    tooltip="Further sizes to train every picture at, e.g. 768, 1024.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "alignment",
+                    default=64,
+                    min=32,
+                    max=64,
+                    step=32,
+                    tooltip="Sides are multiples of this; 32 crops less and makes more sizes.",
+                    **ADVANCED,
+                ),
+                io.Boolean.Input("upscale", default=False, tooltip="Enlarge pictures that are too small.", **ADVANCED),
+                io.Combo.Input(
+                    "crop",
+                    options=["centre", "random"],
+                    default="centre",
+                    tooltip="What is cut away to fit the size: both ends, or four random choices.",
+                    **ADVANCED,
+                ),
+                io.Combo.Input(
+                    "masks",
+                    options=["none", "files", "alpha"],
+                    default="none",
+                    tooltip="Train only where a mask is white: a -masklabel.png beside it, or its transparency.",
+                    **ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "regularisation",
+                    default=False,
+                    tooltip="Pictures of what should stay as it is: the LoRA is trained to change nothing on them.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[
                 ChromaDatasetType.Output("dataset", tooltip="For Chroma Train LoRA."),
@@ -93,19 +155,14 @@ class ChromaDataset(io.ComfyNode):
         return host.folder_state(host.dataset_folder(folder)) if folder in host.dataset_names() else str(folder)
 
     @classmethod
-    def execute(
-        cls, folder, trigger, resolution, repeats, caption_dropout, default_caption, missing_caption="skip", flip=False
-    ) -> io.NodeOutput:
+    def execute(cls, folder, resolution, default_caption, more_resolutions="", **options: Any) -> io.NodeOutput:
+        sizes = [resolution, *_numbers(more_resolutions)]
         config = DatasetConfig.parse(
             {
+                **options,
                 "folder": str(host.dataset_folder(folder)),
-                "trigger": trigger,
-                "resolution": resolution,
-                "repeats": repeats,
-                "caption_dropout": caption_dropout,
+                "resolutions": tuple(size for size in sizes if size),
                 "default_caption": default_caption or None,
-                "missing_caption": missing_caption,
-                "flip": flip,
             }
         )
         found = scan(config)
@@ -113,6 +170,14 @@ class ChromaDataset(io.ComfyNode):
         sheet = contact_sheet(found.items[:SHOWN], found, FALLBACK_SIZE)
         preview = ui.PreviewImage(to_image([sheet]), cls=cls).as_dict()
         return io.NodeOutput(config, text, ui={**preview, "text": (text,)})
+
+
+def _numbers(text: str) -> list[int]:
+    """Whole numbers between commas or blanks. Raises ConfigError."""
+    try:
+        return [int(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        raise ConfigError(f"more_resolutions is “{text}”; it takes whole numbers of pixels, e.g. 768, 1024.") from None
 
 
 NODES = [ChromaDataset]

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 from comfy_api.latest import io
 
+from ..chroma_core.errors import ModelFileError
 from ..chroma_core.flavours import FLAVOURS
+from ..chroma_core.latents import PATCH
+from ..chroma_core.loading.components import describe
+from ..chroma_core.loading.locate import locate
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec, Offload
+from ..chroma_core.memory import estimate, in_gib, machine, plan_table
 from ..chroma_core.precision import PRECISIONS
 from . import host
 from .sockets import ChromaModel, ChromaTextEncoder, schema
 
 PUBLISHED = "as published"
+
+PARTS = ("transformer", "text_encoder", "vae")
+
+T5_VOCABULARY = 32128
+"""Rows of the published T5's token table; a T5 of this size reads the tokens of the published tokenizer."""
+
+FULL_SIZE: dict[str, dict[str, int]] = {
+    "transformer": {"joint_attention_dim": 4096, "in_channels": 64},
+    "text_encoder": {"d_model": 4096},
+    "vae": {"latent_channels": 16},
+}
+"""What must agree between the parts, as it is in every published flavour."""
 
 
 class ChromaLoadModel(io.ComfyNode):
@@ -21,8 +39,8 @@ class ChromaLoadModel(io.ComfyNode):
         return schema(
             node_id="ChromaLoadModel",
             display_name="Chroma Load Model",
-            description="Chooses a Chroma model and how to hold it in memory. Its parts are loaded when a node needs "
-            "them.",
+            description="Chooses a Chroma model, from files on this machine or from the Hub, and how to hold it in "
+            "memory. Files are checked here; weights are loaded when a node needs them.",
             search_aliases=["load chroma", "chroma checkpoint", "chroma1-hd", "chroma1-base", "chroma1-flash", "t5"],
             inputs=[
                 io.Combo.Input(
@@ -31,13 +49,15 @@ class ChromaLoadModel(io.ComfyNode):
                     default="tiny",
                     tooltip="base: balanced, the one to train on. hd: finer detail. flash: few steps, no guidance. "
                     "tiny: a miniature that ships with the pack and paints coloured shapes at 64 pixels, to try "
-                    "everything with. All but tiny are fetched from the Hub the first time (about 27 GB).",
+                    "everything with. Of all but tiny, the parts that are 'as published' below are fetched from the "
+                    "Hub the first time: transformer 17.8 GB, text encoder 9.5 GB, VAE 0.2 GB.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default="bf16",
-                    tooltip="How the transformer's weights are held. int8-quanto takes half the memory of bf16.",
+                    tooltip="How the transformer's weights are held. int8 and fp8 take half the memory of bf16, int4 "
+                    "and nf4 a quarter. A name with a dash needs the library it ends in. See docs/precision.md.",
                 ),
                 io.Combo.Input(
                     "text_precision",
@@ -51,8 +71,9 @@ class ChromaLoadModel(io.ComfyNode):
                     "offload",
                     options=list(get_args(Offload)),
                     default="none",
-                    tooltip="none: keep every loaded part on the device. model: text encoder, transformer and VAE "
-                    "take turns.",
+                    tooltip="none: every loaded part stays on the device. model: text encoder, transformer and VAE "
+                    "take turns there. block: the same, and only a few of the transformer's blocks are on the device "
+                    "at a time; slower, for the smallest cards. The picture is the same.",
                     optional=True,
                     advanced=True,
                 ),
@@ -60,8 +81,45 @@ class ChromaLoadModel(io.ComfyNode):
                     "folder",
                     options=[PUBLISHED, *host.model_folders()],
                     default=PUBLISHED,
-                    tooltip="A model of your own in diffusers layout, from the host's models/diffusers folder, "
+                    tooltip="A whole model of your own in diffusers layout, from the host's models/diffusers folder, "
                     "instead of the flavour's published weights. The flavour then only sets the defaults.",
+                    optional=True,
+                    advanced=True,
+                ),
+                _file_input(
+                    "transformer",
+                    "A Chroma transformer from models/diffusion_models: .safetensors in the original or in diffusers "
+                    "layout (bf16, fp16, fp32, fp8, scaled fp8), .gguf, or a folder with a diffusers transformer.",
+                ),
+                _file_input(
+                    "text_encoder",
+                    "A T5-XXL text encoder from models/text_encoders: .safetensors (fp16, bf16, fp8, scaled fp8), "
+                    ".gguf, or a folder. Its tokenizer comes with the host.",
+                ),
+                _file_input("vae", "The Flux VAE (ae.safetensors) from models/vae, in either layout, or a folder."),
+                io.Int.Input(
+                    "resident_blocks",
+                    default=2,
+                    min=2,
+                    max=64,
+                    tooltip="With offload block: how many of the transformer's blocks are on the device at a time. "
+                    "More is faster; the real model has 57.",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Boolean.Input(
+                    "offload_during_startup",
+                    default=False,
+                    tooltip="Cast and quantise in the computer's memory, so that only finished weights reach the "
+                    "device. Slower to load; for when loading itself runs out of device memory.",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Boolean.Input(
+                    "keep_quantised",
+                    default=False,
+                    tooltip="Keep a copy of quantised weights in models/chromakit/quantised, so that the next start "
+                    "neither reads the full weights nor quantises again. Takes as much disk as the model does memory.",
                     optional=True,
                     advanced=True,
                 ),
@@ -72,16 +130,155 @@ class ChromaLoadModel(io.ComfyNode):
                 ),
                 ChromaTextEncoder.Output("text_encoder", tooltip="The text encoder, for Chroma Text Encode."),
                 io.Vae.Output("vae", tooltip="The VAE, for the host's VAE Encode and VAE Decode."),
+                io.String.Output(
+                    "memory_plan",
+                    tooltip="What each precision and offload mode would need on this machine, and what is "
+                    "recommended. Link it to Preview as Text.",
+                ),
             ],
         )
 
     @classmethod
-    def execute(cls, flavour, precision, text_precision="bf16", offload="none", folder=PUBLISHED) -> io.NodeOutput:
-        own_folder = None if folder == PUBLISHED else host.model_folder(folder)
-        spec = ModelSpec(flavour, own_folder, precision, text_precision, offload)
-        if own_folder is None and FLAVOURS[flavour].repository:
-            host.say(f"Using {FLAVOURS[flavour].repository}; what is not on this machine yet is fetched from the Hub.")
-        return io.NodeOutput(ModelHandle(spec), spec, host.host_vae(spec))
+    def fingerprint_inputs(cls, folder=PUBLISHED, transformer=PUBLISHED, text_encoder=PUBLISHED, vae=PUBLISHED, **_):
+        """A file may be replaced by another of the same name."""
+        chosen = dict(zip(PARTS, (transformer, text_encoder, vae), strict=True))
+        states = [
+            host.path_state(host.model_file(part, name))
+            for part, name in chosen.items()
+            if name != PUBLISHED and name in host.model_file_names(part)
+        ]
+        return [folder, *chosen.values(), *states]
+
+    @classmethod
+    def execute(
+        cls,
+        flavour,
+        precision,
+        text_precision="bf16",
+        offload="none",
+        folder=PUBLISHED,
+        transformer=PUBLISHED,
+        text_encoder=PUBLISHED,
+        vae=PUBLISHED,
+        resident_blocks=2,
+        offload_during_startup=False,
+        keep_quantised=False,
+    ) -> io.NodeOutput:
+        spec = ModelSpec(
+            flavour,
+            None if folder == PUBLISHED else host.model_folder(folder),
+            precision,
+            text_precision,
+            offload,
+            transformer=_path("transformer", transformer),
+            text_encoder=_path("text_encoder", text_encoder),
+            vae=_path("vae", vae),
+            resident_blocks=resident_blocks if offload == "block" else 2,  # else unread, and no reason to load again
+            offload_during_startup=offload_during_startup,
+            quantised_folder=str(host.quantised_folder()) if keep_quantised else None,
+        )
+        spec, planned = _checked(spec)
+        return io.NodeOutput(ModelHandle(spec), spec, host.host_vae(spec), _memory_plan(spec, planned))
+
+
+def _memory_plan(spec: ModelSpec, planned: str) -> str:
+    """The table of what fits; when the chosen settings do not, that is also said on the node."""
+    here = machine(host.device())
+    settings: dict[str, Any] = {
+        "text_precision": spec.text_precision,
+        "offload": spec.offload,
+        "resident_blocks": spec.resident_blocks,
+        "offload_during_startup": spec.offload_during_startup,
+    }
+    needed = estimate(planned, spec.precision, on=here, **settings)
+    if needed.sampling_peak_bytes > here.device_budget:
+        host.say(
+            f"These settings need about {in_gib(needed.sampling_peak_bytes)}, and {in_gib(here.device_budget)} are "
+            f"usable here. {needed.recommendation.sentence}"
+        )
+    return plan_table(planned, spec.precision, on=here, **settings)
+
+
+def _file_input(part: str, tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        part,
+        options=[PUBLISHED, *host.model_file_names(part)],
+        default=PUBLISHED,
+        tooltip=f"{tooltip} '{PUBLISHED}': the flavour's own, or that of the folder.",
+        optional=True,
+    )
+
+
+def _path(part: str, name: str) -> str | None:
+    return None if name == PUBLISHED else host.model_file(part, name)
+
+
+def _checked(spec: ModelSpec) -> tuple[ModelSpec, str]:
+    """The specification with its tokenizer, and the flavour whose memory it needs, when all its parts fit together.
+
+    Only headers are read. The user's own files come first, so that a wrong one is refused before anything is fetched.
+    """
+    published = [part for part in PARTS if getattr(spec, part) is None]
+    own = [part for part in PARTS if part not in published]
+    on_download = host.Downloads()
+    found = {part: describe(spec, part).config for part in own}
+    if published and spec.folder is None and FLAVOURS[spec.flavour].repository:
+        _check_fit({**FULL_SIZE, **found})  # before anything is fetched
+        host.say(
+            f"{', '.join(published).replace('_', ' ')} of {FLAVOURS[spec.flavour].repository}: what is not on this "
+            "machine yet is fetched from the Hub."
+        )
+    for part in published:
+        try:
+            found[part] = describe(spec, part, on_download).config
+        except ModelFileError as error:
+            raise ModelFileError(f"{error}{_what_is_here(spec, part)}") from error
+    _check_fit(found)
+    if spec.text_encoder and not spec.folder and found["text_encoder"].get("vocab_size") == T5_VOCABULARY:
+        tokenizer = host.t5_tokenizer()
+        spec = spec if tokenizer is None else replace(spec, tokenizer=str(tokenizer))
+    locate(spec, "tokenizer", on_download)
+    if FLAVOURS[spec.flavour].folder is None or _value(found, "transformer", "joint_attention_dim") < 4096:
+        return spec, spec.flavour
+    host.say(
+        f"These are files of a full-size Chroma, but the flavour is {spec.flavour}. Choose the flavour they belong to: "
+        "LoRAs trained on them record it."
+    )
+    return spec, "base"
+
+
+def _what_is_here(spec: ModelSpec, part: str) -> str:
+    """The user's own files that would do for a part, as a sentence; empty when there are none."""
+    fitting = []
+    for name in host.model_file_names(part):
+        try:
+            describe(replace(spec, **{part: host.model_file(part, name)}), part)
+        except ModelFileError:
+            continue
+        fitting.append(name)
+    return f" On this machine these would do as {part}: {', '.join(fitting[:8])}." if fitting else ""
+
+
+def _check_fit(found: dict[str, dict[str, Any]]) -> None:
+    """Raises ModelFileError when the parts belong to different models."""
+    read = _value(found, "transformer", "joint_attention_dim")
+    given = _value(found, "text_encoder", "d_model")
+    if read != given:
+        raise ModelFileError(
+            f"The text encoder gives {given} numbers a token, but the transformer reads {read}: they belong to "
+            "different models. The real Chroma goes with T5-XXL (4096); choose both from your files, or neither."
+        )
+    channels, latents = _value(found, "transformer", "in_channels"), _value(found, "vae", "latent_channels")
+    if channels != latents * PATCH**2:
+        raise ModelFileError(
+            f"The VAE has {latents} latent channels, but the transformer reads {channels // PATCH**2}: they belong to "
+            "different models. Chroma goes with the Flux VAE (16 channels, ae.safetensors)."
+        )
+
+
+def _value(found: dict[str, dict[str, Any]], part: str, name: str) -> int:
+    """A number of a part's configuration; one that is left out is that of full-size Chroma."""
+    return found[part].get(name, FULL_SIZE[part][name])
 
 
 NODES = [ChromaLoadModel]

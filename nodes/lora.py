@@ -8,7 +8,6 @@ from comfy_api.latest import io
 
 from ..chroma_core.errors import LoraError
 from ..chroma_core.loading.components import transformer_outline
-from ..chroma_core.loading.hub import model_folder
 from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelSpec
 from ..chroma_core.lora.adapters import check_fits
 from ..chroma_core.lora.formats import describe, read_lora
@@ -89,8 +88,7 @@ class ChromaApplyLora(io.ComfyNode):
 def _report(spec: ModelSpec, use: LoraUse) -> str:
     """What the file holds and how it fits; raises LoraError if it does not. No weights are loaded for that."""
     lora = read_lora(use.path)
-    outline = transformer_outline(model_folder(spec) / "transformer")
-    return f"{check_fits(outline, lora, use.allow_partial).report()}. {describe(lora)}"
+    return f"{check_fits(transformer_outline(spec), lora, use.allow_partial).report()}. {describe(lora)}"
 
 
 NODES = [ChromaApplyLora]

@@ -1,4 +1,4 @@
-"""HTTP under /chromakit: jobs by id, their samples by number. Paths never go in or out as parameters."""
+"""HTTP under /chromakit: jobs by id, their samples by number, memory. Paths never go in or out as parameters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ from typing import Any
 
 from aiohttp import web
 
-from ..chroma_core.errors import ChromaKitError, JobError
-from . import jobs
+from ..chroma_core.errors import ChromaKitError, ConfigError, JobError
+from ..chroma_core.memory import estimate, machine
+from . import host, jobs
 
 ACTIONS = ("pause", "resume", "stop", "sample", "save")
+
+
+def _truth(text: str) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+
+
+PLAN: dict[str, Callable[[str], Any]] = {
+    "flavour": str, "precision": str, "text_precision": str, "offload": str, "optimizer": str, "target": str,
+    "size": int, "batch_size": int, "rank": int, "resident_blocks": int, "gradient_checkpointing": _truth,
+    "offload_during_startup": _truth,
+}  # fmt: skip
+"""What `GET /chromakit/plan` takes in its query, all optional, and how it is read."""
 
 
 def register(routes: Any) -> None:
@@ -21,6 +34,8 @@ def register(routes: Any) -> None:
     routes.get("/chromakit/jobs/{id}/metrics")(_metrics)
     routes.get("/chromakit/jobs/{id}/samples/{number}")(_sample)
     routes.post("/chromakit/jobs/{id}/{action}")(_act)
+    routes.get("/chromakit/plan")(_plan)
+    routes.get("/chromakit/memory")(_memory)
 
 
 async def _list(request: web.Request) -> web.Response:
@@ -58,6 +73,35 @@ async def _act(request: web.Request) -> web.Response:
         return job.status()
 
     return await _answer(act)
+
+
+async def _plan(request: web.Request) -> web.Response:
+    """The memory estimate for the query's settings; see `PLAN`."""
+    try:
+        settings = {name: _setting(name, text) for name, text in request.query.items()}
+        found = await asyncio.to_thread(lambda: _estimate(settings))
+    except ChromaKitError as error:
+        return _error(400, error)
+    return web.json_response(found)
+
+
+def _estimate(settings: dict[str, Any]) -> dict[str, Any]:
+    flavour, precision = settings.pop("flavour", "base"), settings.pop("precision", "bf16")
+    return estimate(flavour, precision, on=machine(host.device()), **settings).to_dict()
+
+
+def _setting(name: str, text: str) -> Any:
+    if name not in PLAN:
+        raise ConfigError(f"The plan knows no '{name}'. It takes: {', '.join(PLAN)}.")
+    try:
+        return PLAN[name](text)
+    except (KeyError, ValueError):
+        kind = "true or false" if PLAN[name] is _truth else "a whole number"
+        raise ConfigError(f"The plan's '{name}' is '{text}'; it must be {kind}.") from None
+
+
+async def _memory(request: web.Request) -> web.Response:
+    return await _answer(host.memory_report)
 
 
 def _job(request: web.Request) -> Any:

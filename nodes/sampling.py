@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..chroma_core.errors import ConfigError
-from ..chroma_core.latents import LatentFormat, snap_size
+from ..chroma_core.latents import FLUX_LATENTS, LatentFormat, snap_size
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
 from ..chroma_core.pictures import preview_image
 from ..chroma_core.recipe import RECIPES, Recipe
@@ -192,7 +192,7 @@ def _sample(
 ) -> dict[str, Any]:
     """Between the host's LATENT and CONDITIONING and the core's sampler."""
     device = host.device()
-    format_ = LatentFormat.of(host.components.vae(model.spec, device))
+    format_ = FLUX_LATENTS
     samples, notice = crop_latents(latent, format_, recipe.size_multiple)
     if notice:
         host.say(notice)
@@ -210,6 +210,7 @@ def _sample(
         picture = None if matrix is None else preview_image(info.denoised_BCHW, matrix)
         progress.step(info.step, info.steps, picture)
 
+    host.make_room(0)  # a transformer that is loaded already still needs room to compute
     with host.components.transformer(model, device) as transformer:
         channels = transformer.config.joint_attention_dim
         x = sample(

@@ -6,10 +6,20 @@ from typing import Any, get_args
 
 from comfy_api.latest import io
 
+from ..chroma_core.lora.adapters import AdapterKind
 from ..chroma_core.recipe import RECIPES
 from ..chroma_core.schedule import SigmaDraw, SigmaRemap
+from ..chroma_core.text import TextPadding
+from ..chroma_core.training.lr import LrSchedule
+from ..chroma_core.training.objective import LossKind
+from ..chroma_core.training.optimizers import OptimizerName
 from .sampling import SHIFTS, flow_shift_of
 from .sockets import MAX_SEED, ChromaTrainingType, schema
+
+ADVANCED: dict[str, Any] = {"optional": True, "advanced": True}
+
+ADAPTER = {"adapter": "kind", "dropout": "dropout", "ema_decay": "ema_decay"}
+"""Widgets and the fields of the LoRA's configuration that they set."""
 
 
 class ChromaTrainingSettings(io.ComfyNode):
@@ -34,9 +44,9 @@ class ChromaTrainingSettings(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lr_schedule",
-                    options=["constant", "cosine", "linear"],
+                    options=list(get_args(LrSchedule)),
                     default="constant",
-                    tooltip="How the learning rate goes on after the warm-up; cosine and linear end at 0.",
+                    tooltip="How the learning rate goes on after the warm-up; all but constant end at 0.",
                 ),
                 io.Float.Input(
                     "weight_decay",
@@ -139,6 +149,117 @@ class ChromaTrainingSettings(io.ComfyNode):
                     tooltip="Names of the layers to train, one a line, * for anything, instead of Chroma Train "
                     "LoRA's target. E.g. transformer_blocks.*.attn.to_q",
                 ),
+                io.Combo.Input(
+                    "optimizer",
+                    options=list(get_args(OptimizerName)),
+                    default="adamw",
+                    tooltip="adamw needs nothing. adamw8bit, prodigy, schedule-free and came need a package and say "
+                    "which; adafactor keeps almost no state. See docs/optimizers.md.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "lr_cycles", default=1, min=1, max=100, tooltip="Cosines of lr_schedule restarts.", **ADVANCED
+                ),
+                io.Float.Input(
+                    "lr_power",
+                    default=2.0,
+                    min=0.1,
+                    max=10.0,
+                    step=0.1,
+                    tooltip="Of lr_schedule polynomial.",
+                    **ADVANCED,
+                ),
+                io.Combo.Input(
+                    "adapter",
+                    options=list(get_args(AdapterKind)),
+                    default="lora",
+                    tooltip="lora works everywhere. rslora scales with the rank's root. dora also learns each row's "
+                    "length (ComfyUI's own loader computes it a little otherwise). lokr is a Kronecker product.",
+                    **ADVANCED,
+                ),
+                io.Float.Input(
+                    "dropout", default=0.0, min=0.0, max=0.9, step=0.05, tooltip="Of the adapter's input.", **ADVANCED
+                ),
+                io.Float.Input(
+                    "ema_decay",
+                    default=0.0,
+                    min=0.0,
+                    max=0.9999,
+                    step=0.0001,
+                    tooltip="Above 0: also keep a running mean of the weights, saved as -ema. 0.999 is usual.",
+                    **ADVANCED,
+                ),
+                io.Combo.Input(
+                    "loss",
+                    options=list(get_args(LossKind)),
+                    default="mse",
+                    tooltip="huber counts large errors less: for data with outliers.",
+                    **ADVANCED,
+                ),
+                io.Float.Input(
+                    "huber_delta", default=0.1, min=0.001, max=10.0, step=0.01, tooltip="Where huber bends.", **ADVANCED
+                ),
+                io.Float.Input(
+                    "prior_weight",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.1,
+                    tooltip="Weight of regularisation sets, which should stay as the model without LoRA paints them.",
+                    **ADVANCED,
+                ),
+                io.Float.Input(
+                    "noise_offset",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Deviation of a constant added to each channel of the noise. 0: off.",
+                    **ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "pair_noise",
+                    default=False,
+                    tooltip="Pair noises and pictures of a batch by optimal transport; needs a batch above 1.",
+                    **ADVANCED,
+                ),
+                io.Combo.Input(
+                    "text_padding",
+                    options=list(get_args(TextPadding)),
+                    default="trim",
+                    tooltip="trim: real tokens and one pad, as sampling has it. zero, unmodified: 512 tokens, slower, "
+                    "to reproduce other trainers.",
+                    **ADVANCED,
+                ),
+                io.Int.Input(
+                    "checkpointing_interval",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="With gradient_checkpointing: compute only every n-th block again. More memory, faster.",
+                    **ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "compile",
+                    default=False,
+                    tooltip="torch.compile for the blocks: slow to begin, then faster. Not with block offload.",
+                    **ADVANCED,
+                ),
+                io.Float.Input(
+                    "checkpoint_minutes",
+                    default=0.0,
+                    min=0.0,
+                    max=10000.0,
+                    step=1.0,
+                    tooltip="Also save after so many minutes. 0: by steps only.",
+                    **ADVANCED,
+                ),
+                io.Boolean.Input(
+                    "keep_best",
+                    default=True,
+                    tooltip="Keep the checkpoint with the lowest held-out loss beside the last ones.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[ChromaTrainingType.Output("settings", tooltip="For Chroma Train LoRA.")],
         )
@@ -152,14 +273,21 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
     """The node's widgets as a part of a `TrainingConfig`."""
     plain = (
         "gradient_accumulation", "warmup_steps", "lr_schedule", "weight_decay", "max_grad_norm", "recipe",
-        "gradient_checkpointing", "checkpoint_every", "keep_checkpoints", "validate_every",
+        "gradient_checkpointing", "checkpoint_every", "keep_checkpoints", "validate_every", "optimizer", "lr_cycles",
+        "lr_power", "checkpointing_interval", "compile", "checkpoint_minutes", "keep_best",
     )  # fmt: skip
+    objective = ("loss", "huber_delta", "prior_weight", "noise_offset", "pair_noise", "text_padding")
     previews = ("steps", "guidance", "seed", "width", "height", "negative")
     patterns = [line.strip() for line in inputs["target_patterns"].splitlines() if line.strip()]
     return {
-        **{name: inputs[name] for name in plain},
-        "lora": {"save_dtype": inputs["save_dtype"], **({"target": patterns} if patterns else {})},
+        **{name: inputs[name] for name in plain if name in inputs},
+        "lora": {
+            "save_dtype": inputs["save_dtype"],
+            **{field: inputs[name] for name, field in ADAPTER.items() if name in inputs},
+            **({"target": patterns} if patterns else {}),
+        },
         "objective": {
+            **{name: inputs[name] for name in objective if name in inputs},
             "draw": inputs["sigma_draw"],
             "remap": inputs["sigma_remap"],
             "scale": inputs["sigma_scale"],

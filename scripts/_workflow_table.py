@@ -25,6 +25,7 @@ class Node:
     inputs: dict[str, Any] = field(default_factory=dict)
     title: str = ""
     extra_height: int = 0
+    extra_width: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Workflow:
 REAL_MODEL = (
     "**It starts with `tiny`**, a small Chroma that ships with the pack: 64 × 64 pixels, coloured shapes, seconds on a "
     "CPU.\n\n**For the real Chroma 1** change\n- in **Chroma Load Model** *flavour* to `base`, `hd` or `flash` "
-    "(downloaded on first use, about 27 GB with the text encoder), *precision* and *text_precision* to `bf16` "
-    "(`int8` or `nf4` on a smaller card)\n"
+    "(downloaded on first use, about 27 GB; or choose your own *transformer*, *text_encoder* and *vae*), *precision*, "
+    "*text_precision* and *offload* to what its *memory_plan* recommends for your machine\n"
 )
 REAL_SIZE = "- in **Chroma Empty Latent** *width* and *height* to 1024\n"
 REAL_SAMPLING = REAL_MODEL + REAL_SIZE
@@ -125,6 +126,35 @@ WORKFLOWS = (
         "chroma_text_to_image",
         "## Text to image\n\nOne prompt, one picture.\n\n" + REAL_SAMPLING,
         LOAD | PROMPTS | {"sample": sampler("load", 2)} | decode("sample", "chroma/text_to_image", 3),
+    ),
+    Workflow(
+        "chroma_your_files",
+        "## Your own files, and what fits this machine\n\n*transformer*, *text_encoder* and *vae* take what lies in "
+        "ComfyUI's folders: the released single files, fp8, scaled fp8, GGUF, diffusers folders. What you leave *as "
+        "published* comes from the flavour. A file that is something else is refused, and named for what it is.\n\n"
+        "The text on the right says what each *precision* and *offload* needs, and which to choose here. *offload* "
+        "`model` lets the parts take turns on the card, `block` keeps only a few of the transformer's blocks there; "
+        "the picture is the same. *keep_quantised* makes the next start of `int8`, `int4` or `nf4` fast.\n\n"
+        + REAL_SAMPLING,
+        {
+            "load": Node(
+                "ChromaLoadModel",
+                0,
+                {"precision": "int8", "text_precision": "fp32", "offload": "model"},
+                extra_height=60,
+            ),
+            "plan": Node(
+                "PreviewAny",
+                4,
+                {"source": Link("load", 3)},
+                "What fits this machine",
+                extra_height=380,
+                extra_width=330,
+            ),
+        }
+        | with_text("a blue ring on a yellow background")
+        | {"sample": sampler("load", 2)}
+        | decode("sample", "chroma/your_files", 3),
     ),
     Workflow(
         "chroma_tail_sigmas",

@@ -131,7 +131,7 @@ def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, pr
         "id": number,
         "type": node.type,
         "pos": [0, 0],
-        "size": [NODE_WIDTH, 60 + 24 * rows + 90 * long_texts + node.extra_height],
+        "size": [NODE_WIDTH + node.extra_width, 60 + 24 * rows + 90 * long_texts + node.extra_height],
         "flags": {},
         "order": number - 1,
         "mode": 0,

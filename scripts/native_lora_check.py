@@ -31,7 +31,8 @@ CHROMA_1 = {
     "approximator_layers": 5,
 }
 
-UP_MATRICES = (".lora_B.weight", ".lora_up.weight")
+UP_MATRICES = (".lora_B.weight", ".lora_up.weight", ".lokr_w1", ".lokr_w1_a")
+"""One key of every layer: the LoRA's second matrix, or the first of a LoKr."""
 
 
 def import_host() -> None:
@@ -110,13 +111,24 @@ def check(path: Path, patcher) -> dict[str, Any]:
     applied = set()
     for key, patches in patched.patches.items():
         for _, adapter, _, offset, _ in patches:
-            up, down = adapter.weights[0], adapter.weights[1]
             target = weights[key] if offset is None else weights[key].narrow(*offset)
-            if (up.shape[0], down.shape[1]) == tuple(target.shape):
-                applied.add(id(up))
+            marker, shape = _marker(adapter)
+            if shape == tuple(target.shape):
+                applied.add(id(marker))
     layers = {key: tensor for key, tensor in tensors.items() if key.endswith(UP_MATRICES)}
-    unmatched = [key.rsplit(".lora_", 1)[0] for key, tensor in layers.items() if id(tensor) not in applied]
+    unmatched = [key.rsplit(".lo", 1)[0] for key, tensor in layers.items() if id(tensor) not in applied]
     return {"matched": len(layers) - len(unmatched), "total": len(layers), "unmatched": unmatched}
+
+
+def _marker(adapter) -> tuple[Any, tuple[int, int]]:
+    """The tensor of one of UP_MATRICES that the host's adapter holds, and the shape (out, in) of its update."""
+    if adapter.name != "lokr":
+        up, down = adapter.weights[:2]
+        return up, (up.shape[0], down.shape[1])
+    w1, w2, _, w1_a, w1_b, w2_a, w2_b = adapter.weights[:7]
+    left = w1.shape if w1 is not None else (w1_a.shape[0], w1_b.shape[1])
+    right = w2.shape if w2 is not None else (w2_a.shape[0], w2_b.shape[1])
+    return w1 if w1 is not None else w1_a, (left[0] * right[0], left[1] * right[1])
 
 
 def main() -> int:

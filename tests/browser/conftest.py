@@ -83,8 +83,9 @@ def session_window(chromium: Browser, server: Host) -> Iterator[Window]:
     page.on("pageerror", lambda error: window.errors.append(f"{error.message}\n{error.stack}"))
     page.on(
         "console",
-        lambda message: message.type == "error"
-        and window.errors.append(f"{message.text} ({message.location.get('url', '')})"),
+        lambda message: (
+            message.type == "error" and window.errors.append(f"{message.text} ({message.location.get('url', '')})")
+        ),
     )
     page.goto(server.url)
     page.wait_for_function(READY, timeout=120_000)

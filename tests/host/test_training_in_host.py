@@ -187,3 +187,33 @@ def test_ending_the_host_saves_the_job(tmp_path: Path):
     folder = tmp_path / "output" / "chromakit" / "jobs" / job
     saved = json.loads((folder / "job.json").read_text())
     assert saved["state"] == "interrupted" and saved["checkpoint"] == saved["step"] >= 2
+
+
+def test_adapter_optimizer_and_data_settings_reach_the_job(server: Host):
+    """Every widget of the two nodes, at its default or another value, through a job that really trains."""
+
+    def defaults(node_id: str) -> dict:
+        groups = server.get(f"/object_info/{node_id}")[node_id]["input"]
+        found = {}
+        for name, (kind, *options) in (groups["required"] | groups.get("optional", {})).items():
+            values = options[0] if options else {}
+            if "default" in values:
+                found[name] = values["default"]
+            elif isinstance(kind, list):
+                found[name] = kind[0]
+        return found
+
+    prompt = train("many settings", settings=["settings", 0])
+    others = {"adapter": "dora", "optimizer": "adafactor", "loss": "huber", "ema_decay": 0.9, "text_padding": "zero"}
+    chosen = defaults("ChromaTrainingSettings") | others | {"lr_schedule": "polynomial"}
+    prompt["settings"] = node("ChromaTrainingSettings", **chosen)
+    data = {"folder": "sks_emblem", "trigger": "sks", "tag_shuffles": 1, "alignment": 32, "crop": "random"}
+    prompt["dataset"] = node("ChromaDataset", **(defaults("ChromaDataset") | data))
+    job = job_of(server.run(prompt))
+    while (status := server.get(f"/chromakit/jobs/{job}"))["state"] not in ("completed", "failed", "stopped"):
+        assert server.alive()
+    assert status["state"] == "completed", status["message"]
+    config = status["config"]
+    assert (config["lora"]["kind"], config["optimizer"], config["objective"]["loss"]) == ("dora", "adafactor", "huber")
+    assert (config["dataset"]["alignment"], config["dataset"]["crop"]) == (32, "random")
+    assert any(name.endswith("-ema.safetensors") for name in server.get("/models/loras"))

@@ -79,7 +79,16 @@ def test_train_wait_and_sample_in_one_prompt(server: Host):
     assert base.shape == lora.shape and not np.array_equal(base, lora)
 
 
+def test_your_files_shows_the_memory_plan_beside_the_picture(server: Host):
+    history = server.run(load_api("chroma_your_files"))
+    (picture,) = pixels(server, history)
+    assert picture.shape == (64, 64, 3) and picture.std() > 10
+    (text,) = next(output["text"] for output in history["outputs"].values() if "text" in output)
+    assert "offload" in text and "recommended" in text and "chosen" in text
+
+
 def test_each_workflow_is_run_here():
     assert {path.stem for path in FOLDER.glob("*.json")} == {
         "chroma_text_to_image", "chroma_tail_sigmas", "chroma_train_lora", "chroma_train_and_sample", "chroma_use_lora",
+        "chroma_your_files",
     }  # fmt: skip

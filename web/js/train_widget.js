@@ -103,6 +103,8 @@ class Panel {
   }
 
   show(status) {
+    // The answer to a button may arrive after a broadcast that is newer than it.
+    if (status && status.id === this.status?.id && status.updated < this.status.updated) return;
     this.status = status;
     const active = ACTIVE.includes(status?.state);
     this.pause.disabled = this.stop.disabled = !active;

@@ -1,0 +1,75 @@
+"""The only door to ComfyUI: its folders, devices, memory, progress, queue and messages.
+
+What is called from the training thread says so; everything else belongs to the thread that runs prompts, because the
+host's functions check and clear the interrupt flag of the running prompt.
+"""
+
+from __future__ import annotations
+
+from .folders import (
+    LORAS,
+    PACK,
+    dataset_folder,
+    dataset_names,
+    file_state,
+    folder_state,
+    jobs_folder,
+    load_tensors,
+    lora_names,
+    lora_path,
+    loras_folder,
+    path_state,
+)
+from .memory import components, device, free_models_soon, make_room, memory_report, stay_known
+from .messages import Downloads, Interrupted, Progress, broadcast, log, say, server_routes, wants_previews
+from .model_files import (
+    model_file,
+    model_file_names,
+    model_folder,
+    model_folders,
+    quantised_folder,
+    t5_tokenizer,
+)
+from .models import as_host_model, host_vae
+from .queue import busy, computing, waiting, working
+
+__all__ = [
+    "LORAS",
+    "PACK",
+    "Downloads",
+    "Interrupted",
+    "Progress",
+    "as_host_model",
+    "broadcast",
+    "busy",
+    "components",
+    "computing",
+    "dataset_folder",
+    "dataset_names",
+    "device",
+    "file_state",
+    "folder_state",
+    "free_models_soon",
+    "host_vae",
+    "jobs_folder",
+    "load_tensors",
+    "log",
+    "lora_names",
+    "lora_path",
+    "loras_folder",
+    "make_room",
+    "memory_report",
+    "model_file",
+    "model_file_names",
+    "model_folder",
+    "model_folders",
+    "path_state",
+    "quantised_folder",
+    "say",
+    "server_routes",
+    "stay_known",
+    "t5_tokenizer",
+    "waiting",
+    "wants_previews",
+    "working",
+]

@@ -1,0 +1,137 @@
+"""The host's folders for data: jobs, LoRAs, data sets. A name never leads outside them. Models: see `model_files`."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+import comfy.utils
+import folder_paths
+import torch
+
+from ...chroma_core.data.picture_files import PICTURE_EXTENSIONS
+from ...chroma_core.errors import DataError, LoraError
+
+PACK = Path(__file__).resolve().parents[2]
+LORAS = "loras"
+
+log = logging.getLogger("chromakit")
+
+
+def jobs_folder() -> Path:
+    """Where training jobs are kept."""
+    return Path(folder_paths.get_output_directory()) / "chromakit" / "jobs"
+
+
+def loras_folder() -> Path:
+    """Where trained LoRAs go; the host searches it for LoRAs."""
+    return Path(folder_paths.get_output_directory()) / LORAS
+
+
+def lora_names() -> list[str]:
+    """LoRA files in the host's LoRA folders, as its own loaders list them."""
+    return folder_paths.get_filename_list(LORAS)
+
+
+def lora_path(name: str) -> Path:
+    """The file behind a name from `lora_names`; raises LoraError that says what to do."""
+    found = folder_paths.get_full_path(LORAS, name) if name else None
+    if found is None:
+        known = lora_names()
+        listed = (
+            f"It knows {', '.join(known[:8])}{' and more' if len(known) > 8 else ''}."
+            if known
+            else "There is none yet."
+        )
+        raise LoraError(
+            f"There is no LoRA file '{name}' in the host's LoRA folders. {listed} Choose one from the list (press R to "
+            f"refresh it), or put the file into '{loras_folder()}'."
+        )
+    return Path(found)
+
+
+def file_state(path: Path) -> str:
+    """A text that changes when the file does."""
+    try:
+        found = path.stat()
+    except OSError:
+        return "missing"
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
+def _dataset_roots() -> list[Path]:
+    """Where data sets may lie, in order of search: the host's input, the pack's examples, the owner's list."""
+    roots = [Path(folder_paths.get_input_directory()), PACK / "example_datasets"]
+    config = Path(folder_paths.get_user_directory()) / "chromakit" / "config.toml"
+    if config.is_file():
+        try:
+            roots += map(Path, tomllib.loads(config.read_text(encoding="utf-8")).get("dataset_roots", []))
+        except (OSError, TypeError, ValueError) as error:
+            raise DataError(
+                f"'{config}' cannot be read: {error}. Expected: dataset_roots = [\"/my/pictures\"]."
+            ) from error
+    return [root.resolve() for root in roots]
+
+
+def dataset_names() -> list[str]:
+    """Folders that directly hold pictures, one or two levels below a data-set root, named relative to it.
+
+    The host asks for them whenever it lists nodes, so what cannot be read is left out here and explained when used.
+    """
+    names: dict[str, None] = {}
+    try:
+        for root in _dataset_roots():
+            for path in sorted([*root.glob("*/"), *root.glob("*/*/")]):
+                name = path.relative_to(root).as_posix()
+                if not name.startswith(".") and _holds_pictures(path):
+                    names[name] = None
+    except (DataError, OSError) as error:
+        log.warning("ChromaKit: not every data set can be listed: %s", error)
+    return list(names)
+
+
+def _holds_pictures(folder: Path) -> bool:
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return False
+    with os.scandir(folder) as entries:
+        return any(os.path.splitext(entry.name)[1].lower() in PICTURE_EXTENSIONS for entry in entries)
+
+
+def dataset_folder(name: str) -> Path:
+    """The folder behind a data-set name; never one outside the roots. Raises DataError."""
+    roots = _dataset_roots()
+    for root in roots:
+        folder = (root / name.strip()).resolve()
+        if name.strip() and folder != root and folder.is_relative_to(root) and folder.is_dir():
+            return folder
+    raise DataError(
+        f"There is no data set folder '{name}'. It must lie in one of: {', '.join(map(str, roots))}. Put a folder with "
+        "pictures and .txt captions into the host's input folder, or list further places as dataset_roots in "
+        "user/chromakit/config.toml."
+    )
+
+
+def path_state(path: str) -> str:
+    """`file_state` or `folder_state`, whichever it is."""
+    found = Path(path)
+    return folder_state(found) if found.is_dir() else file_state(found)
+
+
+def folder_state(folder: Path) -> str:
+    """A text that changes when a file in the folder is added, removed or edited."""
+    entries = sorted(
+        (path.relative_to(folder).as_posix(), file_state(path)) for path in folder.rglob("*") if path.is_file()
+    )
+    return hashlib.sha256(repr(entries).encode()).hexdigest()
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, as the host's own LoRA nodes pass them on."""
+    return comfy.utils.load_torch_file(str(path), safe_load=True)

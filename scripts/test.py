@@ -20,6 +20,8 @@ PARTS = ("core", "host", "browser")
 COUNTED = ("passed", "failed", "error", "errors", "skipped", "xfailed", "xpassed", "deselected")
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NOTHING_COLLECTED = 5
+CORE_PROCESSES = min(4, os.cpu_count() or 1)
+"""The core tests share nothing but the file system, so their files are dealt out to processes."""
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -85,7 +87,8 @@ def main() -> int:
     empty = 0
     for part in parts:
         print(f"\n=== tests/{part} ===", flush=True)
-        status, last = run([sys.executable, "-m", "pytest", f"tests/{part}", *extra])
+        dealt = ["-n", str(CORE_PROCESSES), "--dist", "loadfile"] if part == "core" and CORE_PROCESSES > 1 else []
+        status, last = run([sys.executable, "-m", "pytest", f"tests/{part}", *dealt, *extra])
         for number, word in re.findall(r"(\d+) (\w+)", last):
             if word in counts:
                 counts[word] += int(number)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -10,9 +12,10 @@ from _host import Host
 
 PANEL = ".chromakit-train"
 ENDLESS = 1_000_000
-BUILD = """([name, steps]) => {
+BUILD = """async ([name, steps]) => {
     const graph = window.app.graph;
     graph.clear();
+    await new Promise(done => setTimeout(done, 100));  // or the page takes the new nodes for the old, by their ids
     const add = (type, x) => {
         const node = window.LiteGraph.createNode(type);
         node.pos = [x, 60];
@@ -46,6 +49,23 @@ def press(window, label: str) -> None:
     window.page.locator(PANEL).first.get_by_role("button", name=label, exact=True).dispatch_event("click")
 
 
+@contextmanager
+def late_answers(window, action: str) -> Iterator[None]:
+    """The host's answers to that action reach the page after the broadcasts that followed them."""
+
+    def hold(route) -> None:
+        answer = route.fetch()
+        window.page.wait_for_timeout(1500)
+        route.fulfill(response=answer)
+
+    pattern = f"**/chromakit/jobs/*/{action}"
+    window.page.route(pattern, hold)
+    try:
+        yield
+    finally:
+        window.page.unroute(pattern)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_training(server: Host):
     yield
@@ -67,7 +87,8 @@ def test_a_job_is_watched_paused_and_stopped_from_the_node(window, renderer: str
     assert seed == 42, "a queue does not change the job that the next queue asks for"
     assert f"/ {ENDLESS}" in wait_for(window, "loss")
     window.screenshot(f"train_widget_{renderer}")
-    press(window, "pause")
+    with late_answers(window, "pause"), window.page.expect_response("**/pause"):
+        press(window, "pause")
     wait_for(window, "paused")
     press(window, "resume")
     wait_for(window, "running")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .cli_import import add_import_command
 from .cli_models import add_model_commands, add_model_options, spec_from
+from .cli_parity import add_parity_command
 from .device import best_device
 from .errors import ChromaKitError, ConfigError
 from .flavours import FLAVOURS, flavour
@@ -61,10 +62,12 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--recipe", choices=list(RECIPES), default="canonical")
     sample.add_argument("--device", default=None)
     sample.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
+    sample.add_argument("--save-latents", action="store_true", help="also write the latents, beside each picture")
     sample.set_defaults(run=_sample)
 
     add_model_commands(commands)
     add_import_command(commands)
+    add_parity_command(commands)
 
     inspect = commands.add_parser("inspect-lora", help="what a LoRA file holds")
     inspect.add_argument("file", type=Path)
@@ -123,9 +126,10 @@ def _train(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace) -> None:
     from .files import write_atomic
+    from .latents import LatentFormat
     from .loading.cache import ComponentCache
     from .loading.spec import ModelHandle
-    from .pictures import decode, png_bytes
+    from .pictures import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
     from .recipe import recipe
     from .sampling import SamplingSettings, sample
     from .schedule import parse_flow_shift
@@ -141,7 +145,7 @@ def _sample(options: argparse.Namespace) -> None:
         flow_shift=None if options.flow_shift is None else parse_flow_shift(options.flow_shift),
         method=options.method,
     )
-    handle = ModelHandle(spec, tuple(_lora_use(text, options.lora_mode) for text in options.lora))
+    handle = ModelHandle(spec, tuple(lora_use(text, options.lora_mode) for text in options.lora))
     prompts = [apply_trigger(prompt, options.trigger) for prompt in options.prompt]
     cache = ComponentCache()
     encoder = cache.text_encoder(spec, device)
@@ -161,20 +165,27 @@ def _sample(options: argparse.Namespace) -> None:
             recipe=rules,
             on_step=lambda _: bar.update(),
         )
-    for i, picture in enumerate(decode(cache.vae(spec, device), latents)):
+    vae = cache.vae(spec, device)
+    for i, picture in enumerate(decode(vae, latents)):
         record = {
             "prompt": prompts[i],
             "negative": options.negative,
+            "width": picture.width,
+            "height": picture.height,
             "model": spec.to_dict(),
             "settings": settings.to_dict() | {"seed": settings.seed + i},
             "recipe": rules.to_dict(),
         }
         path = _free_name(options.output, f"chroma-{settings.seed + i}")
+        if options.save_latents:
+            file = latents_bytes(latents[i : i + 1], LatentFormat.of(vae))
+            write_atomic(path.with_suffix(LATENTS_SUFFIX), file)
         write_atomic(path, png_bytes(picture, record))
         print(path)
 
 
-def _lora_use(text: str, mode: str):
+def lora_use(text: str, mode: str):
+    """FILE[@STRENGTH] as a `LoraUse`. Raises ConfigError."""
     from .loading.spec import LoraUse
 
     path, separator, strength = text.rpartition("@")

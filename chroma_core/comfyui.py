@@ -138,12 +138,16 @@ class Host:
             for image in history["outputs"][node_id].get("images", []):
                 if image["type"] != kind:
                     continue
-                query = urllib.parse.urlencode({key: image[key] for key in ("filename", "subfolder", "type")})
-                status, body = self.request("GET", f"/view?{query}")
-                if status != 200:
-                    raise HostError(f"GET /view?{query} answered {status}")
-                found.append((image["filename"], body))
+                found.append((image["filename"], self.view(image)))
         return found
+
+    def view(self, file: dict[str, Any]) -> bytes:
+        """The bytes of a file that a node saved, as its output names it."""
+        query = urllib.parse.urlencode({key: file[key] for key in ("filename", "subfolder", "type")})
+        status, body = self.request("GET", f"/view?{query}")
+        if status != 200:
+            raise HostError(f"GET /view?{query} answered {status}")
+        return body
 
     def images(self, history: dict[str, Any], kind: str = "output") -> list:
         """The same pictures as RGB `PIL.Image`s."""

@@ -11,12 +11,19 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, PngImagePlugin
+from safetensors import SafetensorError
+from safetensors.torch import load as load_latents
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from .errors import ConfigError
 from .latents import LatentFormat
 
 # Published latent → RGB maps fit the Flux VAE only, and tiny's VAE has a latent space of its own: measure, don't quote.
 _PROBE_SIZE = 64
+
+LATENTS_SUFFIX = ".latent"
+"""Latents beside a picture, in the layout of the host's Save Latent, so that its Load Latent opens them."""
 
 RECORD_KEY = "chromakit"
 """The PNG text chunk that holds, as JSON, everything needed to sample the picture again."""
@@ -29,8 +36,13 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def to_pictures(pixels_BCHW: Tensor) -> list[Image.Image]:
-    """[B, 3, H, W] in −1..1 → pictures, clipped and rounded to 8 bits."""
-    array = ((pixels_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    """[B, 3, H, W] in −1..1 → pictures, clipped and rounded down to 8 bits.
+
+    Down, as the host's VAE Decode and Save Image do it (clamp((x + 1) / 2) · 255, decimals cut off): a preview must
+    equal, to the pixel, what the nodes save.
+    """
+    unit = ((pixels_BCHW.float().cpu() + 1) / 2).clamp(0, 1)
+    array = (255 * unit).byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(row) for row in array]
 
 
@@ -75,6 +87,22 @@ def png_bytes(picture: Image.Image, record: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
+
+
+def latents_bytes(latents_1CHW: Tensor, format_: LatentFormat) -> bytes:
+    """A latents file of one row of the transformer's space: fp32, in the VAE's space as LATENT links carry it."""
+    z = format_.to_vae(latents_1CHW.float()).cpu().contiguous()
+    # The empty tensor says that the numbers are not scaled, as older files of the host's are.
+    return safetensors_bytes({"latent_tensor": z, "latent_format_version_0": torch.zeros(0)}, {"format": "pt"})
+
+
+def read_latents(file: Path | bytes) -> Tensor:
+    """The latents [B, C, H, W] of a latents file, fp32, in the VAE's space. Raises ConfigError."""
+    try:
+        return load_latents(file.read_bytes() if isinstance(file, Path) else file)["latent_tensor"].float()
+    except (OSError, KeyError, SafetensorError) as error:
+        name = f"'{file}'" if isinstance(file, Path) else "The answer"
+        raise ConfigError(f"{name} is no readable latents file ({type(error).__name__}: {error}).") from error
 
 
 def read_record(path: Path | str) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ A link carries a handle, an id or plain settings, never a loaded model: the host
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..chroma_core.errors import ConfigError, PromptError
 from ..chroma_core.latents import LatentFormat
-from ..chroma_core.loading.spec import ModelSpec
+from ..chroma_core.loading.spec import ModelHandle, ModelSpec
 from ..chroma_core.recipe import CANONICAL, Recipe
 from ..chroma_core.text import TextCondition
 
@@ -52,6 +52,16 @@ def schema(**options: Any) -> io.Schema:
     """An `io.Schema` without the options that an older host does not know yet."""
     known = {field.name for field in fields(io.Schema)}
     return io.Schema(category="Chroma", **{name: value for name, value in options.items() if name in known})
+
+
+def whole_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
+    """Transformer and text encoder of two links as one specification. Raises ConfigError when they do not belong."""
+    if (model.spec.flavour, model.spec.folder) != (text_encoder.flavour, text_encoder.folder):
+        raise ConfigError(
+            f"The model is '{model.spec.folder or model.spec.flavour}', but the text encoder belongs to "
+            f"'{text_encoder.folder or text_encoder.flavour}'. Link both from the same Chroma Load Model."
+        )
+    return replace(model.spec, text_precision=text_encoder.text_precision)
 
 
 def to_conditioning(condition: TextCondition, spec: ModelSpec, recipe: Recipe = CANONICAL) -> list[list[Any]]:

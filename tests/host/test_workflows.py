@@ -87,8 +87,18 @@ def test_your_files_shows_the_memory_plan_beside_the_picture(server: Host):
     assert "offload" in text and "recommended" in text and "chosen" in text
 
 
+def test_parity_says_which_number_moves_the_picture(server: Host):
+    history = server.run(load_api("chroma_parity"))
+    (sheet,) = server.images(history)
+    assert sheet.width > 1000 and np.asarray(sheet).std() > 10
+    (text,) = next(output["text"] for output in history["outputs"].values() if "text" in output)
+    rows = text.splitlines()
+    order = [next(i for i, row in enumerate(rows) if row.startswith(name)) for name in ("recipe ai", "time_dtype bf16")]
+    assert order == sorted(order) and "identical" in next(row for row in rows if row.startswith("recipe diffusers"))
+
+
 def test_each_workflow_is_run_here():
     assert {path.stem for path in FOLDER.glob("*.json")} == {
         "chroma_text_to_image", "chroma_tail_sigmas", "chroma_train_lora", "chroma_train_and_sample", "chroma_use_lora",
-        "chroma_your_files",
+        "chroma_your_files", "chroma_parity",
     }  # fmt: skip

@@ -1,0 +1,121 @@
+"""What the trainer showed: a recorded preview, the LoRA that it was made with, and a short job that makes one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..comfyui import PACK
+from ..errors import ConfigError, JobError
+from ..loading.components import Device
+from ..loading.spec import LoraUse, ModelSpec
+from ..pictures import LATENTS_SUFFIX, read_record
+from ..recipe import Recipe
+from ..sampling import SamplingSettings
+from ..training.checkpoint import LORA, step_name
+from ..training.config import TrainingConfig
+from ..training.jobs import run_job
+from .case import Case, NotRun
+from .painted import Painted
+
+EXAMPLE = PACK / "example_datasets" / "sks_emblem"
+
+
+def read_preview(picture: Path) -> tuple[Case, Painted]:
+    """A training preview as it was shown, and the case that paints it again with the LoRA of its step.
+
+    Args:
+        picture: `samples/step-000100-0.png` in a job's folder.
+    Raises:
+        ConfigError: it is no preview, or its latents are gone.
+        NotRun: the LoRA of that step was not kept.
+    """
+    record = read_record(picture) if picture.is_file() else None
+    if record is None or "step" not in record:
+        raise ConfigError(
+            f"'{picture}' is no training preview: it has no record of one. Give a step-….png of a job's samples folder."
+        )
+    painted = Painted.read(picture, picture.with_suffix(LATENTS_SUFFIX))
+    return Case.from_record(record, _loras_of(picture.parent.parent, record["step"])), painted
+
+
+def last_preview(job: Path) -> Path:
+    """The first picture of the newest previews in a job's folder whose LoRA was kept. Raises JobError."""
+    steps = sorted((job / "samples").glob("step-*-0.png"), reverse=True)
+    for path in steps:
+        if _checkpoint(job, int(path.stem.split("-")[1])).is_file():
+            return path
+    raise JobError(
+        f"The job in '{job}' has no preview whose LoRA was kept: there are {len(steps)} previews. Give the job preview "
+        "prompts, and let it reach its end or a checkpoint."
+    )
+
+
+def _checkpoint(job: Path, step: int) -> Path:
+    return job / "checkpoints" / step_name(step) / LORA
+
+
+def _loras_of(job: Path, step: int) -> tuple[LoraUse, ...]:
+    path = _checkpoint(job, step)
+    if path.is_file():
+        return (LoraUse(str(path)),)
+    if step == 0 and not _starts_from_a_lora(job):
+        return ()  # a LoRA that has learnt nothing adds nothing
+    kept = sorted(path.name for path in (job / "checkpoints").glob("step-*"))
+    raise NotRun(
+        f"The LoRA of step {step} was not kept; the job's checkpoints are {', '.join(kept) or 'gone'}. Replay a "
+        "preview of one of these steps."
+    )
+
+
+def _starts_from_a_lora(job: Path) -> bool:
+    values = json.loads((job / "job.json").read_text(encoding="utf-8"))
+    return bool(values["config"]["lora"].get("start_from"))
+
+
+def train_briefly(
+    spec: ModelSpec,
+    prompt: str,
+    negative: str,
+    size: tuple[int, int],
+    settings: SamplingSettings,
+    recipe: Recipe,
+    folder: Path,
+    device: Device,
+    steps: int = 20,
+) -> Path:
+    """Train for a moment on the bundled pictures; returns the preview that the job made at its end.
+
+    It is a whole job of the real trainer, so its preview is what a user's would be. Raises JobError when it fails.
+    """
+    preview = {
+        "prompt": prompt,
+        "negative": negative,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "seed": settings.seed,
+        "width": size[0],
+        "height": size[1],
+    }
+    config = TrainingConfig.parse(
+        {
+            "name": "parity",
+            "model": spec.to_dict(),
+            "dataset": {"folder": str(EXAMPLE), "trigger": "sks"},
+            "lora": {"rank": 8},
+            "previews": {
+                "prompts": [preview],
+                "every": steps,
+                "tail_bias": settings.tail_bias,
+                "method": settings.method,
+            },
+            "recipe": recipe.name,
+            "steps": steps,
+            "learning_rate": 2e-3,
+            "checkpoint_every": steps,
+        }
+    )
+    status = run_job(config, folder / "jobs", folder / "loras", device)
+    if status["state"] != "completed":
+        raise JobError(f"The short training job ended as {status['state']}: {status['message']}")
+    return last_preview(folder / "jobs" / config.job_id())

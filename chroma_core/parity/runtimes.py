@@ -1,0 +1,193 @@
+"""Three ways to paint a case from here: in this process, through the command line, through diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+from ..comfyui import PACK
+from ..latents import FLUX_LATENTS, LatentFormat, pack, unpack
+from ..loading.cache import ComponentCache
+from ..loading.components import Device, load_text_encoder, load_transformer, load_vae
+from ..pictures import LATENTS_SUFFIX, decode
+from ..precision import precision
+from ..recipe import RECIPES
+from ..sampling import OnStep, initial_noise, sample
+from ..schedule import sampling_sigmas
+from .case import Case, NotRun
+from .painted import Painted
+
+TextMask = Literal["boolean", "float"]
+
+
+def in_process(case: Case, components: ComponentCache, device: Device, on_step: OnStep | None = None) -> Painted:
+    """Paint with `components`, as the sampler node and the command line do."""
+    width, height = case.effective_size
+    encoder = components.text_encoder(case.spec, device)
+    positive = encoder.encode(case.prompt, case.recipe)
+    negative = encoder.encode(case.negative, case.recipe) if case.guided else None
+    with components.transformer(case.handle, device) as transformer:
+        latents = sample(
+            transformer,
+            [positive],
+            negative,
+            width=width,
+            height=height,
+            settings=case.settings,
+            recipe=case.recipe,
+            on_step=on_step,
+        )
+    vae = components.vae(case.spec, device)
+    return Painted(LatentFormat.of(vae).to_vae(latents).cpu(), decode(vae, latents)[0])
+
+
+def through_command_line(case: Case, folder: Path, device: Device) -> Painted:
+    """Paint by `python -m chroma_core sample` in a process of its own; its files go to `folder`.
+
+    Raises NotRun when the command line fails, with its message.
+    """
+    command = [sys.executable, "-m", "chroma_core", "sample", *_arguments(case), "--save-latents"]
+    command += ["--device", str(device), "--output", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACK), os.environ.get("PYTHONPATH", "")])}
+    # The same bits need the same number of threads.
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+    done = subprocess.run(command, cwd=PACK, env=environment, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise NotRun(f"The command line failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    picture = Path(done.stdout.strip().splitlines()[-1])
+    return Painted.read(picture, picture.with_suffix(LATENTS_SUFFIX))
+
+
+def _arguments(case: Case) -> list[str]:
+    """The options of `sample` that mean this case."""
+    spec, settings = case.spec, case.settings
+    if case.recipe != RECIPES.get(case.recipe.name):
+        raise NotRun("The recipe has changed fields, which the command line is not given.")
+    if settings.denoise != 1:
+        raise NotRun("The command line starts from pure noise only.")
+    options: dict[str, Any] = {
+        "--flavour": spec.flavour,
+        "--folder": spec.folder,
+        "--transformer": spec.transformer,
+        "--text-encoder": spec.text_encoder,
+        "--tokenizer": spec.tokenizer,
+        "--vae": spec.vae,
+        "--revision": spec.revision,
+        "--precision": spec.precision,
+        "--text-precision": spec.text_precision,
+        "--offload": spec.offload,
+        "--resident-blocks": spec.resident_blocks,
+        "--prompt": case.prompt,
+        "--negative": case.negative,
+        "--width": case.width,
+        "--height": case.height,
+        "--steps": settings.steps,
+        "--guidance": settings.guidance,
+        "--seed": settings.seed,
+        "--tail-bias": settings.tail_bias,
+        "--flow-shift": settings.flow_shift,
+        "--method": settings.method,
+        "--recipe": case.recipe.name,
+    }
+    # One word each, so that a prompt may begin with a dash.
+    words = [f"{name}={value}" for name, value in options.items() if value is not None]
+    words += [f"--lora={use.path}@{use.strength!r}" for use in case.loras]
+    modes = {use.mode for use in case.loras}
+    if len(modes) > 1:
+        raise NotRun("The command line applies all LoRAs in one mode.")
+    return words + [f"--lora-mode={mode}" for mode in modes]
+
+
+class _BooleanMask(FluxAttnProcessor):
+    """diffusers' attention with the mask that its pipeline meant: hidden keys are hidden.
+
+    The pipeline hands over ones and zeros as floats, which attention adds to the scores: every padding token takes part
+    (huggingface/diffusers #12116). A row of a hidden query hides every key; it sees all instead, since nobody reads it.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+            attention_mask = attention_mask | ~attention_mask.any(-1, keepdim=True)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+
+def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean") -> Painted:
+    """Paint by diffusers' `ChromaPipeline`: its text encoding, its transformer, its LoRA loader, its guidance.
+
+    Given from here are the weights, the noise, and the noise levels of the case's recipe. All else that the recipe says
+    is diffusers' own.
+
+    Args:
+        text_mask: `float` as diffusers has it, `boolean` as it was meant.
+    Raises:
+        NotRun: for a quantised model, another method than Euler, or a LoRA that diffusers does not read.
+    """
+    chosen, settings = precision(case.spec.precision), case.settings
+    if chosen.quantised:
+        raise NotRun(f"diffusers has no counterpart of the precision {case.spec.precision}.")
+    if settings.method != "euler" or settings.denoise != 1:
+        raise NotRun("diffusers' pipeline has Euler's method from pure noise only.")
+    width, height = case.effective_size
+    rows, columns = height // FLUX_LATENTS.downscale, width // FLUX_LATENTS.downscale
+    tokens = width * height // 256
+    shift = case.recipe.flow_shift if settings.flow_shift is None else settings.flow_shift
+    sigmas = sampling_sigmas(settings.steps, tokens, tail_bias=settings.tail_bias, flow_shift=shift)
+    noise = initial_noise([settings.seed], (FLUX_LATENTS.channels, rows, columns))
+
+    text, vae = load_text_encoder(case.spec, device), load_vae(case.spec, device)
+    pipeline = ChromaPipeline(
+        # The noise levels are finished: nothing of theirs is shifted again.
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
+        vae=vae,
+        text_encoder=text.model,
+        tokenizer=text.tokenizer,  # type: ignore[arg-type]
+        transformer=_diffusers_transformer(case, device, text_mask),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.random.fork_rng(devices=[]):  # loading draws weights and then overwrites them
+        _load_loras(pipeline, case)
+        packed = pipeline(
+            prompt=case.prompt,
+            negative_prompt=case.negative,
+            width=width,
+            height=height,
+            num_inference_steps=settings.steps,
+            sigmas=sigmas[:-1].tolist(),
+            guidance_scale=settings.guidance,
+            latents=pack(noise).to(device, chosen.dtype),
+            output_type="latent",
+        ).images
+    latents = unpack(packed.float(), rows, columns)  # type: ignore[union-attr]
+    return Painted(LatentFormat.of(vae).to_vae(latents).cpu(), decode(vae, latents)[0])
+
+
+def _diffusers_transformer(case: Case, device: Device, text_mask: TextMask) -> ChromaTransformer2DModel:
+    """diffusers' own class over the loaded weights (shared, not copied)."""
+    ours = load_transformer(case.spec, device)
+    theirs = ChromaTransformer2DModel.from_config(ours.config)
+    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False, assign=True)
+    if missing or unexpected:
+        raise NotRun(f"diffusers' class has other weights: {[*missing, *unexpected][:3]}.")
+    if text_mask == "boolean":
+        theirs.set_attn_processor(_BooleanMask())  # type: ignore[arg-type]
+    return theirs.to(device).requires_grad_(False).eval()
+
+
+def _load_loras(pipeline: ChromaPipeline, case: Case) -> None:
+    names = [f"lora_{i}" for i in range(len(case.loras))]
+    try:
+        for name, use in zip(names, case.loras, strict=True):
+            path = Path(use.path)
+            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+        if names:
+            pipeline.set_adapters(names, [use.strength for use in case.loras])
+    except Exception as error:  # whatever PEFT makes of a file that it does not know
+        raise NotRun(f"diffusers does not load the LoRA ({type(error).__name__}: {error}).") from error

@@ -1,0 +1,120 @@
+"""Comparing: a training preview painted again, and which number moves a picture how far."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from comfy_api.latest import io, ui
+
+from ..chroma_core.parity import Case, FactorKind, NotRun, Painted, Report, in_process, read_preview, side_by_side, vary
+from ..chroma_core.parity.preview import last_preview
+from ..chroma_core.recipe import RECIPES
+from ..chroma_core.recipe import recipe as find_recipe
+from ..chroma_core.sampling import SamplingSettings
+from . import host, jobs
+from .sockets import MAX_SEED, ChromaJob, ChromaModel, ChromaTextEncoder, schema, to_image, whole_spec
+
+NO_FACTORS, ALL_FACTORS = "none", "all"
+
+
+class ChromaParity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaParity",
+            display_name="Chroma Parity",
+            description="Paints one picture several times, each time with one number changed, and says which of them "
+            "moves it how far. With a job linked, first replays its last preview.",
+            search_aliases=["compare", "mismatch", "preview looks different", "replay preview", "debug lora"],
+            is_output_node=True,
+            inputs=[
+                ChromaModel.Input("model", tooltip="From Chroma Load Model or Chroma Apply LoRA."),
+                ChromaTextEncoder.Input("text_encoder", tooltip="From Chroma Load Model."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="a photo of a sks emblem",
+                    tooltip="What to paint, with the trigger word in it. Not read when a job is linked.",
+                ),
+                io.String.Input("negative", default="", tooltip="What to steer away from."),
+                io.Combo.Input(
+                    "factors",
+                    options=[NO_FACTORS, *get_args(FactorKind), ALL_FACTORS],
+                    default="recipe",
+                    tooltip="Which numbers to change, one at a time. precision loads the model anew for each; all "
+                    "paints about 35 pictures.",
+                ),
+                io.Int.Input("width", default=1024, min=32, max=4096, step=16, tooltip="Pixels. tiny: 64."),
+                io.Int.Input("height", default=1024, min=32, max=4096, step=16, tooltip="Pixels. tiny: 64."),
+                io.Int.Input("seed", default=42, min=0, max=MAX_SEED, tooltip="The noise to start from."),
+                io.Int.Input("steps", default=25, min=1, max=150, tooltip="Steps of the sampler."),
+                io.Float.Input("guidance", default=4.0, min=0.0, max=20.0, step=0.1, tooltip="As in Chroma Sampler."),
+                io.Combo.Input("recipe", options=list(RECIPES), default="canonical", tooltip="As in Chroma Sampler."),
+                ChromaJob.Input(
+                    "job",
+                    optional=True,
+                    tooltip="A finished training: its last preview is painted again, with its own prompt, settings "
+                    "and LoRA, and compared with what was shown.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("sheet", tooltip="The pictures side by side."),
+                io.String.Output("report", tooltip="Which change moves the picture how far, the largest first."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> Any:
+        """A job that went on has another last preview."""
+        return jobs.fingerprint()
+
+    @classmethod
+    def execute(cls, factors, job=None, **inputs: Any) -> io.NodeOutput:
+        case, shown = _preview_of(job) if job else (_case_of(**inputs), None)
+        kinds = {NO_FACTORS: (), ALL_FACTORS: get_args(FactorKind)}.get(factors, (factors,))
+        with host.working():
+            report = _compare(case, shown, kinds)
+        text, sheet = report.table(), to_image([side_by_side(report.pictures)])
+        preview = ui.PreviewImage(sheet, cls=cls).as_dict()
+        return io.NodeOutput(sheet, text, ui={**preview, "text": (text,)})
+
+
+def _preview_of(job: str) -> tuple[Case, Painted]:
+    path = last_preview(jobs.find(job).folder)
+    host.say(f"Replaying {path.name}")
+    return read_preview(path)
+
+
+def _case_of(model, text_encoder, prompt, negative, width, height, seed, steps, guidance, recipe) -> Case:
+    settings = SamplingSettings(steps, guidance, seed)
+    spec = whole_spec(model, text_encoder)
+    return Case(spec, prompt, width, height, negative, settings, find_recipe(recipe), model.loras)
+
+
+def _compare(case: Case, shown: Painted | None, kinds: tuple[FactorKind, ...]) -> Report:
+    factors = list(vary(case, kinds))
+    total, done = (1 + len(factors)) * case.settings.steps, 0
+    progress = host.Progress(total)
+
+    def paint(each: Case) -> Painted:
+        host.make_room(0)
+        return in_process(
+            each,
+            host.components,
+            host.device(),
+            lambda info: progress.step(done + case.settings.steps * info.step // info.steps, total),
+        )
+
+    report, base = Report(case), paint(case)
+    report.add_pairs({"node": base} if shown is None else {"preview": shown, "node": base})
+    for factor in factors:
+        done += case.settings.steps
+        host.say(f"Painting with {factor.name}")
+        try:
+            report.add_factor(factor, base, paint(factor.case))
+        except NotRun as reason:
+            report.add_factor(factor, base, reason)
+    return report
+
+
+NODES = [ChromaParity]

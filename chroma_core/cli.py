@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m chroma_core", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a LoRA from a job.toml; resumes when the job exists")
+    train = commands.add_parser("train", help="train a LoRA or the model's blocks from a job.toml; resumes what exists")
     train.add_argument("job", type=Path, help="the job file (see docs/training.md)")
     train.add_argument("--output", type=Path, default=Path("output"), help="folder for job and LoRA (default: output)")
     train.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
@@ -114,11 +114,9 @@ def _train(options: argparse.Namespace) -> int:
             on_status=show,
             if_exists="restart" if options.restart else "resume",
         )
-    print(
-        json.dumps(
-            {k: status.get(k) for k in ("id", "state", "step", "heldout_loss_base", "heldout_loss", "lora_path")}
-        )
-    )
+    shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss"]
+    shown += ["lora_path"] if config.full is None else ["model_path", "model_folder"]
+    print(json.dumps({k: status.get(k) for k in shown}))
     if status["state"] != "completed":
         print(f"error: the job {status['state']}: {status.get('message') or 'no reason given'}", file=sys.stderr)
     return 0 if status["state"] == "completed" else 1

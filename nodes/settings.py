@@ -260,6 +260,14 @@ class ChromaTrainingSettings(io.ComfyNode):
                     tooltip="Keep the checkpoint with the lowest held-out loss beside the last ones.",
                     **ADVANCED,
                 ),
+                io.String.Input(
+                    "full_rank_blocks",
+                    default="",
+                    tooltip="Empty: a LoRA. Else train the weights of these blocks themselves, and end with a whole "
+                    "model: e.g. double_blocks.0-3, single_blocks.30-37. Rank, alpha, target and save_dtype are then "
+                    "not read; use a learning rate of 1e-6 to 1e-5.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[ChromaTrainingType.Output("settings", tooltip="For Chroma Train LoRA.")],
         )
@@ -279,13 +287,19 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
     objective = ("loss", "huber_delta", "prior_weight", "noise_offset", "pair_noise", "text_padding")
     previews = ("steps", "guidance", "seed", "width", "height", "negative")
     patterns = [line.strip() for line in inputs["target_patterns"].splitlines() if line.strip()]
+    adapter = {
+        **{field: inputs[name] for name, field in ADAPTER.items() if name in inputs},
+        **({"target": patterns} if patterns else {}),
+    }
+    blocks = inputs.get("full_rank_blocks", "").strip()
+    if blocks:  # what is left in `lora` and is no default is refused when the job is made
+        full = {"target": blocks, "ema_decay": adapter.pop("ema_decay", 0.0)}
+        kind = {"full": full, "lora": adapter}
+    else:
+        kind = {"lora": {"save_dtype": inputs["save_dtype"], **adapter}}
     return {
         **{name: inputs[name] for name in plain if name in inputs},
-        "lora": {
-            "save_dtype": inputs["save_dtype"],
-            **{field: inputs[name] for name, field in ADAPTER.items() if name in inputs},
-            **({"target": patterns} if patterns else {}),
-        },
+        **kind,
         "objective": {
             **{name: inputs[name] for name in objective if name in inputs},
             "draw": inputs["sigma_draw"],

@@ -161,7 +161,8 @@ def training_config(
     prompts = [line.strip() for line in preview_prompt.splitlines() if line.strip()]
     for prompt in prompts:
         apply_trigger(prompt, dataset.trigger)
-    lora = {"rank": rank, "alpha": alpha or None, "target": target, **settings.get("lora", {})}
+    own = {} if "full" in settings else {"rank": rank, "alpha": alpha or None, "target": target}
+    lora = {**own, **settings.get("lora", {})}
     previews = {**settings.get("previews", {}), "prompts": prompts, "every": preview_every}
     parts = {"model": _trained_spec(model, text_encoder), "dataset": dataset, "lora": lora, "previews": previews}
     return TrainingConfig.parse({**settings, **plain, **parts})
@@ -192,6 +193,8 @@ def describe(status: dict[str, Any]) -> str:
         lines.append(f"time left: {status['eta_seconds']:.0f} s")
     if status.get("lora_name"):
         lines.append(f"LoRA: {status['lora_name']}")
+    if status.get("model_name"):
+        lines.append(f"model: {status['model_name']} (choose it as transformer in Chroma Load Model)")
     lines += [status["message"]] if status.get("message") else []
     lines += [f"warning: {warning}" for warning in status.get("warnings") or ()]
     return "\n".join(lines)
@@ -223,6 +226,13 @@ class ChromaWaitForTraining(io.ComfyNode):
     async def execute(cls, job) -> io.NodeOutput:
         found = jobs.find(job)
         status = await wait_for(found)
+        model = status["model_path"] or status["model_folder"]
+        if status["state"] in ("completed", "stopped") and model:
+            raise JobError(
+                f"The training job {job} is {status['state']}. It trained the model itself, so there is no LoRA to "
+                f"hand on: its model is '{Path(model).name}' in '{Path(model).parent}'. Take this node out, press R, "
+                "and choose that file as transformer in Chroma Load Model (or in the host's Load Diffusion Model)."
+            )
         if status["state"] in ("failed", "interrupted") or not status["lora_path"]:
             raise JobError(
                 f"The training job {job} is {status['state']} and has no LoRA to give. {status['message'] or ''} "

@@ -40,6 +40,7 @@ __all__ = [
     "load_transformer",
     "load_vae",
     "transformer_outline",
+    "transformer_source",
     "write_quantised",
 ]
 
@@ -231,6 +232,20 @@ def transformer_outline(spec: ModelSpec) -> ChromaTransformer:
     module = build_part("transformer", describe(spec, "transformer").config)
     assert isinstance(module, ChromaTransformer)
     return module
+
+
+def transformer_source(spec: ModelSpec) -> tuple[Weights, Component]:
+    """The transformer's files, and where in them each of its weights lies.
+
+    Raises ModelFileError for a file of ours whose weights are quantised: what they were before is lost.
+    """
+    path = locate(spec, "transformer")
+    if is_quantised_file(path):
+        raise ModelFileError(
+            f"'{path.name}' holds weights that are quantised already, and a model cannot be trained or written from "
+            "them. Choose the unquantised file; its other layers can be quantised while it is loaded."
+        )
+    return _described(spec, "transformer", path)
 
 
 def base_hash(spec: ModelSpec) -> str:

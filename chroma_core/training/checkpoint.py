@@ -1,7 +1,7 @@
 """Checkpoints: folders that appear whole or not at all, with everything that a bit-exact resume needs.
 
-Noise, order and dropout are functions of the step, and so is the learning rate: the adapter, the optimizer's state and
-a few numbers are all there is to keep.
+Noise, order and dropout are functions of the step, and so is the learning rate: what is trained, the optimizer's state
+and a few numbers are all there is to keep.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from ..errors import LoraError
+from ..errors import LoraError, ModelFileError
 from ..files import atomic_folder, remove_leftovers, write_json
-from ..lora.adapters import load_trained, trained_lora
-from ..lora.formats import read_lora, write_lora
-from ..transformer import ChromaTransformer
 from .ema import Ema
 from .stepper import Stepper
+from .trainee import Trainee
 
-_DAMAGE = (OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, LoraError)
+_DAMAGE = (
+    OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, LoraError, ModelFileError
+)  # fmt: skip
 
-LORA, OPTIMIZER, EMA, STATE = "lora.safetensors", "optimizer.pt", "ema.pt", "state.json"
+OPTIMIZER, EMA, STATE = "optimizer.pt", "ema.pt", "state.json"
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Progress:
 def save_checkpoint(
     folder: Path,
     progress: Progress,
-    transformer: ChromaTransformer,
+    trainee: Trainee,
     stepper: Stepper,
     ema: Ema | None,
     keep: int,
@@ -66,7 +66,7 @@ def save_checkpoint(
     if path.exists():  # saved again at the same step, e.g. after a pause: the state is the same
         return path
     with atomic_folder(path) as temporary, stepper.as_trained():
-        write_lora(temporary / LORA, trained_lora(transformer))
+        trainee.save(temporary / trainee.weights_file)
         torch.save(stepper.state_dict(), temporary / OPTIMIZER)
         if ema is not None:
             torch.save(ema.state_dict(), temporary / EMA)
@@ -102,9 +102,9 @@ def discard(path: Path) -> None:
 
 
 def restore_latest(
-    folder: Path, transformer: ChromaTransformer, stepper: Stepper, ema: Ema | None = None
+    folder: Path, trainee: Trainee, stepper: Stepper, ema: Ema | None = None
 ) -> tuple[Progress | None, list[str]]:
-    """Load the newest readable checkpoint into the adapter, the optimizer and the average.
+    """Load the newest readable checkpoint into what is trained, the optimizer and the average.
 
     Returns:
         its progress (None when there is none) and the names of damaged ones, which are removed.
@@ -112,7 +112,9 @@ def restore_latest(
     if folder.is_dir():
         remove_leftovers(folder)
     damaged = []
-    fresh_lora, fresh_state = trained_lora(transformer), stepper.state_dict()
+    if not checkpoints(folder):
+        return None, damaged
+    start_anew, fresh_state = trainee.remember(), stepper.state_dict()
     fresh_ema = None if ema is None else ema.state_dict()
     for path in reversed(checkpoints(folder)):
         try:
@@ -121,7 +123,7 @@ def restore_latest(
             progress = Progress(**{k: v for k, v in values.items() if k in known})
             state = _load(path / OPTIMIZER, stepper)
             average = None if ema is None else _load(path / EMA, stepper)
-            load_trained(transformer, read_lora(path / LORA))
+            trainee.load(path / trainee.weights_file)
             stepper.load_state_dict(state)
             if ema is not None and average is not None:
                 ema.load_state_dict(average)
@@ -129,7 +131,7 @@ def restore_latest(
         except _DAMAGE as error:
             damaged.append(f"{path.name} ({type(error).__name__})")
             discard(path)
-            load_trained(transformer, fresh_lora)
+            start_anew()
             stepper.load_state_dict(fresh_state)
             if ema is not None and fresh_ema is not None:
                 ema.load_state_dict(fresh_ema)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_serializer, field_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 from typing_extensions import Self
 
 from ..data.scan import DatasetConfig
@@ -25,6 +25,7 @@ from ..recipe import Recipe, recipe
 from ..sampling import Method, SamplingSettings
 from ..schedule import FlowShift, SigmaDraw, SigmaRemap, SigmaSettings, parse_flow_shift
 from ..text import TextPadding, apply_trigger
+from .full_config import FullConfig, check_full, with_default_rate
 from .lr import LrSchedule, Schedule
 from .objective import GuidanceMode, LossKind, ObjectiveSettings
 from .optimizers import OptimizerName, OptimizerSettings, check_schedule
@@ -157,10 +158,11 @@ class TrainingConfig(Settings):
     """Everything that decides a training run. Equal configurations are the same job.
 
     One step is one optimizer step over `batch_size` × `gradient_accumulation` samples of one bucket. The learning rate
-    follows `schedule()`. With gradient checkpointing every `checkpointing_interval`-th block is computed again instead
-    of remembered. `more_datasets` are mixed with `dataset` (see `data.mixing`). `validate_every` and `checkpoint_every`
-    0 leave the start and the end; `checkpoint_minutes` above 0 also saves after so many minutes. Of
-    the checkpoints the last `keep_checkpoints` stay, and with `keep_best` the one with the lowest held-out loss.
+    follows `schedule()`. With `full` layers of the model itself are trained instead of the adapter `lora`. With
+    gradient checkpointing every `checkpointing_interval`-th block is computed again instead of remembered.
+    `more_datasets` are mixed with `dataset` (see `data.mixing`). `validate_every` and `checkpoint_every` 0 leave the
+    start and the end; `checkpoint_minutes` above 0 also saves after so many minutes. Of the checkpoints the last
+    `keep_checkpoints` stay, and with `keep_best` the one with the lowest held-out loss.
     """
 
     name: str = Field(min_length=1, max_length=80)
@@ -170,6 +172,7 @@ class TrainingConfig(Settings):
     validation_dataset: DatasetConfig | None = None
     validation_pictures: int = Field(default=8, ge=1)
     lora: LoraConfig = LoraConfig()
+    full: FullConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
     previews: PreviewConfig = PreviewConfig()
     recipe: str = "canonical"
@@ -195,6 +198,11 @@ class TrainingConfig(Settings):
     keep_checkpoints: int = Field(default=3, ge=1)
     keep_best: bool = True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rate(cls, data: Any) -> Any:
+        return with_default_rate(data)
+
     @field_validator("model", mode="before")
     @classmethod
     def _read_model(cls, value: Any) -> Any:
@@ -219,6 +227,7 @@ class TrainingConfig(Settings):
         config.optimizer_settings()
         config.schedule()
         check_schedule(config.optimizer, config.lr_schedule)
+        check_full(config)
         for entry in ("", *config.previews.prompts):
             own = entry if isinstance(entry, PreviewPrompt) else None
             config.preview_size(own and own.width, own and own.height)
@@ -244,6 +253,11 @@ class TrainingConfig(Settings):
             if isinstance(model.get(key), str):
                 model[key] = str((path.parent / model[key]).resolve())
         return cls.parse(data)
+
+    @property
+    def ema_decay(self) -> float:
+        """Of whatever is trained."""
+        return self.lora.ema_decay if self.full is None else self.full.ema_decay
 
     @property
     def effective_batch(self) -> int:
@@ -304,6 +318,8 @@ class TrainingConfig(Settings):
         Where weights rest in memory does not count: a job that ran out of memory goes on with another offload mode.
         """
         values = self.model_dump(mode="json")
+        if self.full is None:  # the job keeps the name that it had before there was this option
+            del values["full"]
         values["model"] = {k: v for k, v in values["model"].items() if k not in PLACEMENT}
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 

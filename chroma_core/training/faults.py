@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from ..errors import JobError
+from ..fullrank.layers import count_trained
+from ..loading.components import transformer_outline
 from ..memory import estimate, in_gib, machine, recommend
 from .checkpoint import Progress
 from .config import TrainingConfig
@@ -89,14 +91,32 @@ def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.de
         resident_blocks=config.model.resident_blocks,
         target=config.lora.target,
     )
+    # In full rank: fp32 weights, gradients and two moments.
+    trained = 16 * _trained_in_full(config)
     here = machine(device)
     advice = recommend(
         config.model.flavour, size, here, "training", batch_size=config.batch_size, rank=config.lora.rank
     )
     found = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return JobError(
-        f"Training ran out of memory ({found}). Predicted were {in_gib(predicted.training_peak_bytes)} at its peak; "
-        f"{here.name} has {in_gib(here.device_bytes)}. What should fit here: {advice.sentence} Other knobs: gradient "
-        "checkpointing on, a smaller batch size with more gradient accumulation, a lower resolution or rank. The "
-        "newest checkpoint is kept; a job goes on with another offload mode, other changes make a new job."
+        f"Training ran out of memory ({found}). Predicted were {in_gib(predicted.training_peak_bytes + trained)} at "
+        f"its peak; {here.name} has {in_gib(here.device_bytes)}. {_advice(config, advice.sentence)} Other knobs: "
+        "gradient checkpointing on, a smaller batch size with more gradient accumulation, a lower resolution or rank. "
+        "The newest checkpoint is kept; a job goes on with another offload mode, other changes make a new job."
+    )
+
+
+def _trained_in_full(config: TrainingConfig) -> int:
+    """How many of the model's own weights the job trains."""
+    if config.full is None:
+        return 0
+    return count_trained(transformer_outline(config.model), config.full.target, config.full.norms)
+
+
+def _advice(config: TrainingConfig, for_a_lora: str) -> str:
+    if config.full is None:
+        return f"What should fit here: {for_a_lora}"
+    return (
+        "Train fewer blocks in [full], or with the optimizer adafactor, which keeps almost no state; choose a "
+        f"quantised precision for the blocks that are not trained. For a LoRA, this should fit here: {for_a_lora}"
     )

@@ -21,16 +21,31 @@ JOB_KEY = "chromakit.job_id"
 
 
 def lora_metadata(config: TrainingConfig, progress: Progress, base_sha256: str, pictures: int) -> dict[str, str]:
-    """The header of the finished file: the public modelspec fields and our own, all strings."""
+    """The header of a finished LoRA: the public modelspec fields and our own, all strings."""
+    return file_metadata(config, progress, base_sha256, pictures, "chroma/lora", adapter_summary(config))
+
+
+def adapter_summary(config: TrainingConfig) -> dict[str, Any]:
+    """What a header says of the adapter."""
+    lora = config.lora
+    return {"kind": lora.kind, "rank": lora.rank, "alpha": lora.alpha or lora.rank, "target": lora.target}
+
+
+def file_metadata(
+    config: TrainingConfig,
+    progress: Progress,
+    base_sha256: str,
+    pictures: int,
+    architecture: str,
+    trained: dict[str, Any],
+) -> dict[str, str]:
+    """The header of any finished file; `trained` says what was."""
     summary = {
         "steps": progress.step,
         "batch": config.effective_batch,
         "pictures": pictures,
         "learning_rate": config.learning_rate,
-        "kind": config.lora.kind,
-        "rank": config.lora.rank,
-        "alpha": config.lora.alpha or config.lora.rank,
-        "target": config.lora.target,
+        **trained,
         "seed": config.seed,
         "objective": config.objective.model_dump(mode="json"),
         "heldout_loss_base": progress.heldout_loss_base,
@@ -39,7 +54,7 @@ def lora_metadata(config: TrainingConfig, progress: Progress, base_sha256: str, 
     }
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "chroma/lora",
+        "modelspec.architecture": architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.title": config.name,
         "modelspec.resolution": "x".join(map(str, config.preview_size())),

@@ -35,6 +35,9 @@ _DEFAULTS: dict[str, Any] = {
     "warnings": [],
     "lora_path": None,
     "lora_name": None,
+    "model_path": None,
+    "model_name": None,
+    "model_folder": None,
     "heldout_loss_base": None,
     "heldout_loss": None,
     "train_seconds": 0.0,
@@ -123,6 +126,8 @@ class Job:
             if fields.get("lora_path") is not None:
                 fields["lora_path"] = str(fields["lora_path"])
                 fields["lora_name"] = Path(fields["lora_path"]).name
+            if fields.get("model_path") is not None:
+                fields["model_name"] = Path(fields["model_path"]).name
             # Strictly increasing, so that whoever gets two states of a job out of order knows the newer one.
             self._values.update(fields, updated=max(time.time(), self._values["updated"] + 1e-6))
             if self._values["step_seconds"] is not None:

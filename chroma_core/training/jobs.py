@@ -33,6 +33,8 @@ class JobManager:
         device: where jobs compute.
         busy: whether the host works on something now; the trainer waits between steps while it does.
         before_load: called in the worker before a model component is loaded.
+        models_folder: where models of full-rank jobs go as single files; None: `diffusion_models` beside the LoRAs.
+            As diffusers folders they go to `diffusers` beside it.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class JobManager:
         device: Device,
         busy: Callable[[], bool] = lambda: False,
         before_load: Callable[[], None] | None = None,
+        models_folder: Path | None = None,
     ):
+        self.models_folder = models_folder or Path(loras_folder).parent / "diffusion_models"
         self.root, self.loras_folder, self.device = Path(root), Path(loras_folder), device
         self._busy, self._before_load = busy, before_load or (lambda: None)
         self._jobs: dict[str, Job] = {}
@@ -221,11 +225,11 @@ class JobManager:
             job.update(state="paused" if paused else working[0], yielded=yielded)
 
         control.on_wait = on_wait
-        places = Places(job.folder, self.loras_folder, self.root / "cache")
+        places = Places(job.folder, self.loras_folder, self.root / "cache", self.models_folder)
         try:
-            state, lora_path = run_training(job.config, places, self.device, control, report, self._before_load)
-            if lora_path:
-                job.update(state=state, lora_path=lora_path, message="", yielded=False)
+            state, written = run_training(job.config, places, self.device, control, report, self._before_load)
+            if written:
+                job.update(state=state, **written, message="", yielded=False)
             elif job.status()["checkpoint"]:
                 job.update(state=state, message="Stopped while preparing; resume it to go on.", yielded=False)
             else:

@@ -8,11 +8,17 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Places:
-    """The folders of one job."""
+    """The folders of one job. loras, models: where what it ends with goes, for whoever looks for it."""
 
     job: Path
     loras: Path
     cache: Path
+    models: Path
+
+    @property
+    def diffusers(self) -> Path:
+        """Trained models as folders. Not below `models`: ComfyUI would list their files, and load them as a Flux."""
+        return self.models.parent / "diffusers"
 
     @property
     def samples(self) -> Path:

@@ -1,4 +1,4 @@
-"""One job from its configuration to its LoRA: prepare, load, resume, train, finish.
+"""One job from its configuration to its LoRA or model: prepare, load, resume, train, finish.
 
 `Run.train` is a loop over steps; before each one it does what is due there (held-out loss, previews, checkpoint) and
 what was asked for (sample, save, pause, stop). Killed at any point, a new run on the same folder continues from the
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +20,13 @@ from ..errors import ChromaKitError
 from ..files import remove_leftovers
 from ..loading.components import Device, load_transformer
 from ..loading.moving import release_memory
-from ..lora.adapters import adapters_disabled, add_trainable, start_from
-from ..lora.formats import read_lora
 from .checkpoint import Progress, checkpoint_bytes, restore_latest, save_checkpoint
 from .compiling import compile_blocks
 from .config import TrainingConfig
 from .control import Control, Halted, Stopped
 from .ema import Ema
 from .faults import disk_shortage, is_out_of_memory, out_of_memory, watch_loss
-from .finish import lora_metadata, write_final
+from .finish import file_metadata
 from .loop import Batches, StepResult, train_step
 from .metrics import MetricsLog
 from .objective import heldout_loss
@@ -38,6 +35,7 @@ from .prepare import Prepared, prepare
 from .preview import render_previews
 from .seat import Seat
 from .stepper import Stepper, check_optimizer
+from .trainees import check_trainee, make_trainee
 
 MAX_SKIPPED_IN_A_ROW = 10
 SMOOTHING = 0.98
@@ -71,22 +69,22 @@ class Run:
             remove_leftovers(folder)
         report(state="preparing", message="reading the data set")
         check_optimizer(config.optimizer_settings(), device)
+        advice = check_trainee(config, places)
         self.seat = control.seat = Seat(device, before_load)
         self.data: Prepared = prepare(config, places.cache, self.seat, control.gate, self._report_caching)
+        self.data.warnings[:0] = advice
         report(message="loading the transformer", warnings=self.data.warnings, base_sha256=self.data.base_sha256)
         before_load()
         self.transformer = load_transformer(config.model, device)
         self.seat.take(self.transformer)
-        self.parameters = add_trainable(self.transformer, config.lora.settings(), config.seed)
-        if config.lora.start_from:
-            start_from(self.transformer, read_lora(config.lora.start_from))
+        self.trainee = make_trainee(config, self.transformer, places, self.data.base_sha256)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
             self.transformer.checkpointing_interval = config.checkpointing_interval
         if config.compile:
             compile_blocks(self.transformer)
-        self.stepper = Stepper(self.parameters, config.optimizer_settings())
-        self.ema = Ema(self.parameters, config.lora.ema_decay) if config.lora.ema_decay else None
+        self.stepper = Stepper(self.trainee.parameters, config.optimizer_settings())
+        self.ema = Ema(self.trainee.parameters, config.ema_decay) if config.ema_decay else None
         self.batches = Batches(self.data.samples, self.data.training_cache, config, config.objective.settings())
         self._resume()
 
@@ -94,7 +92,7 @@ class Run:
         """Continue from the newest checkpoint, or start afresh."""
         self.warnings = warnings = list(self.data.warnings)
         data = fingerprint(self.data.samples)
-        progress, damaged = restore_latest(self.places.checkpoints, self.transformer, self.stepper, self.ema)
+        progress, damaged = restore_latest(self.places.checkpoints, self.trainee, self.stepper, self.ema)
         if damaged:
             warnings.append(f"Damaged checkpoints were set aside: {', '.join(damaged)}.")
         if progress is not None and progress.data != data:
@@ -142,9 +140,9 @@ class Run:
             if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise Diverged(
                     f"Training stopped at step {progress.step}: the loss or its gradient was not a finite number in "
-                    f"{progress.skipped_in_a_row} steps in a row. The LoRA is that of the newest checkpoint. Lower "
-                    f"the learning rate (now {self.config.learning_rate:g}; 1e-4 is cautious), choose bf16 rather than "
-                    "fp16, and look for damaged pictures."
+                    f"{progress.skipped_in_a_row} steps in a row. The {self.trainee.noun} is that of the newest "
+                    f"checkpoint. Lower the learning rate (now {self.config.learning_rate:g}; 1e-4 is cautious), "
+                    "choose bf16 rather than fp16, and look for damaged pictures."
                 )
             return
         progress.skipped_in_a_row = 0
@@ -210,12 +208,13 @@ class Run:
         ]
         progress = self.progress
         base: list[float] | None = None
-        if progress.heldout_loss_base is None:
-            with adapters_disabled(self.transformer):
+        without = self.trainee.base(progress.step) if progress.heldout_loss_base is None else None
+        if without is not None:
+            with without:
                 base = heldout_loss(self.transformer, pictures, self.control.gate)
             progress.heldout_loss_base = sum(base) / len(base)
             self.metrics.append(step=0, heldout_loss_base=progress.heldout_loss_base, heldout_by_sigma_base=base)
-        by_sigma = base if progress.step == 0 else None  # before the first step the adapter adds nothing
+        by_sigma = base if progress.step == 0 else None  # before the first step nothing was learnt
         if by_sigma is None:
             by_sigma = heldout_loss(self.transformer, pictures, self.control.gate)
         progress.heldout_loss = sum(by_sigma) / len(by_sigma)
@@ -225,10 +224,10 @@ class Run:
         self.report(**self._numbers())
 
     def preview(self, between: Callable[[], None]) -> None:
-        """Sample the preview prompts with the LoRA as it is now."""
+        """Sample the preview prompts with the weights as they are now."""
         record = {
             "job": self.config.job_id(),
-            "lora": self.config.lora.model_dump(mode="json"),
+            **self.trainee.record(),
             "base_sha256": self.data.base_sha256,
             "trigger": self.config.dataset.trigger,
         }
@@ -242,7 +241,7 @@ class Run:
         progress = self.progress
         self._saved = time.monotonic()
         # The first one's size is not known yet: weights and two moments.
-        needed = checkpoint_bytes(self.places.checkpoints) or 12 * sum(p.numel() for p in self.parameters)
+        needed = checkpoint_bytes(self.places.checkpoints) or 12 * sum(p.numel() for p in self.trainee.parameters)
         while wait and (shortage := disk_shortage(self.places.job, needed)) is not None:
             self.control.pause.set()
             self.report(message=shortage)
@@ -254,7 +253,7 @@ class Run:
         save_checkpoint(
             self.places.checkpoints,
             progress,
-            self.transformer,
+            self.trainee,
             self.stepper,
             self.ema,
             self.config.keep_checkpoints,
@@ -270,16 +269,18 @@ class Run:
     def keep_what_is_good(self) -> None:
         """Save a checkpoint, or go back to the newest one when the last steps could not be taken."""
         if self.progress.skipped_in_a_row:
-            restored, _ = restore_latest(self.places.checkpoints, self.transformer, self.stepper, self.ema)
+            restored, _ = restore_latest(self.places.checkpoints, self.trainee, self.stepper, self.ema)
             self.progress = restored or self.progress
         else:
             self.save(wait=False)
 
-    def finish(self) -> Path:
-        """Write the LoRA where the user looks for it; returns its path."""
-        metadata = lora_metadata(self.config, self.progress, self.data.base_sha256, picture_count(self.data.samples))
+    def finish(self) -> dict[str, str]:
+        """Write the LoRA or model where the user looks for it; returns the status fields that say where."""
+        pictures = picture_count(self.data.samples)
+        header = partial(file_metadata, self.config, self.progress, self.data.base_sha256, pictures)
         self._where_the_optimizer_is()
-        write = partial(write_final, self.config, self.transformer, metadata, self.places.job, self.places.loras)
+        self.report(message=f"writing the {self.trainee.noun}")
+        write = partial(self.trainee.write, header)
         if self.ema is not None:
             with self.ema.swapped():
                 write(suffix="-ema")
@@ -289,7 +290,7 @@ class Run:
     def close(self) -> None:
         """Give the memory back."""
         self.seat.leave()
-        del self.transformer, self.parameters, self.stepper, self.ema, self.batches
+        del self.transformer, self.trainee, self.stepper, self.ema, self.batches
         release_memory()
 
     def _report_caching(self, what: str, done: int, total: int) -> None:
@@ -314,8 +315,8 @@ def run_training(
     control: Control,
     report: Report,
     before_load: Callable[[], None] = lambda: None,
-) -> tuple[str, Path | None]:
-    """Run a job to its end in this thread; returns the final state (completed or stopped) and the LoRA's path.
+) -> tuple[str, dict[str, str]]:
+    """Run a job to its end in this thread; returns the final state (completed or stopped) and where its files are.
 
     Raises:
         Halted: after a checkpoint was saved.
@@ -325,7 +326,7 @@ def run_training(
         try:
             run = Run(config, places, device, control, report, before_load)
         except Stopped:
-            return "stopped", None
+            return "stopped", {}
         try:
             run.train()
             return "completed", run.finish()
@@ -334,7 +335,7 @@ def run_training(
             return "stopped", run.finish()
         except Diverged:
             run.keep_what_is_good()
-            report(lora_path=run.finish())
+            report(**run.finish())
             raise
         except Halted:
             run.keep_what_is_good()

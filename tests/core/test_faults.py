@@ -104,10 +104,10 @@ def test_the_best_checkpoint_stays_beside_the_last(places, tmp_path):
     progress, folder = Progress(), tmp_path / "checkpoints"
     for step, best in ((2, 2), (4, 2), (6, 2)):
         progress.step, progress.best_at = step, best
-        save_checkpoint(folder, progress, bench.transformer, bench.stepper, None, keep=1, keep_best=True)
+        save_checkpoint(folder, progress, bench.trainee, bench.stepper, None, keep=1, keep_best=True)
     assert [path.name for path in checkpoints(folder)] == ["step-000002", "step-000006"]
     progress.step = progress.best_at = 8
-    save_checkpoint(folder, progress, bench.transformer, bench.stepper, None, keep=1, keep_best=True)
+    save_checkpoint(folder, progress, bench.trainee, bench.stepper, None, keep=1, keep_best=True)
     assert [path.name for path in checkpoints(folder)] == ["step-000008"]
 
 

@@ -100,9 +100,9 @@ def test_a_broken_job_file_is_named(tmp_path):
 
 def test_a_checkpoint_brings_everything_back(places, tmp_path):
     made = trained(places, 3)
-    save_checkpoint(tmp_path, Progress(step=3, loss_smooth=0.5), made.transformer, made.stepper, None, keep=3)
+    save_checkpoint(tmp_path, Progress(step=3, loss_smooth=0.5), made.trainee, made.stepper, None, keep=3)
     fresh = trained(places, 0)
-    progress, damaged = restore_latest(tmp_path, fresh.transformer, fresh.stepper)
+    progress, damaged = restore_latest(tmp_path, fresh.trainee, fresh.stepper)
     assert progress == Progress(step=3, loss_smooth=0.5) and damaged == []
     for step in (3, 4):
         results = [train_step(step, b.transformer, b.stepper, b.batches, b.config) for b in (made, fresh)]
@@ -113,12 +113,12 @@ def test_a_checkpoint_brings_everything_back(places, tmp_path):
 def test_only_the_last_are_kept_and_damage_falls_back(places, tmp_path):
     made = trained(places, 0)
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, Progress(step=step), made.transformer, made.stepper, None, keep=2)
+        save_checkpoint(tmp_path, Progress(step=step), made.trainee, made.stepper, None, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-000003"]
     torn = tmp_path / "step-000003" / "optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:100])
     (tmp_path / ".step-000004.123-1.tmp").mkdir()
-    progress, damaged = restore_latest(tmp_path, made.transformer, made.stepper)
+    progress, damaged = restore_latest(tmp_path, made.trainee, made.stepper)
     assert progress is not None and progress.step == 2
     assert len(damaged) == 1 and damaged[0].startswith("step-000003")
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
@@ -126,11 +126,11 @@ def test_only_the_last_are_kept_and_damage_falls_back(places, tmp_path):
 
 def test_with_every_checkpoint_damaged_training_starts_afresh(places, tmp_path):
     made = trained(places, 2)
-    path = save_checkpoint(tmp_path, Progress(step=2), made.transformer, made.stepper, None, keep=2)
+    path = save_checkpoint(tmp_path, Progress(step=2), made.trainee, made.stepper, None, keep=2)
     (path / "optimizer.pt").write_bytes(b"")
     fresh = trained(places, 0)
     before = [parameter.detach().clone() for parameter in fresh.parameters]
-    progress, damaged = restore_latest(tmp_path, fresh.transformer, fresh.stepper)
+    progress, damaged = restore_latest(tmp_path, fresh.trainee, fresh.stepper)
     assert progress is None and len(damaged) == 1
     assert all(torch.equal(a, b) for a, b in zip(before, fresh.parameters, strict=True))
 

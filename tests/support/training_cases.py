@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from chroma_core.loading.components import load_transformer
-from chroma_core.lora.adapters import add_trainable
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.loop import Batches, StepResult, train_step
+from chroma_core.training.places import Places
 from chroma_core.training.prepare import prepare
 from chroma_core.training.seat import Seat
 from chroma_core.training.stepper import Stepper
+from chroma_core.training.trainees import make_trainee
 from miniature import write_model_folder
 
 CAPTIONS = ("a red circle", "sks on a blue background", "a photo", "green square on red background", "sks")
@@ -61,7 +62,9 @@ class Bench:
         self.config = settings
         self.data = prepare(settings, cache, Seat("cpu"), lambda: None, lambda *_: None)
         self.transformer = load_transformer(settings.model, "cpu")
-        self.parameters = add_trainable(self.transformer, settings.lora.settings(), settings.seed)
+        places = Places(cache / "job", cache / "loras", cache, cache / "diffusion_models")
+        self.trainee = make_trainee(settings, self.transformer, places, self.data.base_sha256)
+        self.parameters = self.trainee.parameters
         if settings.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.stepper = Stepper(self.parameters, settings.optimizer_settings())

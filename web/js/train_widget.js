@@ -121,18 +121,18 @@ class Panel {
     this.numbers.textContent = `${status.step} / ${status.steps}${loss == null ? "" : ` · loss ${loss.toFixed(4)}`}`;
     this.bar.value = status.steps ? status.step / status.steps : 0;
     const left = status.state === "running" && status.eta_seconds != null ? `${duration(status.eta_seconds)} left` : "";
-    this.tell(status.message || left || status.lora_name || status.warnings?.[0] || "");
+    this.tell(status.message || left || status.lora_name || status.model_name || status.warnings?.[0] || "");
   }
 }
 
-/** Jobs that were seen at work in this page; when one of them ends, the lists of LoRA files are stale. */
+/** Jobs that were seen at work in this page; when one of them ends, the lists of LoRA and model files are stale. */
 const seenActive = new Set();
 
 function heard(status) {
   for (const panel of panels) if (panel.job === status.id) panel.show(status);
   if (ACTIVE.includes(status.state)) {
     seenActive.add(status.id);
-  } else if (seenActive.delete(status.id) && status.lora_name) {
+  } else if (seenActive.delete(status.id) && (status.lora_name || status.model_name)) {
     app.refreshComboInNodes();
   }
 }

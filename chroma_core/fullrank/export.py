@@ -1,0 +1,170 @@
+"""A trained model as files: a transformer folder as diffusers reads it, and a single file in the original layout.
+
+Both are written one tensor at a time: trained weights from the model in training, all others from the files that it was
+loaded from. So quantising it for training leaves no trace, and no second model is held.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from ..errors import ModelFileError
+from ..files import atomic_folder, sync_folder, write_json, write_safetensors
+from ..loading.describe import Component, describe_part
+from ..loading.keys import to_original_key
+from ..loading.weights import Weights, open_weights
+
+STEM = "diffusion_pytorch_model"
+SHARD_BYTES = 10_000_000_000
+"""Above this a folder's weights come in several files; diffusers' own limit."""
+
+_KEPT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float32}
+"""Stored types that untrained weights keep. All others (fp8, scaled fp8, GGUF) become bf16: such a file's type is one
+for all of it, and ComfyUI would round the trained weights to it."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The base's files and what was trained.
+
+    trained: weights by diffusers' full names, on any device. dtype: in which they are written.
+    """
+
+    weights: Weights
+    component: Component
+    trained: Mapping[str, Tensor]
+    dtype: torch.dtype
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """In which a tensor is written."""
+        if name in self.trained:
+            return self.dtype
+        return _KEPT.get(self.weights.storage[self.component.sources[name].name], torch.bfloat16)
+
+    def read_base(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor of the base, as a new one on the CPU. Raises ModelFileError when its file was changed or lost."""
+        source = self.component.sources[name]
+        rows = None if source.rows is None else source.rows.span(self.weights.shapes[source.name][0])
+        return self.weights.read(source.name, dtype, rows).reshape(source.shape)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is written, on the CPU."""
+        if name in self.trained:
+            return self.trained[name].detach().to("cpu", self.dtype)
+        return self.read_base(name, self.dtype_of(name))
+
+    def outline(self) -> dict[str, Tensor]:
+        """Names, dtypes and shapes in diffusers' layout, without values."""
+        sources = self.component.sources
+        return {n: torch.empty(s.shape, dtype=self.dtype_of(n), device="meta") for n, s in sources.items()}
+
+    def original(self) -> dict[str, list[str]]:
+        """Every name of the original layout, and the names of the parts whose rows it holds, from the top down."""
+        parts: dict[str, list[tuple[int, str]]] = {}
+        for name in self.component.sources:
+            found = to_original_key(name)
+            assert found is not None, name  # the component was recognised by these names
+            parts.setdefault(found.name, []).append((found.start, name))
+        return {fused: [name for _, name in sorted(held)] for fused, held in parts.items()}
+
+    def bytes(self) -> int:
+        """Bytes of one copy."""
+        return sum(t.numel() * t.element_size() for t in self.outline().values())
+
+
+def write_single_file(path: Path, model: TrainedModel, metadata: Mapping[str, str]) -> None:
+    """Write the original layout, atomically, and read back what was trained. Raises ModelFileError, OSError."""
+    _remove_leftovers(path)
+    outline, original = model.outline(), model.original()
+    # Rows of one tensor have one type: the wider one, where only some of them were trained.
+    dtypes = {fused: _widest(outline[name].dtype for name in names) for fused, names in original.items()}
+
+    def shape(names: list[str]) -> tuple[int, ...]:
+        return sum(outline[name].shape[0] for name in names), *outline[names[0]].shape[1:]
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for fused, names in original.items():
+            parts = [model.read(name).to(dtypes[fused]) for name in names]
+            yield fused, parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    layout = [(f, torch.empty(shape(names), dtype=dtypes[f], device="meta")) for f, names in original.items()]
+    write_safetensors(path, layout, tensors(), metadata)
+    _check(path, model)
+
+
+def write_folder(path: Path, model: TrainedModel, metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write diffusers' layout: config.json and weights, in shards of at most `shard_bytes` (one tensor at least).
+
+    An earlier folder is replaced when the new one is whole. Raises ModelFileError, OSError.
+    """
+    _remove_leftovers(path)
+    outline = model.outline()
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in outline.items():
+        if shards[-1] and _bytes(shards[-1]) + tensor.numel() * tensor.element_size() > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    count = len(shards)
+    files = [f"{STEM}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    files = files if count > 1 else [f"{STEM}.safetensors"]
+    fresh = path.with_name(f".{path.name}.fresh.tmp")
+    with atomic_folder(fresh) as folder:
+        for file, shard in zip(files, shards, strict=True):
+            values = ((name, model.read(name)) for name in shard)
+            write_safetensors(folder / file, shard.items(), values, {"format": "pt", **metadata})
+        if count > 1:
+            listed = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+            total = {"metadata": {"total_size": _bytes(outline)}, "weight_map": dict(sorted(listed.items()))}
+            write_json(folder / f"{STEM}.safetensors.index.json", total)
+        write_json(folder / "config.json", _config(model.component.config))
+        _check(folder, model)
+    if path.exists():
+        old = path.with_name(f".{path.name}.old.tmp")
+        path.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+    fresh.rename(path)
+    sync_folder(path.parent)
+
+
+def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {"_class_name": "ChromaTransformer2DModel", "_diffusers_version": diffusers.__version__, **arguments}
+
+
+def _check(path: Path, model: TrainedModel) -> None:
+    """Open what was written as a loader does: every tensor is there, and the trained ones hold what was trained."""
+    weights = open_weights(path)
+    again = TrainedModel(weights, describe_part(weights, "transformer", model.component.config), {}, model.dtype)
+    for name in model.trained:
+        if not torch.equal(again.read_base(name, model.dtype), model.read(name)):
+            raise ModelFileError(
+                f"'{path}' was written, but its tensor '{name}' does not read back as it was: the disk or the memory "
+                "may be faulty. The newest checkpoint is kept: resume the job to write the model again."
+            )
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What a killed process left of this very file or folder: as large as a model."""
+    own = re.compile(rf"\.{{1,2}}{re.escape(path.name)}\.(fresh\.tmp|old\.tmp|(fresh\.tmp\.)?\d+-\d+\.tmp)")
+    for leftover in path.parent.glob(".*.tmp"):
+        if own.fullmatch(leftover.name):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _widest(dtypes: Iterator[torch.dtype]) -> torch.dtype:
+    widest = next(dtypes)
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())

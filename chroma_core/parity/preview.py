@@ -12,9 +12,10 @@ from ..loading.spec import LoraUse, ModelSpec
 from ..pictures import LATENTS_SUFFIX, read_record
 from ..recipe import Recipe
 from ..sampling import SamplingSettings
-from ..training.checkpoint import LORA, step_name
+from ..training.checkpoint import step_name
 from ..training.config import TrainingConfig
 from ..training.jobs import run_job
+from ..training.trainees import AdapterTrainee
 from .case import Case, NotRun
 from .painted import Painted
 
@@ -52,25 +53,26 @@ def last_preview(job: Path) -> Path:
 
 
 def _checkpoint(job: Path, step: int) -> Path:
-    return job / "checkpoints" / step_name(step) / LORA
+    return job / "checkpoints" / step_name(step) / AdapterTrainee.weights_file
 
 
 def _loras_of(job: Path, step: int) -> tuple[LoraUse, ...]:
     path = _checkpoint(job, step)
     if path.is_file():
         return (LoraUse(str(path)),)
-    if step == 0 and not _starts_from_a_lora(job):
+    config = json.loads((job / "job.json").read_text(encoding="utf-8"))["config"]
+    if config.get("full"):
+        raise NotRun(
+            "The job trains the model itself, not a LoRA. Paint the preview's prompt with the model file that it wrote, "
+            "and compare the pictures."
+        )
+    if step == 0 and not config["lora"].get("start_from"):
         return ()  # a LoRA that has learnt nothing adds nothing
     kept = sorted(path.name for path in (job / "checkpoints").glob("step-*"))
     raise NotRun(
         f"The LoRA of step {step} was not kept; the job's checkpoints are {', '.join(kept) or 'gone'}. Replay a "
         "preview of one of these steps."
     )
-
-
-def _starts_from_a_lora(job: Path) -> bool:
-    values = json.loads((job / "job.json").read_text(encoding="utf-8"))
-    return bool(values["config"]["lora"].get("start_from"))
 
 
 def train_briefly(

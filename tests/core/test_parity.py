@@ -88,6 +88,7 @@ def test_previews_that_cannot_be_replayed(preview, tmp_path):
         read_preview(tmp_path / "nothing.png")
     job = tmp_path / "job"
     (job / "samples").mkdir(parents=True)
+    (job / "job.json").write_bytes((preview.parent.parent / "job.json").read_bytes())
     with pytest.raises(JobError, match="there are 0 previews"):
         last_preview(job)
     for name in (preview.name, preview.with_suffix(".latent").name):

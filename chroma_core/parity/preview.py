@@ -63,8 +63,8 @@ def _loras_of(job: Path, step: int) -> tuple[LoraUse, ...]:
     config = json.loads((job / "job.json").read_text(encoding="utf-8"))["config"]
     if config.get("full"):
         raise NotRun(
-            "The job trains the model itself, not a LoRA. Paint the preview's prompt with the model file that it wrote, "
-            "and compare the pictures."
+            "The job trains the model itself, not a LoRA. Paint the preview's prompt with the model file that it "
+            "wrote, and compare the pictures."
         )
     if step == 0 and not config["lora"].get("start_from"):
         return ()  # a LoRA that has learnt nothing adds nothing

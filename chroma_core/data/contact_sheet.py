@@ -1,4 +1,4 @@
-"""A data set at a glance: sizes, thumbnails as they will be trained, captions, what is doubtful; and all that in words."""
+"""A data set at a glance: sizes, thumbnails as they will be trained, captions, doubts; and all that in words."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bucket_counts(scan: DatasetScan, default_resolution: int) -> list[tuple[Size
 
 
 def most_telling(scan: DatasetScan, limit: int) -> list[Picture]:
-    """At most `limit` pictures for a sheet, in the data set's order; doubtful ones come before others if not all fit."""
+    """At most `limit` pictures for a sheet, in the data set's order; the doubtful ones if not all fit."""
     doubtful = notes(scan.config, scan.items)
     ranked = sorted(scan.items, key=lambda item: item.name not in doubtful)[:limit]
     chosen = {item.name for item in ranked}
@@ -43,10 +43,10 @@ def most_telling(scan: DatasetScan, limit: int) -> list[Picture]:
 def contact_sheet(
     pictures: Sequence[Picture], scan: DatasetScan, default_resolution: int, columns: int = 4, cell: int = 192
 ) -> Image.Image:
-    """A head with the buckets, thumbnails of `pictures` cropped (to the centre) as in training, a panel with the warnings.
+    """A head with the buckets, thumbnails of `pictures` cropped (to the centre) as in training, a panel of warnings.
 
-    Under each thumbnail: bucket, repeats and caption number where there is more than one; name, caption as written, what
-    is doubtful. What a loss mask leaves out is darkened.
+    Under each thumbnail: name; bucket, repeats and caption number where there is more than one; the caption as it is
+    trained; what is doubtful. What a loss mask leaves out is darkened.
 
     Args:
         pictures: what to show (the caller limits their number), at least one.

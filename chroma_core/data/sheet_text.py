@@ -32,7 +32,7 @@ def fitting(text: str, font: Font, width: int, keep_end: bool = False) -> str:
 
 
 def wrap(text: str, font: Font, width: int, limit: int) -> list[str]:
-    """Break a text into at most `limit` lines of `width`; what is left over ends in an ellipsis, long words are broken."""
+    """Break a text into at most `limit` lines of `width`, long words too; an ellipsis stands for what is left over."""
     lines, line = [], ""
     for word in text.translate(_ABSENT).split():
         longer = f"{line} {word}".strip()

@@ -15,8 +15,8 @@ from .pictures import masks_of, pictures_of
 from .sockets import schema
 
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-_stored: set[Path] = set()
-"""Folders that were written since the host started; one that is gone must be written again."""
+_stored: dict[Path, str] = {}
+"""Folders that were written since the host started, and their state then; one that changed must be written again."""
 
 
 class ChromaDatasetFromImages(io.ComfyNode):
@@ -56,9 +56,9 @@ class ChromaDatasetFromImages(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, **_: Any) -> list[str]:
+    def fingerprint_inputs(cls, **_: Any) -> str:
         """What other nodes give is watched by the host; here only whether what was stored is still there."""
-        return sorted(folder.name for folder in _stored if not folder.is_dir())
+        return " ".join(sorted(folder.name for folder, state in _stored.items() if host.folder_state(folder) != state))
 
     @classmethod
     def execute(cls, images, captions, masks=(), **options: Any) -> io.NodeOutput:
@@ -69,7 +69,7 @@ class ChromaDatasetFromImages(io.ComfyNode):
         masks = masks_of(masks or (), pictures)
         root = host.pictures_folder()
         folder = store_pictures(root, pictures, texts, masks, host.Progress(max(1, len(pictures))).step)
-        _stored.add(folder)
+        _stored[folder] = host.folder_state(folder)
         used = "files" if any(masks) else "none"
         return shown(cls, config_from(str(folder), masks=used, **fields), _where(folder))
 

@@ -79,7 +79,7 @@ def store_pictures(
             digest.update(b"mask" if ending.startswith(SUFFIX) else b"")
             digest.update(len(content).to_bytes(8, "big") + content)
             files.append((f"{i:05d}{ending}", content))
-    folder = root / digest.hexdigest()[:16]
+    folder = root / f"images-{digest.hexdigest()[:16]}"
     for name, content in files:
         path = folder / name
         if not path.is_file() or path.read_bytes() != content:

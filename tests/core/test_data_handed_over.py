@@ -26,6 +26,11 @@ def test_captions_are_one_for_all_one_a_line_or_one_each():
             captions_for(texts, 3)
 
 
+def test_no_picture_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="has no pictures"):
+        store_pictures(tmp_path, [], ["a"])
+
+
 def test_masks_are_kept_beside_the_pictures_and_decide_the_name(tmp_path):
     mask = Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 32, 1).repeat(32, 0))
     folder = store_pictures(tmp_path, PICTURES, ["a\nb\nc"], [mask, None, None])

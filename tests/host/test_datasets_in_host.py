@@ -47,7 +47,6 @@ def photos(server: Host) -> Iterator[list[np.ndarray]]:
     second = random.integers(0, 256, (64, 128, 4), dtype=np.uint8)
     second[..., 3] = 255
     second[:, :64, 3] = 0
-    (server.base / "input" / "nothing").mkdir(exist_ok=True)
     for name, pixels in (("first", first), ("second", second)):
         Image.fromarray(pixels).save(server.base / "input" / f"{name}.png")
     yield [first, second[..., :3]]
@@ -59,7 +58,6 @@ def loaded() -> dict:
         "first": node("LoadImage", image="first.png"),
         "second": node("LoadImage", image="second.png"),
         "twice": node("ImageBatch", image1=["first", 0], image2=["first", 0]),
-        "nothing": node("LoadImageDataSetFromFolder", folder="nothing"),
         "two masks": node("ImageToMask", image=["twice", 0], channel="red"),
         "solid": node("EmptyImage", width=64, height=64, batch_size=3, color=0xFF0000),
     }
@@ -143,7 +141,6 @@ def test_masks_become_mask_files_and_a_black_one_is_none(server: Host, photos: l
 
 MISTAKES = {
     "one caption too few": (("one\ntwo", ("solid", 0)), {}, "3 pictures, but the caption text has 2 lines"),
-    "no picture": (("a", ("nothing", 0)), {}, "has no pictures"),
     "no caption": (("", ("solid", 0)), {}, "There is no caption"),
     "masks of another number": (("a", ("solid", 0)), {"masks": ("two masks", 0)}, "3 pictures and 2 masks"),
     "a mask of another shape": (("a", ("first", 0)), {"masks": ("second", 1)}, "Mask 1 is 128×64, but its picture"),
@@ -182,6 +179,10 @@ def test_pictures_that_change_nothing_are_the_same_job_and_come_back_when_delete
         path.unlink()
     folder.rmdir()
     assert job_of(server.run(prompt())) == job and len(pictures_in(folder)) == 2, "written again, not replayed"
+    (folder / "00000.txt").write_text("changed by hand")
+    assert job_of(server.run(prompt())) == job and (folder / "00000.txt").read_text() == "a sks"
+    server.run(prompt())
+    assert {"dataset", "train"} <= server.nodes_replayed(server.run(prompt())), "and then it is left alone"
 
     other = prompt()
     other["dataset"]["inputs"]["captions"] = "a sks\nanother one"

@@ -15,8 +15,30 @@ from .pictures import masks_of, pictures_of
 from .sockets import schema
 
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-_stored: dict[Path, str] = {}
-"""Folders that were written since the host started, and their state then; one that changed must be written again."""
+
+
+class _Kept:
+    """The folders that were written since the host started. When one of them is changed or deleted, every such node
+    runs once more, and writes its own again."""
+
+    def __init__(self) -> None:
+        self._states: dict[Path, str] = {}
+        self._losses = 0
+
+    def note(self, folder: Path) -> None:
+        """Remember a folder as it was written."""
+        self._states[folder] = host.folder_state(folder)
+
+    def losses(self) -> int:
+        """How often until now a folder was found other than it was written; each loss is counted once."""
+        changed = [folder for folder, state in self._states.items() if host.folder_state(folder) != state]
+        for folder in changed:
+            del self._states[folder]
+        self._losses += len(changed)
+        return self._losses
+
+
+_kept = _Kept()
 
 
 class ChromaDatasetFromImages(io.ComfyNode):
@@ -56,9 +78,9 @@ class ChromaDatasetFromImages(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, **_: Any) -> str:
+    def fingerprint_inputs(cls, **_: Any) -> int:
         """What other nodes give is watched by the host; here only whether what was stored is still there."""
-        return " ".join(sorted(folder.name for folder, state in _stored.items() if host.folder_state(folder) != state))
+        return _kept.losses()
 
     @classmethod
     def execute(cls, images, captions, masks=(), **options: Any) -> io.NodeOutput:
@@ -69,7 +91,7 @@ class ChromaDatasetFromImages(io.ComfyNode):
         masks = masks_of(masks or (), pictures)
         root = host.pictures_folder()
         folder = store_pictures(root, pictures, texts, masks, host.Progress(max(1, len(pictures))).step)
-        _stored[folder] = host.folder_state(folder)
+        _kept.note(folder)
         used = "files" if any(masks) else "none"
         return shown(cls, config_from(str(folder), masks=used, **fields), _where(folder))
 

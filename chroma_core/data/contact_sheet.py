@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance
 
 from .buckets import Size, resize_and_crop
 from .masks import load_mask
@@ -107,7 +107,7 @@ def _head(scan: DatasetScan, shown: int, default_resolution: int, font: Font, wi
     facts += [f"{shown} shown, doubtful ones first"] if shown < len(scan.items) else []
     texts = wrap("  ·  ".join(facts), font, width - 2 * pad, 3)
     chips = sorted(bucket_counts(scan, default_resolution), key=lambda entry: -entry[1])
-    icon, gap = font.size, pad
+    icon, gap = round(font.size), pad
     spots: list[tuple[int, int, Size, str]] = []
     x, row, left_over = pad, 0, 0
     for i, (size, count) in enumerate(chips):
@@ -156,8 +156,9 @@ def _tile(
         (fitting(picture.name, font, inner, keep_end=True), _FAINT),
         (fitting(" · ".join(label), font, inner), _FAINT),
     ]
-    if picture.captions[0]:
-        text += [(part, _INK) for part in wrap(picture.captions[0], font, inner, _CAPTION_LINES)]
+    caption: str = next(iter(picture.captions), "")
+    if caption:
+        text += [(part, _INK) for part in wrap(caption, font, inner, _CAPTION_LINES)]
     else:
         text.append(("(empty caption)", _FAINT))
     for doubt in doubts[:_NOTES]:
@@ -184,7 +185,7 @@ def _thumbnail(picture: Picture, scan: DatasetScan, bucket: Size, side: int) -> 
     size = max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale))
     small = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
     if picture.masked and (mask := load_mask(picture.path, picture.mask)) is not None:
-        dark = small.point(lambda value: round(value * _UNTRAINED))
+        dark = ImageEnhance.Brightness(small).enhance(_UNTRAINED)
         trained = resize_and_crop(mask, bucket).resize(size, Image.Resampling.BILINEAR)
         small = Image.composite(small, ImageChops.lighter(dark, Image.new("RGB", size, _PAGE)), trained)
     return small
@@ -195,7 +196,7 @@ def _panel(warnings: Sequence[str], font: Font, width: int, pad: int) -> Image.I
     line = round(font.size * 1.35)
     lines: list[tuple[str, int]] = []
     for i, warning in enumerate(warnings):
-        wrapped = wrap(warning, font, width - 4 * pad - font.size, 6)
+        wrapped = wrap(warning, font, width - 4 * pad - round(font.size), 6)
         if len(lines) + len(wrapped) > _PANEL_LINES:
             lines.append((f"… and {len(warnings) - i} more", 0))
             break

@@ -4,7 +4,36 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import bridge, dataset, host, loaders, lora, parity, routes, sampling, settings, text, training
+from . import (
+    bridge,
+    combined,
+    dataset,
+    dataset_images,
+    host,
+    loaders,
+    lora,
+    parity,
+    routes,
+    sampling,
+    settings,
+    text,
+    training,
+)
+
+ROOMS = (
+    loaders,
+    text,
+    sampling,
+    bridge,
+    lora,
+    dataset,
+    dataset_images,
+    combined,
+    settings,
+    training,
+    parity,
+)
+"""Files with nodes, in the order in which a user meets them."""
 
 
 class ChromaKitExtension(ComfyExtension):
@@ -14,8 +43,4 @@ class ChromaKitExtension(ComfyExtension):
         routes.register(host.server_routes())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            node
-            for room in (loaders, text, sampling, bridge, lora, dataset, settings, training, parity)
-            for node in room.NODES
-        ]
+        return [node for room in ROOMS for node in room.NODES]

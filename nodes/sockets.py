@@ -24,7 +24,7 @@ ChromaModel = io.Custom("CHROMA_MODEL")
 ChromaTextEncoder = io.Custom("CHROMA_TEXT_ENCODER")
 """A `ModelSpec`."""
 ChromaDatasetType = io.Custom("CHROMA_DATASET")
-"""A `DatasetConfig`."""
+"""A tuple of `DatasetConfig`s, the main one first."""
 ChromaTrainingType = io.Custom("CHROMA_TRAINING")
 """A dict with a part of a `TrainingConfig`."""
 ChromaJob = io.Custom("CHROMA_JOB")

@@ -11,6 +11,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 from PIL import Image
 
+from ..chroma_core.data.dataset import DatasetConfig
 from ..chroma_core.errors import ConfigError, JobError
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
 from ..chroma_core.lora.targets import TARGETS
@@ -19,6 +20,7 @@ from ..chroma_core.training.config import TrainingConfig
 from ..chroma_core.training.jobs import ACTIVE, Job
 from ..chroma_core.training.plot import plot_losses
 from . import host, jobs
+from .combined import check_main, single
 from .sockets import (
     MAX_SEED,
     ChromaDatasetType,
@@ -47,7 +49,9 @@ class ChromaTrainLora(io.ComfyNode):
             inputs=[
                 ChromaModel.Input("model", tooltip="From Chroma Load Model. The job loads its own copy."),
                 ChromaTextEncoder.Input("text_encoder", tooltip="From the same Chroma Load Model."),
-                ChromaDatasetType.Input("dataset", tooltip="The pictures to learn from."),
+                ChromaDatasetType.Input(
+                    "dataset", tooltip="The pictures to learn from. Several sets: Chroma Combine Datasets."
+                ),
                 io.String.Input("name", default="my-lora", tooltip="The LoRA's file name, in output/loras."),
                 io.Int.Input(
                     "steps",
@@ -122,7 +126,8 @@ class ChromaTrainLora(io.ComfyNode):
                 ChromaDatasetType.Input(
                     "validation_dataset",
                     optional=True,
-                    tooltip="Pictures that are not trained on. The loss on them tells learning from memorising.",
+                    tooltip="Pictures that are not trained on (one set, not a combined one). The loss on them tells "
+                    "learning from memorising.",
                 ),
             ],
             outputs=[ChromaJob.Output("job", tooltip="For Chroma Wait for Training and Chroma Training Status.")],
@@ -144,13 +149,14 @@ class ChromaTrainLora(io.ComfyNode):
 def training_config(
     model: ModelHandle,
     text_encoder: ModelSpec,
-    dataset: Any,
+    dataset: tuple[DatasetConfig, ...],
     preview_prompt: str,
     preview_every: int,
     rank: int,
     alpha: float,
     target: str,
     settings: dict[str, Any] | None = None,
+    validation_dataset: tuple[DatasetConfig, ...] | None = None,
     **plain: Any,
 ) -> TrainingConfig:
     """One `TrainingConfig` from the node's inputs; its own widgets win over the linked settings.
@@ -160,12 +166,14 @@ def training_config(
     settings = settings or {}
     prompts = [line.strip() for line in preview_prompt.splitlines() if line.strip()]
     for prompt in prompts:
-        apply_trigger(prompt, dataset.trigger)
+        apply_trigger(prompt, dataset[0].trigger)
+    check_main(dataset)
+    sets = {"dataset": dataset[0], "more_datasets": dataset[1:], "validation_dataset": single(validation_dataset)}
     own = {} if "full" in settings else {"rank": rank, "alpha": alpha or None, "target": target}
     lora = {**own, **settings.get("lora", {})}
     previews = {**settings.get("previews", {}), "prompts": prompts, "every": preview_every}
-    parts = {"model": _trained_spec(model, text_encoder), "dataset": dataset, "lora": lora, "previews": previews}
-    return TrainingConfig.parse({**settings, **plain, **parts})
+    parts = {"model": _trained_spec(model, text_encoder), "lora": lora, "previews": previews}
+    return TrainingConfig.parse({**settings, **plain, **sets, **parts})
 
 
 def _trained_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:

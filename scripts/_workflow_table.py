@@ -121,6 +121,38 @@ TRAINING = {
     ),
 }
 
+REAL_TRAIN = (
+    "- in **Chroma Train LoRA** *steps* to 1000–3000, *learning_rate* to 0.0002, *target* to `all`, *batch_size* to 1, "
+    "and the *name* and *preview_prompt*\n"
+)
+
+
+def train_on(dataset: str, column: int, **inputs: Any) -> dict[str, Node]:
+    """A short training of tiny on one data set link, and what shows how it is doing."""
+    links = {"model": Link("load", 0), "text_encoder": Link("load", 1), "dataset": Link(dataset)}
+    common = {"steps": 300, "learning_rate": 2e-3, "target": "all+ffs", "batch_size": 4, "preview_every": 100}
+    return {
+        "train": Node("ChromaTrainLora", column, {**links, **common, **inputs}, extra_height=120),
+        "status": Node("ChromaTrainingStatus", column + 1, {"job": Link("train")}, extra_height=300),
+        "show": Node("PreviewAny", column + 1, {"source": Link("status", 0)}, "Status", extra_height=100),
+    }
+
+
+def painted(key: str, text: str, batch: int, seed: int) -> dict[str, Node]:
+    """Pictures that the model paints itself, as IMAGE; they share the negative prompt of the workflow."""
+    prompt = {"text_encoder": Link("load", 1), "text": text}
+    size = {"width": 64, "height": 64, "batch_size": batch}
+    links = {"model": Link("load"), "positive": Link(f"prompt_{key}"), "negative": Link("negative")}
+    return {
+        f"prompt_{key}": Node("ChromaTextEncode", 1, prompt, "Prompt"),
+        f"latent_{key}": Node("ChromaEmptyLatent", 1, size),
+        f"sample_{key}": Node("ChromaSampler", 2, {**links, "latent": Link(f"latent_{key}"), "seed": seed}),
+        f"decode_{key}": Node("VAEDecode", 3, {"samples": Link(f"sample_{key}"), "vae": Link("load", 2)}),
+    }
+
+
+NEGATIVE = {"negative": PROMPTS["negative"]}
+
 WORKFLOWS = (
     Workflow(
         "chroma_text_to_image",
@@ -235,7 +267,8 @@ WORKFLOWS = (
         | with_text(CONCEPT_PROMPT)
         | {"sample": sampler("lora", 2)}
         | decode("sample", "chroma/with_lora", 3),
-    ),    Workflow(
+    ),
+    Workflow(
         "chroma_parity",
         "## Which number moves the picture?\n\n**Chroma Parity** paints one picture, then again with one number "
         "changed at a time, and lists the changes by how far they move it. Choose in *factors* what to change; link a "
@@ -260,5 +293,78 @@ WORKFLOWS = (
             ),
             "save": Node("SaveImage", 2, {"images": Link("parity"), "filename_prefix": "chroma/parity"}),
         },
+    ),
+    Workflow(
+        "chroma_train_from_images",
+        "## Train on pictures from other nodes\n\n**Chroma Dataset from Images** takes any IMAGE: here two batches "
+        "that the model paints itself, joined by *Batch Images*, with one line of caption for each picture. A word of "
+        "your own, `sks`, comes to mean a yellow ring.\n\n**For your own pictures** link *Load Image*, *Load Image "
+        "(from Folder)*, a crop or an upscaler in place of the samplers, and write one caption a line in the same "
+        "order. Pictures of different sizes come as a list, not through *Batch Images*. A copy is kept below "
+        "`output/chromakit/datasets`; the node's text says how much lies there.\n\n"
+        + REAL_MODEL
+        + "- in both **Chroma Empty Latent** *width* and *height* to 1024, or leave the samplers out\n"
+        + "- in **Chroma Dataset from Images** *resolution* to 512 or 1024, *captions* and *trigger*\n"
+        + REAL_TRAIN,
+        LOAD
+        | NEGATIVE
+        | painted("first", "a yellow ring on a green background", 2, 11)
+        | painted("second", "a yellow ring on a blue background", 2, 12)
+        | {
+            "join": Node("ImageBatch", 3, {"image1": Link("decode_first"), "image2": Link("decode_second")}),
+            "dataset": Node(
+                "ChromaDatasetFromImages",
+                4,
+                {
+                    "images": Link("join"),
+                    "captions": "a sks on a green background\na sks on a green background\n"
+                    "a sks on a blue background\na sks on a blue background",
+                    "trigger": "sks",
+                },
+                extra_height=300,
+            ),
+        }
+        | train_on("dataset", 5, name="from-images", preview_prompt="a sks on a red background"),
+    ),
+    Workflow(
+        "chroma_train_with_regularisation",
+        "## A main set and a regularisation set\n\nThe LoRA learns the emblem from the main set. The second set holds "
+        "ordinary pictures, painted by the model itself and marked *regularisation*: on them the LoRA is trained to "
+        "change nothing, so that a star stays a star. **Chroma Combine Datasets** mixes both: with *weight_2* 0.5 a "
+        "picture of the second set is used half as often as one of the first. Each set keeps its own options; the "
+        "trigger word of previews and LoRA is the main set's. How strongly it holds back: *prior_weight* in **Chroma "
+        "Training Settings**.\n\n"
+        + REAL_MODEL
+        + "- in **Chroma Dataset** *folder* to one of yours below ComfyUI's `input` (pictures, each with a `.txt` "
+        "caption of the same name), and *resolution* to 512 or 1024\n"
+        + "- the *Prompt* and the *captions* to what your concept is one of (for one dog: `a photo of a dog`), *width* "
+        "and *height* to the *resolution*, *batch_size* to as many pictures as fit; or use a second **Chroma Dataset** "
+        "with *regularisation* on\n" + REAL_TRAIN,
+        LOAD
+        | NEGATIVE
+        | painted("ordinary", "a red star on a blue background", 4, 21)
+        | {
+            "main": Node("ChromaDataset", 4, {"folder": TRAINING_SET, "trigger": "sks"}, "Main set", extra_height=250),
+            "ordinary": Node(
+                "ChromaDatasetFromImages",
+                4,
+                {
+                    "images": Link("decode_ordinary"),
+                    "captions": "a red star on a blue background",
+                    "regularisation": True,
+                },
+                "Regularisation set",
+                extra_height=250,
+            ),
+            "combine": Node(
+                "ChromaCombineDatasets",
+                5,
+                {"dataset_1": Link("main"), "dataset_2": Link("ordinary"), "weight_2": 0.5},
+            ),
+            "mixture": Node(
+                "PreviewAny", 5, {"source": Link("combine", 1)}, "How the sets are mixed", extra_height=100
+            ),
+        }
+        | train_on("combine", 6, name="sks-regularised", preview_prompt=CONCEPT_PROMPT),
     ),
 )

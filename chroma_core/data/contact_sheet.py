@@ -1,28 +1,52 @@
-"""A data set at a glance: thumbnails as they will be trained, with bucket and caption, warnings, a summary in words."""
+"""A data set at a glance: sizes, thumbnails as they will be trained, captions, doubts; and all that in words."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance
 
-from .buckets import resize_and_crop
+from .buckets import Size, resize_and_crop
+from .masks import load_mask
+from .notes import notes
 from .picture import Picture, bucket_of
 from .picture_files import UnreadablePicture, load_picture
 from .scan import DatasetScan
+from .sheet_text import Font, fitting, font_of, wrap
 
-_BACKGROUND, _INK, _FAINT, _AMBER = (24, 24, 27), (228, 228, 231), (161, 161, 170), (251, 191, 36)
-_LINE = 14
-_PANEL_LINES = 24
+_PAGE, _TILE, _LINE_COLOUR = (24, 24, 27), (39, 39, 42), (63, 63, 70)
+_INK, _FAINT, _AMBER = (244, 244, 245), (161, 161, 170), (251, 191, 36)
+_PANEL_LINES, _BUCKET_ROWS, _CAPTION_LINES, _NOTES, _NOTE_LINES = 24, 2, 3, 3, 2
+_UNTRAINED = 0.3
+"""Brightness of what a loss mask leaves out."""
+
+
+def bucket_counts(scan: DatasetScan, default_resolution: int) -> list[tuple[Size, int]]:
+    """How many pictures are trained at each size, sorted by size; a picture counts once at each of its sizes."""
+    config = scan.config
+    counts: Counter[Size] = Counter()
+    for item in scan.items:
+        counts.update({bucket_of(item, config, size) for size in config.sizes(default_resolution)})
+    return sorted(counts.items())
+
+
+def most_telling(scan: DatasetScan, limit: int) -> list[Picture]:
+    """At most `limit` pictures for a sheet, in the data set's order; the doubtful ones if not all fit."""
+    doubtful = notes(scan.config, scan.items)
+    ranked = sorted(scan.items, key=lambda item: item.name not in doubtful)[:limit]
+    chosen = {item.name for item in ranked}
+    return [item for item in scan.items if item.name in chosen]
 
 
 def contact_sheet(
     pictures: Sequence[Picture], scan: DatasetScan, default_resolution: int, columns: int = 4, cell: int = 192
 ) -> Image.Image:
-    """Thumbnails of `pictures`, cropped (to the centre) as in training, and below them a panel with the warnings.
+    """A head with the buckets, thumbnails of `pictures` cropped (to the centre) as in training, a panel of warnings.
 
-    Under each: name and bucket, repeats and caption number where there is more than one, the caption as written.
+    Under each thumbnail: name; bucket, repeats and caption number where there is more than one; the caption as it is
+    trained; what is doubtful. What a loss mask leaves out is darkened.
 
     Args:
         pictures: what to show (the caller limits their number), at least one.
@@ -31,42 +55,31 @@ def contact_sheet(
         columns, cell: cells in a row, and the side of a thumbnail in pixels.
     """
     columns = max(1, min(columns, len(pictures)))
-    rows = -(-len(pictures) // columns)
-    height = cell + 3 * _LINE + 6
-    font = ImageFont.load_default(11)
-    panel = _panel(scan.warnings, font, columns * cell - 12)
-    below = (len(panel) + 1) * _LINE if panel else 0
-    sheet = Image.new("RGB", (columns * cell, rows * height + below), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for line, text in enumerate(panel):
-        draw.text((6, rows * height + line * _LINE), text, _AMBER, font)
-    for i, picture in enumerate(pictures):
-        x, y = i % columns * cell, i // columns * height
-        bucket = bucket_of(picture, scan.config, scan.config.sizes(default_resolution)[0])
-        try:
-            thumbnail = resize_and_crop(load_picture(picture.path, scan.config.background), bucket)
-        except UnreadablePicture as error:
-            draw.text((x + 6, y + 6), f"unreadable: {error}"[: cell // 6], _INK, font)
-            continue
-        scale = min((cell - 8) / bucket[0], (cell - 8) / bucket[1])
-        size = max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale))
-        small = thumbnail.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
-        sheet.paste(small, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
-        count = len(picture.captions)
-        label = f"{bucket[0]}x{bucket[1]}" + (f"  {picture.repeats}×" if picture.repeats > 1 else "")
-        label += f"  {count} captions" if count > 1 else ""
-        name = picture.name[: max(3, cell // 6 - len(label) - 2)]
-        draw.text((x + 6, y + cell), f"{name}  {label}", _FAINT, font)
-        for line, text in enumerate(_wrap(picture.captions[0], font, cell - 12, 2)):
-            draw.text((x + 6, y + cell + (line + 1) * _LINE), text, _INK, font)
+    font = font_of(max(10, cell // 16))
+    width, pad = columns * cell, max(4, cell // 24)
+    doubtful = notes(scan.config, scan.items)
+    blocks = [_head(scan, len(pictures), default_resolution, font, width, pad)]
+    tiles = [_tile(item, scan, default_resolution, doubtful.get(item.name, []), font, cell, pad) for item in pictures]
+    for start in range(0, len(tiles), columns):
+        row = tiles[start : start + columns]
+        block = Image.new("RGB", (width, max(tile.height for tile in row)), _PAGE)
+        for i, tile in enumerate(row):
+            block.paste(tile, (i * cell, 0))
+        blocks.append(block)
+    if scan.warnings:
+        blocks.append(_panel(scan.warnings, font, width, pad))
+    sheet = Image.new("RGB", (width, sum(block.height for block in blocks)), _PAGE)
+    top = 0
+    for block in blocks:
+        sheet.paste(block, (0, top))
+        top += block.height
     return sheet
 
 
 def summary(scan: DatasetScan, default_resolution: int) -> str:
     """Counts, buckets and warnings, one a line."""
     config = scan.config
-    buckets = Counter(bucket_of(item, config, size) for size in config.sizes(default_resolution) for item in scan.items)
-    sizes = ", ".join(f"{w}×{h}: {n}" for (w, h), n in sorted(buckets.items()))
+    sizes = ", ".join(f"{w}×{h}: {n}" for (w, h), n in bucket_counts(scan, default_resolution))
     captions = {caption for item in scan.items for caption in item.captions}
     uses = sum(item.repeats for item in scan.items) * config.repeats
     lines = [
@@ -82,28 +95,121 @@ def summary(scan: DatasetScan, default_resolution: int) -> str:
     return "\n".join(lines)
 
 
-def _panel(warnings: Sequence[str], font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """The warnings as lines of `width` pixels, with a heading; those that do not fit are counted."""
-    lines: list[str] = [f"{len(warnings)} warnings" if len(warnings) > 1 else "1 warning"] if warnings else []
+def _head(scan: DatasetScan, shown: int, default_resolution: int, font: Font, width: int, pad: int) -> Image.Image:
+    """Name, counts, and one chip a bucket: its shape, its size, how many pictures have it."""
+    line, config = round(font.size * 1.35), scan.config
+    large = font_of(round(font.size * 1.25))
+    captions = len({caption for item in scan.items for caption in item.captions})
+    facts = [f"{len(scan.items)} pictures", f"{captions} different captions"]
+    facts += [f"trigger “{config.trigger}”"] if config.trigger else []
+    facts += [f"{config.repeats} repeats"] if config.repeats > 1 else []
+    facts += ["regularisation"] if config.regularisation else []
+    facts += [f"{shown} shown, doubtful ones first"] if shown < len(scan.items) else []
+    texts = wrap("  ·  ".join(facts), font, width - 2 * pad, 3)
+    chips = sorted(bucket_counts(scan, default_resolution), key=lambda entry: -entry[1])
+    icon, gap = round(font.size), pad
+    spots: list[tuple[int, int, Size, str]] = []
+    x, row, left_over = pad, 0, 0
+    for i, (size, count) in enumerate(chips):
+        text = f"{size[0]}x{size[1]}: {count}"
+        wide = icon + gap + round(font.getlength(text)) + 3 * gap
+        if x > pad and x + wide > width - pad:
+            x, row = pad, row + 1
+        if row >= _BUCKET_ROWS:
+            left_over = len(chips) - i
+            break
+        spots.append((x, row, size, text))
+        x += wide
+    top = pad + round(large.size * 1.5) + len(texts) * line + pad // 2
+    rows = (spots[-1][1] + 1 if spots else 0) + bool(left_over)
+    block = Image.new("RGB", (width, top + rows * line + 2 * pad), _PAGE)
+    draw = ImageDraw.Draw(block)
+    draw.text((pad, pad), fitting(Path(config.folder).name, large, width - 2 * pad), _INK, large)
+    for i, text in enumerate(texts):
+        draw.text((pad, pad + round(large.size * 1.5) + i * line), text, _FAINT, font)
+    for x, row, size, text in spots:
+        y, longest = top + row * line, max(size)
+        w, h = max(2, icon * size[0] // longest), max(2, icon * size[1] // longest)
+        corner = x + (icon - w) // 2, y + (line - h) // 2
+        draw.rectangle((*corner, corner[0] + w - 1, corner[1] + h - 1), outline=_FAINT)
+        draw.text((x + icon + gap, y), text, _INK, font)
+    if left_over:
+        draw.text((pad, top + (rows - 1) * line), f"… and {left_over} more sizes", _FAINT, font)
+    draw.line((pad, block.height - pad // 2 - 1, width - pad, block.height - pad // 2 - 1), _LINE_COLOUR)
+    return block
+
+
+def _tile(
+    picture: Picture, scan: DatasetScan, default_resolution: int, doubts: list[str], font: Font, cell: int, pad: int
+) -> Image.Image:
+    """One thumbnail with what there is to say about it."""
+    bucket = bucket_of(picture, scan.config, scan.config.sizes(default_resolution)[0])
+    inner, line = cell - 2 * pad, round(font.size * 1.35)
+    try:
+        thumbnail = _thumbnail(picture, scan, bucket, inner)
+    except UnreadablePicture as error:
+        thumbnail, doubts = None, [f"cannot be used: {error}", *doubts]
+    label = [f"{bucket[0]}×{bucket[1]}"]
+    label += [f"{picture.repeats} repeats"] if picture.repeats > 1 else []
+    label += [f"{len(picture.captions)} captions"] if len(picture.captions) > 1 else []
+    text: list[tuple[str, tuple[int, int, int]]] = [
+        (fitting(picture.name, font, inner, keep_end=True), _FAINT),
+        (fitting(" · ".join(label), font, inner), _FAINT),
+    ]
+    caption: str = next(iter(picture.captions), "")
+    if caption:
+        text += [(part, _INK) for part in wrap(caption, font, inner, _CAPTION_LINES)]
+    else:
+        text.append(("(empty caption)", _FAINT))
+    for doubt in doubts[:_NOTES]:
+        text += [(part, _AMBER) for part in wrap(f"! {doubt}", font, inner, _NOTE_LINES)]
+    if len(doubts) > _NOTES:
+        text.append((f"! and {len(doubts) - _NOTES} more", _AMBER))
+    tile = Image.new("RGB", (cell, pad + inner + pad // 2 + len(text) * line + pad), _PAGE)
+    draw = ImageDraw.Draw(tile)
+    frame = (pad, pad, pad + inner - 1, pad + inner - 1)
+    draw.rectangle(frame, fill=_TILE)
+    if thumbnail is not None:
+        tile.paste(thumbnail, (pad + (inner - thumbnail.width) // 2, pad + (inner - thumbnail.height) // 2))
+    if doubts:
+        draw.rectangle(frame, outline=_AMBER, width=max(1, cell // 96))
+    for i, (words, colour) in enumerate(text):
+        draw.text((pad, pad + inner + pad // 2 + i * line), words, colour, font)
+    return tile
+
+
+def _thumbnail(picture: Picture, scan: DatasetScan, bucket: Size, side: int) -> Image.Image:
+    """The picture as it is cropped, with what its mask leaves out darkened. Raises UnreadablePicture."""
+    image = resize_and_crop(load_picture(picture.path, scan.config.background), bucket)
+    scale = min(side / bucket[0], side / bucket[1])
+    size = max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale))
+    small = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    if picture.masked and (mask := load_mask(picture.path, picture.mask)) is not None:
+        dark = ImageEnhance.Brightness(small).enhance(_UNTRAINED)
+        trained = resize_and_crop(mask, bucket).resize(size, Image.Resampling.BILINEAR)
+        small = Image.composite(small, ImageChops.lighter(dark, Image.new("RGB", size, _PAGE)), trained)
+    return small
+
+
+def _panel(warnings: Sequence[str], font: Font, width: int, pad: int) -> Image.Image:
+    """The warnings below a heading; those that do not fit are counted."""
+    line = round(font.size * 1.35)
+    lines: list[tuple[str, int]] = []
     for i, warning in enumerate(warnings):
-        wrapped = _wrap(f"- {warning}", font, width, 6)
+        wrapped = wrap(warning, font, width - 4 * pad - round(font.size), 6)
         if len(lines) + len(wrapped) > _PANEL_LINES:
-            return [*lines, f"… and {len(warnings) - i} more"]
-        lines += wrapped
-    return lines
-
-
-def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int, limit: int) -> list[str]:
-    """Break a text into at most `limit` lines of `width` pixels; what is left over ends in an ellipsis."""
-    lines, line = [], ""
-    for word in text.split():
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > width:
-            lines.append(line)
-            line = word
-        else:
-            line = longer
-    lines.append(line)
-    if len(lines) > limit:
-        lines = [*lines[: limit - 1], f"{lines[limit - 1]} …"]
-    return lines
+            lines.append((f"… and {len(warnings) - i} more", 0))
+            break
+        lines += [(text, not number) for number, text in enumerate(wrapped)]
+    block = Image.new("RGB", (width, (len(lines) + 1) * line + 4 * pad), _PAGE)
+    draw = ImageDraw.Draw(block)
+    draw.rectangle((pad, pad, width - pad - 1, block.height - pad - 1), fill=_TILE)
+    draw.rectangle((pad, pad, pad + max(2, pad // 3), block.height - pad - 1), fill=_AMBER)
+    heading = f"{len(warnings)} warnings" if len(warnings) > 1 else "1 warning"
+    draw.text((3 * pad, 2 * pad), heading, _AMBER, font)
+    for i, (text, first) in enumerate(lines, 1):
+        if first:
+            dot = (3 * pad, 2 * pad + i * line + line // 3)
+            draw.rectangle((*dot, dot[0] + font.size // 4, dot[1] + font.size // 4), fill=_AMBER)
+        draw.text((3 * pad + font.size, 2 * pad + i * line), text, _INK, font)
+    return block

@@ -67,6 +67,14 @@ class DatasetConfig(Settings):
     def _spelling(cls, value: Any) -> Any:
         return "centre" if value == "center" else value
 
+    @field_validator("caption_extension")
+    @classmethod
+    def _with_a_dot(cls, value: str) -> str:
+        name = value.strip().removeprefix(".")
+        if not name or set(name) & set("/\\"):
+            raise ValueError("caption_extension is the end of the caption files' names, such as .txt or .caption")
+        return f".{name}"
+
     @model_validator(mode="after")
     def _fixed_needs_a_sentence(self) -> Self:
         if self.caption_source == "fixed" and self.default_caption is None:

@@ -4,47 +4,108 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from ..errors import DataError
 from ..files import write_atomic
+from .masks import SUFFIX
 
 
-def store_pictures(root: Path, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Path:
+def captions_for(texts: Sequence[str], count: int) -> list[str]:
+    """One text a picture, in the form of a caption file: line breaks separate several captions of a picture.
+
+    Args:
+        texts: one for each picture; or a single one, which is for all pictures if it has one line, and otherwise has a
+            line for each picture (empty lines do not count). All lines of a single text belong to a single picture.
+        count: pictures.
+    Raises:
+        DataError: another number of texts or lines.
+    """
+    if len(texts) == count:
+        return list(texts)
+    if len(texts) != 1:
+        raise DataError(
+            f"There are {_count(count, 'picture')} and {_count(len(texts), 'caption')}. Give one caption for each "
+            "picture, in the same order, or a single one for all."
+        )
+    lines = [line for line in texts[0].splitlines() if line.strip()] or [""]
+    if len(lines) not in (1, count):
+        raise DataError(
+            f"There are {_count(count, 'picture')}, but the caption text has {len(lines)} lines. Write one line for "
+            "each picture, in the same order, or a single line for all."
+        )
+    return lines if len(lines) == count else lines * count
+
+
+def store_pictures(
+    root: Path,
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    masks: Sequence[Image.Image | None] = (),
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Path:
     """Write pictures with their captions into a folder below `root` that is named by their content.
 
-    The same pictures and captions always give the same folder, so a job that is asked for again is the same job. What
-    is there already is not written again, and an interrupted call is completed by the next.
+    The same pictures, captions and masks always give the same folder, so a job that is asked for again is the same job.
+    What is there already and whole is not written again; a file that is missing or was changed is restored.
 
     Args:
         pictures: any mode that PNG can hold.
-        captions: one for each picture, or a single one for all; line breaks separate several captions of a picture, and
-            an empty one is no caption.
+        captions: as `captions_for` takes them; an empty one is no caption.
+        masks: nothing, or for each picture its loss mask (any size of the same shape; None: all of it counts).
+        progress: called with (done, of how many) before every picture; may raise to stop.
     Raises:
-        DataError: no picture, or another number of captions.
+        DataError: no picture, or another number of captions or masks.
     """
     if not pictures:
         raise DataError("The data set has no pictures. Connect at least one.")
-    if len(captions) not in (1, len(pictures)):
+    texts = captions_for(captions, len(pictures))
+    if masks and len(masks) != len(pictures):
         raise DataError(
-            f"There are {len(pictures)} pictures and {len(captions)} captions. Give one caption for each picture, in "
-            "the same order, or a single one for all."
+            f"There are {_count(len(pictures), 'picture')} and {_count(len(masks), 'mask')}. Give one mask for each "
+            "picture, in the same order, or none at all."
         )
-    texts = list(captions) if len(captions) == len(pictures) else list(captions) * len(pictures)
-    contents = [(_png(picture), text.encode()) for picture, text in zip(pictures, texts, strict=True)]
+    files: list[tuple[str, bytes]] = []
     digest = hashlib.sha256()
-    for picture, text in contents:
-        for part in (picture, text):
-            digest.update(len(part).to_bytes(8, "big") + part)
-    folder = root / digest.hexdigest()[:16]
-    for i, (picture, text) in enumerate(contents):
-        for path, content in ((folder / f"{i:05d}.png", picture), (folder / f"{i:05d}.txt", text)):
-            if not path.is_file():
-                write_atomic(path, content)
+    for i, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        progress(i, len(pictures))
+        own = [(".png", _png(picture)), (".txt", text.encode())]
+        if masks and (mask := masks[i]) is not None:
+            own.append((f"{SUFFIX}.png", _png(mask)))
+        for ending, content in own:
+            digest.update(b"mask" if ending.startswith(SUFFIX) else b"")
+            digest.update(len(content).to_bytes(8, "big") + content)
+            files.append((f"{i:05d}{ending}", content))
+    folder = root / f"images-{digest.hexdigest()[:16]}"
+    for name, content in files:
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomic(path, content)
     return folder
+
+
+def stored(root: Path) -> tuple[int, int]:
+    """How many such folders lie below `root`, and their size in bytes."""
+    folders = [path for path in root.glob("*/") if path.is_dir()]
+    return len(folders), sum(bytes_in(folder) for folder in folders)
+
+
+def bytes_in(folder: Path) -> int:
+    """The size of a folder's files. One that disappears meanwhile counts nothing."""
+    total = 0
+    for path in folder.glob("*"):
+        try:
+            total += path.stat().st_size
+        except OSError:
+            continue
+    return total
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _png(picture: Image.Image) -> bytes:

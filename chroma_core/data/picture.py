@@ -23,6 +23,7 @@ class Picture:
         transparent: whether it has an alpha channel.
         mask, mask_sha256: its loss mask's file and that file's hash; None and "alpha" where its alpha channel is the
             mask; None and "" where all of it counts.
+        captioned: whether it has a caption of its own, not the default one or an empty one.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Picture:
     transparent: bool = False
     mask: Path | None = None
     mask_sha256: str = ""
+    captioned: bool = True
 
     @property
     def masked(self) -> bool:

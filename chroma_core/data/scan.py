@@ -77,6 +77,7 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
         except (UnreadablePicture, OSError) as error:
             skipped.append((name, f"unreadable picture: {error}"))
             continue
+        captioned = True
         try:
             captions = caption_of(path, name)
         except ValueError:
@@ -84,6 +85,7 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
             continue
         except _NoCaption as missing:
             findings.without_caption += 1
+            captioned = False
             if config.default_caption is not None:
                 captions = (config.default_caption,)
             elif config.missing_caption == "empty":
@@ -96,7 +98,7 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
             else:
                 skipped.append((name, f"no caption in {missing}"))
                 continue
-        items.append(_picture(path, name, facts, digest, captions, repeats, mask, config))
+        items.append(_picture(path, name, facts, digest, captions, repeats, mask, captioned, config))
         findings.note(name, facts, repeats)
     if not items:
         raise DataError(
@@ -155,6 +157,7 @@ def _picture(
     captions: tuple[str, ...],
     repeats: int,
     mask: tuple[Path | None, str],
+    captioned: bool,
     config: DatasetConfig,
 ) -> Picture:
     shuffles = config.tag_shuffles
@@ -170,6 +173,7 @@ def _picture(
         repeats,
         facts.transparent,
         *mask,
+        captioned,
     )
 
 

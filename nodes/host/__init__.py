@@ -19,6 +19,7 @@ from .folders import (
     lora_path,
     loras_folder,
     path_state,
+    pictures_folder,
 )
 from .memory import components, device, free_models_soon, make_room, memory_report, stay_known
 from .messages import Downloads, Interrupted, Progress, broadcast, log, say, server_routes, wants_previews
@@ -64,6 +65,7 @@ __all__ = [
     "model_folder",
     "model_folders",
     "path_state",
+    "pictures_folder",
     "quantised_folder",
     "say",
     "server_routes",

@@ -30,6 +30,11 @@ def jobs_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "chromakit" / "jobs"
 
 
+def pictures_folder() -> Path:
+    """Where pictures from other nodes are kept for training, a data set folder for each set of them."""
+    return Path(folder_paths.get_output_directory()) / "chromakit" / "datasets"
+
+
 def loras_folder() -> Path:
     """Where trained LoRAs go; the host searches it for LoRAs."""
     return Path(folder_paths.get_output_directory()) / LORAS
@@ -81,16 +86,19 @@ def _dataset_roots() -> list[Path]:
 
 
 def dataset_names() -> list[str]:
-    """Folders that directly hold pictures, one or two levels below a data-set root, named relative to it.
+    """Folders that hold pictures, one or two levels below a data-set root, named relative to it.
 
-    The host asks for them whenever it lists nodes, so what cannot be read is left out here and explained when used.
+    A folder whose pictures all lie in sub-folders (kohya's `3_dog`) is one of them. The host asks for the names
+    whenever it lists nodes, so what cannot be read is left out here and explained when used.
     """
     names: dict[str, None] = {}
     try:
         for root in _dataset_roots():
             for path in sorted([*root.glob("*/"), *root.glob("*/*/")]):
                 name = path.relative_to(root).as_posix()
-                if not name.startswith(".") and _holds_pictures(path):
+                if not name.startswith(".") and (
+                    _holds_pictures(path) or any(map(_holds_pictures, sorted(path.glob("*/"))))
+                ):
                     names[name] = None
     except (DataError, OSError) as error:
         log.warning("ChromaKit: not every data set can be listed: %s", error)
@@ -98,7 +106,7 @@ def dataset_names() -> list[str]:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    if not os.access(folder, os.R_OK | os.X_OK):
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         return False
     with os.scandir(folder) as entries:
         return any(os.path.splitext(entry.name)[1].lower() in PICTURE_EXTENSIONS for entry in entries)
@@ -125,9 +133,15 @@ def path_state(path: str) -> str:
 
 
 def folder_state(folder: Path) -> str:
-    """A text that changes when a file in the folder is added, removed or edited."""
+    """A text that changes when anything in the folder or below is added, removed, renamed or edited.
+
+    Pictures, masks, captions with whatever extension and metadata all count, as do links that lead nowhere; hidden
+    files, which a scan does not look at and file managers keep writing, do not.
+    """
     entries = sorted(
-        (path.relative_to(folder).as_posix(), file_state(path)) for path in folder.rglob("*") if path.is_file()
+        (path.relative_to(folder).as_posix(), file_state(path))
+        for path in folder.rglob("*")
+        if not path.name.startswith(".") and not path.is_dir()
     )
     return hashlib.sha256(repr(entries).encode()).hexdigest()
 

@@ -127,7 +127,7 @@ def _read(name: str, value: Any) -> Any:
             raise ConfigError(f"{name} is {value!r}; it must be a whole number.")
         return int(number)
     if name == "flow_shift":
-        return parse_flow_shift(value)
+        return parse_flow_shift(str(value))
     return value
 
 
@@ -155,7 +155,7 @@ CANONICAL = RECIPES["canonical"]
 
 
 def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """Look up a recipe, changed by `overrides` (see `Recipe.override`); raises ConfigError that lists the known ones."""
+    """Look up a recipe and change it by `overrides`; raises ConfigError that lists what there is."""
     try:
         return RECIPES[name].override(overrides or {})
     except KeyError:

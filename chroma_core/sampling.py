@@ -28,8 +28,8 @@ __all__ = ["Method", "SamplingSettings", "StepInfo", "initial_noise", "sample"]
 class SamplingSettings:
     """What a user sets for one run. `flow_shift` None takes the recipe's; row i of a batch uses `seed` + i.
 
-    `start_step` and `end_step` (None: the last) run a part of the schedule, and without `add_noise` the latents to start
-    from are taken as they are: a run in two parts is the whole run (see `sample`).
+    `start_step` and `end_step` (None: the last) run a part of the schedule, and without `add_noise` the latents to
+    start from have their noise in them already: a run in two parts is the whole run (see `sample`).
     """
 
     steps: int = 25

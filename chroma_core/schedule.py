@@ -87,9 +87,12 @@ def sampling_sigmas(
 ) -> Tensor:
     """The noise levels of a sampling run: fp32 on the CPU, [steps + 1], descending, last one 0.
 
-    Spacing → tail bias → flow shift → 0. `start_step` and `end_step` take a part of that: the levels from the one to
-    the other, counted from 0 (an `end_step` beyond the last is the last); a part that ends early ends above 0. With `denoise` d < 1 the schedule is that of N/d steps, of which
-    the last N are taken, so that an image-to-image run has the same step sizes (the host's own convention).
+    Spacing → tail bias → flow shift → 0. With `denoise` d < 1 the schedule is that of N/d steps, of which the last N
+    are taken, so that an image-to-image run has the same step sizes (the host's own convention). `start_step` and
+    `end_step` take a part of that, from one level to another, counted from 0 (an `end_step` beyond the last is the
+    last); a part that ends early ends above 0.
+
+    Raises ConfigError for steps, strengths and parts that cannot be.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise ConfigError(f"The number of steps is {steps}; it must be between 1 and {MAX_STEPS}.")

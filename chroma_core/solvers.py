@@ -10,6 +10,7 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
@@ -60,22 +61,26 @@ class DPMSolverPP2M(Solver):
 
     With α = 1 − σ its step x' = (σ'/σ)·x − α'(e^−h − 1)·D, h = λ' − λ, is x' = (σ'/σ)·x + (1 − σ'/σ)·D, because
     α'(1 − e^−h) = α' − ασ'/σ = 1 − σ'/σ. D is extrapolated by half a step in λ from the last two predictions:
-    D + (D − D_last)·h / (2·h_last). At σ = 1 the paper's λ is −∞, so that h_last is infinite and the step after it is of
-    first order; at σ' = 0 the result is D itself. ComfyUI's `dpmpp_2m` is the same rule along λ = −log σ, the time of
-    models without α: see `MultistepTime`.
+    D + (D − D_last)·h / (2·h_last). At σ = 1 the paper's λ is −∞, so that h_last is infinite and the step after it is
+    of first order; at σ' = 0 the result is D itself. ComfyUI's `dpmpp_2m` is the same rule along λ = −log σ, the time
+    of models without α: see `MultistepTime`.
     """
 
-    last: Tensor | None = None
+    last: tuple[float, Tensor] | None = None
+    """σ and D of the step before."""
 
     def step(self, i: int, x: Tensor, v: Tensor) -> Tensor:
         now, then = self.sigmas[i], self.sigmas[i + 1]
+        if then == now:  # levels so close together that fp32 does not tell them apart
+            return x
         D = predicted = x - now * v
         if then == 0:
             return D
         if self.last is not None:
-            h, h_last = self._time(then) - self._time(now), self._time(now) - self._time(self.sigmas[i - 1])
-            predicted = D + (D - self.last) * (h / (2 * h_last))
-        self.last = D
+            before, D_last = self.last
+            h, h_last = self._time(then) - self._time(now), self._time(now) - self._time(before)
+            predicted = D + (D - D_last) * (h / (2 * h_last))
+        self.last = now, D
         return (then / now) * x + (1 - then / now) * predicted
 
     def _time(self, sigma: float) -> float:
@@ -100,6 +105,11 @@ class UniPC(Solver):
             raise ConfigError(
                 "The method 'unipc' needs a newer diffusers, whose UniPCMultistepScheduler takes noise levels. Run "
                 "`pip install -U diffusers`, or choose another method."
+            )
+        if any(then >= now for now, then in pairwise(sigmas)):
+            raise ConfigError(
+                "The method 'unipc' needs noise levels that fall at every step, and some of these are equal. Take "
+                "fewer steps, a smaller flow shift or tail bias, or another method."
             )
         self.scheduler = UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, final_sigmas_type="zero"

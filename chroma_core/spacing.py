@@ -24,8 +24,8 @@ def spaced_times(steps: int, spacing: Spacing = "linear") -> Tensor:
     """`steps` times from 1 down, fp64; the 0 that ends a run is not among them.
 
     `linear` is linspace(1, 1/N, N). `beta` takes the quantiles of Beta(.6, .6) at 1, 1 − 1/N, … 1/N, rounded to the
-    host's table: t = (rint(9999·q) + 1) / 10000. Where two fall on one row, one is left out, as in the host; that begins
-    above 500 steps, so there can be fewer than `steps`.
+    host's table: t = (rint(9999·q) + 1) / 10000. Where two fall on one row, one is left out, as in the host; that
+    begins above 500 steps, so there can be fewer than `steps`.
 
     Raises ConfigError for an unknown spacing.
     """

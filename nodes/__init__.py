@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import bridge, dataset, host, loaders, lora, routes, sampling, settings, text, training
+from . import bridge, dataset, host, loaders, lora, routes, sampling, schedule, settings, text, training
 
 
 class ChromaKitExtension(ComfyExtension):
@@ -15,5 +15,7 @@ class ChromaKitExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            node for room in (loaders, text, sampling, bridge, lora, dataset, settings, training) for node in room.NODES
+            node
+            for room in (loaders, text, sampling, schedule, bridge, lora, dataset, settings, training)
+            for node in room.NODES
         ]

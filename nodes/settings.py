@@ -7,13 +7,15 @@ from typing import Any, get_args
 from comfy_api.latest import io
 
 from ..chroma_core.lora.adapters import AdapterKind
-from ..chroma_core.recipe import RECIPES
+from ..chroma_core.recipe import RECIPES, parse_overrides
+from ..chroma_core.sampling import Method
 from ..chroma_core.schedule import SigmaDraw, SigmaRemap
+from ..chroma_core.spacing import Spacing
 from ..chroma_core.text import TextPadding
 from ..chroma_core.training.lr import LrSchedule
 from ..chroma_core.training.objective import LossKind
 from ..chroma_core.training.optimizers import OptimizerName
-from .sampling import SHIFTS, flow_shift_of
+from .schedule import SHIFTS, flow_shift_of
 from .sockets import MAX_SEED, ChromaTrainingType, schema
 
 ADVANCED: dict[str, Any] = {"optional": True, "advanced": True}
@@ -260,6 +262,35 @@ class ChromaTrainingSettings(io.ComfyNode):
                     tooltip="Keep the checkpoint with the lowest held-out loss beside the last ones.",
                     **ADVANCED,
                 ),
+                io.Combo.Input(
+                    "preview_method",
+                    options=list(get_args(Method)),
+                    default="euler",
+                    tooltip="How previews are sampled; see Chroma Sampler.",
+                    **ADVANCED,
+                ),
+                io.Combo.Input(
+                    "preview_spacing",
+                    options=list(get_args(Spacing)),
+                    default="linear",
+                    tooltip="How a preview's steps lie between noise and picture; see Chroma Sampler.",
+                    **ADVANCED,
+                ),
+                io.Float.Input(
+                    "preview_tail_bias",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Towards 1, a preview's steps crowd at both ends; see Chroma Sampler.",
+                    **ADVANCED,
+                ),
+                io.String.Input(
+                    "recipe_overrides",
+                    default="",
+                    tooltip="Fields of the recipe to change, e.g. noise_dtype=bf16, flow_shift=3.0.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[ChromaTrainingType.Output("settings", tooltip="For Chroma Train LoRA.")],
         )
@@ -277,10 +308,12 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
         "lr_power", "checkpointing_interval", "compile", "checkpoint_minutes", "keep_best",
     )  # fmt: skip
     objective = ("loss", "huber_delta", "prior_weight", "noise_offset", "pair_noise", "text_padding")
-    previews = ("steps", "guidance", "seed", "width", "height", "negative")
+    previews = ("steps", "guidance", "seed", "width", "height", "negative", "method", "spacing", "tail_bias")
+    overrides = parse_overrides(inputs.get("recipe_overrides", ""))
     patterns = [line.strip() for line in inputs["target_patterns"].splitlines() if line.strip()]
     return {
         **{name: inputs[name] for name in plain if name in inputs},
+        **({"recipe_overrides": overrides} if overrides else {}),
         "lora": {
             "save_dtype": inputs["save_dtype"],
             **{field: inputs[name] for name, field in ADAPTER.items() if name in inputs},
@@ -295,7 +328,7 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
             "minimum": inputs["sigma_minimum"],
             "maximum": inputs["sigma_maximum"],
         },
-        "previews": {name: inputs[f"preview_{name}"] for name in previews},
+        "previews": {name: inputs[f"preview_{name}"] for name in previews if f"preview_{name}" in inputs},
     }
 
 

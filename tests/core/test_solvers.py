@@ -12,7 +12,7 @@ from chroma_core.latents import pack
 from chroma_core.recipe import CANONICAL, RECIPES
 from chroma_core.sampling import SamplingSettings, initial_noise, sample
 from chroma_core.schedule import sampling_sigmas
-from chroma_core.solvers import SOLVERS, UniPC
+from chroma_core.solvers import SOLVERS, Method, UniPC
 from chroma_core.text import TextCondition
 from miniature import transformer
 
@@ -60,37 +60,44 @@ def solution(x: Tensor, sigma: float) -> Tensor:
     return (1 - sigma) * MEAN + math.sqrt((1 - sigma) ** 2 * DEVIATION**2 + sigma**2) * x
 
 
-@pytest.mark.parametrize("end", [1.0, 0.5])
-@pytest.mark.parametrize(
-    ("method", "recipe", "order"),
-    [
-        ("euler", "canonical", 1),
-        ("heun", "canonical", 2),
-        ("dpmpp_2m", "canonical", 2),
-        ("dpmpp_2m", "comfyui", 2),
-        ("unipc", "canonical", 2),
-    ],
-)
-def test_order_of_convergence(method, recipe, order, end):
-    """Halving the step divides the error by 2^order, over the whole run and over its first half."""
-    noise = initial_noise([SEED], (16, H, W))
+def order(method: Method, recipe: str, steps: int, first: float, last: float) -> float:
+    """log2 of what halving the step divides the error by, from σ = `first` to `last`; fp64."""
+    place = initial_noise([SEED], (16, H, W)).double()
 
-    def error(steps: int) -> float:
-        last = int(steps * end)
-        sigmas = sampling_sigmas(steps, 16, flow_shift="none", end_step=last)
-        stop = float(sigmas[-1])
-        x = run(Gaussian(), recipe=RECIPES[recipe], method=method, steps=steps, flow_shift="none", end_step=last)
-        return float((x * (1 - stop) - solution(noise, stop)).abs().mean())
+    def error(n: int) -> float:
+        levels = torch.linspace(first, last, n + 1, dtype=torch.float64).tolist()
+        solver = SOLVERS[method](levels, velocity, RECIPES[recipe].multistep_time)
+        x = solution(place, first)
+        for i in range(n):
+            x = solver.step(i, x, velocity(x, levels[i]))
+        return float((x - solution(place, last)).abs().max())
 
-    measured = [math.log2(error(n) / error(2 * n)) for n in (12, 24)]
-    print(method, recipe, end, [f"{x:.2f}" for x in measured], f"error at 12: {error(12):.1e}")
-    assert measured[1] == pytest.approx(order, abs=0.25) if method != "unipc" else measured[1] > order - 0.25
+    return math.log2(error(steps) / error(2 * steps))
+
+
+ORDERS = [
+    ("euler", "canonical", 1.0, 1.0),
+    ("heun", "canonical", 2.0, 2.0),
+    ("dpmpp_2m", "canonical", 2.0, 1.7),
+    ("dpmpp_2m", "comfyui", 2.0, 1.8),
+    ("unipc", "canonical", 3.0, 2.1),
+]
+"""Method, recipe, order between σ = .9 and .5, order over a whole run at 64 steps.
+
+The multistep methods work along a λ that is infinite at σ = 0, the paper's at σ = 1 too, which costs a whole run a
+factor of log N: 1.8 at 256 steps, 2 in the limit.
+"""
+
+
+@pytest.mark.parametrize(("method", "recipe", "inside", "whole"), ORDERS)
+def test_order_of_convergence(method, recipe, inside, whole):
+    assert order(method, recipe, 16, 0.9, 0.5) == pytest.approx(inside, abs=0.1)
+    assert order(method, recipe, 64, 1.0, 0.0) == pytest.approx(whole, abs=0.15)
 
 
 def test_second_order_pays_at_few_steps():
     exact = solution(initial_noise([SEED], (16, H, W)), 0.0)
     errors = {method: float((run(Gaussian(), method=method, steps=8) - exact).abs().mean()) for method in SOLVERS}
-    print(errors)
     assert max(errors["heun"], errors["dpmpp_2m"], errors["unipc"]) < errors["euler"] / 2
 
 

@@ -25,7 +25,7 @@ def sample(
     """What the host samples, by name of the run, in VAE space like every LATENT.
 
     A run has `sampler` (the host's name), `cfg`, and the tensors `sigmas`, `noise`, `latent`, `positive`, `negative`
-    and perhaps `mask`. `schedules`: the host's sigmas of its `beta` scheduler, under the name, for (μ of the Flux shift,
+    and perhaps `mask`. `schedules`: the sigmas of the host's `beta` scheduler, under the name, for (μ of the shift,
     steps). `t5`: configuration, weights and token ids [1, n] of an encoder, whose states come back as `t5`.
     """
     folder.mkdir(parents=True)

@@ -4,8 +4,8 @@
     python benchmarks/cfg_passes.py --heads 24 --width 128 --blocks 2 4 --device cuda --dtype bf16 --sizes 512 1024
     python benchmarks/cfg_passes.py --write             # writes docs/measured.md
 
-The two have equally many text tokens here, the best case for a batch: with different ones it would need padding and a mask
-as well. Every time is the median of several; the ratio is that of one batch of 2 to two passes.
+The two have equally many text tokens here, the best case for a batch: with different ones it would need padding and a
+mask as well. Every time is the median of several; the ratio is that of one batch of 2 to two passes.
 """
 
 from __future__ import annotations
@@ -81,9 +81,8 @@ def measure(model: ChromaTransformer, size: int, options: argparse.Namespace) ->
 
     apart, together = median_time(two_passes, device), median_time(one_batch, device)
     first, second = two_passes(), one_batch()
-    equal = (
-        "yes" if torch.equal(first, second) else f"no, {float((first - second).abs().max() / first.abs().max()):.0e}"
-    )
+    difference = float((first - second).abs().max() / first.abs().max())
+    equal = "yes" if torch.equal(first, second) else f"no, {difference:.0e}"
     return f"| {size}² | {apart * 1000:.0f} ms | {together / apart:.2f} | {equal} |"
 
 
@@ -101,7 +100,7 @@ def main() -> None:
     on = torch.cuda.get_device_name() if options.device == "cuda" else f"a CPU, {torch.get_num_threads()} thread(s)"
     blocks = "+".join(map(str, options.blocks))
     lines = [
-        f"On {on}: {blocks} blocks of width {options.heads * options.width}, {options.dtype}, {TEXT_TOKENS} text tokens each.",
+        f"On {on}: {blocks} blocks of width {options.heads * options.width}, {options.dtype}, {TEXT_TOKENS} text tokens.",
         "",
         "| size | two passes | one batch ÷ two passes | bit for bit equal |",
         "|---|---|---|---|",

@@ -45,7 +45,7 @@ def main() -> None:
         x, y = place(5 * i, 0)
         draw.text((x, y + 6 * SCALE), str(5 * i), fill="#444444", font=font, anchor="mt")
     draw.text((place(STEPS / 2, 0)[0], (HEIGHT - 6) * SCALE), "step", fill="#444444", font=font, anchor="mb")
-    draw.text((4 * SCALE, 4 * SCALE), "σ", fill="#444444", font=font)
+    draw.text(place(0.6, 0.52), "sigma", fill="#444444", font=font)
     for i, (name, (options, colour)) in enumerate(CURVES.items()):
         points = [place(step, float(sigma)) for step, sigma in enumerate(sampling_sigmas(STEPS, TOKENS, **options))]
         draw.line(points, fill=colour, width=2 * SCALE, joint="curve")

@@ -88,8 +88,8 @@ def measure(model: ChromaTransformer, size: int, options: argparse.Namespace) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--width", type=int, default=64, help="of a head")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--width", type=int, default=32, help="of a head")
     parser.add_argument("--blocks", type=int, nargs=2, default=(1, 2), metavar=("DOUBLE", "SINGLE"))
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--device", default="cpu")
@@ -100,7 +100,7 @@ def main() -> None:
     on = torch.cuda.get_device_name() if options.device == "cuda" else f"a CPU, {torch.get_num_threads()} thread(s)"
     blocks = "+".join(map(str, options.blocks))
     lines = [
-        f"On {on}: {blocks} blocks of width {options.heads * options.width}, {options.dtype}, {TEXT_TOKENS} text tokens.",
+        f"On {on}: {blocks} blocks of width {options.heads * options.width}, {options.dtype}, {TEXT_TOKENS} text tokens",
         "",
         "| size | two passes | one batch ÷ two passes | bit for bit equal |",
         "|---|---|---|---|",

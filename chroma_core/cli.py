@@ -147,7 +147,8 @@ def _sample(options: argparse.Namespace) -> None:
             settings=settings,
             recipe=rules,
             on_step=lambda _: bar.update(),
-            **start,
+            start_BCHW=start.get("start_BCHW"),
+            noise_mask_BHW=start.get("noise_mask_BHW"),
         )
     for i, picture in enumerate(decode(cache.vae(spec, device), latents)):
         record = {

@@ -98,9 +98,9 @@ def main() -> None:
     options = parser.parse_args()
     model = build(options)
     on = torch.cuda.get_device_name() if options.device == "cuda" else f"a CPU, {torch.get_num_threads()} thread(s)"
-    blocks = "+".join(map(str, options.blocks))
+    blocks, width = "+".join(map(str, options.blocks)), options.heads * options.width
     lines = [
-        f"On {on}: {blocks} blocks of width {options.heads * options.width}, {options.dtype}, {TEXT_TOKENS} text tokens",
+        f"On {on}: {blocks} blocks of width {width}, {options.dtype}, {TEXT_TOKENS} text tokens",
         "",
         "| size | two passes | one batch ÷ two passes | bit for bit equal |",
         "|---|---|---|---|",

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from .cli_import import add_import_command
 from .cli_models import add_model_commands, add_model_options, spec_from
 from .cli_parity import add_parity_command
+from .cli_sample import add_sampling_options, recipe_from, settings_from, start_from
 from .device import best_device
 from .errors import ChromaKitError, ConfigError
 from .flavours import FLAVOURS, flavour
 from .loading.spec import Offload
 from .precision import PRECISIONS
-from .recipe import RECIPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,13 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--lora-mode", choices=["live", "merged"], default="live")
     sample.add_argument("--width", type=int, default=None)
     sample.add_argument("--height", type=int, default=None)
-    sample.add_argument("--steps", type=int, default=None)
-    sample.add_argument("--guidance", type=float, default=None)
-    sample.add_argument("--seed", type=int, default=42, help="picture i uses seed + i")
-    sample.add_argument("--tail-bias", type=float, default=0.0)
-    sample.add_argument("--flow-shift", default=None, help="dynamic, none or a number (default: the recipe's)")
-    sample.add_argument("--method", choices=["euler", "heun"], default="euler")
-    sample.add_argument("--recipe", choices=list(RECIPES), default="canonical")
+    add_sampling_options(sample)
     sample.add_argument("--device", default=None)
     sample.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
     sample.add_argument("--save-latents", action="store_true", help="also write the latents, beside each picture")
@@ -128,30 +122,23 @@ def _sample(options: argparse.Namespace) -> None:
     from .loading.cache import ComponentCache
     from .loading.spec import ModelHandle
     from .pictures import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
-    from .recipe import recipe
-    from .sampling import SamplingSettings, sample
-    from .schedule import parse_flow_shift
+    from .sampling import sample
     from .text import apply_trigger
 
-    chosen, rules, device = flavour(options.flavour), recipe(options.recipe), best_device(options.device)
+    chosen, rules, device = flavour(options.flavour), recipe_from(options), best_device(options.device)
     spec = spec_from(options)
-    settings = SamplingSettings(
-        steps=options.steps if options.steps is not None else chosen.steps,
-        guidance=options.guidance if options.guidance is not None else chosen.guidance,
-        seed=options.seed,
-        tail_bias=options.tail_bias,
-        flow_shift=None if options.flow_shift is None else parse_flow_shift(options.flow_shift),
-        method=options.method,
-    )
+    settings = settings_from(options, chosen)
     handle = ModelHandle(spec, tuple(lora_use(text, options.lora_mode) for text in options.lora))
     prompts = [apply_trigger(prompt, options.trigger) for prompt in options.prompt]
     cache = ComponentCache()
     encoder = cache.text_encoder(spec, device)
     positive = [encoder.encode(prompt, rules) for prompt in prompts]
     negative = encoder.encode(apply_trigger(options.negative, options.trigger), rules)
+    start, started = start_from(options, lambda: cache.vae(spec, device), rules, len(prompts))
+    print(f"recipe {rules.describe()}", file=sys.stderr)
     with (
         cache.transformer(handle, device) as transformer,
-        tqdm(total=settings.steps, unit="step", desc="sampling") as bar,
+        tqdm(total=settings.run_steps, unit="step", desc="sampling") as bar,
     ):
         latents = sample(
             transformer,
@@ -162,6 +149,8 @@ def _sample(options: argparse.Namespace) -> None:
             settings=settings,
             recipe=rules,
             on_step=lambda _: bar.update(),
+            start_BCHW=start.get("start_BCHW"),
+            noise_mask_BHW=start.get("noise_mask_BHW"),
         )
     vae = cache.vae(spec, device)
     for i, picture in enumerate(decode(vae, latents)):
@@ -173,6 +162,7 @@ def _sample(options: argparse.Namespace) -> None:
             "model": spec.to_dict(),
             "settings": settings.to_dict() | {"seed": settings.seed + i},
             "recipe": rules.to_dict(),
+            **started,
         }
         path = _free_name(options.output, f"chroma-{settings.seed + i}")
         if options.save_latents:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -16,15 +16,21 @@ from .errors import ConfigError
 from .latents import FLUX_LATENTS, PATCH, LatentFormat, image_ids, pack, snap_size, unpack
 from .recipe import CANONICAL, Recipe, StateDtype
 from .schedule import FlowShift, sampling_sigmas
+from .solvers import SOLVERS, Method, Velocity
+from .spacing import Spacing
 from .text import TextCondition, batch_conditions
 from .transformer import ChromaTransformer
 
-Method = Literal["euler", "heun"]
+__all__ = ["Method", "SamplingSettings", "StepInfo", "initial_noise", "sample"]
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What a user sets for one run. `flow_shift` None takes the recipe's; row i of a batch uses `seed` + i."""
+    """What a user sets for one run. `flow_shift` None takes the recipe's; row i of a batch uses `seed` + i.
+
+    `start_step` and `end_step` (None: the last) run a part of the schedule, and without `add_noise` the latents to
+    start from have their noise in them already: a run in two parts is the whole run (see `sample`).
+    """
 
     steps: int = 25
     guidance: float = 4.0
@@ -33,6 +39,10 @@ class SamplingSettings:
     flow_shift: FlowShift | None = None
     method: Method = "euler"
     denoise: float = 1.0
+    spacing: Spacing = "linear"
+    start_step: int = 0
+    end_step: int | None = None
+    add_noise: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -45,6 +55,25 @@ class SamplingSettings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as recorded beside every picture."""
         return asdict(self)
+
+    def sigmas(self, image_tokens: int, recipe: Recipe = CANONICAL) -> Tensor:
+        """The noise levels of the run, as `schedule.sampling_sigmas` gives them. Raises ConfigError."""
+        return sampling_sigmas(
+            self.steps,
+            image_tokens,
+            tail_bias=self.tail_bias,
+            flow_shift=recipe.flow_shift if self.flow_shift is None else self.flow_shift,
+            denoise=self.denoise,
+            spacing=self.spacing,
+            start_step=self.start_step,
+            end_step=self.end_step,
+        )
+
+    @property
+    def run_steps(self) -> int:
+        """How many steps the run takes."""
+        end = self.steps if self.end_step is None else min(self.end_step, self.steps)
+        return max(0, end - self.start_step)
 
 
 @dataclass(frozen=True)
@@ -86,13 +115,17 @@ def sample(
 ) -> Tensor:
     """Sample latents [B, C, H, W] in the transformer's space, fp32, on the transformer's device.
 
+    A run that ends at a σ above 0 returns x/(1−σ), as the host hands on latents with noise left in them; a run that
+    starts there from such latents, without adding noise, goes on where it stopped.
+
     Args:
         positive, negative: one condition a picture (a single negative serves all). Without a negative, or with
             guidance ≤ 1, each step is one pass; otherwise v = u + g(c − u).
         width, height: pixels; floored to the recipe's multiple.
         start_BCHW: latents to start from (image-to-image, inpainting), in the transformer's space.
-        noise_mask_BHW: 1 where the picture may change, 0 where `start_BCHW` is kept; latent resolution.
-        sigmas: a ready schedule (descending, ending in 0) instead of the settings' own.
+        noise_mask_BHW: 1 where the picture may change, 0 where `start_BCHW` is kept; latent resolution. In between, the
+            prediction is mixed with `start_BCHW` at every step, so that the steps' number does not change the mixture.
+        sigmas: a ready schedule (descending) instead of the settings' own.
         on_step: called after every step; an exception from it ends the run.
     Raises:
         ConfigError: sizes, steps or shapes that cannot work, named.
@@ -112,33 +145,52 @@ def sample(
             f"it must be {(B, latent_format.channels, rows, columns)}."
         )
     if sigmas is None:
-        shift = recipe.flow_shift if settings.flow_shift is None else settings.flow_shift
-        sigmas = sampling_sigmas(
-            settings.steps, tokens, tail_bias=settings.tail_bias, flow_shift=shift, denoise=settings.denoise
-        )
-    predict = _Velocity(transformer, positive, negative, settings.guidance, rows, columns, dtypes[recipe.time_dtype])
+        sigmas = settings.sigmas(tokens, recipe)
+    levels = [float(sigma) for sigma in sigmas]
+    _check_part(levels, settings, start_BCHW, noise_mask_BHW)
+    predict: Velocity = _Guided(
+        transformer, positive, negative, settings.guidance, rows, columns, dtypes[recipe.time_dtype]
+    )
 
     shape = (latent_format.channels, rows, columns)
     noise = initial_noise([settings.seed + i for i in range(B)], shape, dtypes[recipe.noise_dtype]).to(device)
+    if not settings.add_noise:
+        noise = torch.zeros_like(noise)
     start = torch.zeros_like(noise) if start_BCHW is None else start_BCHW.to(device, torch.float32)
     mask = None if noise_mask_BHW is None else noise_mask_BHW.to(device, torch.float32)[:, None]
-    steps = len(sigmas) - 1
-    x = _noised(start, noise, float(sigmas[0]))
+    if mask is not None:
+        predict = _Masked(predict, mask, start, noise)
+    solver = SOLVERS[settings.method](levels, predict, recipe.multistep_time)
+    steps = len(levels) - 1
+    x = _noised(start, noise, levels[0])
     for i in range(steps):
-        now, then = float(sigmas[i]), float(sigmas[i + 1])
         x = x.to(dtypes[recipe.latents_dtype]).float()
-        velocity = predict(x, now)
-        denoised = x - now * velocity
-        if settings.method == "heun" and then > 0:
-            # Heun's method (Karras et al. 2022, algorithm 1): average the slopes at both ends of the step.
-            velocity = (velocity + predict(x + (then - now) * velocity, then)) / 2
-        x = x + (then - now) * velocity
-        if mask is not None:
-            x = mask * x + (1 - mask) * _noised(start, noise, then)
-            denoised = mask * denoised + (1 - mask) * start
+        velocity = predict(x, levels[i])
+        denoised = x - levels[i] * velocity
+        x = solver.step(i, x, velocity)
         if on_step is not None:
-            on_step(StepInfo(i + 1, steps, then, denoised))
-    return x
+            on_step(StepInfo(i + 1, steps, levels[i + 1], denoised))
+    if levels[-1] > 0:
+        return x / (1 - levels[-1])
+    return x if mask is None else torch.where(mask == 0, start, x)
+
+
+def _check_part(levels: list[float], settings: SamplingSettings, start: Tensor | None, mask: Tensor | None) -> None:
+    """Raises ConfigError for a run that could not mean anything."""
+    if not levels[-1] < 1:
+        raise ConfigError("The run would end at a noise level of 1, pure noise. Raise end_step.")
+    if settings.add_noise:
+        return
+    if start is None or not levels[0] < 1:
+        raise ConfigError(
+            "Without add_noise a run goes on from latents that have noise in them: link the latents of the first part, "
+            "and set start_step to the first part's end_step."
+        )
+    if mask is not None:
+        raise ConfigError(
+            "A noise mask keeps parts of a clean picture, but without add_noise the latents to start from are noisy. "
+            "Paint masked pictures in one run, or take the mask off."
+        )
 
 
 def _noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
@@ -146,7 +198,24 @@ def _noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return (1 - sigma) * x0 + sigma * noise
 
 
-class _Velocity:
+class _Masked:
+    """The velocity towards a prediction that is `start` where the mask is 0 (the rule of ComfyUI's inpainting).
+
+    The transformer sees the mixture, by the mask, of x and of `start` at the same noise level; its prediction is mixed
+    with `start` in the same way.
+    """
+
+    def __init__(self, velocity: Velocity, mask_B1HW: Tensor, start: Tensor, noise: Tensor):
+        self.velocity, self.mask, self.start, self.noise = velocity, mask_B1HW, start, noise
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        kept = 1 - self.mask
+        seen = self.mask * x + kept * _noised(self.start, self.noise, sigma)
+        denoised = self.mask * (seen - sigma * self.velocity(seen, sigma)) + kept * self.start
+        return (x - denoised) / sigma
+
+
+class _Guided:
     """The guided velocity at one noise level, fp32 in and out."""
 
     def __init__(

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from .errors import ConfigError
+from .spacing import Spacing, spaced_times
 
 FlowShift = Literal["dynamic", "none"] | float
 """`dynamic` shifts by resolution, a number s shifts by s, `none` leaves the spacing as it is."""
@@ -80,20 +81,38 @@ def sampling_sigmas(
     tail_bias: float = 0.0,
     flow_shift: FlowShift = "dynamic",
     denoise: float = 1.0,
+    spacing: Spacing = "linear",
+    start_step: int = 0,
+    end_step: int | None = None,
 ) -> Tensor:
     """The noise levels of a sampling run: fp32 on the CPU, [steps + 1], descending, last one 0.
 
-    linspace(1, 1/N, N) → tail bias → flow shift → 0. With `denoise` d < 1 the schedule is that of N/d steps, of which
-    the last N are taken, so that an image-to-image run has the same step sizes (the host's own convention).
+    Spacing → tail bias → flow shift → 0. With `denoise` d < 1 the schedule is that of N/d steps, of which the last N
+    are taken, so that an image-to-image run has the same step sizes (the host's own convention). `start_step` and
+    `end_step` take a part of that, from one level to another, counted from 0 (an `end_step` beyond the last is the
+    last); a part that ends early ends above 0.
+
+    Raises ConfigError for steps, strengths and parts that cannot be.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise ConfigError(f"The number of steps is {steps}; it must be between 1 and {MAX_STEPS}.")
     if not 0 < denoise <= 1:
         raise ConfigError(f"The denoise strength is {denoise}; it must be above 0 and at most 1.")
     total = max(steps, int(steps / denoise))
-    t = torch.linspace(1, 1 / total, total, dtype=torch.float64)
+    t = spaced_times(total, spacing)
+    if len(t) < steps:
+        raise ConfigError(
+            f"The spacing {spacing!r} has {len(t)} different noise levels for {steps} steps. Take fewer steps, or the "
+            "spacing 'linear'."
+        )
+    end = steps if end_step is None else min(end_step, steps)
+    if not 0 <= start_step < end:
+        raise ConfigError(
+            f"Steps {start_step} to {end} of {steps} are none to run; start_step must be 0 or more and below end_step."
+        )
     sigmas = apply_flow_shift(apply_tail_bias(t, tail_bias), flow_shift, image_tokens)
-    return torch.cat([sigmas, sigmas.new_zeros(1)])[-(steps + 1) :].float()
+    sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])[-(steps + 1) :].float()
+    return sigmas[start_step : end + 1]
 
 
 @dataclass(frozen=True)

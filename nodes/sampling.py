@@ -11,13 +11,25 @@ from ..chroma_core.errors import ConfigError
 from ..chroma_core.latents import FLUX_LATENTS, LatentFormat, snap_size
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
 from ..chroma_core.pictures import preview_image
-from ..chroma_core.recipe import RECIPES, Recipe
+from ..chroma_core.recipe import RECIPES, Recipe, parse_overrides
 from ..chroma_core.recipe import recipe as find_recipe
 from ..chroma_core.sampling import Method, SamplingSettings, StepInfo, sample
-from ..chroma_core.schedule import FlowShift, sampling_sigmas
+from ..chroma_core.spacing import Spacing
 from . import host
+from .schedule import (
+    DENOISE_TIP,
+    END_STEP_TIP,
+    SHIFT_TIP,
+    SHIFT_VALUE_TIP,
+    SHIFTS,
+    SPACING_TIP,
+    START_STEP_TIP,
+    TAIL_BIAS_TIP,
+    flow_shift_of,
+)
 from .sockets import (
     MAX_SEED,
+    OURS,
     ChromaModel,
     crop_latents,
     encoder_of,
@@ -27,20 +39,6 @@ from .sockets import (
     schema,
     to_conditioning,
 )
-
-SHIFTS = ["dynamic", "constant", "none"]
-_TAIL_BIAS = (
-    "0: even steps. Towards 1, steps crowd at both ends: composition and fine detail get more, the middle fewer."
-)
-_SHIFT = "dynamic: by resolution. constant: by flow_shift_value. none: no shift."
-_SHIFT_VALUE = "The shift s of σ' = sσ / (1 + (s − 1)σ), read when flow_shift is constant. 1 shifts nothing."
-_DENOISE = "Below 1, start from the latent with that much noise on it instead of from pure noise."
-
-
-def flow_shift_of(choice: str, value: float) -> FlowShift | None:
-    """The core's flow shift from the two widgets; None leaves it to the recipe."""
-    choices: dict[str, FlowShift | None] = {"recipe": None, "constant": value, "dynamic": "dynamic", "none": "none"}
-    return choices[choice]
 
 
 class ChromaEmptyLatent(io.ComfyNode):
@@ -118,12 +116,12 @@ class ChromaSampler(io.ComfyNode):
                     step=0.1,
                     tooltip="How strongly to follow the prompt. 1 or less: one pass a step, twice as fast (flash).",
                 ),
-                io.Float.Input("tail_bias", default=0.0, min=0.0, max=1.0, step=0.05, tooltip=_TAIL_BIAS),
+                io.Float.Input("tail_bias", default=0.0, min=0.0, max=1.0, step=0.05, tooltip=TAIL_BIAS_TIP),
                 io.Combo.Input(
                     "flow_shift",
                     options=["recipe", *SHIFTS],
                     default="recipe",
-                    tooltip=f"recipe: what the recipe says. {_SHIFT}",
+                    tooltip=f"recipe: what the recipe says. {SHIFT_TIP}",
                     optional=True,
                     advanced=True,
                 ),
@@ -133,7 +131,7 @@ class ChromaSampler(io.ComfyNode):
                     min=0.01,
                     max=100.0,
                     step=0.05,
-                    tooltip=_SHIFT_VALUE,
+                    tooltip=SHIFT_VALUE_TIP,
                     optional=True,
                     advanced=True,
                 ),
@@ -141,17 +139,44 @@ class ChromaSampler(io.ComfyNode):
                     "method",
                     options=list(get_args(Method)),
                     default="euler",
-                    tooltip="heun is more exact and takes twice as long.",
+                    tooltip="euler is what previews use by default. heun is more exact and takes twice as long. "
+                    "dpmpp_2m and unipc are more exact at euler's cost: for few steps.",
                     optional=True,
                     advanced=True,
                 ),
-                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=_DENOISE),
+                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=DENOISE_TIP),
                 io.Combo.Input(
                     "recipe",
                     options=list(RECIPES),
                     default="canonical",
                     tooltip="How text, noise and time are computed: canonical follows the model's author; the "
                     "others reproduce what ComfyUI, ai-toolkit or diffusers paint.",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Combo.Input(
+                    "spacing",
+                    options=list(get_args(Spacing)),
+                    default="linear",
+                    tooltip=SPACING_TIP,
+                    optional=True,
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "start_step", default=0, min=0, max=149, tooltip=START_STEP_TIP, optional=True, advanced=True
+                ),
+                io.Int.Input("end_step", default=0, min=0, max=150, tooltip=END_STEP_TIP, optional=True, advanced=True),
+                io.Boolean.Input(
+                    "add_noise",
+                    default=True,
+                    tooltip="Off: the latent has noise in it already, left by a sampler that stopped at end_step.",
+                    optional=True,
+                    advanced=True,
+                ),
+                io.String.Input(
+                    "recipe_overrides",
+                    default="",
+                    tooltip="Fields of the recipe to change, e.g. noise_dtype=bf16, flow_shift=3.0.",
                     optional=True,
                     advanced=True,
                 ),
@@ -175,11 +200,19 @@ class ChromaSampler(io.ComfyNode):
         flow_shift_value=1.0,
         method="euler",
         recipe="canonical",
+        spacing="linear",
+        start_step=0,
+        end_step=0,
+        add_noise=True,
+        recipe_overrides="",
     ) -> io.NodeOutput:
         shift = flow_shift_of(flow_shift, flow_shift_value)
-        settings = SamplingSettings(steps, guidance, seed, tail_bias, shift, method, denoise)
+        settings = SamplingSettings(
+            steps, guidance, seed, tail_bias, shift, method, denoise, spacing, start_step, end_step or None, add_noise
+        )
+        rules = find_recipe(recipe, parse_overrides(recipe_overrides))
         with host.working():
-            return io.NodeOutput(_sample(model, positive, negative, latent, settings, find_recipe(recipe)))
+            return io.NodeOutput(_sample(model, positive, negative, latent, settings, rules))
 
 
 def _sample(
@@ -194,8 +227,7 @@ def _sample(
     device = host.device()
     format_ = FLUX_LATENTS
     samples, notice = crop_latents(latent, format_, recipe.size_multiple)
-    if notice:
-        host.say(notice)
+    host.say(f"{notice}\nRecipe {recipe.describe()}".strip())
     B, _, rows, columns = samples.shape
     mask = noise_mask(latent, recipe.size_multiple // format_.downscale)
     matrix = host.components.preview_matrix(model.spec, device) if host.wants_previews() else None
@@ -204,7 +236,7 @@ def _sample(
         negative = _encoded_for(recipe, negative) if negative else _empty(recipe, positive)
     else:
         negative = None
-    progress = host.Progress(settings.steps)
+    progress = host.Progress(settings.run_steps)
 
     def on_step(info: StepInfo) -> None:
         picture = None if matrix is None else preview_image(info.denoised_BCHW, matrix)
@@ -227,6 +259,7 @@ def _sample(
             on_step=on_step,
         )
     result = {**latent, "samples": format_.to_vae(x).to(samples.device)}
+    result[OURS] = {"recipe": recipe.to_dict(), "settings": settings.to_dict()}
     result.pop("downscale_ratio_spacial", None)  # the host's empty latents carry it for models of another ratio
     if mask is not None:
         result["noise_mask"] = mask[:, None]
@@ -253,47 +286,4 @@ def _encode(text: str, spec: ModelSpec, recipe: Recipe) -> list:
     return to_conditioning(host.components.text_encoder(spec, host.device()).encode(text, recipe), spec, recipe)
 
 
-class ChromaTailSigmas(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="ChromaTailSigmas",
-            display_name="Chroma Tail Sigmas",
-            description="Chroma Sampler's schedule as SIGMAS, for the host's SamplerCustomAdvanced.",
-            search_aliases=["chroma scheduler", "sigmas", "tail bias", "flow shift"],
-            inputs=[
-                io.Int.Input("steps", default=25, min=1, max=150, tooltip="Steps that the sampler takes."),
-                io.Float.Input("tail_bias", default=0.5, min=0.0, max=1.0, step=0.05, tooltip=_TAIL_BIAS),
-                io.Combo.Input("flow_shift", options=SHIFTS, default="dynamic", tooltip=_SHIFT),
-                io.Float.Input("flow_shift_value", default=1.0, min=0.01, max=100.0, step=0.05, tooltip=_SHIFT_VALUE),
-                io.Int.Input(
-                    "width",
-                    default=1024,
-                    min=32,
-                    max=4096,
-                    step=32,
-                    tooltip="Of the picture; the dynamic shift needs it.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=1024,
-                    min=32,
-                    max=4096,
-                    step=32,
-                    tooltip="Of the picture; the dynamic shift needs it.",
-                ),
-                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=_DENOISE),
-            ],
-            outputs=[io.Sigmas.Output("sigmas", tooltip="Noise levels from 1 to 0.")],
-        )
-
-    @classmethod
-    def execute(cls, steps, tail_bias, flow_shift, flow_shift_value, width, height, denoise) -> io.NodeOutput:
-        width, height = snap_size(width, height)
-        shift = flow_shift_of(flow_shift, flow_shift_value)
-        assert shift is not None
-        sigmas = sampling_sigmas(steps, width * height // 256, tail_bias=tail_bias, flow_shift=shift, denoise=denoise)
-        return io.NodeOutput(sigmas)
-
-
-NODES = [ChromaEmptyLatent, ChromaSampler, ChromaTailSigmas]
+NODES = [ChromaEmptyLatent, ChromaSampler]

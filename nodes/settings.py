@@ -7,13 +7,15 @@ from typing import Any, get_args
 from comfy_api.latest import io
 
 from ..chroma_core.lora.adapters import AdapterKind
-from ..chroma_core.recipe import RECIPES
+from ..chroma_core.recipe import RECIPES, parse_overrides
+from ..chroma_core.sampling import Method
 from ..chroma_core.schedule import SigmaDraw, SigmaRemap
+from ..chroma_core.spacing import Spacing
 from ..chroma_core.text import TextPadding
 from ..chroma_core.training.lr import LrSchedule
 from ..chroma_core.training.objective import LossKind
 from ..chroma_core.training.optimizers import OptimizerName
-from .sampling import SHIFTS, flow_shift_of
+from .schedule import SHIFTS, flow_shift_of
 from .sockets import MAX_SEED, ChromaTrainingType, schema
 
 ADVANCED: dict[str, Any] = {"optional": True, "advanced": True}
@@ -268,6 +270,35 @@ class ChromaTrainingSettings(io.ComfyNode):
                     "not read; use a learning rate of 1e-6 to 1e-5.",
                     **ADVANCED,
                 ),
+                io.Combo.Input(
+                    "preview_method",
+                    options=list(get_args(Method)),
+                    default="euler",
+                    tooltip="How previews are sampled; see Chroma Sampler.",
+                    **ADVANCED,
+                ),
+                io.Combo.Input(
+                    "preview_spacing",
+                    options=list(get_args(Spacing)),
+                    default="linear",
+                    tooltip="How a preview's steps lie between noise and picture; see Chroma Sampler.",
+                    **ADVANCED,
+                ),
+                io.Float.Input(
+                    "preview_tail_bias",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Towards 1, a preview's steps crowd at both ends; see Chroma Sampler.",
+                    **ADVANCED,
+                ),
+                io.String.Input(
+                    "recipe_overrides",
+                    default="",
+                    tooltip="Fields of the recipe to change, e.g. noise_dtype=bf16, flow_shift=3.0.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[ChromaTrainingType.Output("settings", tooltip="For Chroma Train LoRA.")],
         )
@@ -285,7 +316,8 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
         "lr_power", "checkpointing_interval", "compile", "checkpoint_minutes", "keep_best",
     )  # fmt: skip
     objective = ("loss", "huber_delta", "prior_weight", "noise_offset", "pair_noise", "text_padding")
-    previews = ("steps", "guidance", "seed", "width", "height", "negative")
+    previews = ("steps", "guidance", "seed", "width", "height", "negative", "method", "spacing", "tail_bias")
+    overrides = parse_overrides(inputs.get("recipe_overrides", ""))
     patterns = [line.strip() for line in inputs["target_patterns"].splitlines() if line.strip()]
     adapter = {
         **{field: inputs[name] for name, field in ADAPTER.items() if name in inputs},
@@ -300,6 +332,7 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: inputs[name] for name in plain if name in inputs},
         **kind,
+        **({"recipe_overrides": overrides} if overrides else {}),
         "objective": {
             **{name: inputs[name] for name in objective if name in inputs},
             "draw": inputs["sigma_draw"],
@@ -309,7 +342,7 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
             "minimum": inputs["sigma_minimum"],
             "maximum": inputs["sigma_maximum"],
         },
-        "previews": {name: inputs[f"preview_{name}"] for name in previews},
+        "previews": {name: inputs[f"preview_{name}"] for name in previews if f"preview_{name}" in inputs},
     }
 
 

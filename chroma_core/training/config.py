@@ -24,6 +24,7 @@ from ..precision import precision
 from ..recipe import Recipe, recipe
 from ..sampling import Method, SamplingSettings
 from ..schedule import FlowShift, SigmaDraw, SigmaRemap, SigmaSettings, parse_flow_shift
+from ..spacing import Spacing
 from ..text import TextPadding, apply_trigger
 from .full_config import FullConfig, check_full, with_default_rate
 from .lr import LrSchedule, Schedule
@@ -123,7 +124,8 @@ class PreviewConfig(Settings):
     """Pictures made during training: at step 0, every `every` steps (0: only when asked for) and at the end.
 
     A prompt is a text, or a table with settings of its own. `width` and `height` 0 mean the flavour's size. `[trigger]`
-    in a prompt becomes the data set's trigger word. Prompt i uses `seed` + i unless it has its own.
+    in a prompt becomes the data set's trigger word. Prompt i uses `seed` + i unless it has its own. Without a
+    `flow_shift` of their own previews take the recipe's.
     """
 
     prompts: tuple[str | PreviewPrompt, ...] = ()
@@ -136,6 +138,13 @@ class PreviewConfig(Settings):
     height: int = Field(default=0, ge=0)
     tail_bias: float = Field(default=0.0, ge=0, le=1)
     method: Method = "euler"
+    spacing: Spacing = "linear"
+    flow_shift: FlowShift | None = None
+
+    @field_validator("flow_shift", mode="before")
+    @classmethod
+    def _read_shift(cls, value: str | float | None) -> FlowShift | None:
+        return None if value is None else parse_flow_shift(value)
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -176,6 +185,7 @@ class TrainingConfig(Settings):
     objective: ObjectiveConfig = ObjectiveConfig()
     previews: PreviewConfig = PreviewConfig()
     recipe: str = "canonical"
+    recipe_overrides: dict[str, str | int | float] = {}
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=1, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
@@ -221,6 +231,7 @@ class TrainingConfig(Settings):
     def parse(cls, data: Any) -> Self:
         """Validate, including what only shows when options are taken together. Raises ConfigError, one paragraph."""
         config = super().parse(data)
+        config.recipe_value()
         config.objective.sigmas()
         config.objective.settings()
         config.lora.settings()
@@ -282,7 +293,7 @@ class TrainingConfig(Settings):
 
     def recipe_value(self) -> Recipe:
         """The recipe that text states and previews follow."""
-        return recipe(self.recipe)
+        return recipe(self.recipe, self.recipe_overrides)
 
     def preview_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
         """Width and height of previews in pixels, as they come out. Raises ConfigError."""
@@ -305,6 +316,8 @@ class TrainingConfig(Settings):
                 seed=shared.seed + i if own.seed is None else own.seed,
                 tail_bias=shared.tail_bias,
                 method=shared.method,
+                spacing=shared.spacing,
+                flow_shift=shared.flow_shift,
             )
             negative = shared.negative if own.negative is None else own.negative
             found.append(

@@ -66,6 +66,44 @@ def test_lora_and_strength(folder, lora_file, tmp_path):
     assert Image.open(with_lora).tobytes() != Image.open(plain).tobytes() == Image.open(none).tobytes()
 
 
+def test_schedule_method_and_recipe_reach_the_sampler(folder, tmp_path, capsys):
+    options = ["--method", "dpmpp_2m", "--spacing", "beta", "--recipe", "comfyui", "--steps", "3"]
+    changes = ["--recipe-set", "visible_padding=1", "--recipe-set", "flow_shift=3"]
+    (path,) = sample(folder, tmp_path, "--prompt", "red", *options, *changes)
+    record = read_record(path)
+    assert record is not None and record["recipe"]["flow_shift"] == 3.0 and record["recipe"]["visible_padding"] == 1
+    assert (record["settings"]["method"], record["settings"]["spacing"]) == ("dpmpp_2m", "beta")
+    line = "recipe comfyui with visible_padding=1, flow_shift=3.0: text_attention=unpadded, visible_padding=1"
+    assert line in capsys.readouterr().err
+    (plain,) = sample(folder, tmp_path, "--prompt", "red", "--steps", "3")
+    assert Image.open(plain).tobytes() != Image.open(path).tobytes()
+
+
+def test_a_picture_to_start_from_and_a_mask(folder, tmp_path):
+    (source,) = sample(folder, tmp_path, "--prompt", "red", "--height", "96")
+    start = ["--prompt", "blue", "--image", str(source), "--seed", "9"]
+    arguments = ["sample", "--folder", folder, "--precision", "fp32", "--device", "cpu", "--output", str(tmp_path)]
+    mask = Image.new("L", (64, 96), 0)
+    mask.save(tmp_path / "mask.bmp")
+    assert main([*arguments, *start, "--steps", "3", "--denoise", "0.3", "--mask", str(tmp_path / "mask.bmp")]) == 0
+    assert main([*arguments, *start, "--steps", "3", "--start-step", "2"]) == 0
+    assert main([*arguments, *start, "--steps", "3"]) == 0
+    kept, some, none = (Image.open(tmp_path / f"chroma-9{end}.png") for end in ("", "-2", "-3"))
+    assert kept.size == (64, 96)
+    record = read_record(tmp_path / "chroma-9.png")
+    assert record is not None and (record["image"], record["mask"]) == (source.name, "mask.bmp")
+
+    def difference(a, b):
+        return (to_tensor(a) - to_tensor(b)).abs().mean()
+
+    # Nothing may change under a black mask, so what is left is the VAE's own loss; the other two go further away.
+    start_from = to_tensor(Image.open(source))
+    model = vae()
+    with torch.no_grad():
+        again = to_pictures(model.decode(model.encode(start_from).latent_dist.mean).sample)[0]  # type: ignore[union-attr]
+    assert difference(kept, again) < 0.01 < difference(some, again) < difference(none, again)
+
+
 def test_inspect_lora(lora_file, capsys):
     assert main(["inspect-lora", lora_file, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -92,6 +130,10 @@ def trained_lora_names():
         (["--prompt", "a", "--lora", "x@strong"], "must be a number"),
         (["--prompt", "a", "--flow-shift", "-2"], "flow shift"),
         (["--prompt", "a", "--device", "warp"], "not a device"),
+        (["--prompt", "a", "--recipe-set", "noise=bf16"], "no field 'noise'"),
+        (["--prompt", "a", "--denoise", "0.5"], "--image"),
+        (["--prompt", "a", "--image", "missing.png"], "cannot be read"),
+        (["--prompt", "a", "--end-step", "0"], "none to run"),
     ],
 )
 def test_bad_input_is_one_paragraph(folder, tmp_path, capsys, arguments, message):

@@ -115,7 +115,7 @@ class Curved(Flow):
 def test_heun_is_second_order():
     """Halving the step divides Euler's error by about 2 and Heun's by about 4."""
     noise = initial_noise([5], (16, 12, 8))
-    exact = noise * torch.exp(torch.tensor((0.25**2 - 1) / 2))
+    exact = noise * torch.exp(torch.tensor((0.25**2 - 1) / 2)) / (1 - 0.25)  # noise left: x / (1 − σ)
 
     def error(method, steps):
         sigmas = torch.linspace(1, 0.25, steps + 1)

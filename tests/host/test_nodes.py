@@ -21,6 +21,7 @@ from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.components import load_vae
 from chroma_core.loading.spec import ModelHandle, ModelSpec
 from chroma_core.pictures import decode, to_tensor
+from chroma_core.recipe import recipe
 from chroma_core.sampling import SamplingSettings, sample
 from chroma_core.schedule import sampling_sigmas
 from prompts import finish, node, text_to_image
@@ -198,3 +199,35 @@ def test_the_vae_encodes_as_diffusers_does(pack_host: ModuleType):
         z = ours.encode((pixels_B3HW.permute(0, 2, 3, 1) + 1) / 2)
         expected = reference.encode(pixels_B3HW).latent_dist.mean
     assert (z - expected).abs().max() <= 1e-3
+
+
+def latent_of(server: Host, prompt: dict, name: str) -> torch.Tensor:
+    """The latents of the prompt's sampler, through the host's own Save Latent."""
+    prompt = {k: v for k, v in prompt.items() if k not in ("decode", "save")}
+    prompt["keep"] = node("SaveLatent", samples=["sample", 0], filename_prefix=f"parts/{name}")
+    server.run(prompt)
+    return load_file(max((server.base / "output" / "parts").glob(f"{name}_*")))["latent_tensor"]
+
+
+def test_two_parts_are_the_whole_run(server: Host):
+    whole = latent_of(server, text_to_image(seed=8, steps=6), "whole")
+    prompt = text_to_image(seed=8, steps=6, start_step=4, add_noise=False)
+    prompt["first"] = {**prompt["sample"], "inputs": dict(prompt["sample"]["inputs"])}
+    prompt["first"]["inputs"].update(start_step=0, end_step=4, add_noise=True)
+    prompt["sample"]["inputs"]["latent"] = ["first", 0]
+    parts = latent_of(server, prompt, "parts")
+    assert (parts - whole).abs().max() <= 1e-4
+
+
+def test_methods_spacing_and_overrides_reach_the_sampler(server: Host):
+    options = {"seed": 8, "steps": 5, "method": "dpmpp_2m", "spacing": "beta"}
+    seen = latent_of(server, text_to_image("a red star", **options, recipe_overrides="visible_padding=0"), "options")
+    rules, cache = recipe("canonical", {"visible_padding": 0}), ComponentCache()
+    encoder = cache.text_encoder(TINY, "cpu")
+    with cache.transformer(ModelHandle(TINY), "cpu") as transformer:
+        settings = SamplingSettings(5, 3.0, 8, method="dpmpp_2m", spacing="beta")
+        prompts = [encoder.encode("a red star", rules)], encoder.encode("", rules)
+        x = sample(transformer, *prompts, width=64, height=64, settings=settings, recipe=rules)
+    assert torch.equal(seen, LatentFormat().to_vae(x))
+    failed = server.wait(server.post_prompt(text_to_image(recipe_overrides="noise=bf16")), check=False)
+    assert "no field 'noise'" in failed["status"]["messages"][-1][1]["exception_message"]

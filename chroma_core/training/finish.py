@@ -12,12 +12,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..files import slug, write_atomic
 from ..lora.adapters import trained_lora
+from ..lora.convert import JOB_KEY
 from ..lora.formats import LoraFile, write_lora
 from ..transformer import ChromaTransformer
 from .checkpoint import Progress
 from .config import TrainingConfig
-
-JOB_KEY = "chromakit.job_id"
 
 
 def lora_metadata(config: TrainingConfig, progress: Progress, base_sha256: str, pictures: int) -> dict[str, str]:

@@ -118,10 +118,9 @@ def _cast(name: str, module: AdapterModule, dtype: torch.dtype | None) -> Adapte
 
 
 def _notes(source: Path, lora: LoraFile, dialect: str, dtype: str, path: Path) -> tuple[str, ...]:
-    notes = [
-        f"{source.name} ({lora.dialect}, {len(lora.modules)} layers) → {path.name if dialect != 'peft' else path.parent}"
-        f" ({dialect}{'' if dtype == 'keep' else f', {dtype}'})."
-    ]
+    form = dialect if dtype == "keep" else f"{dialect}, {dtype}"
+    made = f"{path.parent.name}/{path.name}" if dialect == "peft" else path.name
+    notes = [f"{source.name} ({lora.dialect}, {len(lora.modules)} layers) → {made} ({form})."]
     style = STYLES[dialect]  # type: ignore[index]
     scales = {module.scale for module in lora.modules.values() if isinstance(module, LoraModule)}
     if style.alpha == "folded" and scales != {1.0}:

@@ -33,6 +33,7 @@ __all__ = [
     "lora_of",
     "quoted",
     "read_lora",
+    "read_metadata",
     "write_lora",
     "written_path",
 ]
@@ -90,11 +91,12 @@ def written_path(path: Path | str, dialect: str) -> Path:
 
 
 def read_lora(path: Path | str) -> LoraFile:
-    """Read a LoRA in any of the dialects in `dialects`, also a folder of PEFT's; tensors on the CPU, as stored (8-bit floats become fp32).
+    """Read a LoRA in any of the dialects in `dialects`, also a folder of PEFT's.
 
+    Its tensors are on the CPU, as stored (8-bit floats become fp32).
     Fused layers of the original layout (`qkv`, `linear1`) are split exactly: every part shares `down` and takes its own
-    rows of `up`, of the magnitudes or of the Kronecker product. Keys that are no part of a Chroma LoRA are listed in
-    `unmatched`.
+    rows of `up` (of a block-diagonal one only the columns that are its own), of the magnitudes or of the Kronecker
+    product. Keys that are no part of a Chroma LoRA are listed in `unmatched`.
     Raises LoraError, saying what was found, for an absent, damaged or pickled file, a whole model, another kind of
     adapter (LoHa, OFT, …), or a file none of whose keys is Chroma's.
     """
@@ -102,7 +104,7 @@ def read_lora(path: Path | str) -> LoraFile:
     if (path / PEFT_WEIGHTS).is_file():
         path /= PEFT_WEIGHTS
     if not path.is_file():
-        raise LoraError(f"There is no LoRA file '{path}'. Check the name, and the folder that it is looked up in.")
+        raise LoraError(_absent(path))
     try:
         with torch.inference_mode(False), safe_open(path, framework="pt") as file:
             keys = list(file.keys())
@@ -115,6 +117,20 @@ def read_lora(path: Path | str) -> LoraFile:
     return assemble(path, keys, tensors, metadata)
 
 
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """The header of a LoRA file alone. Raises LoraError for a file that is absent or no safetensors."""
+    path = Path(path)
+    if (path / PEFT_WEIGHTS).is_file():
+        path /= PEFT_WEIGHTS
+    if not path.is_file():
+        raise LoraError(_absent(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoraError(_unreadable(path, error)) from error
+
+
 def lora_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoraFile:
     """A LoRA from the tensors of a file, without the file. Raises LoraError as `read_lora` does."""
     name = Path("the LoRA")
@@ -122,6 +138,10 @@ def lora_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
     with torch.inference_mode(False):
         held = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items() if part_of(key) is not None}
         return assemble(name, list(tensors), held, dict(metadata or {}))
+
+
+def _absent(path: Path) -> str:
+    return f"There is no LoRA file '{path}'. Check the name, and the folder that it is looked up in."
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -27,7 +27,7 @@ _ROWS = {
     "single mlp in": "proj_mlp",
     "single out": "proj_out",
 }
-"""Rows of the picture and what a layer of a block is called there. The single blocks' q, k, v are those of the image."""
+"""Rows of the picture, and what a layer of a block is called. The single blocks' q, k, v stand in the image's rows."""
 
 _BACKGROUND, _EMPTY, _INK = (24, 24, 27), (39, 39, 42), (212, 212, 216)
 _RAMP = ((30, 41, 90), (37, 99, 235), (34, 197, 150), (250, 204, 21), (255, 246, 214))

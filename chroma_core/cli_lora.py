@@ -34,7 +34,7 @@ def add_lora_commands(commands) -> None:
     convert = commands.add_parser("convert-lora", help="write a LoRA in the names of another program")
     convert.add_argument("file", type=Path, help="a .safetensors file, or a folder of PEFT's")
     convert.add_argument("--to", required=True, choices=DIALECTS, metavar="DIALECT", help=", ".join(DIALECTS))
-    convert.add_argument("--output", type=Path, default=None, help="the file to write (default: beside the source)")
+    convert.add_argument("--output", type=Path, default=None, help="file, or folder to write into (default: beside)")
     convert.add_argument("--dtype", default="keep", choices=list(DTYPES), help="number format (default: keep)")
     convert.set_defaults(run=_convert)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import bridge, dataset, host, loaders, lora, routes, sampling, settings, text, training
+from . import bridge, dataset, host, loaders, lora, routes, sampling, settings, text, tools, training
 
 
 class ChromaKitExtension(ComfyExtension):
@@ -14,6 +14,5 @@ class ChromaKitExtension(ComfyExtension):
         routes.register(host.server_routes())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            node for room in (loaders, text, sampling, bridge, lora, dataset, settings, training) for node in room.NODES
-        ]
+        rooms = (loaders, text, sampling, bridge, lora, dataset, settings, training, tools)
+        return [node for room in rooms for node in room.NODES]

@@ -42,15 +42,16 @@ def convert_lora(
     dialect: Dialect | str,
     output: Path | str | None = None,
     dtype: str = "keep",
-    replace_own: bool = True,
 ) -> Conversion:
     """Read a LoRA of any dialect and write it in another one; the source is not touched.
 
+    Where this very conversion of the same content lies already, it stays and is returned.
+
     Args:
-        output: the file to write (PEFT: a folder); default: beside the source, `<name>-<dialect>`. When something else
-            lies there, -2, -3 … is added to a default name, and a name that was given is an error.
+        output: the file to write (PEFT: a folder), or an existing folder to write into; default: beside the source.
+            The default name is `<name>-<dialect>`, with -2, -3 … when another file has it; a name that was given and
+            is taken is an error.
         dtype: `keep`, `fp32`, `bf16` or `fp16`. Magnitudes of a DoRA are kept as they are.
-        replace_own: whether an earlier conversion of the same file to the same form may be replaced.
     Raises:
         LoraError: unreadable; a kind that the dialect cannot hold; foreign keys, which would be lost; numbers too large
             for fp16; a file in the way.
@@ -70,18 +71,20 @@ def convert_lora(
     origin = {"file": source.name, "sha256": sha256_file(file), "dialect": lora.dialect, "to": dialect, "dtype": dtype}
     if JOB_KEY in lora.metadata:
         origin["job_id"] = lora.metadata[JOB_KEY]
-    path = _place(source, dialect, output, origin if replace_own else None)
+    path = _place(source, dialect, output, origin)
     modules = {name: _cast(name, module, DTYPES[dtype]) for name, module in lora.modules.items()}
     header = {key: value for key, value in lora.metadata.items() if key != JOB_KEY}
     header[CONVERTED_KEY] = json.dumps(origin)
     converted = LoraFile(modules, header)
-    written_to = write_lora(path, converted, dialect)
-    return Conversion(written_to, read_lora(written_to), _notes(source, lora, dialect, dtype, written_to))
+    if not path.exists():
+        write_lora(path, converted, dialect)
+    return Conversion(path, read_lora(path), _notes(source, lora, dialect, dtype, path))
 
 
-def _place(source: Path, dialect: str, output: Path | str | None, origin: dict[str, Any] | None) -> Path:
-    """Where to write. Only a file that is this very conversion already is written again."""
-    if output is not None:
+def _place(source: Path, dialect: str, output: Path | str | None, origin: dict[str, Any]) -> Path:
+    """Where to write: a name that is free, or where this very conversion lies already."""
+    into = Path(output) if output is not None and Path(output).is_dir() else None
+    if output is not None and into is None:
         path = written_path(Path(output), dialect)
         if path.suffix != ".safetensors":
             raise LoraError(f"'{output}' is no name for a LoRA: it must end in .safetensors.")
@@ -89,7 +92,7 @@ def _place(source: Path, dialect: str, output: Path | str | None, origin: dict[s
             raise LoraError(f"'{path}' exists already and is another file. Choose another name, or remove it first.")
         return path
     stem = source.parent.name if source.name == PEFT_WEIGHTS else source.stem
-    folder = source.parent.parent if source.name == PEFT_WEIGHTS else source.parent
+    folder = into or (source.parent.parent if source.name == PEFT_WEIGHTS else source.parent)
     number = 1
     while True:
         path = written_path(folder / f"{stem}-{dialect}{'' if number == 1 else f'-{number}'}.safetensors", dialect)
@@ -98,9 +101,7 @@ def _place(source: Path, dialect: str, output: Path | str | None, origin: dict[s
         number += 1
 
 
-def _is_that(path: Path, origin: dict[str, Any] | None) -> bool:
-    if origin is None:
-        return False
+def _is_that(path: Path, origin: dict[str, Any]) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {}).get(CONVERTED_KEY, "null")) == origin

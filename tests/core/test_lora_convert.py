@@ -81,6 +81,8 @@ def test_foreign_files_are_never_overwritten_and_own_ones_do_not_pile_up(source,
     with pytest.raises(LoraError, match="exists already"):
         convert_lora(source, "kohya", source)
     assert convert_lora(source, "peft").path == tmp_path / "mine-peft" / "adapter_model.safetensors"
+    (tmp_path / "into").mkdir()
+    assert convert_lora(source, "kohya", tmp_path / "into").path == tmp_path / "into" / "mine-kohya.safetensors"
     again = convert_lora(tmp_path / "mine-peft", "onetrainer")
     assert again.path.parent == tmp_path and equal(again.lora, read_lora(source))
 

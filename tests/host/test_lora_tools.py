@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from PIL import Image
 
 from _host import Host
 from chroma_core.loading.components import transformer_outline
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.formats import read_lora, write_lora
 from chroma_core.lora.modules import LoraFile
+from chroma_core.pictures import png_bytes
 from lora_cases import equal, random_lora
 from prompts import load, node
 
@@ -23,6 +25,20 @@ def lora(server: Host) -> str:
     path = server.base / "output" / "loras" / "from elsewhere.safetensors"
     write_lora(path, LoraFile(made.modules, OTHER_BASE))
     return path.name
+
+
+def test_the_host_reads_a_picture_that_carries_our_record(server: Host):
+    """A training preview: its text chunk is of our name, so neither the host nor its page takes it for a workflow."""
+    record = {"prompt": "ä sks emblem", "recipe": {"name": "canonical"}}
+    (server.base / "input" / "preview.png").write_bytes(png_bytes(Image.new("RGB", (64, 32), (9, 8, 7)), record))
+    prompt = {
+        "read": node("LoadImage", image="preview.png"),
+        "save": node("SaveImage", images=["read", 0], filename_prefix="t"),
+    }
+    (picture,) = server.images(server.run(prompt))
+    assert picture.size == (64, 32) and picture.getpixel((0, 0)) == (9, 8, 7)
+    with Image.open(server.base / "input" / "preview.png") as ours:
+        assert set(ours.info) == {"chromakit"} and json.loads(ours.info["chromakit"]) == record
 
 
 def shown(history: dict, key: str) -> str:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import LoraError
 from ..files import sha256_file
-from .assembly import PEFT_WEIGHTS
+from .assembly import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import read_lora, write_lora, written_path
 from .modules import AdapterModule, LoraFile, LoraModule, quoted
 from .writing import STYLES, Dialect
@@ -88,7 +88,7 @@ def _place(source: Path, dialect: str, output: Path | str | None, origin: dict[s
         path = written_path(Path(output), dialect)
         if path.suffix != ".safetensors":
             raise LoraError(f"'{output}' is no name for a LoRA: it must end in .safetensors.")
-        if path.exists() and not _is_that(path, origin):
+        if _taken(path, dialect) and not _is_that(path, origin):
             raise LoraError(f"'{path}' exists already and is another file. Choose another name, or remove it first.")
         return path
     stem = source.parent.name if source.name == PEFT_WEIGHTS else source.stem
@@ -96,9 +96,14 @@ def _place(source: Path, dialect: str, output: Path | str | None, origin: dict[s
     number = 1
     while True:
         path = written_path(folder / f"{stem}-{dialect}{'' if number == 1 else f'-{number}'}.safetensors", dialect)
-        if not path.exists() or _is_that(path, origin):
+        if not _taken(path, dialect) or _is_that(path, origin):
             return path
         number += 1
+
+
+def _taken(path: Path, dialect: str) -> bool:
+    """Whether writing there would replace a file; PEFT's form is two of them."""
+    return path.exists() or (dialect == "peft" and path.with_name(PEFT_CONFIG).exists())
 
 
 def _is_that(path: Path, origin: dict[str, Any]) -> bool:

@@ -31,7 +31,7 @@ _ROWS = {
 
 _BACKGROUND, _EMPTY, _INK = (24, 24, 27), (39, 39, 42), (212, 212, 216)
 _RAMP = ((30, 41, 90), (37, 99, 235), (34, 197, 150), (250, 204, 21), (255, 246, 214))
-_CELL, _LEFT, _TOP, _FOOT, _GAP = 14, 108, 34, 44, 10
+_CELL, _LEFT, _TOP, _FOOT, _GAP = 14, 108, 34, 50, 10
 
 
 def update_norm(module: AdapterModule) -> float:
@@ -75,7 +75,7 @@ def heat_map(norms: Mapping[str, float]) -> Image.Image:
     draw = ImageDraw.Draw(image)
     font = ImageFont.load_default(11)
     highest = max(norms.values(), default=0.0)
-    draw.text((8, 8), f"size of the change per layer, black 0 to bright {highest:.3g}", _INK, font)
+    draw.text((8, 8), f"size of the change per layer: dark blue 0, bright {highest:.3g}", _INK, font)
     for row, label in enumerate(_ROWS):
         top = _TOP + row * _CELL
         draw.text((8, top), label, _INK, font)
@@ -91,7 +91,7 @@ def heat_map(norms: Mapping[str, float]) -> Image.Image:
         (_LEFT + doubles * _CELL + _GAP, foot + (0 if doubles > 8 else 14)), f"{singles} single blocks", _INK, font
     )
     if outside:
-        draw.text((8, foot + 26), ", ".join(f"{name} {norm:.3g}" for name, norm in outside.items()), _INK, font)
+        draw.text((8, foot + 28), ", ".join(f"{name} {norm:.3g}" for name, norm in outside.items()), _INK, font)
     return image
 
 

@@ -81,6 +81,10 @@ def test_foreign_files_are_never_overwritten_and_own_ones_do_not_pile_up(source,
     with pytest.raises(LoraError, match="exists already"):
         convert_lora(source, "kohya", source)
     assert convert_lora(source, "peft").path == tmp_path / "mine-peft" / "adapter_model.safetensors"
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "adapter_config.json").write_text("{}")
+    with pytest.raises(LoraError, match="exists already"):
+        convert_lora(source, "peft", tmp_path / "theirs.safetensors")
     (tmp_path / "into").mkdir()
     assert convert_lora(source, "kohya", tmp_path / "into").path == tmp_path / "into" / "mine-kohya.safetensors"
     again = convert_lora(tmp_path / "mine-peft", "onetrainer")

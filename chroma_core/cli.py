@@ -12,6 +12,7 @@ from typing import Any, get_args
 from tqdm import tqdm
 
 from .cli_import import add_import_command
+from .cli_lora import add_lora_commands, warn_of_other_bases
 from .cli_models import add_model_commands, add_model_options, spec_from
 from .cli_parity import add_parity_command
 from .cli_sample import add_sampling_options, recipe_from, settings_from, start_from
@@ -63,10 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add_import_command(commands)
     add_parity_command(commands)
 
-    inspect = commands.add_parser("inspect-lora", help="what a LoRA file holds")
-    inspect.add_argument("file", type=Path)
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.set_defaults(run=_inspect_lora)
+    add_lora_commands(commands)
 
     plan = commands.add_parser("plan", help="how much memory a flavour needs, and what to choose on this machine")
     plan.add_argument("--flavour", default="base", choices=list(FLAVOURS))
@@ -131,6 +129,7 @@ def _sample(options: argparse.Namespace) -> None:
     handle = ModelHandle(spec, tuple(lora_use(text, options.lora_mode) for text in options.lora))
     prompts = [apply_trigger(prompt, options.trigger) for prompt in options.prompt]
     cache = ComponentCache()
+    warn_of_other_bases(handle)
     encoder = cache.text_encoder(spec, device)
     positive = [encoder.encode(prompt, rules) for prompt in prompts]
     negative = encoder.encode(apply_trigger(options.negative, options.trigger), rules)
@@ -192,27 +191,6 @@ def _free_name(folder: Path, stem: str) -> Path:
         count += 1
         path = folder / f"{stem}-{count}.png"
     return path
-
-
-def _inspect_lora(options: argparse.Namespace) -> None:
-    from .lora.formats import read_lora
-
-    lora = read_lora(options.file)
-    ranks, alphas = lora.ranks, lora.alphas
-    report = {
-        "file": str(options.file),
-        "dialect": lora.dialect,
-        "modules": len(lora.modules),
-        "ranks": ranks,
-        "alphas": alphas,
-        "metadata": lora.metadata,
-    }
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return
-    print(f"{options.file}: {lora.dialect} dialect, {len(lora.modules)} modules, rank {ranks}, alpha {alphas}")
-    for name, value in lora.metadata.items():
-        print(f"  {name}: {value}")
 
 
 def _plan(options: argparse.Namespace) -> None:

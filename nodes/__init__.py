@@ -18,6 +18,7 @@ from . import (
     schedule,
     settings,
     text,
+    tools,
     training,
 )
 
@@ -33,6 +34,7 @@ ROOMS = (
     combined,
     settings,
     training,
+    tools,
     parity,
 )
 """Files with nodes, in the order in which a user meets them."""

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..chroma_core.errors import LoraError
 from ..chroma_core.loading.components import transformer_outline
+from ..chroma_core.loading.provenance import base_remark
 from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelSpec
 from ..chroma_core.lora.adapters import check_fits
 from ..chroma_core.lora.formats import describe, read_lora
@@ -82,13 +83,21 @@ class ChromaApplyLora(io.ComfyNode):
         if name == NO_FILE:
             raise LoraError("No LoRA is chosen. Pick a file from the list, link a lora_name, or take this node out.")
         use = LoraUse(str(host.lora_path(name)), strength, mode, allow_partial)
-        return io.NodeOutput(model.with_lora(use), f"{name} at {strength:g}, {mode}: {_report(model.spec, use)}")
+        report, remark = _report(model.spec, use)
+        if remark:
+            host.warn(f"{name}: {remark}")
+            report = f"WARNING: {remark}\n{report}"
+        return io.NodeOutput(model.with_lora(use), f"{name} at {strength:g}, {mode}: {report}")
 
 
-def _report(spec: ModelSpec, use: LoraUse) -> str:
-    """What the file holds and how it fits; raises LoraError if it does not. No weights are loaded for that."""
+def _report(spec: ModelSpec, use: LoraUse) -> tuple[str, str | None]:
+    """What the file holds and how it fits, and a remark when it was trained on another base.
+
+    Raises LoraError if it does not fit. No weights are loaded for that, and no large file is read.
+    """
     lora = read_lora(use.path)
-    return f"{check_fits(transformer_outline(spec), lora, use.allow_partial).report()}. {describe(lora)}"
+    fit = check_fits(transformer_outline(spec), lora, use.allow_partial)
+    return f"{fit.report()}. {describe(lora)}", base_remark(lora.metadata, spec)
 
 
 NODES = [ChromaApplyLora]

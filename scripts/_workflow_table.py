@@ -259,6 +259,33 @@ WORKFLOWS = (
         | decode("sample", "chroma/with_lora", 5),
     ),
     Workflow(
+        "chroma_convert_lora",
+        "## Look into a LoRA, and convert it\n\n**Chroma Inspect LoRA** says what a file holds, where it acts, and "
+        "whether it was trained on this model. **Chroma Convert LoRA** writes it in the names of another program, into "
+        "`output/loras`; the result is applied here to show that it is the same LoRA. Any file in your LoRA folders "
+        "will do: this workflow names the one that *Train a LoRA* makes.\n\n" + REAL_SAMPLING,
+        LOAD
+        | {
+            "inspect": Node(
+                "ChromaInspectLora", 1, {"lora": "sks.safetensors", "model": Link("load", 0)}, extra_height=220
+            ),
+            "report": Node("PreviewAny", 1, {"source": Link("inspect", 0)}, "Report", extra_height=250),
+            "map": Node(
+                "SaveImage",
+                1,
+                {"images": Link("inspect", 1), "filename_prefix": "chroma/lora_heat_map"},
+                "Where it acts",
+                extra_height=150,
+            ),
+            "convert": Node("ChromaConvertLora", 2, {"lora": "sks.safetensors", "dialect": "kohya"}),
+            "written": Node("PreviewAny", 2, {"source": Link("convert", 2)}, "What was written", extra_height=80),
+            "lora": Node("ChromaApplyLora", 2, {"model": Link("load", 0), "lora_name": Link("convert", 1)}),
+        }
+        | {key: Node(node.type, 3, node.inputs, node.title) for key, node in with_text(CONCEPT_PROMPT).items()}
+        | {"sample": sampler("lora", 4)}
+        | decode("sample", "chroma/converted_lora", 4),
+    ),
+    Workflow(
         "chroma_use_lora",
         "## Use a trained LoRA\n\nPick the file in **Chroma Apply LoRA**; chain several for several LoRAs. Run "
         "*Train a LoRA* first: this workflow names the LoRA that it makes.\n\n" + REAL_SAMPLING,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from ..errors import LoraError, ModelFileError
-from ..files import sha256_file
 from ..flavours import flavour
 from ..lora.formats import read_lora
 from ..precision import Precision, precision, quantisable_linears, require
@@ -25,6 +22,7 @@ from ..text import TextEncoder
 from ..transformer import ChromaTransformer
 from .assemble import Device, MergedLora, OnPart, Placement, assemble
 from .describe import Component, build_part, describe_part
+from .fingerprints import joined, known_sha256, sha256_of
 from .hub import OnDownload
 from .identify import TITLES, Identity, Part
 from .locate import locate
@@ -36,6 +34,7 @@ __all__ = [
     "Device",
     "base_hash",
     "describe",
+    "known_base_hash",
     "load_text_encoder",
     "load_transformer",
     "load_vae",
@@ -250,13 +249,10 @@ def transformer_source(spec: ModelSpec) -> tuple[Weights, Component]:
 
 def base_hash(spec: ModelSpec) -> str:
     """A fingerprint of the transformer's weights: the file's sha256, or for shards the sha256 of theirs in order."""
-    digests = [
-        _cached_sha256(path, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in open_weights(locate(spec, "transformer")).files
-    ]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return joined([sha256_of(path) for path in open_weights(locate(spec, "transformer")).files])
 
 
-@lru_cache(maxsize=64)
-def _cached_sha256(path: Path, size: int, modified_ns: int) -> str:
-    return sha256_file(path)
+def known_base_hash(spec: ModelSpec) -> str | None:
+    """`base_hash` when it is known without reading a large file, else None. See `fingerprints`."""
+    digests = [known_sha256(path) for path in open_weights(locate(spec, "transformer")).files]
+    return None if None in digests else joined([digest for digest in digests if digest is not None])

@@ -13,7 +13,11 @@ from torch import Tensor
 from ..errors import LoraError, ModelFileError
 from ..loading.keys import Rows
 from .dialects import declared_alpha, declared_rank, foreign_kinds, locate, part_of
+from .fusing import own_columns
 from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted
+
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""The two files of a folder that PEFT saves."""
 
 _LOKR_FACTORS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
 
@@ -43,11 +47,18 @@ def assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: 
         if dialect not in dialects:
             dialects.append(dialect)
         _check_parts(path, name, parts)
+        own = own_columns(tensors[parts["up"]], layers) if build is _low_rank else {}
         for layer in layers:
+            columns = own.get(layer.name)
+            if columns is not None and not len(columns):
+                if "magnitude" not in parts:
+                    continue  # a part that the LoRA does not change
+                columns = None
             if layer.name in modules:
                 raise LoraError(f"'{path}' has the layer '{layer.name}' twice, in two dialects.")
             try:
-                modules[layer.name] = build(path, name, parts, tensors, declared, layer)
+                module = build(path, name, parts, tensors, declared, layer)
+                modules[layer.name] = module if columns is None else _columns(module, columns)
             except ModelFileError as error:
                 raise LoraError(f"'{path}' does not fit Chroma. {error}") from error
     if not modules:
@@ -56,7 +67,9 @@ def assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: 
             f"None of the {len(keys)} keys in '{path}' belongs to Chroma: {quoted(unmatched)}"
             f"{f' ({kinds[0]})' if kinds else ''}. It was made for another model, or in an unknown dialect."
         )
-    return LoraFile(modules, metadata, "+".join(dialects), tuple(unmatched))
+    stated = [("alpha" in parts) for name, parts in raw.items() if len(parts) > 1]
+    source = "tensors" if all(stated) else "configuration" if declared else "mixed" if any(stated) else "absent"
+    return LoraFile(modules, metadata, "+".join(dialects), tuple(unmatched), source)
 
 
 def _builder(parts: Mapping[str, str]) -> Any:
@@ -95,6 +108,12 @@ def _low_rank(
     if "magnitude" in parts:
         magnitude = layer.take(_magnitude(path, parts["magnitude"], tensors, up.shape[0])).clone()
     return LoraModule(down, layer.take(up).clone(), _alpha(parts, tensors, declared, layer.name, rank), magnitude)
+
+
+def _columns(module: LoraModule, columns: Tensor) -> LoraModule:
+    """The same update by those columns of `up` alone, the others being zero; the factor on it stays as it is."""
+    alpha = module.alpha * len(columns) / module.rank
+    return LoraModule(module.down[columns], module.up[:, columns].contiguous(), alpha, module.magnitude)
 
 
 def _lokr(
@@ -184,12 +203,12 @@ def _mismatch(path: Path, name: str, first: Tensor, second: Tensor) -> LoraError
 def _declared(path: Path, metadata: Mapping[str, str], has_magnitudes: bool) -> dict[str, Any]:
     """The PEFT configuration that diffusers puts into the header, or PEFT into a file beside; {} when there is none."""
     config: dict[str, Any] = {}
-    beside = path.with_name("adapter_config.json")
+    beside = path.with_name(PEFT_CONFIG)
     try:
         if "lora_adapter_metadata" in metadata:
             whole = json.loads(metadata["lora_adapter_metadata"])
             config = {k.removeprefix("transformer."): v for k, v in whole.items() if k.startswith("transformer.")}
-        elif path.name == "adapter_model.safetensors" and beside.is_file():
+        elif path.name == PEFT_WEIGHTS and beside.is_file():
             config = json.loads(beside.read_text(encoding="utf-8"))
     except (ValueError, AttributeError, OSError) as error:
         raise LoraError(

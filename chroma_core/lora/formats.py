@@ -1,5 +1,6 @@
 """LoRA files: one value in memory, read from any known dialect, written in the one that every runtime applies in full.
 
+(Or, on demand, in the names of another program: see `writing`.)
 That dialect, `universal`, is `transformer.<diffusers path>.lora_A.weight` [rank, in], `.lora_B.weight` [out, rank] and
 `.alpha` (a number): ComfyUI and diffusers both load it with alpha honoured. A DoRA also has `.dora_scale` [out, 1], its
 magnitudes; a LoKr has LyCORIS' `.lokr_w1`, `.lokr_w2` or `.lokr_w2_a` and `.lokr_w2_b` instead. In a file without alpha
@@ -9,6 +10,7 @@ the scale is 1, that is alpha = rank, as ComfyUI, diffusers and ai-toolkit have 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LoraError
-from ..files import save_safetensors
-from .assembly import assemble
+from ..files import save_safetensors, write_json
+from .assembly import PEFT_CONFIG, PEFT_WEIGHTS, assemble
 from .dialects import foreign_kinds, looks_like_checkpoint, part_of
-from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted
+from .modules import LokrModule, LoraFile, LoraModule, quoted
+from .writing import written
 
-__all__ = ["LokrModule", "LoraFile", "LoraModule", "describe", "quoted", "read_lora", "write_lora"]
+__all__ = [
+    "LokrModule",
+    "LoraFile",
+    "LoraModule",
+    "describe",
+    "lora_of",
+    "quoted",
+    "read_lora",
+    "read_metadata",
+    "write_lora",
+    "written_path",
+]
 
 _KINDS = {"lora": "", "dora": "DoRA ", "lokr": "LoKr "}
 
@@ -47,50 +61,50 @@ def _listed(values: list[Any]) -> str:
     return ", ".join(f"{v:g}" for v in values)
 
 
-def write_lora(path: Path | str, lora: LoraFile) -> None:
-    """Write `lora` in the universal dialect, its tensors in the dtype they have; atomic.
+def write_lora(path: Path | str, lora: LoraFile, dialect: str = "universal") -> Path:
+    """Write `lora` in a dialect of `writing`, its tensors in the dtype they have; atomic. Returns the file's path.
 
-    Raises LoraError when there is nothing to write, or when a number is not finite.
+    PEFT's form is a folder: `path` without `.safetensors`, in which `adapter_model.safetensors` and
+    `adapter_config.json` are made; that file's path is returned.
+    Raises LoraError when there is nothing to write, when a number is not finite, or when the dialect cannot hold it.
     """
     if not lora.modules:
         raise LoraError(f"There is no LoRA to write to '{path}': it has no layers.")
-    tensors: dict[str, Tensor] = {}
     for name, module in lora.modules.items():
         if not all(tensor.isfinite().all() for tensor in module.factors().values()):
             raise LoraError(f"The LoRA for '{path}' is not written: '{name}' holds NaN or infinite numbers.")
-        # Copies: layers split from a fused one share their down matrix, which the file format does not allow.
-        for leaf, tensor in _leaves(path, name, module).items():
-            tensors[f"transformer.{name}.{leaf}"] = tensor.detach().clone()
-        tensors[f"transformer.{name}.alpha"] = torch.tensor(float(module.alpha))
-    save_safetensors(path, tensors, {"format": "pt", **lora.metadata})
+    content = written(lora, dialect)
+    path = written_path(path, dialect)
+    if content.config is not None:
+        # First the small file: weights without their configuration would be read with a wrong alpha.
+        write_json(path.with_name(PEFT_CONFIG), content.config)
+    save_safetensors(path, content.tensors, content.header)
+    return path
 
 
-def _leaves(path: Path | str, name: str, module: AdapterModule) -> dict[str, Tensor]:
-    """How a module's tensors are called in a file."""
-    if isinstance(module, LoraModule):
-        leaves = {"lora_A.weight": module.down, "lora_B.weight": module.up}
-        # One column: ComfyUI multiplies the weight [out, in] by it.
-        return leaves if module.magnitude is None else {**leaves, "dora_scale": module.magnitude[:, None]}
-    if module.rows is not None:
-        raise LoraError(
-            f"The LoKr for '{path}' is not written: '{name}' is a part of a fused layer that is no Kronecker product "
-            "by itself. Use the file that it was read from."
-        )
-    return {f"lokr_{factor}": tensor.contiguous() for factor, tensor in module.factors().items()}
+def written_path(path: Path | str, dialect: str) -> Path:
+    """The file that `write_lora` writes for `path`."""
+    path = Path(path)
+    if dialect != "peft" or path.name == PEFT_WEIGHTS:
+        return path
+    return (path.with_suffix("") if path.suffix == ".safetensors" else path) / PEFT_WEIGHTS
 
 
 def read_lora(path: Path | str) -> LoraFile:
-    """Read a LoRA in any of the dialects in `dialects`; tensors on the CPU, as stored (8-bit floats become fp32).
+    """Read a LoRA in any of the dialects in `dialects`, also a folder of PEFT's.
 
+    Its tensors are on the CPU, as stored (8-bit floats become fp32).
     Fused layers of the original layout (`qkv`, `linear1`) are split exactly: every part shares `down` and takes its own
-    rows of `up`, of the magnitudes or of the Kronecker product. Keys that are no part of a Chroma LoRA are listed in
-    `unmatched`.
+    rows of `up` (of a block-diagonal one only the columns that are its own), of the magnitudes or of the Kronecker
+    product. Keys that are no part of a Chroma LoRA are listed in `unmatched`.
     Raises LoraError, saying what was found, for an absent, damaged or pickled file, a whole model, another kind of
     adapter (LoHa, OFT, …), or a file none of whose keys is Chroma's.
     """
     path = Path(path)
+    if (path / PEFT_WEIGHTS).is_file():
+        path /= PEFT_WEIGHTS
     if not path.is_file():
-        raise LoraError(f"There is no LoRA file '{path}'. Check the name, and the folder that it is looked up in.")
+        raise LoraError(_absent(path))
     try:
         with torch.inference_mode(False), safe_open(path, framework="pt") as file:
             keys = list(file.keys())
@@ -101,6 +115,33 @@ def read_lora(path: Path | str) -> LoraFile:
     except (SafetensorError, OSError, ValueError) as error:
         raise LoraError(_unreadable(path, error)) from error
     return assemble(path, keys, tensors, metadata)
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """The header of a LoRA file alone. Raises LoraError for a file that is absent or no safetensors."""
+    path = Path(path)
+    if (path / PEFT_WEIGHTS).is_file():
+        path /= PEFT_WEIGHTS
+    if not path.is_file():
+        raise LoraError(_absent(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoraError(_unreadable(path, error)) from error
+
+
+def lora_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoraFile:
+    """A LoRA from the tensors of a file, without the file. Raises LoraError as `read_lora` does."""
+    name = Path("the LoRA")
+    _refuse_foreign(name, list(tensors))
+    with torch.inference_mode(False):
+        held = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items() if part_of(key) is not None}
+        return assemble(name, list(tensors), held, dict(metadata or {}))
+
+
+def _absent(path: Path) -> str:
+    return f"There is no LoRA file '{path}'. Check the name, and the folder that it is looked up in."
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -165,13 +165,15 @@ class LoraFile:
     """A LoRA: layers by diffusers name (`transformer_blocks.0.attn.to_q`), header texts, and where it came from.
 
     `unmatched` lists the file's keys that mean nothing to Chroma; `adapters.check_fits` refuses them unless told to
-    apply a part.
+    apply a part. `alpha_source`: where its alphas stood: `tensors`, `configuration` (header or a file beside it),
+    `absent` (alpha is then the rank), or `mixed` (tensors for some layers, absent for others).
     """
 
     modules: Mapping[str, AdapterModule]
     metadata: dict[str, str] = field(default_factory=dict)
     dialect: str = "universal"
     unmatched: tuple[str, ...] = ()
+    alpha_source: str = "tensors"
 
     @property
     def kinds(self) -> list[AdapterKind]:

@@ -77,6 +77,16 @@ def target_modules(transformer: nn.Module, target: str | Sequence[str]) -> list[
     return [name for name in names if name in chosen]
 
 
+def named_target(names: Sequence[str]) -> str | None:
+    """The name from TARGETS that selects layers of exactly these kinds; None when none does."""
+    for target, patterns in _PATTERNS.items():
+        if all(any(fnmatchcase(n, p) for p in patterns) for n in names) and all(
+            any(fnmatchcase(n, p) for n in names) for p in patterns
+        ):
+            return target
+    return None
+
+
 def _nothing_matches(part: str, names: list[str]) -> str:
     if part.startswith(APPROXIMATOR.rstrip(".")):
         return (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 
 from ..files import slug, write_atomic
 from ..lora.adapters import trained_lora
+from ..lora.convert import JOB_KEY
 from ..lora.formats import LoraFile, write_lora
+from ..lora.targets import named_target
 from ..transformer import ChromaTransformer
 from .checkpoint import Progress
 from .config import TrainingConfig
-
-JOB_KEY = "chromakit.job_id"
 
 
 def lora_metadata(config: TrainingConfig, progress: Progress, base_sha256: str, pictures: int) -> dict[str, str]:
@@ -57,12 +59,15 @@ def file_metadata(
         "modelspec.architecture": architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.title": config.name,
+        "modelspec.description": f"A {config.lora.kind} for Chroma 1 ({config.model.flavour}), trained with ChromaKit: "
+        f"{progress.step} steps of {config.effective_batch} on {pictures} pictures.",
         "modelspec.resolution": "x".join(map(str, config.preview_size())),
         "modelspec.prediction_type": "v",
         "modelspec.trigger_phrase": config.dataset.trigger,
         JOB_KEY: config.job_id(),
         "chromakit.base_sha256": base_sha256,
         "chromakit.flavour": config.model.flavour,
+        "chromakit.base_file": _base_file(config),
         "chromakit.recipe": json.dumps(config.recipe_value().to_dict()),
         "chromakit.trigger": config.dataset.trigger,
         "chromakit.training": json.dumps(summary),
@@ -79,7 +84,27 @@ def library_versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    with suppress(OSError):
+        stated = re.search(r'^version = "([^"]+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
+        if stated:
+            found["chromakit"] = stated[1]
     return found
+
+
+def contents(lora: LoraFile) -> dict[str, str]:
+    """What the header says of the weights themselves: ranks, alphas, and the layers as a target name or a list."""
+    return {
+        "chromakit.ranks": json.dumps(lora.ranks),
+        "chromakit.alphas": json.dumps(lora.alphas),
+        "chromakit.targets": json.dumps(named_target(list(lora.modules)) or list(lora.modules)),
+    }
+
+
+def _base_file(config: TrainingConfig) -> str:
+    """The name (not the place) of the file or folder that the base came from; empty for the published one."""
+    own = config.model.transformer or config.model.folder
+    return Path(own).name if own else ""
 
 
 def final_path(loras_folder: Path, config: TrainingConfig, suffix: str = "") -> Path:
@@ -116,6 +141,6 @@ def write_final(
     modules = {name: module.to(dtype) for name, module in trained.modules.items()}
     path = final_path(loras_folder, config, suffix)
     copy = job_folder / f"{slug(config.name)}{suffix}.safetensors"
-    write_lora(copy, LoraFile(modules, metadata, trained.dialect))
+    write_lora(copy, LoraFile(modules, {**metadata, **contents(trained)}, trained.dialect))
     write_atomic(path, copy.read_bytes())
     return path

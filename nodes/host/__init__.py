@@ -22,7 +22,7 @@ from .folders import (
     pictures_folder,
 )
 from .memory import components, device, free_models_soon, make_room, memory_report, stay_known
-from .messages import Downloads, Interrupted, Progress, broadcast, log, say, server_routes, wants_previews
+from .messages import Downloads, Interrupted, Progress, broadcast, log, say, server_routes, wants_previews, warn
 from .model_files import (
     model_file,
     model_file_names,
@@ -73,5 +73,6 @@ __all__ = [
     "t5_tokenizer",
     "waiting",
     "wants_previews",
+    "warn",
     "working",
 ]

@@ -48,6 +48,14 @@ def say(message: str) -> None:
         PromptServer.instance.send_progress_text(message, context.node_id)
 
 
+def warn(message: str) -> None:
+    """`say`, as a warning in the log."""
+    context = get_executing_context()
+    log.warning("ChromaKit: %s", message)
+    if context is not None:
+        PromptServer.instance.send_progress_text(f"Warning: {message}", context.node_id)
+
+
 def show_loading(done: int, total: int, what: str) -> None:
     """How far the loading of a component is, as text on the running node; honours Cancel (prompt thread)."""
     management.throw_exception_if_processing_interrupted()

@@ -111,7 +111,7 @@ def test_inspect_lora(lora_file, capsys):
         report["ranks"] == [4] and report["alphas"] == [4.0] and report["modules"] == len(trained_lora_names())
     )  # every target of `all`
     assert main(["inspect-lora", lora_file]) == 0
-    assert "rank [4]" in capsys.readouterr().out
+    assert "rank 4" in capsys.readouterr().out
 
 
 def trained_lora_names():

@@ -73,6 +73,14 @@ def test_train_then_use(server: Host, trained: str):
     assert picture.shape == (64, 64, 3)
 
 
+def test_a_converted_lora_paints_the_same(server: Host, trained: str):
+    (used,) = pixels(server, server.run(load_api("chroma_use_lora")))
+    pictures = pixels(server, server.run(load_api("chroma_convert_lora")))
+    (painted,) = (picture for picture in pictures if picture.shape == used.shape)
+    assert len(pictures) == 2 and np.abs(painted.astype(int) - used.astype(int)).max() <= 1
+    assert (server.base / "output" / "loras" / trained.replace(".safetensors", "-kohya.safetensors")).is_file()
+
+
 def test_train_wait_and_sample_in_one_prompt(server: Host):
     prompt = change(load_api("chroma_train_and_sample"), "ChromaTrainLora", steps=STEPS, name="one prompt")
     base, lora = pixels(server, server.run(prompt))

@@ -1,0 +1,142 @@
+"""A LoRA file in the names of another program, with its recipe and where it came from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import LoraError
+from ..files import sha256_file
+from .assembly import PEFT_CONFIG, PEFT_WEIGHTS
+from .formats import read_lora, write_lora, written_path
+from .modules import AdapterModule, LoraFile, LoraModule, quoted
+from .writing import STYLES, Dialect
+
+CONVERTED_KEY = "chromakit.converted_from"
+JOB_KEY = "chromakit.job_id"
+"""Says which job wrote a file, and may therefore replace it; a converted file is not that job's."""
+
+DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted file, what it holds, and what happened on the way."""
+
+    path: Path
+    lora: LoraFile
+    notes: tuple[str, ...]
+
+    def report(self) -> str:
+        """The notes as one paragraph."""
+        return " ".join(self.notes)
+
+
+def convert_lora(
+    source: Path | str,
+    dialect: Dialect | str,
+    output: Path | str | None = None,
+    dtype: str = "keep",
+) -> Conversion:
+    """Read a LoRA of any dialect and write it in another one; the source is not touched.
+
+    Where this very conversion of the same content lies already, it stays and is returned.
+
+    Args:
+        output: the file to write (PEFT: a folder), or an existing folder to write into; default: beside the source.
+            The default name is `<name>-<dialect>`, with -2, -3 … when another file has it; a name that was given and
+            is taken is an error.
+        dtype: `keep`, `fp32`, `bf16` or `fp16`. Magnitudes of a DoRA are kept as they are.
+    Raises:
+        LoraError: unreadable; a kind that the dialect cannot hold; foreign keys, which would be lost; numbers too large
+            for fp16; a file in the way.
+    """
+    source = Path(source)
+    lora = read_lora(source)
+    if lora.unmatched:
+        raise LoraError(
+            f"'{source.name}' is not converted: {len(lora.unmatched)} of its keys are not Chroma's and would be lost: "
+            f"{quoted(lora.unmatched)}."
+        )
+    if dtype not in DTYPES:
+        raise LoraError(f"'{dtype}' is no number format of a LoRA file. Choose one of: {', '.join(DTYPES)}.")
+    if dialect not in STYLES:
+        raise LoraError(f"'{dialect}' is no dialect that ChromaKit writes. Choose one of: {', '.join(STYLES)}.")
+    file = source / PEFT_WEIGHTS if source.is_dir() else source
+    origin = {"file": source.name, "sha256": sha256_file(file), "dialect": lora.dialect, "to": dialect, "dtype": dtype}
+    if JOB_KEY in lora.metadata:
+        origin["job_id"] = lora.metadata[JOB_KEY]
+    path = _place(source, dialect, output, origin)
+    modules = {name: _cast(name, module, DTYPES[dtype]) for name, module in lora.modules.items()}
+    header = {key: value for key, value in lora.metadata.items() if key != JOB_KEY}
+    header[CONVERTED_KEY] = json.dumps(origin)
+    converted = LoraFile(modules, header)
+    if not path.exists():
+        write_lora(path, converted, dialect)
+    return Conversion(path, read_lora(path), _notes(source, lora, dialect, dtype, path))
+
+
+def _place(source: Path, dialect: str, output: Path | str | None, origin: dict[str, Any]) -> Path:
+    """Where to write: a name that is free, or where this very conversion lies already."""
+    into = Path(output) if output is not None and Path(output).is_dir() else None
+    if output is not None and into is None:
+        path = written_path(Path(output), dialect)
+        if path.suffix != ".safetensors":
+            raise LoraError(f"'{output}' is no name for a LoRA: it must end in .safetensors.")
+        if _taken(path, dialect) and not _is_that(path, origin):
+            raise LoraError(f"'{path}' exists already and is another file. Choose another name, or remove it first.")
+        return path
+    stem = source.parent.name if source.name == PEFT_WEIGHTS else source.stem
+    folder = into or (source.parent.parent if source.name == PEFT_WEIGHTS else source.parent)
+    number = 1
+    while True:
+        path = written_path(folder / f"{stem}-{dialect}{'' if number == 1 else f'-{number}'}.safetensors", dialect)
+        if not _taken(path, dialect) or _is_that(path, origin):
+            return path
+        number += 1
+
+
+def _taken(path: Path, dialect: str) -> bool:
+    """Whether writing there would replace a file; PEFT's form is two of them."""
+    return path.exists() or (dialect == "peft" and path.with_name(PEFT_CONFIG).exists())
+
+
+def _is_that(path: Path, origin: dict[str, Any]) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get(CONVERTED_KEY, "null")) == origin
+    except (OSError, SafetensorError, ValueError):
+        return False
+
+
+def _cast(name: str, module: AdapterModule, dtype: torch.dtype | None) -> AdapterModule:
+    if dtype is None:
+        return module
+    cast = module.to(dtype)
+    if not all(tensor.isfinite().all() for tensor in cast.factors().values()):
+        raise LoraError(f"'{name}' has numbers too large for {str(dtype)[6:]}. Choose bf16 or fp32.")
+    return cast
+
+
+def _notes(source: Path, lora: LoraFile, dialect: str, dtype: str, path: Path) -> tuple[str, ...]:
+    form = dialect if dtype == "keep" else f"{dialect}, {dtype}"
+    made = f"{path.parent.name}/{path.name}" if dialect == "peft" else path.name
+    notes = [f"{source.name} ({lora.dialect}, {len(lora.modules)} layers) → {made} ({form})."]
+    style = STYLES[dialect]  # type: ignore[index]
+    scales = {module.scale for module in lora.modules.values() if isinstance(module, LoraModule)}
+    if style.alpha == "folded" and scales != {1.0}:
+        notes.append("alpha / rank is multiplied into the matrices: this dialect has no alpha, and its readers take 1.")
+    if style.alpha == "config":
+        notes.append("alpha stands in adapter_config.json: keep the two files together.")
+    if style.fused:
+        notes.append("q, k, v (and the single blocks' MLP input) are fused, exactly, as that layout has them.")
+    if dialect == "peft":
+        notes.append("ComfyUI does not read this dialect.")
+    if dialect == "kohya":
+        notes.append("diffusers reads it only in part; use diffusers or universal there.")
+    return tuple(notes)

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("job", type=Path, help="the job file (see docs/training.md)")
     train.add_argument("--output", type=Path, default=Path("output"), help="folder for job and LoRA (default: output)")
     train.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    train.add_argument(
+        "--sharding",
+        choices=["ddp", "fsdp"],
+        default=None,
+        help="on several GPUs: the whole model on each (ddp, the default), or its blocks divided among them (fsdp)",
+    )
     train.add_argument("--restart", action="store_true", help="forget an earlier run of the same job")
     train.set_defaults(run=_train)
 
@@ -87,9 +94,24 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> int:
     from .training.config import TrainingConfig
     from .training.jobs import run_job
+    from .training.world import launched
 
     config = TrainingConfig.from_toml(options.job)
-    with tqdm(total=config.steps, unit="step", desc="preparing") as bar:
+    world = None
+    if launched():
+        from .training.processes import Processes
+        from .training.together import run_together
+
+        world = Processes(options.device, options.sharding)
+        run, device, main = partial(run_together, world=world), world.device, world.main
+    elif options.sharding == "fsdp":
+        raise ConfigError(
+            "--sharding fsdp divides the model among several processes, but this is one. Start it with torchrun or "
+            "accelerate launch (see docs/training.md), or leave --sharding out."
+        )
+    else:
+        run, device, main = run_job, best_device(options.device), True
+    with tqdm(total=config.steps, unit="step", desc="preparing", disable=not main) as bar:
 
         def show(status: dict) -> None:
             bar.set_description(status["state"])
@@ -98,17 +120,20 @@ def _train(options: argparse.Namespace) -> int:
                 bar.set_postfix(loss=f"{status['loss_smooth']:.4f}")
             bar.refresh()
 
-        status = run_job(
+        status = run(
             config,
             root=options.output / "jobs",
             loras_folder=options.output / "loras",
-            device=best_device(options.device),
+            device=device,
             on_status=show,
             if_exists="restart" if options.restart else "resume",
         )
-    shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss"]
-    shown += ["lora_path"] if config.full is None else ["model_path", "model_folder"]
-    print(json.dumps({k: status.get(k) for k in shown}))
+    if world is not None and status["state"] == "completed":
+        world.close()
+    if main:
+        shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss"]
+        shown += ["lora_path"] if config.full is None else ["model_path", "model_folder"]
+        print(json.dumps({k: status.get(k) for k in shown}))
     if status["state"] != "completed":
         print(f"error: the job {status['state']}: {status.get('message') or 'no reason given'}", file=sys.stderr)
     return 0 if status["state"] == "completed" else 1

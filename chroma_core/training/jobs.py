@@ -17,6 +17,7 @@ from .job import ACTIVE, Job, JobState
 from .lock import FolderLock
 from .places import Places
 from .run import Device, run_training
+from .world import ALONE, World
 
 IfExists = Literal["keep", "resume", "restart"]
 Listener = Callable[[dict[str, Any]], None]
@@ -35,6 +36,7 @@ class JobManager:
         before_load: called in the worker before a model component is loaded.
         models_folder: where models of full-rank jobs go as single files; None: `diffusion_models` beside the LoRAs.
             As diffusers folders they go to `diffusers` beside it.
+        world: the processes that train together; this is their main one (see `together`).
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class JobManager:
         busy: Callable[[], bool] = lambda: False,
         before_load: Callable[[], None] | None = None,
         models_folder: Path | None = None,
+        world: World = ALONE,
     ):
-        self.models_folder = models_folder or Path(loras_folder).parent / "diffusion_models"
         self.root, self.loras_folder, self.device = Path(root), Path(loras_folder), device
-        self._busy, self._before_load = busy, before_load or (lambda: None)
+        self.models_folder = models_folder
+        self._busy, self._before_load, self._world = busy, before_load or (lambda: None), world
         self._jobs: dict[str, Job] = {}
         self._controls: dict[str, Control] = {}
         self._queue: list[Job] = []
@@ -124,7 +127,7 @@ class JobManager:
             return job
 
     def _enqueue(self, job: Job) -> None:
-        self._controls[job.id] = Control(self._busy)
+        self._controls[job.id] = self._world.control(self._busy)
         job.update(state="queued", message="", yielded=False)
         job.write()
         self._queue.append(job)
@@ -225,9 +228,11 @@ class JobManager:
             job.update(state="paused" if paused else working[0], yielded=yielded)
 
         control.on_wait = on_wait
-        places = Places(job.folder, self.loras_folder, self.root / "cache", self.models_folder)
+        places = Places.of(self.root, job.folder.name, self.loras_folder, self.models_folder)
         try:
-            state, written = run_training(job.config, places, self.device, control, report, self._before_load)
+            state, written = run_training(
+                job.config, places, self.device, control, report, self._before_load, self._world
+            )
             if written:
                 job.update(state=state, **written, message="", yielded=False)
             elif job.status()["checkpoint"]:

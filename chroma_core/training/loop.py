@@ -25,6 +25,7 @@ from .config import TrainingConfig
 from .noise import draw_noise, pair_noise
 from .objective import PLAIN, ObjectiveSettings, add_noise, loss, predict_velocity, training_target, with_prior_targets
 from .stepper import SkipReason, Stepper
+from .world import ALONE, World, part_size
 
 
 @dataclass(frozen=True)
@@ -154,28 +155,34 @@ def train_step(
     stepper: Stepper,
     batches: Batches,
     config: TrainingConfig,
+    world: World = ALONE,
 ) -> StepResult:
-    """One optimizer step (`step` 0-based) over `config.effective_batch` samples, `config.batch_size` at a time."""
+    """One optimizer step (`step` 0-based) over `config.effective_batch` samples, `config.batch_size` at a time.
+
+    With several processes each computes its share of the samples, and all take the same step.
+    """
     device = transformer.x_embedder.weight.device
     batch, objective = batches[step], batches.objective
     total = 0.0
     transformer.train()
-    for start in range(0, len(batch), config.batch_size):
-        part = batch.part(start, config.batch_size).to(device)
+    size = part_size(config.batch_size, config.effective_batch, world.size)
+    for start, counts in world.starts(len(batch), size):
+        part = batch.part(start, size).to(device)
         seed_dropout(transformer, generator(config.seed, "dropout", step, start).initial_seed())
         x = add_noise(part.latents, part.noise, part.sigmas)
         target, weight = training_target(part.latents, part.noise), None
         inputs = (transformer, x, part.sigmas, part.conditions, part.guidance)
         if part.regularisation is not None:
-            target = with_prior_targets(target, part.regularisation, *inputs)
+            target = with_prior_targets(target, part.regularisation, *inputs, everywhere=world.sharded)
             weight = torch.where(part.regularisation, objective.prior_weight, 1.0)
         velocity = predict_velocity(*inputs)
         part_loss = loss(velocity, target, objective.loss, objective.huber_delta, part.mask, weight)
-        part_loss = part_loss * (len(part) / len(batch))
+        part_loss = part_loss * (len(part) / len(batch) if counts else 0.0)
         stepper.backward(part_loss)
         total += part_loss.item()
     transformer.eval()
 
+    stepper.combine(world)
     learning_rate = config.schedule().at(step)
     norm, _ = stepper.apply(learning_rate, config.max_grad_norm)
-    return StepResult(total, norm, learning_rate, float(batch.sigmas.mean()), stepper.skip_reason)
+    return StepResult(world.total(total), norm, learning_rate, float(batch.sigmas.mean()), stepper.skip_reason)

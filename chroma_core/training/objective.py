@@ -162,15 +162,21 @@ def with_prior_targets(
     sigma_B: Tensor,
     conditions: Sequence[TextCondition],
     guidance_B: Tensor | None = None,
+    everywhere: bool = False,
 ) -> Tensor:
     """The targets with those of the rows flagged in `regularisation_B` replaced: prior preservation.
 
     Their target is what the model without its adapter predicts for the same noisy input, so the loss measures how far
     the adapter has moved the model there and is 0 before the first step. DreamBooth (Ruiz et al. 2023, eq. 2) trains on
     pictures that the frozen model made; this asks the frozen model itself, for one more forward pass of those rows.
+
+    everywhere: pass forward even without such rows: other processes do, and a divided model needs them all.
     """
     rows = regularisation_B.nonzero().flatten().tolist()
     if not rows:
+        if everywhere:
+            with adapters_disabled(transformer):
+                predict_velocity(transformer, x_BCHW, sigma_B, conditions, guidance_B)
         return target_BCHW
     target = target_BCHW.clone()
     with adapters_disabled(transformer):

@@ -15,6 +15,11 @@ class Places:
     cache: Path
     models: Path
 
+    @classmethod
+    def of(cls, root: Path, job_id: str, loras: Path, models: Path | None = None) -> Places:
+        """Those of a job below `root`; without `models` they lie in `diffusion_models` beside the LoRAs."""
+        return cls(root / job_id, loras, root / "cache", models or loras.parent / "diffusion_models")
+
     @property
     def diffusers(self) -> Path:
         """Trained models as folders. Not below `models`: ComfyUI would list their files, and load them as a Flux."""

@@ -35,12 +35,14 @@ def render_previews(
     cache: LatentTextCache,
     metadata: dict[str, Any],
     between: Callable[[], None] = lambda: None,
+    write: bool = True,
 ) -> list[str]:
     """Sample every preview prompt into `folder` as step-000100-0.png, its latents beside it; returns the names.
 
     Args:
         metadata: what else to record in the files (job, model, LoRA settings).
         between: called between sampling steps; may wait or raise.
+        write: False for a process that only helps to sample: it writes nothing and returns no names.
     """
     recipe = config.recipe_value()
     device = transformer.x_embedder.weight.device
@@ -69,6 +71,8 @@ def render_previews(
             **metadata,
         }
         sampled.append((latents, record))
+    if not write:
+        return []
     # With offloading they take turns: decoding a large picture needs as much memory as the transformer.
     with away(transformer, device) if config.model.offload != "none" else nullcontext():
         vae = load_vae(config.model, device)

@@ -28,14 +28,16 @@ from .ema import Ema
 from .faults import disk_shortage, is_out_of_memory, out_of_memory, watch_loss
 from .finish import file_metadata
 from .loop import Batches, StepResult, train_step
-from .metrics import MetricsLog
+from .metrics import MetricsLog, NoMetrics
 from .objective import heldout_loss
 from .places import Places
 from .prepare import Prepared, prepare
 from .preview import render_previews
 from .seat import Seat
+from .sharding import check_sharding, shard
 from .stepper import Stepper, check_optimizer
 from .trainees import check_trainee, make_trainee
+from .world import ALONE, ProcessLost, World
 
 MAX_SKIPPED_IN_A_ROW = 10
 SMOOTHING = 0.98
@@ -60,24 +62,32 @@ class Run:
         control: Control,
         report: Report,
         before_load: Callable[[], None] = lambda: None,
+        world: World = ALONE,
     ):
         self.config, self.places, self.device, self.control, self.report = config, places, device, control, report
-        self.metrics = MetricsLog(places.job / "metrics.jsonl")
+        self.world = world
+        self.metrics = (MetricsLog if world.main else NoMetrics)(places.job / "metrics.jsonl")
         self.progress = Progress()
         self._saved = time.monotonic()
-        for folder in (places.job, places.samples):
+        for folder in (places.job, places.samples) if world.main else ():
             remove_leftovers(folder)
+        if world.sharded:
+            check_sharding(config)
         report(state="preparing", message="reading the data set")
         check_optimizer(config.optimizer_settings(), device)
         advice = check_trainee(config, places)
         self.seat = control.seat = Seat(device, before_load)
-        self.data: Prepared = prepare(config, places.cache, self.seat, control.gate, self._report_caching)
+        self.data: Prepared = world.first_then_all(
+            lambda: prepare(config, places.cache, self.seat, control.gate, self._report_caching)
+        )
         self.data.warnings[:0] = advice
         report(message="loading the transformer", warnings=self.data.warnings, base_sha256=self.data.base_sha256)
         before_load()
-        self.transformer = load_transformer(config.model, device)
+        self.transformer = load_transformer(config.model, "cpu" if world.sharded else device)
         self.seat.take(self.transformer)
         self.trainee = make_trainee(config, self.transformer, places, self.data.base_sha256)
+        if world.sharded:
+            shard(self.transformer, self.trainee.parameters, torch.device(device))
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
             self.transformer.checkpointing_interval = config.checkpointing_interval
@@ -92,7 +102,7 @@ class Run:
         """Continue from the newest checkpoint, or start afresh."""
         self.warnings = warnings = list(self.data.warnings)
         data = fingerprint(self.data.samples)
-        progress, damaged = restore_latest(self.places.checkpoints, self.trainee, self.stepper, self.ema)
+        progress, damaged = self._restore()
         if damaged:
             warnings.append(f"Damaged checkpoints were set aside: {', '.join(damaged)}.")
         if progress is not None and progress.data != data:
@@ -104,6 +114,12 @@ class Run:
         self.progress.data = data
         self.metrics.truncate(self.progress.metrics_bytes)
         self.report(warnings=warnings, **self._numbers())
+
+    def _restore(self) -> tuple[Progress | None, list[str]]:
+        # The main process first: it removes damaged checkpoints.
+        return self.world.first_then_all(
+            lambda: restore_latest(self.places.checkpoints, self.trainee, self.stepper, self.ema)
+        )
 
     def train(self) -> None:
         """Train to the last step.
@@ -120,7 +136,7 @@ class Run:
                 return
             self.control.gate(self._do_what_was_asked)
             started = time.perf_counter()
-            result = train_step(progress.step, self.transformer, self.stepper, self.batches, config)
+            result = train_step(progress.step, self.transformer, self.stepper, self.batches, config, self.world)
             if self.ema is not None and not result.skipped:
                 with self.stepper.as_trained():
                     self.ema.update(progress.step)
@@ -175,16 +191,17 @@ class Run:
             return step == 0 or step == config.steps or (every > 0 and step % every == 0)
 
         if due(config.validate_every) and progress.validated_at != step and self.data.heldout:
-            self._validate()
+            self.world.evaluate(self._validate)
         progress.validated_at = step if due(config.validate_every) else progress.validated_at
         previews = config.previews
         if previews.prompts and previews.every and due(previews.every) and progress.previewed_at != step:
-            self.preview(self.control.gate)
+            self.world.evaluate(lambda: self.preview(self.control.gate))
             progress.previewed_at = step
         minutes = (time.monotonic() - self._saved) / 60
         saving = due(config.checkpoint_every) or 0 < config.checkpoint_minutes <= minutes
         saving = saving or (config.keep_best and progress.best_at == step > 0)
         # In the middle of skipped steps the weights may be what is broken: keep the checkpoints from before.
+        saving = self.world.decide(saving)  # the clock and the best loss are the main process'
         if saving and progress.saved_at != step and not progress.skipped_in_a_row:
             self.save()
 
@@ -233,11 +250,17 @@ class Run:
         }
         config, step, folder = self.config, self.progress.step, self.places.samples
         with self.stepper.as_trained():
-            names = render_previews(config, step, folder, self.transformer, self.data.cache, record, between)
+            names = render_previews(
+                config, step, folder, self.transformer, self.data.cache, record, between, self.world.main
+            )
         self.report(new_samples=names)
 
     def save(self, wait: bool = True) -> None:
         """Write a checkpoint of this step; on a full disk, pause until there is room (with `wait`)."""
+        self.world.first(partial(self._write_checkpoint, wait))
+        self.progress.saved_at = self.progress.step
+
+    def _write_checkpoint(self, wait: bool) -> None:
         progress = self.progress
         self._saved = time.monotonic()
         # The first one's size is not known yet: weights and two moments.
@@ -269,13 +292,19 @@ class Run:
     def keep_what_is_good(self) -> None:
         """Save a checkpoint, or go back to the newest one when the last steps could not be taken."""
         if self.progress.skipped_in_a_row:
-            restored, _ = restore_latest(self.places.checkpoints, self.trainee, self.stepper, self.ema)
+            restored, _ = self._restore()
             self.progress = restored or self.progress
         else:
             self.save(wait=False)
 
     def finish(self) -> dict[str, str]:
-        """Write the LoRA or model where the user looks for it; returns the status fields that say where."""
+        """Write the LoRA or model where the user looks for it; returns the status fields that say where.
+
+        They are empty in a process that does not write.
+        """
+        return self.world.first(self._write_files) or {}
+
+    def _write_files(self) -> dict[str, str]:
         pictures = picture_count(self.data.samples)
         header = partial(file_metadata, self.config, self.progress, self.data.base_sha256, pictures)
         self._where_the_optimizer_is()
@@ -315,6 +344,7 @@ def run_training(
     control: Control,
     report: Report,
     before_load: Callable[[], None] = lambda: None,
+    world: World = ALONE,
 ) -> tuple[str, dict[str, str]]:
     """Run a job to its end in this thread; returns the final state (completed or stopped) and where its files are.
 
@@ -323,12 +353,14 @@ def run_training(
         ChromaKitError: the job cannot go on; the newest checkpoint is kept.
     """
     with torch.inference_mode(False), torch.enable_grad(), _memory_in_words(config, device):
+        world.enter()
         try:
-            run = Run(config, places, device, control, report, before_load)
+            run = Run(config, places, device, control, report, before_load, world)
         except Stopped:
             return "stopped", {}
         try:
-            run.train()
+            with world.connected():
+                run.train()
             return "completed", run.finish()
         except Stopped:
             run.keep_what_is_good()
@@ -337,8 +369,9 @@ def run_training(
             run.keep_what_is_good()
             report(**run.finish())
             raise
-        except Halted:
-            run.keep_what_is_good()
+        except (Halted, ProcessLost) as error:
+            if world.main or isinstance(error, Halted):
+                run.keep_what_is_good()
             raise
         finally:
             run.close()

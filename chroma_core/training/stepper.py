@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from ..errors import ConfigError
 from .optimizers import OptimizerName, OptimizerSettings, build_optimizer, check_optimizer, check_schedule
+from .world import World
 
 __all__ = [
     "LossScale",
@@ -83,6 +84,26 @@ class Stepper:
         value = loss.detach()
         self._loss = value if self._loss is None else self._loss + value
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
+
+    def combine(self, world: World) -> None:
+        """Replace loss and gradient by their sums over the processes; all of them then take the same step.
+
+        Each adds the parts that it computed, perhaps none. Call it between the last `backward` and `apply`.
+        """
+        if world.size == 1:
+            return
+        here = [parameter.grad is not None for parameter in self.parameters]
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        device = self.parameters[0].device
+        loss = torch.zeros((), device=device) if self._loss is None else self._loss.float()
+        anywhere = torch.tensor(here, dtype=torch.float32, device=device)
+        world.sum_([*(parameter.grad for parameter in self.parameters if parameter.grad is not None), loss, anywhere])
+        self._loss = loss
+        for parameter, count in zip(self.parameters, anywhere.tolist(), strict=True):
+            if count == 0:  # as in one process: the optimizer passes over what has no gradient
+                parameter.grad = None
 
     def apply(self, learning_rate: float, max_grad_norm: float) -> tuple[float, bool]:
         """Clip the gradient, take the step and forget the gradient.

@@ -1,0 +1,52 @@
+"""What `torchrun` runs for tests/core/test_processes.py: the jobs of a list, one after the other, in these processes.
+
+The list is JSON, {"jobs": [{"config", "root", "sharding"}], "commands": [[…]]}. Process r writes what it found to
+<list>.r.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from chroma_core.cli import main
+from chroma_core.training import run
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.processes import Processes
+from chroma_core.training.together import run_together
+
+
+def work(path: Path) -> None:
+    """Train the jobs of the list, then run its commands; each with whatever it ends with."""
+    wanted = json.loads(path.read_text())
+    found: list[dict] = []
+    divided: list[tuple[int, int]] = []
+    shard = run.shard
+
+    def watched(transformer, *args):  # the real thing, and then a look at what each process holds
+        blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+        whole = sum(t.numel() for block in blocks for t in (*block.parameters(), *block.buffers()))
+        shard(transformer, *args)
+        tensors = [t for block in blocks for t in (*block.parameters(), *block.buffers())]
+        here = sum((t.to_local() if isinstance(t, DTensor) else t).numel() for t in tensors)
+        divided.append((here, whole))
+
+    run.shard = watched
+    for job in wanted["jobs"]:
+        world = Processes("cpu", job["sharding"])
+        root = Path(job["root"])
+        config = TrainingConfig.parse(job["config"])
+        status = run_together(config, root / "jobs", root / "loras", "cpu", world=world)
+        found.append({"state": status["state"], "message": status["message"], "divided": divided[-1:]})
+        divided.clear()
+    codes = [main(command) for command in wanted["commands"]]
+    rank = torch.distributed.get_rank()
+    path.with_name(f"{path.name}.{rank}").write_text(json.dumps({"jobs": found, "codes": codes}))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

@@ -37,7 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a LoRA from a job.toml; resumes when the job exists")
-    train.add_argument("job", type=Path, help="the job file (see docs/training.md)")
+    train.add_argument("job", type=Path, nargs="?", help="the job file (see docs/training.md)")
+    train.add_argument("--job", dest="job_id", metavar="JOB_ID", help="go on with this job under the file's options")
+    train.add_argument("--resume", metavar="JOB_ID", help="go on with this job as it is; needs no file")
+    train.add_argument("--extend", type=int, default=0, metavar="N", help="with either: N steps more")
+    train.add_argument("--force", action="store_true", help="with either: also change options that move the weights")
     train.add_argument("--output", type=Path, default=Path("output"), help="folder for job and LoRA (default: output)")
     train.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     train.add_argument("--restart", action="store_true", help="forget an earlier run of the same job")
@@ -91,26 +95,36 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     from .training.config import TrainingConfig
-    from .training.jobs import run_job
+    from .training.jobs import continue_job, run_job
 
-    config = TrainingConfig.from_toml(options.job)
-    with tqdm(total=config.steps, unit="step", desc="preparing") as bar:
+    job_id = options.job_id or options.resume
+    if (options.job is None) != bool(options.resume) or (options.job_id and options.resume):
+        raise ConfigError("Give a job file, a job file with --job JOB_ID, or --resume JOB_ID without a file.")
+    if options.restart and job_id or (options.extend or options.force) and not job_id:
+        raise ConfigError("--extend and --force go with --job or --resume, --restart with neither.")
+    if options.extend < 0:
+        raise ConfigError(f"--extend is {options.extend}; it must be the number of steps to add.")
+    config = TrainingConfig.from_toml(options.job) if options.job else None
+    with tqdm(unit="step", desc="preparing") as bar:
 
         def show(status: dict) -> None:
             bar.set_description(status["state"])
-            bar.n = status["step"]
+            bar.n, bar.total = status["step"], status["steps"]
             if status.get("loss_smooth") is not None:
                 bar.set_postfix(loss=f"{status['loss_smooth']:.4f}")
             bar.refresh()
 
-        status = run_job(
-            config,
-            root=options.output / "jobs",
-            loras_folder=options.output / "loras",
-            device=best_device(options.device),
-            on_status=show,
-            if_exists="restart" if options.restart else "resume",
-        )
+        places = {
+            "root": options.output / "jobs",
+            "loras_folder": options.output / "loras",
+            "device": best_device(options.device),
+            "on_status": show,
+        }
+        if job_id:
+            status = continue_job(job_id, **places, config=config, extend=options.extend, force=options.force)
+        else:
+            assert config is not None
+            status = run_job(config, **places, if_exists="restart" if options.restart else "resume")
     print(
         json.dumps(
             {k: status.get(k) for k in ("id", "state", "step", "heldout_loss_base", "heldout_loss", "lora_path")}

@@ -23,11 +23,13 @@ from ..loading.components import Device, load_transformer
 from ..loading.moving import release_memory
 from ..lora.adapters import adapters_disabled, add_trainable, start_from
 from ..lora.formats import read_lora
+from .changes import recorded
 from .checkpoint import Progress, checkpoint_bytes, restore_latest, save_checkpoint
 from .compiling import compile_blocks
 from .config import TrainingConfig
 from .control import Control, Halted, Stopped
 from .ema import Ema
+from .event_files import EventFiles, check_event_files
 from .faults import disk_shortage, is_out_of_memory, out_of_memory, watch_loss
 from .finish import lora_metadata, write_final
 from .loop import Batches, StepResult, train_step
@@ -71,6 +73,7 @@ class Run:
             remove_leftovers(folder)
         report(state="preparing", message="reading the data set")
         check_optimizer(config.optimizer_settings(), device)
+        check_event_files(config.tensorboard)
         self.seat = control.seat = Seat(device, before_load)
         self.data: Prepared = prepare(config, places.cache, self.seat, control.gate, self._report_caching)
         report(message="loading the transformer", warnings=self.data.warnings, base_sha256=self.data.base_sha256)
@@ -105,6 +108,16 @@ class Run:
         self.progress = progress or Progress()
         self.progress.data = data
         self.metrics.truncate(self.progress.metrics_bytes)
+        self.event_files: EventFiles | None = None
+        if self.config.tensorboard:
+            values, earlier = self.config.model_dump(mode="json"), self.metrics.read()
+            self.event_files = EventFiles(self.places.job / "tensorboard", self.progress.step, values, earlier)
+            self.metrics.also = self.event_files.add
+        for change in recorded(self.places.job):
+            if change["warning"]:
+                warnings.append(change["warning"])
+            if change["step"] >= self.progress.step:  # cut off with the steps after the checkpoint, or not yet written
+                self.metrics.append(**change)
         self.report(warnings=warnings, **self._numbers())
 
     def train(self) -> None:
@@ -227,7 +240,7 @@ class Run:
     def preview(self, between: Callable[[], None]) -> None:
         """Sample the preview prompts with the LoRA as it is now."""
         record = {
-            "job": self.config.job_id(),
+            "job": self.places.job.name,
             "lora": self.config.lora.model_dump(mode="json"),
             "base_sha256": self.data.base_sha256,
             "trigger": self.config.dataset.trigger,
@@ -235,6 +248,8 @@ class Run:
         config, step, folder = self.config, self.progress.step, self.places.samples
         with self.stepper.as_trained():
             names = render_previews(config, step, folder, self.transformer, self.data.cache, record, between)
+        if self.event_files is not None:
+            self.event_files.pictures(step, [folder / name for name in names])
         self.report(new_samples=names)
 
     def save(self, wait: bool = True) -> None:
@@ -277,7 +292,10 @@ class Run:
 
     def finish(self) -> Path:
         """Write the LoRA where the user looks for it; returns its path."""
-        metadata = lora_metadata(self.config, self.progress, self.data.base_sha256, picture_count(self.data.samples))
+        pictures, job = picture_count(self.data.samples), self.places.job
+        metadata = lora_metadata(
+            self.config, self.progress, self.data.base_sha256, pictures, job.name, recorded(job)
+        )
         self._where_the_optimizer_is()
         write = partial(write_final, self.config, self.transformer, metadata, self.places.job, self.places.loras)
         if self.ema is not None:
@@ -288,6 +306,8 @@ class Run:
 
     def close(self) -> None:
         """Give the memory back."""
+        if self.event_files is not None:
+            self.event_files.close()
         self.seat.leave()
         del self.transformer, self.parameters, self.stepper, self.ema, self.batches
         release_memory()

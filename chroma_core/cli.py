@@ -86,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch-size", type=int, default=1)
     plan.add_argument("--rank", type=int, default=16, help="of the LoRA in training")
     plan.add_argument("--no-checkpointing", action="store_true", help="training without gradient checkpointing")
+    plan.add_argument("--optimizer", default="adamw", help="see docs/optimizers.md")
+    plan.add_argument("--adapter", default="lora", help="lora, rslora, dora or lokr")
+    plan.add_argument("--ema", action="store_true", help="a running mean of the weights is kept")
+    plan.add_argument("--text-tokens", type=int, default=128, help="of a caption; 512 when it is padded")
+    plan.add_argument("--trained-parameters", type=int, default=0, help="full-rank training of so many, without LoRA")
     plan.add_argument("--device-memory", type=float, metavar="GIB", help="plan for a card of that size, not this one")
     plan.add_argument("--host-memory", type=float, metavar="GIB", help="plan for a computer with that much memory")
     plan.add_argument("--json", action="store_true", help="print JSON")
@@ -245,7 +250,9 @@ def _plan(options: argparse.Namespace) -> None:
         "offload_during_startup": options.offload_during_startup,
         "on": on,
     }
-    result = estimate(options.flavour, options.precision, **chosen)
+    trained = ("optimizer", "adapter", "ema", "text_tokens", "trained_parameters")
+    more = {name: getattr(options, name) for name in trained}
+    result = estimate(options.flavour, options.precision, **chosen, **more)
     if options.json:
         print(json.dumps(result.to_dict()))
     else:

@@ -22,6 +22,7 @@ def _truth(text: str) -> bool:
 PLAN: dict[str, Callable[[str], Any]] = {
     "flavour": str, "precision": str, "text_precision": str, "offload": str, "optimizer": str, "target": str,
     "size": int, "batch_size": int, "rank": int, "resident_blocks": int, "gradient_checkpointing": _truth,
+    "adapter": str, "lokr_factor": int, "ema": _truth, "text_tokens": int, "trained_parameters": int,
     "offload_during_startup": _truth,
 }  # fmt: skip
 """What `GET /chromakit/plan` takes in its query, all optional, and how it is read."""
@@ -103,7 +104,9 @@ async def _body(request: web.Request, kinds: dict[str, type]) -> dict[str, Any]:
         values = await request.json()
     except ValueError as error:
         raise ConfigError(f"The request's body is not JSON: {error}.") from None
-    if not isinstance(values, dict) or any(name not in kinds or type(v) is not kinds[name] for name, v in values.items()):
+    if not isinstance(values, dict) or any(
+        name not in kinds or type(v) is not kinds[name] for name, v in values.items()
+    ):
         wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
         raise ConfigError(f"The request's body must be a JSON object with nothing but: {wanted}.")
     return values

@@ -82,7 +82,9 @@ def differences(old: TrainingConfig, new: TrainingConfig, step: int = 0) -> list
     before, after = (_flat(config.model_dump(mode="json")) for config in (old, new))
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return [
-        Change(name, before.get(name), after.get(name), *_class(name, before.get(name), after.get(name), new, old, step))
+        Change(
+            name, before.get(name), after.get(name), *_class(name, before.get(name), after.get(name), new, old, step)
+        )
         for name in changed
     ]
 
@@ -98,9 +100,9 @@ def check_changes(job_id: str, changes: Sequence[Change], force: bool) -> None:
     exact = [change for change in changes if change.kind == "exact"]
     if exact and not force:
         raise JobError(
-            f"The job '{job_id}' would no longer be exact with {_listed(exact)}: the steps made so far followed the old "
-            "values, so that no uninterrupted run gives the same weights. Force it to go on nevertheless from the newest "
-            "checkpoint (--force, or force: true); the change is then recorded in the job and in the LoRA. Or start a "
+            f"The job '{job_id}' would no longer be exact with {_listed(exact)}: the steps made so far followed the "
+            "old values, so that no uninterrupted run gives the same weights. Force it to go on nevertheless from the "
+            "newest checkpoint (--force, or force: true); the change is then recorded in the job and in the LoRA. Or start a "
             "new job."
         )
 

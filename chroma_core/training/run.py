@@ -293,9 +293,7 @@ class Run:
     def finish(self) -> Path:
         """Write the LoRA where the user looks for it; returns its path."""
         pictures, job = picture_count(self.data.samples), self.places.job
-        metadata = lora_metadata(
-            self.config, self.progress, self.data.base_sha256, pictures, job.name, recorded(job)
-        )
+        metadata = lora_metadata(self.config, self.progress, self.data.base_sha256, pictures, job.name, recorded(job))
         self._where_the_optimizer_is()
         write = partial(write_final, self.config, self.transformer, metadata, self.places.job, self.places.loras)
         if self.ema is not None:

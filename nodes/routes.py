@@ -104,9 +104,7 @@ async def _body(request: web.Request, kinds: dict[str, type]) -> dict[str, Any]:
         values = await request.json()
     except ValueError as error:
         raise ConfigError(f"The request's body is not JSON: {error}.") from None
-    if not isinstance(values, dict) or any(
-        name not in kinds or type(v) is not kinds[name] for name, v in values.items()
-    ):
+    if not (isinstance(values, dict) and all(type(v) is kinds.get(name) for name, v in values.items())):
         wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
         raise ConfigError(f"The request's body must be a JSON object with nothing but: {wanted}.")
     return values

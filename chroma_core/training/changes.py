@@ -102,8 +102,8 @@ def check_changes(job_id: str, changes: Sequence[Change], force: bool) -> None:
         raise JobError(
             f"The job '{job_id}' would no longer be exact with {_listed(exact)}: the steps made so far followed the "
             "old values, so that no uninterrupted run gives the same weights. Force it to go on nevertheless from the "
-            "newest checkpoint (--force, or force: true); the change is then recorded in the job and in the LoRA. Or start a "
-            "new job."
+            "newest checkpoint (--force, or force: true); the change is then recorded in the job and in the LoRA. Or "
+            "start a new job."
         )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import JobError
 from ..memory import estimate, in_gib, machine, recommend
+from ..memory.activations import T5_TOKENS, TEXT_TOKENS
 from .checkpoint import Progress
 from .config import TrainingConfig
 
@@ -88,6 +89,11 @@ def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.de
         offload=config.model.offload,
         resident_blocks=config.model.resident_blocks,
         target=config.lora.target,
+        optimizer=config.optimizer,
+        adapter=config.lora.kind,
+        lokr_factor=config.lora.lokr_factor,
+        ema=config.lora.ema_decay > 0,
+        text_tokens=TEXT_TOKENS if config.objective.text_padding == "trim" else T5_TOKENS,
     )
     here = machine(device)
     advice = recommend(
@@ -98,5 +104,5 @@ def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.de
         f"Training ran out of memory ({found}). Predicted were {in_gib(predicted.training_peak_bytes)} at its peak; "
         f"{here.name} has {in_gib(here.device_bytes)}. What should fit here: {advice.sentence} Other knobs: gradient "
         "checkpointing on, a smaller batch size with more gradient accumulation, a lower resolution or rank. The "
-        "newest checkpoint is kept; a job goes on with another offload mode, other changes make a new job."
+        "newest checkpoint is kept; the job goes on with another offload mode, or by force with other options."
     )

@@ -12,6 +12,9 @@ Shape = tuple[int, ...]
 SMALL = 4096
 """bitsandbytes keeps the state of smaller tensors in 32 bits."""
 
+TABLES = 2 * 4 * 256
+"""Bytes of its two tables of 256 values, which all tensors share."""
+
 BLOCK = 256
 """Values that share one scale in its 8-bit state."""
 
@@ -36,7 +39,7 @@ def _adamw8bit(shape: Shape) -> int:
     if count < SMALL:
         return 8 * count
     blocks = -(-count // BLOCK)
-    return 2 * count + 2 * 4 * blocks + 2 * 4 * 256  # codes, scales, and two tables of 256 values
+    return 2 * count + 2 * 4 * blocks  # codes, and a scale for each block
 
 
 def _factored(shape: Shape) -> int:
@@ -58,4 +61,6 @@ PRODIGY_BYTES = 16
 
 def state_bytes(optimizer: str, shapes: Iterable[Shape]) -> int:
     """Bytes that an optimizer keeps for parameters of these shapes."""
-    return sum(map(OPTIMIZERS[optimizer], shapes))
+    shapes = list(shapes)
+    shared = TABLES if optimizer == "adamw8bit" and any(prod(shape) >= SMALL for shape in shapes) else 0
+    return shared + sum(map(OPTIMIZERS[optimizer], shapes))

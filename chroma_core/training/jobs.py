@@ -25,8 +25,9 @@ IfExists = Literal["keep", "resume", "restart"]
 Listener = Callable[[dict[str, Any]], None]
 
 LOCK_SECONDS = 2.0
+"""How long a change of options waits for the folder of a job that has just ended."""
 
-__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState", "run_job"]
+__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState", "continue_job", "run_job"]
 
 
 class JobManager:
@@ -110,6 +111,7 @@ class JobManager:
                 if job.state in ACTIVE:
                     raise JobError(f"The job '{job.id}' is {job.state}. Stop it before you restart it.")
                 shutil.rmtree(job.folder, ignore_errors=True)
+                del self._jobs[job.id]
                 job = None
             if job is None:
                 job = Job(self.root / config.job_id(), config)

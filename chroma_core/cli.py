@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,7 +39,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a LoRA or the model's blocks from a job.toml; resumes what exists")
-    train.add_argument("job", type=Path, help="the job file (see docs/training.md)")
+    train.add_argument("job", type=Path, nargs="?", help="the job file (see docs/training.md)")
+    train.add_argument("--job", dest="job_id", metavar="JOB_ID", help="go on with this job under the file's options")
+    train.add_argument("--resume", metavar="JOB_ID", help="go on with this job as it is; needs no file")
+    train.add_argument("--extend", type=int, default=0, metavar="N", help="with either: N steps more")
+    train.add_argument("--force", action="store_true", help="with either: also change options that move the weights")
     train.add_argument("--output", type=Path, default=Path("output"), help="folder for job and LoRA (default: output)")
     train.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     train.add_argument(
@@ -84,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch-size", type=int, default=1)
     plan.add_argument("--rank", type=int, default=16, help="of the LoRA in training")
     plan.add_argument("--no-checkpointing", action="store_true", help="training without gradient checkpointing")
+    plan.add_argument("--optimizer", default="adamw", help="see docs/optimizers.md")
+    plan.add_argument("--adapter", default="lora", help="lora, rslora, dora or lokr")
+    plan.add_argument("--ema", action="store_true", help="a running mean of the weights is kept")
+    plan.add_argument("--text-tokens", type=int, default=128, help="of a caption; 512 when it is padded")
+    plan.add_argument("--trained-parameters", type=int, default=0, help="full-rank training of so many, without LoRA")
     plan.add_argument("--device-memory", type=float, metavar="GIB", help="plan for a card of that size, not this one")
     plan.add_argument("--host-memory", type=float, metavar="GIB", help="plan for a computer with that much memory")
     plan.add_argument("--json", action="store_true", help="print JSON")
@@ -93,47 +101,61 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     from .training.config import TrainingConfig
-    from .training.jobs import run_job
+    from .training.jobs import continue_job, run_job
     from .training.world import launched
 
-    config = TrainingConfig.from_toml(options.job)
-    world = None
+    job_id = options.job_id or options.resume
+    if (options.job is None) != bool(options.resume) or (options.job_id and options.resume):
+        raise ConfigError("Give a job file, a job file with --job JOB_ID, or --resume JOB_ID without a file.")
+    if options.restart and job_id or (options.extend or options.force) and not job_id:
+        raise ConfigError("--extend and --force go with --job or --resume, --restart with neither.")
+    if options.extend < 0:
+        raise ConfigError(f"--extend is {options.extend}; it must be the number of steps to add.")
+    config = TrainingConfig.from_toml(options.job) if options.job else None
+    world, main = None, True
     if launched():
         from .training.processes import Processes
         from .training.together import run_together
 
+        if config is None or job_id:
+            raise ConfigError(
+                "--job and --resume change a job, which one process does. Start it with a job file on several; a job "
+                "that was changed is found by the options that it has now."
+            )
         world = Processes(options.device, options.sharding)
-        run, device, main = partial(run_together, world=world), world.device, world.main
+        main = world.main
     elif options.sharding == "fsdp":
         raise ConfigError(
             "--sharding fsdp divides the model among several processes, but this is one. Start it with torchrun or "
             "accelerate launch (see docs/training.md), or leave --sharding out."
         )
-    else:
-        run, device, main = run_job, best_device(options.device), True
-    with tqdm(total=config.steps, unit="step", desc="preparing", disable=not main) as bar:
+    with tqdm(unit="step", desc="preparing", disable=not main) as bar:
 
         def show(status: dict) -> None:
             bar.set_description(status["state"])
-            bar.n = status["step"]
+            bar.n, bar.total = status["step"], status["steps"]
             if status.get("loss_smooth") is not None:
                 bar.set_postfix(loss=f"{status['loss_smooth']:.4f}")
             bar.refresh()
 
-        status = run(
-            config,
-            root=options.output / "jobs",
-            loras_folder=options.output / "loras",
-            device=device,
-            on_status=show,
-            if_exists="restart" if options.restart else "resume",
-        )
+        places = {
+            "root": options.output / "jobs",
+            "loras_folder": options.output / "loras",
+            "device": best_device(options.device) if world is None else world.device,
+            "on_status": show,
+        }
+        if_exists = "restart" if options.restart else "resume"
+        if job_id:
+            status = continue_job(job_id, **places, config=config, extend=options.extend, force=options.force)
+        elif world is not None:
+            status = run_together(config, **places, if_exists=if_exists, world=world)
+        else:
+            status = run_job(config, **places, if_exists=if_exists)
     if world is not None and status["state"] == "completed":
         world.close()
     if main:
-        shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss"]
-        shown += ["lora_path"] if config.full is None else ["model_path", "model_folder"]
-        print(json.dumps({k: status.get(k) for k in shown}))
+        shown = ("id", "state", "step", "heldout_loss_base", "heldout_loss", "lora_path", "model_path", "model_folder")
+        print(json.dumps({k: status.get(k) for k in shown if k in status}))
     if status["state"] != "completed":
         print(f"error: the job {status['state']}: {status.get('message') or 'no reason given'}", file=sys.stderr)
     return 0 if status["state"] == "completed" else 1
@@ -233,7 +255,9 @@ def _plan(options: argparse.Namespace) -> None:
         "offload_during_startup": options.offload_during_startup,
         "on": on,
     }
-    result = estimate(options.flavour, options.precision, **chosen)
+    trained = ("optimizer", "adapter", "ema", "text_tokens", "trained_parameters")
+    more = {name: getattr(options, name) for name in trained}
+    result = estimate(options.flavour, options.precision, **chosen, **more)
     if options.json:
         print(json.dumps(result.to_dict()))
     else:

@@ -104,14 +104,14 @@ def quantisable_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
-def quantise(model: nn.Module, chosen: Precision, prefix: str = "") -> None:
-    """Quantise in place the block linears whose full name starts with `prefix`; plain dtypes are left as they are.
+def quantise(model: nn.Module, chosen: Precision) -> None:
+    """Quantise the block linears in place; plain dtypes are left as they are.
 
     Raises PrecisionError when the library is missing or cannot work on the linears' device.
     """
     if not chosen.quantised:
         return
-    for name, linear in [pair for pair in quantisable_linears(model) if pair[0].startswith(prefix)]:
+    for name, linear in list(quantisable_linears(model)):
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, quantise_linear(linear, chosen))
 

@@ -22,6 +22,7 @@ def _truth(text: str) -> bool:
 PLAN: dict[str, Callable[[str], Any]] = {
     "flavour": str, "precision": str, "text_precision": str, "offload": str, "optimizer": str, "target": str,
     "size": int, "batch_size": int, "rank": int, "resident_blocks": int, "gradient_checkpointing": _truth,
+    "adapter": str, "lokr_factor": int, "ema": _truth, "text_tokens": int, "trained_parameters": int,
     "offload_during_startup": _truth,
 }  # fmt: skip
 """What `GET /chromakit/plan` takes in its query, all optional, and how it is read."""
@@ -33,6 +34,8 @@ def register(routes: Any) -> None:
     routes.get("/chromakit/jobs/{id}")(_one)
     routes.get("/chromakit/jobs/{id}/metrics")(_metrics)
     routes.get("/chromakit/jobs/{id}/samples/{number}")(_sample)
+    routes.post("/chromakit/jobs/{id}/change")(_change)
+    routes.post("/chromakit/jobs/{id}/extend")(_extend)
     routes.post("/chromakit/jobs/{id}/{action}")(_act)
     routes.get("/chromakit/plan")(_plan)
     routes.get("/chromakit/memory")(_memory)
@@ -73,6 +76,38 @@ async def _act(request: web.Request) -> web.Response:
         return job.status()
 
     return await _answer(act)
+
+
+async def _change(request: web.Request) -> web.Response:
+    """JSON {changes: {…}, force: bool}: go on under other options."""
+    try:
+        values = await _body(request, {"changes": dict, "force": bool})
+    except ConfigError as error:
+        return _error(400, error)
+    changes, force = values.get("changes", {}), values.get("force", False)
+    return await _answer(lambda: jobs.manager().change(_job(request).id, changes, force).status())
+
+
+async def _extend(request: web.Request) -> web.Response:
+    """JSON {steps: n, force: bool}: n steps more."""
+    try:
+        values = await _body(request, {"steps": int, "force": bool})
+    except ConfigError as error:
+        return _error(400, error)
+    steps, force = values.get("steps", 0), values.get("force", False)
+    return await _answer(lambda: jobs.manager().extend(_job(request).id, steps, force).status())
+
+
+async def _body(request: web.Request, kinds: dict[str, type]) -> dict[str, Any]:
+    """The request's JSON object with no other fields than these. Raises ConfigError."""
+    try:
+        values = await request.json()
+    except ValueError as error:
+        raise ConfigError(f"The request's body is not JSON: {error}.") from None
+    if not (isinstance(values, dict) and all(type(v) is kinds.get(name) for name, v in values.items())):
+        wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+        raise ConfigError(f"The request's body must be a JSON object with nothing but: {wanted}.")
+    return values
 
 
 async def _plan(request: web.Request) -> web.Response:

@@ -299,6 +299,12 @@ class ChromaTrainingSettings(io.ComfyNode):
                     tooltip="Fields of the recipe to change, e.g. noise_dtype=bf16, flow_shift=3.0.",
                     **ADVANCED,
                 ),
+                io.Boolean.Input(
+                    "tensorboard",
+                    default=False,
+                    tooltip="Also write TensorBoard event files into the job's folder. Needs the package tensorboardX.",
+                    **ADVANCED,
+                ),
             ],
             outputs=[ChromaTrainingType.Output("settings", tooltip="For Chroma Train LoRA.")],
         )
@@ -314,6 +320,7 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
         "gradient_accumulation", "warmup_steps", "lr_schedule", "weight_decay", "max_grad_norm", "recipe",
         "gradient_checkpointing", "checkpoint_every", "keep_checkpoints", "validate_every", "optimizer", "lr_cycles",
         "lr_power", "checkpointing_interval", "compile", "checkpoint_minutes", "keep_best",
+        "tensorboard",
     )  # fmt: skip
     objective = ("loss", "huber_delta", "prior_weight", "noise_offset", "pair_noise", "text_padding")
     previews = ("steps", "guidance", "seed", "width", "height", "negative", "method", "spacing", "tail_bias")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from ..text import TextEncoder
 from ..transformer import ChromaTransformer
 from .assemble import OnPart
 from .components import Device, device_size, load_text_encoder, load_transformer, load_vae
+from .hub import COMMIT
 from .locate import ModelPart, file_state, locate
 from .moving import module_bytes, release_memory, to_device, to_host
 from .spec import ModelHandle, ModelSpec
@@ -68,6 +69,7 @@ class ComponentCache:
         self._make_room, self._free_host_memory, self._on_part = make_room, free_host_memory, on_part
         self._held: dict[Kind, _Held] = {}
         self._matrix: tuple[str, torch.Tensor] | None = None
+        self._commits: dict[tuple[str, str], str] = {}
 
     @contextmanager
     def transformer(self, handle: ModelHandle, device: Device) -> Iterator[ChromaTransformer]:
@@ -75,11 +77,12 @@ class ComponentCache:
         merged = tuple(use for use in handle.loras if use.mode == "merged")
         live = [use for use in handle.loras if use.mode == "live"]
         with self._lock:
+            spec = self._pinned(handle.spec, "transformer")
             held = self._get(
                 "transformer",
-                handle.spec,
+                spec,
                 device,
-                lambda: load_transformer(handle.spec, device, merged, self._on_part),
+                lambda: load_transformer(spec, device, merged, self._on_part),
                 extra=repr([(use, _version(use.path)) for use in merged]),
             )
             model: ChromaTransformer = held.value
@@ -100,12 +103,14 @@ class ComponentCache:
     def text_encoder(self, spec: ModelSpec, device: Device) -> TextEncoder:
         """The text encoder of `spec`, on `device` until another component takes its turn."""
         with self._lock:
+            spec = self._pinned(spec, "text_encoder")
             load = lambda: load_text_encoder(spec, device, self._on_part)  # noqa: E731
             return self._get("text_encoder", spec, device, load).value
 
     def vae(self, spec: ModelSpec, device: Device) -> AutoencoderKL:
         """The VAE of `spec`, on `device` until another component takes its turn."""
         with self._lock:
+            spec = self._pinned(spec, "vae")
             return self._get("vae", spec, device, lambda: load_vae(spec, device)).value
 
     def preview_matrix(self, spec: ModelSpec, device: Device) -> torch.Tensor:
@@ -120,6 +125,7 @@ class ComponentCache:
         """Forget every component that is not in use, and return its memory."""
         with self._lock:
             self._held = {kind: held for kind, held in self._held.items() if held.users}
+            self._commits.clear()
             release_memory()
 
     def park(self) -> int:
@@ -141,6 +147,21 @@ class ComponentCache:
             for device, size in module_bytes(held.module).items():
                 total[device] = total.get(device, 0) + size
         return total
+
+    def _pinned(self, spec: ModelSpec, part: ModelPart) -> ModelSpec:
+        """`spec` with the commit that its branch meant when it was first used: the Hub is asked once, not every time.
+
+        So parts that are loaded at different times are of one commit. `clear` forgets it.
+        """
+        if spec.revision is None or COMMIT.fullmatch(spec.revision):
+            return spec
+        branch = (spec.flavour, spec.revision)
+        if branch not in self._commits:
+            commit = locate(spec, part).parent.name
+            if not COMMIT.fullmatch(commit):  # the part lies in a local file or folder
+                return spec
+            self._commits[branch] = commit
+        return replace(spec, revision=self._commits[branch])
 
     def _get(self, kind: Kind, spec: ModelSpec, device: Device, load: Callable[[], Any], extra: str = "") -> _Held:
         # With the state of the files: one that was replaced under its name is another model.

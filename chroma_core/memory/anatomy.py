@@ -96,6 +96,8 @@ class LoraLayers:
     mlp_in: frozenset[str]
     mlp_out: frozenset[str]
     last: bool
+    shapes: tuple[tuple[int, int], ...] = ()
+    """Outputs and inputs of each layer."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,7 @@ def lora_layers_of(model: nn.Module, target: str | tuple[str, ...]) -> LoraLayer
         mlp_in=among(".net.0.proj"),
         mlp_out=among(".net.2", ".proj_out"),
         last="proj_out" in names,
+        shapes=tuple(features(linears[name]) for name in names),
     )
 
 

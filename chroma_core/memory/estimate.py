@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from ..flavours import flavour
 from ..loading.spec import Offload
+from .activations import TEXT_TOKENS
 from .anatomy import anatomy
 from .machine import GIB, Machine, in_gib, machine
 from .plan import CHOICES, Purpose, Recommendation, Settings, fits_on, peaks
@@ -67,13 +68,19 @@ def estimate(
     offload_during_startup: bool = False,
     optimizer: str = "adamw",
     target: str | Sequence[str] = "all",
+    adapter: str = "lora",
+    lokr_factor: int = -1,
+    ema: bool = False,
+    text_tokens: int = TEXT_TOKENS,
+    trained_parameters: int = 0,
     on: Machine | None = None,
 ) -> MemoryEstimate:
     """Estimate sampling and LoRA training at `size` × `size` pixels (None: the flavour's default).
 
     Args:
         resident_blocks: with offload `block`, blocks on the device.
-        optimizer: a name from `plan.OPTIMIZERS`.
+        optimizer: a name from `trained.OPTIMIZERS`.
+        adapter, lokr_factor, ema, text_tokens, trained_parameters: see `plan.Settings`.
         target: the LoRA's target, see `lora.targets`.
         on: the machine to recommend settings for; None: this one.
     Raises:
@@ -92,6 +99,11 @@ def estimate(
         target if isinstance(target, str) else tuple(target),
         optimizer,
         gradient_checkpointing,
+        adapter,
+        lokr_factor,
+        ema,
+        text_tokens,
+        trained_parameters,
     )
     on = on or machine()
     found = peaks(settings, on.shared)

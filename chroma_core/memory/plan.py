@@ -16,8 +16,10 @@ from ..errors import ConfigError
 from ..flavours import flavour
 from ..latents import snap_size
 from ..loading.spec import Offload
+from ..lora.modules import AdapterKind
 from ..precision import Precision, precision
 from .activations import (
+    TEXT_TOKENS,
     Pass,
     quantising,
     sampling_bytes,
@@ -28,18 +30,21 @@ from .activations import (
 )
 from .anatomy import Part, Transformer, anatomy, lora_layers
 from .machine import GIB, Machine, in_gib
+from .trained import OPTIMIZERS, adapter_shapes, parameters, state_bytes
 
 Purpose = Literal["sampling", "training"]
-
-OPTIMIZERS = {"adamw": 8}
-"""Bytes of state for each trained parameter: AdamW keeps two moments in fp32."""
 
 SIZE_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how much memory is needed. `size`: pixels a side of a square picture."""
+    """What decides how much memory is needed. `size`: pixels a side of a square picture.
+
+    text_tokens: of a caption in the transformer; 512 for text_padding `zero` and `unmodified`. ema: a running mean of
+    what is trained is kept beside it. trained_parameters: above 0, so many of the model's own parameters are trained
+    in fp32 instead of an adapter.
+    """
 
     flavour: str = "base"
     precision: str = "bf16"
@@ -53,6 +58,11 @@ class Settings:
     target: str | tuple[str, ...] = "all"
     optimizer: str = "adamw"
     gradient_checkpointing: bool = True
+    adapter: str = "lora"
+    lokr_factor: int = -1
+    ema: bool = False
+    text_tokens: int = TEXT_TOKENS
+    trained_parameters: int = 0
 
     def __post_init__(self) -> None:
         flavour(self.flavour)
@@ -62,7 +72,10 @@ class Settings:
             raise ConfigError(f"The offload mode is {self.offload!r}; choose one of: {', '.join(get_args(Offload))}.")
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError(f"The optimizer is {self.optimizer!r}; choose one of: {', '.join(OPTIMIZERS)}.")
-        for name, least in (("batch_size", 1), ("rank", 1), ("resident_blocks", 2)):
+        if self.adapter not in get_args(AdapterKind):
+            raise ConfigError(f"The adapter is {self.adapter!r}; choose one of: {', '.join(get_args(AdapterKind))}.")
+        least_values = {"batch_size": 1, "rank": 1, "resident_blocks": 2, "text_tokens": 1, "trained_parameters": 0}
+        for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         snap_size(self.size, self.size, SIZE_MULTIPLE)
@@ -98,7 +111,7 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     body, t5, fp32 = whole.transformer, whole.text_encoder, precision("fp32")
     size = snap_size(settings.size, settings.size, SIZE_MULTIPLE)[0]
     on_device = 0 if settings.offload_during_startup else 1
-    run = Pass.of(size, settings.batch_size, chosen)
+    run = replace(Pass.of(size, settings.batch_size, chosen), text_tokens=settings.text_tokens)
     layers = lora_layers(settings.flavour, settings.target)
 
     weights, text_weights, vae = body.whole.bytes(chosen), t5.whole.bytes(text), whole.vae.whole.bytes(fp32)
@@ -113,10 +126,11 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     else:
         sampling = max(held + moment, text_peak, vae + decode)
 
-    parameters = settings.rank * layers.features
-    lora, optimizer = 4 * parameters, OPTIMIZERS[settings.optimizer] * parameters
+    shapes = _trained_shapes(settings)
+    lora, optimizer = 4 * parameters(shapes), state_bytes(settings.optimizer, shapes)
     activations = training_bytes(body, run, layers, settings.rank, settings.gradient_checkpointing)
-    trained = held + 2 * lora + optimizer  # the LoRA and its gradients
+    mean = lora if settings.ema else 0
+    trained = held + 2 * lora + mean + optimizer  # what is trained, its gradients and its running mean
     # Previews: with offloading the model waits in the computer's memory while the VAE decodes.
     preview = vae + decode + (trained if settings.offload == "none" else 0)
     encode = vae + vae_encode_bytes(whole.vae, size)
@@ -127,12 +141,22 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     parked = 0 if settings.offload == "none" else weights + text_weights + vae
     streamed = weights + reading if settings.offload == "block" else 0
     host_sampling = max(parked, streamed, reading)
-    host_training = max(weights + 2 * lora + optimizer, text_weights, streamed, reading)
+    host_training = max(weights + 2 * lora + mean + optimizer, text_weights, streamed, reading)
     if shared_memory:
         everything = weights + text_weights + vae + (held if settings.offload == "block" else 0)
         host_sampling = everything + max(moment, decode, text_peak - text_weights, reading)
         host_training = training + reading + (weights if settings.offload == "block" else 0)
     return Peaks(weights, text_weights, lora, optimizer, activations, sampling, training, host_sampling, host_training)
+
+
+def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:
+    if settings.trained_parameters:
+        # Whole linears: as a square matrix, which is right for what counts numbers and near for what counts rows.
+        side = round(settings.trained_parameters**0.5)
+        return [(side, side)] if settings.optimizer in ("adafactor", "came") else [(settings.trained_parameters,)]
+    layers = lora_layers(settings.flavour, settings.target)
+    kind, rank, factor = settings.adapter, settings.rank, settings.lokr_factor
+    return [shape for rows, columns in layers.shapes for shape in adapter_shapes(kind, rank, rows, columns, factor)]
 
 
 def _loading_bytes(blocks: tuple[Part, ...], chosen: Precision) -> int:

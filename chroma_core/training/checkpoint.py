@@ -90,7 +90,8 @@ def checkpoint_bytes(folder: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a job, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    found = (path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]))  # by number: a million has a digit more
 
 
 def discard(path: Path) -> None:

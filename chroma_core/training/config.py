@@ -171,7 +171,8 @@ class TrainingConfig(Settings):
     gradient checkpointing every `checkpointing_interval`-th block is computed again instead of remembered.
     `more_datasets` are mixed with `dataset` (see `data.mixing`). `validate_every` and `checkpoint_every` 0 leave the
     start and the end; `checkpoint_minutes` above 0 also saves after so many minutes. Of the checkpoints the last
-    `keep_checkpoints` stay, and with `keep_best` the one with the lowest held-out loss.
+    `keep_checkpoints` stay, and with `keep_best` the one with the lowest held-out loss. `tensorboard` also
+    writes event files.
     """
 
     name: str = Field(min_length=1, max_length=80)
@@ -207,6 +208,7 @@ class TrainingConfig(Settings):
     checkpoint_minutes: float = Field(default=0.0, ge=0)
     keep_checkpoints: int = Field(default=3, ge=1)
     keep_best: bool = True
+    tensorboard: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -329,8 +331,9 @@ class TrainingConfig(Settings):
         """One text for equal configurations.
 
         Where weights rest in memory does not count: a job that ran out of memory goes on with another offload mode.
+        Nor does who watches.
         """
-        values = self.model_dump(mode="json")
+        values = self.model_dump(mode="json", exclude={"tensorboard"})
         if self.full is None:  # the job keeps the name that it had before there was this option
             del values["full"]
         values["model"] = {k: v for k, v in values["model"].items() if k not in PLACEMENT}

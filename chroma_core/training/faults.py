@@ -11,6 +11,7 @@ from ..errors import JobError
 from ..fullrank.layers import count_trained
 from ..loading.components import transformer_outline
 from ..memory import estimate, in_gib, machine, recommend
+from ..memory.activations import T5_TOKENS, TEXT_TOKENS
 from .checkpoint import Progress
 from .config import TrainingConfig
 
@@ -90,6 +91,11 @@ def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.de
         offload=config.model.offload,
         resident_blocks=config.model.resident_blocks,
         target=config.lora.target,
+        optimizer=config.optimizer,
+        adapter=config.lora.kind,
+        lokr_factor=config.lora.lokr_factor,
+        ema=config.lora.ema_decay > 0,
+        text_tokens=TEXT_TOKENS if config.objective.text_padding == "trim" else T5_TOKENS,
     )
     # In full rank: fp32 weights, gradients and two moments.
     trained = 16 * _trained_in_full(config)
@@ -102,7 +108,7 @@ def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.de
         f"Training ran out of memory ({found}). Predicted were {in_gib(predicted.training_peak_bytes + trained)} at "
         f"its peak; {here.name} has {in_gib(here.device_bytes)}. {_advice(config, advice.sentence)} Other knobs: "
         "gradient checkpointing on, a smaller batch size with more gradient accumulation, a lower resolution or rank. "
-        "The newest checkpoint is kept; a job goes on with another offload mode, other changes make a new job."
+        "The newest checkpoint is kept; the job goes on with another offload mode, or by force with other options."
     )
 
 

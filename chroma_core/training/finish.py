@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,11 +23,6 @@ from .checkpoint import Progress
 from .config import TrainingConfig
 
 
-def lora_metadata(config: TrainingConfig, progress: Progress, base_sha256: str, pictures: int) -> dict[str, str]:
-    """The header of a finished LoRA: the public modelspec fields and our own, all strings."""
-    return file_metadata(config, progress, base_sha256, pictures, "chroma/lora", adapter_summary(config))
-
-
 def adapter_summary(config: TrainingConfig) -> dict[str, Any]:
     """What a header says of the adapter."""
     lora = config.lora
@@ -40,8 +36,17 @@ def file_metadata(
     pictures: int,
     architecture: str,
     trained: dict[str, Any],
+    job_id: str | None = None,
+    changes: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, str]:
-    """The header of any finished file; `trained` says what was."""
+    """The header of a finished file: the public modelspec fields and our own, all strings.
+
+    Args:
+        architecture: modelspec's word for what it is.
+        trained: what was trained, as JSON values.
+        job_id: the name of the job's folder; None: that of a job with these options from its start.
+        changes: options that were changed on the way, see `changes.entry`.
+    """
     summary = {
         "steps": progress.step,
         "batch": config.effective_batch,
@@ -64,13 +69,14 @@ def file_metadata(
         "modelspec.resolution": "x".join(map(str, config.preview_size())),
         "modelspec.prediction_type": "v",
         "modelspec.trigger_phrase": config.dataset.trigger,
-        JOB_KEY: config.job_id(),
+        JOB_KEY: job_id or config.job_id(),
         "chromakit.base_sha256": base_sha256,
         "chromakit.flavour": config.model.flavour,
         "chromakit.base_file": _base_file(config),
         "chromakit.recipe": json.dumps(config.recipe_value().to_dict()),
         "chromakit.trigger": config.dataset.trigger,
         "chromakit.training": json.dumps(summary),
+        "chromakit.changes": json.dumps(list(changes)) if changes else "",
         "chromakit.versions": json.dumps(library_versions()),
     }
     return {key: value for key, value in metadata.items() if value}
@@ -107,13 +113,13 @@ def _base_file(config: TrainingConfig) -> str:
     return Path(own).name if own else ""
 
 
-def final_path(loras_folder: Path, config: TrainingConfig, suffix: str = "") -> Path:
+def final_path(loras_folder: Path, config: TrainingConfig, suffix: str = "", job_id: str | None = None) -> Path:
     """Where the LoRA goes: the job's name and `suffix`, with -2, -3 … when another job's file has it already."""
     stem = slug(config.name) + suffix
     number = 1
     while True:
         path = loras_folder / (f"{stem}.safetensors" if number == 1 else f"{stem}-{number}.safetensors")
-        if not path.exists() or job_of(path) == config.job_id():
+        if not path.exists() or job_of(path) == (job_id or config.job_id()):
             return path
         number += 1
 
@@ -139,7 +145,7 @@ def write_final(
     trained = trained_lora(transformer)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.lora.save_dtype]
     modules = {name: module.to(dtype) for name, module in trained.modules.items()}
-    path = final_path(loras_folder, config, suffix)
+    path = final_path(loras_folder, config, suffix, metadata.get(JOB_KEY))
     copy = job_folder / f"{slug(config.name)}{suffix}.safetensors"
     write_lora(copy, LoraFile(modules, {**metadata, **contents(trained)}, trained.dialect))
     write_atomic(path, copy.read_bytes())

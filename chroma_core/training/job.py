@@ -33,6 +33,7 @@ _DEFAULTS: dict[str, Any] = {
     "eta_seconds": None,
     "message": "",
     "warnings": [],
+    "changes": [],
     "lora_path": None,
     "lora_name": None,
     "model_path": None,
@@ -76,7 +77,8 @@ class Job:
 
     @property
     def id(self) -> str:
-        return self.config.job_id()
+        """The folder's name: that of the options it began with, whatever was changed since."""
+        return self.folder.name
 
     @property
     def state(self) -> JobState:

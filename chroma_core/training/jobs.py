@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import shutil
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError, JobError
+from .changes import check_changes, differences, entry, with_changes
+from .checkpoint import checkpoints
 from .config import TrainingConfig
 from .control import Control, Halted
 from .job import ACTIVE, Job, JobState
@@ -22,7 +25,10 @@ from .world import ALONE, World
 IfExists = Literal["keep", "resume", "restart"]
 Listener = Callable[[dict[str, Any]], None]
 
-__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState", "run_job"]
+LOCK_SECONDS = 2.0
+"""How long a change of options waits for the folder of a job that has just ended."""
+
+__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState", "continue_job", "run_job"]
 
 
 class JobManager:
@@ -103,15 +109,16 @@ class JobManager:
         if if_exists not in ("keep", "resume", "restart"):
             raise ConfigError(f"if_exists is {if_exists!r}; choose keep, resume or restart.")
         with self._changed:
-            job = self._jobs.get(config.job_id())
-            if config.job_id() in self._elsewhere:
+            job = self._with(config)
+            if job is not None and job.id in self._elsewhere:
                 raise JobError(
-                    f"The job '{config.job_id()}' is being trained by another process. Wait for it, or stop it there."
+                    f"The job '{job.id}' is being trained by another process. Wait for it, or stop it there."
                 )
             if job is not None and if_exists == "restart":
                 if job.state in ACTIVE:
                     raise JobError(f"The job '{job.id}' is {job.state}. Stop it before you restart it.")
                 shutil.rmtree(job.folder, ignore_errors=True)
+                del self._jobs[job.id]
                 job = None
             if job is None:
                 job = Job(self.root / config.job_id(), config)
@@ -120,11 +127,69 @@ class JobManager:
                 self._jobs[job.id] = job
                 self._enqueue(job)
             elif job.state in ("interrupted", "failed") or (job.state == "stopped" and if_exists == "resume"):
-                job.config = config  # equal but for where the weights rest: perhaps it ran out of memory there
+                # Equal but for where the weights rest (perhaps it ran out of memory there) and who watches; or it was
+                # changed since, and stays so.
+                same = config.job_id() == job.config.job_id()
+                job.config = config if same else job.config
                 self._enqueue(job)
             elif job.state in ACTIVE and if_exists == "resume":
                 self.resume(job.id)
             return job
+
+    def _with(self, config: TrainingConfig) -> Job | None:
+        """The job that began with these options, else the one that was changed to them."""
+        wanted = config.job_id()
+        changed = (job for job in self._jobs.values() if job.config.job_id() == wanted)
+        return self._jobs.get(wanted) or next(changed, None)
+
+    # --- going on under other options --------------------------------------------------------------------------------
+
+    def change(self, job_id: str, changes: Mapping[str, Any] | TrainingConfig, force: bool = False) -> Job:
+        """Go on with a job that does not run, under other options; it keeps its id, folder and checkpoints.
+
+        A completed job that has no steps left takes the options and stays completed.
+
+        Args:
+            changes: the whole new configuration, or the options to replace (see `changes.with_changes`).
+            force: also change options that move the weights; it is recorded in the job and in the LoRA.
+        Raises:
+            ConfigError: an unknown option, or values that cannot work.
+            JobError: the job is unknown, at work (stop it first), or cannot go on so (see `changes.check_changes`).
+        """
+        with self._changed:
+            job = self.get(job_id)
+            if job.state in ACTIVE or job.id in self._elsewhere:
+                raise JobError(f"The job '{job.id}' is {job.state}. Stop it before you change its options.")
+            new = changes if isinstance(changes, TrainingConfig) else with_changes(job.config, changes)
+            newest = checkpoints(job.folder / "checkpoints")[-1:]
+            step = int(newest[0].name.removeprefix("step-")) if newest else 0
+            found = differences(job.config, new, step)
+            check_changes(job.id, found, force)
+            lock = FolderLock(job.folder)
+            waited_until = time.monotonic() + LOCK_SECONDS
+            while not lock.acquire():
+                if time.monotonic() > waited_until:
+                    raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
+                time.sleep(0.01)  # our own worker, which says that a job ended just before it lets go of the folder
+            try:
+                if found:
+                    job.config = new
+                    job.update(steps=new.steps, changes=[*job.status()["changes"], entry(step, found)])
+                    job.write()
+            finally:
+                lock.release()
+            if job.state != "completed" or step < new.steps:
+                self._enqueue(job)
+            return job
+
+    def extend(self, job_id: str, steps: int, force: bool = False) -> Job:
+        """Train `steps` steps more than the job was to have; exactly a longer job's with a constant learning rate.
+
+        Other schedules depend on the number of steps, so that they need `force`. Raises as `change`.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"A job is extended by a whole number of steps, at least 1; found {steps!r}.")
+        return self.change(job_id, {"steps": self.get(job_id).config.steps + steps}, force)
 
     def _enqueue(self, job: Job) -> None:
         self._controls[job.id] = self._world.control(self._busy)
@@ -283,10 +348,44 @@ def run_job(
     if_exists: IfExists = "resume",
 ) -> dict[str, Any]:
     """Run (or resume) one job in the foreground; returns its final status. Ctrl-C saves and leaves it interrupted."""
+    return _foreground(root, loras_folder, device, on_status, lambda manager: manager.ensure(config, if_exists))
+
+
+def continue_job(
+    job_id: str,
+    root: Path,
+    loras_folder: Path,
+    device: Device,
+    on_status: Listener = lambda status: None,
+    config: TrainingConfig | None = None,
+    extend: int = 0,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Go on with a job of that id in the foreground; returns its final status.
+
+    Args:
+        config: its new options (None: as they are); see `JobManager.change`.
+        extend: steps more than the job was to have.
+    """
+
+    def begin(manager: JobManager) -> Job:
+        job = manager.get(job_id)
+        values: dict[str, Any] | TrainingConfig = config or {}
+        if extend:
+            base = config or job.config
+            values = with_changes(base, {"steps": base.steps + extend})
+        return manager.change(job_id, values, force)
+
+    return _foreground(root, loras_folder, device, on_status, begin)
+
+
+def _foreground(
+    root: Path, loras_folder: Path, device: Device, on_status: Listener, begin: Callable[[JobManager], Job]
+) -> dict[str, Any]:
     manager = JobManager(root, loras_folder, device)
     manager.subscribe(on_status)
-    job = manager.ensure(config, if_exists)
     try:
+        job = begin(manager)
         while not job.wait(1.0):  # in slices, so that Ctrl-C is heard on every system
             pass
     finally:

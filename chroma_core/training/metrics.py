@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ class MetricsLog:
 
     def __init__(self, path: Path):
         self.path = path
+        self.also: Callable[[dict[str, Any]], None] = lambda values: None
+        """Called with every line that is added."""
 
     def append(self, **values: Any) -> None:
         """Add one line; visible to readers at once, durable from the next `sync` on."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        self.also(values)
 
     def sync(self) -> int:
         """Make what was appended durable; returns the file's length in bytes."""

@@ -20,11 +20,13 @@ from ..errors import ChromaKitError
 from ..files import remove_leftovers
 from ..loading.components import Device, load_transformer
 from ..loading.moving import release_memory
+from .changes import recorded
 from .checkpoint import Progress, checkpoint_bytes, restore_latest, save_checkpoint
 from .compiling import compile_blocks
 from .config import TrainingConfig
 from .control import Control, Halted, Stopped
 from .ema import Ema
+from .event_files import EventFiles, check_event_files
 from .faults import disk_shortage, is_out_of_memory, out_of_memory, watch_loss
 from .finish import file_metadata
 from .loop import Batches, StepResult, train_step
@@ -76,6 +78,7 @@ class Run:
         report(state="preparing", message="reading the data set")
         check_optimizer(config.optimizer_settings(), device)
         advice = check_trainee(config, places)
+        check_event_files(config.tensorboard)
         self.seat = control.seat = Seat(device, before_load)
         self.data: Prepared = world.first_then_all(
             lambda: prepare(config, places.cache, self.seat, control.gate, self._report_caching)
@@ -113,6 +116,16 @@ class Run:
         self.progress = progress or Progress()
         self.progress.data = data
         self.metrics.truncate(self.progress.metrics_bytes)
+        self.event_files: EventFiles | None = None
+        if self.config.tensorboard and self.world.main:
+            values, earlier = self.config.model_dump(mode="json"), self.metrics.read()
+            self.event_files = EventFiles(self.places.job / "tensorboard", self.progress.step, values, earlier)
+            self.metrics.also = self.event_files.add
+        for change in recorded(self.places.job):
+            if change["warning"]:
+                warnings.append(change["warning"])
+            if change["step"] >= self.progress.step:  # cut off with the steps after the checkpoint, or not yet written
+                self.metrics.append(**change)
         self.report(warnings=warnings, **self._numbers())
 
     def _restore(self) -> tuple[Progress | None, list[str]]:
@@ -243,7 +256,7 @@ class Run:
     def preview(self, between: Callable[[], None]) -> None:
         """Sample the preview prompts with the weights as they are now."""
         record = {
-            "job": self.config.job_id(),
+            "job": self.places.job.name,
             **self.trainee.record(),
             "base_sha256": self.data.base_sha256,
             "trigger": self.config.dataset.trigger,
@@ -253,6 +266,8 @@ class Run:
             names = render_previews(
                 config, step, folder, self.transformer, self.data.cache, record, between, self.world.main
             )
+        if self.event_files is not None:
+            self.event_files.pictures(step, [folder / name for name in names])
         self.report(new_samples=names)
 
     def save(self, wait: bool = True) -> None:
@@ -305,8 +320,16 @@ class Run:
         return self.world.first(self._write_files) or {}
 
     def _write_files(self) -> dict[str, str]:
-        pictures = picture_count(self.data.samples)
-        header = partial(file_metadata, self.config, self.progress, self.data.base_sha256, pictures)
+        pictures, job = picture_count(self.data.samples), self.places.job
+        header = partial(
+            file_metadata,
+            self.config,
+            self.progress,
+            self.data.base_sha256,
+            pictures,
+            job_id=job.name,
+            changes=recorded(job),
+        )
         self._where_the_optimizer_is()
         self.report(message=f"writing the {self.trainee.noun}")
         write = partial(self.trainee.write, header)
@@ -318,6 +341,8 @@ class Run:
 
     def close(self) -> None:
         """Give the memory back."""
+        if self.event_files is not None:
+            self.event_files.close()
         self.seat.leave()
         del self.transformer, self.trainee, self.stepper, self.ema, self.batches
         release_memory()

@@ -45,7 +45,7 @@ def run_together(
             manager = JobManager(root, loras_folder, device, world=world)
             status = _lead(manager, config, on_status, if_exists, world, ending)
         else:
-            status = _follow(config, Places.of(root, config.job_id(), loras_folder), world, ending)
+            status = _follow(root, loras_folder, world, ending)
     return status
 
 
@@ -63,7 +63,8 @@ def _lead(
     except ChromaKitError as error:
         world.say_failed(str(error))
         raise
-    world.say("start", job.state)
+    # Its folder and options may be those of a job that was changed to what was asked for.
+    world.say("start", {"state": job.state, "id": job.id, "config": job.config.model_dump(mode="json")})
     while not job.wait(0.5):
         if ending.is_set():
             manager.shutdown(PATIENCE_SECONDS)
@@ -80,15 +81,17 @@ def _lead(
     return status
 
 
-def _follow(config: TrainingConfig, places: Places, world: Processes, ending: threading.Event) -> dict[str, Any]:
+def _follow(root: Path, loras_folder: Path, world: Processes, ending: threading.Event) -> dict[str, Any]:
     """Compute along until the job ends."""
     control = world.control()
     ended: dict[str, Any] = {"state": "interrupted", "message": "the process was asked to end"}
 
     def work() -> None:
         try:
-            state = world.hear("start")
+            started = world.hear("start")
+            state = started["state"]
             if state in ACTIVE:
+                config, places = TrainingConfig.parse(started["config"]), Places.of(root, started["id"], loras_folder)
                 state, _ = run_training(config, places, world.device, control, lambda **_: None, world=world)
             ended.update(state=state, message="")
         except Halted:

@@ -202,8 +202,8 @@ def _free_paths(places: Places, config: TrainingConfig, suffix: str) -> tuple[Pa
     while True:
         name = stem if number == 1 else f"{stem}-{number}"
         file, folder = places.models / f"{name}.safetensors", places.diffusers / name / "transformer"
-        file_is_free = not file.exists() or job_of(file) == config.job_id()
-        if file_is_free and (not folder.exists() or _job_of_folder(folder) == config.job_id()):
+        file_is_free = not file.exists() or job_of(file) == places.job.name
+        if file_is_free and (not folder.exists() or _job_of_folder(folder) == places.job.name):
             return file, folder
         number += 1
 

@@ -18,7 +18,7 @@ from chroma_core.recipe import Recipe
 from chroma_core.sampling import SamplingSettings, sample
 from chroma_core.training.checkpoint import Progress, checkpoints, restore_latest, save_checkpoint
 from chroma_core.training.config import TrainingConfig
-from chroma_core.training.finish import lora_metadata, write_final
+from chroma_core.training.finish import adapter_summary, file_metadata, write_final
 from chroma_core.training.loop import train_step
 from chroma_core.training.metrics import MetricsLog
 from chroma_core.training.plot import plot_losses
@@ -190,7 +190,9 @@ def test_the_finished_lora_says_what_it_is(places, tmp_path):
     dataset = {"folder": str(places[1]), "trigger": "sks"}
     made = trained(places, 2, dataset=dataset, lora={"rank": 4, "alpha": 2.0, "save_dtype": "bf16"})
     progress = Progress(step=2, heldout_loss_base=0.5, heldout_loss=0.25)
-    metadata = lora_metadata(made.config, progress, made.data.base_sha256, 4)
+    metadata = file_metadata(
+        made.config, progress, made.data.base_sha256, 4, "chroma/lora", adapter_summary(made.config)
+    )
     path = write_final(made.config, made.transformer, metadata, tmp_path / "job", tmp_path / "loras")
     assert path == tmp_path / "loras" / "Test-Job.safetensors"
     assert (tmp_path / "job" / "Test-Job.safetensors").read_bytes() == path.read_bytes()
@@ -216,7 +218,9 @@ def test_another_jobs_file_is_never_overwritten(places, tmp_path):
     (tmp_path / "Test-Job.safetensors").write_bytes(b"a file of someone else's")
 
     def write(made):
-        metadata = lora_metadata(made.config, Progress(), made.data.base_sha256, 4)
+        metadata = file_metadata(
+            made.config, Progress(), made.data.base_sha256, 4, "chroma/lora", adapter_summary(made.config)
+        )
         return write_final(made.config, made.transformer, metadata, tmp_path / "job", tmp_path).name
 
     assert write(first) == "Test-Job-2.safetensors"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .cli_import import add_import_command
 from .cli_models import add_model_commands, add_model_options, spec_from
+from .cli_requests import add_request_commands
 from .device import best_device
 from .errors import ChromaKitError, ConfigError
 from .flavours import FLAVOURS, flavour
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_model_commands(commands)
     add_import_command(commands)
+    add_request_commands(commands)
 
     inspect = commands.add_parser("inspect-lora", help="what a LoRA file holds")
     inspect.add_argument("file", type=Path)
@@ -188,11 +190,9 @@ def _lora_use(text: str, mode: str):
 
 def _free_name(folder: Path, stem: str) -> Path:
     """The first of stem.png, stem-2.png, … that does not exist: earlier pictures are never overwritten."""
-    path, count = folder / f"{stem}.png", 1
-    while path.exists():
-        count += 1
-        path = folder / f"{stem}-{count}.png"
-    return path
+    from .files import free_path
+
+    return free_path(folder, f"{stem}.png")
 
 
 def _inspect_lora(options: argparse.Namespace) -> None:

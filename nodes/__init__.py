@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import bridge, dataset, host, loaders, lora, routes, sampling, settings, text, training
+from . import bridge, dataset, host, loaders, lora, request_routes, routes, sampling, settings, text, training
 
 
 class ChromaKitExtension(ComfyExtension):
@@ -12,6 +12,7 @@ class ChromaKitExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         routes.register(host.server_routes())
+        request_routes.register(host.server_routes())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from .cli_export import add_export_command
 from .cli_import import add_import_command
 from .cli_models import add_model_commands, add_model_options, spec_from
 from .cli_requests import add_request_commands
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_commands(commands)
     add_import_command(commands)
     add_request_commands(commands)
+    add_export_command(commands)
 
     inspect = commands.add_parser("inspect-lora", help="what a LoRA file holds")
     inspect.add_argument("file", type=Path)

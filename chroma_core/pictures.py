@@ -34,6 +34,12 @@ def to_pictures(pixels_BCHW: Tensor) -> list[Image.Image]:
     return [Image.fromarray(row) for row in array]
 
 
+def to_saved_pictures(pixels_BCHW: Tensor) -> list[Image.Image]:
+    """[B, 3, H, W] in −1..1 → pictures in the 8 bits that ComfyUI's Save Image writes, which cuts off, not rounds."""
+    array = (255.0 * ((pixels_BCHW.float() + 1) / 2).clamp(0, 1)).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(row) for row in array]
+
+
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> list[Image.Image]:
     """Decode latents of the transformer's space, one at a time (a picture must not depend on its neighbours)."""
@@ -41,7 +47,7 @@ def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> list[Image.Image]:
     pictures = []
     for row in latents_BCHW:
         z = format_.to_vae(row[None]).to(vae.device, vae.dtype)
-        pictures += to_pictures(vae.decode(z).sample)  # type: ignore[union-attr]
+        pictures += to_saved_pictures(vae.decode(z).sample)  # type: ignore[union-attr]
     return pictures
 
 

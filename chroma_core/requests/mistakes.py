@@ -52,8 +52,9 @@ def _line(detail: Any, model: type[BaseModel]) -> str:
     loc, kind_ = detail["loc"], detail["type"]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
     if kind_ == "extra_forbidden":
-        near = difflib.get_close_matches(str(loc[-1]), list(model.model_fields), 1)
-        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(model.model_fields)}"
+        known = list(model.model_fields)
+        near = difflib.get_close_matches(str(loc[-1]), known, 1, cutoff=0.55)  # "steps" for "sample_steps" is .59
+        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         return f"{where} is not a known field ({meant})"
     if kind_ == "missing":
         return f"{where} is missing; it is required"

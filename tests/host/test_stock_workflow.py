@@ -40,7 +40,7 @@ CONFIG = {
     "approximator_layers": 5,
 }
 TEXT = {"vocab_size": 32128, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
-SETTINGS = {"steps": 20, "guidance": 4.0, "seed": 7}
+SETTINGS = {"steps": 8, "guidance": 4.0, "seed": 7}
 
 
 @dataclass
@@ -89,10 +89,10 @@ def world(comfy: ModuleType) -> World:
             params: dict[str, Any] = {}
             clip, tokenizer = targets[type]
 
-        small = {"t5xxl_model_config": {**TEXT, "num_layers": 2, "vocab_size": 32128}, "dtype": torch.float32}
+        small = {"t5xxl_model_config": dict(TEXT), "dtype": torch.float32}
         clip = comfy.sd.CLIP(Target, parameters=1, model_options=small, disable_dynamic=True)
         missing, unexpected = clip.load_sd(t5.state_dict())
-        assert not unexpected and all("logit_scale" in name for name in missing)
+        assert unexpected == ["encoder.embed_tokens.weight"] and all("logit_scale" in name for name in missing)
         return (clip,)
 
     return World(
@@ -163,7 +163,7 @@ def run_nodes(world: World, prompt: dict, lora: Path, until: str = "sample") -> 
 
 CASES: dict[str, dict[str, Any]] = {
     "as recorded, the host's simple schedule": {},
-    "another size, and steps that its table has no entries for": {"width": 64, "height": 160, "steps": 12},
+    "another size, and steps that its table has no entries for": {"width": 64, "height": 160, "steps": 6},
     "no guidance, strength": {"guidance": 0.5, "steps": 4, "strength": -0.6},
 }
 

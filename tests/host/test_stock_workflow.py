@@ -24,6 +24,7 @@ from chroma_core.lora.adapters import attach, detach
 from chroma_core.lora.formats import LoraFile, read_lora, write_lora
 from chroma_core.pictures import decode
 from chroma_core.sampling import SamplingSettings, sample
+from chroma_core.stock_workflow.export import export_workflow
 from chroma_core.stock_workflow.graph import stock_prompt
 from chroma_core.stock_workflow.source import PREVIEW_KEY, StockPreview, stock_preview
 from chroma_core.text import TextEncoder
@@ -40,6 +41,7 @@ CONFIG = {
     "approximator_layers": 5,
 }
 TEXT = {"vocab_size": 32128, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+FILES = ("unet_name", "clip_name", "vae_name", "lora_name")
 SETTINGS = {"steps": 8, "guidance": 4.0, "seed": 7}
 
 
@@ -181,3 +183,47 @@ def test_the_hosts_nodes_repeat_our_preview(world: World, lora_file: Path, chang
     pictures = decode(world.vae, theirs), decode(world.vae, expected)
     difference = [torch.tensor(list(p[0].tobytes()), dtype=torch.int) for p in pictures]
     assert (difference[0] - difference[1]).abs().max() <= 1
+
+
+def test_the_clip_type_chroma_would_paint_another_picture(world: World, lora_file: Path):
+    """Why the workflow says `mochi`: with `chroma` T5 attends to the visible pad token."""
+    preview = stock_preview(lora_file, {"steps": 1})
+    prompt = stock_prompt(preview)
+    masked, unmasked = (
+        run_nodes(world, {**prompt, "clip": {**prompt["clip"], "inputs": {"type": type_}}}, lora_file, "positive")[0]
+        for type_ in ("mochi", "chroma")
+    )
+    (expected,) = world.encoder.encode(preview.prompt).states[None]
+    assert (masked[0][0][0] - expected).abs().max() <= 1e-5
+    assert (unmasked[0][0][0] - expected).abs().max() > 1e-2
+
+
+def test_the_windows_form_knows_the_hosts_nodes(server: Host, lora_file: Path, tmp_path: Path):
+    """Slots and widgets as the running host declares them, and every choice is one that it offers."""
+    about = server.get("/object_info")
+    for type_, kind in KINDS.items():
+        specs = ordered_inputs(about[type_])
+        found = [(n, "COMBO" if isinstance(s[0], list) else s[0], is_widget(s)) for n, s in specs.items()]
+        assert sorted(found) == sorted(kind.inputs), type_
+        widgets = [name for name, _, widget in found if widget]
+        assert widgets == [name for name, _, widget in kind.inputs if widget], type_
+        outputs = list(zip(about[type_]["output_name"], about[type_]["output"], strict=True))
+        assert tuple(map(tuple, outputs[: len(kind.outputs)])) == kind.outputs, type_
+    for part, changes in (("simple", {}), ("manual", {"steps": 7})):
+        window, api, _ = export_workflow(lora_file, tmp_path / f"{part}.json", changes)
+        graph, prompt = json.loads(window.read_text()), json.loads(api.read_text())
+        assert [node["type"] for node in graph["nodes"][:-1]] == [node["class_type"] for node in prompt.values()]
+        assert all(about[node["class_type"]]["python_module"] != "custom_nodes.chromakit" for node in prompt.values())
+        for node in prompt.values():
+            for name, value in node["inputs"].items():
+                kind, *options = ordered_inputs(about[node["class_type"]])[name]
+                choices = kind if isinstance(kind, list) else options[0].get("options") if options else None
+                if choices and name not in FILES:
+                    assert value in choices, (node["class_type"], name)
+        places = [tuple(node["pos"]) for node in graph["nodes"]]
+        assert len(set(places)) == len(places)
+        ends = {(link[0], link[3], link[4]) for link in graph["links"]}
+        wired = {
+            (slot["link"], n["id"], i) for n in graph["nodes"] for i, slot in enumerate(n["inputs"]) if slot["link"]
+        }
+        assert ends == wired

@@ -13,9 +13,9 @@ from .window import window_form
 
 
 def export_workflow(
-    lora: Path, output: Path | None = None, changes: Mapping[str, Any] | None = None, **names: str | None
+    path: Path, output: Path | None = None, changes: Mapping[str, Any] | None = None, **names: str | None
 ) -> tuple[Path, Path, StockPreview]:
-    """Write the workflow of a LoRA; returns (window's file, API file, what it repeats).
+    """Write the workflow of a LoRA file; returns (window's file, API file, what it repeats).
 
     Args:
         output: the window's file; default `<lora>_stock.json` in the current folder, never one that exists already.
@@ -23,9 +23,9 @@ def export_workflow(
         names: lora, transformer, text_encoder, vae: file names in the host's folders.
     Raises what `stock_preview` raises.
     """
-    preview = stock_preview(lora, changes)
+    preview = stock_preview(path, changes)
     prompt = stock_prompt(preview, **names)
-    window = output or free_path(Path(), f"{lora.stem}_stock.json")
+    window = output or free_path(Path(), f"{path.stem}_stock.json")
     api = window.with_name(f"{window.stem}_api.json")
     write_json(window, window_form(prompt, note(preview, prompt)))
     write_json(api, prompt)

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import native_lora_check
+from _host import Host
+from build_workflows import is_widget, ordered_inputs
 from chroma_core.latents import FLUX_LATENTS
 from chroma_core.loading.components import load_vae
 from chroma_core.loading.keys import to_original
@@ -27,6 +29,7 @@ from chroma_core.sampling import SamplingSettings, sample
 from chroma_core.stock_workflow.export import export_workflow
 from chroma_core.stock_workflow.graph import stock_prompt
 from chroma_core.stock_workflow.source import PREVIEW_KEY, StockPreview, stock_preview
+from chroma_core.stock_workflow.window import KINDS
 from chroma_core.text import TextEncoder
 from chroma_core.transformer import ChromaTransformer
 from lora_cases import random_lora

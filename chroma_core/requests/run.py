@@ -104,10 +104,10 @@ def run_request(
                 )
                 sampled.append(latents)
     finally:
-        vae = cache.vae(spec, device) if sampled else None
         for latents, picture in zip(sampled, pictures, strict=False):
+            (painted,) = decode(cache.vae(spec, device), latents)
             path = free_path(output, f"chroma-{picture.seed}.png")
-            write_atomic(path, png_bytes(decode(vae, latents)[0], _record(picture, request, spec, loras)))
+            write_atomic(path, png_bytes(painted, _record(picture, request, spec, loras)))
             cut = texts[picture.prompt].truncated
             made.append({"file": str(path), **picture.to_dict(), "truncated_tokens": cut})
     return {

@@ -23,7 +23,7 @@ from chroma_core.loading.components import load_vae
 from chroma_core.loading.keys import to_original
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.adapters import attach, detach
-from chroma_core.lora.formats import LoraFile, read_lora, write_lora
+from chroma_core.lora.formats import LoraFile, LoraModule, read_lora, write_lora
 from chroma_core.pictures import decode
 from chroma_core.sampling import SamplingSettings, sample
 from chroma_core.stock_workflow.export import export_workflow
@@ -108,15 +108,20 @@ def world(comfy: ModuleType) -> World:
     )
 
 
-@pytest.fixture(scope="module")
-def lora_file(world: World, tmp_path_factory) -> Path:
-    """A LoRA on all layers, with the header that training writes."""
+def with_header(path: Path, modules: dict[str, Any]) -> Path:
+    """A LoRA file with the header that training writes."""
     preview = {"prompt": "a sks emblem (red) on a \\ wall", "negative": "blurry", "width": 96, "height": 64}
     preview["settings"] = SamplingSettings(**SETTINGS).to_dict()
     header = {"chromakit.flavour": "base", "chromakit.trigger": "sks", PREVIEW_KEY: json.dumps(preview)}
-    path = tmp_path_factory.mktemp("stock") / "sks.safetensors"
-    write_lora(path, LoraFile(random_lora(world.transformer, "all+ffs", size=0.3).modules, header))
+    write_lora(path, LoraFile(modules, header))
     return path
+
+
+@pytest.fixture(scope="module")
+def lora_file(world: World, tmp_path_factory) -> Path:
+    """A LoRA on all 419 layers."""
+    modules = random_lora(world.transformer, "all+ffs", size=0.3).modules
+    return with_header(tmp_path_factory.mktemp("stock") / "sks.safetensors", modules)
 
 
 def ours(world: World, preview: StockPreview) -> Tensor:
@@ -201,8 +206,10 @@ def test_the_clip_type_chroma_would_paint_another_picture(world: World, lora_fil
     assert (unmasked[0][0][0] - expected).abs().max() > 1e-2
 
 
-def test_the_windows_form_knows_the_hosts_nodes(server: Host, lora_file: Path, tmp_path: Path):
+def test_the_windows_form_knows_the_hosts_nodes(server: Host, tmp_path: Path):
     """Slots and widgets as the running host declares them, and every choice is one that it offers."""
+    module = LoraModule(torch.ones(2, 4), torch.ones(4, 2), 2.0)
+    lora_file = with_header(tmp_path / "a.safetensors", {"transformer_blocks.0.attn.to_q": module})
     about = server.get("/object_info")
     for type_, kind in KINDS.items():
         specs = ordered_inputs(about[type_])

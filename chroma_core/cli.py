@@ -11,10 +11,12 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from .cli_export import add_export_command
 from .cli_import import add_import_command
 from .cli_lora import add_lora_commands, warn_of_other_bases
 from .cli_models import add_model_commands, add_model_options, spec_from
 from .cli_parity import add_parity_command
+from .cli_requests import add_request_commands
 from .cli_sample import add_sampling_options, recipe_from, settings_from, start_from
 from .device import best_device
 from .errors import ChromaKitError, ConfigError
@@ -73,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     add_model_commands(commands)
     add_import_command(commands)
     add_parity_command(commands)
+    add_request_commands(commands)
+    add_export_command(commands)
 
     add_lora_commands(commands)
 
@@ -233,11 +237,9 @@ def lora_use(text: str, mode: str):
 
 def _free_name(folder: Path, stem: str) -> Path:
     """The first of stem.png, stem-2.png, … that does not exist: earlier pictures are never overwritten."""
-    path, count = folder / f"{stem}.png", 1
-    while path.exists():
-        count += 1
-        path = folder / f"{stem}-{count}.png"
-    return path
+    from .files import free_path
+
+    return free_path(folder, f"{stem}.png")
 
 
 def _plan(options: argparse.Namespace) -> None:

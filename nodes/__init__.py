@@ -13,6 +13,7 @@ from . import (
     loaders,
     lora,
     parity,
+    request_routes,
     routes,
     sampling,
     schedule,
@@ -45,6 +46,7 @@ class ChromaKitExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         routes.register(host.server_routes())
+        request_routes.register(host.server_routes())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for room in ROOMS for node in room.NODES]

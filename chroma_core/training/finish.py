@@ -75,11 +75,21 @@ def file_metadata(
         "chromakit.base_file": _base_file(config),
         "chromakit.recipe": json.dumps(config.recipe_value().to_dict()),
         "chromakit.trigger": config.dataset.trigger,
+        "chromakit.preview": _first_preview(config),
         "chromakit.training": json.dumps(summary),
         "chromakit.changes": json.dumps(list(changes)) if changes else "",
         "chromakit.versions": json.dumps(library_versions()),
     }
     return {key: value for key, value in metadata.items() if value}
+
+
+def _first_preview(config: TrainingConfig) -> str:
+    """The first preview as JSON, for whoever wants to repeat it (see `stock_workflow.source`); empty without any."""
+    for preview in config.preview_list():
+        values = {"prompt": preview.prompt, "negative": preview.negative}
+        values |= {"width": preview.width, "height": preview.height, "precision": config.model.precision}
+        return json.dumps({**values, "settings": preview.settings.to_dict()})
+    return ""
 
 
 def library_versions() -> dict[str, str]:

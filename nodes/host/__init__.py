@@ -32,6 +32,7 @@ from .model_files import (
     t5_tokenizer,
 )
 from .models import as_host_model, host_vae
+from .prompts import PromptState, cancel_prompt, prompt_state, queue_prompt
 from .queue import busy, computing, waiting, working
 
 __all__ = [
@@ -40,9 +41,11 @@ __all__ = [
     "Downloads",
     "Interrupted",
     "Progress",
+    "PromptState",
     "as_host_model",
     "broadcast",
     "busy",
+    "cancel_prompt",
     "components",
     "computing",
     "dataset_folder",
@@ -66,7 +69,9 @@ __all__ = [
     "model_folders",
     "path_state",
     "pictures_folder",
+    "prompt_state",
     "quantised_folder",
+    "queue_prompt",
     "say",
     "server_routes",
     "stay_known",

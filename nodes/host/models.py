@@ -14,6 +14,7 @@ import comfy.sd
 import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
+from diffusers import AutoencoderKL
 
 from ...chroma_core.errors import LoraError, ModelFileError
 from ...chroma_core.loading.components import load_vae
@@ -35,7 +36,7 @@ def host_vae(spec: ModelSpec) -> comfy.sd.VAE:
             "first, and attention in the middle block."
         )
     if (widths[0], config.layers_per_block, groups) == (128, 2, 32):
-        return comfy.sd.VAE(sd=state)
+        return _computed_by(source, comfy.sd.VAE(sd=state))
     channels = config.latent_channels
     for name, size in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
         state.setdefault(f"{name}.weight", torch.eye(size)[:, :, None, None])
@@ -48,6 +49,35 @@ def host_vae(spec: ModelSpec) -> comfy.sd.VAE:
     with _group_norms(groups):
         vae = comfy.sd.VAE(sd=state, config={"params": {"ddconfig": ddconfig, "embed_dim": channels}})
     vae.latent_channels = channels
+    return _computed_by(source, vae)
+
+
+class _Network(torch.nn.Module):
+    """The VAE's network in the shape in which the host calls one."""
+
+    def __init__(self, source: AutoencoderKL):
+        super().__init__()
+        self.source = source
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """Under diffusers' names, which the host reads too: a file that its Save VAE writes can be loaded."""
+        return self.source.state_dict(*args, **options)
+
+    def encode(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.source.encode(pixels_BCHW).latent_dist.mean  # type: ignore[union-attr]
+
+    def decode(self, z_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.source.decode(z_BCHW).sample  # type: ignore[union-attr]
+
+
+def _computed_by(source: AutoencoderKL, vae: comfy.sd.VAE) -> comfy.sd.VAE:
+    """The host's VAE with previews' and the command line's own network in it, so that a picture has the same bits.
+
+    The host's network differs from it in the last bits (2e-7), enough to move an 8-bit value now and then.
+    """
+    network = _Network(source).to(vae.vae_dtype).eval()
+    vae.patcher = type(vae.patcher)(network, load_device=vae.device, offload_device=vae.patcher.offload_device)
+    vae.first_stage_model = network
     return vae
 
 

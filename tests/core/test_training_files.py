@@ -188,7 +188,9 @@ def test_what_the_preview_shows_is_what_the_lora_gives(places, tmp_path):
 
 def test_the_finished_lora_says_what_it_is(places, tmp_path):
     dataset = {"folder": str(places[1]), "trigger": "sks"}
-    made = trained(places, 2, dataset=dataset, lora={"rank": 4, "alpha": 2.0, "save_dtype": "bf16"})
+    previews = {"prompts": ["a [trigger] star", "a circle"], "every": 0, "steps": 1, "seed": 5}
+    lora_settings = {"rank": 4, "alpha": 2.0, "save_dtype": "bf16"}
+    made = trained(places, 2, dataset=dataset, lora=lora_settings, previews=previews)
     progress = Progress(step=2, heldout_loss_base=0.5, heldout_loss=0.25)
     metadata = file_metadata(
         made.config, progress, made.data.base_sha256, 4, "chroma/lora", adapter_summary(made.config)
@@ -201,6 +203,8 @@ def test_the_finished_lora_says_what_it_is(places, tmp_path):
     assert header["chromakit.trigger"] == header["modelspec.trigger_phrase"] == "sks"
     assert header["chromakit.base_sha256"] == made.data.base_sha256 and len(made.data.base_sha256) == 64
     assert Recipe.from_dict(json.loads(header["chromakit.recipe"])).name == "canonical"
+    preview = json.loads(header["chromakit.preview"])
+    assert (preview["prompt"], preview["width"], preview["settings"]["seed"]) == ("a sks star", 64, 5)
     summary = json.loads(header["chromakit.training"])
     assert (summary["steps"], summary["rank"], summary["alpha"], summary["heldout_loss"]) == (2, 4, 2.0, 0.25)
     assert {"torch", "chromakit"} <= json.loads(header["chromakit.versions"]).keys()

@@ -1,0 +1,158 @@
+"""Carries out a request without a host: one load for all its prompts, a PNG for each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoraError
+from ..files import free_path, write_atomic
+from ..flavours import flavour
+from ..loading.cache import ComponentCache
+from ..loading.components import Device, transformer_outline
+from ..loading.describe import build_part
+from ..loading.spec import LoraUse, ModelHandle, ModelSpec
+from ..lora.adapters import check_fits
+from ..lora.formats import read_lora
+from ..pictures import decode, png_bytes
+from ..recipe import recipe
+from ..sampling import sample
+from ..text import TextCondition
+from .mistakes import unusable
+from .request import InferenceRequest, PlannedPicture
+
+PARTS = ("folder", "transformer", "text_encoder", "vae")
+
+OnStep = Callable[[int, int, int], object]
+"""Called with (picture, counted from 0; steps done; steps) after every step."""
+
+
+def model_spec(request: InferenceRequest, path_of: Callable[[str, str], str]) -> ModelSpec:
+    """The model that a request names; `path_of(field, name)` finds its files."""
+    own = {part: getattr(request, part) for part in PARTS if getattr(request, part) is not None}
+    return ModelSpec(
+        request.flavour.name,
+        precision=request.precision,
+        text_precision=request.text_precision,
+        offload=request.offload,
+        **{part: path_of(part, name) for part, name in own.items()},
+    )
+
+
+def lora_uses(request: InferenceRequest, path_of: Callable[[str], Path]) -> tuple[LoraUse, ...]:
+    """The LoRAs of a request, in its order; `path_of` finds a file. Raises ConfigError that names the field."""
+    found = []
+    for i, lora in enumerate(request.loras):
+        try:
+            found.append(LoraUse(str(path_of(lora.path)), lora.network_multiplier, request.lora_mode))
+        except LoraError as error:
+            raise unusable(f"loras[{i}].path: {str(error).rstrip('.')}") from error
+    return tuple(found)
+
+
+def check_loras(spec: ModelSpec, uses: Iterable[LoraUse]) -> None:
+    """Raise ConfigError, naming the field, for a LoRA that is no LoRA or does not fit the model. Loads no weights.
+
+    Nothing is downloaded for it: every published model has the same layers.
+    """
+    outline = None
+    for i, use in enumerate(uses):
+        if outline is None:
+            here = spec.transformer or spec.folder or flavour(spec.flavour).folder
+            outline = transformer_outline(spec) if here else build_part("transformer", {})
+        try:
+            check_fits(outline, read_lora(use.path), use.allow_partial)
+        except LoraError as error:
+            raise unusable(f"loras[{i}].path: {str(error).rstrip('.')}") from error
+
+
+def run_request(
+    request: InferenceRequest,
+    spec: ModelSpec,
+    loras: Sequence[LoraUse],
+    cache: ComponentCache,
+    device: Device,
+    output: Path,
+    on_step: OnStep = lambda picture, done, steps: None,
+) -> dict[str, Any]:
+    """Paint a request into `output`, and return what was made, as JSON: `docs/requests.md` says which fields.
+
+    The cache decides what is loaded: a second request with the same model loads nothing, whatever its strengths are,
+    unless its LoRAs are merged. Pictures that were finished before an error or an interruption are still written.
+    """
+    rules, pictures = recipe(request.recipe), request.pictures()
+    texts: dict[str, TextCondition] = {}
+    encoder = cache.text_encoder(spec, device)
+    for text in [text for picture in pictures for text in (picture.prompt, picture.neg)]:
+        if text not in texts:
+            texts[text] = encoder.encode(text, rules)
+    sampled = []
+    made: list[dict[str, Any]] = []
+    try:
+        with cache.transformer(ModelHandle(spec, tuple(loras)), device) as transformer:
+            for i, picture in enumerate(pictures):
+                latents = sample(
+                    transformer,
+                    [texts[picture.prompt]],
+                    texts[picture.neg],
+                    width=picture.width,
+                    height=picture.height,
+                    settings=picture.settings(),
+                    recipe=rules,
+                    on_step=lambda info, i=i: on_step(i, info.step, info.steps),
+                )
+                sampled.append(latents)
+    finally:
+        for latents, picture in zip(sampled, pictures, strict=False):
+            (painted,) = decode(cache.vae(spec, device), latents)
+            path = free_path(output, f"chroma-{picture.seed}.png")
+            write_atomic(path, png_bytes(painted, _record(picture, request, spec, loras)))
+            cut = texts[picture.prompt].truncated
+            made.append({"file": str(path), **picture.to_dict(), "truncated_tokens": cut})
+    return {
+        "model": spec.to_dict(),
+        "recipe": rules.to_dict(),
+        "loras": [use_record(use) for use in loras],
+        "prompts": made,
+    }
+
+
+def use_record(use: LoraUse) -> dict[str, Any]:
+    """A LoRA as results and pictures record it: by its file's name."""
+    return {"path": Path(use.path).name, "network_multiplier": use.strength, "mode": use.mode}
+
+
+def _record(
+    picture: PlannedPicture, request: InferenceRequest, spec: ModelSpec, loras: Sequence[LoraUse]
+) -> dict[str, Any]:
+    """What the PNG says of itself: the same keys as a training preview's."""
+    return {
+        "prompt": picture.prompt,
+        "negative": picture.neg,
+        "width": picture.width,
+        "height": picture.height,
+        "settings": picture.settings().to_dict(),
+        "recipe": recipe(request.recipe).to_dict(),
+        "model": spec.to_dict(),
+        "loras": [use_record(use) for use in loras],
+    }
+
+
+def lora_file(folder: Path, name: str) -> Path:
+    """A LoRA of a request file: absolute, or relative to the request's folder. Raises LoraError."""
+    path = folder / name
+    if not path.is_file():
+        raise LoraError(
+            f"there is no LoRA file '{name}' (looked for '{path}'). Give a path relative to the request's file, or an "
+            "absolute one"
+        )
+    return path
+
+
+def part_file(folder: Path, field: str, name: str) -> str:
+    """A model file or folder of a request file, in the same way. Raises ConfigError."""
+    path = folder / name
+    if not path.exists():
+        raise unusable(f"{field} is '{name}', but there is nothing at '{path}'")
+    return str(path)

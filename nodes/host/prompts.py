@@ -1,0 +1,114 @@
+"""The host's prompt queue from the inside: queueing a prompt, seeing how it is, cancelling it.
+
+Everything is read from the host's own queue and history, so nothing here is lost when outputs are evicted.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import comfy.model_management as management
+import execution
+from comfy_execution.progress import get_progress_state
+from server import PromptServer
+
+from ...chroma_core.errors import ConfigError
+
+PromptStateName = Literal["queued", "running", "done", "failed", "cancelled"]
+
+
+@dataclass(frozen=True)
+class PromptState:
+    """A prompt as the host knows it.
+
+    extra: what it was queued with. position: prompts before it in the queue. outputs: by node id, once it has ended.
+    progress: (done, of) by node id, while it runs. error: why it failed.
+    """
+
+    state: PromptStateName
+    extra: dict[str, Any]
+    position: int | None = None
+    outputs: dict[str, Any] | None = None
+    progress: dict[str, tuple[float, float]] | None = None
+    error: str | None = None
+
+
+async def queue_prompt(prompt: dict[str, Any], extra: dict[str, Any]) -> str:
+    """Queue an API-format prompt as the host's own `POST /prompt` does; returns its id.
+
+    `extra` stays with it in queue and history. Raises ConfigError with the host's words for a prompt that it refuses,
+    e.g. for a model file that is not in its folders. Belongs to the server's event loop.
+    """
+    server = PromptServer.instance
+    prompt_id = str(uuid.uuid4())
+    body = server.trigger_on_prompt({"prompt": prompt, "extra_data": extra})
+    prompt, extra = body["prompt"], dict(body["extra_data"])
+    accepted, error, outputs, node_errors = await execution.validate_prompt(prompt_id, prompt, None)
+    if not accepted:
+        raise ConfigError(_refusal(error, node_errors))
+    extra["create_time"] = int(time.time() * 1000)
+    number = server.number
+    server.number += 1
+    server.prompt_queue.put((number, prompt_id, prompt, extra, outputs, {}))
+    return prompt_id
+
+
+def _refusal(error: Any, node_errors: dict[str, Any]) -> str:
+    details = [
+        f"{found['class_type']}: {problem['message']} ({problem['details']})"
+        for found in node_errors.values()
+        for problem in found["errors"]
+    ]
+    return f"The host refuses the prompt: {'; '.join(details) or error['message']}."
+
+
+def prompt_state(prompt_id: str) -> PromptState | None:
+    """How a prompt is; None for one that neither the queue nor the history knows. Any thread."""
+    queue = PromptServer.instance.prompt_queue
+    # In this order: a prompt moves from the queue to the running ones to the history, and must not slip through.
+    running, pending = queue.get_current_queue_volatile()
+    ended = queue.get_history(prompt_id=prompt_id).get(prompt_id)
+    if ended is not None:
+        state, error = _ending(ended["status"])
+        return PromptState(state, ended["prompt"][3], outputs=ended["outputs"], error=error)
+    for item in running:
+        if item[1] == prompt_id:
+            return PromptState("running", item[3], progress=_progress(prompt_id))
+    for place, item in enumerate(sorted(pending, key=lambda item: item[0])):
+        if item[1] == prompt_id:
+            return PromptState("queued", item[3], position=place + len(running))
+    return None
+
+
+def _progress(prompt_id: str) -> dict[str, tuple[float, float]]:
+    registry = get_progress_state()
+    if registry.prompt_id != prompt_id:
+        return {}
+    return {node: (state["value"], state["max"]) for node, state in list(registry.nodes.items())}
+
+
+def _ending(status: dict[str, Any] | None) -> tuple[PromptStateName, str | None]:
+    messages = dict(status["messages"]) if status else {}
+    if "execution_interrupted" in messages:
+        return "cancelled", None
+    if status and status["status_str"] != "success":
+        error = messages.get("execution_error", {})
+        return "failed", str(error.get("exception_message", "")).strip() or "The host gave no reason; see its log."
+    return "done", None
+
+
+def cancel_prompt(prompt_id: str) -> bool:
+    """Take a prompt out of the queue, or interrupt it if it runs; False when it did neither. Any thread."""
+    queue = PromptServer.instance.prompt_queue
+    if queue.delete_queue_item(lambda item: item[1] == prompt_id):
+        return True
+    if hasattr(queue, "interrupt_if_running"):
+        return queue.interrupt_if_running(prompt_id)
+    with queue.mutex:  # an older host
+        if any(item[1] == prompt_id for item in queue.currently_running.values()):
+            management.interrupt_current_processing()
+            return True
+    return False

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import ChromaKitError, ConfigError
 from ..latents import snap_size
 from ..loading.spec import LoraUse, ModelHandle, ModelSpec
-from ..recipe import CANONICAL, Recipe
+from ..recipe import CANONICAL, RECIPES, Recipe
 from ..sampling import SamplingSettings
 
 
@@ -67,6 +67,21 @@ class Case:
     def guided(self) -> bool:
         """Whether the negative prompt is read."""
         return self.settings.guidance > 1
+
+    @property
+    def recipe_words(self) -> tuple[str, dict[str, str]]:
+        """The recipe as users write it: the name of a known one, and the fields that differ from it."""
+        name = self.recipe.name.partition(" with ")[0]
+        known = RECIPES[name]
+        names = [field.name for field in fields(Recipe) if field.name != "name"]
+        differing = [name for name in names if getattr(self.recipe, name) != getattr(known, name)]
+        return name, {name: str(getattr(self.recipe, name)) for name in differing}
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether only a part of the schedule is run, or from something else than pure noise."""
+        settings = self.settings
+        return (settings.denoise, settings.start_step, settings.end_step, settings.add_noise) != (1.0, 0, None, True)
 
     def with_loras(self, **changes: Any) -> Case:
         """The same case with every LoRA's use changed."""

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 from ..precision import PRECISIONS
 from ..recipe import RECIPES, StateDtype, TextAttention
-from ..sampling import Method
+from ..solvers import Method
+from ..spacing import Spacing
 from .case import Case
 
 FactorKind = Literal["recipe", "schedule", "guidance", "lora", "precision", "size", "seed"]
@@ -49,7 +50,7 @@ def _recipes(case: Case) -> list[tuple[str, Case]]:
     found = [(f"recipe {name}", replace(case, recipe=recipe)) for name, recipe in RECIPES.items()]
 
     def field(name: str, value: Any) -> tuple[str, Case]:
-        return f"{name} {value}", replace(case, recipe=replace(case.recipe, **{name: value}))
+        return f"{name} {value}", replace(case, recipe=case.recipe.override({name: value}))
 
     found += [field("text_attention", value) for value in get_args(TextAttention)]
     found += [field("visible_padding", value) for value in (0, 1)]
@@ -62,6 +63,7 @@ def _schedules(case: Case) -> list[tuple[str, Case]]:
     steps = case.settings.steps
     found = [(f"{count} steps", _set(case, steps=count)) for count in (max(1, steps // 2), 2 * steps)]
     found += [(f"method {method}", _set(case, method=method)) for method in get_args(Method)]
+    found += [(f"spacing {spacing}", _set(case, spacing=spacing)) for spacing in get_args(Spacing)]
     found += [(f"flow shift {shift}", _set(case, flow_shift=shift)) for shift in ("dynamic", "none", 3.0)]
     return [*found, ("tail bias 0.5", _set(case, tail_bias=0.5))]
 

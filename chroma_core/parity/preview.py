@@ -110,6 +110,7 @@ def train_briefly(
                 "every": steps,
                 "tail_bias": settings.tail_bias,
                 "method": settings.method,
+                "spacing": settings.spacing,
             },
             "recipe": recipe.name,
             "steps": steps,

@@ -18,9 +18,7 @@ from ..loading.cache import ComponentCache
 from ..loading.components import Device, load_text_encoder, load_transformer, load_vae
 from ..pictures import LATENTS_SUFFIX, decode
 from ..precision import precision
-from ..recipe import RECIPES
 from ..sampling import OnStep, initial_noise, sample
-from ..schedule import sampling_sigmas
 from .case import Case, NotRun
 from .painted import Painted
 
@@ -68,10 +66,9 @@ def through_command_line(case: Case, folder: Path, device: Device) -> Painted:
 def _arguments(case: Case) -> list[str]:
     """The options of `sample` that mean this case."""
     spec, settings = case.spec, case.settings
-    if case.recipe != RECIPES.get(case.recipe.name):
-        raise NotRun("The recipe has changed fields, which the command line is not given.")
-    if settings.denoise != 1:
-        raise NotRun("The command line starts from pure noise only.")
+    if case.in_parts:
+        raise NotRun("The comparison starts from pure noise and runs the whole schedule.")
+    name, overrides = case.recipe_words
     options: dict[str, Any] = {
         "--flavour": spec.flavour,
         "--folder": spec.folder,
@@ -94,10 +91,12 @@ def _arguments(case: Case) -> list[str]:
         "--tail-bias": settings.tail_bias,
         "--flow-shift": settings.flow_shift,
         "--method": settings.method,
-        "--recipe": case.recipe.name,
+        "--spacing": settings.spacing,
+        "--recipe": name,
     }
     # One word each, so that a prompt may begin with a dash.
     words = [f"{name}={value}" for name, value in options.items() if value is not None]
+    words += [f"--recipe-set={field}={value}" for field, value in overrides.items()]
     words += [f"--lora={use.path}@{use.strength!r}" for use in case.loras]
     modes = {use.mode for use in case.loras}
     if len(modes) > 1:
@@ -133,13 +132,12 @@ def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean
     chosen, settings = precision(case.spec.precision), case.settings
     if chosen.quantised:
         raise NotRun(f"diffusers has no counterpart of the precision {case.spec.precision}.")
-    if settings.method != "euler" or settings.denoise != 1:
+    if settings.method != "euler" or case.in_parts:
         raise NotRun("diffusers' pipeline has Euler's method from pure noise only.")
     width, height = case.effective_size
     rows, columns = height // FLUX_LATENTS.downscale, width // FLUX_LATENTS.downscale
     tokens = width * height // 256
-    shift = case.recipe.flow_shift if settings.flow_shift is None else settings.flow_shift
-    sigmas = sampling_sigmas(settings.steps, tokens, tail_bias=settings.tail_bias, flow_shift=shift)
+    sigmas = settings.sigmas(tokens, case.recipe)
     noise = initial_noise([settings.seed], (FLUX_LATENTS.channels, rows, columns))
 
     text, vae = load_text_encoder(case.spec, device), load_vae(case.spec, device)

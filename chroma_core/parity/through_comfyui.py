@@ -38,6 +38,9 @@ def api_prompt(case: Case, loras: list[str]) -> dict[str, Any]:
     local = [part for part in (spec.folder, spec.transformer, spec.text_encoder, spec.tokenizer, spec.vae) if part]
     if local:
         raise NotRun(f"The model is '{local[0]}', which lies outside the folders of the ComfyUI that is started here.")
+    if case.in_parts:
+        raise NotRun("The comparison starts from pure noise and runs the whole schedule.")
+    name, overrides = case.recipe_words
     width, height = case.effective_size
     shift = settings.flow_shift
     constant = isinstance(shift, float)
@@ -75,8 +78,10 @@ def api_prompt(case: Case, loras: list[str]) -> dict[str, Any]:
             "flow_shift": "recipe" if shift is None else "constant" if constant else shift,
             "flow_shift_value": shift if constant else 1.0,
             "method": settings.method,
-            "denoise": settings.denoise,
-            "recipe": case.recipe.name,
+            "denoise": 1.0,
+            "spacing": settings.spacing,
+            "recipe": name,
+            "recipe_overrides": ", ".join(f"{field}={value}" for field, value in overrides.items()),
         },
     }
     decoded = {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": ["model", 2]}}

@@ -79,8 +79,15 @@ def test_what_cannot_be_painted_says_why(replayed, tmp_path):
     case, _, _ = replayed
     with pytest.raises(NotRun, match="diffusers has no counterpart of the precision int8"):
         through_diffusers(replace(case, spec=replace(SPEC, precision="int8")), "cpu")
-    with pytest.raises(NotRun, match="changed fields"):
-        through_command_line(replace(case, recipe=replace(CANONICAL, visible_padding=0)), tmp_path, "cpu")
+    with pytest.raises(NotRun, match="whole schedule"):
+        through_command_line(replace(case, settings=replace(SETTINGS, denoise=0.5)), tmp_path, "cpu")
+
+
+def test_a_recipe_in_words():
+    case = Case(SPEC, "a red circle", 64, 64)
+    assert case.recipe_words == ("canonical", {})
+    changed = recipe("ai-toolkit").override({"flow_shift": 3.0, "time_dtype": "fp32"})
+    assert replace(case, recipe=changed).recipe_words == ("ai-toolkit", {"time_dtype": "fp32", "flow_shift": "3.0"})
 
 
 def test_previews_that_cannot_be_replayed(preview, tmp_path):

@@ -127,7 +127,7 @@ def draw_densities(path: Path, draws: int = 200_000) -> None:
         left = 40 + i * 232
         axes = Axes(sheet, (left, 34, left + 196, 200), (0, 1), (0, 3), name)
         axes.grid((0, 0.25, 0.5, 0.75, 1), (0, 1, 2, 3), "sigma")
-        settings = SigmaSettings(draw=draw, remap=remap)  # pyright: ignore[reportArgumentType]
+        settings = SigmaSettings(draw=draw, remap=remap)
         sigmas = draw_sigmas(draws, settings, torch.Generator().manual_seed(0), 16)
         axes.bars(edges.tolist(), np.histogram(sigmas.numpy(), edges, density=True)[0].tolist())
         axes.curve(xs.tolist(), DENSITIES[name](xs).tolist(), COLOURS[name])

@@ -113,11 +113,9 @@ class Trials:
         alive, where = process.is_alive(), PHASES[phase.value]
         process.kill()
         process.join()
-        if not alive:  # the machine is faster than it was
-            if after * self.seconds > 0:
-                self.seconds = min(0.95 * self.seconds, time.monotonic() - started)
+        if not alive:
             return NO_KILL, NO_KILL
-        half = any((self.work / name / "jobs").glob("*/checkpoints/.step-*.tmp"))
+        half = where == "checkpoint" and any((self.work / name / "jobs").glob("*/checkpoints/.step-*.tmp"))
         return where, f"{self.where(name)}, {where}{', a checkpoint half written' if half else ''}"
 
     @staticmethod
@@ -197,8 +195,10 @@ def kill_and_compare(
         phase, place = NO_KILL, NO_KILL
         while phase == NO_KILL:  # the machine was faster than in the first run: try again, a little earlier
             shutil.rmtree(work / job / name, ignore_errors=True)
-            after = 0.0 if target == "caching" else (i + chance.random()) / kills
+            after, started = 0.0 if target == "caching" else (i + chance.random()) / kills, time.monotonic()
             phase, place = trials.kill(name, after, target, chance.random())
+            if phase == NO_KILL:
+                trials.seconds = min(0.95 * trials.seconds, time.monotonic() - started)
         found = [(phase, place)]
         while chance.random() < 0.2:
             found.append(trials.kill(name, chance.random()))

@@ -1,8 +1,12 @@
 """SIGKILL at ten random moments: every resumed run ends with the bits of the uninterrupted one."""
 
+import shutil
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import kill_resume
 from training_cases import model_folder
@@ -16,3 +20,30 @@ def test_ten_kills_ten_identical_results(tmp_path):
     identical = kill_resume.kill_and_compare(model, tmp_path / "runs", kills=10, seed=1, steps=16, say=lines.append)
     assert identical == 10, "\n".join(lines)
     assert any("half written" in line for line in lines) and any("running" in line for line in lines)
+
+
+def test_whatever_differs_is_seen(tmp_path):
+    """The comparison itself: one bit of a LoRA, a missing checkpoint, another preview, another logged number."""
+
+    def run(name: str, **changes) -> Path:
+        folder = tmp_path / name
+        for part in ("loras", "jobs/j/checkpoints/step-000008", "jobs/j/samples"):
+            (folder / part).mkdir(parents=True)
+        weights = np.arange(4, dtype=np.float32)
+        save_file({"down": weights}, folder / "loras" / "kill-resume.safetensors")
+        save_file({"down": changes.get("average", weights)}, folder / "loras" / "kill-resume-ema.safetensors")
+        save_file({"down": weights}, folder / "jobs/j/checkpoints/step-000008/lora.safetensors")
+        (folder / "jobs/j/samples/step-000008-0.png").write_bytes(changes.get("picture", b"png"))
+        line = f'{{"step": 8, "loss": {changes.get("loss", 0.5)}, "seconds": {changes.get("seconds", 1)}}}\n{{"step"'
+        (folder / "jobs/j/metrics.jsonl").write_text(line)
+        return folder
+
+    reference = run("reference")
+    assert kill_resume.same_result(reference, run("same", seconds=2))
+    average = np.arange(4, dtype=np.float32)
+    average.view(np.uint32)[2] ^= 1
+    for i, changes in enumerate(({"average": average}, {"picture": b"PNG"}, {"loss": 0.25})):
+        assert not kill_resume.same_result(reference, run(f"other-{i}", **changes))
+    fewer = run("fewer")
+    shutil.rmtree(fewer / "jobs/j/checkpoints/step-000008")
+    assert not kill_resume.same_result(reference, fewer)

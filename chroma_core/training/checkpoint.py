@@ -25,6 +25,9 @@ _DAMAGE = (
     OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, LoraError, ModelFileError
 )  # fmt: skip
 
+SMOOTHING = 0.98
+"""Weight of the past in the smoothed loss: about the last 50 steps."""
+
 OPTIMIZER, EMA, STATE = "optimizer.pt", "ema.pt", "state.json"
 
 
@@ -50,6 +53,15 @@ class Progress:
     loss_fast: float | None = None
     loss_lowest: float | None = None
     diverged_at: int = -1
+
+    def smooth(self, loss: float) -> None:
+        """Take a step's loss into `loss_smooth`: the mean of past losses, each weighed `SMOOTHING` times the next.
+
+        `loss_weight` makes it right from the first step on.
+        """
+        self.loss_weight = SMOOTHING * self.loss_weight + (1 - SMOOTHING)
+        past = self.loss_smooth if self.loss_smooth is not None else 0.0
+        self.loss_smooth = past + (1 - SMOOTHING) / self.loss_weight * (loss - past)
 
 
 def save_checkpoint(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from ..errors import JobError
+from ..errors import ChromaKitError, JobError
 from ..fullrank.layers import count_trained
 from ..loading.components import transformer_outline
 from ..memory import estimate, in_gib, machine, recommend
@@ -33,6 +35,24 @@ ADVICE = (
     "from one another"
 )
 """What SimpleTuner's guide for Chroma advises when training diverges early."""
+
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class Diverged(ChromaKitError):
+    """Loss or gradients stayed infinite or undefined."""
+
+
+def give_up_if_broken(progress: Progress, learning_rate: float, noun: str) -> None:
+    """Raise Diverged after `MAX_SKIPPED_IN_A_ROW` skipped steps in a row; `noun` is what is trained."""
+    if progress.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+        return
+    raise Diverged(
+        f"Training stopped at step {progress.step}: the loss or its gradient was not a finite number in "
+        f"{progress.skipped_in_a_row} steps in a row. The {noun} is that of the newest checkpoint. Lower the learning "
+        f"rate (now {learning_rate:g}; 1e-4 is cautious), choose bf16 rather than fp16, and look for damaged pictures."
+    )
 
 
 def watch_loss(progress: Progress, loss: float, config: TrainingConfig) -> str | None:
@@ -126,3 +146,14 @@ def _advice(config: TrainingConfig, for_a_lora: str) -> str:
         "Train fewer blocks in [full], or with the optimizer adafactor, which keeps almost no state; choose a "
         f"quantised precision for the blocks that are not trained. For a LoRA, this should fit here: {for_a_lora}"
     )
+
+
+@contextmanager
+def memory_in_words(config: TrainingConfig, device: torch.device | str) -> Iterator[None]:
+    """Out of memory, anywhere in a `with` block, as an error that says what was predicted and what to change."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, config, torch.device(device)) from error

@@ -8,15 +8,13 @@ newest checkpoint and ends with the same weights, bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..data.samples import fingerprint, picture_count
-from ..errors import ChromaKitError
 from ..files import remove_leftovers
 from ..loading.components import Device, load_transformer
 from ..loading.moving import release_memory
@@ -27,7 +25,7 @@ from .config import TrainingConfig
 from .control import Control, Halted, Stopped
 from .ema import Ema
 from .event_files import EventFiles, check_event_files
-from .faults import disk_shortage, is_out_of_memory, out_of_memory, watch_loss
+from .faults import Diverged, disk_shortage, give_up_if_broken, memory_in_words, watch_loss
 from .finish import file_metadata
 from .loop import Batches, StepResult, train_step
 from .metrics import MetricsLog, NoMetrics
@@ -41,16 +39,8 @@ from .stepper import Stepper, check_optimizer
 from .trainees import check_trainee, make_trainee
 from .world import ALONE, ProcessLost, World
 
-MAX_SKIPPED_IN_A_ROW = 10
-SMOOTHING = 0.98
-"""Weight of the past in the smoothed loss: about the last 50 steps."""
-
 Report = Callable[..., None]
 """report(**fields): tell the job's status about something new."""
-
-
-class Diverged(ChromaKitError):
-    """Loss or gradients stayed infinite or undefined."""
 
 
 class Run:
@@ -166,20 +156,10 @@ class Run:
             progress.skipped_in_a_row += result.skipped == "broken"
             self.metrics.append(step=progress.step, skipped=result.skipped, lr=result.learning_rate)
             self.report(**self._numbers(), skipped_steps=progress.skipped_steps)
-            if progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                raise Diverged(
-                    f"Training stopped at step {progress.step}: the loss or its gradient was not a finite number in "
-                    f"{progress.skipped_in_a_row} steps in a row. The {self.trainee.noun} is that of the newest "
-                    f"checkpoint. Lower the learning rate (now {self.config.learning_rate:g}; 1e-4 is cautious), "
-                    "choose bf16 rather than fp16, and look for damaged pictures."
-                )
+            give_up_if_broken(progress, self.config.learning_rate, self.trainee.noun)
             return
         progress.skipped_in_a_row = 0
-        # The mean of past losses, each weighed .98 times the next; the weight makes it right from the first step on.
-        progress.loss_weight = SMOOTHING * progress.loss_weight + (1 - SMOOTHING)
-        past = progress.loss_smooth if progress.loss_smooth is not None else 0.0
-        share = (1 - SMOOTHING) / progress.loss_weight
-        progress.loss_smooth = past + share * (result.loss - past)
+        progress.smooth(result.loss)
         warning = watch_loss(progress, result.loss, self.config)
         if warning is not None:
             self.warnings.append(warning)
@@ -377,7 +357,7 @@ def run_training(
         Halted: after a checkpoint was saved.
         ChromaKitError: the job cannot go on; the newest checkpoint is kept.
     """
-    with torch.inference_mode(False), torch.enable_grad(), _memory_in_words(config, device):
+    with torch.inference_mode(False), torch.enable_grad(), memory_in_words(config, device):
         world.enter()
         try:
             run = Run(config, places, device, control, report, before_load, world)
@@ -400,14 +380,3 @@ def run_training(
             raise
         finally:
             run.close()
-
-
-@contextmanager
-def _memory_in_words(config: TrainingConfig, device: Device) -> Iterator[None]:
-    """Out of memory, anywhere in a job, as an error that says what was predicted and what to change."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise out_of_memory(error, config, torch.device(device)) from error

@@ -142,7 +142,7 @@ def _train(options: argparse.Namespace) -> int:
                 bar.set_postfix(loss=f"{status['loss_smooth']:.4f}")
             bar.refresh()
 
-        places = {
+        places: dict[str, Any] = {
             "root": options.output / "jobs",
             "loras_folder": options.output / "loras",
             "device": best_device(options.device) if world is None else world.device,
@@ -151,15 +151,17 @@ def _train(options: argparse.Namespace) -> int:
         if_exists = "restart" if options.restart else "resume"
         if job_id:
             status = continue_job(job_id, **places, config=config, extend=options.extend, force=options.force)
-        elif world is not None:
+        elif world is not None and config is not None:
             status = run_together(config, **places, if_exists=if_exists, world=world)
         else:
+            assert config is not None
             status = run_job(config, **places, if_exists=if_exists)
     if world is not None and status["state"] == "completed":
         world.close()
     if main:
-        shown = ("id", "state", "step", "heldout_loss_base", "heldout_loss", "lora_path", "model_path", "model_folder")
-        print(json.dumps({k: status.get(k) for k in shown if k in status}))
+        shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss"]
+        shown += ["model_path", "model_folder"] if status["config"].get("full") else ["lora_path"]
+        print(json.dumps({k: status.get(k) for k in shown}))
     if status["state"] != "completed":
         print(f"error: the job {status['state']}: {status.get('message') or 'no reason given'}", file=sys.stderr)
     return 0 if status["state"] == "completed" else 1

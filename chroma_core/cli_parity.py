@@ -82,8 +82,9 @@ def _compare(options: argparse.Namespace, folder: Path) -> Any:
     painted["core"] = paint("core", lambda: in_process(case, components, device))
     painted["cli"] = paint("command line", lambda: through_command_line(case, folder / "cli", device))
     painted["node"] = paint("nodes", lambda: _through_nodes(case, folder / "host", device, options.no_comfyui))
-    for name, mask in (("diffusers", "boolean"), ("diffusers_float_mask", "float")):
-        painted[name] = paint(name, lambda mask=mask: through_diffusers(case, device, mask))
+    painted["diffusers"] = paint("diffusers", lambda: through_diffusers(case, device))
+    as_it_ships = "diffusers_float_mask"
+    painted[as_it_ships] = paint(as_it_ships, lambda: through_diffusers(case, device, "float"))
     for mode in ("live", "merged") if case.loras else ():
         painted[mode] = paint(mode, lambda mode=mode: in_process(case.with_loras(mode=mode), components, device))
     report = Report(case)

@@ -249,7 +249,7 @@ def start_comfyui(
             cwd=comfyui,
             stdout=log,
             stderr=subprocess.STDOUT,
-            **({} if os.name == "nt" else {"preexec_fn": _own_signals}),
+            preexec_fn=None if os.name == "nt" else _own_signals,
         )
     host = Host(process, f"http://127.0.0.1:{port}", base, log_path)
     try:

@@ -92,7 +92,16 @@ class LowRankBranch(LoraBranch):
         return LoraModule(self.down, self.up, self.alpha)
 
     def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype)) * self.scale
+        return self._low_rank(x) * self.scale
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        """up(down(x)) in the dtype of x.
+
+        As products of two dimensions: torch chooses, and rounds, others differently for weights with and without
+        gradients, so that a preview in training would not be, to the last bit, what the finished LoRA gives.
+        """
+        rows = F.linear(F.linear(x.reshape(-1, x.shape[-1]), self.down.to(x.dtype)), self.up.to(x.dtype))
+        return rows.reshape(*x.shape[:-1], -1)
 
 
 class DoraBranch(LowRankBranch):
@@ -111,7 +120,7 @@ class DoraBranch(LowRankBranch):
     def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         scale = self.alpha / self.down.shape[0]
         factor = self.magnitude.float() / changed_norms(base, self.down, self.up, scale)
-        low_rank = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype)) * scale
+        low_rank = self._low_rank(x) * scale
         bias: Any = base.bias
         plain = y if bias is None else y - bias
         # The difference to 1 is taken before rounding: near 1, bf16 has steps of 0.4 %.
@@ -139,7 +148,7 @@ class LokrBranch(LoraBranch):
             inner = F.linear(grouped, cast.w2)
         else:
             inner = F.linear(F.linear(grouped, cast.w2_b), cast.w2_a)  # type: ignore[arg-type]
-        # Two-dimensional products throughout: torch rounds others differently with and without gradients.
+        # Two-dimensional products throughout, for the reason told in `LowRankBranch`.
         height = inner.shape[1]
         crossed = inner.reshape(-1, in_m, height).transpose(1, 2).reshape(-1, in_m)
         product = F.linear(crossed, cast.left).reshape(-1, height, cast.left.shape[0]).transpose(1, 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
@@ -152,7 +153,7 @@ def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean
     pipeline.set_progress_bar_config(disable=True)
     with torch.random.fork_rng(devices=[]):  # loading draws weights and then overwrites them
         _load_loras(pipeline, case)
-        packed = pipeline(
+        packed: Any = pipeline(
             prompt=case.prompt,
             negative_prompt=case.negative,
             width=width,
@@ -162,20 +163,21 @@ def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean
             guidance_scale=settings.guidance,
             latents=pack(noise).to(device, chosen.dtype),
             output_type="latent",
-        ).images
-    latents = unpack(packed.float(), rows, columns)  # type: ignore[union-attr]
+        )
+    latents = unpack(packed.images.float(), rows, columns)
     return Painted(LatentFormat.of(vae).to_vae(latents).cpu(), decode(vae, latents)[0])
 
 
 def _diffusers_transformer(case: Case, device: Device, text_mask: TextMask) -> ChromaTransformer2DModel:
     """diffusers' own class over the loaded weights (shared, not copied)."""
     ours = load_transformer(case.spec, device)
-    theirs = ChromaTransformer2DModel.from_config(ours.config)
+    with init_empty_weights(include_buffers=False):
+        theirs: Any = ChromaTransformer2DModel.from_config(ours.config)
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False, assign=True)
     if missing or unexpected:
         raise NotRun(f"diffusers' class has other weights: {[*missing, *unexpected][:3]}.")
     if text_mask == "boolean":
-        theirs.set_attn_processor(_BooleanMask())  # type: ignore[arg-type]
+        theirs.set_attn_processor(_BooleanMask())
     return theirs.to(device).requires_grad_(False).eval()
 
 

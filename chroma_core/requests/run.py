@@ -31,12 +31,13 @@ OnStep = Callable[[int, int, int], object]
 def model_spec(request: InferenceRequest, path_of: Callable[[str, str], str]) -> ModelSpec:
     """The model that a request names; `path_of(field, name)` finds its files."""
     own = {part: getattr(request, part) for part in PARTS if getattr(request, part) is not None}
+    parts: dict[str, Any] = {part: path_of(part, name) for part, name in own.items()}
     return ModelSpec(
         request.flavour.name,
         precision=request.precision,
         text_precision=request.text_precision,
         offload=request.offload,
-        **{part: path_of(part, name) for part, name in own.items()},
+        **parts,
     )
 
 

@@ -77,12 +77,15 @@ def stock_preview(path: Path, changes: Mapping[str, Any] | None = None) -> Stock
     width = given.get("width", recorded.get("width", chosen.size))
     height = given.get("height", recorded.get("height", chosen.size))
     trigger = given.get("trigger", header.get("chromakit.trigger"))
-    texts = [apply_trigger(given.get(name, recorded.get(name, "")), trigger) for name in ("prompt", "negative")]
+    prompt, negative = (apply_trigger(given.get(n, recorded.get(n, "")), trigger) for n in ("prompt", "negative"))
+    width, height = snap_size(width, height, recipe.size_multiple)
     found = StockPreview(
         path,
         chosen.name,
-        *texts,
-        *snap_size(width, height, recipe.size_multiple),
+        prompt,
+        negative,
+        width,
+        height,
         settings,
         recipe,
         float(given.get("strength", 1.0)),

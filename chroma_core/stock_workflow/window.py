@@ -84,7 +84,7 @@ def window_form(prompt: Prompt, note: str) -> dict[str, Any]:
     """The graph as the page loads it, laid out in columns from the loaders to the picture."""
     numbers = {key: number for number, key in enumerate(prompt, start=1)}
     links: list[list[Any]] = []
-    nodes = []
+    nodes: list[dict[str, Any]] = []
     bottom: dict[int, int] = {}
     for key, entry in prompt.items():
         kind = KINDS[entry["class_type"]]
@@ -124,9 +124,9 @@ def window_form(prompt: Prompt, note: str) -> dict[str, Any]:
                 "widgets_values": values,
             }
         )
-    for node in nodes:
-        for slot, output in enumerate(node["outputs"]):
-            output["links"] = [link[0] for link in links if link[1:3] == [node["id"], slot]] or None
+    for made in nodes:
+        for slot, output in enumerate(made["outputs"]):
+            output["links"] = [link[0] for link in links if link[1:3] == [made["id"], slot]] or None
     nodes.append(_note(len(nodes) + 1, note))
     return {
         "last_node_id": len(nodes),

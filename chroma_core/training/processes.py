@@ -58,7 +58,8 @@ class Processes(World):
         if device is not None and ":" in device:
             raise ConfigError(f"Each process takes a device of its own, so --device {device} must be without a number.")
         state = PartialState(cpu=device == "cpu")
-        self.rank, self.size, self.device = state.process_index, state.num_processes, state.device
+        self.rank, self.size = state.process_index, state.num_processes
+        self.device: torch.device = state.device  # type: ignore[assignment]
         self.sharded = sharding == "fsdp"
         self._cpu = dist.new_group(backend="gloo")  # decisions never wait for the accelerator
         # The launcher's own store, which outlives each of the processes; a part of it for each job.

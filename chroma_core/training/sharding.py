@@ -59,7 +59,7 @@ def shard(transformer: ChromaTransformer, trained: Sequence[nn.Parameter], devic
         fully_shard(block, mesh=mesh, ignored_params=set(trained))
     # The root divides nothing of its own: it lets one block be fetched while another computes.
     fully_shard(transformer, mesh=mesh, ignored_params=set(transformer.parameters()))
-    transformer.to(device)
+    nn.Module.to(transformer, device)
 
 
 _CARRIER = torch.float8_e4m3fn
@@ -83,7 +83,7 @@ def _codes_as_parameters(block: nn.Module) -> None:
         if type(module) is not QuantisedLinear:
             continue
         module.__class__ = _DividedLinear
-        module.kept_as = {}
+        module.kept_as = {}  # type: ignore[assignment]
         for name, tensor in list(module.named_buffers(recurse=False)):
             if tensor.ndim == 0 or (tensor.element_size() > 1 and not tensor.is_floating_point()):
                 continue  # a library's single numbers: whole in every process

@@ -30,7 +30,7 @@ def test_curves_pictures_and_config_have_every_step_once_also_after_a_resume(tmp
     class Killed(BaseException):
         """Ends a run at once, without saving."""
 
-    places = Places(where[0] / settings.job_id(), where[1], where[0] / "cache")
+    places = Places.of(where[0], settings.job_id(), where[1])
     places.job.mkdir(parents=True)
 
     def report(**fields):

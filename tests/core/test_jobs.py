@@ -15,7 +15,7 @@ from chroma_core.errors import JobError
 from chroma_core.loading.components import load_transformer
 from chroma_core.lora.adapters import attach
 from chroma_core.lora.formats import read_lora
-from chroma_core.training import run as run_module
+from chroma_core.training import faults
 from chroma_core.training.job import Job
 from chroma_core.training.jobs import JobManager, run_job
 from chroma_core.training.lock import FolderLock
@@ -253,7 +253,7 @@ def test_divergence_stops_with_the_last_good_lora(places, manager):
     assert job.wait(PATIENCE)
     status = job.status()
     assert status["state"] == "failed" and "10 steps in a row" in status["message"], status["message"]
-    assert "learning rate" in status["message"] and status["skipped_steps"] == run_module.MAX_SKIPPED_IN_A_ROW
+    assert "learning rate" in status["message"] and status["skipped_steps"] == faults.MAX_SKIPPED_IN_A_ROW
     lora = read_lora(status["lora_path"])
     assert all(module.up.isfinite().all() and module.down.isfinite().all() for module in lora.modules.values())
 

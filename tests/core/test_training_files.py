@@ -13,7 +13,7 @@ from chroma_core.latents import LatentFormat
 from chroma_core.loading.components import load_text_encoder, load_transformer, load_vae
 from chroma_core.lora.adapters import attach, trained_lora
 from chroma_core.lora.formats import read_lora, write_lora
-from chroma_core.pictures import decode, read_record
+from chroma_core.pictures import decode, read_latents, read_record
 from chroma_core.recipe import Recipe
 from chroma_core.sampling import SamplingSettings, sample
 from chroma_core.training.checkpoint import Progress, checkpoints, restore_latest, save_checkpoint
@@ -182,6 +182,8 @@ def test_what_the_preview_shows_is_what_the_lora_gives(places, tmp_path):
             recipe=recipe,
             latent_format=LatentFormat.of(vae),
         )
+        recorded = read_latents((tmp_path / "samples" / name).with_suffix(".latent"))
+        assert torch.equal(LatentFormat.of(vae).to_vae(latents), recorded)
         with Image.open(tmp_path / "samples" / name) as shown:
             assert decode(vae, latents)[0].tobytes() == shown.convert("RGB").tobytes()
 

@@ -125,8 +125,8 @@ def window_form(prompt: Prompt, note: str) -> dict[str, Any]:
             }
         )
     for made in nodes:
-        for slot, output in enumerate(made["outputs"]):
-            output["links"] = [link[0] for link in links if link[1:3] == [made["id"], slot]] or None
+        for number, output in enumerate(made["outputs"]):
+            output["links"] = [link[0] for link in links if link[1:3] == [made["id"], number]] or None
     nodes.append(_note(len(nodes) + 1, note))
     return {
         "last_node_id": len(nodes),

@@ -40,7 +40,7 @@ def api_prompt(case: Case, loras: list[str]) -> dict[str, Any]:
         raise NotRun(f"The model is '{local[0]}', which lies outside the folders of the ComfyUI that is started here.")
     if case.in_parts:
         raise NotRun("The comparison starts from pure noise and runs the whole schedule.")
-    name, overrides = case.recipe_words
+    recipe, overrides = case.recipe_words
     width, height = case.effective_size
     shift = settings.flow_shift
     constant = isinstance(shift, float)
@@ -80,7 +80,7 @@ def api_prompt(case: Case, loras: list[str]) -> dict[str, Any]:
             "method": settings.method,
             "denoise": 1.0,
             "spacing": settings.spacing,
-            "recipe": name,
+            "recipe": recipe,
             "recipe_overrides": ", ".join(f"{field}={value}" for field, value in overrides.items()),
         },
     }

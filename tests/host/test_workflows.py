@@ -109,5 +109,6 @@ def test_each_workflow_is_run_here():
     """Two of them in test_datasets_in_host.py."""
     assert {path.stem for path in FOLDER.glob("*.json")} == {
         "chroma_text_to_image", "chroma_tail_sigmas", "chroma_train_lora", "chroma_train_and_sample", "chroma_use_lora",
-        "chroma_your_files", "chroma_parity", "chroma_train_from_images", "chroma_train_with_regularisation",
+        "chroma_your_files", "chroma_parity", "chroma_convert_lora", "chroma_train_from_images",
+        "chroma_train_with_regularisation",
     }  # fmt: skip

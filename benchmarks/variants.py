@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": "adafactor"},
     "prodigy (rate 1)": {"optimizer": "prodigy", "learning_rate": 1.0},
     "schedule-free": {"optimizer": "schedule-free"},
-    "came": {"optimizer": "came"},
+    "came (rate 6e-4, 20 steps warm-up)": {"optimizer": "came", "learning_rate": 6e-4, "warmup_steps": 20},
     "DoRA, adamw8bit, nf4 base": {"optimizer": "adamw8bit", "lora": {"kind": "dora"}, "model": {"precision": "nf4"}},
     "single_blocks.4-5 in full rank": {"full": {"target": "single_blocks.4-5", "layouts": ["original"]}},
     "compiled (inductor)": {"compile": True},

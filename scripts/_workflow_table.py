@@ -315,10 +315,10 @@ WORKFLOWS = (
                     "height": 64,
                     "factors": "recipe",
                 },
-                extra_height=500,
+                extra_height=300,
                 extra_width=200,
             ),
-            "save": Node("SaveImage", 2, {"images": Link("parity"), "filename_prefix": "chroma/parity"}),
+            "save": Node("SaveImage", 3, {"images": Link("parity"), "filename_prefix": "chroma/parity"}),
         },
     ),
     Workflow(

@@ -173,6 +173,7 @@ def _sample(options: argparse.Namespace) -> None:
     from .loading.cache import ComponentCache
     from .loading.spec import ModelHandle
     from .pictures import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
+    from .requests.run import use_record
     from .sampling import sample
     from .text import apply_trigger
 
@@ -185,7 +186,8 @@ def _sample(options: argparse.Namespace) -> None:
     warn_of_other_bases(handle)
     encoder = cache.text_encoder(spec, device)
     positive = [encoder.encode(prompt, rules) for prompt in prompts]
-    negative = encoder.encode(apply_trigger(options.negative, options.trigger), rules)
+    avoided = apply_trigger(options.negative, options.trigger)
+    negative = encoder.encode(avoided, rules)
     start, started = start_from(options, lambda: cache.vae(spec, device), rules, len(prompts))
     print(f"recipe {rules.describe()}", file=sys.stderr)
     with (
@@ -208,12 +210,13 @@ def _sample(options: argparse.Namespace) -> None:
     for i, picture in enumerate(decode(vae, latents)):
         record = {
             "prompt": prompts[i],
-            "negative": options.negative,
+            "negative": avoided,
             "width": picture.width,
             "height": picture.height,
             "model": spec.to_dict(),
             "settings": settings.to_dict() | {"seed": settings.seed + i},
             "recipe": rules.to_dict(),
+            "loras": [use_record(use) for use in handle.loras],
             **started,
         }
         path = _free_name(options.output, f"chroma-{settings.seed + i}")

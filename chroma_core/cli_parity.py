@@ -59,7 +59,13 @@ def _parity(options: argparse.Namespace) -> int:
     if options.output is not None:
         _write(report, options.output)
     print(json.dumps(report.to_dict()) if options.json else report.table())
-    return 0
+    return exit_status(report)
+
+
+def exit_status(report: Any) -> int:
+    """0 when preview, command line and nodes agree, else 1; says which on the error output."""
+    print(report.verdict() if report.same_picture else f"error: {report.verdict()}", file=sys.stderr)
+    return 0 if report.same_picture else 1
 
 
 def _compare(options: argparse.Namespace, folder: Path) -> Any:
@@ -154,7 +160,7 @@ def _comfyui(base: Path, device: Any) -> Iterator[Any]:
         )
     try:
         host = start_comfyui(folder, base, cpu=device.type == "cpu")
-    except HostError as error:
+    except (HostError, OSError) as error:  # OSError: COMFYUI_PATH is no folder
         raise NotRun(f"ComfyUI did not start: {str(error).splitlines()[0]}") from error
     with host:
         yield host

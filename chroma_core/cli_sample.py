@@ -111,11 +111,11 @@ def start_from(
 
 
 def _open(path: Path) -> Image:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         picture = Image.open(path)
         picture.load()
-        return picture
+        return ImageOps.exif_transpose(picture)  # as it is shown, and as the host's Load Image reads it
     except (OSError, Image.DecompressionBombError) as error:
         raise ConfigError(f"The picture '{path}' cannot be read: {error}. Give a PNG, JPEG or WebP file.") from error

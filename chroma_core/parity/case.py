@@ -50,7 +50,7 @@ class Case:
         except KeyError as missing:
             raise ConfigError(
                 f"The picture's record has no {missing}, so it cannot be painted again. Replay a preview of a training "
-                "job, or a picture of the command line."
+                "job that this version made."
             ) from None
 
     @property
@@ -71,11 +71,10 @@ class Case:
     @property
     def recipe_words(self) -> tuple[str, dict[str, str]]:
         """The recipe as users write it: the name of a known one, and the fields that differ from it."""
-        name = self.recipe.name.partition(" with ")[0]
-        known = RECIPES[name]
+        known = RECIPES.get(self.recipe.name.partition(" with ")[0], CANONICAL)
         names = [field.name for field in fields(Recipe) if field.name != "name"]
         differing = [name for name in names if getattr(self.recipe, name) != getattr(known, name)]
-        return name, {name: str(getattr(self.recipe, name)) for name in differing}
+        return known.name, {name: str(getattr(self.recipe, name)) for name in differing}
 
     @property
     def in_parts(self) -> bool:

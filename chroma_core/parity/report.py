@@ -23,6 +23,12 @@ PAIRS = (
 )
 """The runtimes that are compared. `core` is this process; `diffusers_float_mask` is its pipeline as it ships."""
 
+SAME_SAMPLER = {"preview", "cli", "node", "core"}
+"""The runtimes that must paint the same picture."""
+
+TOLERANCE = 0.01
+"""The mean difference of their latents that may be rounding: keeping tiny's latents in bf16 moves them by .007."""
+
 _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 
 
@@ -61,10 +67,32 @@ class Report:
                 changed = NotRun(str(error))
         self.not_run[factor.name] = str(changed)
 
+    @property
+    def same_picture(self) -> bool | None:
+        """Whether preview, command line and nodes agree, as far as they were painted; None when no two of them were."""
+        ours = self._ours()
+        return all(difference.mean_abs_diff <= TOLERANCE for difference in ours) if ours else None
+
+    def verdict(self) -> str:
+        """`same_picture` in one line."""
+        ours = self._ours()
+        pairs = [difference.pair for difference in ours if difference.mean_abs_diff > TOLERANCE]
+        if not ours:
+            return "Nothing was compared: no two of preview, command line and nodes were painted."
+        if pairs:
+            return (
+                f"Not the same picture: {', '.join(pairs)} differ by more than rounding (mean |Δ| above {TOLERANCE:g})."
+            )
+        return f"The same picture: {', '.join(difference.pair for difference in ours)}."
+
+    def _ours(self) -> list[Difference]:
+        return [found for found in self.comparisons if SAME_SAMPLER.issuperset(found.pair.split("-"))]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "case": self.case.to_dict(),
+            "same_picture": self.same_picture,
             "comparisons": [difference.to_dict() for difference in self.comparisons],
             "factors": [
                 {"kind": factor.kind, "factor": factor.name}

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..comfyui import Host, PromptFailed, PromptRejected
+from ..comfyui import Host, HostError
 from ..pictures import read_latents
 from .case import Case, NotRun
 from .painted import Painted
@@ -26,7 +26,7 @@ def through_comfyui(case: Case, host: Host) -> Painted:
         names.append(target.name)
     try:
         history = host.run(api_prompt(case, names), timeout=24 * 3600)
-    except (PromptRejected, PromptFailed) as error:
+    except HostError as error:  # refused, failed, or the server went away
         raise NotRun(f"ComfyUI did not paint it: {getattr(error, 'exception_message', '') or error}") from error
     (saved,) = history["outputs"]["latents"]["latents"]
     return Painted(read_latents(host.view(saved)), host.images(history)[0])

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..schedule import sampling_sigmas
 from .source import METHODS, StockPreview
 
 Prompt = dict[str, dict[str, Any]]
@@ -101,26 +100,17 @@ def stock_prompt(
     return prompt
 
 
-def _flow_shift(preview: StockPreview) -> Any:
-    own = preview.settings.flow_shift
-    return preview.recipe.flow_shift if own is None else own
-
-
 def has_simple_schedule(preview: StockPreview) -> bool:
     """Whether the host's `simple` scheduler gives the very sigmas; it rounds down to an entry of its table."""
     settings = preview.settings
-    return _flow_shift(preview) == "dynamic" and settings.tail_bias == 0 and TABLE % settings.steps == 0
+    shift = preview.recipe.flow_shift if settings.flow_shift is None else settings.flow_shift
+    even = settings.spacing == "linear" and settings.tail_bias == 0
+    return shift == "dynamic" and even and TABLE % settings.steps == 0
 
 
 def _written(preview: StockPreview) -> str:
     """The sigmas as Manual Sigmas reads them: it knows no exponents. Ten digits tell every fp32 number apart."""
-    settings = preview.settings
-    sigmas = sampling_sigmas(
-        settings.steps,
-        preview.width * preview.height // 256,
-        tail_bias=settings.tail_bias,
-        flow_shift=_flow_shift(preview),
-    )
+    sigmas = preview.settings.sigmas(preview.width * preview.height // 256, preview.recipe)
     values = [float(sigma) for sigma in sigmas]
     return ", ".join(f"{v:.{10 if not v else max(10, 10 - math.floor(math.log10(v)))}f}" for v in values)
 

@@ -22,7 +22,8 @@ PREVIEW_KEY = "chromakit.preview"
 METHODS = {"euler": "euler", "heun": "heun"}
 """Our methods that the host has too, step for step."""
 
-HONOURED = {"steps", "guidance", "seed", "tail_bias", "flow_shift", "method"}
+HONOURED = {"steps", "guidance", "seed", "tail_bias", "flow_shift", "method", "spacing"}
+"""Settings that a stock workflow repeats, whatever they are; any other must have its default."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,14 @@ def check(preview: StockPreview) -> None:
     recipe, settings = preview.recipe, preview.settings
     cannot = []
     if settings.method not in METHODS:
-        cannot.append(f"the method {settings.method} (known to both: {', '.join(METHODS)})")
+        cannot.append(f"method {settings.method} (known to both: {', '.join(METHODS)})")
     default = SamplingSettings().to_dict()
     other = {k: v for k, v in settings.to_dict().items() if k not in HONOURED and v != default[k]}
     cannot += [f"{name} {value}" for name, value in other.items()]
     if recipe.text_attention == "full":
-        cannot.append("a T5 that attends to padding of which the transformer sees one token")
+        cannot.append("T5 that attends to padding of which the transformer sees one token")
+    if recipe.text_attention == "unpadded" and recipe.visible_padding:
+        cannot.append(f"visible_padding {recipe.visible_padding} that T5 attends to")
     rounded = [n for n in ("noise_dtype", "time_dtype", "latents_dtype") if getattr(recipe, n) != "fp32"]
     cannot += [f"{name} {getattr(recipe, name)} (the host's is fp32)" for name in rounded]
     if cannot:

@@ -53,6 +53,14 @@ def test_sample_writes_pictures_that_tell_how_they_were_made(folder, tmp_path):
     assert Image.open(paths[0]).size == (64, 64)
 
 
+def test_the_record_has_the_trigger_word_and_the_loras_in_it(folder, lora_file, tmp_path):
+    words = ["--prompt", "a [trigger]", "--negative", "no [trigger]", "--trigger", "sks"]
+    (path,) = sample(folder, tmp_path, *words, "--lora", f"{lora_file}@0.5", "--lora-mode", "merged")
+    record = read_record(path)
+    assert record is not None and (record["prompt"], record["negative"]) == ("a sks", "no sks")
+    assert record["loras"] == [{"path": Path(lora_file).name, "network_multiplier": 0.5, "mode": "merged"}]
+
+
 def test_same_seed_same_picture_and_nothing_is_overwritten(folder, tmp_path):
     (first,) = sample(folder, tmp_path, "--prompt", "red")
     (second,) = sample(folder, tmp_path, "--prompt", "red")

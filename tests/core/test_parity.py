@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from chroma_core.cli import main
+from chroma_core.cli_parity import exit_status
 from chroma_core.errors import ConfigError, JobError
 from chroma_core.latents import FLUX_LATENTS
 from chroma_core.loading.cache import ComponentCache
@@ -88,6 +89,8 @@ def test_a_recipe_in_words():
     assert case.recipe_words == ("canonical", {})
     changed = recipe("ai-toolkit").override({"flow_shift": 3.0, "time_dtype": "fp32"})
     assert replace(case, recipe=changed).recipe_words == ("ai-toolkit", {"time_dtype": "fp32", "flow_shift": "3.0"})
+    unknown = replace(changed, name="of another version")
+    assert replace(case, recipe=unknown).recipe_words[0] == "canonical", "every field that differs is named"
 
 
 def test_previews_that_cannot_be_replayed(preview, tmp_path):
@@ -182,6 +185,23 @@ def test_the_report_sorts_and_leaves_nothing_out():
     assert "64×64" in text and "no ComfyUI" in text and text.index(large.name) < text.index(small.name)
 
 
+def test_the_verdict_is_about_what_must_agree(capsys):
+    case = Case(SPEC, "a red circle", 64, 64, settings=SETTINGS)
+
+    def verdict(**painted_by: Painted | NotRun) -> tuple[int, str]:
+        report = Report(case)
+        report.add_pairs(dict(painted_by))
+        assert report.to_dict()["same_picture"] is report.same_picture
+        return exit_status(report), capsys.readouterr().err.strip()
+
+    status, said = verdict(preview=painted(1.0), cli=painted(1.005), diffusers=painted(3.0))
+    assert status == 0 and said == "The same picture: preview-cli."
+    status, said = verdict(preview=painted(1.0), cli=painted(1.0), node=painted(1.02))
+    assert status == 1 and said.startswith("error: Not the same picture: preview-node, cli-node differ")
+    status, said = verdict(preview=painted(1.0), cli=NotRun("no"), live=painted(0.0), merged=painted(0.0))
+    assert status == 1 and said.startswith("error: Nothing was compared")
+
+
 def test_the_command(capsys, tmp_path, preview):
     """A replay with everything that needs no ComfyUI."""
     arguments = ["parity", "--preview", str(preview), "--no-comfyui", "--json", "--device", "cpu"]
@@ -189,7 +209,7 @@ def test_the_command(capsys, tmp_path, preview):
     values = json.loads(capsys.readouterr().out)
     pairs = {row["pair"]: row for row in values["comparisons"]}
     assert set(pairs) == {"preview-cli", "cli-core", "cli-diffusers", "cli-diffusers_float_mask", "live-merged"}
-    assert pairs["preview-cli"]["identical"] and pairs["cli-core"]["identical"]
+    assert pairs["preview-cli"]["identical"] and pairs["cli-core"]["identical"] and values["same_picture"]
     assert {row["pair"] for row in values["not_run"]} == {"preview-node", "cli-node"}
     assert {row["kind"] for row in values["factors"]} == {"guidance"}
     assert json.loads((tmp_path / "parity.json").read_text()) == values

@@ -17,6 +17,7 @@ from chroma_core.schedule import sampling_sigmas
 from chroma_core.stock_workflow.graph import literal, stock_prompt
 from chroma_core.stock_workflow.source import PREVIEW_KEY, stock_preview
 
+ATTENDED = RECIPES["comfyui"].override({"visible_padding": 1})
 PREVIEW = {"prompt": "a sks cat", "negative": "", "width": 768, "height": 512}
 
 
@@ -61,7 +62,7 @@ def test_the_header_is_repeated_and_options_go_before_it(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"steps": 28}, {"tail_bias": 0.5}, {"flow_shift": 3.0}, {"flow_shift": "none", "steps": 150}],
+    [{"steps": 28}, {"spacing": "beta"}, {"tail_bias": 0.5}, {"flow_shift": 3.0}, {"flow_shift": "none", "steps": 150}],
 )
 def test_manual_sigmas_are_ours_to_the_last_bit(tmp_path: Path, settings: dict):
     path = lora(tmp_path, **{PREVIEW_KEY: preview(**settings)})
@@ -84,9 +85,11 @@ def test_brackets_are_literal():
 @pytest.mark.parametrize(
     ("recipe", "header", "message"),
     [
-        ("ai-toolkit", {}, "a T5 that attends to padding"),
+        ("ai-toolkit", {}, "no T5 that attends to padding"),
         ("diffusers", {}, "noise_dtype model"),
+        ("comfyui", {"chromakit.recipe": json.dumps(ATTENDED.to_dict())}, "no visible_padding 1 that T5 attends to"),
         ("canonical", {PREVIEW_KEY: preview(denoise=0.5)}, "denoise 0.5"),
+        ("canonical", {PREVIEW_KEY: preview(method="unipc")}, "no method unipc"),
         ("canonical", {PREVIEW_KEY: None}, "records no preview"),
         ("canonical", {PREVIEW_KEY: "{"}, "damaged header"),
         ("canonical", {PREVIEW_KEY: preview(colour="red")}, "does not know"),

@@ -10,6 +10,8 @@ from aiohttp import web
 
 from ..chroma_core.errors import ChromaKitError, ConfigError, JobError
 from ..chroma_core.memory import estimate, machine
+from ..chroma_core.training.changes import with_changes
+from ..chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from . import host, jobs
 
 ACTIONS = ("pause", "resume", "stop", "sample", "save")
@@ -85,7 +87,31 @@ async def _change(request: web.Request) -> web.Response:
     except ConfigError as error:
         return _error(400, error)
     changes, force = values.get("changes", {}), values.get("force", False)
-    return await _answer(lambda: jobs.manager().change(_job(request).id, changes, force).status())
+
+    def change() -> dict[str, Any]:
+        job = _job(request)
+        _no_new_paths(job.config, with_changes(job.config, changes))
+        return jobs.manager().change(job.id, changes, force).status()
+
+    return await _answer(change)
+
+
+def _no_new_paths(old: TrainingConfig, new: TrainingConfig) -> None:
+    """Raise ConfigError when `new` names a file or folder that `old` does not: the nodes confine what they take."""
+    before, after = _paths(old), _paths(new)
+    foreign = [field for field, paths in after.items() if not paths <= before[field]]
+    if foreign:
+        raise ConfigError(
+            f"Files and folders of a job cannot be changed here: {', '.join(foreign)}. Queue Chroma Train LoRA with "
+            "them, which makes a new job, or use the command line (train --job)."
+        )
+
+
+def _paths(config: TrainingConfig) -> dict[str, set[str]]:
+    sets = [config.dataset, *config.more_datasets, *([config.validation_dataset] if config.validation_dataset else ())]
+    found = {f"model.{name}": {getattr(config.model, name)} for name in MODEL_PATHS}
+    found |= {"lora.start_from": {config.lora.start_from}, "dataset folders": {each.folder for each in sets}}
+    return {field: {str(path) for path in paths if path} for field, paths in found.items()}
 
 
 async def _extend(request: web.Request) -> web.Response:

@@ -42,11 +42,12 @@ FIXED = (
     "lora.alpha_pattern",
     "lora.lokr_factor",
     "lora.start_from",
+    "lora.ema_decay",
     "optimizer",
     "model.flavour",
     "full",
 )
-"""Options that decide what a checkpoint holds. (`lora.ema_decay` too, between 0 and more than 0.)"""
+"""Options that decide what a checkpoint holds."""
 
 WHOLE = ("lora.rank_pattern", "lora.alpha_pattern")
 """Tables that are replaced as one value: their keys are patterns, not options."""
@@ -139,8 +140,6 @@ def _class(
         if old.lr_schedule == new.lr_schedule == "constant":
             return "free", ""
         return "exact", f"the {old.lr_schedule} schedule depends on it"
-    if field == "lora.ema_decay" and not (before and after):
-        return "fixed", ""
     if any(field == name or field.startswith(f"{name}.") for name in FREE):
         return "free", ""
     if any(field == name or field.startswith(f"{name}.") for name in FIXED):

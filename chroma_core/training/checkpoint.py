@@ -18,6 +18,7 @@ import torch
 from ..errors import LoraError, ModelFileError
 from ..files import atomic_folder, remove_leftovers, write_json
 from .ema import Ema
+from .faults import is_out_of_memory
 from .stepper import Stepper
 from .trainee import Trainee
 
@@ -121,6 +122,7 @@ def restore_latest(
 
     Returns:
         its progress (None when there is none) and the names of damaged ones, which are removed.
+    Raises what says that memory ran out: nothing is removed then.
     """
     if folder.is_dir():
         remove_leftovers(folder)
@@ -142,6 +144,8 @@ def restore_latest(
                 ema.load_state_dict(average)
             return progress, damaged
         except _DAMAGE as error:
+            if is_out_of_memory(error):  # a RuntimeError too, but the checkpoint is whole
+                raise
             damaged.append(f"{path.name} ({type(error).__name__})")
             discard(path)
             start_anew()

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,8 +15,10 @@ from ..fullrank.layers import count_trained
 from ..loading.components import transformer_outline
 from ..memory import estimate, in_gib, machine, recommend
 from ..memory.activations import T5_TOKENS, TEXT_TOKENS
-from .checkpoint import Progress
 from .config import TrainingConfig
+
+if TYPE_CHECKING:
+    from .checkpoint import Progress
 
 WATCH_FROM = 100
 """Steps before divergence is judged: the first losses say nothing about a band."""
@@ -114,18 +117,17 @@ def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.de
         optimizer=config.optimizer,
         adapter=config.lora.kind,
         lokr_factor=config.lora.lokr_factor,
-        ema=config.lora.ema_decay > 0,
+        ema=config.ema_decay > 0,
         text_tokens=TEXT_TOKENS if config.objective.text_padding == "trim" else T5_TOKENS,
+        trained_parameters=_trained_in_full(config),
     )
-    # In full rank: fp32 weights, gradients and two moments.
-    trained = 16 * _trained_in_full(config)
     here = machine(device)
     advice = recommend(
         config.model.flavour, size, here, "training", batch_size=config.batch_size, rank=config.lora.rank
     )
     found = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return JobError(
-        f"Training ran out of memory ({found}). Predicted were {in_gib(predicted.training_peak_bytes + trained)} at "
+        f"Training ran out of memory ({found}). Predicted were {in_gib(predicted.training_peak_bytes)} at "
         f"its peak; {here.name} has {in_gib(here.device_bytes)}. {_advice(config, advice.sentence)} Other knobs: "
         "gradient checkpointing on, a smaller batch size with more gradient accumulation, a lower resolution or rank. "
         "The newest checkpoint is kept; the job goes on with another offload mode, or by force with other options."

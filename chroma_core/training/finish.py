@@ -1,4 +1,4 @@
-"""The trained LoRA as a file that says what it is: base, recipe, trigger word, training, versions."""
+"""What a finished file says of itself: base, recipe, trigger word, training, versions; and the LoRA as a file."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def file_metadata(
         "modelspec.architecture": architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.title": config.name,
-        "modelspec.description": f"A {config.lora.kind} for Chroma 1 ({config.model.flavour}), trained with ChromaKit: "
+        "modelspec.description": f"{_what(config)}, trained with ChromaKit: "
         f"{progress.step} steps of {config.effective_batch} on {pictures} pictures.",
         "modelspec.resolution": "x".join(map(str, config.preview_size())),
         "modelspec.prediction_type": "v",
@@ -81,6 +81,11 @@ def file_metadata(
         "chromakit.versions": json.dumps(library_versions()),
     }
     return {key: value for key, value in metadata.items() if value}
+
+
+def _what(config: TrainingConfig) -> str:
+    chroma = f"Chroma 1 ({config.model.flavour})"
+    return f"A {config.lora.kind} for {chroma}" if config.full is None else f"{chroma} with some of its layers"
 
 
 def _first_preview(config: TrainingConfig) -> str:

@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,16 +143,19 @@ class Job:
             announce = changed or urgent or now - self._notified > NOTIFY_EVERY_SECONDS
             if announce:
                 self._notified = now
-            ended = self.state not in ACTIVE
         if announce:
             try:
                 self.notify(self.status())
             except Exception:
                 self.log(f"A listener failed:\n{traceback.format_exc()}")
-        if ended:
-            self.ended.set()
-        else:
-            self.ended.clear()
+        self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        with self._lock:  # by the state of now: a listener or another thread may have taken the job up again
+            if self.state in ACTIVE:
+                self.ended.clear()
+            else:
+                self.ended.set()
 
     def write(self) -> None:
         """Write `job.json`."""
@@ -164,8 +168,14 @@ class Job:
             message = str(error)
         else:
             message = f"{type(error).__name__}: {_first_line(error)} (the trace is in log.txt in the job's folder)"
-        self.log("".join(traceback.format_exception(error)))
-        self.update(state="failed", message=message, yielded=False)
+        with suppress(OSError):
+            self.log("".join(traceback.format_exception(error)))
+        try:
+            self.update(state="failed", message=message, yielded=False)
+        except OSError:  # a full disk: it cannot be written, but whoever watches or waits is told
+            with suppress(Exception):
+                self.notify(self.status())
+            self._tell_waiting()
 
     def log(self, text: str) -> None:
         """Append to `log.txt`."""

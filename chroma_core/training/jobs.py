@@ -158,7 +158,9 @@ class JobManager:
         """
         with self._changed:
             job = self.get(job_id)
-            if job.state in ACTIVE or job.id in self._elsewhere:
+            if job.id in self._elsewhere:
+                raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
+            if job.state in ACTIVE:
                 raise JobError(f"The job '{job.id}' is {job.state}. Stop it before you change its options.")
             new = changes if isinstance(changes, TrainingConfig) else with_changes(job.config, changes)
             newest = checkpoints(job.folder / "checkpoints")[-1:]
@@ -224,7 +226,9 @@ class JobManager:
             job = self.get(job_id)
             if job in self._queue:
                 self._queue.remove(job)
-                job.update(state="stopped", message="Stopped before it began: there is no LoRA.")
+                begun = bool(job.status()["checkpoint"])
+                message = "Stopped before it went on." if begun else "Stopped before it began: there is no LoRA."
+                job.update(state="stopped", message=message)
                 return job
         return self._turn(job_id, "stop", lambda control: control.stop.set())
 
@@ -273,7 +277,10 @@ class JobManager:
                     return
                 job = self._queue.pop(0)
                 control = self._controls[job.id]
-            self._run(job, control)
+            try:
+                self._run(job, control)
+            except Exception as error:  # its folder cannot be used; the jobs after it are not to wait for ever
+                job.fail(error)
 
     def _run(self, job: Job, control: Control) -> None:
         lock = FolderLock(job.folder)

@@ -68,7 +68,7 @@ class Run:
         report(state="preparing", message="reading the data set")
         check_optimizer(config.optimizer_settings(), device)
         advice = check_trainee(config, places)
-        check_event_files(config.tensorboard)
+        check_event_files(config.tensorboard and world.main)
         self.seat = control.seat = Seat(device, before_load)
         self.data: Prepared = world.first_then_all(
             lambda: prepare(config, places.cache, self.seat, control.gate, self._report_caching)
@@ -97,7 +97,7 @@ class Run:
         data = fingerprint(self.data.samples)
         progress, damaged = self._restore()
         if damaged:
-            warnings.append(f"Damaged checkpoints were set aside: {', '.join(damaged)}.")
+            warnings.append(f"Damaged checkpoints were removed: {', '.join(damaged)}.")
         if progress is not None and progress.data != data:
             warnings.append(
                 f"The data set changed since step {progress.step}: training goes on with what is there now, so the "
@@ -109,7 +109,8 @@ class Run:
         self.event_files: EventFiles | None = None
         if self.config.tensorboard and self.world.main:
             values, earlier = self.config.model_dump(mode="json"), self.metrics.read()
-            self.event_files = EventFiles(self.places.job / "tensorboard", self.progress.step, values, earlier)
+            folder = self.places.job / "tensorboard"
+            self.event_files = EventFiles(folder, self.progress.step, values, earlier, self._warn)
             self.metrics.also = self.event_files.add
         for change in recorded(self.places.job):
             if change["warning"]:
@@ -117,6 +118,10 @@ class Run:
             if change["step"] >= self.progress.step:  # cut off with the steps after the checkpoint, or not yet written
                 self.metrics.append(**change)
         self.report(warnings=warnings, **self._numbers())
+
+    def _warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.report(warnings=self.warnings)
 
     def _restore(self) -> tuple[Progress | None, list[str]]:
         # The main process first: it removes damaged checkpoints.
@@ -162,9 +167,8 @@ class Run:
         progress.smooth(result.loss)
         warning = watch_loss(progress, result.loss, self.config)
         if warning is not None:
-            self.warnings.append(warning)
             self.metrics.append(step=progress.step, warning=warning)
-            self.report(warnings=self.warnings)
+            self._warn(warning)
         self.metrics.append(
             step=progress.step,
             loss=result.loss,

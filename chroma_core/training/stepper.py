@@ -35,6 +35,9 @@ __all__ = [
 
 SkipReason = Literal["", "overflow", "broken"]
 
+OPTIONS = ("betas", "weight_decay")
+"""What an optimizer's groups hold of the job's options, beside the rate, which every step sets."""
+
 
 @dataclass
 class LossScale:
@@ -206,7 +209,11 @@ class Stepper:
                 f"The checkpoint's optimizer is {saved}, the job's is {self.settings.name}. Continue with {saved}, or "
                 "start a new job from the LoRA."
             )
+        # The job's options, not the checkpoint's, which were others when they were changed by force.
+        options = [{key: group[key] for key in OPTIONS if key in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, chosen in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(chosen)
         scale = dict(state.get("loss_scale", {}))
         if self.loss_scale is not None and scale:
             self.overflows = scale.pop("overflows")

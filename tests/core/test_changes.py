@@ -14,6 +14,8 @@ from chroma_core.training.checkpoint import checkpoints
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.finish import JOB_KEY
 from chroma_core.training.jobs import JobManager, continue_job, run_job
+from chroma_core.training.optimizers import OptimizerSettings
+from chroma_core.training.stepper import Stepper
 from training_cases import config, model_folder, write_dataset
 
 PATIENCE = 240.0
@@ -157,6 +159,30 @@ def test_every_option_has_a_class(places):
     assert {change.field: change.kind for change in differences(old, new)} == expected
     assert with_changes(old, {"tensorboard": True}).job_id() == old.job_id()
     assert "lora" in TrainingConfig.model_fields
+
+
+@pytest.mark.parametrize("name", ["adamw", "schedule-free", "prodigy"])
+def test_forced_betas_and_weight_decay_are_those_of_the_steps_that_follow(name):
+    def stepper(**options):
+        torch.manual_seed(0)
+        rate = 1.0 if name == "prodigy" else 1e-2
+        parameters = [torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.randn(4))]
+        return Stepper(parameters, OptimizerSettings(name, rate, **options))
+
+    old = stepper()
+    (old.parameters[0].sum() + old.parameters[1].sum()).backward()
+    old.apply(1e-2, 1.0)
+    new = stepper(betas=(0.8, 0.95), weight_decay=0.25)
+    new.load_state_dict(old.state_dict())
+    assert [tuple(group["betas"]) for group in new.optimizer.param_groups] == [(0.8, 0.95)] * 2
+    assert [group["weight_decay"] for group in new.optimizer.param_groups] == [0.25, 0.0]
+
+
+def test_an_average_with_another_decay_is_another_job(places, manager):
+    job = manager.ensure(config(*places, steps=1, lora={"rank": 4, "ema_decay": 0.9}))
+    assert job.wait(PATIENCE)
+    with pytest.raises(JobError, match=r"ema_decay 0.9 → 0.5.*checkpoints do not fit"):
+        manager.change(job.id, {"lora.ema_decay": 0.5}, force=True)
 
 
 def test_checkpoints_are_in_the_order_of_their_steps_past_a_million(tmp_path):

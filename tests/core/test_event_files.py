@@ -1,5 +1,6 @@
 """TensorBoard event files, read back with TensorBoard's own reader."""
 
+import errno
 import sys
 
 import pytest
@@ -68,3 +69,29 @@ def test_curves_pictures_and_config_have_every_step_once_also_after_a_resume(tmp
     failed = run_job(config(model, data, name="without", tensorboard=True), *where)
     assert failed["state"] == "failed" and "package tensorboardX" in failed["message"]
     assert not list((where[0] / failed["id"]).glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("where", ["at the start", "in their thread", "in a call"])
+def test_files_that_cannot_be_written_do_not_end_the_job(tmp_path, monkeypatch, where):
+    """Their thread ends at an error: adding to a full queue would then wait for ever."""
+    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def broken(*args, **kwargs):
+        raise full
+
+    if where == "at the start":
+        monkeypatch.setattr(SummaryWriter, "add_text", broken)
+    elif where == "in a call":
+        monkeypatch.setattr(SummaryWriter, "add_scalar", broken)
+    else:
+        monkeypatch.setattr(EventsWriter, "flush", broken)
+        monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    model, data = model_folder(tmp_path / "model"), write_dataset(tmp_path / "data", 4)
+    settings = config(model, data, steps=30, tensorboard=True)
+    done = run_job(settings, tmp_path / "jobs", tmp_path / "loras", "cpu")
+    assert (done["state"], done["step"]) == ("completed", 30)
+    (warning,) = done["warnings"]
+    assert "event files end here" in warning and "Training goes on" in warning

@@ -1,5 +1,6 @@
 """What goes wrong in training is noticed, said in words, and loses nothing."""
 
+import errno
 import shutil
 import time
 from collections import namedtuple
@@ -7,9 +8,13 @@ from collections import namedtuple
 import pytest
 import torch
 
-from chroma_core.training.checkpoint import Progress, checkpoints, save_checkpoint
+from chroma_core.fullrank.layers import count_trained
+from chroma_core.loading.components import transformer_outline
+from chroma_core.memory import estimate, in_gib
+from chroma_core.training.checkpoint import Progress, checkpoints, restore_latest, save_checkpoint
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.faults import DISK_MARGIN, disk_shortage, is_out_of_memory, out_of_memory, watch_loss
+from chroma_core.training.job import Job
 from chroma_core.training.jobs import JobManager
 from training_cases import Bench, config, model_folder, write_dataset
 
@@ -51,6 +56,53 @@ def test_memory_that_does_not_suffice_names_the_prediction_and_the_knobs(places)
     message = str(out_of_memory(RuntimeError("out of memory: 9 GiB"), config(*places), torch.device("cpu")))
     for part in ("9 GiB", "Predicted were", "CPU", "precision", "batch size", "checkpoint is kept"):
         assert part in message
+
+
+def test_the_prediction_for_full_rank_is_the_plans(places):
+    full = {"target": "single_blocks.*", "ema_decay": 0.9}
+    settings = config(*places, lora={}, full=full, optimizer="adafactor", learning_rate=1e-5)
+    count = count_trained(transformer_outline(settings.model), full["target"])
+    assert count > 0
+    predicted = estimate(
+        "tiny", "fp32", text_precision="fp32", size=settings.resolution, gradient_checkpointing=False,
+        optimizer="adafactor", ema=True, trained_parameters=count,
+    )  # fmt: skip
+    message = str(out_of_memory(RuntimeError("out of memory"), settings, torch.device("cpu")))
+    assert f"Predicted were {in_gib(predicted.training_peak_bytes)} at" in message
+
+
+def test_memory_that_runs_out_while_a_checkpoint_is_read_removes_none(places, tmp_path, monkeypatch):
+    bench = Bench(config(*places), tmp_path / "cache")
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        save_checkpoint(folder, Progress(step=step), bench.trainee, bench.stepper, None, keep=2)
+
+    def greedy(state):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(bench.stepper, "load_state_dict", greedy)
+        restore_latest(folder, bench.trainee, bench.stepper)
+    assert len(checkpoints(folder)) == 2
+    progress, damaged = restore_latest(folder, bench.trainee, bench.stepper)
+    assert progress is not None and progress.step == 2 and not damaged
+
+
+def test_a_job_that_cannot_write_down_that_it_failed_does_not_hold_up_the_next(places, tmp_path, monkeypatch):
+    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
+    write = Job.write
+
+    def full_disk(job):
+        if job.config.name == "first" and job.state != "queued":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(job)
+
+    monkeypatch.setattr(Job, "write", full_disk)
+    first, second = manager.ensure(config(*places, name="first")), manager.ensure(config(*places, name="second"))
+    assert first.wait(PATIENCE) and second.wait(PATIENCE)
+    assert first.state == "failed" and "No space left" in first.status()["message"] and second.state == "completed"
+    monkeypatch.undo()
+    manager.shutdown()
 
 
 def test_a_job_that_runs_out_of_memory_says_so_and_goes_on_later(places, tmp_path):

@@ -223,6 +223,7 @@ def test_the_header_tells_what_it_is(places, tmp_path):
             header = file.metadata()
         assert header["chromakit.job_id"] == job.id and header["chromakit.flavour"] == "tiny"
         assert header["chromakit.base_sha256"] == job.status()["base_sha256"]
+        assert "lora" not in header["modelspec.description"] and "Chroma 1 (tiny)" in header["modelspec.description"]
         trained = json.loads(header["chromakit.training"])
         assert (trained["kind"], trained["target"], trained["layers"]) == ("full", FULL["target"], 17)
     other = train(tmp_path, settings(places, steps=1, seed=7))

@@ -128,3 +128,37 @@ def test_every_page_hears_of_a_job(server: Host, running: str):
 
     heard = finish(listen())
     assert heard["id"] == running and heard["state"] == "running"
+
+
+def test_going_on_under_other_options(server: Host):
+    job = job_of(server.run(train("goes on", 1)))
+    assert until_not(server, job, ACTIVE) == "completed"
+    where = f"/chromakit/jobs/{job}"
+    code, answer = server.post(f"{where}/extend", {"steps": 1})
+    assert (code, answer["id"], answer["steps"]) == (200, job, 2)
+    assert until_not(server, job, ACTIVE) == "completed" and server.get(where)["step"] == 2
+    code, answer = server.post(f"{where}/change", {"changes": {"learning_rate": 1e-3}})
+    assert code == 409 and "learning_rate 0.002 → 0.001" in answer["error"] and "force: true" in answer["error"]
+    code, answer = server.post(f"{where}/change", {"changes": {"previews.every": 7}})
+    assert (code, answer["state"], answer["config"]["previews"]["every"]) == (200, "completed", 7)
+    assert [change["changes"] for change in answer["changes"]] == [{"steps": [1, 2]}, {"previews.every": [0, 7]}]
+    for action, body in (("extend", {"steps": "1"}), ("extend", {"steps": True}), ("change", {"change": {}})):
+        assert server.post(f"{where}/{action}", body)[0] == 400
+    assert server.post(f"{where}/extend", {"steps": -1})[0] == 409
+    assert server.post("/chromakit/jobs/nothing/extend", {"steps": 1})[0] == 404
+
+    # Nobody gets at files through it that the nodes would not take; the folders that it has may be given again.
+    own = answer["config"]["dataset"]
+    elsewhere = {
+        "dataset.folder": "/",
+        "more_datasets": [{**own, "folder": "/"}],
+        "validation_dataset": {"folder": "/"},
+        "model.quantised_folder": "/tmp/anywhere",
+        "model.transformer": "/tmp/anywhere.safetensors",
+        "lora.start_from": "/tmp/anywhere.safetensors",
+    }
+    for field, value in elsewhere.items():
+        code, answer = server.post(f"{where}/change", {"changes": {field: value}, "force": True})
+        assert code == 409 and "Files and folders" in answer["error"], field
+    assert server.post(f"{where}/change", {"changes": {"dataset": own}})[0] == 200
+    assert len(server.get(where)["changes"]) == 2 and server.get(where)["state"] == "completed"

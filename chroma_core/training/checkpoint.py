@@ -115,14 +115,21 @@ def discard(path: Path) -> None:
     shutil.rmtree(rubbish, ignore_errors=True)
 
 
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint that cannot be read, to damaged-step-000100: a disk that is back may still have it whole."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
 def restore_latest(
     folder: Path, trainee: Trainee, stepper: Stepper, ema: Ema | None = None
 ) -> tuple[Progress | None, list[str]]:
     """Load the newest readable checkpoint into what is trained, the optimizer and the average.
 
     Returns:
-        its progress (None when there is none) and the names of damaged ones, which are removed.
-    Raises what says that memory ran out: nothing is removed then.
+        its progress (None when there is none) and the names of damaged ones, which are set aside.
+    Raises what says that memory ran out: nothing is set aside then.
     """
     if folder.is_dir():
         remove_leftovers(folder)
@@ -147,7 +154,7 @@ def restore_latest(
             if is_out_of_memory(error):  # a RuntimeError too, but the checkpoint is whole
                 raise
             damaged.append(f"{path.name} ({type(error).__name__})")
-            discard(path)
+            set_aside(path)
             start_anew()
             stepper.load_state_dict(fresh_state)
             if ema is not None and fresh_ema is not None:

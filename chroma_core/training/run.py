@@ -97,7 +97,10 @@ class Run:
         data = fingerprint(self.data.samples)
         progress, damaged = self._restore()
         if damaged:
-            warnings.append(f"Damaged checkpoints were removed: {', '.join(damaged)}.")
+            warnings.append(
+                f"Checkpoints that cannot be read were set aside, as damaged-…: {', '.join(damaged)}. Training goes on "
+                f"from {'the beginning' if progress is None else f'step {progress.step}'}."
+            )
         if progress is not None and progress.data != data:
             warnings.append(
                 f"The data set changed since step {progress.step}: training goes on with what is there now, so the "
@@ -124,7 +127,7 @@ class Run:
         self.report(warnings=self.warnings)
 
     def _restore(self) -> tuple[Progress | None, list[str]]:
-        # The main process first: it removes damaged checkpoints.
+        # The main process first: it sets damaged checkpoints aside.
         return self.world.first_then_all(
             lambda: restore_latest(self.places.checkpoints, self.trainee, self.stepper, self.ema)
         )

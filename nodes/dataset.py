@@ -53,7 +53,7 @@ class ChromaDataset(io.ComfyNode):
         """The files count, not only the folder's name; also those of a folder that the list does not offer."""
         try:
             return host.folder_state(host.dataset_folder(folder or ""))
-        except DataError:
+        except (DataError, OSError):
             return str(folder)
 
     @classmethod

@@ -48,12 +48,19 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
         PromptError: a caption contains `[trigger]` and the data set has no trigger word.
     """
     folder = Path(config.folder)
-    if not folder.is_dir():
+    try:
+        there = folder.is_dir()
+        files, findings = _files(folder) if there else ([], Findings())
+    except OSError as error:  # no permission, or a network drive that does not answer
+        raise DataError(
+            f"The data set folder '{config.folder}' cannot be read: {error.strerror or error}. Check its permissions, "
+            "or the drive that it is on."
+        ) from error
+    if not there:
         raise DataError(
             f"The data set folder '{config.folder}' does not exist. Check the name, or put a folder with pictures and "
             f"{config.caption_extension} captions there."
         )
-    files, findings = _files(folder)
     if not files:
         other = f" Files like {findings.foreign[0]} are not read: save them as PNG or JPEG." if findings.foreign else ""
         raise DataError(
@@ -111,12 +118,17 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
 def _files(folder: Path) -> tuple[list[Path], Findings]:
     """The pictures below a folder in order, without masks; what else looks like a picture is noted."""
     # A link that leads nowhere is kept, so that it is named as missing.
-    visible = sorted(p for p in folder.rglob("*") if not p.name.startswith(".") and (p.is_file() or not p.exists()))
+    visible = sorted(p for p in folder.rglob("*") if not is_hidden(p, folder) and (p.is_file() or not p.exists()))
     pictures = [path for path in visible if path.suffix.lower() in PICTURE_EXTENSIONS]
     owners = {path.with_suffix("") for path in pictures if not is_mask(path)}
     masks = {path for path in pictures if is_mask(path) and mask_owner(path) in owners}
     foreign = [path.relative_to(folder).as_posix() for path in visible if path.suffix.lower() in OTHER_EXTENSIONS]
     return [path for path in pictures if path not in masks], Findings(mask_files=len(masks), foreign=foreign)
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether a path below the folder, or a folder on the way to it, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _caption_source(

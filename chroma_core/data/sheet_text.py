@@ -26,9 +26,16 @@ def fitting(text: str, font: Font, width: int, keep_end: bool = False) -> str:
     text = text.translate(_ABSENT)
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(f"…{text}") > width:
-        text = text[1:] if keep_end else text[:-1]
-    return f"…{text}" if keep_end else f"{text}…"
+    # From the short end: measuring takes time in proportion to the length, and a text may be a whole page.
+    count = 0
+    while count < len(text) and font.getlength(f"…{_end(text, count + 1, keep_end)}") <= width:
+        count += 1
+    kept = _end(text, count, keep_end)
+    return f"…{kept}" if keep_end else f"{kept}…"
+
+
+def _end(text: str, count: int, last: bool) -> str:
+    return text[len(text) - count :] if last else text[:count]
 
 
 def wrap(text: str, font: Font, width: int, limit: int) -> list[str]:
@@ -42,7 +49,9 @@ def wrap(text: str, font: Font, width: int, limit: int) -> list[str]:
         if line:
             lines.append(line)
         while font.getlength(word) > width and len(lines) <= limit:
-            cut = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            cut = 1
+            while font.getlength(word[: cut + 1]) <= width:
+                cut += 1
             lines.append(word[:cut])
             word = word[cut:]
         line = word

@@ -254,5 +254,12 @@ def base_hash(spec: ModelSpec) -> str:
 
 def known_base_hash(spec: ModelSpec) -> str | None:
     """`base_hash` when it is known without reading a large file, else None. See `fingerprints`."""
-    digests = [known_sha256(path) for path in open_weights(locate(spec, "transformer")).files]
-    return None if None in digests else joined([digest for digest in digests if digest is not None])
+    digests = []
+    # The largest first: where it is not known, the small ones beside it need not be read.
+    files = open_weights(locate(spec, "transformer")).files
+    for path in sorted(files, key=lambda file: -file.stat().st_size):
+        if (digest := known_sha256(path)) is None:
+            return None
+        digests.append((path, digest))
+    found = dict(digests)
+    return joined([found[path] for path in files])

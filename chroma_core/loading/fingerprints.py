@@ -33,8 +33,9 @@ def sha256_of(path: Path) -> str:
     """Hex digest of a file's content; computed at most once for a file that does not change."""
     known = _looked_up(path)
     if known is None:
+        key = _key(path)  # before reading: of a file that grows meanwhile, the digest is nobody's afterwards
         known = sha256_file(path)
-        _remember(_key(path), known)
+        _remember(key, known)
     return known
 
 
@@ -42,7 +43,8 @@ def known_sha256(path: Path) -> str | None:
     """`sha256_of` where that takes no time, else None."""
     known = _looked_up(path)
     if known is None and path.stat().st_size <= AT_ONCE:
-        known = _known[_key(path)] = sha256_file(path)
+        key = _key(path)
+        known = _known[key] = sha256_file(path)
     return known
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ..errors import LoraError
 from ..files import sha256_file
 from .assembly import PEFT_CONFIG, PEFT_WEIGHTS
 from .formats import read_lora, write_lora, written_path
+from .fusing import folded
 from .modules import AdapterModule, LoraFile, LoraModule, quoted
 from .writing import STYLES, Dialect
 
@@ -72,7 +74,8 @@ def convert_lora(
     if JOB_KEY in lora.metadata:
         origin["job_id"] = lora.metadata[JOB_KEY]
     path = _place(source, dialect, output, origin)
-    modules = {name: _cast(name, module, DTYPES[dtype]) for name, module in lora.modules.items()}
+    fold = STYLES[dialect].alpha == "folded"  # type: ignore[index]
+    modules = {name: _cast(name, module, DTYPES[dtype], fold) for name, module in lora.modules.items()}
     header = {key: value for key, value in lora.metadata.items() if key != JOB_KEY}
     header[CONVERTED_KEY] = json.dumps(origin)
     converted = LoraFile(modules, header)
@@ -114,12 +117,17 @@ def _is_that(path: Path, origin: dict[str, Any]) -> bool:
         return False
 
 
-def _cast(name: str, module: AdapterModule, dtype: torch.dtype | None) -> AdapterModule:
-    if dtype is None:
-        return module
-    cast = module.to(dtype)
+def _cast(name: str, module: AdapterModule, dtype: torch.dtype | None, fold: bool) -> AdapterModule:
+    """The module in that dtype (None: its own), with alpha / rank in `up` if asked for: rounded once for both."""
+    cast = module
+    if fold and isinstance(module, LoraModule):
+        whole = folded(dataclasses.replace(module, up=module.up.float()))
+        cast = dataclasses.replace(whole, up=whole.up.to(dtype or module.up.dtype))
+    if dtype is not None:
+        cast = cast.to(dtype)
     if not all(tensor.isfinite().all() for tensor in cast.factors().values()):
-        raise LoraError(f"'{name}' has numbers too large for {str(dtype)[6:]}. Choose bf16 or fp32.")
+        what = str(dtype or module.up.dtype)[6:] if isinstance(module, LoraModule) else str(dtype)[6:]
+        raise LoraError(f"'{name}' has numbers too large for {what}. Choose bf16 or fp32.")
     return cast
 
 

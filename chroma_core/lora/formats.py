@@ -38,6 +38,9 @@ __all__ = [
     "written_path",
 ]
 
+LONGEST_FIELD = 2000
+"""Characters of a header field that a description shows."""
+
 _KINDS = {"lora": "", "dora": "DoRA ", "lokr": "LoKr "}
 
 
@@ -53,8 +56,13 @@ def describe(lora: LoraFile) -> str:
     ]
     if lora.unmatched:
         lines.append(f"{len(lora.unmatched)} keys are not Chroma's: {quoted(lora.unmatched)}")
-    lines += [f"{key}: {value}" for key, value in sorted(lora.metadata.items()) if key != "format"]
+    lines += [f"{key}: {_short(value)}" for key, value in sorted(lora.metadata.items()) if key != "format"]
     return "\n".join(lines)
+
+
+def _short(value: str) -> str:
+    """Some trainers write every tag of their data set into one field."""
+    return value if len(value) <= LONGEST_FIELD else f"{value[:LONGEST_FIELD]}… ({len(value):,} characters)"
 
 
 def _listed(values: list[Any]) -> str:
@@ -74,6 +82,12 @@ def write_lora(path: Path | str, lora: LoraFile, dialect: str = "universal") -> 
         if not all(tensor.isfinite().all() for tensor in module.factors().values()):
             raise LoraError(f"The LoRA for '{path}' is not written: '{name}' holds NaN or infinite numbers.")
     content = written(lora, dialect)
+    for key, tensor in content.tensors.items():
+        if not tensor.isfinite().all():
+            raise LoraError(
+                f"The LoRA for '{path}' is not written: with its alpha multiplied in, '{key}' has numbers too large "
+                f"for {str(tensor.dtype)[6:]}. Convert it to bf16 or fp32."
+            )
     path = written_path(path, dialect)
     if content.config is not None:
         # First the small file: weights without their configuration would be read with a wrong alpha.

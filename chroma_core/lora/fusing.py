@@ -57,8 +57,8 @@ def fuse(original: str, parts: Sequence[tuple[Rows, LoraModule]]) -> LoraModule:
             "the parts apart and hold it."
         )
     share = module.shape[0] // (first.stop - first.start)
-    scale = module.scale
-    same_scale = [folded(part, scale) for _, part in parts]
+    leading = next((part for _, part in parts if part.scale), module)  # an alpha of 0 cannot hold the others' factors
+    same_scale = [folded(part, leading.scale) for _, part in parts]
     dtype = module.down.dtype
     for _, part in parts:
         dtype = torch.promote_types(torch.promote_types(dtype, part.down.dtype), part.up.dtype)
@@ -79,7 +79,7 @@ def fuse(original: str, parts: Sequence[tuple[Rows, LoraModule]]) -> LoraModule:
     if with_magnitude:
         magnitude = torch.cat([part.magnitude for _, part in parts if part.magnitude is not None])
     # alpha · (sum of ranks) / rank, in this order: with whole numbers no digit is lost.
-    return LoraModule(down, up, module.alpha * down.shape[0] / module.rank, magnitude)
+    return LoraModule(down, up, leading.alpha * down.shape[0] / leading.rank, magnitude)
 
 
 def own_columns(up: Tensor, layers: Sequence[Rows]) -> dict[str, Tensor]:

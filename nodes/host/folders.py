@@ -17,6 +17,7 @@ import folder_paths
 import torch
 
 from ...chroma_core.data.picture_files import PICTURE_EXTENSIONS
+from ...chroma_core.data.scan import is_hidden
 from ...chroma_core.errors import DataError, LoraError
 
 PACK = Path(__file__).resolve().parents[2]
@@ -77,8 +78,12 @@ def _dataset_roots() -> list[Path]:
     config = Path(folder_paths.get_user_directory()) / "chromakit" / "config.toml"
     if config.is_file():
         try:
-            roots += map(Path, tomllib.loads(config.read_text(encoding="utf-8")).get("dataset_roots", []))
-        except (OSError, TypeError, ValueError) as error:
+            listed = tomllib.loads(config.read_text(encoding="utf-8")).get("dataset_roots", [])
+            # The letters of a single text would be places too, "/" among them.
+            if not isinstance(listed, list) or not all(isinstance(root, str) and root for root in listed):
+                raise ValueError("dataset_roots is not a list of folders")
+            roots += map(Path, listed)
+        except (OSError, ValueError) as error:
             raise DataError(
                 f"'{config}' cannot be read: {error}. Expected: dataset_roots = [\"/my/pictures\"]."
             ) from error
@@ -96,7 +101,7 @@ def dataset_names() -> list[str]:
         for root in _dataset_roots():
             for path in sorted([*root.glob("*/"), *root.glob("*/*/")]):
                 name = path.relative_to(root).as_posix()
-                if not name.startswith(".") and (
+                if not is_hidden(path, root) and (
                     _holds_pictures(path) or any(map(_holds_pictures, sorted(path.glob("*/"))))
                 ):
                     names[name] = None
@@ -136,14 +141,14 @@ def folder_state(folder: Path) -> str:
     """A text that changes when anything in the folder or below is added, removed, renamed or edited.
 
     Pictures, masks, captions with whatever extension and metadata all count, as do links that lead nowhere; hidden
-    files, which a scan does not look at and file managers keep writing, do not.
+    files and folders, which a scan does not look at and file managers keep writing, do not.
     """
-    entries = sorted(
-        (path.relative_to(folder).as_posix(), file_state(path))
-        for path in folder.rglob("*")
-        if not path.name.startswith(".") and not path.is_dir()
-    )
-    return hashlib.sha256(repr(entries).encode()).hexdigest()
+    entries = []
+    for where, folders, names in os.walk(folder):  # several times faster than rglob, which counts in large sets
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(where, folder)
+        entries += [(inside, name, file_state(Path(where, name))) for name in names if not name.startswith(".")]
+    return hashlib.sha256(repr(sorted(entries)).encode()).hexdigest()
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

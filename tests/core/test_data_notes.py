@@ -98,3 +98,18 @@ def test_text_on_a_sheet_keeps_to_its_width():
         assert font.getlength(fitting(text, font, 120)) <= 120
     assert "".join(wrap("x" * 60, font, 200, 9)) == "x" * 60
     assert fitting("folder/picture.png", font, 90, keep_end=True).endswith("re.png")
+    assert fitting("w", font, 1) == fitting("w", font, 1, keep_end=True) == "…"
+
+
+def test_a_caption_without_blanks_is_not_measured_again_and_again():
+    class Counting:
+        measured = 0
+
+        def getlength(self, text: str) -> float:
+            self.measured += len(text)
+            return 10.0 * len(text)
+
+    font, page = Counting(), "漢" * 5000
+    assert [len(line) for line in wrap(page, font, 200, 3)[:2]] == [20, 20]
+    assert len(fitting(page, font, 200, keep_end=True)) == 20
+    assert font.measured < 10 * len(page)

@@ -27,6 +27,22 @@ def test_items_come_in_order_with_size_caption_and_content_hash(tmp_path):
     assert found.skipped == [] and found.warnings == []
 
 
+def test_hidden_folders_are_no_part_of_a_set(tmp_path):
+    write_dataset(tmp_path, 1)
+    write_dataset(tmp_path / ".thumbnails", 1)
+    write_dataset(tmp_path / "sub" / ".cache" / "deep", 1)
+    assert [item.name for item in read(tmp_path).items] == ["00.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_that_says_why(tmp_path, monkeypatch):
+    def stale(*_):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("pathlib.Path.is_dir", stale)
+    with pytest.raises(DataError, match="cannot be read: Stale file handle"):
+        read(tmp_path)
+
+
 def test_missing_and_empty_folder_are_errors(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read(tmp_path / "nowhere")

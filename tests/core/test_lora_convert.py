@@ -12,7 +12,7 @@ from chroma_core.cli import main
 from chroma_core.errors import LoraError
 from chroma_core.lora.convert import JOB_KEY, convert_lora
 from chroma_core.lora.formats import read_lora, write_lora
-from chroma_core.lora.modules import LoraFile
+from chroma_core.lora.modules import LoraFile, LoraModule
 from chroma_core.lora.norms import heat_map, layer_group, update_norm
 from chroma_core.lora.report import lora_report, report_text
 from chroma_core.lora.targets import TARGETS, named_target, target_modules
@@ -68,6 +68,27 @@ def test_a_number_too_large_for_fp16_is_no_infinity_in_a_file(source, tmp_path):
     with pytest.raises(LoraError, match="too large for float16.*bf16"):
         convert_lora(path, "universal", dtype="fp16")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["large.safetensors", "mine.safetensors"]
+
+
+@pytest.mark.parametrize("dialect", ["simpletuner", "ai-toolkit", "diffusers"])
+def test_alpha_that_makes_a_number_too_large_is_no_infinity_in_a_file(tmp_path, dialect):
+    up = torch.full((8, 2), 30000.0, dtype=torch.float16)
+    lora = LoraFile({"transformer_blocks.0.attn.to_q": LoraModule(torch.ones(2, 8).half(), up, alpha=8.0)})
+    path = write_lora(tmp_path / "half.safetensors", lora)
+    with pytest.raises(LoraError, match="too large for float16.*bf16"):
+        convert_lora(path, dialect)
+    with pytest.raises(LoraError, match="too large for float16.*bf16"):
+        write_lora(tmp_path / "other.safetensors", lora, dialect)
+    assert [p.name for p in tmp_path.iterdir()] == ["half.safetensors"]
+    assert convert_lora(path, dialect, dtype="fp32").lora.modules.popitem()[1].up.max() == 120000
+
+
+def test_a_folded_alpha_and_a_shorter_format_are_one_rounding(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    module = LoraModule(torch.randn(3, 8, generator=random), torch.randn(512, 3, generator=random), alpha=1.0)
+    path = write_lora(tmp_path / "a.safetensors", LoraFile({"transformer_blocks.0.attn.to_q": module}))
+    made = convert_lora(path, "simpletuner", dtype="bf16").lora.modules["transformer_blocks.0.attn.to_q"]
+    assert torch.equal(made.up, (module.up * module.scale).bfloat16())
 
 
 def test_foreign_files_are_never_overwritten_and_own_ones_do_not_pile_up(source, tmp_path):

@@ -11,7 +11,7 @@ from chroma_core.errors import LoraError
 from chroma_core.loading.keys import to_diffusers_modules
 from chroma_core.lora.formats import read_lora, write_lora
 from chroma_core.lora.fusing import fuse
-from chroma_core.lora.modules import LoraFile
+from chroma_core.lora.modules import LoraFile, LoraModule
 from chroma_core.lora.writing import DIALECTS, STYLES, holders
 from chroma_core.transformer import ChromaTransformer
 from lora_cases import distance, equal, random_kind, random_lora
@@ -140,6 +140,19 @@ def test_a_kind_is_kept_or_refused_with_a_way_out(tmp_path, dialect, kind):
         with pytest.raises(LoraError, match=f"{dialect} dialect.*universal"):
             write_lora(tmp_path / "a.safetensors", lora, dialect)
         assert not list(tmp_path.iterdir())
+
+
+def test_a_part_whose_alpha_is_zero_leaves_the_others_their_strength(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    parts = {
+        f"transformer_blocks.0.attn.to_{part}": LoraModule(
+            torch.randn(2, 8, generator=random), torch.randn(8, 2, generator=random), alpha
+        )
+        for part, alpha in (("q", 0.0), ("k", 3.0))
+    }
+    found = read_lora(write_lora(tmp_path / "a.safetensors", LoraFile(parts), "kohya"))
+    (name,) = found.modules  # what changes nothing takes no columns
+    assert equal(LoraFile({name: found.modules[name]}), LoraFile({name: parts["transformer_blocks.0.attn.to_k"]}))
 
 
 def test_dora_on_a_part_of_a_fused_layer_is_refused(tmp_path):

@@ -45,6 +45,20 @@ def test_a_digest_is_computed_once_and_outlives_the_process(tmp_path, monkeypatc
     assert fingerprints.known_sha256(file) == hashlib.sha256(b"abcd").hexdigest()
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_not_remembered(tmp_path, monkeypatch):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"abc")
+
+    def slow(path):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        path.write_bytes(b"another one")
+        return digest
+
+    monkeypatch.setattr(fingerprints, "sha256_file", slow)
+    fingerprints.sha256_of(file)
+    assert fingerprints.known_sha256(file) is None
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": "not a digest"}'])
 def test_a_damaged_memory_is_no_obstacle(tmp_path, content):
     fingerprints.remembered_in().parent.mkdir(parents=True)

@@ -77,6 +77,17 @@ def test_missing_or_foreign_folder(server: Host, folder: str):
     assert "There is no data set folder" in message and "input" in message
 
 
+def test_a_single_text_as_dataset_roots_opens_no_place(server: Host):
+    """Its letters are no folders, least of all the first, `/`."""
+    settings = server.base / "user" / "chromakit" / "config.toml"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text('dataset_roots = "/my/pictures"')
+    try:
+        assert "not a list of folders" in message_of(server, with_dataset("etc"))
+    finally:
+        settings.unlink()
+
+
 def test_empty_folder(server: Host):
     assert "holds no picture" in message_of(server, with_dataset("empty"))
 

@@ -38,9 +38,14 @@ HIGH_RATE = 5e-5
 def check_trainee(config: TrainingConfig, places: Places) -> list[str]:
     """Look at what will be trained before anything is read or cached; returns warnings.
 
-    Raises ConfigError for a target that is not in the model, ModelFileError for a base that is quantised in its file,
-    JobError when the disk has no room for what the job writes.
+    Raises ConfigError when there is nothing to learn or for a target that is not in the model, ModelFileError for a
+    base that is quantised in its file, JobError when the disk has no room for what the job writes.
     """
+    if all(dataset.regularisation for dataset in (config.dataset, *config.more_datasets)):
+        raise ConfigError(
+            "Every data set of this job is a regularisation set: it would be trained to change nothing. Add a set of "
+            "what is to be learnt, or set regularisation = false."
+        )
     if config.full is None:
         return []
     outline = transformer_outline(config.model)

@@ -21,8 +21,10 @@ from chroma_core.training.config import TrainingConfig
 from chroma_core.training.finish import adapter_summary, file_metadata, write_final
 from chroma_core.training.loop import train_step
 from chroma_core.training.metrics import MetricsLog
+from chroma_core.training.places import Places
 from chroma_core.training.plot import plot_losses
 from chroma_core.training.preview import render_previews
+from chroma_core.training.trainees import check_trainee
 from training_cases import Bench, config, model_folder, write_dataset
 
 
@@ -53,6 +55,15 @@ def test_equal_settings_are_one_job_and_any_change_another(places):
     elsewhere = config(*places[:2], model={**model, "offload": "block", "resident_blocks": 3})
     assert elsewhere != first and elsewhere.job_id() == first.job_id(), "the same job, with its weights elsewhere"
     assert config(*places[:2], model={**model, "precision": "bf16"}).job_id() != first.job_id()
+
+
+def test_regularisation_alone_teaches_nothing(places, tmp_path):
+    alone = config(*places[:2], dataset={"folder": str(places[1]), "regularisation": True})
+    where = Places.of(tmp_path, alone.job_id(), tmp_path / "loras")
+    with pytest.raises(ConfigError, match="trained to change nothing"):
+        check_trainee(alone, where)
+    mixed = alone.model_copy(update={"more_datasets": (alone.dataset.model_copy(update={"regularisation": False}),)})
+    assert check_trainee(mixed, where) == []
 
 
 def test_a_job_file_is_read_with_folders_relative_to_it(tmp_path):

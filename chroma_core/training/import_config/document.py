@@ -48,7 +48,8 @@ An option that the foreign file does not state has ChromaKit's default. These di
 Some things are no option there, and are written into the job file so that it trains as the other program does:
 SimpleTuner's tail remap (`objective.remap = "quadratic_split"`, or `"none"` with the schedules that switch it off);
 ai-toolkit's recipe for text and previews (`recipe = "ai-toolkit"`), noise levels without remap, and its layers. With
-SimpleTuner's split remap no noise level between ¼ and ¾ is trained; `objective.remap = "quadratic"` reaches them all.
+SimpleTuner's split remap no noise level between ¼ and ¾ is trained; `objective.remap = "quadratic"` reaches them all
+([what that does](timesteps.md)).
 Its shift goes before the remap, ours after it, so a shift is taken over with a remark, and its default of 3 is not.
 
 A model is named by its repository (`lodestones/Chroma1-Base`, `-HD`, `-Flash` → the flavour), a `.safetensors` or

@@ -168,7 +168,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from .files import write_atomic
+    from .files import free_path, write_atomic
     from .latents import LatentFormat
     from .loading.cache import ComponentCache
     from .loading.spec import ModelHandle
@@ -219,7 +219,7 @@ def _sample(options: argparse.Namespace) -> None:
             "loras": [use_record(use) for use in handle.loras],
             **started,
         }
-        path = _free_name(options.output, f"chroma-{settings.seed + i}")
+        path = free_path(options.output, f"chroma-{settings.seed + i}.png")
         if options.save_latents:
             file = latents_bytes(latents[i : i + 1], LatentFormat.of(vae))
             write_atomic(path.with_suffix(LATENTS_SUFFIX), file)
@@ -238,13 +238,6 @@ def lora_use(text: str, mode: str):
         return LoraUse(path, float(strength), mode)  # type: ignore[arg-type]
     except ValueError:
         raise ConfigError(f"--lora {text}: what stands after the last @ must be a number, the strength.") from None
-
-
-def _free_name(folder: Path, stem: str) -> Path:
-    """The first of stem.png, stem-2.png, … that does not exist: earlier pictures are never overwritten."""
-    from .files import free_path
-
-    return free_path(folder, f"{stem}.png")
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -14,16 +14,8 @@ from chroma_core.lora.formats import LoraFile, LoraModule, write_lora
 from chroma_core.precision import dequantised_weight
 from chroma_core.transformer import ChromaTransformer
 from lora_cases import distance, inputs, predict
-from miniature import WIDTHS
+from miniature import REAL_DEPTH, real_depth
 
-# At any other depth the host's forward differs: it hard-codes 344 modulation rows, and 64 approximator channels.
-CONFIG = {
-    **WIDTHS,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "approximator_num_channels": 64,
-    "approximator_layers": 5,
-}
 KINDS = {
     "rslora": LoraSettings(rank=4, alpha=6, kind="rslora", target="all+ffs"),
     "lokr": LoraSettings(rank=2, alpha=3, kind="lokr", target="all+ffs"),
@@ -36,11 +28,7 @@ STRENGTHS = {"rslora": 0.7, "lokr": 0.7, "lokr-whole": 0.7, "dora": 1.0}
 @pytest.fixture(scope="module")
 def model() -> ChromaTransformer:
     """19 + 38 blocks of width 32, with weights large enough that every block matters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        built = ChromaTransformer(**CONFIG)
-        torch.nn.init.normal_(built.distilled_guidance_layer.out_proj.weight, std=0.05)
-    return built.requires_grad_(False).eval()
+    return real_depth()
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +75,7 @@ def changes(model, loras, tmp_path_factory) -> dict[str, tuple[Tensor, Tensor]]:
         kinds = [kind for kind in ours if STRENGTHS.get(kind, 1.0) == strength]
         first, *others = native.forward(
             folder / str(strength),
-            CONFIG,
+            REAL_DEPTH,
             to_original(model.state_dict(), norm_leaf="weight"),
             unpack(call["latents_BLD"], 8, 8),
             call["text_BTC"],
@@ -132,4 +120,4 @@ def test_the_hosts_dora_error_per_layer(model, loras):
 def test_the_host_patches_every_layer(model, loras, tmp_path):
     for kind in ("rslora", "dora"):
         write_lora(tmp_path / f"{kind}.safetensors", loras[kind])
-        assert native.match(tmp_path / f"{kind}.safetensors", tmp_path, CONFIG) == (419, 419)
+        assert native.match(tmp_path / f"{kind}.safetensors", tmp_path, REAL_DEPTH) == (419, 419)

@@ -18,16 +18,8 @@ from chroma_core.lora.writing import DIALECTS
 from chroma_core.transformer import ChromaTransformer
 from foreign_loras import HEADS, foreign
 from lora_cases import distance, inputs, predict, random_kind, random_lora
-from miniature import WIDTHS
+from miniature import REAL_DEPTH, real_depth
 
-# At any other depth the host's forward differs: it hard-codes 344 modulation rows, and 64 approximator channels.
-CONFIG = {
-    **WIDTHS,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "approximator_num_channels": 64,
-    "approximator_layers": 5,
-}
 STRENGTH = 0.7
 HOST_READS = [dialect for dialect in DIALECTS if dialect != "peft"]
 FOREIGN = [trainer for trainer in HEADS if trainer != "peft"]
@@ -37,11 +29,7 @@ DIFFUSERS_READS = ["universal", "diffusers", "simpletuner"]
 @pytest.fixture(scope="module")
 def model() -> ChromaTransformer:
     """19 + 38 blocks of width 32, with weights large enough that every block matters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        built = ChromaTransformer(**CONFIG)
-        torch.nn.init.normal_(built.distilled_guidance_layer.out_proj.weight, std=0.05)
-    return built.requires_grad_(False).eval()
+    return real_depth()
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +73,7 @@ def hosts(model, files, call, tmp_path_factory) -> dict[str, Tensor]:
     names = [name for name in files if name != "peft"]
     first, *others = native.forward(
         tmp_path_factory.mktemp("native"),
-        CONFIG,
+        REAL_DEPTH,
         to_original(model.state_dict(), norm_leaf="weight"),
         unpack(call["latents_BLD"], 8, 8),
         call["text_BTC"],
@@ -113,7 +101,7 @@ def test_all_dialects_are_one_lora(ours):
 @pytest.fixture(scope="module")
 def reference(model) -> ChromaTransformer2DModel:
     """The same weights in diffusers' own class."""
-    made = ChromaTransformer2DModel(**CONFIG)
+    made = ChromaTransformer2DModel(**REAL_DEPTH)
     made.load_state_dict(model.state_dict())
     return made.requires_grad_(False).eval()
 
@@ -175,7 +163,7 @@ def test_peft_loads_what_is_its(model, call, tmp_path, kind):
     attach(model, lora)
     mine = unpack(predict(model, call) - base, 8, 8)
     detach(model, "lora")
-    fresh = ChromaTransformer2DModel(**CONFIG)
+    fresh = ChromaTransformer2DModel(**REAL_DEPTH)
     fresh.load_state_dict(model.state_dict())
     before = velocity(fresh.eval(), call)
     loaded = PeftModel.from_pretrained(fresh, path.parent).eval()

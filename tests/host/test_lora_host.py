@@ -15,27 +15,15 @@ from chroma_core.lora.adapters import attach, detach
 from chroma_core.lora.formats import LoraFile, read_lora, write_lora
 from chroma_core.transformer import ChromaTransformer
 from lora_cases import distance, inputs, predict, random_lora
-from miniature import WIDTHS
+from miniature import REAL_DEPTH, WIDTHS, real_depth
 
-# At any other depth the host's forward differs: it hard-codes 344 modulation rows, and 64 approximator channels.
-CONFIG = {
-    **WIDTHS,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "approximator_num_channels": 64,
-    "approximator_layers": 5,
-}
 STRENGTH = 0.7
 
 
 @pytest.fixture(scope="module")
 def model() -> ChromaTransformer:
     """19 + 38 blocks of width 32, with weights large enough that every block matters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        built = ChromaTransformer(**CONFIG)
-        torch.nn.init.normal_(built.distilled_guidance_layer.out_proj.weight, std=0.05)
-    return built.requires_grad_(False).eval()
+    return real_depth()
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +69,7 @@ def theirs(model, lora, fused, ours, tmp_path_factory) -> tuple[Tensor, ...]:
     call = ours[0]
     return native.forward(
         tmp_path_factory.mktemp("native"),
-        CONFIG,
+        REAL_DEPTH,
         to_original(model.state_dict(), norm_leaf="weight"),
         unpack(call["latents_BLD"], 8, 8),
         call["text_BTC"],
@@ -113,7 +101,7 @@ def test_a_fused_lora_is_the_same_in_the_host_and_after_our_split(model, fused, 
 
 
 def test_the_host_patches_every_layer_of_our_file(lora, tmp_path):
-    assert native.match(lora[1], tmp_path, CONFIG) == (419, 419)
+    assert native.match(lora[1], tmp_path, REAL_DEPTH) == (419, 419)
 
 
 def test_on_a_small_model_too(tmp_path):
@@ -138,7 +126,7 @@ def test_the_check_reports_what_the_host_would_drop(tmp_path, lora):
 
 
 def test_our_lora_in_diffusers_changes_the_output_as_ours_does(model, lora, ours):
-    reference = ChromaTransformer2DModel(**CONFIG)
+    reference = ChromaTransformer2DModel(**REAL_DEPTH)
     reference.load_state_dict(model.state_dict())
     reference.requires_grad_(False).eval()
     pipeline = ChromaPipeline(

@@ -153,9 +153,9 @@ def test_going_on_under_other_options(server: Host):
         "dataset.folder": "/",
         "more_datasets": [{**own, "folder": "/"}],
         "validation_dataset": {"folder": "/"},
-        "model.quantised_folder": "/tmp/anywhere",
-        "model.transformer": "/tmp/anywhere.safetensors",
-        "lora.start_from": "/tmp/anywhere.safetensors",
+        "model.quantised_folder": "/anywhere",
+        "model.transformer": "/anywhere.safetensors",
+        "lora.start_from": "/anywhere.safetensors",
     }
     for field, value in elsewhere.items():
         code, answer = server.post(f"{where}/change", {"changes": {field: value}, "force": True})

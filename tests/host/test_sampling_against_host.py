@@ -14,16 +14,8 @@ from chroma_core.sampling import SamplingSettings, initial_noise, sample
 from chroma_core.schedule import dynamic_mu, sampling_sigmas
 from chroma_core.text import TextEncoder
 from chroma_core.transformer import ChromaTransformer
-from miniature import WIDTHS, t5, tokenizer
+from miniature import REAL_DEPTH, real_depth, t5, tokenizer
 
-# At any other depth the host's forward differs: it hard-codes 344 modulation rows, and 64 approximator channels.
-CONFIG = {
-    **WIDTHS,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "approximator_num_channels": 64,
-    "approximator_layers": 5,
-}
 COMFYUI = RECIPES["comfyui"]
 H, W, SEED, GUIDANCE = 6, 4, 5, 3.0
 TOKENS = H * W // 4
@@ -52,11 +44,7 @@ CASES: dict[str, tuple[SamplingSettings, str]] = {
 @pytest.fixture(scope="module")
 def model() -> ChromaTransformer:
     """19 + 38 blocks of width 32, with weights large enough that every block matters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        built = ChromaTransformer(**CONFIG)
-        torch.nn.init.normal_(built.distilled_guidance_layer.out_proj.weight, std=0.05)
-    return built.requires_grad_(False).eval()
+    return real_depth()
 
 
 def encoder() -> TextEncoder:
@@ -101,7 +89,7 @@ def theirs(model, tmp_path_factory) -> dict[str, Tensor]:
     weights = to_original(model.state_dict(), norm_leaf="weight")
     folder = tmp_path_factory.mktemp("host") / "sampling"
     return native_sampling.sample(
-        folder, CONFIG, weights, runs, schedules, (HOST_T5, dict(texts.model.state_dict()), ids)
+        folder, REAL_DEPTH, weights, runs, schedules, (HOST_T5, dict(texts.model.state_dict()), ids)
     )
 
 

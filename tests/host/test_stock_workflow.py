@@ -33,16 +33,8 @@ from chroma_core.stock_workflow.window import KINDS
 from chroma_core.text import TextEncoder
 from chroma_core.transformer import ChromaTransformer
 from lora_cases import random_lora
-from miniature import WIDTHS
+from miniature import REAL_DEPTH
 
-# The host hard-codes 344 modulation rows: the depth is Chroma 1's, the widths are small.
-CONFIG = {
-    **WIDTHS,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "approximator_num_channels": 64,
-    "approximator_layers": 5,
-}
 TEXT = {"vocab_size": 32128, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 FILES = ("unet_name", "clip_name", "vae_name", "lora_name")
 SETTINGS = {"steps": 8, "guidance": 4.0, "seed": 7}
@@ -69,7 +61,7 @@ def world(comfy: ModuleType) -> World:
     logging.getLogger().setLevel(logging.WARNING)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        ours = ChromaTransformer(**CONFIG)
+        ours = ChromaTransformer(**REAL_DEPTH)
         torch.nn.init.normal_(ours.distilled_guidance_layer.out_proj.weight, std=0.05)
         t5 = T5EncoderModel(T5Config(**TEXT, feed_forward_proj="gated-gelu"))
         for parameter in t5.parameters():  # its first weights are so small that attention sees nothing
@@ -80,7 +72,7 @@ def world(comfy: ModuleType) -> World:
     encoder = TextEncoder(t5.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(tokens))
     vae = load_vae(ModelSpec("tiny"), "cpu")
 
-    patcher = native_lora_check.build_native(CONFIG)
+    patcher = native_lora_check.build_native(REAL_DEPTH)
     patcher.model.diffusion_model.load_state_dict(to_original(ours.state_dict(), norm_leaf="weight"))
     targets = {
         "chroma": (comfy.text_encoders.pixart_t5.pixart_te(), comfy.text_encoders.pixart_t5.PixArtTokenizer),

@@ -103,3 +103,23 @@ def write_model_folder(folder: Path, seed: int = 0) -> Path:
     tokenizer().save_pretrained(folder / "tokenizer")
     (folder / "model_index.json").write_text('{"_class_name": "ChromaPipeline"}')
     return folder
+
+
+REAL_DEPTH = {
+    **WIDTHS,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "approximator_num_channels": 64,
+    "approximator_layers": 5,
+}
+"""Chroma 1's depth at small widths, for comparisons with the host: at any other depth its forward differs, because it
+hard-codes 344 modulation rows, and 64 approximator channels."""
+
+
+def real_depth() -> ChromaTransformer:
+    """19 + 38 blocks of width 32, with weights large enough that every block matters; frozen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built = ChromaTransformer(**REAL_DEPTH)
+        torch.nn.init.normal_(built.distilled_guidance_layer.out_proj.weight, std=0.05)
+    return built.requires_grad_(False).eval()

@@ -1,0 +1,34 @@
+// Numbers for people.
+import { t } from "./words.js";
+
+/** 95 → "1 min 35 s", 4000 → "1 h 7 min". Empty for null. */
+export function duration(seconds) {
+  if (seconds == null || !Number.isFinite(seconds)) return "";
+  const whole = Math.round(seconds);
+  const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor((whole % 3600) / 60), whole % 60];
+  if (hours) return t("time.hours", { hours, minutes });
+  if (minutes) return t("time.minutes", { minutes, seconds: rest });
+  return t("time.seconds", { seconds: seconds < 1 ? seconds.toFixed(2) : rest });
+}
+
+/** A loss: four decimals, or an exponent where they would show nothing. */
+export function loss(value) {
+  if (value == null) return "–";
+  return value !== 0 && Math.abs(value) < 0.001 ? value.toExponential(2) : value.toFixed(4);
+}
+
+/** A learning rate: 0.0002 → "2e-4". */
+export function rate(value) {
+  return value == null ? "–" : value.toExponential(2).replace(/\.?0+e/, "e").replace("e+0", "");
+}
+
+/** Bytes as GiB, below one as MiB. */
+export function bytes(value) {
+  if (value == null) return "–";
+  return value >= 2 ** 30 ? `${(value / 2 ** 30).toFixed(2)} GiB` : `${(value / 2 ** 20).toFixed(0)} MiB`;
+}
+
+/** A moment in seconds since 1970, in the user's way. */
+export function moment(seconds) {
+  return new Date(seconds * 1000).toLocaleString(undefined, { dateStyle: "short", timeStyle: "short" });
+}

@@ -1,0 +1,30 @@
+// The host's routes under /chromakit, as JSON. An error carries the host's own words.
+import { api } from "../../../../scripts/api.js";
+
+async function answered(answer) {
+  const text = await answer.text();
+  let value = null;
+  try {
+    value = text ? JSON.parse(text) : null;
+  } catch {
+    // Not ours: a proxy's page, or a host that is going down.
+  }
+  if (!answer.ok) throw new Error(value?.error ?? (answer.statusText || `HTTP ${answer.status}`));
+  return value;
+}
+
+/** The JSON that GET /chromakit/<path> answers. */
+export async function get(path) {
+  return answered(await api.fetchApi(`/chromakit/${path}`, { cache: "no-store" }));
+}
+
+/** The JSON that POST /chromakit/<path> with a JSON body answers. */
+export async function post(path, body = {}) {
+  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  return answered(await api.fetchApi(`/chromakit/${path}`, options));
+}
+
+/** The address of what GET /chromakit/<path> gives, for an image or a link. */
+export function address(path) {
+  return api.apiURL(`/chromakit/${path}`);
+}

@@ -1,0 +1,61 @@
+// What of ours stands on a node: an element as a widget that is never saved, and the node's life around it.
+
+/**
+ * Put `element` on a node, `height` pixels high (a number, or a function that gives one).
+ *
+ * It works in both renderers of nodes: on the canvas the widget keeps that height, as a Vue component the element does.
+ */
+export function addPanel(node, name, element, height) {
+  const pixels = typeof height === "function" ? height : () => height;
+  const widget = node.addDOMWidget(name, name, element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: pixels,
+    getMaxHeight: pixels,
+  });
+  widget.serialize = false;
+  const size = () => element.style.setProperty("min-height", `${pixels()}px`);
+  size();
+  return {
+    widget,
+    /** After a change of height: take the room, or give it back. */
+    resized() {
+      size();
+      const [width] = node.size;
+      node.setSize([width, node.computeSize()[1]]);
+      node.setDirtyCanvas?.(true, true);
+    },
+  };
+}
+
+/** Call what is given in `hooks` after the node's own method of that name. */
+export function chain(node, hooks) {
+  for (const [name, work] of Object.entries(hooks)) {
+    const before = node[name];
+    node[name] = function (...values) {
+      const result = before?.apply(this, values);
+      work.apply(this, values);
+      return result;
+    };
+  }
+}
+
+/** The values of a node's widgets by name; those of inputs that are linked are left out. */
+export function widgetValues(node) {
+  const linked = new Set((node.inputs ?? []).filter((input) => input.link != null).map((input) => input.name));
+  const ours = (node.widgets ?? []).filter((widget) => widget.serialize !== false && !linked.has(widget.name));
+  return Object.fromEntries(ours.map((widget) => [widget.name, widget.value]));
+}
+
+/** Call `changed` after a widget of the node got another value, a link came or went, or the node was configured. */
+export function onWidgets(node, changed) {
+  for (const widget of node.widgets ?? []) {
+    const { callback } = widget;
+    widget.callback = function (...values) {
+      const result = callback?.apply(this, values);
+      changed();
+      return result;
+    };
+  }
+  chain(node, { onConfigure: changed, onConnectionsChange: changed });
+}

@@ -1,0 +1,26 @@
+// What the page says, in the user's language: the host serves locales/<language>/main.json of every pack at /i18n.
+import { app } from "../../../../scripts/app.js";
+import { api } from "../../../../scripts/api.js";
+
+let languages = {};
+
+/** Fetch the words; called once, before any node is made. Without them keys are shown, and nothing else fails. */
+export async function loadWords() {
+  try {
+    languages = await (await api.fetchApi("/i18n")).json();
+  } catch (error) {
+    console.warn("ChromaKit: the words of the page could not be loaded:", error);
+  }
+}
+
+function find(language, key) {
+  const found = key.split(".").reduce((at, part) => at?.[part], languages[language]?.chromakit);
+  return typeof found === "string" ? found : undefined;
+}
+
+/** The text of `key` (dots lead into the file's tables) in the page's language, else in English; {name} is replaced. */
+export function t(key, values = {}) {
+  const language = app.ui?.settings?.getSettingValue?.("Comfy.Locale") ?? "en";
+  const text = find(language, key) ?? find(language.split("-")[0], key) ?? find("en", key) ?? key;
+  return text.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
+}

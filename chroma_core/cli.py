@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     from .training.config import TrainingConfig
-    from .training.jobs import continue_job, run_job
+    from .training.foreground import continue_job, run_job
     from .training.world import launched
 
     job_id = options.job_id or options.resume

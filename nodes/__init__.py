@@ -10,6 +10,7 @@ from . import (
     dataset,
     dataset_images,
     host,
+    job_routes,
     loaders,
     lora,
     parity,
@@ -46,6 +47,7 @@ class ChromaKitExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         routes.register(host.server_routes())
+        job_routes.register(host.server_routes())
         request_routes.register(host.server_routes())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -12,6 +12,8 @@ from . import host
 
 EVENT = "chromakit.job"
 """The websocket event that carries a job's status."""
+DELETED = "chromakit.job.deleted"
+"""The one that carries the id of a job that is gone."""
 
 _lock = threading.Lock()
 _manager: JobManager | None = None
@@ -42,6 +44,15 @@ def find(job: str) -> Job:
     except JobError:
         _upsets[job] += 1
         raise
+
+
+def delete(job: str) -> dict[str, str]:
+    """Delete a job that is not at work, and tell the pages. Raises JobError."""
+    manager().delete(job)
+    _states.pop(job, None)
+    _upsets[job] += 1
+    host.broadcast(DELETED, {"id": job})
+    return {"id": job}
 
 
 def fingerprint() -> list[tuple[str, int]]:

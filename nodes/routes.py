@@ -1,4 +1,4 @@
-"""HTTP under /chromakit: jobs by id, their samples by number, memory. Paths never go in or out as parameters."""
+"""HTTP under /chromakit: jobs by id and what one does with them, memory. Paths never go in as parameters."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 from aiohttp import web
 
-from ..chroma_core.errors import ChromaKitError, ConfigError, JobError
+from ..chroma_core.errors import ChromaKitError, ConfigError
 from ..chroma_core.memory import estimate, machine
 from ..chroma_core.training.changes import with_changes
 from ..chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from . import host, jobs
+from .answers import answer, body_of, job_of, refused
 
 ACTIONS = ("pause", "resume", "stop", "sample", "save")
+"""What needs no more than the job's id; also change, extend and delete."""
 
 
 def _truth(text: str) -> bool:
@@ -34,66 +36,56 @@ def register(routes: Any) -> None:
     """Add the routes to the host's table."""
     routes.get("/chromakit/jobs")(_list)
     routes.get("/chromakit/jobs/{id}")(_one)
-    routes.get("/chromakit/jobs/{id}/metrics")(_metrics)
-    routes.get("/chromakit/jobs/{id}/samples/{number}")(_sample)
     routes.post("/chromakit/jobs/{id}/change")(_change)
     routes.post("/chromakit/jobs/{id}/extend")(_extend)
+    routes.post("/chromakit/jobs/{id}/delete")(_delete)
     routes.post("/chromakit/jobs/{id}/{action}")(_act)
     routes.get("/chromakit/plan")(_plan)
     routes.get("/chromakit/memory")(_memory)
 
 
 async def _list(request: web.Request) -> web.Response:
-    return await _answer(lambda: [job.status() for job in jobs.manager().list()])
+    """Newest first; `?brief=true` without what only one who looks into a job needs."""
+    brief = request.query.get("brief") == "true"
+    return await answer(lambda: [job.summary() if brief else job.status() for job in jobs.manager().list()])
 
 
 async def _one(request: web.Request) -> web.Response:
-    return await _answer(lambda: _job(request).status())
-
-
-async def _metrics(request: web.Request) -> web.Response:
-    return await _answer(lambda: _job(request).metrics())
-
-
-async def _sample(request: web.Request) -> web.StreamResponse:
-    try:
-        job = await asyncio.to_thread(_job, request)
-    except JobError as error:
-        return _error(404, error)
-    names = job.status()["samples"]
-    number = request.match_info["number"]
-    if not number.isdecimal() or int(number) >= len(names):
-        return _error(404, f"The job has {len(names)} samples, numbered from 0; there is no sample '{number}'.")
-    return web.FileResponse(job.folder / "samples" / names[int(number)])
+    return await answer(lambda: job_of(request).status())
 
 
 async def _act(request: web.Request) -> web.Response:
     action = request.match_info["action"]
     if action not in ACTIONS:
-        return _error(409, f"A job cannot '{action}'. Use one of: {', '.join(ACTIONS)}.")
+        return refused(409, f"A job cannot '{action}'. Use one of: {', '.join(ACTIONS)}, change, extend, delete.")
 
     def act() -> dict[str, Any]:
-        job = _job(request)
+        job = job_of(request)
         getattr(jobs.manager(), action)(job.id)
         return job.status()
 
-    return await _answer(act)
+    return await answer(act)
+
+
+async def _delete(request: web.Request) -> web.Response:
+    """The job's folder goes; the LoRA that it wrote stays."""
+    return await answer(lambda: jobs.delete(job_of(request).id))
 
 
 async def _change(request: web.Request) -> web.Response:
     """JSON {changes: {…}, force: bool}: go on under other options."""
     try:
-        values = await _body(request, {"changes": dict, "force": bool})
+        values = await body_of(request, {"changes": dict, "force": bool})
     except ConfigError as error:
-        return _error(400, error)
+        return refused(400, error)
     changes, force = values.get("changes", {}), values.get("force", False)
 
     def change() -> dict[str, Any]:
-        job = _job(request)
+        job = job_of(request)
         _no_new_paths(job.config, with_changes(job.config, changes))
         return jobs.manager().change(job.id, changes, force).status()
 
-    return await _answer(change)
+    return await answer(change)
 
 
 def _no_new_paths(old: TrainingConfig, new: TrainingConfig) -> None:
@@ -117,23 +109,11 @@ def _paths(config: TrainingConfig) -> dict[str, set[str]]:
 async def _extend(request: web.Request) -> web.Response:
     """JSON {steps: n, force: bool}: n steps more."""
     try:
-        values = await _body(request, {"steps": int, "force": bool})
+        values = await body_of(request, {"steps": int, "force": bool})
     except ConfigError as error:
-        return _error(400, error)
+        return refused(400, error)
     steps, force = values.get("steps", 0), values.get("force", False)
-    return await _answer(lambda: jobs.manager().extend(_job(request).id, steps, force).status())
-
-
-async def _body(request: web.Request, kinds: dict[str, type]) -> dict[str, Any]:
-    """The request's JSON object with no other fields than these. Raises ConfigError."""
-    try:
-        values = await request.json()
-    except ValueError as error:
-        raise ConfigError(f"The request's body is not JSON: {error}.") from None
-    if not (isinstance(values, dict) and all(type(v) is kinds.get(name) for name, v in values.items())):
-        wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-        raise ConfigError(f"The request's body must be a JSON object with nothing but: {wanted}.")
-    return values
+    return await answer(lambda: jobs.manager().extend(job_of(request).id, steps, force).status())
 
 
 async def _plan(request: web.Request) -> web.Response:
@@ -142,7 +122,7 @@ async def _plan(request: web.Request) -> web.Response:
         settings = {name: _setting(name, text) for name, text in request.query.items()}
         found = await asyncio.to_thread(lambda: _estimate(settings))
     except ChromaKitError as error:
-        return _error(400, error)
+        return refused(400, error)
     return web.json_response(found)
 
 
@@ -162,29 +142,4 @@ def _setting(name: str, text: str) -> Any:
 
 
 async def _memory(request: web.Request) -> web.Response:
-    return await _answer(host.memory_report)
-
-
-def _job(request: web.Request) -> Any:
-    try:
-        return jobs.manager().get(request.match_info["id"])
-    except JobError as error:
-        raise _Unknown(str(error)) from error
-
-
-class _Unknown(JobError):
-    """No job of that id."""
-
-
-async def _answer(work: Callable[[], Any]) -> web.Response:
-    """The JSON of `work()`, which may read files and so runs in a thread; errors as {error} with 404 or 409."""
-    try:
-        return web.json_response(await asyncio.to_thread(work))
-    except _Unknown as error:
-        return _error(404, error)
-    except ChromaKitError as error:
-        return _error(409, error)
-
-
-def _error(status: int, message: object) -> web.Response:
-    return web.json_response({"error": str(message)}, status=status)
+    return await answer(host.memory_report)

@@ -23,6 +23,15 @@ ADVANCED: dict[str, Any] = {"optional": True, "advanced": True}
 ADAPTER = {"adapter": "kind", "dropout": "dropout", "ema_decay": "ema_decay"}
 """Widgets and the fields of the LoRA's configuration that they set."""
 
+PLAIN = (
+    "gradient_accumulation", "warmup_steps", "lr_schedule", "weight_decay", "max_grad_norm", "recipe",
+    "gradient_checkpointing", "checkpoint_every", "keep_checkpoints", "validate_every", "optimizer", "lr_cycles",
+    "lr_power", "checkpointing_interval", "compile", "checkpoint_minutes", "keep_best", "tensorboard",
+)  # fmt: skip
+OBJECTIVE = ("loss", "huber_delta", "prior_weight", "noise_offset", "pair_noise", "text_padding")
+PREVIEWS = ("steps", "guidance", "seed", "width", "height", "negative", "method", "spacing", "tail_bias")
+"""Widgets that set a field of the same name: of the job, of its objective, of its previews (these after preview_)."""
+
 
 class ChromaTrainingSettings(io.ComfyNode):
     @classmethod
@@ -316,14 +325,6 @@ class ChromaTrainingSettings(io.ComfyNode):
 
 def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
     """The node's widgets as a part of a `TrainingConfig`."""
-    plain = (
-        "gradient_accumulation", "warmup_steps", "lr_schedule", "weight_decay", "max_grad_norm", "recipe",
-        "gradient_checkpointing", "checkpoint_every", "keep_checkpoints", "validate_every", "optimizer", "lr_cycles",
-        "lr_power", "checkpointing_interval", "compile", "checkpoint_minutes", "keep_best",
-        "tensorboard",
-    )  # fmt: skip
-    objective = ("loss", "huber_delta", "prior_weight", "noise_offset", "pair_noise", "text_padding")
-    previews = ("steps", "guidance", "seed", "width", "height", "negative", "method", "spacing", "tail_bias")
     overrides = parse_overrides(inputs.get("recipe_overrides", ""))
     patterns = [line.strip() for line in inputs["target_patterns"].splitlines() if line.strip()]
     adapter = {
@@ -337,11 +338,11 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
     else:
         kind = {"lora": {"save_dtype": inputs["save_dtype"], **adapter}}
     return {
-        **{name: inputs[name] for name in plain if name in inputs},
+        **{name: inputs[name] for name in PLAIN if name in inputs},
         **kind,
         **({"recipe_overrides": overrides} if overrides else {}),
         "objective": {
-            **{name: inputs[name] for name in objective if name in inputs},
+            **{name: inputs[name] for name in OBJECTIVE if name in inputs},
             "draw": inputs["sigma_draw"],
             "remap": inputs["sigma_remap"],
             "scale": inputs["sigma_scale"],
@@ -349,7 +350,7 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
             "minimum": inputs["sigma_minimum"],
             "maximum": inputs["sigma_maximum"],
         },
-        "previews": {name: inputs[f"preview_{name}"] for name in previews if f"preview_{name}" in inputs},
+        "previews": {name: inputs[f"preview_{name}"] for name in PREVIEWS if f"preview_{name}" in inputs},
     }
 
 

@@ -42,7 +42,7 @@ def train(config: dict[str, Any], output: str, phase: Any) -> None:
     import torch
 
     from chroma_core.training.config import TrainingConfig
-    from chroma_core.training.jobs import run_job
+    from chroma_core.training.foreground import run_job
 
     torch.set_num_threads(1)  # bit for bit only holds for one and the same number of threads
     watch(phase)

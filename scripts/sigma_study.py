@@ -38,7 +38,7 @@ from chroma_core.lora.adapters import attach, detach  # noqa: E402
 from chroma_core.lora.formats import read_lora  # noqa: E402
 from chroma_core.sampling import SamplingSettings, sample  # noqa: E402
 from chroma_core.training.config import TrainingConfig  # noqa: E402
-from chroma_core.training.jobs import run_job  # noqa: E402
+from chroma_core.training.foreground import run_job  # noqa: E402
 from chroma_core.training.objective import HELDOUT_SIGMAS, heldout_loss  # noqa: E402
 from tiny_vae import decode, encode  # noqa: E402
 from tiny_world import plain_caption, read_picture  # noqa: E402

@@ -14,7 +14,7 @@ from ..recipe import Recipe
 from ..sampling import SamplingSettings
 from ..training.checkpoint import step_name
 from ..training.config import TrainingConfig
-from ..training.jobs import run_job
+from ..training.foreground import run_job
 from ..training.trainees import AdapterTrainee
 from .case import Case, NotRun
 from .painted import Painted

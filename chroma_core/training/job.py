@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ..errors import ChromaKitError
 from ..files import write_json
 from .config import TrainingConfig
+from .curve import Curve
 from .metrics import MetricsLog
 
 JobState = Literal["queued", "preparing", "running", "paused", "completed", "stopped", "failed", "interrupted"]
@@ -47,7 +48,11 @@ _DEFAULTS: dict[str, Any] = {
     "checkpoint": None,
     "base_sha256": None,
     "yielded": False,
+    "memory": None,
 }
+
+_DETAILS = ("warnings", "changes", "memory", "base_sha256", "lora_path", "model_path")
+"""Values that `Job.summary` leaves out."""
 
 
 class Job:
@@ -63,6 +68,7 @@ class Job:
         self.config = config
         self.notify: Callable[[dict[str, Any]], None] = lambda status: None
         self.ended = threading.Event()
+        self.curve = Curve(folder / "metrics.jsonl")
         self._values = {**_DEFAULTS, "steps": config.steps, "created": now, "updated": now, **(values or {})}
         self._lock = threading.RLock()
         self._written = self._notified = 0.0
@@ -98,6 +104,15 @@ class Job:
             "recipe": self.config.recipe_value().to_dict(),
         }
 
+    def summary(self) -> dict[str, Any]:
+        """What a list of jobs shows: the status without what only one who looks into the job needs."""
+        with self._lock:
+            values = dict(self._values)
+        kept = {name: value for name, value in values.items() if name not in _DETAILS}
+        kind = "lora" if self.config.full is None else "full"
+        facts = {"flavour": self.config.model.flavour, "kind": kind, "warning_count": len(values["warnings"])}
+        return {"id": self.id, "name": self.config.name, **kept, **facts}
+
     def samples(self) -> list[Path]:
         """All preview pictures, oldest first."""
         return sorted((self.folder / "samples").glob("step-*.png"), key=_sample_order)
@@ -122,9 +137,9 @@ class Job:
         listeners (pictures are listed from the folder).
         """
         urgent = "new_samples" in fields or "checkpoint" in fields
-        fields.pop("new_samples", None)
+        painted = fields.pop("new_samples", None)
         with self._lock:
-            before = self.state
+            before, known = self.state, len(self._values["warnings"])
             self._add_seconds(fields.pop("step_seconds_now", None))
             if fields.get("lora_path") is not None:
                 fields["lora_path"] = str(fields["lora_path"])
@@ -132,11 +147,14 @@ class Job:
             if fields.get("model_path") is not None:
                 fields["model_name"] = Path(fields["model_path"]).name
             # Strictly increasing, so that whoever gets two states of a job out of order knows the newer one.
+            if "warnings" in fields:  # the run goes on adding to its own list
+                fields["warnings"] = list(fields["warnings"])
             self._values.update(fields, updated=max(time.time(), self._values["updated"] + 1e-6))
             if self._values["step_seconds"] is not None:
                 left = self.config.steps - self._values["step"]
                 self._values["eta_seconds"] = round(left * self._values["step_seconds"], 1)
             changed = self.state != before
+            self._write_down(before, painted, fields, known)
             now = time.monotonic()
             if changed or urgent or now - self._written > WRITE_EVERY_SECONDS:
                 self.write()
@@ -176,6 +194,32 @@ class Job:
             with suppress(Exception):
                 self.notify(self.status())
             self._tell_waiting()
+
+    def _write_down(self, before: str, painted: list[str] | None, fields: dict[str, Any], known: int) -> None:
+        """What happened, in the log: changes of state, checkpoints, previews, new warnings."""
+        lines = []
+        if self.state != before:
+            message = self._values["message"] if self.state not in ("preparing", "failed") else ""
+            lines.append(f"{self.state} at step {self._values['step']}" + (f": {message}" if message else ""))
+        if fields.get("checkpoint") is not None:
+            lines.append(f"checkpoint of step {fields['checkpoint']}")
+        if painted:
+            lines.append(f"{len(painted)} previews of step {self._values['step']}")
+        lines += [f"warning: {warning}" for warning in self._values["warnings"][known:]]
+        with suppress(OSError):  # a full disk must not end the job for the sake of its log
+            for line in lines:
+                self.log(line)
+
+    def log_lines(self, limit: int = 200) -> list[str]:
+        """The last lines of `log.txt`, at most `limit`."""
+        try:
+            with (self.folder / "log.txt").open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - 400 * limit))
+                lines = file.read().decode("utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        return lines[-limit:]
 
     def log(self, text: str) -> None:
         """Append to `log.txt`."""

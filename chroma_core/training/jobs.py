@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import threading
 import time
@@ -25,10 +26,12 @@ from .world import ALONE, World
 IfExists = Literal["keep", "resume", "restart"]
 Listener = Callable[[dict[str, Any]], None]
 
+TRASH = ".deleted-"
+"""How the folder of a job begins that is being deleted."""
 LOCK_SECONDS = 2.0
 """How long a change of options waits for the folder of a job that has just ended."""
 
-__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState", "continue_job", "run_job"]
+__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState"]
 
 
 class JobManager:
@@ -242,6 +245,31 @@ class JobManager:
         """Write a checkpoint after the present step. Raises JobError when it is over."""
         return self._turn(job_id, "save", lambda control: control.save.set())
 
+    def delete(self, job_id: str) -> None:
+        """Remove a job that is not at work, with its checkpoints, previews and log. The LoRA that it wrote stays.
+
+        Raises JobError when the job is at work, here or in another process.
+        """
+        with self._changed:
+            job = self.get(job_id)
+            if job.state in ACTIVE or job.id in self._elsewhere:
+                where = " by another process" if job.id in self._elsewhere else ""
+                raise JobError(f"The job '{job.id}' is {job.state}{where}. Stop it before you delete it.")
+            # Out of sight in one step, so that half a folder is never taken for a job.
+            trash = self.root / f"{TRASH}{job.id}-{time.time_ns()}"
+            try:
+                os.replace(job.folder, trash)
+            except FileNotFoundError:
+                pass  # somebody was quicker
+            except OSError as error:
+                raise JobError(
+                    f"The folder of the job '{job.id}' cannot be removed: {error.strerror or error}. Close what has "
+                    "its files open, and try again."
+                ) from error
+            del self._jobs[job.id]
+            self._controls.pop(job.id, None)
+        shutil.rmtree(trash, ignore_errors=True)
+
     def _turn(self, job_id: str, action: str, switch: Callable[[Control], None]) -> Job:
         job = self.get(job_id)
         control = self._controls.get(job_id)
@@ -328,6 +356,9 @@ class JobManager:
 
     def _find_earlier_jobs(self) -> None:
         for folder in sorted(self.root.iterdir()):
+            if folder.name.startswith(TRASH):
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
             if not (folder / "job.json").is_file():
                 continue
             try:
@@ -344,57 +375,3 @@ class JobManager:
                     lock.release()
                 else:
                     self._elsewhere.add(job.id)
-
-
-def run_job(
-    config: TrainingConfig,
-    root: Path,
-    loras_folder: Path,
-    device: Device,
-    on_status: Listener = lambda status: None,
-    if_exists: IfExists = "resume",
-) -> dict[str, Any]:
-    """Run (or resume) one job in the foreground; returns its final status. Ctrl-C saves and leaves it interrupted."""
-    return _foreground(root, loras_folder, device, on_status, lambda manager: manager.ensure(config, if_exists))
-
-
-def continue_job(
-    job_id: str,
-    root: Path,
-    loras_folder: Path,
-    device: Device,
-    on_status: Listener = lambda status: None,
-    config: TrainingConfig | None = None,
-    extend: int = 0,
-    force: bool = False,
-) -> dict[str, Any]:
-    """Go on with a job of that id in the foreground; returns its final status.
-
-    Args:
-        config: its new options (None: as they are); see `JobManager.change`.
-        extend: steps more than the job was to have.
-    """
-
-    def begin(manager: JobManager) -> Job:
-        job = manager.get(job_id)
-        values: dict[str, Any] | TrainingConfig = config or {}
-        if extend:
-            base = config or job.config
-            values = with_changes(base, {"steps": base.steps + extend})
-        return manager.change(job_id, values, force)
-
-    return _foreground(root, loras_folder, device, on_status, begin)
-
-
-def _foreground(
-    root: Path, loras_folder: Path, device: Device, on_status: Listener, begin: Callable[[JobManager], Job]
-) -> dict[str, Any]:
-    manager = JobManager(root, loras_folder, device)
-    manager.subscribe(on_status)
-    try:
-        job = begin(manager)
-        while not job.wait(1.0):  # in slices, so that Ctrl-C is heard on every system
-            pass
-    finally:
-        manager.shutdown()
-    return job.status()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..data.samples import fingerprint, picture_count
+from ..device import memory_in_use
 from ..files import remove_leftovers
 from ..loading.components import Device, load_transformer
 from ..loading.moving import release_memory
@@ -181,7 +182,8 @@ class Run:
             sigma=result.sigma_mean,
             seconds=round(seconds, 4),
         )
-        self.report(loss=result.loss, step_seconds_now=seconds, **self._numbers())
+        memory = memory_in_use(self.device)
+        self.report(loss=result.loss, step_seconds_now=seconds, memory=memory, **self._numbers())
 
     def _do_what_is_due(self) -> None:
         """Held-out loss, previews and checkpoint of this step, each unless it was already done before a resume."""

@@ -10,6 +10,7 @@ from .folders import (
     LORAS,
     PACK,
     dataset_folder,
+    dataset_name,
     dataset_names,
     file_state,
     folder_state,
@@ -25,6 +26,7 @@ from .memory import components, device, free_models_soon, make_room, memory_repo
 from .messages import Downloads, Interrupted, Progress, broadcast, log, say, server_routes, wants_previews, warn
 from .model_files import (
     model_file,
+    model_file_name,
     model_file_names,
     model_folder,
     model_folders,
@@ -49,6 +51,7 @@ __all__ = [
     "components",
     "computing",
     "dataset_folder",
+    "dataset_name",
     "dataset_names",
     "device",
     "file_state",
@@ -64,6 +67,7 @@ __all__ = [
     "make_room",
     "memory_report",
     "model_file",
+    "model_file_name",
     "model_file_names",
     "model_folder",
     "model_folders",

@@ -118,9 +118,12 @@ def _holds_pictures(folder: Path) -> bool:
 
 
 def dataset_folder(name: str) -> Path:
-    """The folder behind a data-set name; never one outside the roots. Raises DataError."""
+    """The folder behind a data-set name; never one outside the roots. Raises DataError.
+
+    Pictures that other nodes gave are found by their folder's name too, so that a job on them can be started again.
+    """
     roots = _dataset_roots()
-    for root in roots:
+    for root in (*roots, pictures_folder().resolve()):
         folder = (root / name.strip()).resolve()
         if name.strip() and folder != root and folder.is_relative_to(root) and folder.is_dir():
             return folder
@@ -129,6 +132,15 @@ def dataset_folder(name: str) -> Path:
         "pictures and .txt captions into the host's input folder, or list further places as dataset_roots in "
         "user/chromakit/config.toml."
     )
+
+
+def dataset_name(folder: str) -> str | None:
+    """The name under which `dataset_folder` finds a folder; None when it does not."""
+    path = Path(folder).resolve()
+    for root in (*_dataset_roots(), pictures_folder().resolve()):
+        if path != root and path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
+    return None
 
 
 def path_state(path: str) -> str:

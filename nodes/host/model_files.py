@@ -45,6 +45,15 @@ def model_file(part: Part, name: str) -> str:
     )
 
 
+def model_file_name(part: Part, path: str) -> str | None:
+    """The name behind a path that `model_file` gave; None for a file that is not in the host's folders any more."""
+    for root in _roots(part):
+        for name in _names(root):
+            if os.path.join(root, *name.split("/")).rstrip(os.sep) == path:
+                return name
+    return None
+
+
 def model_folders() -> list[str]:
     """Names of models in diffusers layout in the host's `models/diffusers` folders."""
     found = [

@@ -13,7 +13,8 @@ from chroma_core.training.changes import differences, with_changes
 from chroma_core.training.checkpoint import checkpoints
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.finish import JOB_KEY
-from chroma_core.training.jobs import JobManager, continue_job, run_job
+from chroma_core.training.foreground import continue_job, run_job
+from chroma_core.training.jobs import JobManager
 from chroma_core.training.optimizers import OptimizerSettings
 from chroma_core.training.stepper import Stepper
 from training_cases import config, model_folder, write_dataset

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from chroma_core.training.control import Control
-from chroma_core.training.jobs import run_job
+from chroma_core.training.foreground import run_job
 from chroma_core.training.metrics import MetricsLog
 from chroma_core.training.places import Places
 from chroma_core.training.run import run_training

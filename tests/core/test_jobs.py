@@ -16,8 +16,9 @@ from chroma_core.loading.components import load_transformer
 from chroma_core.lora.adapters import attach
 from chroma_core.lora.formats import read_lora
 from chroma_core.training import faults
+from chroma_core.training.foreground import run_job
 from chroma_core.training.job import Job
-from chroma_core.training.jobs import JobManager, run_job
+from chroma_core.training.jobs import JobManager
 from chroma_core.training.lock import FolderLock
 from training_cases import config, model_folder, write_dataset
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from chroma_core.errors import ConfigError
 from chroma_core.training.config import TrainingConfig
-from chroma_core.training.jobs import JobManager, run_job
+from chroma_core.training.foreground import run_job
+from chroma_core.training.jobs import JobManager
 from chroma_core.training.world import part_size
 from training_cases import config, model_folder, write_dataset
 

@@ -303,3 +303,44 @@ def test_where_the_weights_rest_changes_neither_loras_nor_previews(places, tmp_p
     plain, moved = written["none"], written[offload]
     assert plain[0].keys() == moved[0].keys() and all(torch.equal(plain[0][k], moved[0][k]) for k in plain[0])
     assert plain[1:] == moved[1:] and len(plain) == 4
+
+
+def test_the_log_says_what_happened(places, manager):
+    job = manager.ensure(config(*places, previews={"prompts": "sks", "steps": 2, "every": 4}))
+    assert job.wait(PATIENCE)
+    lines = [line.split(" ", 2)[2] for line in job.log_lines()]
+    assert lines[0] == "preparing at step 0" and lines[-1] == "completed at step 8"
+    assert [line for line in lines if "checkpoint" in line] == [f"checkpoint of step {step}" for step in (0, 4, 8)]
+    assert [line for line in lines if "previews" in line] == [f"1 previews of step {step}" for step in (0, 4, 8)]
+    assert job.log_lines(2) == job.log_lines()[-2:]
+    assert job.status()["memory"]["process"] > 2**20
+    assert not set(job.summary()) & {"config", "recipe", "samples", "memory"} and job.summary()["kind"] == "lora"
+
+
+def test_a_deleted_job_is_gone_and_its_lora_stays(places, manager):
+    settings = config(*places)
+    job = manager.ensure(settings)
+    assert job.wait(PATIENCE)
+    lora = job.status()["lora_path"]
+    manager.delete(job.id)
+    assert manager.list() == [] and [path.name for path in manager.root.iterdir()] == ["cache"]
+    assert read_lora(lora).modules
+    with pytest.raises(JobError, match="There is no training job"):
+        manager.delete(job.id)
+    again = manager.ensure(settings)
+    assert again is not job and again.wait(PATIENCE) and again.state == "completed"
+
+
+def test_a_job_at_work_is_not_deleted_and_half_a_deletion_is_finished(places, manager, tmp_path):
+    job = manager.ensure(config(*places, **LONG))
+    until(lambda: job.state == "running")
+    with pytest.raises(JobError, match="Stop it before you delete it"):
+        manager.delete(job.id)
+    manager.stop(job.id)
+    assert job.wait(PATIENCE) and (job.folder / "job.json").is_file()
+    left = manager.root / ".deleted-job-1"
+    left.mkdir()
+    (left / "job.json").write_text((job.folder / "job.json").read_text())
+    other = JobManager(manager.root, tmp_path / "loras", "cpu")
+    assert [found.id for found in other.list()] == [job.id] and not left.exists()
+    other.shutdown()

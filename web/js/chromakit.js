@@ -1,0 +1,27 @@
+// What the host's page gets from ChromaKit: the tab of jobs, the panel on Chroma Train LoRA, settings, notices.
+import { app } from "../../../scripts/app.js";
+import { linkStyles } from "./lib/style.js";
+import { loadWords } from "./lib/words.js";
+import { startNotices } from "./jobs/notices.js";
+import { start } from "./jobs/store.js";
+import { openJobs, tab } from "./jobs/tab.js";
+import { settings, startSettings, wantsNotices } from "./settings.js";
+import { attachTrain } from "./widgets/train.js";
+
+app.registerExtension({
+  name: "ChromaKit",
+  settings: settings(),
+  commands: [{ id: "Chroma.OpenJobs", label: "Chroma: training jobs", icon: "pi pi-chart-line", function: () => openJobs() }],
+  async init() {
+    linkStyles();
+    await loadWords();
+  },
+  async setup() {
+    app.extensionManager.registerSidebarTab(tab());
+    startNotices(wantsNotices);
+    await Promise.all([start(), startSettings()]);
+  },
+  nodeCreated(node) {
+    if (node.comfyClass === "ChromaTrainLora") attachTrain(node);
+  },
+});

@@ -1,0 +1,86 @@
+// What one can do with a job, as a row of buttons that follow its state.
+import { app } from "../../../../scripts/app.js";
+import { h, say } from "../lib/dom.js";
+import { t } from "../lib/words.js";
+import { openGraph } from "./graphs.js";
+import { ACTIVE, act, remove } from "./store.js";
+
+const DEFAULT_MORE = 500;
+const WAITS = ["stopped", "failed", "interrupted"];
+
+/** The buttons. `complain(text)` shows what the host refused; an empty text takes it away. */
+export class Actions {
+  constructor(job, complain) {
+    this.job = job;
+    this.complain = complain;
+    this.buttons = {};
+    const pause = this.#button("pause", () => act(this.job.id, this.job.state === "paused" ? "resume" : "pause"));
+    const steering = [
+      pause,
+      this.#button("stop", () => act(this.job.id, "stop")),
+      this.#button("sample", () => act(this.job.id, "sample")),
+      this.#button("save", () => act(this.job.id, "save")),
+      this.#button("resume", () => act(this.job.id, "resume")),
+    ];
+    this.more = h("input", { type: "number", min: 1, max: 1000000, step: 50, value: DEFAULT_MORE, "aria-label": t("action.more") });
+    this.extending = h("span", { class: "ck-group" }, this.#button("extend", () => this.#extend()), this.more);
+    const graphs = [
+      this.#button("use", () => openGraph(this.job, "use")),
+      this.#button("again", () => openGraph(this.job, "again")),
+      this.#button("delete", () => this.#delete()),
+    ];
+    this.buttons.delete.classList.add("ck-danger");
+    this.element = h("div", { class: "ck-actions" }, [...steering, this.extending, ...graphs]);
+    this.show(job);
+  }
+
+  show(job) {
+    this.job = job;
+    const [active, waits] = [ACTIVE.has(job.state), WAITS.includes(job.state)];
+    const shown = {
+      pause: active, stop: active, sample: active, save: active, resume: waits, extend: !active,
+      use: Boolean(job.lora_name || job.model_name), again: true, delete: !active,
+    }; // prettier-ignore
+    for (const [name, button] of Object.entries(this.buttons)) button.hidden = !shown[name];
+    this.extending.hidden = active;
+    const steerable = ["running", "paused"].includes(job.state);
+    this.buttons.sample.disabled = !steerable || job.config?.previews?.prompts?.length === 0;
+    this.buttons.save.disabled = !steerable;
+    say(this.buttons.pause, t(job.state === "paused" ? "action.resume" : "action.pause"));
+  }
+
+  #button(name, work) {
+    const made = h("button", { type: "button", "data-action": name, title: t(`action.${name}_tip`) }, t(`action.${name}`));
+    made.addEventListener("click", async () => {
+      made.disabled = true;
+      this.complain("");
+      try {
+        await work();
+      } catch (error) {
+        this.complain(error.message);
+      } finally {
+        made.disabled = false;
+        this.show(this.job);
+      }
+    });
+    this.buttons[name] = made;
+    return made;
+  }
+
+  /** A schedule that depends on the number of steps is not what it was; the host says so, and the user decides. */
+  async #extend() {
+    const steps = Math.round(Number(this.more.value));
+    try {
+      await act(this.job.id, "extend", { steps, force: false });
+    } catch (error) {
+      const decide = { title: t("action.force_title"), message: `${error.message}\n\n${t("action.force_question")}`, type: "default" };
+      if (!/force/.test(error.message) || !(await app.extensionManager.dialog.confirm(decide))) throw error;
+      await act(this.job.id, "extend", { steps, force: true });
+    }
+  }
+
+  async #delete() {
+    const question = { title: t("action.delete_title", { name: this.job.name }), message: t("action.delete_question"), type: "delete" };
+    if (await app.extensionManager.dialog.confirm({ ...question, itemList: [this.job.id] })) await remove(this.job.id);
+  }
+}

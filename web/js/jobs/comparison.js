@@ -1,0 +1,74 @@
+// Smoothed losses of several jobs over one another.
+import { fill, h } from "../lib/dom.js";
+import { Chart, LINES, joined } from "../lib/chart.js";
+import { loss } from "../lib/format.js";
+import { t } from "../lib/words.js";
+import { CurveFeed } from "./curve_feed.js";
+import { find, listen } from "./store.js";
+
+const POINTS = 400;
+
+/** A chart that shows itself while at least two jobs are chosen. */
+export class Comparison {
+  constructor() {
+    this.feeds = new Map();
+    this.element = h("div", { class: "ck-compare", hidden: true });
+    this.chart = new Chart({ series: [], label: t("compare.chart"), height: 200 });
+    this.what = h(
+      "select",
+      { "aria-label": t("compare.what"), onchange: () => this.#draw(true) },
+      h("option", { value: "loss_smooth" }, t("compare.loss")),
+      h("option", { value: "heldout" }, t("compare.heldout")),
+    );
+    const log = h("input", { type: "checkbox", onchange: () => this.chart.setLogarithmic(log.checked) });
+    const head = h("div", { class: "ck-row" }, this.what, h("label", {}, log, " ", t("chart.log")));
+    fill(this.element, head, this.chart.element);
+    this.unlisten = listen((id) => this.feeds.get(id)?.refresh());
+  }
+
+  destroy() {
+    this.unlisten();
+    this.show([]);
+    this.chart.destroy();
+  }
+
+  /** Compare these jobs. */
+  show(ids) {
+    const wanted = new Set(ids.length > 1 ? ids : []);
+    let changed = false;
+    for (const [id, feed] of this.feeds) {
+      if (wanted.has(id)) continue;
+      feed.stop();
+      this.feeds.delete(id);
+      changed = true;
+    }
+    for (const id of wanted) {
+      if (this.feeds.has(id)) continue;
+      this.feeds.set(id, new CurveFeed(id, POINTS, () => this.#draw(false)));
+      changed = true;
+    }
+    this.element.hidden = !wanted.size;
+    if (changed && wanted.size) this.#draw(true);
+  }
+
+  #draw(otherLines) {
+    const ready = [...this.feeds].filter(([, feed]) => feed.curve);
+    if (!ready.length) return;
+    const heldout = this.what.value === "heldout";
+    const tables = ready.map(([, { curve }]) =>
+      heldout
+        ? [curve.heldout.map((entry) => entry.step), curve.heldout.map((entry) => entry.loss)]
+        : [curve.step, curve.loss_smooth],
+    );
+    const data = joined(tables);
+    const series = ready.map(([id], i) => ({
+      label: find(id)?.name ?? id,
+      colour: LINES[i % LINES.length],
+      width: 2,
+      points: heldout,
+      value: loss,
+    }));
+    if (otherLines || series.length !== this.chart.series.length) this.chart.setSeries(series, data);
+    else this.chart.show(data);
+  }
+}

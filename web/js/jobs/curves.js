@@ -1,0 +1,112 @@
+// A job's curves: loss, held-out loss as a whole and by noise level, learning rate, gradient norm, time a step.
+import { fill, h } from "../lib/dom.js";
+import { Chart, joined } from "../lib/chart.js";
+import { loss, rate } from "../lib/format.js";
+import { t } from "../lib/words.js";
+
+const seconds = (value) => `${value.toPrecision(3)} s`;
+
+/** From blue for fine detail (low noise) to red for composition (high noise). */
+const bandColour = (share) => `hsl(${Math.round(220 - 220 * share)} 75% 55%)`;
+
+const column = (name, options) => (curve) => ({
+  series: [{ label: t(`curves.${name}`), ...options }],
+  data: [curve.step, curve[name]],
+});
+
+const VIEWS = {
+  loss(curve) {
+    const heldout = curve.heldout.length ? [heldoutSeries()] : [];
+    const table = [curve.step, curve.loss, curve.loss_smooth];
+    const measured = [curve.heldout.map((entry) => entry.step), curve.heldout.map((entry) => entry.loss)];
+    return {
+      series: [
+        { label: t("curves.loss"), colour: "--ck-accent", width: 1, alpha: 0.3, value: loss },
+        { label: t("curves.loss_smooth"), colour: "--ck-accent", width: 2.5, value: loss },
+        ...heldout,
+      ],
+      data: heldout.length ? joined([table, measured]) : table,
+    };
+  },
+  heldout(curve) {
+    return bands(curve, (entry, i) => entry.by_sigma?.[i] ?? null, loss);
+  },
+  gain(curve) {
+    const base = curve.base?.by_sigma;
+    const change = (entry, i) => (base && entry.by_sigma ? 100 * (entry.by_sigma[i] / base[i] - 1) : null);
+    return bands(curve, change, (value) => `${value > 0 ? "+" : ""}${value.toFixed(1)} %`);
+  },
+  lr: column("lr", { colour: "--ck-good", width: 2, value: rate }),
+  grad_norm: column("grad_norm", { colour: "--ck-warn", width: 1, value: loss }),
+  seconds: column("seconds", { colour: "--ck-faint", width: 1, value: seconds }),
+};
+
+function heldoutSeries() {
+  return { label: t("curves.heldout_loss"), colour: "--ck-warn", width: 2, points: true, value: loss };
+}
+
+/** A line for each noise level of the held-out measurement. */
+function bands(curve, value, words) {
+  const steps = curve.heldout.map((entry) => entry.step);
+  const last = curve.sigmas.length - 1;
+  return {
+    series: curve.sigmas.map((sigma, i) => ({
+      label: `σ ${sigma.toFixed(2)}`,
+      colour: bandColour(i / last),
+      points: true,
+      value: words,
+    })),
+    data: [steps, ...curve.sigmas.map((_, i) => curve.heldout.map((entry) => value(entry, i)))],
+  };
+}
+
+/** The chart, what it shows to choose above it, and a sentence about it below. */
+export class Curves {
+  constructor() {
+    this.curve = null;
+    this.lines = "";
+    this.chart = new Chart({ series: [], label: t("curves.chart"), height: 220 });
+    this.what = h(
+      "select",
+      { "aria-label": t("curves.what"), onchange: () => this.#draw() },
+      Object.keys(VIEWS).map((name) => h("option", { value: name }, t(`curves.view_${name}`))),
+    );
+    this.log = h("input", { type: "checkbox", onchange: () => this.#draw() });
+    this.reset = h("button", { type: "button", onclick: () => this.chart.reset() }, t("chart.reset"));
+    this.about = h("div", { class: "ck-faint" });
+    this.element = h(
+      "section",
+      { class: "ck-curves" },
+      h("div", { class: "ck-row" }, this.what, h("label", {}, this.log, " ", t("chart.log")), this.reset),
+      this.chart.element,
+      this.about,
+    );
+  }
+
+  destroy() {
+    this.chart.destroy();
+  }
+
+  show(curve) {
+    this.curve = curve;
+    this.#draw();
+  }
+
+  #draw() {
+    const name = this.what.value;
+    this.log.disabled = name === "gain";
+    if (!this.curve) return;
+    const { series, data } = VIEWS[name](this.curve);
+    const logarithmic = this.log.checked && name !== "gain";
+    const lines = `${name} ${series.length} ${logarithmic}`;
+    const empty = !data[0].length;
+    this.chart.element.hidden = empty;
+    fill(this.about, empty ? t(this.curve.heldout.length ? "curves.none" : `curves.none_${name}`) : t(`curves.about_${name}`));
+    if (empty) return;
+    if (lines !== this.lines) {
+      this.lines = lines;
+      this.chart.logarithmic = logarithmic;
+      this.chart.setSeries(series, data);
+    } else this.chart.show(data);
+  }
+}

@@ -1,0 +1,123 @@
+// The list of jobs by state, and the choice of those whose curves are laid over one another.
+import { fill, h, say } from "../lib/dom.js";
+import { moment } from "../lib/format.js";
+import { t } from "../lib/words.js";
+import { Comparison } from "./comparison.js";
+import { ACTIVE, all, listen, problem, reload } from "./store.js";
+import { progressWords, share, showState } from "./words.js";
+
+const GROUPS = [
+  ["at_work", (job) => ACTIVE.has(job.state)],
+  ["unfinished", (job) => ["failed", "interrupted"].includes(job.state)],
+  ["ended", () => true],
+];
+
+/** A list that follows the store. `open(id)` is called for the job that is chosen, `templates()` by the empty list. */
+export class JobList {
+  constructor(open, templates) {
+    this.open = open;
+    this.templates = templates;
+    this.rows = new Map();
+    this.chosen = new Set();
+    this.groups = h("div", {});
+    this.empty = this.#emptyNote();
+    this.trouble = h("div", { class: "ck-error", role: "alert" });
+    this.comparison = new Comparison();
+    this.element = h("div", { class: "ck-list" }, this.trouble, this.comparison.element, this.groups, this.empty);
+    this.unlisten = listen((id) => this.#changed(id));
+    this.#order();
+  }
+
+  destroy() {
+    this.unlisten();
+    this.comparison.destroy();
+  }
+
+  #emptyNote() {
+    const templates = h("button", { type: "button", onclick: this.templates }, t("list.templates"));
+    return h("div", { class: "ck-empty" }, h("p", {}, t("list.empty")), templates);
+  }
+
+  #changed(id) {
+    const row = this.rows.get(id);
+    const job = id && all().find((one) => one.id === id);
+    if (!row || !job || row.place !== placeOf(job)) return this.#order();
+    row.show(job);
+  }
+
+  /** Put the rows into their groups anew. */
+  #order() {
+    const list = all();
+    const ids = new Set(list.map((job) => job.id));
+    for (const id of this.rows.keys()) {
+      if (ids.has(id)) continue;
+      this.rows.delete(id);
+      this.chosen.delete(id);
+    }
+    fill(
+      this.groups,
+      GROUPS.map(([name]) => {
+        const jobs = list.filter((job) => groupOf(job) === name);
+        if (name === "at_work") jobs.reverse().sort((a, b) => (a.state === "queued") - (b.state === "queued"));
+        if (!jobs.length) return null;
+        const items = jobs.map((job) => this.#row(job).element);
+        const title = h("h3", {}, t(`list.${name}`), " ", h("span", { class: "ck-faint" }, String(jobs.length)));
+        return h("section", {}, title, h("ul", {}, items));
+      }),
+    );
+    this.empty.hidden = list.length > 0 || Boolean(problem());
+    fill(this.trouble, problem() && t("list.trouble", { problem: problem() }));
+    if (problem()) this.trouble.append(" ", h("button", { type: "button", onclick: reload }, t("list.again")));
+    this.comparison.show([...this.chosen]);
+  }
+
+  #row(job) {
+    let row = this.rows.get(job.id);
+    if (!row) {
+      row = new Row(job, () => this.open(job.id), (on) => this.#choose(job.id, on));
+      this.rows.set(job.id, row);
+    }
+    row.show(job);
+    return row;
+  }
+
+  #choose(id, on) {
+    if (on) this.chosen.add(id);
+    else this.chosen.delete(id);
+    this.comparison.show([...this.chosen]);
+  }
+}
+
+const placeOf = (job) => (job.state === "queued" ? "queued" : groupOf(job));
+const groupOf = (job) => GROUPS.find(([, fits]) => fits(job))[0];
+
+class Row {
+  constructor(job, open, choose) {
+    this.chip = h("span", { class: "ck-chip" });
+    this.name = h("span", { class: "ck-strong ck-clip" });
+    this.numbers = h("span", { class: "ck-faint ck-clip" });
+    this.when = h("span", { class: "ck-faint" });
+    this.bar = h("progress", { max: 1, "aria-label": t("job.progress") });
+    const choice = h("input", {
+      type: "checkbox",
+      title: t("list.compare"),
+      "aria-label": t("list.compare_named", { name: job.name }),
+      onchange: () => choose(choice.checked),
+    });
+    const head = h("span", { class: "ck-row" }, this.name, this.chip);
+    const foot = h("span", { class: "ck-row" }, this.numbers, this.when);
+    const button = h("button", { type: "button", class: "ck-open", onclick: open, title: job.id }, head, this.bar, foot);
+    this.element = h("li", { "data-job": job.id }, choice, button);
+  }
+
+  show(job) {
+    this.place = placeOf(job);
+    showState(this.chip, job);
+    say(this.name, job.name);
+    say(this.numbers, job.state === "failed" || job.state === "interrupted" ? job.message : progressWords(job));
+    this.numbers.title = job.message || "";
+    this.bar.value = share(job);
+    this.bar.hidden = !ACTIVE.has(job.state);
+    say(this.when, ACTIVE.has(job.state) ? "" : moment(job.updated));
+  }
+}

@@ -1,0 +1,121 @@
+// What the page knows about training jobs: fetched when the page opens, kept current by the host's broadcasts, fetched
+// again when some may have been missed. The host holds the truth; nothing here is lost by a reload.
+import { api } from "../../../../scripts/api.js";
+import { get, post } from "../lib/http.js";
+
+/** States of a job that is queued or at work. */
+export const ACTIVE = new Set(["queued", "preparing", "running", "paused"]);
+
+const EVENT = "chromakit.job";
+const DELETED = "chromakit.job.deleted";
+const QUIET_MILLISECONDS = 5000; // without a word about a job at work, ask
+
+const known = new Map();
+const listeners = new Set();
+const endings = new Set();
+const watched = new Map();
+let heard = 0;
+let trouble = "";
+
+/** All jobs, newest first; each the newest status or summary that is known. */
+export const all = () => [...known.values()].sort((a, b) => b.created - a.created);
+
+/** One job, or undefined. */
+export const find = (id) => known.get(id);
+
+/** Why the list could not be fetched, in words; empty when it could. */
+export const problem = () => trouble;
+
+/** Call `listener(id)` after a job changed, came or went (id null: any of them); returns what ends it. */
+export function listen(listener) {
+  listeners.add(listener);
+  return () => listeners.delete(listener);
+}
+
+/** Call `listener(status)` when a job that this page saw at work has ended. */
+export function onEnd(listener) {
+  endings.add(listener);
+}
+
+/** Keep a job's whole status and not only its summary, until the function that this returns is called. */
+export function watch(id) {
+  watched.set(id, (watched.get(id) ?? 0) + 1);
+  fetchOne(id);
+  let over = false;
+  return () => {
+    if (over) return;
+    over = true;
+    if (watched.get(id) > 1) watched.set(id, watched.get(id) - 1);
+    else watched.delete(id);
+  };
+}
+
+function tell(id) {
+  for (const listener of [...listeners]) listener(id);
+}
+
+function take(status, announce = true) {
+  const before = known.get(status.id);
+  // An answer may arrive after a broadcast that is newer than it.
+  if (before && status.updated < before.updated) return before;
+  const now = { ...before, ...status };
+  known.set(status.id, now);
+  if (announce) tell(status.id);
+  if (before && ACTIVE.has(before.state) && !ACTIVE.has(now.state)) for (const ended of endings) ended(now);
+  return now;
+}
+
+async function fetchOne(id) {
+  try {
+    take(await get(`jobs/${encodeURIComponent(id)}`));
+  } catch {
+    tell(id); // a graph from another machine, or a job that was deleted
+  }
+}
+
+/** Fetch the list anew, and the whole status of jobs that are watched. */
+export async function reload() {
+  heard = performance.now();
+  try {
+    const list = await get("jobs?brief=true");
+    const ids = new Set(list.map((job) => job.id));
+    for (const id of known.keys()) if (!ids.has(id)) known.delete(id);
+    for (const job of list) take(job, false);
+    trouble = "";
+  } catch (error) {
+    trouble = error.message;
+  }
+  tell(null);
+  await Promise.all([...watched.keys()].map(fetchOne));
+}
+
+/** Do something with a job; returns its status. Throws Error with the host's words. */
+export async function act(id, action, body = {}) {
+  return take(await post(`jobs/${encodeURIComponent(id)}/${action}`, body));
+}
+
+/** Delete a job that is not at work. Throws Error with the host's words. */
+export async function remove(id) {
+  await post(`jobs/${encodeURIComponent(id)}/delete`);
+  forget(id);
+}
+
+function forget(id) {
+  if (known.delete(id)) tell(id);
+}
+
+/** Begin to listen to the host; called once. */
+export function start() {
+  api.addEventListener(EVENT, ({ detail }) => {
+    heard = performance.now();
+    take(detail);
+  });
+  api.addEventListener(DELETED, ({ detail }) => forget(detail.id));
+  api.addEventListener("reconnected", reload);
+  document.addEventListener("visibilitychange", () => document.hidden || reload());
+  setInterval(() => {
+    const atWork = trouble || all().some((job) => ACTIVE.has(job.state));
+    if (atWork && !document.hidden && performance.now() - heard > QUIET_MILLISECONDS) reload();
+  }, 1000);
+  return reload();
+}

@@ -1,0 +1,79 @@
+// The sidebar tab: the list of jobs, or one of them.
+import { app } from "../../../../scripts/app.js";
+import { fill, h } from "../lib/dom.js";
+import { t } from "../lib/words.js";
+import { JobList } from "./list.js";
+import { find, listen } from "./store.js";
+import { JobView } from "./view.js";
+
+const TAB = "chromakit";
+
+let holder = null; // the element that the host gives while the tab is open
+let root = null;
+let room = null; // what is shown in it
+let opened = null; // the job that is open, kept while the tab is closed
+let unlisten = null;
+
+/** What `registerSidebarTab` takes. */
+export function tab() {
+  return {
+    id: TAB,
+    icon: "pi pi-chart-line",
+    title: "Chroma",
+    tooltip: "chromakit.tab.tooltip", // the host looks it up
+    type: "custom",
+    render,
+    destroy,
+  };
+}
+
+/** Open the tab, at this job if one is given. */
+export function openJobs(id = null) {
+  if (id) opened = id;
+  const tabs = app.extensionManager.sidebarTab;
+  if (tabs.activeSidebarTab?.id !== TAB) tabs.toggleSidebarTab(TAB);
+  else show();
+}
+
+function render(element) {
+  // The host calls this at each of its own renderings.
+  if (holder === element && root?.parentElement === element) return;
+  destroy();
+  holder = element;
+  root = h("div", { class: "chromakit ck-tab" });
+  element.style.setProperty("height", "100%");
+  fill(element, root);
+  show();
+}
+
+function destroy() {
+  unlisten?.();
+  room?.destroy();
+  holder = root = room = unlisten = null;
+}
+
+function show() {
+  if (!root) return;
+  unlisten?.();
+  unlisten = null;
+  room?.destroy();
+  if (opened && !find(opened)) {
+    // Not known yet (the page has just been opened), or no longer there.
+    const wanted = opened;
+    unlisten = listen(() => find(wanted) && opened === wanted && show());
+  }
+  const job = opened && find(opened);
+  room = job ? new JobView(opened, leave) : new JobList(open, () => app.extensionManager.command.execute("Comfy.BrowseTemplates"));
+  fill(root, h("header", {}, h("h1", {}, t("tab.title"))), room.element);
+}
+
+function open(id) {
+  opened = id;
+  show();
+  root?.scrollTo(0, 0);
+}
+
+function leave() {
+  opened = null;
+  show();
+}

@@ -1,0 +1,100 @@
+// One job, open: how far it is, what one can do, its curves, previews, options and log.
+import { fill, h, say } from "../lib/dom.js";
+import { moment } from "../lib/format.js";
+import { t } from "../lib/words.js";
+import { Actions } from "./actions.js";
+import { CurveFeed } from "./curve_feed.js";
+import { Curves } from "./curves.js";
+import { Log, Settings } from "./details.js";
+import { Previews } from "./previews.js";
+import { ACTIVE, find, listen, watch } from "./store.js";
+import { costWords, progressWords, share, showState } from "./words.js";
+
+const POINTS = 1500;
+
+/** A view that follows the store; `back()` is called to leave it. */
+export class JobView {
+  constructor(id, back) {
+    this.id = id;
+    const job = find(id);
+    this.chip = h("span", { class: "ck-chip" });
+    this.numbers = h("div", { class: "ck-strong" });
+    this.cost = h("div", { class: "ck-faint" });
+    this.bar = h("progress", { max: 1, "aria-label": t("job.progress") });
+    this.message = h("div", { class: "ck-message", role: "status" });
+    this.refusal = h("div", { class: "ck-error", role: "alert" });
+    this.facts = h("div", { class: "ck-faint" });
+    this.warnings = h("ul", { class: "ck-warnings" });
+    this.actions = new Actions(job, (text) => say(this.refusal, text));
+    this.curves = new Curves();
+    this.previews = new Previews();
+    this.settings = new Settings();
+    this.log = new Log(id);
+    const leave = h("button", { type: "button", class: "ck-back", onclick: back }, t("job.back"));
+    const title = h("h2", { class: "ck-clip", title: id }, job.name);
+    this.element = h(
+      "div",
+      { class: "ck-job", "data-job": id },
+      h("div", { class: "ck-row" }, leave, this.chip),
+      title,
+      this.bar,
+      this.numbers,
+      this.cost,
+      this.message,
+      this.actions.element,
+      this.refusal,
+      this.facts,
+      this.warnings,
+      this.curves.element,
+      h("h3", {}, t("previews.title")),
+      this.previews.element,
+      this.settings.element,
+      this.log.element,
+    );
+    this.feed = new CurveFeed(id, POINTS, (curve) => this.curves.show(curve));
+    this.state = null;
+    const endings = [watch(id), listen((changed) => this.#changed(changed, back))];
+    this.leave = () => endings.forEach((end) => end());
+    this.#show(job);
+  }
+
+  destroy() {
+    this.leave();
+    this.feed.stop();
+    this.curves.destroy();
+  }
+
+  #changed(id, back) {
+    if (id && id !== this.id) return;
+    const job = find(this.id);
+    if (!job) return back(); // deleted, here or in another page
+    this.#show(job);
+    this.feed.refresh();
+    if (job.state !== this.state || job.checkpoint !== this.checkpoint) this.log.refresh();
+    this.state = job.state;
+    this.checkpoint = job.checkpoint;
+  }
+
+  #show(job) {
+    showState(this.chip, job);
+    this.bar.value = share(job);
+    this.bar.hidden = !ACTIVE.has(job.state);
+    say(this.numbers, progressWords(job));
+    say(this.cost, costWords(job));
+    say(this.message, job.message || "");
+    this.message.classList.toggle("ck-error", job.state === "failed");
+    this.actions.show(job);
+    const file = job.lora_name || job.model_name;
+    const heldout = job.heldout_loss != null && job.heldout_loss_base != null && percent(job);
+    const facts = [file && t("job.file", { file }), heldout, t("job.created", { when: moment(job.created) })];
+    say(this.facts, facts.filter(Boolean).join(" · "));
+    fill(this.warnings, (job.warnings ?? []).map((warning) => h("li", { class: "ck-warning" }, warning)));
+    this.previews.show(job);
+    this.settings.show(job);
+  }
+}
+
+function percent(job) {
+  const change = 100 * (job.heldout_loss / job.heldout_loss_base - 1);
+  return t("job.heldout", { loss: job.heldout_loss.toFixed(4), change: `${change > 0 ? "+" : ""}${change.toFixed(1)}` });
+}

@@ -1,0 +1,48 @@
+// A job in words: its state, how far it is, what it needs.
+import { h, say } from "../lib/dom.js";
+import { bytes, duration, loss } from "../lib/format.js";
+import { t } from "../lib/words.js";
+import { ACTIVE } from "./store.js";
+
+/** "running", "running, yielding to the queue", … */
+export function stateWords(job) {
+  const state = t(`state.${job.state}`);
+  return job.yielded ? t("state.yielding", { state }) : state;
+}
+
+/** A label with the state's colour. */
+export function stateChip(job) {
+  const chip = h("span", { class: "ck-chip" });
+  showState(chip, job);
+  return chip;
+}
+
+/** Bring a label up to date. */
+export function showState(chip, job) {
+  chip.dataset.state = job.yielded ? "yielding" : job.state;
+  say(chip, stateWords(job));
+}
+
+/** "120 / 600 · loss 0.3120 · 2 min 5 s left" */
+export function progressWords(job) {
+  const parts = [`${job.step} / ${job.steps}`];
+  const value = job.loss_smooth ?? job.loss;
+  if (value != null) parts.push(t("job.loss", { loss: loss(value) }));
+  if (job.state === "running" && job.eta_seconds != null) parts.push(t("job.left", { time: duration(job.eta_seconds) }));
+  return parts.join(" · ");
+}
+
+/** "0.52 s a step · 1.04 GiB": what a step takes, and memory in use. */
+export function costWords(job) {
+  const parts = [];
+  if (job.step_seconds != null) parts.push(t("job.a_step", { time: duration(job.step_seconds) }));
+  if (job.memory?.device != null) {
+    const peak = job.memory.device_peak;
+    parts.push(t(peak ? "job.on_device_peak" : "job.on_device", { now: bytes(job.memory.device), peak: bytes(peak) }));
+  } else if (job.memory) parts.push(t("job.in_process", { now: bytes(job.memory.process) }));
+  if (job.train_seconds && !ACTIVE.has(job.state)) parts.push(t("job.trained_for", { time: duration(job.train_seconds) }));
+  return parts.join(" · ");
+}
+
+/** From 0 to 1. */
+export const share = (job) => (job.steps ? job.step / job.steps : 0);

@@ -1,0 +1,153 @@
+// A chart of values over training steps: uPlot with the page's colours, zoom by mouse and keyboard, a logarithmic scale.
+import uPlot from "../vendor/uplot.js";
+import { h } from "./dom.js";
+import { t } from "./words.js";
+
+const ZOOM_STEP = 0.8;
+const PAN_STEP = 0.15;
+
+/** Colours for several lines of equal rank, told apart in both themes. */
+export const LINES = ["#3b82f6", "#e08e0b", "#22a861", "#d6457f", "#8b5cf6", "#0ea5b7", "#c2410c", "#7c8a0a"];
+
+/**
+ * A chart in a holder that it makes: `element`, `show(data)`, `setLogarithmic(on)`, `reset()`, `destroy()`.
+ *
+ * series: `{label, colour, width, alpha, points, dash, value}` for each column of the data but the first, which is the
+ * step. A colour is a CSS colour or the name of one of our CSS variables. data: columns as uPlot takes them.
+ */
+export class Chart {
+  constructor({ series, height = 190, logarithmic = false, label }) {
+    this.series = series;
+    this.height = height;
+    this.logarithmic = logarithmic;
+    this.data = null;
+    this.plot = null;
+    this.zoomed = false;
+    this.element = h("div", { class: "ck-chart", tabIndex: 0, role: "img", "aria-label": label, title: t("chart.help") });
+    this.element.addEventListener("keydown", (event) => this.#key(event));
+    this.resizes = new ResizeObserver(() => this.#fit());
+    this.resizes.observe(this.element);
+    // A theme changes the variables that the colours come from; what is drawn on a canvas does not follow by itself.
+    this.themes = new MutationObserver(() => this.ink !== this.#colour("--ck-ink") && this.#build());
+    for (const root of [document.documentElement, document.body]) {
+      this.themes.observe(root, { attributes: true, attributeFilter: ["class", "style"] });
+    }
+  }
+
+  /** Draw these columns; a zoom stays. */
+  show(data) {
+    this.data = data;
+    if (!this.plot) return this.#build();
+    const x = { ...this.plot.scales.x };
+    this.plot.setData(this.#drawable(data), !this.zoomed);
+    if (this.zoomed) this.plot.setScale("x", { min: x.min, max: x.max });
+    this.#showLast();
+  }
+
+  /** Another set of lines. */
+  setSeries(series, data) {
+    this.series = series;
+    this.data = data;
+    this.#build();
+  }
+
+  setLogarithmic(on) {
+    this.logarithmic = on;
+    this.#build();
+  }
+
+  /** Show all steps again. */
+  reset() {
+    this.zoomed = false;
+    if (this.data) this.plot?.setData(this.#drawable(this.data), true);
+  }
+
+  destroy() {
+    this.resizes.disconnect();
+    this.themes.disconnect();
+    this.plot?.destroy();
+    this.plot = null;
+  }
+
+  #colour(name) {
+    return name.startsWith("--") ? getComputedStyle(this.element).getPropertyValue(name).trim() || "#888" : name;
+  }
+
+  /** On a logarithmic scale there is no place for zero. */
+  #drawable(data) {
+    if (!this.logarithmic) return data;
+    return data.map((column, i) => (i ? column.map((value) => (value > 0 ? value : null)) : column));
+  }
+
+  #build() {
+    if (!this.data || !this.element.isConnected || !this.element.clientWidth) return;
+    const window_ = this.zoomed && this.plot ? { ...this.plot.scales.x } : null;
+    this.plot?.destroy();
+    this.ink = this.#colour("--ck-ink");
+    const [faint, line] = [this.#colour("--ck-faint"), this.#colour("--ck-line")];
+    const axis = { stroke: faint, grid: { stroke: line, width: 0.5 }, ticks: { stroke: line, width: 0.5 }, font: "11px system-ui" };
+    const lines = this.series.map((one) => ({
+      label: one.label,
+      stroke: this.#colour(one.colour),
+      width: one.width ?? 1.5,
+      alpha: one.alpha ?? 1,
+      dash: one.dash,
+      spanGaps: true,
+      points: { show: one.points ?? false, size: 6 },
+      value: (_, value) => (value == null ? "–" : (one.value ?? ((v) => v.toPrecision(4)))(value)),
+    }));
+    this.plot = new uPlot(
+      {
+        width: this.element.clientWidth,
+        height: this.height,
+        scales: { x: { time: false }, y: this.logarithmic ? { distr: 3 } : {} },
+        axes: [{ ...axis, size: 28 }, { ...axis, size: 52 }],
+        series: [{ label: t("chart.step"), value: (_, value) => value ?? "–" }, ...lines],
+        cursor: { drag: { x: true, y: false }, points: { size: 6 } },
+        hooks: { setSelect: [(plot) => plot.select.width > 0 && (this.zoomed = true)] },
+      },
+      this.#drawable(this.data),
+      this.element,
+    );
+    this.plot.over.addEventListener("dblclick", () => (this.zoomed = false));
+    this.plot.over.addEventListener("mouseleave", () => setTimeout(() => this.#showLast()));
+    if (window_) this.plot.setScale("x", { min: window_.min, max: window_.max });
+    this.#showLast();
+  }
+
+  /** While the mouse points at nothing, the legend has the newest values. */
+  #showLast() {
+    if (this.plot?.cursor.idx == null) this.plot?.setLegend({ idx: this.data[0].length - 1 });
+  }
+
+  #fit() {
+    if (!this.plot) return this.#build();
+    if (this.element.clientWidth) this.plot.setSize({ width: this.element.clientWidth, height: this.height });
+  }
+
+  #key(event) {
+    if (!this.plot || !this.data?.[0]?.length) return;
+    const { min, max } = this.plot.scales.x;
+    const span = max - min;
+    const move = (low, high) => {
+      this.zoomed = true;
+      this.plot.setScale("x", { min: low, max: high });
+    };
+    const inset = (span * (1 - ZOOM_STEP)) / 2;
+    const keys = {
+      "+": () => move(min + inset, max - inset),
+      "-": () => move(min - inset / ZOOM_STEP, max + inset / ZOOM_STEP),
+      ArrowLeft: () => move(min - span * PAN_STEP, max - span * PAN_STEP),
+      ArrowRight: () => move(min + span * PAN_STEP, max + span * PAN_STEP),
+      0: () => this.reset(),
+    };
+    const work = keys[event.key === "=" ? "+" : event.key];
+    if (!work) return;
+    event.preventDefault();
+    event.stopPropagation();
+    work();
+  }
+}
+
+/** Several charts' columns over one axis of steps. */
+export const joined = (tables) => uPlot.join(tables);

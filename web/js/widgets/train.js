@@ -1,0 +1,142 @@
+// The panel on Chroma Train LoRA: state, bar, curve, the last preview, pause and stop. It shows what the store knows about
+// the job that the node started, and holds no truth of its own.
+import { fill, h, say } from "../lib/dom.js";
+import { address } from "../lib/http.js";
+import { addPanel, chain } from "../lib/node_panel.js";
+import { drawSpark, sparkElement } from "../lib/spark.js";
+import { t } from "../lib/words.js";
+import { CurveFeed } from "../jobs/curve_feed.js";
+import { ACTIVE, act, find, listen, watch } from "../jobs/store.js";
+import { openJobs } from "../jobs/tab.js";
+import { progressWords, share, showState } from "../jobs/words.js";
+
+const HEIGHT = 148; // pixels
+const POINTS = 200;
+const SIDE = 256;
+
+class Panel {
+  constructor(node) {
+    this.node = node;
+    this.chip = h("span", { class: "ck-chip" });
+    this.numbers = h("span", { class: "ck-clip" });
+    this.bar = h("progress", { max: 1, value: 0, "aria-label": t("job.progress") });
+    this.curve = sparkElement(t("curves.chart"));
+    this.sample = h("img", { class: "ck-last", alt: t("train.last_preview"), hidden: true });
+    this.note = h("span", { class: "ck-faint ck-clip" });
+    this.pause = this.#button(() => (this.job?.state === "paused" ? "resume" : "pause"));
+    this.stop = this.#button(() => "stop");
+    this.stop.title = t("action.stop_tip");
+    this.open = h("button", { type: "button", title: t("train.open_tip"), onclick: () => openJobs(this.id) }, t("train.open"));
+    this.element = h(
+      "div",
+      { class: "chromakit ck-node chromakit-train" },
+      h("div", { class: "ck-row ck-fixed" }, this.chip, this.numbers),
+      this.bar,
+      h("div", { class: "ck-look" }, this.curve, this.sample),
+      h("div", { class: "ck-row ck-fixed" }, this.note, h("span", { class: "ck-group ck-fixed" }, this.pause, this.stop, this.open)),
+    );
+    this.unlisten = listen((id) => (!id || id === this.id) && this.#show());
+    this.#show();
+  }
+
+  #button(action) {
+    const made = h("button", { type: "button" });
+    made.addEventListener("click", async () => {
+      try {
+        await act(this.id, action());
+      } catch (error) {
+        this.#tell(error.message);
+      }
+    });
+    return made;
+  }
+
+  get id() {
+    return this.node.properties?.chromakitJob;
+  }
+
+  get job() {
+    return this.id ? find(this.id) : undefined;
+  }
+
+  /** Remember the job that the node started, in the node, so that a saved or reloaded graph finds it. */
+  start(id) {
+    this.node.properties ??= {};
+    this.node.properties.chromakitJob = id;
+    this.follow();
+  }
+
+  /** Follow the job that the node remembers. */
+  follow() {
+    if (this.following !== this.id) {
+      this.unwatch?.();
+      this.feed?.stop();
+      this.following = this.id;
+      this.unwatch = this.id ? watch(this.id) : null;
+      this.feed = this.id ? new CurveFeed(this.id, POINTS, (curve) => this.#draw(curve)) : null;
+      fill(this.curve);
+      this.sample.hidden = true;
+    }
+    this.#show();
+  }
+
+  destroy() {
+    this.unlisten();
+    this.unwatch?.();
+    this.feed?.stop();
+  }
+
+  #tell(text) {
+    say(this.note, text);
+    this.note.title = text;
+  }
+
+  #draw(curve) {
+    drawSpark(this.curve, curve.step, [
+      { values: curve.loss, colour: "var(--ck-accent)", width: 1, opacity: 0.35 },
+      { values: curve.loss_smooth, colour: "var(--ck-accent)", width: 2 },
+    ]);
+  }
+
+  #show() {
+    const job = this.job;
+    const active = Boolean(job) && ACTIVE.has(job.state);
+    this.pause.disabled = this.stop.disabled = !active;
+    this.open.disabled = !job;
+    say(this.pause, t(job?.state === "paused" ? "action.resume" : "action.pause"));
+    say(this.stop, t("action.stop_short"));
+    this.bar.value = job ? share(job) : 0;
+    if (!job) {
+      this.chip.dataset.state = "none";
+      say(this.chip, t("train.no_job"));
+      say(this.numbers, "");
+      return this.#tell(t("train.queue_to_start"));
+    }
+    showState(this.chip, job);
+    say(this.numbers, progressWords(job));
+    this.numbers.title = progressWords(job);
+    this.#tell(job.message || job.lora_name || job.model_name || job.warnings?.[0] || "");
+    this.note.classList.toggle("ck-error", job.state === "failed");
+    const last = job.samples?.length ? job.samples.length - 1 : -1;
+    this.sample.hidden = last < 0;
+    if (last >= 0) {
+      const query = new URLSearchParams({ side: SIDE, v: `${job.samples[last]} ${job.created}` });
+      const source = address(`jobs/${encodeURIComponent(job.id)}/samples/${last}?${query}`);
+      if (this.sample.getAttribute("src") !== source) this.sample.src = source;
+    }
+    this.feed?.refresh();
+  }
+}
+
+/** Put the panel on a node. */
+export function attachTrain(node) {
+  const panel = new Panel(node);
+  addPanel(node, "chromakit_status", panel.element, HEIGHT);
+  chain(node, {
+    onExecuted(output) {
+      if (output?.chromakit_job?.[0]) panel.start(output.chromakit_job[0]);
+    },
+    onConfigure: () => panel.follow(),
+    onRemoved: () => panel.destroy(),
+  });
+}

@@ -1,4 +1,4 @@
-"""The curve of a job: read on from where it was, thinned without losing a spike, begun anew when steps were taken back."""
+"""The curve of a job: read on from where it was, thinned with its spikes, begun anew when steps were taken back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from chroma_core.training.objective import HELDOUT_SIGMAS
 
 
 def step(number: int, loss: float) -> dict[str, float]:
-    return {"step": number, "loss": loss, "loss_smooth": 0.5, "lr": 2e-4, "grad_norm": 1.5, "sigma": 0.4, "seconds": 0.1}
+    fixed = {"loss_smooth": 0.5, "lr": 2e-4, "grad_norm": 1.5, "sigma": 0.4, "seconds": 0.1}
+    return {"step": number, "loss": loss, **fixed}
 
 
 def write(path: Path, count: int, first: int = 1, spike: int | None = None) -> MetricsLog:

@@ -11,18 +11,7 @@ import pytest
 from PIL import Image
 
 from _host import Host
-from prompts import finish, job_of, train
-
-ACTIVE = ("queued", "preparing", "running", "paused")
-
-
-def until_not(server: Host, job: str, states: tuple[str, ...]) -> str:
-    """The job's state once it has left `states`."""
-    deadline = time.monotonic() + 120
-    while (state := server.get(f"/chromakit/jobs/{job}")["state"]) in states:
-        assert time.monotonic() < deadline, state
-        time.sleep(0.1)
-    return state
+from prompts import ACTIVE, finish, job_of, train, until_not
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from _host import Host
+
 Result = TypeVar("Result")
 Prompt = dict[str, dict[str, Any]]
 EXAMPLES = "sks_emblem"
+ACTIVE = ("queued", "preparing", "running", "paused")
+"""States of a job that is not over."""
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -65,6 +70,15 @@ def train(name: str, steps: int = 4, **inputs: Any) -> Prompt:
 def job_of(history: dict[str, Any]) -> str:
     """The job id that a prompt with a train node ended with."""
     return history["outputs"]["train"]["chromakit_job"][0]
+
+
+def until_not(server: Host, job: str, states: tuple[str, ...] = ACTIVE) -> str:
+    """The job's state once it has left `states`."""
+    deadline = time.monotonic() + 120
+    while (state := server.get(f"/chromakit/jobs/{job}")["state"]) in states:
+        assert time.monotonic() < deadline, state
+        time.sleep(0.1)
+    return state
 
 
 def finish(work: Coroutine[Any, Any, Result]) -> Result:

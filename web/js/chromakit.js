@@ -15,11 +15,12 @@ app.registerExtension({
   async init() {
     linkStyles();
     await loadWords();
+    await start();
   },
   async setup() {
     app.extensionManager.registerSidebarTab(tab());
     startNotices(wantsNotices);
-    await Promise.all([start(), startSettings()]);
+    await startSettings();
   },
   nodeCreated(node) {
     if (node.comfyClass === "ChromaTrainLora") attachTrain(node);

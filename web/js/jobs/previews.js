@@ -80,6 +80,7 @@ class Strip {
     this.after = chosen || samples.at(-1);
     fill(this.row, samples.map((sample) => this.#thumbnail(sample)));
     this.#compare();
+    this.choice.parentElement.hidden = samples.length < 2;
     if (atEnd) this.row.scrollLeft = this.row.scrollWidth;
   }
 
@@ -148,6 +149,7 @@ class Slider {
       image.alt = t("previews.step", sample);
     }
     this.link.href = after.whole;
+    this.frame.classList.toggle("ck-single", before.source === after.source);
     say(this.labels[0], t("previews.step", before));
     say(this.labels[1], t("previews.step", after));
   }

@@ -6,9 +6,12 @@ export function duration(seconds) {
   if (seconds == null || !Number.isFinite(seconds)) return "";
   const whole = Math.round(seconds);
   const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor((whole % 3600) / 60), whole % 60];
-  if (hours) return t("time.hours", { hours, minutes });
-  if (minutes) return t("time.minutes", { minutes, seconds: rest });
-  return t("time.seconds", { seconds: seconds < 1 ? seconds.toFixed(2) : rest });
+  const text = hours
+    ? t("time.hours", { hours, minutes })
+    : minutes
+      ? t("time.minutes", { minutes, seconds: rest })
+      : t("time.seconds", { seconds: seconds < 1 ? seconds.toFixed(2) : rest });
+  return text.replaceAll(" ", "\u00a0"); // never broken over two lines
 }
 
 /** A loss: four decimals, or an exponent where they would show nothing. */

@@ -15,7 +15,15 @@ export function addPanel(node, name, element, height) {
   });
   widget.serialize = false;
   const size = () => element.style.setProperty("min-height", `${pixels()}px`);
+  // A node is measured before it has our panel, and a saved graph may be older than it.
+  const makeRoom = () => {
+    const [width, height] = node.size;
+    const needed = node.computeSize()[1];
+    if (height < needed) node.setSize([width, needed]);
+  };
   size();
+  setTimeout(makeRoom);
+  chain(node, { onConfigure: () => setTimeout(makeRoom) });
   return {
     widget,
     /** After a change of height: take the room, or give it back. */

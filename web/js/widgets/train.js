@@ -117,7 +117,7 @@ class Panel {
     this.numbers.title = progressWords(job);
     this.#tell(job.message || job.lora_name || job.model_name || job.warnings?.[0] || "");
     this.note.classList.toggle("ck-error", job.state === "failed");
-    const last = job.samples?.length ? job.samples.length - 1 : -1;
+    const last = firstOfLast(job.samples ?? []);
     this.sample.hidden = last < 0;
     if (last >= 0) {
       const query = new URLSearchParams({ side: SIDE, v: `${job.samples[last]} ${job.created}` });
@@ -126,6 +126,12 @@ class Panel {
     }
     this.feed?.refresh();
   }
+}
+
+/** The number of the first prompt's preview of the last step that has any; -1 without previews. */
+function firstOfLast(samples) {
+  const step = samples.at(-1)?.replace(/-\d+\.png$/, "-");
+  return samples.findIndex((name) => name.startsWith(step));
 }
 
 /** Put the panel on a node. */

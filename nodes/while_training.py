@@ -30,6 +30,8 @@ WITHOUT_DEVICE = frozenset(
 )  # fmt: skip
 """Nodes, the host's among them, that compute nothing on the device. Chroma Load Model only describes the model."""
 
+DETAILS = "This host takes no prompts while a training job is at work, but for those that need no device."
+
 _changing = threading.Lock()
 _choice = YIELD
 _choices: tuple[str, ...] = (YIELD,)
@@ -38,7 +40,11 @@ _choices: tuple[str, ...] = (YIELD,)
 def start() -> None:
     """Read the choice and see to it that it has effect. Called once, when the host loads the pack."""
     global _choice, _choices
-    can = {YIELD: True, FINISH: host.hold_prompts(_holds, _passes), REFUSE: host.refuse_prompts(refusal, _passes)}
+    can = {
+        YIELD: True,
+        FINISH: host.hold_prompts(_holds, _passes),
+        REFUSE: host.refuse_prompts(refusal, DETAILS, _passes),
+    }
     _choices = tuple(choice for choice in CHOICES if can[choice])
     if missing := [choice for choice in CHOICES if not can[choice]]:
         host.log.warning(
@@ -94,25 +100,29 @@ def change(values: Any) -> dict[str, Any]:
 
 
 def refusal() -> str | None:
-    """Why a prompt is refused now, and what to do; None when it is not (any thread)."""
+    """Why a prompt is refused now, and what to do; None when it is not (any thread).
+
+    Short, and without a full stop: the window shows about 130 letters of it.
+    """
     job = jobs.at_work() if _choice == REFUSE else None
     if job is None:
         return None
     return (
-        f"The training job '{job['name']}' has the machine ({_how_far(job)}), and this host refuses prompts until it "
-        "has ended. Pause the job, wait for its end, or choose under Settings → Chroma that training yields to prompts."
+        f"Refused while '{job['name']}' trains ({_how_far(job)}). Pause the job, wait, or choose otherwise in "
+        "Settings → Chroma"
     )
 
 
 def check_accepted() -> None:
     """Raises JobError with the refusal, if prompts are refused now."""
     if reason := refusal():
-        raise JobError(reason)
+        raise JobError(f"{reason}. {DETAILS}")
 
 
 def _how_far(job: dict[str, Any]) -> str:
-    words = f"{job['state']}, step {job['step']} of {job['steps']}"
-    left = job.get("eta_seconds") if job["state"] == "running" else None
+    if job["state"] != "running":
+        return job["state"]
+    words, left = f"step {job['step']} of {job['steps']}", job.get("eta_seconds")
     for unit, seconds in (("h", 3600), ("min", 60), ("s", 1)):
         if left and left >= 2 * seconds:
             return f"{words}, about {round(left / seconds)} {unit} left"

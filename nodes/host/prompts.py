@@ -62,11 +62,12 @@ async def queue_prompt(prompt: dict[str, Any], extra: dict[str, Any]) -> str:
 
 
 def refuse_prompts(
-    refusal: Callable[[], str | None], passes: Callable[[dict[str, Any], list[str] | None], bool]
+    refusal: Callable[[], str | None], details: str, passes: Callable[[dict[str, Any], list[str] | None], bool]
 ) -> bool:
     """From now on the host's own `POST /prompt` answers 400 with `refusal()`, if that is a text, but for what passes.
 
     Args:
+        details: what there is to say beyond it; some parts of the window show it, after a colon.
         passes: whether a prompt (API format, ids of the output nodes that it is to run for or None) may run all the
             same.
     Returns:
@@ -79,8 +80,7 @@ def refuse_prompts(
             prompt, targets = await _asked(request)
             if prompt is not None and not passes(prompt, targets):
                 log.info("ChromaKit: a prompt was refused. %s", reason)
-                # The window shows the message alone, or "message: details", so the message says it all.
-                error = {"type": "chromakit_training", "message": reason, "details": "", "extra_info": {}}
+                error = {"type": "chromakit_training", "message": reason, "details": details, "extra_info": {}}
                 return web.json_response({"error": error, "node_errors": {}}, status=400)
         return await handler(request)
 

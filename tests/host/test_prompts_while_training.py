@@ -106,10 +106,8 @@ def test_a_prompt_gets_the_machine_within_one_step(server: Host, job: str):
             step = status(server, job)["step"]
             entry = server.wait(server.post_prompt(text_to_image(seed=seed, steps=8)))
             queued = entry["prompt"][3]["create_time"] / 1000
-            times = {
-                name: body["timestamp"] / 1000 for name, body in entry["status"]["messages"] if "timestamp" in body
-            }
-            ended = times["execution_success"]
+            messages = dict(entry["status"]["messages"])
+            started, ended = (messages[f"execution_{name}"]["timestamp"] / 1000 for name in ("start", "success"))
             after = [moment for moment in written if queued < moment < ended]
             print(
                 f"prompt {seed}: {len(after)} step(s) ended after it was queued, "
@@ -117,7 +115,7 @@ def test_a_prompt_gets_the_machine_within_one_step(server: Host, job: str):
                 f"a step takes {status(server, job)['step_seconds']} s; at step {step}"
             )
             assert len(after) <= 1
-            assert started - queued < 0.5, "the prompt starts at once"
+            assert started - queued < 3, "the prompt starts at once"
             goes_on(server, job)
     finally:
         watching.set()
@@ -215,8 +213,9 @@ def test_refused_prompts_say_why(server: Host, job: str):
         error = answer["error"]
         assert (code, error["type"], answer["node_errors"]) == (400, "chromakit_training", {})
         assert {"type", "message", "details", "extra_info"} == set(error)
-        for words in ("'beside prompts'", "running, step ", f"of {ENDLESS}", "Pause the job", "Settings → Chroma"):
+        for words in ("'beside prompts'", "step ", f"of {ENDLESS}, about", "Pause the job", "Settings → Chroma"):
             assert words in error["message"]
+        assert len(error["message"]) < 140, "the window cuts off what is longer"
     with pytest.raises(PromptRejected):
         server.post_prompt({**light(server, job), **text_to_image(seed=48)})
     code, answer = server.post("/chromakit/requests", {"model": "tiny", "prompts": [{"prompt": "a star"}]})

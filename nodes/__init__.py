@@ -19,9 +19,11 @@ from . import (
     sampling,
     schedule,
     settings,
+    settings_routes,
     text,
     tools,
     training,
+    while_training,
 )
 
 ROOMS = (
@@ -49,6 +51,8 @@ class ChromaKitExtension(ComfyExtension):
         routes.register(host.server_routes())
         job_routes.register(host.server_routes())
         request_routes.register(host.server_routes())
+        settings_routes.register(host.server_routes())
+        while_training.start()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for room in ROOMS for node in room.NODES]

@@ -17,7 +17,8 @@ DELETED = "chromakit.job.deleted"
 
 _lock = threading.Lock()
 _manager: JobManager | None = None
-_states: dict[str, str] = {}
+_heard_lock = threading.Lock()
+_latest: dict[str, dict[str, Any]] = {}
 _upsets: Counter[str] = Counter()
 
 
@@ -63,11 +64,37 @@ def fingerprint() -> list[tuple[str, int]]:
     return sorted(_upsets.items())
 
 
+def at_work() -> dict[str, Any] | None:
+    """The status of the job that has the machine or is about to take it; None when there is none, or it is paused.
+
+    Any thread. It waits for nothing but a lock of its own, so the host's queue may ask while it is locked itself. Jobs
+    behind a paused one are not about to begin.
+    """
+    with _heard_lock:
+        by_state = {status["state"]: status for status in _latest.values()}
+    for state in ("running", "preparing", "paused", "queued"):
+        if state in by_state:
+            return by_state[state] if state != "paused" else None
+    return None
+
+
 def _heard(status: dict[str, Any]) -> None:
-    """Tell the pages, and note what makes cached results stale. Called from the training thread."""
-    job, state = status["id"], status["state"]
-    before = _states.get(job)
-    _states[job] = state
-    if before != state and (before not in (None, *ACTIVE) or state in ("failed", "interrupted")):
-        _upsets[job] += 1
+    """Tell the pages and the prompts that may wait, and note what makes cached results stale.
+
+    Called from the training thread, or from the one that steered a job; the manager may be locked.
+    """
+    _note(status)
+    host.wake_prompts()
     host.broadcast(EVENT, status)
+
+
+def _note(status: dict[str, Any]) -> None:
+    job, state = status["id"], status["state"]
+    with _heard_lock:
+        latest = _latest.get(job)
+        if latest is not None and latest["updated"] > status["updated"]:
+            return  # another thread has told of a newer one
+        _latest[job] = status
+        before = latest["state"] if latest else None
+        if before != state and (before not in (None, *ACTIVE) or state in ("failed", "interrupted")):
+            _upsets[job] += 1

@@ -14,7 +14,7 @@ from ..chroma_core.errors import ChromaKitError, JobError, LoraError
 from ..chroma_core.requests.request import InferenceRequest
 from ..chroma_core.requests.run import check_loras, lora_uses, model_spec
 from ..chroma_core.requests.to_prompt import to_prompt
-from . import host, jobs
+from . import host, jobs, while_training
 
 NOTE = "chromakit_request"
 """Under which a queued prompt, and each of its PNG files, carries what was asked for and what was made of it."""
@@ -38,6 +38,7 @@ async def _post(request: web.Request) -> web.Response:
     try:
         body = await _body(request)
         asked = InferenceRequest.read(body)
+        while_training.check_accepted()
         names = await asyncio.to_thread(_checked, asked)
         pictures = asked.pictures()
         note = {"request": asked.model_dump(mode="json"), "pictures": [picture.to_dict() for picture in pictures]}
@@ -45,6 +46,8 @@ async def _post(request: web.Request) -> web.Response:
         prompt_id = await host.queue_prompt(to_prompt(asked, pictures, names), extra)
     except _TooLarge as error:
         return _error(413, error)
+    except JobError as error:
+        return _error(409, error)
     except ChromaKitError as error:
         return _error(400, error)
     return web.json_response(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))

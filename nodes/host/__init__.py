@@ -21,6 +21,7 @@ from .folders import (
     loras_folder,
     path_state,
     pictures_folder,
+    settings_file,
 )
 from .memory import components, device, free_models_soon, make_room, memory_report, stay_known
 from .messages import Downloads, Interrupted, Progress, broadcast, log, say, server_routes, wants_previews, warn
@@ -34,8 +35,8 @@ from .model_files import (
     t5_tokenizer,
 )
 from .models import as_host_model, host_vae
-from .prompts import PromptState, cancel_prompt, prompt_state, queue_prompt
-from .queue import busy, computing, waiting, working
+from .prompts import PromptState, cancel_prompt, prompt_state, queue_prompt, refuse_prompts
+from .queue import busy, computing, held_prompts, hold_prompts, waiting, wake_prompts, working
 
 __all__ = [
     "LORAS",
@@ -57,6 +58,8 @@ __all__ = [
     "file_state",
     "folder_state",
     "free_models_soon",
+    "held_prompts",
+    "hold_prompts",
     "host_vae",
     "jobs_folder",
     "load_tensors",
@@ -76,11 +79,14 @@ __all__ = [
     "prompt_state",
     "quantised_folder",
     "queue_prompt",
+    "refuse_prompts",
     "say",
     "server_routes",
+    "settings_file",
     "stay_known",
     "t5_tokenizer",
     "waiting",
+    "wake_prompts",
     "wants_previews",
     "warn",
     "working",

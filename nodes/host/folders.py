@@ -41,6 +41,11 @@ def loras_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / LORAS
 
 
+def settings_file() -> Path:
+    """Where what was chosen for this host is kept, whoever uses it."""
+    return Path(folder_paths.get_user_directory()) / "chromakit" / "settings.json"
+
+
 def lora_names() -> list[str]:
     """LoRA files in the host's LoRA folders, as its own loaders list them."""
     return folder_paths.get_filename_list(LORAS)

@@ -5,17 +5,22 @@ Everything is read from the host's own queue and history, so nothing here is los
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import comfy.model_management as management
 import execution
+from aiohttp import web
 from comfy_execution.progress import get_progress_state
 from server import PromptServer
 
 from ...chroma_core.errors import ConfigError
+
+log = logging.getLogger("chromakit")
 
 PromptStateName = Literal["queued", "running", "done", "failed", "cancelled"]
 
@@ -54,6 +59,47 @@ async def queue_prompt(prompt: dict[str, Any], extra: dict[str, Any]) -> str:
     server.number += 1
     server.prompt_queue.put((number, prompt_id, prompt, extra, outputs, {}))
     return prompt_id
+
+
+def refuse_prompts(
+    refusal: Callable[[], str | None], details: str, passes: Callable[[dict[str, Any], list[str] | None], bool]
+) -> bool:
+    """From now on the host's own `POST /prompt` answers 400 with `refusal()`, if that is a text, but for what passes.
+
+    Args:
+        details: what there is to say beyond it; some parts of the window show it, after a colon.
+        passes: whether a prompt (API format, ids of the output nodes that it is to run for or None) may run all the
+            same.
+    Returns:
+        False: this version of the host starts its server before it loads packs, and nothing is ever refused.
+    """
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
+        if request.method == "POST" and request.path in ("/prompt", "/api/prompt") and (reason := refusal()):
+            prompt, targets = await _asked(request)
+            if prompt is not None and not passes(prompt, targets):
+                log.info("ChromaKit: a prompt was refused. %s", reason)
+                error = {"type": "chromakit_training", "message": reason, "details": details, "extra_info": {}}
+                return web.json_response({"error": error, "node_errors": {}}, status=400)
+        return await handler(request)
+
+    try:
+        PromptServer.instance.app.middlewares.append(middleware)
+    except RuntimeError:  # frozen
+        return False
+    return True
+
+
+async def _asked(request: web.Request) -> tuple[dict[str, Any] | None, list[str] | None]:
+    """Prompt and targets of a `POST /prompt`; None for what the host itself is going to refuse."""
+    try:
+        body = await request.json()  # aiohttp keeps the bytes: the host reads them again
+    except ValueError:
+        return None, None
+    body = body if isinstance(body, dict) else {}
+    prompt, targets = body.get("prompt"), body.get("partial_execution_targets")
+    return prompt if isinstance(prompt, dict) else None, targets if isinstance(targets, list) else None
 
 
 def _refusal(error: Any, node_errors: dict[str, Any]) -> str:

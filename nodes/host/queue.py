@@ -3,24 +3,58 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
+from .holding import Holding, can_hold
+
 _lock = threading.Lock()
 _waiting: set[str] = set()
 _working = 0
+_holding: Holding | None = None
 
 
 def busy() -> bool:
-    """Whether a prompt wants the machine (any thread). One that only waits for a job does not."""
+    """Whether a prompt wants the machine (any thread). One that only waits for a job, or is held, does not."""
     running, pending = PromptServer.instance.prompt_queue.get_current_queue_volatile()
+    holding = _holding if _holding is not None and _holding.holds() else None
+    if holding is not None:
+        running, pending = [item for item in running if not holding.passes(item)], []
     with _lock:
         if running:
             return _working > 0 or any(item[1] not in _waiting for item in running)
         return bool(pending)
+
+
+def hold_prompts(holds: Callable[[], bool], passes: Callable[[dict[str, Any], list[str] | None], bool]) -> bool:
+    """From now on prompts wait in the queue while `holds()`, but for those that pass; one that runs goes on.
+
+    Args:
+        holds: asked often, by any thread and with the queue locked; it must not wait for another lock for long.
+        passes: whether a prompt (API format, ids of the output nodes that it runs for) may run all the same.
+    Returns:
+        False: this version of the host has a queue of another kind, and nothing is ever held.
+    """
+    global _holding
+    queue = PromptServer.instance.prompt_queue
+    if _holding is None and can_hold(queue):
+        _holding = Holding(queue, holds, lambda item: passes(item[2], item[4]))
+    return _holding is not None
+
+
+def wake_prompts() -> None:
+    """What `holds` answers may have changed: held prompts run at once if they may (any thread)."""
+    if _holding is not None:
+        _holding.wake()
+
+
+def held_prompts() -> int:
+    """How many prompts wait because they are held (any thread)."""
+    return _holding.count() if _holding is not None else 0
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from ..chroma_core.errors import ConfigError
 from . import while_training
+from .answers import refused
 
 
 def register(routes: Any) -> None:
@@ -25,14 +26,10 @@ async def _post(request: web.Request) -> web.Response:
     try:
         values = await request.json()
     except ValueError as error:
-        return _error(400, f"The request's body is not JSON: {error}.")
+        return refused(400, f"The request's body is not JSON: {error}.")
     try:
         return web.json_response(await asyncio.to_thread(while_training.change, values))
     except ConfigError as error:
-        return _error(400, error)
+        return refused(400, error)
     except OSError as error:
-        return _error(500, f"The settings could not be written, and stay as they were: {error}.")
-
-
-def _error(status: int, message: object) -> web.Response:
-    return web.json_response({"error": str(message)}, status=status)
+        return refused(500, f"The settings could not be written, and stay as they were: {error}.")

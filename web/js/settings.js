@@ -1,16 +1,12 @@
-// Settings → Chroma. What happens to prompts while a job trains is the host's choice, the same for every page: it is kept
-// there, and shown here as a setting.
+// Settings → Chroma. What prompts do while a job trains is the host's choice, the same for every page: it is kept there,
+// and only shown here as a setting.
 import { app } from "../../../scripts/app.js";
-import { api } from "../../../scripts/api.js";
-import { get, post } from "./lib/http.js";
 import { t } from "./lib/words.js";
 import { notify } from "./jobs/notices.js";
+import { choose, manners, onManners, startManners } from "./jobs/prompts.js";
 
 const PROMPTS = "Chroma.Training.Prompts";
 const NOTICES = "Chroma.Training.Notices";
-const CHANGED = "chromakit.settings";
-
-let hosts = null; // what the host has; null: not known yet
 
 /** What `registerExtension` takes. */
 export function settings() {
@@ -19,11 +15,11 @@ export function settings() {
       id: PROMPTS,
       category: ["Chroma", "Training", "Prompts"],
       name: "Prompts that are queued while a job trains",
-      tooltip: "yield: they run at once, and training waits. finish: they wait for the job. refuse: they are turned away.",
+      tooltip: "One choice for this host, whichever page sets it.",
       type: "combo",
       options: ["yield", "finish", "refuse"],
       defaultValue: "yield",
-      onChange: choose,
+      onChange: changed,
     },
     {
       id: NOTICES,
@@ -38,35 +34,21 @@ export function settings() {
 /** Whether the user wants a notice when a job ends. */
 export const wantsNotices = () => app.extensionManager.setting.get(NOTICES) !== false;
 
+const show = () => app.extensionManager.setting.set(PROMPTS, manners().choice);
+
 /** Show the host's choice, now and when another page or a program changes it. */
 export async function startSettings() {
-  api.addEventListener(CHANGED, ({ detail }) => showHosts(detail));
-  api.addEventListener("reconnected", load);
-  await load();
+  onManners(show);
+  await startManners();
 }
 
-async function load() {
+async function changed(value) {
+  const { choice } = manners();
+  if (choice == null || value === choice) return; // the page is only finding out
   try {
-    await showHosts(await get("settings"));
+    await choose(value);
   } catch (error) {
-    console.warn("ChromaKit: the host's settings could not be read:", error);
-  }
-}
-
-async function showHosts(value) {
-  hosts = value.prompts_while_training;
-  if (app.extensionManager.setting.get(PROMPTS) !== hosts) await app.extensionManager.setting.set(PROMPTS, hosts);
-}
-
-async function choose(value) {
-  if (hosts == null || value === hosts) return; // the page is only finding out
-  const before = hosts;
-  hosts = value;
-  try {
-    await post("settings", { prompts_while_training: value });
-  } catch (error) {
-    hosts = before;
     notify("error", t("settings.refused"), error.message);
-    await app.extensionManager.setting.set(PROMPTS, before);
+    await show();
   }
 }

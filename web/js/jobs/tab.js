@@ -1,9 +1,10 @@
 // The sidebar tab: the list of jobs, or one of them.
 import { app } from "../../../../scripts/app.js";
-import { fill, h } from "../lib/dom.js";
+import { fill, h, say } from "../lib/dom.js";
 import { t } from "../lib/words.js";
 import { JobList } from "./list.js";
-import { find, listen } from "./store.js";
+import { manners, onManners } from "./prompts.js";
+import { ACTIVE, all, find, listen } from "./store.js";
 import { JobView } from "./view.js";
 
 const TAB = "chromakit";
@@ -13,6 +14,8 @@ let root = null;
 let room = null; // what is shown in it
 let opened = null; // the job that is open, kept while the tab is closed
 let unlisten = null;
+let unfollow = null;
+const note = h("p", { class: "ck-faint", role: "status" }); // what prompts do meanwhile
 
 /** What `registerSidebarTab` takes. */
 export function tab() {
@@ -43,13 +46,25 @@ function render(element) {
   root = h("div", { class: "chromakit ck-tab" });
   element.style.setProperty("height", "100%");
   fill(element, root);
+  const ends = [listen(showManners), onManners(showManners)];
+  unfollow = () => ends.forEach((end) => end());
+  showManners();
   show();
+}
+
+/** Say it when prompts do not simply run. */
+function showManners() {
+  const { choice, held } = manners();
+  const atWork = all().some((job) => ACTIVE.has(job.state) && job.state !== "paused");
+  note.hidden = !atWork || choice == null || choice === "yield";
+  if (!note.hidden) say(note, t(held ? "tab.held" : `tab.${choice}`, { held }));
 }
 
 function destroy() {
   unlisten?.();
+  unfollow?.();
   room?.destroy();
-  holder = root = room = unlisten = null;
+  holder = root = room = unlisten = unfollow = null;
 }
 
 function show() {
@@ -64,7 +79,7 @@ function show() {
   }
   const job = opened && find(opened);
   room = job ? new JobView(opened, leave) : new JobList(open, () => app.extensionManager.command.execute("Comfy.BrowseTemplates"));
-  fill(root, h("header", {}, h("h1", {}, t("tab.title"))), room.element);
+  fill(root, h("header", {}, h("h1", {}, t("tab.title")), note), room.element);
 }
 
 function open(id) {

@@ -1,0 +1,49 @@
+// What prompts do while a job trains: the host's one choice (yield, finish or refuse), and how many it holds back.
+import { api } from "../../../../scripts/api.js";
+import { throttled } from "../lib/dom.js";
+import { get, post } from "../lib/http.js";
+
+const CHANGED = "chromakit.settings";
+const MILLISECONDS = 1000;
+
+const listeners = new Set();
+let choice = null; // null: not known yet
+let held = 0;
+
+/** The choice, or null before it is known; and the number of prompts that wait for the job. */
+export const manners = () => ({ choice, held });
+
+/** Call `listener()` when either changed; returns what ends it. */
+export function onManners(listener) {
+  listeners.add(listener);
+  return () => listeners.delete(listener);
+}
+
+function take(found) {
+  choice = found.prompts_while_training;
+  held = found.held;
+  for (const listener of [...listeners]) listener();
+}
+
+async function load() {
+  try {
+    take(await get("settings"));
+  } catch (error) {
+    console.warn("ChromaKit: the host's settings could not be read:", error);
+  }
+}
+
+/** Choose for the host. Throws Error with its words. */
+export async function choose(value) {
+  take(await post("settings", { prompts_while_training: value }));
+}
+
+/** Begin to follow the host; called once. */
+export function startManners() {
+  const again = throttled(load, MILLISECONDS);
+  api.addEventListener(CHANGED, ({ detail }) => take(detail));
+  api.addEventListener("reconnected", load);
+  // The queue became longer or shorter; only then does the number of held prompts change.
+  api.addEventListener("status", () => choice === "finish" && again());
+  return load();
+}

@@ -46,6 +46,7 @@ class ChromaLoadModel(io.ComfyNode):
                 "chroma loader",
                 "chroma checkpoint",
                 "load checkpoint",
+                "checkpoint loader",
                 "load diffusion model",
                 "unet loader",
                 "chroma1-hd",

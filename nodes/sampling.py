@@ -87,6 +87,7 @@ class ChromaSampler(io.ComfyNode):
             search_aliases=[
                 "ksampler",
                 "chroma generate",
+                "generate image",
                 "sample chroma",
                 "text to image",
                 "txt2img",

@@ -28,6 +28,7 @@ SAME_EVERYWHERE = {"Chroma", "ComfyUI", "LoRA", "TensorBoard", "VAE"}
 SYNTAX = re.compile(r"[{}@|%]")
 LITERAL = re.compile(r"\{'[^']*'\}")
 PLACEHOLDER = re.compile(r"\{\w+\}")
+WORD = re.compile(r"[^\W\d_]")
 TOOLTIP_OF_A_SOCKET = re.compile(r"nodeDefs\.\w+\.(inputs|outputs)\.\w+\.tooltip")
 # Of main.json, only these are read by the host's page; the others are our own script's, which compiles nothing.
 COMPILED_IN_MAIN = ("main.settingsCategories.", "main.nodeCategories.", "main.dataTypes.")
@@ -93,7 +94,7 @@ def syntax_problem(key: str, text: str) -> str | None:
         return f"the page shows {found[0]} as it stands here; write the bare character" if found else None
     if not is_compiled(key):
         return None
-    found = SYNTAX.search(PLACEHOLDER.sub("", LITERAL.sub("", text)))
+    found = SYNTAX.search(LITERAL.sub("", text))  # a placeholder too: the host's page has nothing to put in its place
     return f"the page takes {found[0]} for syntax; write {escape(found[0])}" if found else None
 
 
@@ -120,7 +121,7 @@ def translation_problems(english: dict[str, Any], words: dict[str, Any], sources
         source = english[key]
         if not isinstance(text, str) or not isinstance(source, str):
             continue
-        if text == source and text not in SAME_EVERYWHERE:
+        if text == source and text not in SAME_EVERYWHERE and WORD.search(PLACEHOLDER.sub("", text)):
             yield f"{key}: not translated: {text}"
         if sorted(PLACEHOLDER.findall(text)) != sorted(PLACEHOLDER.findall(source)):
             yield f"{key}: other placeholders than in English: {text}"

@@ -79,13 +79,14 @@ def outdated(object_info: dict[str, Any]) -> list[str]:
 
 
 def recorded(still_right: list[str]) -> str:
-    """The text of locales/sources.json as it should be now. Raises SystemExit for a key that no translation has."""
+    """The text of locales/sources.json as it should be now; `still_right` as `_locales.record` has it."""
     english, sources = texts(ENGLISH), load(SOURCES)
-    words = {language: texts(language) for language in translations()}
-    if unknown := [key for key in still_right if not any(key in found for found in words.values())]:
-        raise SystemExit(f"No translation has the key {', '.join(unknown)}. A key looks like {next(iter(english))}.")
-    parts = {name: record(english, found, sources.get(name, {}), still_right) for name, found in words.items()}
-    return as_json(parts)
+    return as_json(
+        {
+            language: record(english, texts(language), sources.get(language, {}), still_right)
+            for language in translations()
+        }
+    )
 
 
 def main() -> int:
@@ -94,6 +95,9 @@ def main() -> int:
     what.add_argument("--check", action="store_true", help="change nothing; exit status 1 if anything is to be done")
     what.add_argument("--still-right", nargs="+", default=[], metavar="KEY", help="translations that stand as they are")
     arguments = parser.parse_args()
+    translated = {key for language in translations() for key in texts(language)}
+    if unknown := [key for key in arguments.still_right if key not in translated]:
+        parser.error(f"no translation has {', '.join(unknown)}; copy the key from what this script says is stale")
     ensure_environment()
     with tempfile.TemporaryDirectory() as base, start_host(Path(base)) as host:
         object_info = host.get("/object_info")

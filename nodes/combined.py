@@ -50,7 +50,14 @@ class ChromaCombineDatasets(io.ComfyNode):
             display_name="Chroma Combine Datasets",
             description="Several data sets for one LoRA, e.g. the pictures to learn and others that should stay as "
             "they are. Chain two of these for more than four.",
-            search_aliases=["merge datasets", "regularisation images", "multiple concepts", "prior preservation"],
+            search_aliases=[
+                "merge datasets",
+                "mix datasets",
+                "regularisation images",
+                "multiple concepts",
+                "class images",
+                "prior preservation",
+            ],
             inputs=[*sets[:2], *weights[:2], *sets[2:], *weights[2:]],
             outputs=[
                 ChromaDatasetType.Output("dataset", tooltip="For Chroma Train LoRA."),

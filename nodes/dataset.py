@@ -21,7 +21,15 @@ class ChromaDataset(io.ComfyNode):
             display_name="Chroma Dataset",
             description="A folder of pictures with .txt captions beside them. Shows what will be trained on and what "
             "was skipped.",
-            search_aliases=["training images", "load dataset", "captions", "train lora dataset"],
+            search_aliases=[
+                "training images",
+                "training data",
+                "load dataset",
+                "captions",
+                "folder of images",
+                "image folder",
+                "train lora dataset",
+            ],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(

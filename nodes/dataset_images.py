@@ -49,7 +49,14 @@ class ChromaDatasetFromImages(io.ComfyNode):
             display_name="Chroma Dataset from Images",
             description="Pictures and captions straight from other nodes. A copy is kept below "
             "output/chromakit/datasets, so that a job can go on with it after a restart.",
-            search_aliases=["images to dataset", "train on images", "caption list", "image batch dataset"],
+            search_aliases=[
+                "images to dataset",
+                "train on images",
+                "training data",
+                "caption list",
+                "image list",
+                "image batch dataset",
+            ],
             is_output_node=True,
             is_input_list=True,
             inputs=[

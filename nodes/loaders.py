@@ -41,7 +41,24 @@ class ChromaLoadModel(io.ComfyNode):
             display_name="Chroma Load Model",
             description="Chooses a Chroma model, from files on this machine or from the Hub, and how to hold it in "
             "memory. Files are checked here; weights are loaded when a node needs them.",
-            search_aliases=["load chroma", "chroma checkpoint", "chroma1-hd", "chroma1-base", "chroma1-flash", "t5"],
+            search_aliases=[
+                "load chroma",
+                "chroma loader",
+                "chroma checkpoint",
+                "load checkpoint",
+                "checkpoint loader",
+                "load diffusion model",
+                "unet loader",
+                "chroma1-hd",
+                "chroma1-base",
+                "chroma1-flash",
+                "t5",
+                "gguf",
+                "fp8",
+                "low vram",
+                "offload",
+                "memory plan",
+            ],
             inputs=[
                 io.Combo.Input(
                     "flavour",

@@ -25,7 +25,7 @@ class ChromaApplyLora(io.ComfyNode):
             node_id="ChromaApplyLora",
             display_name="Chroma Apply LoRA",
             description="Puts a LoRA on the model. Chain several. A LoRA that does not fit is an error, never ignored.",
-            search_aliases=["load lora", "chroma lora", "lora loader", "use lora"],
+            search_aliases=["load lora", "chroma lora", "lora loader", "use lora", "lora strength", "lora stack"],
             inputs=[
                 ChromaModel.Input("model", tooltip="From Chroma Load Model or another Chroma Apply LoRA."),
                 io.Combo.Input(

@@ -25,7 +25,14 @@ class ChromaParity(io.ComfyNode):
             display_name="Chroma Parity",
             description="Paints one picture several times, each time with one number changed, and says which of them "
             "moves it how far. With a job linked, first replays its last preview.",
-            search_aliases=["compare", "mismatch", "preview looks different", "replay preview", "debug lora"],
+            search_aliases=[
+                "compare",
+                "mismatch",
+                "preview looks different",
+                "replay preview",
+                "reproduce",
+                "debug lora",
+            ],
             is_output_node=True,
             inputs=[
                 ChromaModel.Input("model", tooltip="From Chroma Load Model or Chroma Apply LoRA."),

@@ -49,7 +49,7 @@ class ChromaEmptyLatent(io.ComfyNode):
             display_name="Chroma Empty Latent",
             description="Empty latents of a size that Chroma can paint, and that size: sides are floored to "
             "multiples of 32.",
-            search_aliases=["chroma latent", "empty latent", "size", "resolution"],
+            search_aliases=["chroma latent", "empty latent", "size", "image size", "resolution"],
             inputs=[
                 io.Int.Input(
                     "width", default=1024, min=32, max=4096, step=32, tooltip="Pixels. tiny was trained at 64."
@@ -84,7 +84,17 @@ class ChromaSampler(io.ComfyNode):
             display_name="Chroma Sampler",
             description="Paints. The same sampler makes the trainer's previews: same prompt, seed and settings, same "
             "picture.",
-            search_aliases=["ksampler", "chroma generate", "sample chroma", "inpaint", "image to image"],
+            search_aliases=[
+                "ksampler",
+                "chroma generate",
+                "generate image",
+                "sample chroma",
+                "text to image",
+                "txt2img",
+                "image to image",
+                "img2img",
+                "inpaint",
+            ],
             inputs=[
                 ChromaModel.Input("model", tooltip="From Chroma Load Model or Chroma Apply LoRA."),
                 io.Conditioning.Input(

@@ -36,7 +36,7 @@ class ChromaTailSigmas(io.ComfyNode):
             node_id="ChromaTailSigmas",
             display_name="Chroma Tail Sigmas",
             description="Chroma Sampler's schedule as SIGMAS, for the host's SamplerCustomAdvanced.",
-            search_aliases=["chroma scheduler", "sigmas", "tail bias", "flow shift"],
+            search_aliases=["chroma scheduler", "sigmas", "noise schedule", "beta schedule", "tail bias", "flow shift"],
             inputs=[
                 io.Int.Input("steps", default=25, min=1, max=150, tooltip="Steps that the sampler takes."),
                 io.Float.Input("tail_bias", default=0.5, min=0.0, max=1.0, step=0.05, tooltip=TAIL_BIAS_TIP),

@@ -41,7 +41,19 @@ class ChromaTrainingSettings(io.ComfyNode):
             display_name="Chroma Training Settings",
             description="Everything about training beyond the common knobs of Chroma Train LoRA. What you leave "
             "alone is the default.",
-            search_aliases=["training options", "optimizer", "timestep sampling", "sigmas"],
+            search_aliases=[
+                "training options",
+                "optimizer",
+                "learning rate schedule",
+                "weight decay",
+                "gradient accumulation",
+                "timestep sampling",
+                "sigmas",
+                "dora",
+                "lokr",
+                "ema",
+                "full finetune",
+            ],
             inputs=[
                 io.Int.Input(
                     "gradient_accumulation", default=1, min=1, max=256, tooltip="Batches added up before each step."

@@ -17,7 +17,14 @@ class ChromaTextEncode(io.ComfyNode):
             display_name="Chroma Text Encode",
             description="Encodes a prompt with T5, the way Chroma was trained: the real tokens and one visible pad "
             "token.",
-            search_aliases=["chroma prompt", "t5 encode", "clip text encode", "negative prompt"],
+            search_aliases=[
+                "chroma prompt",
+                "t5 encode",
+                "clip text encode",
+                "negative prompt",
+                "trigger word",
+                "conditioning",
+            ],
             inputs=[
                 ChromaTextEncoder.Input("text_encoder", tooltip="From Chroma Load Model."),
                 io.String.Input(

@@ -55,7 +55,15 @@ class ChromaInspectLora(io.ComfyNode):
             display_name="Chroma Inspect LoRA",
             description="What a LoRA holds: layers, rank, alpha, size, base, recipe, trigger word, training, doubts; "
             "and a picture of how much it changes where. Any dialect.",
-            search_aliases=["lora info", "lora metadata", "read lora", "lora details", "analyse lora", "trigger word"],
+            search_aliases=[
+                "lora info",
+                "lora metadata",
+                "read lora",
+                "lora details",
+                "lora layers",
+                "analyse lora",
+                "trigger word",
+            ],
             is_output_node=True,
             inputs=[
                 *_file_inputs(),

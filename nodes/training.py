@@ -44,7 +44,16 @@ class ChromaTrainLora(io.ComfyNode):
             display_name="Chroma Train LoRA",
             description="Makes sure that a training job with these settings exists, and returns at once: it trains "
             "in the background. The same settings are the same job, however often they are queued.",
-            search_aliases=["lora train", "train chroma", "finetune", "dreambooth", "lora trainer"],
+            search_aliases=[
+                "lora train",
+                "lora trainer",
+                "lora training",
+                "train chroma",
+                "finetune",
+                "dreambooth",
+                "learning rate",
+                "resume training",
+            ],
             is_output_node=True,
             inputs=[
                 ChromaModel.Input("model", tooltip="From Chroma Load Model. The job loads its own copy."),
@@ -216,7 +225,7 @@ class ChromaWaitForTraining(io.ComfyNode):
             display_name="Chroma Wait for Training",
             description="Holds this prompt until the job has ended, then hands on the LoRA. Cancel stops the job, "
             "which keeps what it has learnt.",
-            search_aliases=["wait lora", "train and sample", "lora model"],
+            search_aliases=["wait lora", "wait for job", "train and sample", "finished lora", "lora model"],
             inputs=[ChromaJob.Input("job", tooltip="From Chroma Train LoRA.")],
             outputs=[
                 io.LoraModel.Output("lora_model", tooltip="For the host's own Load LoRA Model and Save LoRA Weights."),
@@ -278,7 +287,7 @@ class ChromaTrainingStatus(io.ComfyNode):
             display_name="Chroma Training Status",
             description="How a job is doing right now: state and losses in words, the latest previews, the loss "
             "curve. Queue again to look again.",
-            search_aliases=["training progress", "loss curve", "training preview"],
+            search_aliases=["training progress", "job status", "loss curve", "loss graph", "training preview"],
             is_output_node=True,
             inputs=[ChromaJob.Input("job", tooltip="From Chroma Train LoRA.")],
             outputs=[

@@ -1,0 +1,259 @@
+"""The words of the page: the node search box finds our nodes, and the page speaks the language that is set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from _locales import FOLDER, escape, load, part
+
+READY = "() => window.app?.extensionManager && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
+SHOWN = 20  # results that fit in the search box without scrolling far
+NASTY = "50 % of {a|b} @:c, {'d'} %{e} $f [g] <h>"
+
+# What people type, and the nodes that must then be among the first results.
+QUERIES = {
+    "lora train": "ChromaTrainLora",
+    "train lora": "ChromaTrainLora",
+    "lora trainer": "ChromaTrainLora",
+    "lora training": "ChromaTrainLora",
+    "finetune": "ChromaTrainLora",
+    "dreambooth": "ChromaTrainLora",
+    "learning rate": "ChromaTrainLora",
+    "resume training": "ChromaTrainLora",
+    "load chroma": "ChromaLoadModel",
+    "chroma loader": "ChromaLoadModel",
+    "load checkpoint": "ChromaLoadModel",
+    "load diffusion model": "ChromaLoadModel",
+    "gguf": "ChromaLoadModel",
+    "low vram": "ChromaLoadModel",
+    "sigmas": "ChromaTailSigmas",
+    "scheduler": "ChromaTailSigmas",
+    "noise schedule": "ChromaTailSigmas",
+    "apply lora": "ChromaApplyLora",
+    "lora loader": "ChromaApplyLora",
+    "dataset": "ChromaDataset",
+    "captions": "ChromaDataset",
+    "folder of images": "ChromaDataset",
+    "train on images": "ChromaDatasetFromImages",
+    "merge datasets": "ChromaCombineDatasets",
+    "regularization": "ChromaCombineDatasets",
+    "loss": "ChromaTrainingStatus",
+    "loss graph": "ChromaTrainingStatus",
+    "training progress": "ChromaTrainingStatus",
+    "wait": "ChromaWaitForTraining",
+    "empty latent": "ChromaEmptyLatent",
+    "resolution": "ChromaEmptyLatent",
+    "negative prompt": "ChromaTextEncode",
+    "trigger word": "ChromaTextEncode",
+    "ksampler": "ChromaSampler",
+    "img2img": "ChromaSampler",
+    "inpaint": "ChromaSampler",
+    "text to image": "ChromaSampler",
+    "optimizer": "ChromaTrainingSettings",
+    "dora": "ChromaTrainingSettings",
+    "convert lora": "ChromaConvertLora",
+    "kohya": "ChromaConvertLora",
+    "lora info": "ChromaInspectLora",
+    "compare": "ChromaParity",
+    "guider": "ChromaHostModel",
+}
+TITLES = {"lora 训练": "ChromaTrainLora", "加载模型": "ChromaLoadModel", "采样器": "ChromaSampler"}
+
+
+def setting(window, name: str, value: Any = None) -> Any:
+    """The value of one of the host's settings; sets it first if a value is given."""
+    if value is not None:
+        window.page.evaluate("([n, v]) => window.app.extensionManager.setting.set(n, v)", [name, value])
+    return window.page.evaluate("n => window.app.extensionManager.setting.get(n)", name)
+
+
+def reload(window) -> None:
+    """As a user does; the page asks for the languages and for the nodes when it starts."""
+    window.page.reload()
+    window.page.wait_for_function(READY, timeout=120_000)
+    window.page.wait_for_timeout(1500)
+
+
+@contextmanager
+def changed(window, name: str, value: Any) -> Iterator[None]:
+    """With one of the host's settings changed; the page is reloaded before and after."""
+    before = setting(window, name)
+    setting(window, name, value)
+    try:
+        reload(window)
+        yield
+    finally:
+        setting(window, name, before)
+        reload(window)
+
+
+def one_node(window, node_id: str) -> None:
+    """A graph of one new node, in sight."""
+    window.page.evaluate(
+        """id => {
+            window.app.graph.clear()
+            const node = window.LiteGraph.createNode(id)
+            node.pos = [700, 150]
+            window.app.graph.add(node)
+            window.app.canvas.ds.scale = 1
+            window.app.canvas.ds.offset = [0, 0]
+            window.app.canvas.setDirty(true, true)
+        }""",
+        node_id,
+    )
+    window.page.mouse.move(20, 500)
+    window.page.wait_for_timeout(800)
+
+
+def shown(window) -> dict[str, Any]:
+    """The node's title, and the names that its slots and widgets show."""
+    return window.page.evaluate(
+        """() => {
+            const node = window.app.graph._nodes[0]
+            const slot = s => [s.name, s.label ?? s.localized_name ?? s.name]
+            return {
+                title: node.title,
+                inputs: Object.fromEntries(node.inputs.map(slot)),
+                widgets: Object.fromEntries(node.widgets.map(w => [w.name, w.label ?? w.name])),
+                outputs: node.outputs.map(o => slot(o)[1]),
+            }
+        }"""
+    )
+
+
+def hover(window, widget: str, label: str) -> str:
+    """The tooltip that appears over a widget, in either renderer."""
+    page = window.page
+    if page.locator("[data-node-id]").count():
+        page.locator("[data-node-id]").get_by_text(label, exact=True).first.hover()
+        return page.wait_for_selector(".p-tooltip-text", timeout=10_000).inner_text()
+    x, y = page.evaluate(
+        """name => {
+            const node = window.app.graph._nodes[0]
+            const widget = node.widgets.find(w => w.name === name)
+            const box = window.app.canvas.canvas.getBoundingClientRect()
+            return [box.left + node.pos[0] + 60, box.top + node.pos[1] + widget.last_y + 10]
+        }""",
+        widget,
+    )
+    page.mouse.move(x - 5, y)
+    page.mouse.move(x, y)
+    tip = page.locator(".node-tooltip")
+    tip.wait_for(state="visible", timeout=10_000)
+    return tip.inner_text()
+
+
+@pytest.fixture
+def search(window) -> Iterator[Any]:
+    """Types into the real search box; gives the titles of the first results."""
+    page = window.page
+    page.evaluate("() => window.app.graph.clear()")
+
+    def titles(query: str) -> list[str]:
+        box = page.locator("input[aria-controls=results-list]")
+        if not box.count():
+            page.mouse.dblclick(700, 500)
+        box.wait_for(timeout=10_000)
+        box.fill(query)
+        page.wait_for_timeout(150)
+        return [text.split("\n")[0].strip() for text in page.get_by_test_id("result-item").all_inner_texts()[:SHOWN]]
+
+    yield titles
+    page.keyboard.press("Escape")
+    page.wait_for_timeout(300)
+
+
+def title(language: str, node_id: str) -> str:
+    return load(FOLDER / language / "nodeDefs.json")[part(node_id)]["display_name"]
+
+
+def test_the_search_box_finds_every_node_by_what_people_type(window, search):
+    from _host import pack_node_ids
+
+    assert set(QUERIES.values()) == set(pack_node_ids()), "each node has a query here"
+    results = {query: search(query) for query in QUERIES}
+    search("lora train")
+    window.screenshot("search_lora_train")
+    assert results["lora train"].index(title("en", "ChromaTrainLora")) < 3
+    lost = {query: results[query] for query, node in QUERIES.items() if title("en", node) not in results[query]}
+    assert lost == {}
+
+
+def both_renderers(window) -> Iterator[str]:
+    """Each of the page's two ways of drawing nodes; the setting is put back."""
+    name = "Comfy.VueNodes.Enabled"
+    before = setting(window, name)
+    try:
+        for renderer, value in (("canvas", False), ("vue", True)):
+            setting(window, name, value)
+            yield renderer
+    finally:
+        setting(window, name, before)
+
+
+@pytest.fixture
+def chinese(window) -> Iterator[None]:
+    with changed(window, "Comfy.Locale", "zh"):
+        yield
+
+
+def test_in_chinese_titles_names_tooltips_and_search_are_chinese(window, chinese, search):
+    words = load(FOLDER / "zh" / "nodeDefs.json")["ChromaTailSigmas"]
+    names = {name: slot["name"] for name, slot in words["inputs"].items()}
+    name = "flow_shift_value"
+    for renderer in both_renderers(window):
+        one_node(window, "ChromaTailSigmas")
+        seen = shown(window)
+        assert seen["title"] == words["display_name"] == "Chroma 尾部偏置 Sigmas"
+        assert seen["widgets"] == names and seen["inputs"] == names
+        assert seen["outputs"] == [words["outputs"]["0"]["name"]]
+        tip = hover(window, name, names[name])
+        window.screenshot(f"words_zh_{renderer}")
+        assert tip == words["inputs"][name]["tooltip"]
+        assert "σ' = sσ / (1 + (s − 1)σ)" in tip
+    results = {query: search(query) for query in [*TITLES, "lora train"]}
+    window.screenshot("search_zh")
+    lost = {query: results[query] for query, node in TITLES.items() if title("zh", node) not in results[query]}
+    assert lost == {}
+    assert title("zh", "ChromaTrainLora") in results["lora train"]
+    assert window.ours == []
+
+
+@pytest.fixture
+def nasty_texts(window) -> Iterator[None]:
+    """The page gets texts full of special characters from the host, spelled as build_locales.py spells them."""
+    words = {
+        "display_name": escape(NASTY),
+        "inputs": {"steps": {"name": escape(f"steps {NASTY}"), "tooltip": NASTY}},
+        "outputs": {"0": {"name": escape(NASTY)}},
+    }
+    answer = {"en": {"nodeDefs": {"ChromaTailSigmas": words}}}
+    window.page.route("**/i18n", lambda route: route.fulfill(json=answer))
+    try:
+        reload(window)
+        yield
+    finally:
+        window.page.unroute("**/i18n")
+        reload(window)
+
+
+def test_special_characters_show_as_they_are(window, nasty_texts):
+    """Names go through the page's message compiler and are escaped; tooltips do not, and are not."""
+    for renderer in both_renderers(window):
+        one_node(window, "ChromaTailSigmas")
+        seen = shown(window)
+        assert seen["title"] == NASTY and seen["widgets"]["steps"] == f"steps {NASTY}" and seen["outputs"] == [NASTY]
+        assert hover(window, "steps", f"steps {NASTY}") == NASTY
+        window.screenshot(f"words_special_{renderer}")
+    assert window.ours == []
+
+
+def test_in_english_the_names_are_those_of_the_api(window):
+    one_node(window, "ChromaTrainLora")
+    seen = shown(window)
+    assert seen["title"] == "Chroma Train LoRA"
+    assert all(label == name for name, label in [*seen["inputs"].items(), *seen["widgets"].items()])

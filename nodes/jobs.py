@@ -50,8 +50,9 @@ def find(job: str) -> Job:
 def delete(job: str) -> dict[str, str]:
     """Delete a job that is not at work, and tell the pages. Raises JobError."""
     manager().delete(job)
-    _states.pop(job, None)
-    _upsets[job] += 1
+    with _heard_lock:
+        _latest.pop(job, None)
+        _upsets[job] += 1
     host.broadcast(DELETED, {"id": job})
     return {"id": job}
 

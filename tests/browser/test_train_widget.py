@@ -9,31 +9,9 @@ from contextlib import contextmanager
 import pytest
 
 from _host import Host
+from training_page import ENDLESS, RENDERER, build, stop_all
 
 PANEL = ".chromakit-train"
-ENDLESS = 1_000_000
-BUILD = """async ([name, steps]) => {
-    const graph = window.app.graph;
-    graph.clear();
-    await new Promise(done => setTimeout(done, 100));  // or the page takes the new nodes for the old, by their ids
-    const add = (type, x) => {
-        const node = window.LiteGraph.createNode(type);
-        node.pos = [x, 60];
-        graph.add(node);
-        return node;
-    };
-    const load = add('ChromaLoadModel', 40), dataset = add('ChromaDataset', 440), train = add('ChromaTrainLora', 840);
-    const slot = key => train.inputs.findIndex(input => input.name === key);
-    load.connect(0, train, slot('model'));
-    load.connect(1, train, slot('text_encoder'));
-    dataset.connect(0, train, slot('dataset'));
-    const set = (node, key, value) => { node.widgets.find(widget => widget.name === key).value = value };
-    set(dataset, 'folder', 'sks_emblem');
-    set(dataset, 'trigger', 'sks');
-    set(train, 'name', name);
-    set(train, 'steps', steps);
-    return graph.serialize();
-}"""
 
 
 def wait_for(window, text: str, seconds: float = 120) -> str:
@@ -69,16 +47,14 @@ def late_answers(window, action: str) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_left_training(server: Host):
     yield
-    for job in server.get("/chromakit/jobs"):
-        if job["state"] in ("queued", "preparing", "running", "paused"):
-            server.post(f"/chromakit/jobs/{job['id']}/stop")
+    stop_all(server)
 
 
 @pytest.mark.parametrize("renderer", ["canvas", "vue"])
 def test_a_job_is_watched_paused_and_stopped_from_the_node(window, renderer: str):
     page = window.page
-    page.evaluate("on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", renderer == "vue")
-    graph = page.evaluate(BUILD, [f"from the page, {renderer}", ENDLESS])
+    page.evaluate(RENDERER, renderer == "vue")
+    graph = build(page, f"from the page, {renderer}")
     wait_for(window, "no job yet")
     page.evaluate("() => window.app.queuePrompt(0, 1)")
     wait_for(window, "running")
@@ -88,9 +64,9 @@ def test_a_job_is_watched_paused_and_stopped_from_the_node(window, renderer: str
     assert f"/ {ENDLESS}" in wait_for(window, "loss")
     window.screenshot(f"train_widget_{renderer}")
     with late_answers(window, "pause"), window.page.expect_response("**/pause"):
-        press(window, "pause")
+        press(window, "Pause")
     wait_for(window, "paused")
-    press(window, "resume")
+    press(window, "Resume")
     wait_for(window, "running")
 
     saved = page.evaluate("() => window.app.graph.serialize()")
@@ -98,6 +74,6 @@ def test_a_job_is_watched_paused_and_stopped_from_the_node(window, renderer: str
     wait_for(window, "no job yet")
     window.load(saved)  # as after a reload of the page: the node remembers its job and asks for it
     wait_for(window, "running")
-    press(window, "stop")
+    press(window, "Stop")
     assert ".safetensors" in wait_for(window, "stopped")
     assert window.ours == []

@@ -110,14 +110,14 @@ export class Chart {
       this.element,
     );
     this.plot.over.addEventListener("dblclick", () => (this.zoomed = false));
-    this.plot.over.addEventListener("mouseleave", () => setTimeout(() => this.#showLast()));
+    this.plot.over.addEventListener("mouseleave", () => this.#showLast());
     if (window_) this.plot.setScale("x", { min: window_.min, max: window_.max });
     this.#showLast();
   }
 
-  /** While the mouse points at nothing, the legend has the newest values. */
+  /** While the mouse points at nothing, the legend has the newest values (once uPlot has finished its own drawing). */
   #showLast() {
-    if (this.plot?.cursor.idx == null) this.plot?.setLegend({ idx: this.data[0].length - 1 });
+    setTimeout(() => this.plot?.cursor.idx == null && this.plot?.setLegend({ idx: this.data[0].length - 1 }));
   }
 
   #fit() {

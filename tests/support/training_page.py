@@ -1,0 +1,80 @@
+"""A training graph in the host's page, and waiting for what the page shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from _host import Host
+
+ENDLESS = 1_000_000
+ACTIVE = ("queued", "preparing", "running", "paused")
+
+BUILD = """async ([name, steps, prompt]) => {
+    const graph = window.app.graph;
+    graph.clear();
+    await new Promise(done => setTimeout(done, 100));  // or the page takes the new nodes for the old, by their ids
+    const add = (type, x) => {
+        const node = window.LiteGraph.createNode(type);
+        node.pos = [x, 60];
+        graph.add(node);
+        return node;
+    };
+    const load = add('ChromaLoadModel', 40), dataset = add('ChromaDataset', 440), train = add('ChromaTrainLora', 840);
+    const slot = key => train.inputs.findIndex(input => input.name === key);
+    load.connect(0, train, slot('model'));
+    load.connect(1, train, slot('text_encoder'));
+    dataset.connect(0, train, slot('dataset'));
+    dataset.connect(0, train, slot('validation_dataset'));
+    const set = (node, key, value) => { node.widgets.find(widget => widget.name === key).value = value };
+    set(load, 'precision', 'fp32');
+    set(load, 'text_precision', 'fp32');
+    set(dataset, 'folder', 'sks_emblem');
+    set(dataset, 'trigger', 'sks');
+    set(train, 'name', name);
+    set(train, 'steps', steps);
+    set(train, 'preview_prompt', prompt);
+    return graph.serialize();
+}"""
+
+RENDERER = "on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
+THEME = "name => window.app.extensionManager.setting.set('Comfy.ColorPalette', name)"
+
+
+def build(page: Any, name: str, steps: int = ENDLESS, prompt: str = "") -> dict[str, Any]:
+    """Put a graph that trains on the bundled pictures into the page; returns it as it would be saved."""
+    return page.evaluate(BUILD, [name, steps, prompt])
+
+
+def start(page: Any, server: Host, name: str, steps: int = ENDLESS, prompt: str = "") -> str:
+    """Build the graph, press Run, and return the job's id as soon as the host has it."""
+    build(page, name, steps, prompt)
+    page.evaluate("() => window.app.queuePrompt(0, 1)")
+    found: list[str] = []
+
+    def there() -> bool:
+        found[:] = [job["id"] for job in server.get("/chromakit/jobs?brief=true") if job["name"] == name]
+        return bool(found)
+
+    until(page, server, there, "the job")
+    return found[0]
+
+
+def until(page: Any, server: Host, condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
+    """Wait, with the page alive, until `condition()` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}\n{server.log_tail()}"
+        page.wait_for_timeout(100)
+
+
+def stop_all(server: Host) -> None:
+    """End what still trains, and wait until it has."""
+    for job in server.get("/chromakit/jobs?brief=true"):
+        if job["state"] in ACTIVE:
+            server.post(f"/chromakit/jobs/{job['id']}/stop")
+    deadline = time.monotonic() + 120
+    while any(job["state"] in ACTIVE for job in server.get("/chromakit/jobs?brief=true")):
+        assert time.monotonic() < deadline, server.log_tail()
+        time.sleep(0.1)

@@ -297,7 +297,7 @@ def test_the_host_chooses_what_prompts_do(window, server: Host):
         until(page, server, lambda: page.evaluate(setting) == "refuse", "the page to hear of it")
         job = start(page, server, "while prompts are refused")
         open_list(page)
-        until(page, server, lambda: page.get_by_text("Prompts are refused").is_visible(), "the words in the tab")
+        until(page, server, lambda: page.get_by_text("Prompts are refused while a job").is_visible(), "the words in the tab")
         window.load(json.loads((FOLDER / "chroma_text_to_image.json").read_text(encoding="utf-8")))
         page.evaluate("() => { window.app.queuePrompt(0, 1) }")
         until(page, server, lambda: page.get_by_text("Refused while").count(), "the host's words in the page")

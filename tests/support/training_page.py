@@ -14,6 +14,7 @@ ACTIVE = ("queued", "preparing", "running", "paused")
 BUILD = """async ([name, steps, prompt]) => {
     const graph = window.app.graph;
     graph.clear();
+    window.app.canvas.ds.reset();  // what lies outside of the view is hidden
     await new Promise(done => setTimeout(done, 100));  // or the page takes the new nodes for the old, by their ids
     const add = (type, x) => {
         const node = window.LiteGraph.createNode(type);

@@ -1,0 +1,231 @@
+"""How fast does the Chroma tab open with many jobs, and does the page stay responsive with a long curve?
+
+    python benchmarks/window.py            # prints a table
+    python benchmarks/window.py --write    # and writes it into docs/window.md
+
+It trains one short job on tiny, copies its folder into 50 finished jobs and one with 20 000 steps (the numbers in its
+metrics are made up, everything else is real), starts the host and Chromium, and opens things in the page. Times are
+medians, each beside that of a peer in the same page: for a tab the host's own library of nodes, for a long curve the
+whole metrics file, drawn with every point.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from _environment import ensure_environment  # noqa: E402
+from _host import Host, start_host  # noqa: E402
+from _workflows import change, load_api  # noqa: E402
+
+JOBS, STEPS, ROUNDS = 50, 20_000, 5
+PAGE = ROOT / "docs" / "window.md"
+BEGIN, END = "<!-- window begin -->", "<!-- window end -->"
+READY = "() => window.app?.extensionManager && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+
+OPEN_TAB = """async ([id, selector, count]) => {
+    const tabs = window.app.extensionManager.sidebarTab;
+    if (tabs.activeSidebarTab) tabs.toggleSidebarTab(tabs.activeSidebarTab.id);
+    await new Promise(done => setTimeout(done, 300));
+    const start = performance.now();
+    tabs.toggleSidebarTab(id);
+    while (document.querySelectorAll(selector).length < count) await new Promise(requestAnimationFrame);
+    await new Promise(requestAnimationFrame);
+    return performance.now() - start;
+}"""
+
+OPEN_LONG_JOB = """async job => {
+    const gaps = [];
+    let last = performance.now(), going = true;
+    const frame = now => { gaps.push(now - last); last = now; if (going) requestAnimationFrame(frame); };
+    requestAnimationFrame(frame);
+    const start = performance.now();
+    document.querySelector(`li[data-job="${job}"] .ck-open`).click();
+    while (!document.querySelector('.ck-curves .uplot canvas')) await new Promise(requestAnimationFrame);
+    await new Promise(requestAnimationFrame);
+    const taken = performance.now() - start;
+    await new Promise(done => setTimeout(done, 1500));
+    going = false;
+    document.querySelector('.ck-back').click();
+    return [taken, Math.max(...gaps)];
+}"""
+
+EVERY_POINT = """async ([job, module]) => {
+    const { default: uPlot } = await import(module);
+    const holder = document.body.appendChild(document.createElement('div'));
+    let longest = 0, last = performance.now(), going = true;
+    const frame = now => {
+        longest = Math.max(longest, now - last);
+        last = now;
+        if (going) requestAnimationFrame(frame);
+    };
+    requestAnimationFrame(frame);
+    const start = performance.now();
+    const answer = await fetch(`/chromakit/jobs/${job}/metrics`);
+    const text = await answer.text();
+    const lines = JSON.parse(text).filter(line => line.loss !== undefined);
+    const data = ['step', 'loss', 'loss_smooth'].map(name => lines.map(line => line[name]));
+    const series = [{}, { stroke: 'blue' }, { stroke: 'red' }];
+    new uPlot({ width: 300, height: 220, series, scales: { x: { time: false } } }, data, holder);
+    await new Promise(requestAnimationFrame);
+    const taken = performance.now() - start;
+    await new Promise(done => setTimeout(done, 500));
+    going = false;
+    holder.remove();
+    return [taken, longest, text.length];
+}"""
+
+
+def first_job(host: Host) -> Path:
+    """A short real job with previews; its folder."""
+    host.run(change(load_api("chroma_train_lora"), "ChromaTrainLora", steps=4, preview_every=2, name="one of many"))
+    job = host.get("/chromakit/jobs")[0]["id"]
+    while host.get(f"/chromakit/jobs/{job}")["state"] != "completed":
+        time.sleep(0.2)
+    return host.base / "output" / "chromakit" / "jobs" / job
+
+
+def multiply(folder: Path) -> str:
+    """Copies of a job's folder, and one with a long curve; returns that one's id."""
+    values = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    for number in range(1, JOBS):
+        copy(folder, f"{folder.name[:-8]}{number:08x}", values | {"created": values["created"] - 60 * number})
+    steps = {
+        **values,
+        "steps": STEPS,
+        "step": STEPS,
+        "config": {**values["config"], "steps": STEPS, "name": "a long one"},
+    }
+    long = copy(folder, "a-long-one-0000beef", steps)
+    draws, smooth = random.Random(0), 0.6
+    with (long / "metrics.jsonl").open("w", encoding="utf-8") as file:
+        for step in range(1, STEPS + 1):
+            loss = 0.3 + 0.3 * math.exp(-step / 4000) + draws.gauss(0, 0.08)
+            smooth = 0.98 * smooth + 0.02 * loss
+            line: dict[str, Any] = {"step": step, "loss": loss, "loss_smooth": smooth, "lr": 2e-4, "grad_norm": 1.0}
+            file.write(json.dumps({**line, "sigma": 0.5, "seconds": 0.61}) + "\n")
+            if step % 250 == 0:
+                by_sigma = [smooth * (1 + i / 10) for i in range(10)]
+                file.write(json.dumps({"step": step, "heldout_loss": smooth, "heldout_by_sigma": by_sigma}) + "\n")
+    return long.name
+
+
+def copy(folder: Path, name: str, values: dict[str, Any]) -> Path:
+    made = folder.parent / name
+    shutil.copytree(folder, made)
+    (made / "job.json").write_text(json.dumps({**values, "id": name}), encoding="utf-8")
+    return made
+
+
+def measure(host: Host, long: str, chromium: str) -> dict[str, Any]:
+    """Milliseconds and bytes, by what they are for."""
+    from playwright.sync_api import sync_playwright
+
+    host.post("/api/settings", {"Comfy.TutorialCompleted": True})
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        page = browser.new_context(viewport={"width": 1600, "height": 1000}).new_page()
+        page.goto(host.url)
+        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_timeout(3000)
+        found: dict[str, list[Any]] = {"tab": [], "peer_tab": [], "long": [], "peer_long": []}
+        for _ in range(ROUNDS + 1):
+            found["peer_tab"].append(page.evaluate(OPEN_TAB, ["node-library", ".p-tree-node, [role=treeitem]", 5]))
+            found["tab"].append(page.evaluate(OPEN_TAB, ["chromakit", ".ck-list li", JOBS + 1]))
+            found["long"].append(page.evaluate(OPEN_LONG_JOB, long))
+            module = "/extensions/chromakit/js/vendor/uplot.js"
+            found["peer_long"].append(page.evaluate(EVERY_POINT, [long, module]))
+        browser.close()
+    rounds = {name: values[1:] for name, values in found.items()}  # the first one of each warms up
+    started = time.perf_counter()
+    brief = len(host.request("GET", "/chromakit/jobs?brief=true")[1])
+    listing = 1000 * (time.perf_counter() - started)
+    curve = len(host.request("GET", f"/chromakit/jobs/{long}/curve?points=1500")[1])
+    return {
+        "tab": statistics.median(rounds["tab"]),
+        "first_tab": found["tab"][0],
+        "peer_tab": statistics.median(rounds["peer_tab"]),
+        "long": statistics.median(taken for taken, _ in rounds["long"]),
+        "first_long": found["long"][0][0],
+        "long_gap": max(gap for _, gap in found["long"]),
+        "peer_long": statistics.median(taken for taken, *_ in rounds["peer_long"]),
+        "peer_gap": max(gap for _, gap, _ in found["peer_long"]),
+        "peer_bytes": rounds["peer_long"][0][2],
+        "curve_bytes": curve,
+        "list_bytes": brief,
+        "list": listing,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The measurements for people."""
+    rows = [
+        ("what", "ours", "peer", "ours ÷ peer"),
+        ("---", "---", "---", "---"),
+        (
+            f"opening the tab, {JOBS + 1} jobs in it",
+            f"{found['tab']:.0f} ms (the first time {found['first_tab']:.0f})",
+            f"the host's node library: {found['peer_tab']:.0f} ms",
+            f"{found['tab'] / found['peer_tab']:.2f}",
+        ),
+        (
+            f"opening a job of {STEPS} steps until its curve is drawn",
+            f"{found['long']:.0f} ms (the first time, when the host reads the file, {found['first_long']:.0f})",
+            f"all metrics, every point drawn: {found['peer_long']:.0f} ms",
+            f"{found['long'] / found['peer_long']:.2f}",
+        ),
+        (
+            "what is sent for that curve",
+            f"{found['curve_bytes'] / 1024:.0f} KiB",
+            f"{found['peer_bytes'] / 1024:.0f} KiB",
+            f"{found['curve_bytes'] / found['peer_bytes']:.3f}",
+        ),
+        (
+            "longest time without a frame while it opens",
+            f"{found['long_gap']:.0f} ms",
+            f"{found['peer_gap']:.0f} ms",
+            f"{found['long_gap'] / found['peer_gap']:.2f}",
+        ),
+    ]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines[1] = "|---|---|---|---|"
+    size, taken = found["list_bytes"] / 1024, found["list"]
+    about = f"The list of {JOBS + 1} jobs is {size:.0f} KiB, which the host answers within {taken:.0f} ms."
+    return "\n".join([*lines, "", about])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
+    options = parser.parse_args()
+    ensure_environment()
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name)
+        with start_host(base) as host:
+            folder = first_job(host)
+        long = multiply(folder)
+        with start_host(base) as host:
+            text = table(measure(host, long, options.chromium))
+    print(text)
+    if options.write:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

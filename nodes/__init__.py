@@ -11,6 +11,7 @@ from . import (
     dataset_images,
     host,
     loaders,
+    look_routes,
     lora,
     parity,
     request_routes,
@@ -47,6 +48,7 @@ class ChromaKitExtension(ComfyExtension):
     async def on_load(self) -> None:
         routes.register(host.server_routes())
         request_routes.register(host.server_routes())
+        look_routes.register(host.server_routes())
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for room in ROOMS for node in room.NODES]

@@ -30,18 +30,18 @@ class Dataset extends LivePanel {
     const assumed = found.size_from === "assumed" ? "size_assumed" : found.size_from === "model" ? "size_model" : "size";
     const counts = this.t("counts", { pictures: found.pictures, captions: found.captions });
     const again = h("button", { type: "button", class: "ck-quiet", onclick: () => this.again(), "aria-label": this.t("again"), title: this.t("again") }, "⟳");
-    const size = h("span", { class: "ck-faint ck-clip", title: this.t(`${assumed}_tip`) }, this.t(assumed, { size: found.size }));
+    const size = h("li", { class: "ck-faint", title: this.t(`${assumed}_tip`) }, this.t(assumed, { size: found.size }));
     fill(
       this.body,
-      h("div", { class: "ck-row ck-nowrap", title: found.summary.join("\n") }, h("span", { class: "ck-strong" }, counts), size, again),
-      this.chips(found.buckets),
+      h("div", { class: "ck-row ck-nowrap", title: found.summary.join("\n") }, h("span", { class: "ck-strong ck-clip" }, counts), again),
+      this.chips(size, found.buckets),
       this.warnings(found.warnings),
       this.sheet(found),
     );
   }
 
-  /** The sizes that are trained, the most frequent first: shape, size, count. */
-  chips(buckets) {
+  /** What size is meant, and the sizes that are trained, the most frequent first: shape, size, count. */
+  chips(size, buckets) {
     const sorted = [...buckets].sort((a, b) => b.count - a.count);
     const rest = sorted.slice(CHIPS);
     const chip = ({ width, height, count }) => {
@@ -50,7 +50,7 @@ class Dataset extends LivePanel {
       return h("li", { class: "ck-chip" }, h("i", { style: shape, "aria-hidden": "true" }), `${width}×${height}`, h("b", {}, String(count)));
     };
     const more = rest.length && h("li", { class: "ck-faint", title: rest.map((b) => `${b.width}×${b.height}: ${b.count}`).join("\n") }, this.t("more", { count: rest.length }));
-    return h("ul", { class: "ck-chips", "aria-label": this.t("buckets") }, sorted.slice(0, CHIPS).map(chip), more || null);
+    return h("ul", { class: "ck-chips", "aria-label": this.t("buckets") }, size, sorted.slice(0, CHIPS).map(chip), more || null);
   }
 
   warnings(texts) {

@@ -9,6 +9,7 @@ const OPEN = 344;
 const OPENED = "chromakitPlanOpen";
 const NAMES = ["flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup"];
 const FILES = ["folder", "transformer", "text_encoder", "vae"];
+const PUBLISHED = "as published";
 const MARKS = {
   "recommended for sampling": "recommended_sampling",
   "recommended for training": "recommended_training",
@@ -30,8 +31,10 @@ class Plan extends LivePanel {
     return this.open ? OPEN : CLOSED;
   }
 
+  /** The widgets; but the size of somebody's own files under the flavour tiny is not known here. */
   question() {
-    return this.values(NAMES);
+    const own = FILES.some((name) => ![undefined, PUBLISHED].includes(valueOf(this.node, name)));
+    return own && valueOf(this.node, "flavour") === "tiny" ? this.t("own_files") : this.values(NAMES);
   }
 
   get open() {
@@ -67,8 +70,6 @@ class Plan extends LivePanel {
 
   /** One line: what the chosen row needs, and whether it fits. */
   line(plan, row) {
-    const unknown = valueOf(this.node, "flavour") === "tiny" && FILES.some((name) => this.isOwn(name));
-    if (unknown) return h("span", { class: "ck-warning" }, this.t("own_files"));
     const [sampling, training] = ["sampling", "training"].map((purpose) => row.fits.includes(purpose));
     const budget = plan.shared ? plan.host_budget_bytes : plan.device_budget_bytes;
     const need = (purpose) => (plan.shared ? row.host_bytes : row[`${purpose}_bytes`]);
@@ -82,11 +83,6 @@ class Plan extends LivePanel {
       host_budget: gib(plan.host_budget_bytes),
     });
     return h("span", { class: key === "fits" ? "ck-fits" : "ck-warning", title: text }, text);
-  }
-
-  isOwn(name) {
-    const value = valueOf(this.node, name);
-    return value != null && value !== "as published";
   }
 
   table(plan) {

@@ -102,6 +102,8 @@ def test_every_panel_shows_its_node_in_both_themes(panels: Panels):
     panels.shows("density", "(?s)Trained noise levels.*Learning rate, if it were 1000 steps")
     tiles = panels.of("dataset").locator("img")
     assert tiles.count() == 12 and tiles.first.evaluate("image => image.complete && image.naturalWidth === 112")
+    sheet = panels.of("dataset").locator("a.ck-tiles").get_attribute("href")
+    assert panels.window.server.request("GET", sheet)[0] == 200
     for name in ("sigmas", "density"):
         box, plot = panels.of(name).bounding_box(), panels.of(name).locator("svg").first.bounding_box()
         assert box and plot and plot["height"] > 40 and plot["y"] + plot["height"] <= box["y"] + box["height"]
@@ -143,6 +145,26 @@ def test_panels_follow_the_widgets_and_say_what_is_wrong(panels: Panels):
     panels.shows("plan", r"Needs 0\.\d+ of [\d.]+ GiB: fits")
     panels.set("ChromaLoadModel", transformer="mine.safetensors")
     panels.shows("plan", "choose the flavour of your files")
+
+
+def test_a_value_that_the_user_changes_on_the_node_is_followed(panels: Panels):
+    panels.shows("sigmas", "25 steps at")
+    if panels.renderer == "vue":
+        row = panels.page.locator('[data-testid="node-widget"]', has_text=re.compile("^steps"))
+        row.first.locator("button").last.click()
+    else:  # the arrow on the right of the canvas's first widget
+        x, y = panels.page.evaluate(
+            f"""() => {{
+                {FIND}
+                const node = of('ChromaTailSigmas'), widget = node.widgets[0];
+                const {{ scale, offset }} = window.app.canvas.ds;
+                const box = window.app.canvas.canvas.getBoundingClientRect();
+                const [x, y] = [node.pos[0] + node.size[0] - 22, node.pos[1] + widget.y + 10];
+                return [box.left + (x + offset[0]) * scale, box.top + (y + offset[1]) * scale];
+            }}"""
+        )
+        panels.page.mouse.click(x, y)
+    panels.shows("sigmas", "26 steps at")
 
 
 def test_the_data_set_is_looked_at_for_the_model_that_it_will_train(panels: Panels):

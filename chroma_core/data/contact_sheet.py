@@ -196,7 +196,7 @@ def _thumbnail(picture: Picture, scan: DatasetScan, bucket: Size, side: int) -> 
     size = max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale))
     if scale < 1:
         image = load_picture(picture.path, scan.config.background, 2 * side)
-        small = image.resize(size, Image.Resampling.LANCZOS, crop_box(*image.size, bucket), reducing_gap=3.0)
+        small = image.resize(size, Image.Resampling.LANCZOS, crop_box(*image.size, bucket))
     else:  # what is trained at so few pixels is shown with just those
         image = resize_and_crop(load_picture(picture.path, scan.config.background), bucket)
         small = image.resize(size, Image.Resampling.NEAREST)

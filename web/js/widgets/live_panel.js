@@ -7,6 +7,7 @@ import { t } from "../lib/words.js";
 
 export const SETTING = "Chroma.Panels";
 const WAIT = 250;
+const OPERATING = ["Enter", " ", "ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"];
 
 const panels = new Set();
 
@@ -41,14 +42,21 @@ export class LivePanel {
     this.body = h("div", { class: "ck-body" });
     this.root = h("section", { class: "chromakit ck-node ck-live", "aria-label": this.t("title") }, this.body, this.note);
     this.root.dataset.panel = name;
-    // The page's own shortcuts (Delete, Ctrl+C, arrows …) are not meant for what has the focus here.
-    this.root.addEventListener("keydown", (event) => event.key !== "Escape" && event.stopPropagation());
+    // What works a button, a disclosure or a plot is not meant for the page's own shortcuts; Ctrl+Enter is.
+    this.root.addEventListener("keydown", (event) => {
+      if (OPERATING.includes(event.key) && !event.ctrlKey && !event.metaKey) event.stopPropagation();
+    });
     this.panel = addPanel(node, `chromakit_${name}`, this.root, () => (this.on ? this.height() : 0));
     this.touch = debounced(() => this.ask(), WAIT);
     onWidgets(node, touchAll);
-    chain(node, { onAdded: () => panels.add(this) && this.touch(), onRemoved: () => panels.delete(this) });
-    panels.add(this);
+    // Not before it stands in a graph: the page also makes nodes that it only shows, in its library for one.
+    chain(node, { onAdded: () => this.start(), onRemoved: () => panels.delete(this) });
     if (!this.on) this.hide(true);
+  }
+
+  start() {
+    panels.add(this);
+    this.toggle(isOn());
     this.touch();
   }
 

@@ -316,3 +316,15 @@ def test_the_sampler_shows_what_it_paints_while_it_paints(window: Any, server: H
             assert time.monotonic() < deadline
             page.wait_for_timeout(200)
     assert window.ours == []
+
+
+def test_the_setting_stands_under_chroma(window: Any):
+    page = window.page
+    page.evaluate("() => window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    try:
+        page.get_by_text("Chroma", exact=True).first.click()
+        page.get_by_text("Show live panels on nodes").first.wait_for()
+        window.screenshot("node_widgets_setting")
+    finally:
+        page.keyboard.press("Escape")
+    assert window.ours == []

@@ -12,6 +12,7 @@ from . import (
     host,
     job_routes,
     loaders,
+    look_routes,
     lora,
     parity,
     request_routes,
@@ -51,6 +52,7 @@ class ChromaKitExtension(ComfyExtension):
         routes.register(host.server_routes())
         job_routes.register(host.server_routes())
         request_routes.register(host.server_routes())
+        look_routes.register(host.server_routes())
         settings_routes.register(host.server_routes())
         while_training.start()
 

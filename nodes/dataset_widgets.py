@@ -6,18 +6,12 @@ from typing import Any, get_args
 
 from comfy_api.latest import io, ui
 
-from ..chroma_core.data.contact_sheet import contact_sheet, most_telling, summary
+from ..chroma_core.data.contact_sheet import summary
 from ..chroma_core.data.dataset import CaptionSource, DatasetConfig
 from ..chroma_core.data.scan import scan
 from ..chroma_core.errors import ConfigError
+from .dataset_look import FALLBACK_SIZE, sheet_of
 from .sockets import ChromaDatasetType, to_image
-
-SHOWN = 16
-"""Pictures on the contact sheet."""
-CELL = 256
-"""Pixels a side of its thumbnails: captions are legible when the sheet is opened at full size."""
-FALLBACK_SIZE = 1024
-"""Pixels that the sheet's buckets are computed for when the size is left to the model."""
 
 _ADVANCED: dict[str, Any] = {"optional": True, "advanced": True}
 
@@ -252,8 +246,7 @@ def shown(node: type[io.ComfyNode], config: DatasetConfig, remark: str = "") -> 
     """The outputs of a node for one data set, looked at: contact sheet and summary, with `remark` as its last line."""
     found = scan(config)
     text = "\n".join(filter(None, [summary(found, FALLBACK_SIZE), remark]))
-    sheet = contact_sheet(most_telling(found, SHOWN), found, FALLBACK_SIZE, cell=CELL)
-    preview = ui.PreviewImage(to_image([sheet]), cls=node).as_dict()
+    preview = ui.PreviewImage(to_image([sheet_of(found, FALLBACK_SIZE)]), cls=node).as_dict()
     return io.NodeOutput((config,), text, ui={**preview, "text": (text,)})
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..chroma_core.latents import snap_size
 from ..chroma_core.schedule import FlowShift, sampling_sigmas
@@ -78,33 +79,36 @@ class ChromaTailSigmas(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        return io.NodeOutput(sigmas_of(**widgets))
+
+
+def sigmas_of(
+    steps: int,
+    tail_bias: float,
+    flow_shift: str,
+    flow_shift_value: float,
+    width: int,
+    height: int,
+    denoise: float,
+    spacing: Spacing = "linear",
+    start_step: int = 0,
+    end_step: int = 0,
+) -> Tensor:
+    """The noise levels that the node's widgets mean. Raises ConfigError."""
+    width, height = snap_size(width, height)
+    shift = flow_shift_of(flow_shift, flow_shift_value)
+    assert shift is not None
+    return sampling_sigmas(
         steps,
-        tail_bias,
-        flow_shift,
-        flow_shift_value,
-        width,
-        height,
-        denoise,
-        spacing="linear",
-        start_step=0,
-        end_step=0,
-    ) -> io.NodeOutput:
-        width, height = snap_size(width, height)
-        shift = flow_shift_of(flow_shift, flow_shift_value)
-        assert shift is not None
-        sigmas = sampling_sigmas(
-            steps,
-            width * height // 256,
-            tail_bias=tail_bias,
-            flow_shift=shift,
-            denoise=denoise,
-            spacing=spacing,
-            start_step=start_step,
-            end_step=end_step or None,
-        )
-        return io.NodeOutput(sigmas)
+        width * height // 256,
+        tail_bias=tail_bias,
+        flow_shift=shift,
+        denoise=denoise,
+        spacing=spacing,
+        start_step=start_step,
+        end_step=end_step or None,
+    )
 
 
 NODES = [ChromaTailSigmas]

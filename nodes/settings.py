@@ -355,15 +355,16 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
         **({"recipe_overrides": overrides} if overrides else {}),
         "objective": {
             **{name: inputs[name] for name in OBJECTIVE if name in inputs},
-            "draw": inputs["sigma_draw"],
-            "remap": inputs["sigma_remap"],
-            "scale": inputs["sigma_scale"],
-            "flow_shift": flow_shift_of(inputs["sigma_shift"], inputs["sigma_shift_value"]),
-            "minimum": inputs["sigma_minimum"],
-            "maximum": inputs["sigma_maximum"],
+            **sigma_fields(inputs),
         },
         "previews": {name: inputs[f"preview_{name}"] for name in PREVIEWS if f"preview_{name}" in inputs},
     }
+
+
+def sigma_fields(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The node's sigma widgets as fields of `SigmaSettings`."""
+    plain = {name: inputs[f"sigma_{name}"] for name in ("draw", "remap", "scale", "minimum", "maximum")}
+    return {**plain, "flow_shift": flow_shift_of(inputs["sigma_shift"], inputs["sigma_shift_value"])}
 
 
 NODES = [ChromaTrainingSettings]

@@ -62,7 +62,7 @@ def crop_box(
     """
     scale = min(width / bucket[0], height / bucket[1])
     w, h = bucket[0] * scale, bucket[1] * scale
-    left, top = (width - w) * position, (height - h) * position
+    left, top = max(0.0, (width - w) * position), max(0.0, (height - h) * position)
     # Rounding must not put an edge outside of the picture, which Pillow refuses.
     return left, top, min(left + w, width), min(top + h, height)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance
 
-from .buckets import Size, resize_and_crop
+from .buckets import Size, crop_box, resize_and_crop
 from .masks import load_mask
 from .notes import notes
 from .picture import Picture, bucket_of
@@ -30,6 +30,11 @@ def bucket_counts(scan: DatasetScan, default_resolution: int) -> list[tuple[Size
     for item in scan.items:
         counts.update({bucket_of(item, config, size) for size in config.sizes(default_resolution)})
     return sorted(counts.items())
+
+
+def different_captions(scan: DatasetScan) -> int:
+    """How many captions there are, each counted once."""
+    return len({caption for item in scan.items for caption in item.captions})
 
 
 def most_telling(scan: DatasetScan, limit: int) -> list[Picture]:
@@ -76,14 +81,22 @@ def contact_sheet(
     return sheet
 
 
+def thumbnail(picture: Picture, scan: DatasetScan, default_resolution: int, side: int) -> Image.Image | None:
+    """One picture as a contact sheet shows it, at most `side` pixels wide and high; None when it cannot be decoded."""
+    bucket = bucket_of(picture, scan.config, scan.config.sizes(default_resolution)[0])
+    try:
+        return _thumbnail(picture, scan, bucket, side)
+    except UnreadablePicture:
+        return None
+
+
 def summary(scan: DatasetScan, default_resolution: int) -> str:
     """Counts, buckets and warnings, one a line."""
     config = scan.config
     sizes = ", ".join(f"{w}×{h}: {n}" for (w, h), n in bucket_counts(scan, default_resolution))
-    captions = {caption for item in scan.items for caption in item.captions}
     uses = sum(item.repeats for item in scan.items) * config.repeats
     lines = [
-        f"{len(scan.items)} pictures, {len(captions)} different captions"
+        f"{len(scan.items)} pictures, {different_captions(scan)} different captions"
         + (f", trigger word “{config.trigger}”" if config.trigger else "")
         + (f", {config.repeats} repeats" if config.repeats > 1 else "")
         + (f", {uses} uses in an epoch" if uses != len(scan.items) * config.repeats else "")
@@ -99,8 +112,7 @@ def _head(scan: DatasetScan, shown: int, default_resolution: int, font: Font, wi
     """Name, counts, and one chip a bucket: its shape, its size, how many pictures have it."""
     line, config = round(font.size * 1.35), scan.config
     large = font_of(round(font.size * 1.25))
-    captions = len({caption for item in scan.items for caption in item.captions})
-    facts = [f"{len(scan.items)} pictures", f"{captions} different captions"]
+    facts = [f"{len(scan.items)} pictures", f"{different_captions(scan)} different captions"]
     facts += [f"trigger “{config.trigger}”"] if config.trigger else []
     facts += [f"{config.repeats} repeats"] if config.repeats > 1 else []
     facts += ["regularisation"] if config.regularisation else []
@@ -180,10 +192,14 @@ def _tile(
 
 def _thumbnail(picture: Picture, scan: DatasetScan, bucket: Size, side: int) -> Image.Image:
     """The picture as it is cropped, with what its mask leaves out darkened. Raises UnreadablePicture."""
-    image = resize_and_crop(load_picture(picture.path, scan.config.background), bucket)
     scale = min(side / bucket[0], side / bucket[1])
     size = max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale))
-    small = image.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    if scale < 1:
+        image = load_picture(picture.path, scan.config.background, 2 * side)
+        small = image.resize(size, Image.Resampling.LANCZOS, crop_box(*image.size, bucket))
+    else:  # what is trained at so few pixels is shown with just those
+        image = resize_and_crop(load_picture(picture.path, scan.config.background), bucket)
+        small = image.resize(size, Image.Resampling.NEAREST)
     if picture.masked and (mask := load_mask(picture.path, picture.mask)) is not None:
         dark = ImageEnhance.Brightness(small).enhance(_UNTRAINED)
         trained = resize_and_crop(mask, bucket).resize(size, Image.Resampling.BILINEAR)

@@ -70,15 +70,18 @@ def picture_size(path: Path) -> tuple[int, int]:
     return facts.width, facts.height
 
 
-def load_picture(path: Path, background: str = "white") -> Image.Image:
+def load_picture(path: Path, background: str = "white", least: int = 0) -> Image.Image:
     """Decode a picture: upright by its EXIF, transparency laid over `background`, 16 bits reduced to 8, first frame.
 
-    Colour profiles are not applied. A JPEG of more than 89 million pixels comes at half its size. Raises
+    Colour profiles are not applied. A JPEG of more than 89 million pixels comes at half its size; with `least` above 0,
+    which is for thumbnails, any JPEG at the eighth, quarter or half whose sides have so many pixels. Raises
     UnreadablePicture.
     """
     try:
         with Image.open(path) as opened:
-            if opened.width * opened.height > _HUGE:
+            if least:
+                opened.draft(None, (least, least))
+            elif opened.width * opened.height > _HUGE:
                 opened.draft(None, (opened.width // 2, opened.height // 2))
             picture = ImageOps.exif_transpose(opened)
             if picture.mode.startswith("I") or picture.mode == "F":

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ..errors import DataError
@@ -18,6 +20,8 @@ from .picture_files import OTHER_EXTENSIONS, PICTURE_EXTENSIONS, PictureFacts, U
 from .remarks import Findings, describe_skipped, remarks
 
 _REPEAT_FOLDER = re.compile(r"(\d+)_")
+_SETTLED = 2.0
+"""Seconds: a file that was written so recently could be written again with the very same time."""
 
 
 @dataclass(frozen=True)
@@ -205,4 +209,17 @@ def _folder_repeats(name: str) -> int:
 
 
 def _sha256(path: Path) -> str:
+    """The file's hash; remembered, since a set is looked at again and again while its options are chosen."""
+    found = path.stat()
+    if time.time() - max(found.st_mtime, found.st_ctime) < _SETTLED:
+        return _hash(path)
+    return _remembered(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@lru_cache(maxsize=100_000)
+def _remembered(path: Path, *_state: int) -> str:
+    return _hash(path)
+
+
+def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

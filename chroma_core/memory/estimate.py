@@ -7,15 +7,15 @@ peaks and the choice from `plan`, the machine from `machine`. Nothing here reads
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..flavours import flavour
 from ..loading.spec import Offload
 from .activations import TEXT_TOKENS
 from .anatomy import anatomy
-from .machine import GIB, Machine, in_gib, machine
-from .plan import CHOICES, Purpose, Recommendation, Settings, fits_on, peaks
+from .machine import Machine, in_gib, machine
+from .plan import Purpose, Recommendation, Settings, peaks
 from .plan import recommend as _recommend
 
 
@@ -144,74 +144,3 @@ def recommend(
         target=target if isinstance(target, str) else tuple(target),
     )
     return _recommend(settings, on or machine(), purpose)
-
-
-def plan_table(
-    flavour_name: str,
-    precision_name: str | None = None,
-    *,
-    size: int | None = None,
-    batch_size: int = 1,
-    rank: int = 16,
-    gradient_checkpointing: bool = True,
-    text_precision: str = "bf16",
-    offload: Offload = "none",
-    resident_blocks: int = 2,
-    offload_during_startup: bool = False,
-    on: Machine | None = None,
-) -> str:
-    """For people: what every precision and offload mode needs on a machine (None: this one), and what to choose.
-
-    The row of `precision_name` and `offload` is marked as chosen (None: no row is), the recommended ones as such; a
-    recommended row may differ from the rest in T5's precision and in gradient checkpointing. Raises as `estimate`.
-    """
-    on = on or machine()
-    chosen = Settings(
-        flavour_name,
-        precision_name or CHOICES[0],
-        text_precision,
-        offload,
-        resident_blocks,
-        offload_during_startup,
-        size if size is not None else flavour(flavour_name).size,
-        batch_size,
-        rank,
-        gradient_checkpointing=gradient_checkpointing,
-    )
-    sampling, training = _recommend(chosen, on, "sampling"), _recommend(chosen, on, "training")
-    notes: dict[Settings, list[str]] = {}
-    for name in dict.fromkeys((*CHOICES, chosen.precision)):
-        for mode in get_args(Offload):
-            row = replace(chosen, precision=name, offload=mode)
-            notes[row] = ["chosen"] if precision_name and row == chosen else []
-            for found in (sampling, training):
-                if (found.precision, found.offload) == (name, mode):
-                    notes.setdefault(found.applied_to(chosen), []).append(
-                        f"recommended for {found.purpose}" if found.fits else f"needs least in {found.purpose}"
-                    )
-    unit, scale = ("MiB", 2**20) if peaks(chosen).sampling < GIB else ("GiB", GIB)
-    header = ("precision", "T5", "offload", "sampling", "training", "computer", "fits")
-    rows = [header, *(_row(settings, on, scale, marks) for settings, marks in notes.items())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    about = (
-        f"{unit} for {chosen.size} pixels, batch {batch_size}, LoRA rank {rank}. Sampling and training: peak on the "
-        f"device (usable: {in_gib(on.device_budget)}); computer: peak of its memory (usable: {in_gib(on.host_budget)})."
-    )
-    return "\n".join([*lines, "", about, sampling.sentence, training.sentence])
-
-
-def _row(settings: Settings, on: Machine, scale: int, marks: list[str]) -> tuple[str, ...]:
-    found = peaks(settings, on.shared)
-    purposes: tuple[Purpose, ...] = get_args(Purpose)
-    fits = [purpose for purpose in purposes if fits_on(settings, on, purpose)]
-    mode = settings.offload + (f" {settings.resident_blocks}" if settings.offload == "block" else "")
-    host = max(found.host_sampling, found.host_training)
-    marks = [*marks] if settings.gradient_checkpointing else [*marks, "no checkpointing"]
-    return (
-        settings.precision,
-        settings.text_precision,
-        mode,
-        *(f"{value / scale:.1f}" for value in (found.sampling, found.training, host)),
-        (", ".join(fits) or "-") + (f"   <- {', '.join(marks)}" if marks else ""),
-    )

@@ -129,9 +129,12 @@ def dataset_folder(name: str) -> Path:
     """
     roots = _dataset_roots()
     for root in (*roots, pictures_folder().resolve()):
-        folder = (root / name.strip()).resolve()
-        if name.strip() and folder != root and folder.is_relative_to(root) and folder.is_dir():
-            return folder
+        try:
+            folder = (root / name.strip()).resolve()
+            if name.strip() and folder != root and folder.is_relative_to(root) and folder.is_dir():
+                return folder
+        except (OSError, ValueError):  # too long for a name, or with a zero byte in it
+            continue
     raise DataError(
         f"There is no data set folder '{name}'. It must lie in one of: {', '.join(map(str, roots))}. Put a folder with "
         "pictures and .txt captions into the host's input folder, or list further places as dataset_roots in "

@@ -1,9 +1,11 @@
 """Reading a data set folder: what is used, what is skipped and named, what is refused."""
 
+import os
+
 import pytest
 from PIL import Image
 
-from chroma_core.data.contact_sheet import contact_sheet, summary
+from chroma_core.data.contact_sheet import contact_sheet, summary, thumbnail
 from chroma_core.data.picture_files import UnreadablePicture, load_picture, picture_size
 from chroma_core.data.scan import DatasetConfig, scan
 from chroma_core.errors import ConfigError, DataError, PromptError
@@ -25,6 +27,32 @@ def test_items_come_in_order_with_size_caption_and_content_hash(tmp_path):
     assert found.items[3].captions == ("first line", "second line")
     assert len({item.sha256 for item in found.items}) == 4
     assert found.skipped == [] and found.warnings == []
+
+
+def test_a_picture_that_was_replaced_by_one_of_the_same_size_and_time_is_seen(tmp_path):
+    """Hashes are remembered by what the file system says of a file, and that is not trusted in the first moments."""
+    write_dataset(tmp_path, 1)
+    (path,) = tmp_path.glob("*.png")
+    body = path.read_bytes()
+    seen = []
+    for last in (b"\0", b"\1"):
+        path.write_bytes(body + last)  # what follows a picture's end is not decoded
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        seen.append(scan(DatasetConfig(folder=str(tmp_path))).items[0].sha256)
+    assert seen[0] != seen[1]
+
+
+def test_a_thumbnail_is_the_crop_of_the_picture(tmp_path):
+    """Also of a large JPEG, which is decoded at a fraction of its size."""
+    image = Image.new("RGB", (1600, 800), "red")
+    image.paste("blue", (800, 0, 1600, 800))
+    image.save(tmp_path / "large.jpg", quality=95)
+    found = scan(DatasetConfig(folder=str(tmp_path), default_caption="halves", resolution=512))
+    small = thumbnail(found.items[0], found, 512, 100)
+    assert small is not None and max(small.size) == 100
+    left, right = small.getpixel((2, small.height // 2)), small.getpixel((small.width - 3, small.height // 2))
+    assert left[0] > 240 > 20 > left[2] and right[2] > 240 > 20 > right[0]
+    assert load_picture(tmp_path / "large.jpg", least=200).size == (400, 200)
 
 
 def test_hidden_folders_are_no_part_of_a_set(tmp_path):

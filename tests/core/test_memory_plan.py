@@ -9,7 +9,7 @@ import pytest
 import build_memory_table
 from chroma_core.cli import main
 from chroma_core.errors import ConfigError
-from chroma_core.memory import estimate, plan_table, recommend
+from chroma_core.memory import estimate, memory_plan, plan_table, recommend
 from chroma_core.memory.machine import Machine, machine
 from chroma_core.memory.plan import Settings, fits_on
 from chroma_core.precision import PRECISIONS
@@ -122,6 +122,22 @@ def test_table_marks_what_is_recommended_and_its_numbers_are_the_estimates():
     assert sampling.split()[3] == f"{found.device_peak_bytes / GIB:.1f}"
     assert "recommended for training" in text and found.sentence in text
     assert {row.split()[2] for row in rows} == {"none", "model", "block"}
+
+
+def test_rows_hold_the_estimates_and_the_table_is_made_of_them():
+    on = card(12, 32)
+    plan = memory_plan("base", "int8", size=768, offload="block", resident_blocks=5, on=on)
+    (chosen,) = [row for row in plan.rows if "chosen" in row.marks]
+    found = estimate("base", "int8", size=768, offload="block", resident_blocks=5, on=on)
+    assert (chosen.sampling_bytes, chosen.training_bytes) == (found.sampling_peak_bytes, found.training_peak_bytes)
+    advised = {mark: row.settings for row in plan.rows for mark in row.marks if mark.startswith("recommended")}
+    assert advised["recommended for training"] == found.training_recommendation.applied_to(plan.chosen)
+    assert advised["recommended for sampling"] == found.recommendation.applied_to(plan.chosen)
+    assert all("training" in row.fits for row in plan.rows if "recommended for training" in row.marks)
+    text = plan_table("base", "int8", size=768, offload="block", resident_blocks=5, on=on)
+    assert plan.text == text and len(text.split("\n\n")[0].splitlines()) == len(plan.rows) + 1
+    flat = chosen.to_dict()
+    assert (flat["precision"], flat["resident_blocks"], flat["marks"]) == ("int8", 5, ("chosen",))
 
 
 def test_the_page_is_up_to_date():

@@ -17,6 +17,7 @@ from chroma_core.schedule import (
     dynamic_mu,
     parse_flow_shift,
     sampling_sigmas,
+    sigma_density,
 )
 
 N = 20_000
@@ -100,6 +101,16 @@ def test_quadratic_split_never_visits_the_middle():
     assert not ((sigma >= 0.25) & (sigma < 0.75)).any()
     plain = draw(draw="uniform", remap="none")
     assert torch.allclose(sigma, torch.where(plain < 0.5, plain**2, 1 - (1 - plain) ** 2), atol=1e-6)
+
+
+def test_a_density_has_area_one_and_is_that_of_the_draws():
+    flat = sigma_density(SigmaSettings("uniform", "none"), 4096)
+    assert len(flat) == 40 and sum(flat) / 40 == pytest.approx(1) and flat == pytest.approx([1.0] * 40, abs=0.12)
+    squeezed = sigma_density(SigmaSettings("uniform", "none", minimum=0.5, maximum=0.75), 4096, bins=4)
+    assert squeezed == pytest.approx([0, 0, 4, 0], abs=0.01)
+    centres = [(i + 0.5) / 40 for i in range(40)]
+    expected = [stats.norm.pdf(math.log(c / (1 - c))) / (c * (1 - c)) for c in centres]
+    assert sigma_density(SigmaSettings(remap="none"), 4096) == pytest.approx(expected, abs=0.12)
 
 
 def test_draws_keep_their_limits_and_their_seed():

@@ -1,7 +1,7 @@
 // What of ours stands on a node: an element as a widget that is never saved, and the node's life around it.
 
 /**
- * Put `element` on a node, `height` pixels high (a number, or a function that gives one).
+ * Put `element` on a node, `height` pixels high (a number, or a function that gives one), the margin around it included.
  *
  * It works in both renderers of nodes: on the canvas the widget keeps that height, as a Vue component the element does.
  */
@@ -14,25 +14,32 @@ export function addPanel(node, name, element, height) {
     getMaxHeight: pixels,
   });
   widget.serialize = false;
-  const size = () => element.style.setProperty("min-height", `${pixels()}px`);
+  let last;
+  const settled = () => {
+    last = pixels();
+    element.style.setProperty("min-height", `${Math.max(0, last - 2 * (widget.margin ?? 10))}px`);
+  };
   // A node is measured before it has our panel, and a saved graph may be older than it.
   const makeRoom = () => {
     const [width, height] = node.size;
     const needed = node.computeSize()[1];
     if (height < needed) node.setSize([width, needed]);
   };
-  size();
+  settled();
   setTimeout(makeRoom);
   chain(node, { onConfigure: () => setTimeout(makeRoom) });
   return {
     widget,
-    /** After a change of height: take the room, or give it back. */
+    /** After a change of height: take the room, or give it back; what the user made larger stays larger. */
     resized() {
-      size();
-      const [width] = node.size;
-      node.setSize([width, node.computeSize()[1]]);
+      const before = last;
+      settled();
+      const [width, now] = node.size;
+      node.setSize([width, Math.max(node.computeSize()[1], now + last - before)]);
       node.setDirtyCanvas?.(true, true);
     },
+    /** After a change of height that the node's size has in it already, as a saved one does. */
+    settled,
   };
 }
 

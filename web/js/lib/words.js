@@ -3,9 +3,15 @@ import { app } from "../../../../scripts/app.js";
 import { api } from "../../../../scripts/api.js";
 
 let languages = {};
+let loading;
 
-/** Fetch the words; called once, before any node is made. Without them keys are shown, and nothing else fails. */
-export async function loadWords() {
+/** Fetch the words, once however often it is called; before any node is made. Without them keys are shown. */
+export function loadWords() {
+  loading ??= fetchWords();
+  return loading;
+}
+
+async function fetchWords() {
   try {
     languages = await (await api.fetchApi("/i18n")).json();
   } catch (error) {

@@ -1,0 +1,133 @@
+"""What every precision and offload mode needs on a machine, as rows, and those rows as a table for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+from ..flavours import flavour
+from ..loading.spec import Offload
+from .machine import GIB, Machine, in_gib, machine
+from .plan import CHOICES, Purpose, Recommendation, Settings, fits_on, peaks, recommend
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One choice of settings. Bytes are peaks: of the device in sampling and training, of the computer in either.
+
+    fits: the purposes that leave the machine its margins. marks: `chosen`, `recommended for <purpose>`, `needs least in
+    <purpose>`, `no checkpointing`.
+    """
+
+    settings: Settings
+    sampling_bytes: int
+    training_bytes: int
+    host_bytes: int
+    fits: tuple[Purpose, ...]
+    marks: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: what a user chooses, and what it needs."""
+        names = ("precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
+        chosen = {name: getattr(self.settings, name) for name in (*names, "gradient_checkpointing")}
+        return {**chosen, **{name: value for name, value in asdict(self).items() if name != "settings"}}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The rows of a table, the settings that they vary, the machine, and what to choose on it."""
+
+    chosen: Settings
+    on: Machine
+    rows: tuple[PlanRow, ...]
+    sampling: Recommendation
+    training: Recommendation
+
+    @property
+    def text(self) -> str:
+        """The table for people."""
+        unit, scale = ("MiB", 2**20) if peaks(self.chosen).sampling < GIB else ("GiB", GIB)
+        header = ("precision", "T5", "offload", "sampling", "training", "computer", "fits")
+        rows = [header, *(_cells(row, scale) for row in self.rows)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        padded = [[f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows]
+        lines = ["  ".join(row).rstrip() for row in padded]
+        about = (
+            f"{unit} for {self.chosen.size} pixels, batch {self.chosen.batch_size}, LoRA rank {self.chosen.rank}. "
+            f"Sampling and training: peak on the device (usable: {in_gib(self.on.device_budget)}); computer: peak of "
+            f"its memory (usable: {in_gib(self.on.host_budget)})."
+        )
+        return "\n".join([*lines, "", about, self.sampling.sentence, self.training.sentence])
+
+
+def memory_plan(
+    flavour_name: str,
+    precision_name: str | None = None,
+    *,
+    size: int | None = None,
+    batch_size: int = 1,
+    rank: int = 16,
+    gradient_checkpointing: bool = True,
+    text_precision: str = "bf16",
+    offload: Offload = "none",
+    resident_blocks: int = 2,
+    offload_during_startup: bool = False,
+    on: Machine | None = None,
+) -> MemoryPlan:
+    """What every precision and offload mode needs on a machine (None: this one), and what to choose.
+
+    The row of `precision_name` and `offload` is marked as chosen (None: no row is), the recommended ones as such; a
+    recommended row may differ from the rest in T5's precision and in gradient checkpointing. Raises as `estimate`.
+    """
+    on = on or machine()
+    chosen = Settings(
+        flavour_name,
+        precision_name or CHOICES[0],
+        text_precision,
+        offload,
+        resident_blocks,
+        offload_during_startup,
+        size if size is not None else flavour(flavour_name).size,
+        batch_size,
+        rank,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    sampling, training = recommend(chosen, on, "sampling"), recommend(chosen, on, "training")
+    notes: dict[Settings, list[str]] = {}
+    for name in dict.fromkeys((*CHOICES, chosen.precision)):
+        for mode in get_args(Offload):
+            row = replace(chosen, precision=name, offload=mode)
+            notes[row] = ["chosen"] if precision_name and row == chosen else []
+            for found in (sampling, training):
+                if (found.precision, found.offload) == (name, mode):
+                    notes.setdefault(found.applied_to(chosen), []).append(
+                        f"recommended for {found.purpose}" if found.fits else f"needs least in {found.purpose}"
+                    )
+    rows = tuple(_row(settings, on, marks) for settings, marks in notes.items())
+    return MemoryPlan(chosen, on, rows, sampling, training)
+
+
+def plan_table(flavour_name: str, precision_name: str | None = None, **options: Any) -> str:
+    """`memory_plan` with the same options, as a table for people."""
+    return memory_plan(flavour_name, precision_name, **options).text
+
+
+def _row(settings: Settings, on: Machine, marks: list[str]) -> PlanRow:
+    found = peaks(settings, on.shared)
+    purposes: tuple[Purpose, ...] = get_args(Purpose)
+    fits: tuple[Purpose, ...] = tuple(purpose for purpose in purposes if fits_on(settings, on, purpose))
+    marks = marks if settings.gradient_checkpointing else [*marks, "no checkpointing"]
+    host = max(found.host_sampling, found.host_training)
+    return PlanRow(settings, found.sampling, found.training, host, fits, tuple(marks))
+
+
+def _cells(row: PlanRow, scale: int) -> tuple[str, ...]:
+    settings = row.settings
+    mode = settings.offload + (f" {settings.resident_blocks}" if settings.offload == "block" else "")
+    return (
+        settings.precision,
+        settings.text_precision,
+        mode,
+        *(f"{value / scale:.1f}" for value in (row.sampling_bytes, row.training_bytes, row.host_bytes)),
+        (", ".join(row.fits) or "-") + (f"   <- {', '.join(row.marks)}" if row.marks else ""),
+    )

@@ -1,0 +1,88 @@
+// Chroma Dataset: what is in the folder, before anything runs.
+import { fill, h } from "../lib/dom.js";
+import { address } from "../lib/http.js";
+import { sourceOf, targetsOf, valueOf } from "./graph.js";
+import { LivePanel } from "./live_panel.js";
+
+const HEIGHT = 206;
+const WARNED = 96;
+const CHIPS = 6;
+
+class Dataset extends LivePanel {
+  constructor(node) {
+    super(node, "dataset", "datasets/look");
+  }
+
+  height() {
+    return HEIGHT + (this.unfolded ? WARNED : 0);
+  }
+
+  /** The widgets, and the flavour of the model that the Chroma Train LoRA at the other end trains. */
+  question() {
+    const values = this.values();
+    if (!values.folder) return this.t(values.folder == null ? "linked" : "empty");
+    const models = targetsOf(this.node, "ChromaTrainLora").map((node) => sourceOf(node, "model")?.node);
+    const flavour = models.map((node) => valueOf(node, "flavour")).find(Boolean);
+    return flavour ? { ...values, flavour } : values;
+  }
+
+  show(found) {
+    const assumed = found.size_from === "assumed" ? "size_assumed" : found.size_from === "model" ? "size_model" : "size";
+    const counts = this.t("counts", { pictures: found.pictures, captions: found.captions });
+    const again = h("button", { type: "button", class: "ck-quiet", onclick: () => this.again(), "aria-label": this.t("again"), title: this.t("again") }, "⟳");
+    const size = h("li", { class: "ck-faint", title: this.t(`${assumed}_tip`) }, this.t(assumed, { size: found.size }));
+    fill(
+      this.body,
+      h("div", { class: "ck-row ck-nowrap", title: found.summary.join("\n") }, h("span", { class: "ck-strong ck-clip" }, counts), again),
+      this.chips(size, found.buckets),
+      this.warnings(found.warnings),
+      this.sheet(found),
+    );
+  }
+
+  /** What size is meant, and the sizes that are trained, the most frequent first: shape, size, count. */
+  chips(size, buckets) {
+    const sorted = [...buckets].sort((a, b) => b.count - a.count);
+    const rest = sorted.slice(CHIPS);
+    const chip = ({ width, height, count }) => {
+      const longest = Math.max(width, height);
+      const shape = { width: `${(11 * width) / longest}px`, height: `${(11 * height) / longest}px` };
+      return h("li", { class: "ck-chip" }, h("i", { style: shape, "aria-hidden": "true" }), `${width}×${height}`, h("b", {}, String(count)));
+    };
+    const more = rest.length && h("li", { class: "ck-faint", title: rest.map((b) => `${b.width}×${b.height}: ${b.count}`).join("\n") }, this.t("more", { count: rest.length }));
+    return h("ul", { class: "ck-chips", "aria-label": this.t("buckets") }, size, sorted.slice(0, CHIPS).map(chip), more || null);
+  }
+
+  warnings(texts) {
+    if (!texts.length) return h("div", { class: "ck-faint" }, this.t("no_warnings"));
+    const label = texts.length === 1 ? this.t("warning") : this.t("warnings", { count: texts.length });
+    const details = h(
+      "details",
+      { class: "ck-warnings", open: Boolean(this.unfolded) },
+      h("summary", { class: "ck-warning ck-clip", title: texts[0] }, `${label}: ${texts[0]}`),
+      h("ul", { class: "ck-scroll", tabIndex: 0 }, texts.map((text) => h("li", {}, text))),
+    );
+    details.addEventListener("toggle", () => {
+      if (details.open === Boolean(this.unfolded)) return;
+      this.unfolded = details.open;
+      this.panel.resized();
+    });
+    return details;
+  }
+
+  /** Small pictures, cropped as in training; a click opens the whole contact sheet. */
+  sheet(found) {
+    const tile = ({ name, caption, notes, image }) => {
+      const title = [name, caption, ...notes.map((note) => `! ${note}`)].filter(Boolean).join("\n");
+      const inside = image ? h("img", { src: image, alt: name, loading: "lazy", draggable: false }) : "✕";
+      return h("span", { class: notes.length ? "ck-tile ck-doubt" : "ck-tile", title }, inside);
+    };
+    const href = address(found.sheet);
+    return h("a", { class: "ck-tiles", href, target: "_blank", rel: "noopener", "aria-label": this.t("open") }, found.thumbnails.map(tile));
+  }
+}
+
+/** Put the contact sheet on a Chroma Dataset node. */
+export function attachDataset(node) {
+  return new Dataset(node);
+}

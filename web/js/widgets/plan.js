@@ -1,0 +1,137 @@
+// Chroma Load Model: what the chosen settings need on this machine, and behind a disclosure what the others would.
+import { fill, h } from "../lib/dom.js";
+import { chain } from "../lib/node_panel.js";
+import { setWidgets, valueOf } from "./graph.js";
+import { LivePanel } from "./live_panel.js";
+
+const CLOSED = 54;
+const OPEN = 344;
+const OPENED = "chromakitPlanOpen";
+const NAMES = ["flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup"];
+const FILES = ["folder", "transformer", "text_encoder", "vae"];
+const PUBLISHED = "as published";
+const MARKS = {
+  "recommended for sampling": "recommended_sampling",
+  "recommended for training": "recommended_training",
+  "needs least in sampling": "least_sampling",
+  "needs least in training": "least_training",
+  "no checkpointing": "no_checkpointing",
+};
+
+const gib = (bytes) => (bytes / 2 ** 30).toFixed(bytes < 2 ** 30 ? 2 : 1);
+
+class Plan extends LivePanel {
+  constructor(node) {
+    super(node, "plan", "plan/rows");
+    chain(node, { onConfigure: () => this.restore() });
+    this.shape();
+  }
+
+  height() {
+    return this.open ? OPEN : CLOSED;
+  }
+
+  /** The widgets; but the size of somebody's own files under the flavour tiny is not known here. */
+  question() {
+    const own = FILES.some((name) => ![undefined, PUBLISHED].includes(valueOf(this.node, name)));
+    return own && valueOf(this.node, "flavour") === "tiny" ? this.t("own_files") : this.values(NAMES);
+  }
+
+  get open() {
+    return Boolean(this.node.properties?.[OPENED]);
+  }
+
+  /** Closed, it stays one line also in a node that has more room. */
+  shape() {
+    this.root.style.setProperty("max-height", this.open ? "none" : `${CLOSED - 20}px`);
+  }
+
+  /** The disclosure as the node was saved, whose size has the panel's height in it. */
+  restore() {
+    this.panel.settled();
+    this.shape();
+    if (this.details) this.details.open = this.open;
+  }
+
+  show(plan) {
+    const chosen = plan.rows.find((row) => row.marks.includes("chosen"));
+    this.details = h("details", { open: this.open }, h("summary", {}, this.line(plan, chosen)), this.table(plan));
+    this.details.addEventListener("toggle", () => this.disclosed());
+    fill(this.body, this.details);
+  }
+
+  disclosed() {
+    if (this.details.open === this.open) return;
+    this.node.properties ??= {};
+    this.node.properties[OPENED] = this.details.open;
+    this.shape();
+    this.panel.resized();
+  }
+
+  /** One line: what the chosen row needs, and whether it fits. */
+  line(plan, row) {
+    const [sampling, training] = ["sampling", "training"].map((purpose) => row.fits.includes(purpose));
+    const budget = plan.shared ? plan.host_budget_bytes : plan.device_budget_bytes;
+    const need = (purpose) => (plan.shared ? row.host_bytes : row[`${purpose}_bytes`]);
+    const key = sampling && training ? "fits" : sampling ? "only_sampling" : training ? "only_training" : "too_large";
+    const most = Math.max(need("sampling"), need("training"));
+    const crowded = !sampling && need("sampling") <= budget && row.host_bytes > plan.host_budget_bytes;
+    const text = this.t(crowded ? "computer" : key, {
+      need: gib({ fits: most, only_sampling: need("training"), only_training: need("sampling"), too_large: need("sampling") }[key]),
+      budget: gib(budget),
+      host: gib(row.host_bytes),
+      host_budget: gib(plan.host_budget_bytes),
+    });
+    return h("span", { class: key === "fits" ? "ck-fits" : "ck-warning", title: text }, text);
+  }
+
+  table(plan) {
+    const names = ["precision", "t5", "offload", "sampling", "training", "computer"];
+    const head = h("tr", {}, names.map((name) => h("th", { scope: "col" }, this.t(`column.${name}`))));
+    const about = this.t("about", {
+      device: plan.device_name, size: plan.size, budget: gib(plan.device_budget_bytes), host: gib(plan.host_budget_bytes),
+    });
+    return h(
+      "div",
+      { class: "ck-scroll", tabIndex: 0 },
+      h("table", { class: "ck-plan" }, h("thead", {}, head), h("tbody", {}, plan.rows.flatMap((row) => this.rows(row)))),
+      h("p", { class: "ck-faint" }, about),
+      plan.sentences.map((sentence) => h("p", { class: "ck-faint" }, sentence)),
+    );
+  }
+
+  /** A row, and below it what is to say about it. */
+  rows(row) {
+    const chosen = row.marks.includes("chosen");
+    const advised = row.marks.some((mark) => mark.startsWith("recommended"));
+    const name = [row.fits.length ? "" : "ck-faint", chosen ? "ck-chosen" : ""].join(" ").trim();
+    const mode = row.offload === "block" ? `block ${row.resident_blocks}` : row.offload;
+    const need = (purpose) =>
+      h("td", { class: row.fits.includes(purpose) ? "ck-number" : "ck-number ck-faint" }, gib(row[`${purpose}_bytes`]));
+    const cells = [row.precision, row.text_precision, mode].map((text) => h("td", {}, text));
+    const made = [
+      h("tr", { class: name, "aria-current": chosen ? "true" : null },
+        cells, need("sampling"), need("training"), h("td", { class: "ck-number" }, gib(row.host_bytes))),
+    ];
+    const marks = row.marks.filter((mark) => MARKS[mark]).map((mark) => this.t(`mark.${MARKS[mark]}`));
+    if (chosen) marks.unshift(this.t("mark.chosen"));
+    if (marks.length) {
+      const use = h("button", { type: "button", onclick: () => this.use(row) }, this.t("use"));
+      const badge = h("span", { class: advised ? "ck-badge" : "ck-faint" }, `↳ ${marks.join(" · ")}`);
+      made.push(h("tr", { class: name }, h("td", { colSpan: 6 }, h("div", { class: "ck-row" }, badge, advised && !chosen && use))));
+    }
+    return made;
+  }
+
+  use(row) {
+    const names = ["precision", "text_precision", "offload", "offload_during_startup"];
+    const values = Object.fromEntries(names.map((name) => [name, row[name]]));
+    if (row.offload === "block") values.resident_blocks = row.resident_blocks;
+    setWidgets(this.node, values);
+  }
+}
+
+/** Put the memory plan on a Chroma Load Model node. */
+export function attachPlan(node) {
+  return new Plan(node);
+}

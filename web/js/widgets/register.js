@@ -1,0 +1,41 @@
+// The live panels of the nodes, and the setting that switches them off.
+import { app } from "../../../../scripts/app.js";
+import { api } from "../../../../scripts/api.js";
+import { linkStyles } from "../lib/style.js";
+import { loadWords } from "../lib/words.js";
+import { attachDataset } from "./dataset.js";
+import { attachDensity } from "./density.js";
+import { SETTING, showAll, touchAll } from "./live_panel.js";
+import { attachPlan } from "./plan.js";
+import { attachSigmas } from "./sigmas.js";
+
+const PANELS = {
+  ChromaDataset: attachDataset,
+  ChromaLoadModel: attachPlan,
+  ChromaTailSigmas: attachSigmas,
+  ChromaTrainingSettings: attachDensity,
+};
+
+app.registerExtension({
+  name: "ChromaKit.Widgets",
+  settings: [
+    {
+      id: SETTING,
+      name: "Show live panels on nodes",
+      tooltip: "Contact sheet, plots and memory plan on the nodes, before anything runs.",
+      type: "boolean",
+      defaultValue: true,
+      category: ["Chroma", "Nodes", "Panels"],
+      onChange: (on) => showAll(on),
+    },
+  ],
+  async init() {
+    linkStyles();
+    await loadWords();
+    // Links, undo and values that other code sets: what a widget's own callback does not tell.
+    api.addEventListener("graphChanged", touchAll);
+  },
+  nodeCreated(node) {
+    PANELS[node.comfyClass]?.(node);
+  },
+});

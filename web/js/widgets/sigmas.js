@@ -1,0 +1,52 @@
+// Chroma Tail Sigmas: the noise levels over the steps.
+import { fill } from "../lib/dom.js";
+import { Chart } from "./chart.js";
+import { isLinked, sourceOf, valueOf } from "./graph.js";
+import { LivePanel } from "./live_panel.js";
+
+const HEIGHT = 150;
+
+class Sigmas extends LivePanel {
+  constructor(node) {
+    super(node, "sigmas", "sigmas");
+    this.chart = new Chart(this.t("title"));
+  }
+
+  height() {
+    return HEIGHT;
+  }
+
+  /** The widgets; a size that comes by a link is that of the Chroma Empty Latent at its other end, where one is. */
+  question() {
+    const values = this.values();
+    this.assumed = false;
+    for (const side of ["width", "height"]) {
+      if (!isLinked(this.node, side)) continue;
+      const from = sourceOf(this.node, side);
+      const size = from?.node.comfyClass === "ChromaEmptyLatent" ? valueOf(from.node, side) : undefined;
+      if (size == null) this.assumed = true;
+      else values[side] = size;
+    }
+    return values;
+  }
+
+  show({ sigmas, width, height }) {
+    const steps = sigmas.length - 1;
+    const points = sigmas.map((sigma, i) => [i, sigma]);
+    fill(this.body, this.chart.root);
+    this.chart.set({
+      points,
+      x: [0, steps],
+      y: [0, 1],
+      dots: steps <= 60,
+      ticks: { x: [[0, "0"], [steps, String(steps)]], y: [[0, "0"], [1, "1"]] },
+      caption: this.t(this.assumed ? "assumed" : "caption", { steps, width, height }),
+      read: (i) => this.t("value", { step: i, sigma: sigmas[i].toFixed(4) }),
+    });
+  }
+}
+
+/** Put the plot on a Chroma Tail Sigmas node. */
+export function attachSigmas(node) {
+  return new Sigmas(node);
+}

@@ -69,8 +69,13 @@ export class Chart {
     this.plot = null;
   }
 
+  /** What a CSS variable stands for now, in a form that a canvas takes. */
   #colour(name) {
-    return name.startsWith("--") ? getComputedStyle(this.element).getPropertyValue(name).trim() || "#888" : name;
+    if (!name.startsWith("--")) return name;
+    this.element.style.setProperty("color", `var(${name})`);
+    const found = getComputedStyle(this.element).color;
+    this.element.style.removeProperty("color");
+    return found;
   }
 
   /** On a logarithmic scale there is no place for zero. */

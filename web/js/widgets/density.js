@@ -1,6 +1,6 @@
 // Chroma Training Settings: how often each noise level is trained, and how the learning rate goes.
 import { fill } from "../lib/dom.js";
-import { Chart } from "./chart.js";
+import { SmallChart } from "./small_chart.js";
 import { targetsOf, valueOf } from "./graph.js";
 import { LivePanel } from "./live_panel.js";
 
@@ -13,8 +13,8 @@ const NAMES = [
 class Density extends LivePanel {
   constructor(node) {
     super(node, "density", "density");
-    this.levels = new Chart(this.t("title"));
-    this.rates = new Chart(this.t("rates"));
+    this.levels = new SmallChart(this.t("title"));
+    this.rates = new SmallChart(this.t("rates"));
     this.rates.root.classList.add("ck-low");
   }
 

@@ -1,6 +1,6 @@
 // Chroma Tail Sigmas: the noise levels over the steps.
 import { fill } from "../lib/dom.js";
-import { Chart } from "./chart.js";
+import { SmallChart } from "./small_chart.js";
 import { isLinked, sourceOf, valueOf } from "./graph.js";
 import { LivePanel } from "./live_panel.js";
 
@@ -9,7 +9,7 @@ const HEIGHT = 150;
 class Sigmas extends LivePanel {
   constructor(node) {
     super(node, "sigmas", "sigmas");
-    this.chart = new Chart(this.t("title"));
+    this.chart = new SmallChart(this.t("title"));
   }
 
   height() {

@@ -11,7 +11,7 @@ function s(tag, attributes = {}, text) {
   return made;
 }
 
-export class Chart {
+export class SmallChart {
   /** @param label what it shows, for screen readers. */
   constructor(label) {
     this.svg = s("svg", { class: "ck-plot", role: "img", tabindex: "0", "aria-label": label });

@@ -22,7 +22,7 @@ FILES = ("nodeDefs", "commands", "settings", "main")
 SOURCES = FOLDER / "sources.json"
 
 # Texts that are the same in every language: proper names, and terms that nobody translates.
-SAME_EVERYWHERE = {"Chroma", "ComfyUI", "LoRA", "TensorBoard", "VAE"}
+SAME_EVERYWHERE = {"Chroma", "ComfyUI", "LoRA", "T5", "TensorBoard", "VAE"}
 
 # What the page's message compiler (vue-i18n) reads as syntax.
 SYNTAX = re.compile(r"[{}@|%]")

@@ -140,6 +140,7 @@ class Job:
         painted = fields.pop("new_samples", None)
         with self._lock:
             before, known = self.state, len(self._values["warnings"])
+            yielded = self._values["yielded"]
             self._add_seconds(fields.pop("step_seconds_now", None))
             if fields.get("lora_path") is not None:
                 fields["lora_path"] = str(fields["lora_path"])
@@ -158,7 +159,9 @@ class Job:
             now = time.monotonic()
             if changed or urgent or now - self._written > WRITE_EVERY_SECONDS:
                 self.write()
-            announce = changed or urgent or now - self._notified > NOTIFY_EVERY_SECONDS
+            # Nothing else may come for as long as a prompt runs.
+            turned = self._values["yielded"] != yielded
+            announce = changed or turned or urgent or now - self._notified > NOTIFY_EVERY_SECONDS
             if announce:
                 self._notified = now
         if announce:

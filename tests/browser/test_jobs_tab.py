@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from _host import Host
-from _workflows import FOLDER
+from _host import Host, start_host
+from _workflows import FOLDER, change, load_api
 from training_page import ACTIVE, RENDERER, THEME, build, start, stop_all, until
 
 READY = "() => window.app?.extensionManager && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
@@ -280,6 +280,57 @@ def test_a_failing_job_says_why(window, server: Host):
     window.screenshot("tab_failed")
     page.locator(".p-toast-close-button").first.click()
     assert window.ours == []
+
+
+def test_a_prompt_gets_the_machine_and_the_job_takes_it_back(window, server: Host):
+    page = window.page
+    job = start(page, server, "it yields")
+    open_job(page, job)
+    until(page, server, lambda: shown_step(page) >= 1, "the first steps")
+    panel = page.locator(".chromakit-train .ck-chip").first
+    prompt = server.post_prompt(change(load_api("chroma_text_to_image"), "ChromaSampler", steps=150, seed=5))
+    until(page, server, lambda: chip(page) == "running, yielding", "the tab to say so")
+    assert panel.inner_text() == "running, yielding"
+    window.screenshot("yielding")
+    assert len(server.images(server.wait(prompt))) == 1
+    step = status(server, job)["step"]
+    until(page, server, lambda: chip(page) == "running" and shown_step(page) > step, "the job to go on")
+    assert window.ours == []
+
+
+def test_events_that_are_missed_are_made_up_for(window, server: Host):
+    page = window.page
+    job = start(page, server, "unheard")
+    open_job(page, job)
+    until(page, server, lambda: shown_step(page) >= 1, "the first steps")
+    page.evaluate("() => window.app.api.socket.close()")  # the page opens another one by itself, after a while
+    server.post(f"/chromakit/jobs/{job}/stop")
+    until(page, server, lambda: chip(page) == "stopped", "the end that no event told of")
+    assert charted(page) == status(server, job)["step"]
+    window.errors.clear()  # of the socket that was closed
+
+
+def test_a_restarted_host_has_the_same_jobs(chromium, tmp_path):
+    """The page stays open, as it does when a user restarts the host."""
+    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+    page = context.new_page()
+    with start_host(tmp_path) as host:
+        port = int(host.url.rpartition(":")[2])
+        host.post("/api/settings", {"Comfy.TutorialCompleted": True})
+        page.goto(host.url)
+        page.wait_for_function(READY, timeout=120_000)
+        job = start(page, host, "before the restart")
+        open_job(page, job)
+        until(page, host, lambda: shown_step(page) >= 3, "the first steps")
+    with start_host(tmp_path, port=port) as host:
+        until(page, host, lambda: chip(page) == "interrupted", "the truth of the host that came back")
+        step = shown_step(page)
+        assert step == status(host, job)["step"] >= 3
+        act(page, "resume")
+        until(page, host, lambda: chip(page) == "running" and charted(page) > step, "the curve to go on")
+        act(page, "stop")
+        until(page, host, lambda: chip(page) == "stopped", "the stop")
+    context.close()
 
 
 def test_the_host_chooses_what_prompts_do(window, server: Host):

@@ -16,7 +16,7 @@ from _host import Host, start_host
 from _workflows import FOLDER, load_api
 
 SIDE = 320  # pixels
-FIRST = "chroma_train_lora"  # chroma_use_lora uses the LoRA that it trains
+FIRST = "chroma_train_lora"  # chroma_3_use_lora uses the LoRA that it trains
 
 
 def picture_of(host: Host, name: str):

@@ -32,7 +32,7 @@ def test_a_workflow_shows_in_the_newer_node_renderer_too(window):
     before = window.page.evaluate("() => window.app.extensionManager.setting.get('Comfy.VueNodes.Enabled')")
     window.page.evaluate(switch, True)
     try:
-        path = FOLDER / "chroma_train_and_sample.json"
+        path = FOLDER / "chroma_2_first_lora.json"
         window.load(json.loads(path.read_text(encoding="utf-8")))
         window.page.wait_for_selector("[data-node-id]", timeout=30_000)
         window.screenshot("vue_nodes")
@@ -51,7 +51,7 @@ def test_every_node_of_the_pack_is_in_the_page(window):
 
 
 def test_a_queue_from_the_page_runs_green(window):
-    window.load(json.loads((FOLDER / "chroma_text_to_image.json").read_text(encoding="utf-8")))
+    window.load(json.loads((FOLDER / "chroma_1_first_picture.json").read_text(encoding="utf-8")))
     before = set(window.server.get("/history"))
     window.page.evaluate("async () => { await window.app.queuePrompt(0, 1) }")
     deadline = time.monotonic() + 120

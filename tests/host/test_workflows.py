@@ -31,7 +31,7 @@ def test_files_are_current(server: Host):
 
 
 def test_text_to_image(server: Host):
-    (picture,) = pixels(server, server.run(load_api("chroma_text_to_image")))
+    (picture,) = pixels(server, server.run(load_api("chroma_1_first_picture")))
     assert picture.shape == (64, 64, 3) and picture.std() > 10
 
 
@@ -46,7 +46,7 @@ def test_tail_sigmas_in_the_hosts_sampler_equal_chroma_sampler(server: Host):
     guidance = next(node["inputs"]["cfg"] for node in prompt.values() if node["class_type"] == "CFGGuider")
     seed = next(node["inputs"]["noise_seed"] for node in prompt.values() if node["class_type"] == "RandomNoise")
     text = next(node["inputs"]["text"] for node in prompt.values() if node["_meta"]["title"] == "Prompt")
-    ours_prompt = change(load_api("chroma_text_to_image"), "ChromaTextEncode", title="Prompt", text=text)
+    ours_prompt = change(load_api("chroma_1_first_picture"), "ChromaTextEncode", title="Prompt", text=text)
     ours_prompt = change(ours_prompt, "ChromaSampler", seed=seed, guidance=guidance, **shared)
     ours = latents(server, ours_prompt, "ChromaSampler")
     assert ours.std() > 0.5
@@ -66,7 +66,7 @@ def trained(server: Host) -> str:
 
 
 def test_train_then_use(server: Host, trained: str):
-    prompt = load_api("chroma_use_lora")
+    prompt = load_api("chroma_3_use_lora")
     named = next(node["inputs"]["lora"] for node in prompt.values() if node["class_type"] == "ChromaApplyLora")
     assert trained == named, "the workflow names the LoRA that the training workflow makes"
     (picture,) = pixels(server, server.run(prompt))
@@ -74,7 +74,7 @@ def test_train_then_use(server: Host, trained: str):
 
 
 def test_a_converted_lora_paints_the_same(server: Host, trained: str):
-    (used,) = pixels(server, server.run(load_api("chroma_use_lora")))
+    (used,) = pixels(server, server.run(load_api("chroma_3_use_lora")))
     pictures = pixels(server, server.run(load_api("chroma_convert_lora")))
     (painted,) = (picture for picture in pictures if picture.shape == used.shape)
     assert len(pictures) == 2 and np.abs(painted.astype(int) - used.astype(int)).max() <= 1
@@ -82,7 +82,7 @@ def test_a_converted_lora_paints_the_same(server: Host, trained: str):
 
 
 def test_train_wait_and_sample_in_one_prompt(server: Host):
-    prompt = change(load_api("chroma_train_and_sample"), "ChromaTrainLora", steps=STEPS, name="one prompt")
+    prompt = change(load_api("chroma_2_first_lora"), "ChromaTrainLora", steps=STEPS, name="one prompt")
     base, lora = pixels(server, server.run(prompt))
     assert base.shape == lora.shape and not np.array_equal(base, lora)
 
@@ -108,7 +108,7 @@ def test_parity_says_which_number_moves_the_picture(server: Host):
 def test_each_workflow_is_run_here():
     """Two of them in test_datasets_in_host.py."""
     assert {path.stem for path in FOLDER.glob("*.json")} == {
-        "chroma_text_to_image", "chroma_tail_sigmas", "chroma_train_lora", "chroma_train_and_sample", "chroma_use_lora",
+        "chroma_1_first_picture", "chroma_tail_sigmas", "chroma_train_lora", "chroma_2_first_lora", "chroma_3_use_lora",
         "chroma_your_files", "chroma_parity", "chroma_convert_lora", "chroma_train_from_images",
         "chroma_train_with_regularisation",
     }  # fmt: skip

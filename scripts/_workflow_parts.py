@@ -31,7 +31,10 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Node:
-    """One node: the inputs that differ from a widget's default, and its links. Sizes are pixels on top of the usual."""
+    """One node: the inputs that differ from a widget's default, and its links. Sizes are pixels on top of the usual.
+
+    collapsed: only its title shows; for what a newcomer need not look at, so that the rest opens large enough to read.
+    """
 
     type: str
     column: int
@@ -40,6 +43,7 @@ class Node:
     extra_height: int = 0
     extra_width: int = 0
     models: tuple[ModelFile, ...] = ()
+    collapsed: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,9 @@ TRAINING = {
         {"folder": f"{TRAINING_SET}_heldout", "trigger": "sks"},
         "Held-out pictures",
         extra_height=250,
+        collapsed=True,
     ),
-    "settings": Node("ChromaTrainingSettings", 0, {"lr_schedule": "cosine", "validate_every": 100}),
+    "settings": Node("ChromaTrainingSettings", 0, {"lr_schedule": "cosine", "validate_every": 100}, collapsed=True),
     "train": Node(
         "ChromaTrainLora",
         2,
@@ -134,7 +139,7 @@ TRAINING = {
 def decode(samples: str, prefix: str, column: int, key: str = "") -> dict[str, Node]:
     """Latents to a saved picture."""
     return {
-        f"decode{key}": Node("VAEDecode", column, {"samples": Link(samples), "vae": Link("load", 2)}),
+        f"decode{key}": Node("VAEDecode", column, {"samples": Link(samples), "vae": Link("load", 2)}, collapsed=True),
         f"save{key}": Node(
             "SaveImage", column, {"images": Link(f"decode{key}"), "filename_prefix": prefix}, extra_height=250
         ),
@@ -169,7 +174,7 @@ def wait_and_apply(column: int) -> dict[str, Node]:
 def status(column: int) -> dict[str, Node]:
     """How a job is doing, as pictures and as text."""
     return {
-        "status": Node("ChromaTrainingStatus", column, {"job": Link("train")}, extra_height=300),
+        "status": Node("ChromaTrainingStatus", column, {"job": Link("train")}, extra_height=270),
         "show": Node("PreviewAny", column, {"source": Link("status", 0)}, "Status", extra_height=100),
     }
 
@@ -180,7 +185,7 @@ def train_on(dataset: str, column: int, **inputs: Any) -> dict[str, Node]:
     common = {"steps": 300, "learning_rate": 2e-3, "target": "all+ffs", "batch_size": 4, "preview_every": 100}
     return {
         "train": Node("ChromaTrainLora", column, {**links, **common, **inputs}, extra_height=120),
-        **status(column + 1),
+        **status(column),
     }
 
 
@@ -193,5 +198,7 @@ def painted(key: str, text: str, batch: int, seed: int) -> dict[str, Node]:
         f"prompt_{key}": Node("ChromaTextEncode", 1, prompt, "Prompt"),
         f"latent_{key}": Node("ChromaEmptyLatent", 1, size),
         f"sample_{key}": Node("ChromaSampler", 2, {**links, "latent": Link(f"latent_{key}"), "seed": seed}),
-        f"decode_{key}": Node("VAEDecode", 3, {"samples": Link(f"sample_{key}"), "vae": Link("load", 2)}),
+        f"decode_{key}": Node(
+            "VAEDecode", 2, {"samples": Link(f"sample_{key}"), "vae": Link("load", 2)}, collapsed=True
+        ),
     }

@@ -40,7 +40,7 @@ FILES = {
         "vae",
     ),
 }
-"""By the widget of Chroma Load Model that names it. T5 and the VAE as in the host's own templates. fp16 and not fp8: the
+"""By the widget of Chroma Load Model that names it. T5 and the VAE as in the host's own templates. fp16, not fp8: the
 plan quantises T5 where it must, and what is quantised twice loses twice."""
 
 
@@ -120,6 +120,7 @@ def _workflow(found: Preset) -> Workflow:
                     "preview_width": TRAINING_SIZE,
                     "preview_height": TRAINING_SIZE,
                 },
+                collapsed=True,
             ),
             "dataset": Node(
                 "ChromaDataset",
@@ -127,13 +128,6 @@ def _workflow(found: Preset) -> Workflow:
                 {"folder": FOLDER, "trigger": "sks", "resolution": TRAINING_SIZE},
                 "Your pictures",
                 extra_height=250,
-            ),
-            "plan": Node(
-                "PreviewAny",
-                1,
-                {"source": Link("load", 3)},
-                "What fits this machine",
-                extra_height=320,
             ),
             "train": Node(
                 "ChromaTrainLora",
@@ -150,10 +144,20 @@ def _workflow(found: Preset) -> Workflow:
                 extra_height=120,
             ),
         }
-        | wait_and_apply(3)
-        | with_text("a photo of [trigger]", 3, width=PICTURE_SIZE, height=PICTURE_SIZE, trigger="sks")
-        | {"sample": sampler("lora", 4, steps=28)}
-        | decode("sample", "chroma/my-lora", 5),
+        | with_text("a photo of [trigger]", 0, width=PICTURE_SIZE, height=PICTURE_SIZE, trigger="sks")
+        | wait_and_apply(2)
+        | {
+            "sample": sampler("lora", 3, steps=28),
+            "plan": Node(
+                "PreviewAny",
+                3,
+                {"source": Link("load", 3)},
+                "What fits this machine",
+                extra_height=360,
+                extra_width=150,
+            ),
+        }
+        | decode("sample", "chroma/my-lora", 4),
     )
 
 
@@ -181,8 +185,8 @@ def _note(found: Preset) -> str:
         "**3. Run.** It trains, waits, and paints. On the way change *name*, *trigger* (in **Your pictures** and in "
         "the *Prompt*), the *Prompt* and *preview_prompt*.\n\n"
         "The prompt waits until the LoRA is there, which takes hours; *Cancel* ends the job and keeps what it has "
-        "learnt. To have the queue free meanwhile, select all nodes to the right of **Chroma Train LoRA** and mute "
-        "them with Ctrl+M before you run; unmute them and run again when the job is completed.\n\n"
+        "learnt. To have the queue free meanwhile, select the five nodes from **Chroma Wait for Training** to **Save "
+        "Image** and mute them (Ctrl+M) before you run; unmute them and run again when the job is completed.\n\n"
         "### The memory plan\n\n"
         f"| | |\n|---|---|\n| precision | `{plan.precision}` |\n| text_precision | `{plan.text_precision}` |\n"
         f"| offload | `{plan.offload}` |\n| gradient_checkpointing | {checkpointing} |\n\n"

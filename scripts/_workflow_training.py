@@ -37,23 +37,25 @@ FIRST_LORA = Workflow(
     "\nThe LoRA is `output/loras/sks.safetensors`. Next: *chroma_3_use_lora*.\n\n" + REAL_TRAINING + REAL_SIZE,
     LOAD
     | TRAINING
-    | wait_and_apply(3)
-    | with_text(CONCEPT_PROMPT, 3)
-    | {"base": sampler("load", 4), "sample": sampler("lora", 4)}
-    | decode("base", "chroma/without_lora", 5, "_base")
-    | decode("sample", "chroma/with_lora", 5),
+    | with_text(CONCEPT_PROMPT, 0)
+    | wait_and_apply(2)
+    | {"base": sampler("load", 3), "sample": sampler("lora", 3)}
+    | decode("base", "chroma/without_lora", 4, "_base")
+    | decode("sample", "chroma/with_lora", 4),
 )
 
 
 def compared(key: str, label: str) -> dict[str, Node]:
-    """A sampler's pictures of several seeds in one row, with a line of text above."""
+    """A sampler's pictures of several seeds in one row, with a line of text in its corner."""
+    samples, vae = Link(f"sample_{key}"), Link("load", 2)
+    text = {"text": label, "font_size": 9.0, "position": "bottom"}
     return {
-        f"decode_{key}": Node("VAEDecode", 5, {"samples": Link(f"sample_{key}"), "vae": Link("load", 2)}),
+        f"decode_{key}": Node("VAEDecode", 4, {"samples": samples, "vae": vae}, collapsed=True),
         # The grid takes a list of pictures, not a batch.
-        f"list_{key}": Node("RebatchImages", 5, {"images": Link(f"decode_{key}"), "batch_size": 1}),
-        f"grid_{key}": Node("ImageGrid", 5, {"images": Link(f"list_{key}"), "columns": SEEDS}),
+        f"list_{key}": Node("RebatchImages", 4, {"images": Link(f"decode_{key}"), "batch_size": 1}, collapsed=True),
+        f"grid_{key}": Node("ImageGrid", 4, {"images": Link(f"list_{key}"), "columns": SEEDS}),
         f"label_{key}": Node(
-            "TextOverlay", 5, {"images": Link(f"grid_{key}"), "text": label, "font_size": 9.0, "position": "bottom"}
+            "TextOverlay", 4, {"images": Link(f"grid_{key}"), **text}, f"Write: {label}", collapsed=True
         ),
     }
 
@@ -71,9 +73,9 @@ TRAINING_WORKFLOWS = (
     Workflow(
         "chroma_resume_training",
         "Go on with a job that was stopped, and see how it is doing.",
-        "## Go on with a job\n\nThe settings of this workflow are those of *chroma_2_first_lora*: the same settings are "
-        "the same job. *if_exists* is `resume`, so *Run* takes it up where it ended, bit for bit as if it had never "
-        "been stopped. A job that is not there yet is started. For a job of yours open the workflow that started it "
+        "## Go on with a job\n\nThe settings of this workflow are those of *chroma_2_first_lora*: the same settings "
+        "are the same job. *if_exists* is `resume`, so *Run* takes it up where it ended, bit for bit as if it had "
+        "never been stopped. A job that is not there yet is started. For a job of yours open the workflow that started it "
         "and set *if_exists* to `resume`.\n\n"
         "- **pause**: training rests between two steps and keeps its memory; *resume* goes on\n"
         "- **stop**: the LoRA is written as it is, the memory is free. `resume` here goes on from there\n"
@@ -108,29 +110,30 @@ TRAINING_WORKFLOWS = (
         + REAL_SIZE,
         LOAD
         | TRAINING
-        | wait_and_apply(3)
-        | with_text(CONCEPT_PROMPT, 3, batch_size=SEEDS)
-        | {"sample_without": sampler("load", 4), "sample_with": sampler("lora", 4)}
+        | with_text(CONCEPT_PROMPT, 0, batch_size=SEEDS)
+        | wait_and_apply(2)
+        | {"sample_without": sampler("load", 3), "sample_with": sampler("lora", 3)}
         | compared("without", "without the LoRA")
         | compared("with", "with the LoRA")
         | {
             "stitch": Node(
                 "ImageStitch",
-                6,
+                4,
                 {
                     "image1": Link("label_without"),
                     "image2": Link("label_with"),
                     "direction": "down",
                     "spacing_width": 8,
                 },
+                collapsed=True,
             ),
             "save": Node(
                 "SaveImage",
-                6,
+                4,
                 {"images": Link("stitch"), "filename_prefix": "chroma/compared"},
                 "Without and with the LoRA",
                 extra_height=350,
-                extra_width=330,
+                extra_width=150,
             ),
         },
     ),
@@ -155,7 +158,7 @@ TRAINING_WORKFLOWS = (
             "join": Node("ImageBatch", 3, {"image1": Link("decode_first"), "image2": Link("decode_second")}),
             "dataset": Node(
                 "ChromaDatasetFromImages",
-                4,
+                3,
                 {
                     "images": Link("join"),
                     "captions": "a sks on a green background\na sks on a green background\n"
@@ -165,7 +168,7 @@ TRAINING_WORKFLOWS = (
                 extra_height=300,
             ),
         }
-        | train_on("dataset", 5, name="from-images", preview_prompt="a sks on a red background"),
+        | train_on("dataset", 4, name="from-images", preview_prompt="a sks on a red background"),
     ),
     Workflow(
         "chroma_train_with_regularisation",
@@ -185,7 +188,7 @@ TRAINING_WORKFLOWS = (
         | NEGATIVE
         | painted("ordinary", "a red star on a blue background", 4, 21)
         | {
-            "main": Node("ChromaDataset", 4, {"folder": TRAINING_SET, "trigger": "sks"}, "Main set", extra_height=250),
+            "main": Node("ChromaDataset", 3, {"folder": TRAINING_SET, "trigger": "sks"}, "Main set", extra_height=250),
             "ordinary": Node(
                 "ChromaDatasetFromImages",
                 4,
@@ -199,13 +202,13 @@ TRAINING_WORKFLOWS = (
             ),
             "combine": Node(
                 "ChromaCombineDatasets",
-                5,
+                2,
                 {"dataset_1": Link("main"), "dataset_2": Link("ordinary"), "weight_2": 0.5},
             ),
             "mixture": Node(
-                "PreviewAny", 5, {"source": Link("combine", 1)}, "How the sets are mixed", extra_height=100
+                "PreviewAny", 2, {"source": Link("combine", 1)}, "How the sets are mixed", extra_height=100
             ),
         }
-        | train_on("combine", 6, name="sks-regularised", preview_prompt=CONCEPT_PROMPT),
+        | train_on("combine", 5, name="sks-regularised", preview_prompt=CONCEPT_PROMPT),
     ),
 )

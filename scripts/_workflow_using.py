@@ -22,8 +22,9 @@ from _workflow_parts import (
 FIRST_PICTURE = Workflow(
     "chroma_1_first_picture",
     "One prompt, one picture, in seconds.",
-    "## Your first picture\n\n**Press *Run*.** One prompt, one picture. Change the prompt: `tiny` knows stars, rings and "
-    "other shapes in a few colours on backgrounds of a few colours. Next: *chroma_2_first_lora*.\n\n" + REAL_SAMPLING,
+    "## Your first picture\n\n**Press *Run*.** One prompt, one picture. Then change the prompt: `tiny` knows a circle, "
+    "square, triangle, star, cross or ring in red, green, blue, yellow, orange, purple, pink, cyan, white or black, on "
+    "a background of another of these colours. Next: *chroma_2_first_lora*.\n\n" + REAL_SAMPLING,
     LOAD | PROMPTS | {"sample": sampler("load", 2)} | decode("sample", "chroma/text_to_image", 3),
 )
 
@@ -64,6 +65,12 @@ USING_WORKFLOWS = (
             ),
             "negative": PROMPTS["negative"],
             "latent": PROMPTS["latent"],
+            "second_prompt": Node(
+                "ChromaTextEncode",
+                1,
+                {"text_encoder": Link("load", 1), "text": "a yellow ring on a blue background"},
+                "Prompt of the part",
+            ),
             "first": sampler("load", 2, seed=42),
             "picture": Node(
                 "VAEDecode", 2, {"samples": Link("first"), "vae": Link("load", 2)}, "The picture to change"
@@ -87,12 +94,6 @@ USING_WORKFLOWS = (
             ),
             "encode": Node("VAEEncode", 3, {"pixels": Link("picture"), "vae": Link("load", 2)}),
             "masked": Node("SetLatentNoiseMask", 3, {"samples": Link("encode"), "mask": Link("mask")}),
-            "second_prompt": Node(
-                "ChromaTextEncode",
-                4,
-                {"text_encoder": Link("load", 1), "text": "a yellow ring on a blue background"},
-                "Prompt of the part",
-            ),
             "sample": Node(
                 "ChromaSampler",
                 4,
@@ -103,15 +104,16 @@ USING_WORKFLOWS = (
                     "latent": Link("masked"),
                 },
             ),
-            "decode": Node("VAEDecode", 5, {"samples": Link("sample"), "vae": Link("load", 2)}),
+            "decode": Node("VAEDecode", 4, {"samples": Link("sample"), "vae": Link("load", 2)}, collapsed=True),
             "composite": Node(
                 "ImageCompositeMasked",
-                5,
+                4,
                 {"destination": Link("picture"), "source": Link("decode"), "mask": Link("mask")},
+                collapsed=True,
             ),
             "save": Node(
                 "SaveImage",
-                5,
+                4,
                 {"images": Link("composite"), "filename_prefix": "chroma/inpainted"},
                 "After",
                 extra_height=250,
@@ -121,14 +123,14 @@ USING_WORKFLOWS = (
     Workflow(
         "chroma_lora_in_host_nodes",
         "A trained LoRA with the host's own KSampler, and how the host's Load LoRA takes it.",
-        "## Your LoRA in the host's own nodes\n\n**Chroma Apply LoRA** first, then **Chroma Host Model**: what comes out "
-        "is the host's MODEL, for *KSampler*, guiders and all that drives one. Prompts may come from **Chroma Text "
+        "## Your LoRA in the host's own nodes\n\n**Chroma Apply LoRA** first, then **Chroma Host Model**: what comes "
+        "out is the host's MODEL, for *KSampler*, guiders and all that drives one. Prompts may come from **Chroma Text "
         "Encode** or from the host's T5 encoder.\n\n"
         + TRAIN_FIRST
         + "**Without any node of this pack**, and for the real model: *Load Diffusion Model* (your Chroma file), *Load "
         "CLIP* (the T5 file, type `chroma`), *Load VAE*, then *Load LoRA* with the same file from "
-        "`output/loras` and the same strength, *CLIP Text Encode*, *KSampler*. A plain LoRA is read there in full; "
-        "for DoRA see **Chroma Convert LoRA**. `tiny` cannot be loaded by those nodes, so this workflow shows the "
+        "`output/loras` and the same strength, *CLIP Text Encode*, *KSampler*. A plain LoRA is read there in full, "
+        "a DoRA a little differently. `tiny` cannot be loaded by those nodes, so this workflow shows the "
         "first way.\n\nThe host's *scheduler* shifts the noise for 1024 × 1024 pixels; for other sizes use **Chroma "
         "Tail Sigmas** (*chroma_tail_sigmas*).\n\n" + REAL_SAMPLING,
         LOAD

@@ -26,13 +26,15 @@ from _workflows import FOLDER
 
 SEED_NAMES = ("seed", "noise_seed")  # the page gives these a second widget unless the node says otherwise
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
-COLUMN_GAP, ROW_GAP, NODE_WIDTH, NOTE_WIDTH = 50, 55, 330, 460
-NOTE_LINE, NOTE_LETTERS = 21, 60  # pixels of a line of text in a note, and letters in it
+# The page opens a graph at three quarters of the window and writes no text below 57 % of full size: a workflow more
+# than 2500 pixels wide or 1400 high opens as empty boxes on a common screen.
+COLUMN_GAP, ROW_GAP, NODE_WIDTH, NOTE_WIDTH = 40, 50, 280, 400
+NOTE_LINE, NOTE_LETTERS = 17, 62  # pixels of a line of text in a note, and letters in it
 INDEX = """# Example workflows
 
-ComfyUI shows these under *Templates → chromakit*, by their file names. The numbered ones come first for a newcomer. Each is
-here as the window loads it and, in `api/`, as `POST /prompt` takes it. All but the `chroma_4_real` ones run at once on
-`tiny`, which ships with the pack; their notes say what to change for the real Chroma.
+ComfyUI shows these under *Templates → chromakit*, by their file names. The numbered ones come first for a newcomer.
+Each is here as the window loads it and, in `api/`, as `POST /prompt` takes it. All but the `chroma_4_real_…` ones run
+at once on `tiny`, which ships with the pack; their notes say what to change for the real Chroma.
 
 | | |
 |---|---|
@@ -148,7 +150,7 @@ def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, pr
         "type": node.type,
         "pos": [0, 0],
         "size": [NODE_WIDTH + node.extra_width, 60 + 24 * rows + 90 * long_texts + node.extra_height],
-        "flags": {},
+        "flags": {"collapsed": True} if node.collapsed else {},
         "order": number - 1,
         "mode": 0,
         "inputs": inputs,
@@ -169,7 +171,7 @@ def _lay_out(workflow: Workflow, nodes: list[dict]) -> None:
     for node, spec in zip(nodes, workflow.nodes.values(), strict=True):
         top = bottom.get(spec.column, 0)
         node["pos"] = [left[spec.column], top]
-        bottom[spec.column] = top + node["size"][1] + ROW_GAP
+        bottom[spec.column] = top + (0 if spec.collapsed else node["size"][1]) + ROW_GAP
 
 
 def _note(workflow: Workflow, number: int) -> dict:
@@ -178,7 +180,7 @@ def _note(workflow: Workflow, number: int) -> dict:
         "id": number,
         "type": "MarkdownNote",
         "pos": [-NOTE_WIDTH - COLUMN_GAP, 0],
-        "size": [NOTE_WIDTH, 90 + NOTE_LINE * lines],
+        "size": [NOTE_WIDTH, 80 + NOTE_LINE * lines],
         "flags": {},
         "order": number - 1,
         "mode": 0,

@@ -188,7 +188,7 @@ def _note(found: Preset) -> str:
         "learnt. To have the queue free meanwhile, select the five nodes from **Chroma Wait for Training** to **Save "
         "Image** and mute them (Ctrl+M) before you run; unmute them and run again when the job is completed.\n\n"
         "### The memory plan\n\n"
-        f"| | |\n|---|---|\n| precision | `{plan.precision}` |\n| text_precision | `{plan.text_precision}` |\n"
+        f"| setting | value |\n|---|---|\n| precision | `{plan.precision}` |\n| text_precision | `{plan.text_precision}` |\n"
         f"| offload | `{plan.offload}` |\n| gradient_checkpointing | {checkpointing} |\n\n"
         f"A computer with {COMPUTER} GB of memory is taken for granted. Painting {PICTURE_SIZE} × {PICTURE_SIZE} needs "
         f"about {in_gib(painting.sampling)} on the card, training at {TRAINING_SIZE} about "

@@ -75,8 +75,8 @@ TRAINING_WORKFLOWS = (
         "Go on with a job that was stopped, and see how it is doing.",
         "## Go on with a job\n\nThe settings of this workflow are those of *chroma_2_first_lora*: the same settings "
         "are the same job. *if_exists* is `resume`, so *Run* takes it up where it ended, bit for bit as if it had "
-        "never been stopped. A job that is not there yet is started. For a job of yours open the workflow that started it "
-        "and set *if_exists* to `resume`.\n\n"
+        "never been stopped. A job that is not there yet is started. For a job of yours open the workflow that started "
+        "it and set *if_exists* to `resume`.\n\n"
         "- **pause**: training rests between two steps and keeps its memory; *resume* goes on\n"
         "- **stop**: the LoRA is written as it is, the memory is free. `resume` here goes on from there\n"
         "- **the computer went off, or the host was closed**: nothing to do, `keep` and `resume` both go on from the "

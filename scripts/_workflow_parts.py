@@ -5,7 +5,7 @@ A workflow lists its nodes in the order in which they run; a node's column is wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -95,7 +95,7 @@ PROMPTS = {
     "negative": Node("ChromaTextEncode", 1, {"text_encoder": Link("load", 1), "text": ""}, "Negative prompt"),
     "latent": Node("ChromaEmptyLatent", 1, {"width": 64, "height": 64, "batch_size": 1}),
 }
-NEGATIVE = {"negative": PROMPTS["negative"]}
+LOAD_AND_NEGATIVE = LOAD | {"negative": replace(PROMPTS["negative"], column=0)}
 
 TRAINING_SET = "sks_emblem"
 CONCEPT_PROMPT = "a sks emblem on a red background"
@@ -152,7 +152,7 @@ def with_text(text: str, column: int = 1, trigger: str = "", **size: int) -> dic
     latent = {**PROMPTS["latent"].inputs, **size}
     return {
         "positive": Node("ChromaTextEncode", column, prompt, "Prompt"),
-        "negative": Node("ChromaTextEncode", column, NEGATIVE["negative"].inputs, "Negative prompt"),
+        "negative": Node("ChromaTextEncode", column, PROMPTS["negative"].inputs, "Negative prompt"),
         "latent": Node("ChromaEmptyLatent", column, latent),
     }
 
@@ -189,16 +189,16 @@ def train_on(dataset: str, column: int, **inputs: Any) -> dict[str, Node]:
     }
 
 
-def painted(key: str, text: str, batch: int, seed: int) -> dict[str, Node]:
+def painted(key: str, text: str, batch: int, seed: int, column: int = 1) -> dict[str, Node]:
     """Pictures that the model paints itself, as IMAGE; they share the negative prompt of the workflow."""
     prompt = {"text_encoder": Link("load", 1), "text": text}
     size = {"width": 64, "height": 64, "batch_size": batch}
     links = {"model": Link("load"), "positive": Link(f"prompt_{key}"), "negative": Link("negative")}
     return {
-        f"prompt_{key}": Node("ChromaTextEncode", 1, prompt, "Prompt"),
-        f"latent_{key}": Node("ChromaEmptyLatent", 1, size),
-        f"sample_{key}": Node("ChromaSampler", 2, {**links, "latent": Link(f"latent_{key}"), "seed": seed}),
+        f"prompt_{key}": Node("ChromaTextEncode", column, prompt, "Prompt"),
+        f"latent_{key}": Node("ChromaEmptyLatent", column, size),
+        f"sample_{key}": Node("ChromaSampler", column + 1, {**links, "latent": Link(f"latent_{key}"), "seed": seed}),
         f"decode_{key}": Node(
-            "VAEDecode", 2, {"samples": Link(f"sample_{key}"), "vae": Link("load", 2)}, collapsed=True
+            "VAEDecode", column + 1, {"samples": Link(f"sample_{key}"), "vae": Link("load", 2)}, collapsed=True
         ),
     }

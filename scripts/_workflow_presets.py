@@ -146,17 +146,7 @@ def _workflow(found: Preset) -> Workflow:
         }
         | with_text("a photo of [trigger]", 0, width=PICTURE_SIZE, height=PICTURE_SIZE, trigger="sks")
         | wait_and_apply(2)
-        | {
-            "sample": sampler("lora", 3, steps=28),
-            "plan": Node(
-                "PreviewAny",
-                3,
-                {"source": Link("load", 3)},
-                "What fits this machine",
-                extra_height=360,
-                extra_width=150,
-            ),
-        }
+        | {"sample": sampler("lora", 3, steps=28)}
         | decode("sample", "chroma/my-lora", 4),
     )
 
@@ -195,7 +185,7 @@ def _note(found: Preset) -> str:
         f"about {in_gib(painting.sampling)} on the card, training at {TRAINING_SIZE} about "
         f"{in_gib(training.training)}; {in_gib(found.on.device_budget)} of it may be used, the rest is left to the "
         f"desktop and the driver. {larger} These are predictions (docs/memory.md), not measured on such a card. "
-        "**What fits this machine** shows the plan for yours.\n\n"
+        "What fits yours is the text *memory_plan* of **Chroma Load Model**; *chroma_your_files* shows it.\n\n"
         "The templates for 8, 12, 16 and 24 GB differ in this plan alone; 12 and 16 GB are given the same one, as "
         "nothing lies between `int8` and `bf16`."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from _workflow_parts import (
     CONCEPT_PROMPT,
     LOAD,
-    NEGATIVE,
+    LOAD_AND_NEGATIVE,
     REAL_FOLDER,
     REAL_MODEL,
     REAL_SIZE,
@@ -133,7 +133,6 @@ TRAINING_WORKFLOWS = (
                 {"images": Link("stitch"), "filename_prefix": "chroma/compared"},
                 "Without and with the LoRA",
                 extra_height=350,
-                extra_width=150,
             ),
         },
     ),
@@ -150,8 +149,7 @@ TRAINING_WORKFLOWS = (
         + "- in both **Chroma Empty Latent** *width* and *height* to 1024, or leave the samplers out\n"
         + "- in **Chroma Dataset from Images** *resolution* to 512 or 1024, *captions* and *trigger*\n"
         + REAL_TRAIN,
-        LOAD
-        | NEGATIVE
+        LOAD_AND_NEGATIVE
         | painted("first", "a yellow ring on a green background", 2, 11)
         | painted("second", "a yellow ring on a blue background", 2, 12)
         | {
@@ -184,14 +182,13 @@ TRAINING_WORKFLOWS = (
         + "\n- the *Prompt* and the *captions* to what your concept is one of (for one dog: `a photo of a dog`), "
         "*width* and *height* to the *resolution*, *batch_size* to as many pictures as fit; or use a second **Chroma "
         "Dataset** with *regularisation* on\n" + REAL_TRAIN,
-        LOAD
-        | NEGATIVE
-        | painted("ordinary", "a red star on a blue background", 4, 21)
+        LOAD_AND_NEGATIVE
+        | painted("ordinary", "a red star on a blue background", 4, 21, column=0)
         | {
-            "main": Node("ChromaDataset", 3, {"folder": TRAINING_SET, "trigger": "sks"}, "Main set", extra_height=250),
+            "main": Node("ChromaDataset", 2, {"folder": TRAINING_SET, "trigger": "sks"}, "Main set", extra_height=250),
             "ordinary": Node(
                 "ChromaDatasetFromImages",
-                4,
+                3,
                 {
                     "images": Link("decode_ordinary"),
                     "captions": "a red star on a blue background",
@@ -202,13 +199,13 @@ TRAINING_WORKFLOWS = (
             ),
             "combine": Node(
                 "ChromaCombineDatasets",
-                2,
+                1,
                 {"dataset_1": Link("main"), "dataset_2": Link("ordinary"), "weight_2": 0.5},
             ),
             "mixture": Node(
-                "PreviewAny", 2, {"source": Link("combine", 1)}, "How the sets are mixed", extra_height=100
+                "PreviewAny", 1, {"source": Link("combine", 1)}, "How the sets are mixed", extra_height=100
             ),
         }
-        | train_on("combine", 5, name="sks-regularised", preview_prompt=CONCEPT_PROMPT),
+        | train_on("combine", 4, name="sks-regularised", preview_prompt=CONCEPT_PROMPT),
     ),
 )

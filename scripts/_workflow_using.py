@@ -218,7 +218,7 @@ USING_WORKFLOWS = (
             ),
             "plan": Node(
                 "PreviewAny",
-                4,
+                3,
                 {"source": Link("load", 3)},
                 "What fits this machine",
                 extra_height=380,
@@ -227,7 +227,7 @@ USING_WORKFLOWS = (
         }
         | with_text("a blue ring on a yellow background")
         | {"sample": sampler("load", 2)}
-        | decode("sample", "chroma/your_files", 3),
+        | decode("sample", "chroma/your_files", 2),
     ),
     Workflow(
         "chroma_convert_lora",

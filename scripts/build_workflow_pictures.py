@@ -24,12 +24,12 @@ PRESET = "chroma_4_real_"
 
 
 def picture_of(host: Host, name: str):
-    """The workflow's last picture; for one that only trains, the job's last preview."""
+    """The workflow's last picture, two of one size side by side; for one that only trains, the job's last preview."""
     from PIL import Image
 
     history = host.run(load_api(name), timeout=3600)
     if pictures := host.images(history):
-        return pictures[-1]
+        return _side_by_side(*pictures) if len({picture.size for picture in pictures}) < len(pictures) else pictures[-1]
     (job,) = next(output["chromakit_job"] for output in history["outputs"].values() if "chromakit_job" in output)
     while (status := host.get(f"/chromakit/jobs/{job}"))["state"] != "completed":
         if status["state"] not in ("queued", "preparing", "running"):
@@ -37,6 +37,15 @@ def picture_of(host: Host, name: str):
         time.sleep(1)
     _, body = host.request("GET", f"/chromakit/jobs/{job}/samples/{len(status['samples']) - 1}")
     return Image.open(BytesIO(body)).convert("RGB")
+
+
+def _side_by_side(left, right):
+    from PIL import Image
+
+    both = Image.new("RGB", (left.width + right.width, left.height))
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width, 0))
+    return both
 
 
 def thumbnail(picture):

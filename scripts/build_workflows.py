@@ -27,7 +27,7 @@ from _workflows import FOLDER
 SEED_NAMES = ("seed", "noise_seed")  # the page gives these a second widget unless the node says otherwise
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
 # The page opens a graph at three quarters of the window and writes no text below 57 % of full size: a workflow more
-# than 2500 pixels wide or 1400 high opens as empty boxes on a common screen.
+# than 2000 pixels wide or 1400 high opens as empty boxes in a window of 1600 × 1000.
 COLUMN_GAP, ROW_GAP, NODE_WIDTH, NOTE_WIDTH = 40, 50, 280, 400
 NOTE_LINE, NOTE_LETTERS = 17, 62  # pixels of a line of text in a note, and letters in it
 INDEX = """# Example workflows

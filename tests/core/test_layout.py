@@ -132,6 +132,19 @@ def test_the_index_shows_every_workflow():
     assert all(path.stem.startswith("chroma_") for path in WORKFLOWS)
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=name)
+def test_every_workflow_opens_large_enough_to_be_read(path: Path):
+    """The page fits a graph into three quarters of the window, and writes no text when that makes it too small."""
+    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    sizes = [[1, 1] if node["flags"].get("collapsed") else node["size"] for node in nodes]
+    width, height = (
+        max(node["pos"][i] + size[i] for node, size in zip(nodes, sizes, strict=True))
+        - min(node["pos"][i] for node in nodes)
+        for i in (0, 1)
+    )
+    assert width <= 2020 and height <= 1400
+
+
 @pytest.mark.parametrize("path", [path for path in WORKFLOWS if not path.stem.startswith(PRESETS)], ids=name)
 def test_every_workflow_runs_tiny_and_says_how_to_leave_it(path: Path):
     prompt = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))

@@ -228,11 +228,8 @@ def test_a_preset_trains_and_paints(server: Host, downloaded: None, card: int):
     """At tiny's own size."""
     prompt = change(preset_on_tiny(card), "ChromaEmptyLatent", width=64, height=64)
     prompt = change(prompt, "ChromaTrainingSettings", preview_width=64, preview_height=64)
-    history = server.run(change(prompt, "ChromaDataset", resolution=64))
-    (picture,) = pixels(server, history)
+    (picture,) = pixels(server, server.run(change(prompt, "ChromaDataset", resolution=64)))
     assert picture.shape == (64, 64, 3)
-    texts = " ".join(str(output["text"]) for output in history["outputs"].values() if "text" in output)
-    assert "recommended" in texts
 
 
 @pytest.mark.slow

@@ -174,7 +174,7 @@ def wait_and_apply(column: int) -> dict[str, Node]:
 def status(column: int) -> dict[str, Node]:
     """How a job is doing, as pictures and as text."""
     return {
-        "status": Node("ChromaTrainingStatus", column, {"job": Link("train")}, extra_height=270),
+        "status": Node("ChromaTrainingStatus", column, {"job": Link("train")}, extra_height=240),
         "show": Node("PreviewAny", column, {"source": Link("status", 0)}, "Status", extra_height=100),
     }
 

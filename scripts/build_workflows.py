@@ -27,7 +27,7 @@ from _workflows import FOLDER
 SEED_NAMES = ("seed", "noise_seed")  # the page gives these a second widget unless the node says otherwise
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
 # The page opens a graph at three quarters of the window and writes no text below 57 % of full size: a workflow more
-# than 2000 pixels wide or 1400 high opens as empty boxes in a window of 1600 × 1000.
+# than 2000 pixels wide or 1240 high opens as empty boxes in a window of 1600 × 1000.
 COLUMN_GAP, ROW_GAP, NODE_WIDTH, NOTE_WIDTH = 40, 50, 280, 400
 NOTE_LINE, NOTE_LETTERS = 17, 62  # pixels of a line of text in a note, and letters in it
 INDEX = """# Example workflows
@@ -149,7 +149,7 @@ def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, pr
         "id": number,
         "type": node.type,
         "pos": [0, 0],
-        "size": [NODE_WIDTH + node.extra_width, 60 + 24 * rows + 90 * long_texts + node.extra_height],
+        "size": [NODE_WIDTH + node.extra_width, 36 + 24 * rows + 80 * long_texts + node.extra_height],
         "flags": {"collapsed": True} if node.collapsed else {},
         "order": number - 1,
         "mode": 0,

@@ -142,7 +142,7 @@ def test_every_workflow_opens_large_enough_to_be_read(path: Path):
         - min(node["pos"][i] for node in nodes)
         for i in (0, 1)
     )
-    assert width <= 2020 and height <= 1400
+    assert width <= 2020 and height <= 1240
 
 
 @pytest.mark.parametrize("path", [path for path in WORKFLOWS if not path.stem.startswith(PRESETS)], ids=name)

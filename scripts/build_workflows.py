@@ -1,7 +1,8 @@
-"""Writes example_workflows/: each workflow once for the window (LiteGraph JSON) and once for the API.
+"""Writes example_workflows/: each workflow once for the window (LiteGraph JSON) and once for the API, and the index.
 
 Both forms come from the one table in `_workflow_table.py` and from what the running host says about its nodes, so they
-cannot drift apart; a host test checks that the files are current. Usage:
+cannot drift apart; a host test checks that the files are current. The index is a README: the host takes every `*.json`
+of the folder for a template, and reads an index of its own templates only. Usage:
 
     python scripts/build_workflows.py            write the files
     python scripts/build_workflows.py --check    say which would change; exit status 1 if any
@@ -13,17 +14,31 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from _environment import ensure_environment
 from _host import start_host
-from _workflow_table import WORKFLOWS, Link, Node, Workflow
+from _workflow_parts import Link, Node, Workflow
+from _workflow_table import workflows
 from _workflows import FOLDER
 
 SEED_NAMES = ("seed", "noise_seed")  # the page gives these a second widget unless the node says otherwise
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-COLUMN_WIDTH, ROW_GAP, NODE_WIDTH, NOTE_WIDTH = 380, 55, 330, 420
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
+# The page opens a graph at three quarters of the window and writes no text below 57 % of full size: a workflow more
+# than 2000 pixels wide or 1240 high opens as empty boxes in a window of 1600 × 1000.
+COLUMN_GAP, ROW_GAP, NODE_WIDTH, NOTE_WIDTH = 40, 50, 280, 400
+NOTE_LINE, NOTE_LETTERS = 17, 62  # pixels of a line of text in a note, and letters in it
+INDEX = """# Example workflows
+
+ComfyUI shows these under *Templates → chromakit*, by their file names. The numbered ones come first for a newcomer.
+Each is here as the window loads it and, in `api/`, as `POST /prompt` takes it. All but the `chroma_4_real_…` ones run
+at once on `tiny`, which ships with the pack; their notes say what to change for the real Chroma.
+
+| | |
+|---|---|
+"""
 
 
 def ordered_inputs(info: dict[str, Any]) -> dict[str, list]:
@@ -127,37 +142,45 @@ def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, pr
     ]
     long_texts = sum(1 for spec in ordered_inputs(info).values() if len(spec) > 1 and spec[1].get("multiline"))
     rows = max(sum("widget" not in entry for entry in inputs), len(outputs)) + len(widget_values)
+    properties: dict[str, Any] = {"Node name for S&R": node.type}
+    if node.models:
+        properties["models"] = [asdict(model) for model in node.models]
     return {
         "id": number,
         "type": node.type,
         "pos": [0, 0],
-        "size": [NODE_WIDTH + node.extra_width, 60 + 24 * rows + 90 * long_texts + node.extra_height],
-        "flags": {},
+        "size": [NODE_WIDTH + node.extra_width, 36 + 24 * rows + 80 * long_texts + node.extra_height],
+        "flags": {"collapsed": True} if node.collapsed else {},
         "order": number - 1,
         "mode": 0,
         "inputs": inputs,
         "outputs": outputs,
         "title": node.title or info["display_name"],
-        "properties": {"Node name for S&R": node.type},
+        "properties": properties,
         "widgets_values": widget_values,
     }
 
 
 def _lay_out(workflow: Workflow, nodes: list[dict]) -> None:
     """One column for each step of the way from the first node to the last, top to bottom in the table's order."""
+    widths: dict[int, int] = {}
+    for node, spec in zip(nodes, workflow.nodes.values(), strict=True):
+        widths[spec.column] = max(widths.get(spec.column, 0), node["size"][0])
+    left = {column: sum(widths[c] + COLUMN_GAP for c in widths if c < column) for column in widths}
     bottom: dict[int, int] = {}
     for node, spec in zip(nodes, workflow.nodes.values(), strict=True):
         top = bottom.get(spec.column, 0)
-        node["pos"] = [spec.column * COLUMN_WIDTH, top]
-        bottom[spec.column] = top + node["size"][1] + ROW_GAP
+        node["pos"] = [left[spec.column], top]
+        bottom[spec.column] = top + (0 if spec.collapsed else node["size"][1]) + ROW_GAP
 
 
 def _note(workflow: Workflow, number: int) -> dict:
+    lines = sum(1 + len(line) // NOTE_LETTERS for line in workflow.note.splitlines())
     return {
         "id": number,
         "type": "MarkdownNote",
-        "pos": [-NOTE_WIDTH - 50, 0],
-        "size": [NOTE_WIDTH, 360],
+        "pos": [-NOTE_WIDTH - COLUMN_GAP, 0],
+        "size": [NOTE_WIDTH, 80 + NOTE_LINE * lines],
         "flags": {},
         "order": number - 1,
         "mode": 0,
@@ -173,17 +196,19 @@ def _note(workflow: Workflow, number: int) -> dict:
 
 def render(object_info: dict[str, Any]) -> dict[Path, str]:
     """The text of every file, by its path."""
-    files = {}
-    for workflow in WORKFLOWS:
+    files, index = {}, INDEX
+    for workflow in workflows():
         files[FOLDER / f"{workflow.name}.json"] = json.dumps(window_form(workflow, object_info), indent=1) + "\n"
         files[FOLDER / "api" / f"{workflow.name}.json"] = json.dumps(api_form(workflow, object_info), indent=2) + "\n"
-    return files
+        index += f"| ![]({workflow.name}.jpg) | **{workflow.name}**<br>{workflow.summary} |\n"
+    return files | {FOLDER / "README.md": index}
 
 
 def stale(object_info: dict[str, Any]) -> list[Path]:
     """The files that differ from what `render` gives, or that it does not give at all."""
     wanted = render(object_info)
-    present = {path: path.read_text(encoding="utf-8") for path in [*FOLDER.glob("*.json"), *FOLDER.glob("api/*.json")]}
+    paths = [*FOLDER.glob("*.json"), *FOLDER.glob("*.md"), *FOLDER.glob("api/*.json")]
+    present = {path: path.read_text(encoding="utf-8") for path in paths}
     return [path for path in wanted | present if wanted.get(path) != present.get(path)]
 
 

@@ -87,7 +87,7 @@ def on_cpu(asked: bool) -> bool:
 
 def painting(text: str, seed: int, lora: str | None = None) -> Prompt:
     """The text-to-image workflow, or the one with a LoRA, for another text and seed."""
-    prompt = load_api("chroma_use_lora" if lora else "chroma_text_to_image")
+    prompt = load_api("chroma_3_use_lora" if lora else "chroma_1_first_picture")
     if lora:
         prompt = change(prompt, "ChromaApplyLora", lora=lora)
     return change(change(prompt, "ChromaTextEncode", title="Prompt", text=text), "ChromaSampler", seed=seed)

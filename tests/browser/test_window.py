@@ -12,6 +12,11 @@ from PIL import Image
 from _workflows import FOLDER, load_api
 
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
+OVERLAPS = """() => {
+    const boxes = window.app.graph._nodes.map(node => ({ title: node.title, box: [...node.getBounding()] }));
+    const meet = ([x, y, w, h], [u, v, s, t]) => x < u + s && u < x + w && y < v + t && v < y + h;
+    return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => meet(a.box, b.box)).map(b => [a.title, b.title]));
+}"""
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -22,8 +27,38 @@ def test_a_workflow_loads_and_means_what_its_api_form_says(window, path: Path):
     assert window.ours == []
     wanted = {key: (node["class_type"], node["inputs"]) for key, node in load_api(path.stem).items()}
     assert {key: (node["class_type"], node["inputs"]) for key, node in window.prompt().items()} == wanted
+    assert window.page.evaluate(OVERLAPS) == []
     with Image.open(picture) as image:
         assert image.size == (1600, 1000)
+
+
+def test_templates_lists_what_is_there_with_a_picture_each(window):
+    """The host lists every JSON file of the folder, so an index of our own among them would be a broken template."""
+    (listed,) = window.server.get("/workflow_templates").values()
+    assert sorted(listed) == [path.stem for path in WORKFLOWS]
+    for name in listed:
+        status, body = window.server.request("GET", f"/api/workflow_templates/chromakit/{name}.jpg")
+        assert status == 200 and body[:2] == b"\xff\xd8"
+
+
+def test_a_preset_offers_the_download_of_its_models(window):
+    """The page's own list of what is missing, with a button for each file."""
+    from _workflow_presets import FILES
+
+    setting = "on => window.app.extensionManager.setting.set('Comfy.Workflow.ShowMissingModelsWarning', on)"
+    window.page.evaluate(setting, True)
+    try:
+        window.load(json.loads((FOLDER / "chroma_4_real_08gb.json").read_text(encoding="utf-8")))
+        window.page.get_by_text("View details").click(timeout=15_000)
+        window.page.get_by_test_id("missing-model-download-all").wait_for(timeout=15_000)
+        window.screenshot("missing_models")
+        shown = window.page.locator("body").inner_text()
+        for file in FILES.values():
+            assert file.name in shown and file.directory in shown
+        assert window.page.get_by_role("button", name="Download", exact=False).count() >= len(FILES) + 1
+        assert window.missing_nodes() == [] and window.ours == []
+    finally:
+        window.page.evaluate(setting, False)
 
 
 def test_a_workflow_shows_in_the_newer_node_renderer_too(window):
@@ -32,7 +67,7 @@ def test_a_workflow_shows_in_the_newer_node_renderer_too(window):
     before = window.page.evaluate("() => window.app.extensionManager.setting.get('Comfy.VueNodes.Enabled')")
     window.page.evaluate(switch, True)
     try:
-        path = FOLDER / "chroma_train_and_sample.json"
+        path = FOLDER / "chroma_2_first_lora.json"
         window.load(json.loads(path.read_text(encoding="utf-8")))
         window.page.wait_for_selector("[data-node-id]", timeout=30_000)
         window.screenshot("vue_nodes")
@@ -51,7 +86,7 @@ def test_every_node_of_the_pack_is_in_the_page(window):
 
 
 def test_a_queue_from_the_page_runs_green(window):
-    window.load(json.loads((FOLDER / "chroma_text_to_image.json").read_text(encoding="utf-8")))
+    window.load(json.loads((FOLDER / "chroma_1_first_picture.json").read_text(encoding="utf-8")))
     before = set(window.server.get("/history"))
     window.page.evaluate("async () => { await window.app.queuePrompt(0, 1) }")
     deadline = time.monotonic() + 120

@@ -28,6 +28,8 @@ HOST_MODULES = {
 }  # fmt: skip
 LINES = 400
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+PRESETS = "chroma_4_real_"
+"""How the workflows for the real Chroma begin: they are what one leaves `tiny` for; see test_workflow_presets.py."""
 
 
 def name(path: Path) -> str:
@@ -122,7 +124,28 @@ def test_every_workflow_has_both_forms_and_a_picture():
     assert {path.stem for path in (ROOT / "example_workflows").glob("*.jpg")} == stems
 
 
+def test_the_index_shows_every_workflow():
+    index = (ROOT / "example_workflows" / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"!\[\]\((\w+)\.jpg\) \| \*\*(\w+)\*\*", index)
+    assert sorted(shown) == [(path.stem, path.stem) for path in WORKFLOWS]
+    # The host takes every JSON file of the folder for a template and the page lists it by its name: no index.json.
+    assert all(path.stem.startswith("chroma_") for path in WORKFLOWS)
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=name)
+def test_every_workflow_opens_large_enough_to_be_read(path: Path):
+    """The page fits a graph into three quarters of the window, and writes no text when that makes it too small."""
+    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    sizes = [[1, 1] if node["flags"].get("collapsed") else node["size"] for node in nodes]
+    width, height = (
+        max(node["pos"][i] + size[i] for node, size in zip(nodes, sizes, strict=True))
+        - min(node["pos"][i] for node in nodes)
+        for i in (0, 1)
+    )
+    assert width <= 2020 and height <= 1240
+
+
+@pytest.mark.parametrize("path", [path for path in WORKFLOWS if not path.stem.startswith(PRESETS)], ids=name)
 def test_every_workflow_runs_tiny_and_says_how_to_leave_it(path: Path):
     prompt = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
     loaders = [node for node in prompt.values() if node["class_type"] == "ChromaLoadModel"]

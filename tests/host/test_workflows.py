@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from _host import Host
-from _workflows import FOLDER, change, load_api
+from _workflow_presets import CARDS, FILES, TRAINING_SIZE
+from _workflow_presets import FOLDER as PICTURES
+from _workflows import FOLDER, Prompt, change, load_api
 from build_workflows import stale
+from chroma_core.loading.keys import to_original
 
 STEPS = 6  # of training, in place of the workflow's own number: what runs is the same
+ENDED = ("completed", "failed", "stopped")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pixels(server: Host, history: dict) -> list[np.ndarray]:
@@ -31,7 +42,7 @@ def test_files_are_current(server: Host):
 
 
 def test_text_to_image(server: Host):
-    (picture,) = pixels(server, server.run(load_api("chroma_text_to_image")))
+    (picture,) = pixels(server, server.run(load_api("chroma_1_first_picture")))
     assert picture.shape == (64, 64, 3) and picture.std() > 10
 
 
@@ -46,7 +57,7 @@ def test_tail_sigmas_in_the_hosts_sampler_equal_chroma_sampler(server: Host):
     guidance = next(node["inputs"]["cfg"] for node in prompt.values() if node["class_type"] == "CFGGuider")
     seed = next(node["inputs"]["noise_seed"] for node in prompt.values() if node["class_type"] == "RandomNoise")
     text = next(node["inputs"]["text"] for node in prompt.values() if node["_meta"]["title"] == "Prompt")
-    ours_prompt = change(load_api("chroma_text_to_image"), "ChromaTextEncode", title="Prompt", text=text)
+    ours_prompt = change(load_api("chroma_1_first_picture"), "ChromaTextEncode", title="Prompt", text=text)
     ours_prompt = change(ours_prompt, "ChromaSampler", seed=seed, guidance=guidance, **shared)
     ours = latents(server, ours_prompt, "ChromaSampler")
     assert ours.std() > 0.5
@@ -66,7 +77,7 @@ def trained(server: Host) -> str:
 
 
 def test_train_then_use(server: Host, trained: str):
-    prompt = load_api("chroma_use_lora")
+    prompt = load_api("chroma_3_use_lora")
     named = next(node["inputs"]["lora"] for node in prompt.values() if node["class_type"] == "ChromaApplyLora")
     assert trained == named, "the workflow names the LoRA that the training workflow makes"
     (picture,) = pixels(server, server.run(prompt))
@@ -74,7 +85,7 @@ def test_train_then_use(server: Host, trained: str):
 
 
 def test_a_converted_lora_paints_the_same(server: Host, trained: str):
-    (used,) = pixels(server, server.run(load_api("chroma_use_lora")))
+    (used,) = pixels(server, server.run(load_api("chroma_3_use_lora")))
     pictures = pixels(server, server.run(load_api("chroma_convert_lora")))
     (painted,) = (picture for picture in pictures if picture.shape == used.shape)
     assert len(pictures) == 2 and np.abs(painted.astype(int) - used.astype(int)).max() <= 1
@@ -82,33 +93,143 @@ def test_a_converted_lora_paints_the_same(server: Host, trained: str):
 
 
 def test_train_wait_and_sample_in_one_prompt(server: Host):
-    prompt = change(load_api("chroma_train_and_sample"), "ChromaTrainLora", steps=STEPS, name="one prompt")
+    prompt = change(load_api("chroma_2_first_lora"), "ChromaTrainLora", steps=STEPS, name="one prompt")
     base, lora = pixels(server, server.run(prompt))
     assert base.shape == lora.shape and not np.array_equal(base, lora)
 
 
-def test_your_files_shows_the_memory_plan_beside_the_picture(server: Host):
-    history = server.run(load_api("chroma_your_files"))
-    (picture,) = pixels(server, history)
-    assert picture.shape == (64, 64, 3) and picture.std() > 10
-    (text,) = next(output["text"] for output in history["outputs"].values() if "text" in output)
-    assert "offload" in text and "recommended" in text and "chosen" in text
+def job_of(history: dict) -> str:
+    (job,) = next(output["chromakit_job"] for output in history["outputs"].values() if "chromakit_job" in output)
+    return job
 
 
-def test_parity_says_which_number_moves_the_picture(server: Host):
-    history = server.run(load_api("chroma_parity"))
-    (sheet,) = server.images(history)
-    assert sheet.width > 1000 and np.asarray(sheet).std() > 10
-    (text,) = next(output["text"] for output in history["outputs"].values() if "text" in output)
-    rows = text.splitlines()
-    order = [next(i for i, row in enumerate(rows) if row.startswith(name)) for name in ("recipe ai", "time_dtype bf16")]
-    assert order == sorted(order) and "identical" in next(row for row in rows if row.startswith("recipe diffusers"))
+def until(server: Host, job: str, wanted: Any) -> dict:
+    """The job's status as soon as `wanted` is true of it."""
+    while not wanted(status := server.get(f"/chromakit/jobs/{job}")):
+        assert server.alive() and status["state"] != "failed", status["message"]
+    return status
+
+
+def test_the_grid_compares_the_same_seeds_without_and_with_the_lora(server: Host):
+    prompt = change(load_api("chroma_compare_lora"), "ChromaTrainLora", steps=STEPS, name="compared")
+    (grid,) = pixels(server, server.run(prompt))
+    cell, gap, seeds = 256, 4, 4
+    assert grid.shape[1] == seeds * cell + (seeds - 1) * gap
+    rows = grid[:200], grid[grid.shape[0] - cell :][:200]  # without the line of text
+    without, with_lora = ([row[:, i * (cell + gap) :][:, :cell] for i in range(seeds)] for row in rows)
+    assert all(not np.array_equal(a, b) for a, b in zip(without, with_lora, strict=True))
+    assert not np.array_equal(without[0], without[1])
+
+
+def test_a_stopped_job_goes_on(server: Host):
+    """Stopped through its route, taken up by queueing the workflow: the same job, to its end."""
+    steps = 24
+    prompt = change(load_api("chroma_resume_training"), "ChromaTrainLora", steps=steps, name="resumed")
+    job = job_of(server.run(prompt))
+    until(server, job, lambda status: status["step"] >= 2)
+    server.post(f"/chromakit/jobs/{job}/stop")
+    stopped = until(server, job, lambda status: status["state"] in ENDED)
+    assert stopped["state"] == "stopped" and 2 <= stopped["step"] < steps
+    history = server.run(prompt)
+    assert job_of(history) == job
+    ended = until(server, job, lambda status: status["state"] in ENDED)
+    assert (ended["state"], ended["step"]) == ("completed", steps)
+    shown = [str(output.get("text")) for output in server.run(prompt)["outputs"].values()]
+    assert any(f"completed, step {steps} of {steps}" in text for text in shown)
+
+
+def test_the_resumed_job_is_the_one_that_the_first_lora_trains():
+    def settings(name: str) -> list[dict]:
+        kinds = ("ChromaLoadModel", "ChromaDataset", "ChromaTrainingSettings", "ChromaTrainLora")
+        nodes = [node for node in load_api(name).values() if node["class_type"] in kinds]
+        return [{k: v for k, v in n["inputs"].items() if k != "if_exists" and not isinstance(v, list)} for n in nodes]
+
+    names = ("chroma_2_first_lora", "chroma_train_lora", "chroma_resume_training", "chroma_compare_lora")
+    first, *others = map(settings, names)
+    assert all(other == first for other in others)
+
+
+def test_the_lora_paints_in_the_hosts_own_sampler(server: Host, trained: str):
+    prompt = load_api("chroma_lora_in_host_nodes")
+    (with_lora,) = pixels(server, server.run(prompt))
+    (without,) = pixels(server, server.run(change(prompt, "ChromaApplyLora", strength=0.0)))
+    assert with_lora.shape == (64, 64, 3) and with_lora.std() > 10
+    assert not np.array_equal(with_lora, without)
+
+
+def test_only_the_masked_part_is_painted_over(server: Host):
+    history = server.run(load_api("chroma_inpaint"))
+    (after,) = pixels(server, history)
+    (before,) = (np.asarray(picture) for picture in server.images(history, kind="temp"))
+    hole = np.zeros((64, 64), dtype=bool)
+    hole[12:52, 12:52] = True
+    moved = np.abs(after.astype(int) - before.astype(int)).max(axis=2)
+    assert moved[~hole].max() <= 1, "what is outside the mask stays"
+    assert (moved[hole] > 40).mean() > 0.1, "what is inside is new"
+
+
+def test_a_preset_without_its_files_names_them_and_starts_no_job(server: Host):
+    before = server.get("/chromakit/jobs")
+    _, answer = server.post("/prompt", {"prompt": load_api("chroma_4_real_08gb")})
+    assert all(file.name in str(answer["node_errors"]) for file in FILES.values())
+    history = server.wait(answer["prompt_id"], check=False)  # the data set alone needs no model
+    assert f"no data set folder '{PICTURES}'" in str(history["status"]["messages"])
+    assert server.get("/chromakit/jobs") == before
+
+
+@pytest.fixture(scope="module")
+def downloaded(server: Host) -> Iterator[None]:
+    """The files that the presets name, where the page's download puts them (the weights are tiny's), and pictures."""
+    written = []
+    for part, file in FILES.items():
+        (weights,) = (ROOT / "chroma_core" / "assets" / "tiny" / part).glob("*.safetensors")
+        path = server.base / "models" / file.directory / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = load_file(weights)
+        save_file(to_original(tensors) if part == "transformer" else tensors, path)
+        written.append(path)
+    pictures = server.base / "input" / PICTURES
+    pictures.mkdir()
+    for number in ("01", "02"):
+        source = ROOT / "example_datasets" / "sks_emblem" / f"{number}.png"
+        with Image.open(source) as picture:
+            picture.resize((TRAINING_SIZE, TRAINING_SIZE)).save(pictures / source.name)
+        shutil.copy(source.with_suffix(".txt"), pictures)
+    yield
+    shutil.rmtree(pictures)
+    for path in written:
+        path.unlink()
+
+
+def preset_on_tiny(card: int) -> Prompt:
+    """A preset with the flavour tiny and few steps; the files, the precisions and where they lie are its own."""
+    prompt = change(load_api(f"chroma_4_real_{card:02d}gb"), "ChromaLoadModel", flavour="tiny")
+    prompt = change(prompt, "ChromaTrainLora", steps=2, name=f"preset {card}")
+    prompt = change(prompt, "ChromaTrainingSettings", preview_steps=2)
+    return change(prompt, "ChromaSampler", steps=2)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_preset_trains_and_paints(server: Host, downloaded: None, card: int):
+    """At tiny's own size."""
+    prompt = change(preset_on_tiny(card), "ChromaEmptyLatent", width=64, height=64)
+    prompt = change(prompt, "ChromaTrainingSettings", preview_width=64, preview_height=64)
+    (picture,) = pixels(server, server.run(change(prompt, "ChromaDataset", resolution=64)))
+    assert picture.shape == (64, 64, 3)
+
+
+@pytest.mark.slow
+def test_a_preset_trains_and_paints_at_its_own_sizes(server: Host, downloaded: None):
+    (picture,) = pixels(server, server.run(preset_on_tiny(CARDS[0]), timeout=500))
+    assert picture.shape == (1024, 1024, 3)
 
 
 def test_each_workflow_is_run_here():
     """Two of them in test_datasets_in_host.py."""
     assert {path.stem for path in FOLDER.glob("*.json")} == {
-        "chroma_text_to_image", "chroma_tail_sigmas", "chroma_train_lora", "chroma_train_and_sample", "chroma_use_lora",
+        "chroma_1_first_picture", "chroma_2_first_lora", "chroma_3_use_lora",
+        *(f"chroma_4_real_{card:02d}gb" for card in CARDS),
+        "chroma_tail_sigmas", "chroma_train_lora", "chroma_resume_training", "chroma_compare_lora",
         "chroma_your_files", "chroma_parity", "chroma_convert_lora", "chroma_train_from_images",
-        "chroma_train_with_regularisation",
+        "chroma_train_with_regularisation", "chroma_inpaint", "chroma_lora_in_host_nodes",
     }  # fmt: skip

@@ -288,7 +288,7 @@ def test_a_prompt_gets_the_machine_and_the_job_takes_it_back(window, server: Hos
     open_job(page, job)
     until(page, server, lambda: shown_step(page) >= 1, "the first steps")
     panel = page.locator(".chromakit-train .ck-chip").first
-    prompt = server.post_prompt(change(load_api("chroma_text_to_image"), "ChromaSampler", steps=150, seed=5))
+    prompt = server.post_prompt(change(load_api("chroma_1_first_picture"), "ChromaSampler", steps=150, seed=5))
     until(page, server, lambda: chip(page) == "running, yielding", "the tab to say so")
     assert panel.inner_text() == "running, yielding"
     window.screenshot("yielding")
@@ -350,7 +350,7 @@ def test_the_host_chooses_what_prompts_do(window, server: Host):
         open_list(page)
         said = page.get_by_text("Prompts are refused while a job")
         until(page, server, lambda: said.is_visible(), "the words in the tab")
-        window.load(json.loads((FOLDER / "chroma_text_to_image.json").read_text(encoding="utf-8")))
+        window.load(json.loads((FOLDER / "chroma_1_first_picture.json").read_text(encoding="utf-8")))
         page.evaluate("() => { window.app.queuePrompt(0, 1) }")
         until(page, server, lambda: page.get_by_text("Refused while").count(), "the host's words in the page")
         window.screenshot("prompts_refused")

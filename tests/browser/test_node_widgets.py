@@ -295,7 +295,7 @@ def test_the_sampler_shows_what_it_paints_while_it_paints(window: Any, server: H
     """The host's own live preview, fed by our sampler."""
     page = window.page
     setting(window, "Comfy.VueNodes.Enabled", renderer == "vue")
-    window.load(json.loads((FOLDER / "chroma_text_to_image.json").read_text(encoding="utf-8")))
+    window.load(json.loads((FOLDER / "chroma_1_first_picture.json").read_text(encoding="utf-8")))
     page.evaluate(SET, ["ChromaEmptyLatent", {"width": 512, "height": 512}])
     page.evaluate(SET, ["ChromaSampler", {"steps": 150, "seed": 7}])
     node = page.evaluate(f"() => {{ {FIND} return String(of('ChromaSampler').id) }}")

@@ -1,4 +1,4 @@
-"""The host's own page in a Chromium: started without what would lie over the nodes, and ready when its nodes are known."""
+"""The host's own page in a Chromium, without what would lie over the nodes, and ready when its nodes are known."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BARE = {
 
 @contextmanager
 def open_page(host: Host, width: int, height: int, scale: float = 1.0, **settings: Any) -> Iterator[Any]:
-    """A Playwright page of the host, `width` × `height` CSS pixels of `scale` device pixels each; nothing else is loaded.
+    """A Playwright page of the host, `width` × `height` CSS pixels of `scale` device pixels; nothing else is loaded.
 
     Raises SystemExit when there is no Chromium.
     """

@@ -12,8 +12,7 @@ SELECT = """type => {
   app.graph.add(node);
   app.canvas.ds.scale = 1;
   app.canvas.ds.offset = [400, 300];
-  app.canvas.deselectAll();
-  app.canvas.select(node);
+  app.canvas.selectItems([node]);
   app.canvas.setDirty(true, true);
 }"""
 SHOWN = """title => {

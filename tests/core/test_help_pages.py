@@ -24,7 +24,8 @@ def test_a_page_has_the_shape_of_all(page: Path):
     text = page.read_text(encoding="utf-8")
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == SECTIONS
     title, what, *_ = text.split("\n\n")
-    assert title.startswith("# Chroma") and len(what.split()) > 8 and "|" not in what, "first it says what the node does"
+    assert title.startswith("# Chroma")
+    assert len(what.split()) > 8 and "|" not in what, "the first paragraph says what the node does"
     trouble = text.split("## Trouble?")[1]
     assert len(re.findall(r"^(?:- |\d\. )", trouble, re.MULTILINE)) >= 4 and "→" in trouble
 
@@ -45,7 +46,7 @@ def test_a_page_has_its_picture(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_a_page_needs_nothing_outside_of_it(page: Path):
-    """Relative links do not work in the help panel: the host resolves pictures against the page, links against itself."""
+    """In the help panel a relative link leads nowhere: the host resolves pictures against the pack, but not links."""
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"\]\((?!https?://)", text)
     assert "docs/" not in text.replace("images/", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 LORA = "sks.safetensors"
@@ -23,10 +24,6 @@ class Shot:
 
 
 SHOTS = (
-    Shot("ChromaLoadModel", "paint"),
-    Shot("ChromaTextEncode", "paint"),
-    Shot("ChromaEmptyLatent", "paint"),
-    Shot("ChromaSampler", "paint", "running", room=120),
     Shot("ChromaTailSigmas", "sigmas"),
     Shot("ChromaHostModel", "sigmas"),
     Shot("ChromaTrainingSettings", "train"),
@@ -39,7 +36,11 @@ SHOTS = (
     Shot("ChromaConvertLora", "lora", "done", needs_lora=True),
     Shot("ChromaDatasetFromImages", "sets", "done", width=480, room=250),
     Shot("ChromaCombineDatasets", "sets", "done"),
-    Shot("ChromaParity", "parity", "done", width=530, room=180),
+    Shot("ChromaLoadModel", "paint"),
+    Shot("ChromaTextEncode", "paint"),
+    Shot("ChromaEmptyLatent", "paint"),
+    Shot("ChromaSampler", "paint", "running", room=120),
+    Shot("ChromaParity", "parity", "done", width=530, room=60),
 )
 
 
@@ -47,9 +48,13 @@ def _node(kind: str, title: str = "", **inputs: Any) -> tuple[str, str, dict[str
     return kind, title, inputs
 
 
+_ids = count(1)
+"""No two nodes of all graphs share an id: the page would show what one gave on the other."""
+
+
 def _graph(**nodes: tuple[str, str, dict[str, Any]]) -> dict[str, Any]:
     """An API prompt in which links name their node: ("load", 1) is its second output."""
-    number = {name: str(i) for i, name in enumerate(nodes, 1)}
+    number = {name: str(next(_ids)) for name in nodes}
     return {
         number[name]: {
             "class_type": kind,
@@ -76,7 +81,12 @@ def _latent(batch: int = 1) -> tuple[str, str, dict[str, Any]]:
 
 
 _SAMPLER = _node(
-    "ChromaSampler", model=("load", 0), positive=("prompt", 0), negative=("negative", 0), latent=("latent", 0)
+    "ChromaSampler",
+    model=("load", 0),
+    positive=("prompt", 0),
+    negative=("negative", 0),
+    latent=("latent", 0),
+    control_after_generate="fixed",
 )
 _DECODE = _node("VAEDecode", samples=("sample", 0), vae=("load", 2))
 
@@ -155,6 +165,7 @@ GRAPHS = {
             width=64,
             height=64,
             factors="recipe",
+            control_after_generate="fixed",
         ),
     ),
 }

@@ -19,6 +19,12 @@ SHOWN = """title => {
   const help = document.querySelector('.node-help-content'), picture = help?.querySelector('img');
   return help?.querySelector('h1')?.textContent === title && picture?.complete && picture.naturalWidth > 0;
 }"""
+TOO_WIDE = """() => {
+  const help = document.querySelector('.node-help-content');
+  return [help, ...help.querySelectorAll('table')].filter(part => part.scrollWidth > part.clientWidth)
+    .map(part => `${part.scrollWidth} > ${part.clientWidth}: ${part.textContent.slice(0, 80)}`);
+}"""
+"""Parts of a page that would have to be scrolled sideways."""
 
 
 @pytest.fixture
@@ -37,9 +43,9 @@ def test_the_panel_shows_text_and_picture(panel, node: str):
     if not panel.page.locator(".node-help-content").count():
         panel.page.locator("[data-testid=info-button]").first.click(timeout=10_000)
     panel.page.wait_for_function(SHOWN, arg=title, timeout=10_000)
-    box = panel.page.evaluate(
-        "() => { const e = document.querySelector('.node-help-content'); return [e.clientWidth, e.scrollWidth] }"
-    )
+    too_wide = panel.page.evaluate(TOO_WIDE)
+    panel.page.evaluate("() => document.querySelector('.node-help-content img').scrollIntoView({ block: 'center' })")
     panel.screenshot(f"help_{node}")
-    assert box[1] <= box[0], "nothing of a page is wider than the panel"
-    assert panel.ours == []
+    assert too_wide == []
+    # The host asks for a page in the window's language first, and takes ours when there is none.
+    assert [error for error in panel.ours if ".md)" not in error] == []

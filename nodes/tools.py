@@ -107,9 +107,16 @@ class ChromaInspectLora(io.ComfyNode):
         text = report_text(lora_report(found, name, path, [] if model is None else _remarks(found, model)))
         norms = {layer: update_norm(module) for layer, module in found.modules.items()}
         picture = to_image([heat_map(norms)])
-        host.say(text)
+        host.say(_in_short(text))
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(text, picture, ui={**shown, "text": (text,)})
+
+
+def _in_short(report: str) -> str:
+    """The report's head, base and trigger word: on the node a line break is a blank, and the table would be a wall."""
+    head, *rest = report.split("\n\n")
+    told = [line for part in rest for line in part.splitlines() if line.startswith(("base:", "trigger:"))]
+    return ". ".join([*head.splitlines(), *told])
 
 
 def _remarks(lora: LoraFile, model: ModelHandle) -> list[str]:

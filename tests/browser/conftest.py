@@ -12,19 +12,10 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from _host import Host
+from _page import FLAGS, READY
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "/extensions/chromakit/"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-extensions",
-    "--no-first-run",
-]
-READY = "() => window.app?.extensionManager && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
 
 
 @dataclass

@@ -169,10 +169,13 @@ def test_the_trainer_waits_while_the_host_is_busy_and_the_result_is_the_same(pla
     busy = threading.Event()
     manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu", busy=busy.is_set)
     settings = config(*places, steps=40)
+    told = []
+    manager.subscribe(lambda status: told.append(status["yielded"]))
     job = manager.ensure(settings)
     until(lambda: job.status()["step"] >= 2)
     busy.set()
     until(lambda: job.status()["yielded"])
+    until(lambda: told[-1:] == [True], 5)  # at once: no step comes that could tell it later
     step = job.status()["step"]
     time.sleep(0.3)
     assert job.status()["step"] == step < 40 and job.state == "running"

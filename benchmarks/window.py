@@ -28,13 +28,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from _environment import ensure_environment  # noqa: E402
 from _host import Host, start_host  # noqa: E402
+from _page import open_page  # noqa: E402
 from _workflows import change, load_api  # noqa: E402
 
 JOBS, STEPS, ROUNDS = 50, 20_000, 5
 PAGE = ROOT / "docs" / "window.md"
 BEGIN, END = "<!-- window begin -->", "<!-- window end -->"
-READY = "() => window.app?.extensionManager && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 
 OPEN_TAB = """async ([id, selector, count]) => {
     const tabs = window.app.extensionManager.sidebarTab;
@@ -130,25 +129,17 @@ def copy(folder: Path, name: str, values: dict[str, Any]) -> Path:
     return made
 
 
-def measure(host: Host, long: str, chromium: str) -> dict[str, Any]:
+def measure(host: Host, long: str) -> dict[str, Any]:
     """Milliseconds and bytes, by what they are for."""
-    from playwright.sync_api import sync_playwright
-
-    host.post("/api/settings", {"Comfy.TutorialCompleted": True})
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        page = browser.new_context(viewport={"width": 1600, "height": 1000}).new_page()
-        page.goto(host.url)
-        page.wait_for_function(READY, timeout=120_000)
-        page.wait_for_timeout(3000)
-        found: dict[str, list[Any]] = {"tab": [], "peer_tab": [], "long": [], "peer_long": []}
+    found: dict[str, list[Any]] = {"tab": [], "peer_tab": [], "long": [], "peer_long": []}
+    module = "/extensions/chromakit/js/vendor/uplot.js"
+    with open_page(host, 1600, 1000) as page:
+        page.wait_for_timeout(2000)
         for _ in range(ROUNDS + 1):
             found["peer_tab"].append(page.evaluate(OPEN_TAB, ["node-library", ".p-tree-node, [role=treeitem]", 5]))
             found["tab"].append(page.evaluate(OPEN_TAB, ["chromakit", ".ck-list li", JOBS + 1]))
             found["long"].append(page.evaluate(OPEN_LONG_JOB, long))
-            module = "/extensions/chromakit/js/vendor/uplot.js"
             found["peer_long"].append(page.evaluate(EVERY_POINT, [long, module]))
-        browser.close()
     rounds = {name: values[1:] for name, values in found.items()}  # the first one of each warms up
     started = time.perf_counter()
     brief = len(host.request("GET", "/chromakit/jobs?brief=true")[1])
@@ -210,7 +201,6 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}")
-    parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"))
     options = parser.parse_args()
     ensure_environment()
     with tempfile.TemporaryDirectory() as name:
@@ -219,7 +209,7 @@ def main() -> int:
             folder = first_job(host)
         long = multiply(folder)
         with start_host(base) as host:
-            text = table(measure(host, long, options.chromium))
+            text = table(measure(host, long))
     print(text)
     if options.write:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)

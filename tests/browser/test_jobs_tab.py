@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from _host import Host, start_host
+from _page import READY
 from _workflows import FOLDER, change, load_api
 from training_page import ACTIVE, RENDERER, THEME, build, start, stop_all, until
 
-READY = "() => window.app?.extensionManager && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
 OPEN = """() => { const tabs = window.app.extensionManager.sidebarTab;
     if (tabs.activeSidebarTab?.id !== 'chromakit') tabs.toggleSidebarTab('chromakit') }"""
 CLOSE = """() => { const tabs = window.app.extensionManager.sidebarTab;

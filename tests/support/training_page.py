@@ -15,7 +15,10 @@ BUILD = """async ([name, steps, prompt]) => {
     const graph = window.app.graph;
     graph.clear();
     window.app.canvas.ds.reset();  // what lies outside of the view is hidden
-    await new Promise(done => setTimeout(done, 100));  // or the page takes the new nodes for the old, by their ids
+    // Fresh ids: the page keeps what widgets of a name had on a node of an id, whatever kind of node it was.
+    window.idsTaken = (window.idsTaken ?? 0) + 1000;
+    graph.state.lastNodeId = window.idsTaken;
+    await new Promise(done => setTimeout(done, 100));
     const add = (type, x) => {
         const node = window.LiteGraph.createNode(type);
         node.pos = [x, 60];

@@ -87,7 +87,14 @@ def session_window(chromium: Browser, server: Host) -> Iterator[Window]:
 
 @pytest.fixture
 def window(session_window: Window) -> Window:
-    """The page, with the list of errors of its start kept and those of earlier tests forgotten."""
+    """The page as a test finds it: nothing lies over it, nodes are on the canvas, errors of earlier tests are forgotten."""
+    session_window.page.keyboard.press("Escape")
+    session_window.page.evaluate(
+        """async () => {
+            window.app.extensionManager.toast.removeAll();
+            await window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false);
+        }"""
+    )
     start = getattr(session_window, "start_errors", None)
     if start is None:
         start = list(session_window.errors)

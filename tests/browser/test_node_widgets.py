@@ -322,7 +322,7 @@ def test_the_setting_stands_under_chroma(window: Any):
     page = window.page
     page.evaluate("() => window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
     try:
-        page.get_by_text("Chroma", exact=True).first.click()
+        page.get_by_role("dialog").get_by_text("Chroma", exact=True).first.click()
         page.get_by_text("Show live panels on nodes").first.wait_for()
         window.screenshot("node_widgets_setting")
     finally:

@@ -16,7 +16,7 @@ BUILD = """async ([name, steps, prompt]) => {
     graph.clear();
     window.app.canvas.ds.reset();  // what lies outside of the view is hidden
     // Fresh ids: the page keeps what widgets of a name had on a node of an id, whatever kind of node it was.
-    window.idsTaken = (window.idsTaken ?? 0) + 1000;
+    window.idsTaken = (window.idsTaken ?? 1000000) + 1000;
     graph.state.lastNodeId = window.idsTaken;
     await new Promise(done => setTimeout(done, 100));
     const add = (type, x) => {

@@ -87,7 +87,7 @@ def session_window(chromium: Browser, server: Host) -> Iterator[Window]:
 
 @pytest.fixture
 def window(session_window: Window) -> Window:
-    """The page as a test finds it: nothing lies over it, nodes are on the canvas, errors of earlier tests are forgotten."""
+    """The page as a test finds it: nothing lies over it, nodes on the canvas, errors of earlier tests forgotten."""
     session_window.page.keyboard.press("Escape")
     session_window.page.evaluate(
         """async () => {

@@ -306,7 +306,7 @@ def test_events_that_are_missed_are_made_up_for(window, server: Host):
     page.evaluate("() => window.app.api.socket.close()")  # the page opens another one by itself, after a while
     server.post(f"/chromakit/jobs/{job}/stop")
     until(page, server, lambda: chip(page) == "stopped", "the end that no event told of")
-    assert charted(page) == status(server, job)["step"]
+    until(page, server, lambda: charted(page) == status(server, job)["step"], "the curve to its end")
     window.errors.clear()  # of the socket that was closed
 
 

@@ -118,7 +118,8 @@ def shown(window) -> dict[str, Any]:
             return {
                 title: node.title,
                 inputs: Object.fromEntries(node.inputs.map(slot)),
-                widgets: Object.fromEntries(node.widgets.map(w => [w.name, w.label ?? w.name])),
+                widgets: Object.fromEntries(
+                    node.widgets.filter(w => w.serialize !== false).map(w => [w.name, w.label ?? w.name])),
                 outputs: node.outputs.map(o => slot(o)[1]),
             }
         }"""

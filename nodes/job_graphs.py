@@ -31,7 +31,10 @@ IN_JOB_ONLY = ("folder", "resolutions", "default_caption")
 
 
 def again(job: Job) -> dict[str, Any]:
-    """The graph that starts this job: `{prompt, missing}`, `missing` being what it cannot say, in words."""
+    """The graph that starts this job: `{prompt, missing, folded}`.
+
+    `missing` is what it cannot say, in words; `folded` are the ids of nodes that one rarely looks into.
+    """
     config = job.config
     prompt: Prompt = {"load": _load(config.model)}
     main = _sets(prompt, (config.dataset, *config.more_datasets))
@@ -50,11 +53,12 @@ def again(job: Job) -> dict[str, Any]:
         **({"validation_dataset": [held_out, 0]} if held_out else {}),
     )
     prompt["status"] = _node("ChromaTrainingStatus", "Chroma Training Status", job=["train", 0])
-    return {"prompt": prompt, "missing": _missing(config, prompt, train, settings)}
+    folded = [key for key in ("settings", "heldout") if key in prompt]
+    return {"prompt": prompt, "missing": _missing(config, prompt, train, settings), "folded": folded}
 
 
 def use(job: Job) -> dict[str, Any]:
-    """The graph that paints the job's first preview with the LoRA or model that it wrote: `{prompt, missing}`.
+    """The graph that paints the job's first preview with the LoRA or model that it wrote, as `again` has it.
 
     Raises JobError for a job that has written none.
     """
@@ -106,7 +110,7 @@ def use(job: Job) -> dict[str, Any]:
         "decode": _node("VAEDecode", "VAE Decode", samples=["sample", 0], vae=["load", 2]),
         "save": _node("SaveImage", "Save Image", images=["decode", 0], filename_prefix=f"chroma/{config.name}"),
     }
-    return {"prompt": prompt, "missing": []}
+    return {"prompt": prompt, "missing": [], "folded": []}
 
 
 def _node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:

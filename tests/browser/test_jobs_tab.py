@@ -319,6 +319,9 @@ def test_a_restarted_host_has_the_same_jobs(chromium, tmp_path):
         host.post("/api/settings", {"Comfy.TutorialCompleted": True})
         page.goto(host.url)
         page.wait_for_function(READY, timeout=120_000)
+        page.evaluate(OPEN)
+        page.get_by_role("button", name="First LoRA").click()  # what a tab without jobs offers
+        page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'ChromaWaitForTraining')")
         job = start(page, host, "before the restart")
         open_job(page, job)
         until(page, host, lambda: shown_step(page) >= 3, "the first steps")

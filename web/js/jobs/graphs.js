@@ -1,17 +1,62 @@
-// A job as a new graph in the window.
+// New graphs in the window: from a job, or one of the pack's templates.
 import { app } from "../../../../scripts/app.js";
+import { api } from "../../../../scripts/api.js";
 import { get } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { notify } from "./notices.js";
 
+const [COLUMN_GAP, ROW_GAP] = [60, 60]; // pixels; a row's has the title in it
+
 /** Open the graph that starts this job (`again`) or paints with its result (`use`). Throws Error with the host's words. */
 export async function openGraph(job, kind) {
-  const { prompt, missing } = await get(`jobs/${encodeURIComponent(job.id)}/graph/${kind}`);
+  const { prompt, missing, folded } = await get(`jobs/${encodeURIComponent(job.id)}/graph/${kind}`);
   await app.refreshComboInNodes(); // a LoRA or folder that is younger than the page
   await app.loadApiJson(prompt, t(`graph.${kind}_title`, { name: job.name }));
   keepSeeds();
+  await drawn(); // the panels have taken their room on the nodes
+  layOut(new Set(folded));
+  await drawn(); // bounds of nodes are those of the last drawing
+  app.canvas.deselectAll(); // a selection is what the view would be fitted to
   await app.extensionManager.command.execute("Comfy.Canvas.FitView");
   if (missing.length) notify("warn", t("graph.missing"), missing.join("\n"));
+}
+
+/**
+ * Nodes in columns, each as far right as the longest way of links that leads to it; those of the ids in `folded` closed.
+ * (The page's own arrangement puts tall nodes under one another as if they were open, and so out of sight.)
+ */
+function layOut(folded) {
+  const columns = [];
+  const depths = new Map();
+  const depth = (node) => {
+    if (!depths.has(node)) {
+      depths.set(node, 0); // ends a circle, which no prompt has
+      const before = (node.inputs ?? []).map((_, slot) => node.getInputNode(slot)).filter(Boolean);
+      depths.set(node, before.length ? 1 + Math.max(...before.map(depth)) : 0);
+    }
+    return depths.get(node);
+  };
+  for (const node of app.graph.nodes) (columns[depth(node)] ??= []).push(node);
+  let left = 0;
+  for (const column of columns) {
+    let top = 0;
+    for (const node of column) {
+      if (folded.has(String(node.id)) && !node.flags.collapsed) node.collapse();
+      node.pos = [left, top];
+      top += (node.flags.collapsed ? 0 : node.size[1]) + ROW_GAP;
+    }
+    left += Math.max(...column.map((node) => node.size[0])) + COLUMN_GAP;
+  }
+}
+
+const drawn = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+
+/** Open a template of ours by its name. Throws Error when the host does not give it. */
+export async function openTemplate(name) {
+  const pack = new URL("../../", import.meta.url).pathname.split("/").at(-2); // users name its folder as they like
+  const answer = await api.fetchApi(`/workflow_templates/${pack}/${name}.json`);
+  if (!answer.ok) throw new Error(t("graph.no_template", { name }));
+  await app.loadGraphData(await answer.json(), true, true, name);
 }
 
 /** A fresh seed widget draws a new number after each run; what a job had is to be the same every time. */

@@ -1,8 +1,11 @@
 // The list of jobs by state, and the choice of those whose curves are laid over one another.
+import { app } from "../../../../scripts/app.js";
 import { fill, h, say } from "../lib/dom.js";
 import { moment } from "../lib/format.js";
 import { t } from "../lib/words.js";
 import { Comparison } from "./comparison.js";
+import { openTemplate } from "./graphs.js";
+import { notify } from "./notices.js";
 import { ACTIVE, all, listen, problem, reload } from "./store.js";
 import { progressWords, share, showState } from "./words.js";
 
@@ -12,11 +15,13 @@ const GROUPS = [
   ["ended", () => true],
 ];
 
-/** A list that follows the store. `open(id)` is called for the job that is chosen, `templates()` by the empty list. */
+/** Where one may begin, in the order in which one would. */
+const TEMPLATES = { first_picture: "chroma_1_first_picture", first_lora: "chroma_2_first_lora" };
+
+/** A list that follows the store. `open(id)` is called for the job that is chosen. */
 export class JobList {
-  constructor(open, templates) {
+  constructor(open) {
     this.open = open;
-    this.templates = templates;
     this.rows = new Map();
     this.chosen = new Set();
     this.groups = h("div", {});
@@ -33,9 +38,15 @@ export class JobList {
     this.comparison.destroy();
   }
 
+  /** The first steps, for who has trained nothing yet. */
   #emptyNote() {
-    const templates = h("button", { type: "button", onclick: this.templates }, t("list.templates"));
-    return h("div", { class: "ck-empty" }, h("p", {}, t("list.empty")), templates);
+    const begin = (name) => () => openTemplate(name).catch((error) => notify("error", error.message));
+    const browse = () => app.extensionManager.command.execute("Comfy.BrowseTemplates");
+    const steps = Object.entries(TEMPLATES).map(([key, name]) => [t(`list.${key}`), begin(name)]);
+    const buttons = [...steps, [t("list.templates"), browse]].map(([label, work]) =>
+      h("button", { type: "button", onclick: work }, label),
+    );
+    return h("div", { class: "ck-empty" }, h("p", {}, t("list.empty")), buttons);
   }
 
   #changed(id) {

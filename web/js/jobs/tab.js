@@ -78,7 +78,7 @@ function show() {
     unlisten = listen(() => find(wanted) && opened === wanted && show());
   }
   const job = opened && find(opened);
-  room = job ? new JobView(opened, leave) : new JobList(open, () => app.extensionManager.command.execute("Comfy.BrowseTemplates"));
+  room = job ? new JobView(opened, leave) : new JobList(open);
   fill(root, h("header", {}, h("h1", {}, t("tab.title")), note), room.element);
 }
 

@@ -99,7 +99,10 @@ export class Chart {
       dash: one.dash,
       spanGaps: true,
       points: { show: one.points ?? false, size: 6 },
-      value: (_, value) => (value == null ? "–" : (one.value ?? ((v) => v.toPrecision(4)))(value)),
+      value: (plot, value, column) => {
+        const shown = value ?? (plot.cursor.idx == null ? plot.data[column].findLast((each) => each != null) : null);
+        return shown == null ? "–" : (one.value ?? ((each) => each.toPrecision(4)))(shown);
+      },
     }));
     this.plot = new uPlot(
       {
@@ -120,7 +123,7 @@ export class Chart {
     this.#showLast();
   }
 
-  /** While the mouse points at nothing, the legend has the newest values (once uPlot has finished its own drawing). */
+  /** While the mouse points at nothing, the legend has each line's newest value (once uPlot has done its own drawing). */
   #showLast() {
     setTimeout(() => this.plot?.cursor.idx == null && this.plot?.setLegend({ idx: this.data[0].length - 1 }));
   }

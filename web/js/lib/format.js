@@ -31,7 +31,9 @@ export function bytes(value) {
   return value >= 2 ** 30 ? `${(value / 2 ** 30).toFixed(2)} GiB` : `${(value / 2 ** 20).toFixed(0)} MiB`;
 }
 
-/** A moment in seconds since 1970, in the user's way. */
+/** A moment in seconds since 1970, in the user's way: the time today, else the date. */
 export function moment(seconds) {
-  return new Date(seconds * 1000).toLocaleString(undefined, { dateStyle: "short", timeStyle: "short" });
+  const then = new Date(seconds * 1000);
+  const today = then.toDateString() === new Date().toDateString();
+  return today ? then.toLocaleTimeString(undefined, { timeStyle: "short" }) : then.toLocaleDateString();
 }

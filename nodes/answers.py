@@ -43,12 +43,17 @@ def refused(status: int, message: object) -> web.Response:
     return web.json_response({"error": str(message)}, status=status)
 
 
-async def body_of(request: web.Request, kinds: dict[str, type]) -> dict[str, Any]:
-    """The request's JSON object with no other fields than these. Raises ConfigError."""
+async def json_of(request: web.Request) -> Any:
+    """The request's JSON, whatever it is. Raises ConfigError."""
     try:
-        values = await request.json()
+        return await request.json()
     except ValueError as error:
         raise ConfigError(f"The request's body is not JSON: {error}.") from None
+
+
+async def body_of(request: web.Request, kinds: dict[str, type]) -> dict[str, Any]:
+    """The request's JSON object with no other fields than these. Raises ConfigError."""
+    values = await json_of(request)
     if not (isinstance(values, dict) and all(type(v) is kinds.get(name) for name, v in values.items())):
         wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
         raise ConfigError(f"The request's body must be a JSON object with nothing but: {wanted}.")

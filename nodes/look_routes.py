@@ -12,13 +12,14 @@ from typing import Any
 from aiohttp import web
 from comfy_api.latest import io
 
-from ..chroma_core.errors import ChromaKitError, ConfigError
+from ..chroma_core.errors import ChromaKitError
 from ..chroma_core.flavours import FLAVOURS
 from ..chroma_core.latents import snap_size
 from ..chroma_core.memory import machine, memory_plan
 from ..chroma_core.schedule import SigmaSettings, sigma_density
 from ..chroma_core.training.lr import Schedule
 from . import host
+from .answers import json_of, refused
 from .dataset import ChromaDataset
 from .dataset_look import FALLBACK_SIZE, Looks
 from .dataset_widgets import config_from
@@ -69,7 +70,7 @@ async def _sheet(request: web.Request) -> web.Response:
     async with _looking:
         found = await asyncio.to_thread(_looks.sheet, request.match_info["id"])
     if found is None:
-        return _error(404, "This contact sheet is no longer kept. Change a value of the node, and it is made again.")
+        return refused(404, "This contact sheet is no longer kept. Change a value of the node, and it is made again.")
     return web.Response(body=found, content_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
 
@@ -137,14 +138,6 @@ def _rows(body: object) -> dict[str, Any]:
 async def _answer(request: web.Request, work: Callable[[object], dict[str, Any]]) -> web.Response:
     """The JSON of `work(body)`, which runs in a thread; what is wrong with the body as {error} with 400."""
     try:
-        try:
-            body = await request.json()
-        except ValueError as error:
-            raise ConfigError(f"The request's body is not JSON: {error}.") from None
-        return web.json_response(await asyncio.to_thread(work, body))
+        return web.json_response(await asyncio.to_thread(work, await json_of(request)))
     except ChromaKitError as error:
-        return _error(400, error)
-
-
-def _error(status: int, message: object) -> web.Response:
-    return web.json_response({"error": str(message)}, status=status)
+        return refused(400, error)

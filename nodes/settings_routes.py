@@ -9,7 +9,7 @@ from aiohttp import web
 
 from ..chroma_core.errors import ConfigError
 from . import while_training
-from .answers import refused
+from .answers import json_of, refused
 
 
 def register(routes: Any) -> None:
@@ -24,11 +24,7 @@ async def _get(request: web.Request) -> web.Response:
 
 async def _post(request: web.Request) -> web.Response:
     try:
-        values = await request.json()
-    except ValueError as error:
-        return refused(400, f"The request's body is not JSON: {error}.")
-    try:
-        return web.json_response(await asyncio.to_thread(while_training.change, values))
+        return web.json_response(await asyncio.to_thread(while_training.change, await json_of(request)))
     except ConfigError as error:
         return refused(400, error)
     except OSError as error:

@@ -20,8 +20,8 @@ PARTS = ("core", "host", "browser")
 COUNTED = ("passed", "failed", "error", "errors", "skipped", "xfailed", "xpassed", "deselected")
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NOTHING_COLLECTED = 5
-CORE_PROCESSES = min(4, os.cpu_count() or 1)
-"""The core tests share nothing but the file system, so their files are dealt out to processes."""
+PROCESSES = {"core": min(4, os.cpu_count() or 1), "host": min(2, os.cpu_count() or 1)}
+"""Core tests share nothing but the file system, host tests a server for each process: their files are dealt out."""
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -87,7 +87,8 @@ def main() -> int:
     empty = 0
     for part in parts:
         print(f"\n=== tests/{part} ===", flush=True)
-        dealt = ["-n", str(CORE_PROCESSES), "--dist", "loadfile"] if part == "core" and CORE_PROCESSES > 1 else []
+        processes = PROCESSES.get(part, 1)
+        dealt = ["-n", str(processes), "--dist", "loadfile"] if processes > 1 else []
         status, last = run([sys.executable, "-m", "pytest", f"tests/{part}", *dealt, *extra])
         for number, word in re.findall(r"(\d+) (\w+)", last):
             if word in counts:

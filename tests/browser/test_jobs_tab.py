@@ -133,6 +133,14 @@ def choices(page: Any) -> list[str]:
     )
 
 
+def training(window, server: Host, name: str) -> str:
+    """A job that trains for ever, open in the tab."""
+    job = start(window.page, server, name)
+    open_job(window.page, job)
+    until(window.page, server, lambda: shown_step(window.page) >= 1, "the first steps")
+    return job
+
+
 def finished(server: Host, page: Any, name: str, steps: int = 4, prompt: str = "") -> str:
     job = start(page, server, name, steps, prompt)
     until(page, server, lambda: status(server, job)["state"] not in ACTIVE, "the end of the job")
@@ -284,9 +292,7 @@ def test_a_failing_job_says_why(window, server: Host):
 
 def test_a_prompt_gets_the_machine_and_the_job_takes_it_back(window, server: Host):
     page = window.page
-    job = start(page, server, "it yields")
-    open_job(page, job)
-    until(page, server, lambda: shown_step(page) >= 1, "the first steps")
+    job = training(window, server, "it yields")
     panel = page.locator(".chromakit-train .ck-chip").first
     prompt = server.post_prompt(change(load_api("chroma_1_first_picture"), "ChromaSampler", steps=150, seed=5))
     until(page, server, lambda: chip(page) == "running, yielding", "the tab to say so")
@@ -300,9 +306,7 @@ def test_a_prompt_gets_the_machine_and_the_job_takes_it_back(window, server: Hos
 
 def test_events_that_are_missed_are_made_up_for(window, server: Host):
     page = window.page
-    job = start(page, server, "unheard")
-    open_job(page, job)
-    until(page, server, lambda: shown_step(page) >= 1, "the first steps")
+    job = training(window, server, "unheard")
     page.evaluate("() => window.app.api.socket.close()")  # the page opens another one by itself, after a while
     server.post(f"/chromakit/jobs/{job}/stop")
     until(page, server, lambda: chip(page) == "stopped", "the end that no event told of")

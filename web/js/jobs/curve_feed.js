@@ -12,6 +12,7 @@ export class CurveFeed {
     this.changed = changed;
     this.curve = null;
     this.stopped = false;
+    this.busy = false;
     this.refresh = throttled(() => this.#fetch(), MILLISECONDS);
     this.refresh();
   }
@@ -22,18 +23,24 @@ export class CurveFeed {
 
   async #fetch() {
     if (this.stopped) return;
+    if (this.busy) return this.refresh(); // a slow answer: what it brings decides what is asked for next
+    this.busy = true;
+    try {
+      await this.#ask();
+    } finally {
+      this.busy = false;
+    }
+  }
+
+  async #ask() {
     const { curve, points } = this;
     // What was added is not thinned; from twice the points on, have all of it thinned anew.
     const goesOn = curve && curve.step.length < 2 * points;
     const after = goesOn ? `&after=${curve.step.at(-1) ?? 0}&token=${curve.token}` : "";
-    let found;
-    try {
-      found = await get(`jobs/${encodeURIComponent(this.id)}/curve?points=${points}${after}`);
-    } catch {
-      return; // the job is gone, or the host is; the store notices
-    }
-    if (this.stopped) return;
-    this.curve = found.continued && this.curve === curve ? this.#grown(curve, found) : found;
+    const path = `jobs/${encodeURIComponent(this.id)}/curve?points=${points}${after}`;
+    const found = await get(path).catch(() => null); // the job is gone, or the host is; the store notices
+    if (!found || this.stopped) return;
+    this.curve = found.continued ? this.#grown(curve, found) : found;
     this.changed(this.curve);
   }
 

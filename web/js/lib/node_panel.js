@@ -1,5 +1,7 @@
 // What of ours stands on a node: an element as a widget that is never saved, and the node's life around it.
 
+const OPERATING = ["Enter", " ", "ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"];
+
 /**
  * Put `element` on a node, `height` pixels high (a number, or a function that gives one), the margin around it included.
  *
@@ -14,6 +16,10 @@ export function addPanel(node, name, element, height) {
     getMaxHeight: pixels,
   });
   widget.serialize = false;
+  // What works a button, a disclosure or a plot is not meant for the page's own shortcuts; Ctrl+Enter is.
+  element.addEventListener("keydown", (event) => {
+    if (OPERATING.includes(event.key) && !event.ctrlKey && !event.metaKey) event.stopPropagation();
+  });
   let last;
   const settled = () => {
     last = pixels();

@@ -7,7 +7,6 @@ import { t } from "../lib/words.js";
 
 export const SETTING = "Chroma.Panels";
 const WAIT = 250;
-const OPERATING = ["Enter", " ", "ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"];
 
 const panels = new Set();
 
@@ -42,10 +41,6 @@ export class LivePanel {
     this.body = h("div", { class: "ck-body" });
     this.root = h("section", { class: "chromakit ck-node ck-live", "aria-label": this.t("title") }, this.body, this.note);
     this.root.dataset.panel = name;
-    // What works a button, a disclosure or a plot is not meant for the page's own shortcuts; Ctrl+Enter is.
-    this.root.addEventListener("keydown", (event) => {
-      if (OPERATING.includes(event.key) && !event.ctrlKey && !event.metaKey) event.stopPropagation();
-    });
     this.panel = addPanel(node, `chromakit_${name}`, this.root, () => (this.on ? this.height() : 0));
     this.touch = debounced(() => this.ask(), WAIT);
     onWidgets(node, touchAll);

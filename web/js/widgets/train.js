@@ -35,8 +35,13 @@ class Panel {
       h("div", { class: "ck-look" }, this.curve, this.sample),
       h("div", { class: "ck-row ck-fixed" }, this.note, h("span", { class: "ck-group ck-fixed" }, this.pause, this.stop, this.open)),
     );
-    this.unlisten = listen((id) => (!id || id === this.id) && this.#show());
     this.#show();
+  }
+
+  /** Live from now on. Not before the node is in a graph: the page also makes nodes that it only shows. */
+  begin() {
+    this.unlisten ??= listen((id) => (!id || id === this.id) && this.#show());
+    this.follow();
   }
 
   #button(action) {
@@ -80,10 +85,12 @@ class Panel {
     this.#show();
   }
 
-  destroy() {
-    this.unlisten();
+  /** Out of the graph; an undo may bring it back. */
+  end() {
+    this.unlisten?.();
     this.unwatch?.();
     this.feed?.stop();
+    this.unlisten = this.unwatch = this.feed = this.following = undefined;
   }
 
   #tell(text) {
@@ -142,7 +149,8 @@ export function attachTrain(node) {
     onExecuted(output) {
       if (output?.chromakit_job?.[0]) panel.start(output.chromakit_job[0]);
     },
-    onConfigure: () => panel.follow(),
-    onRemoved: () => panel.destroy(),
+    onAdded: () => panel.begin(),
+    onConfigure: () => panel.unlisten && panel.follow(),
+    onRemoved: () => panel.end(),
   });
 }

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from _workflows import FOLDER, load_api
+from training_page import RENDERER
 
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 OVERLAPS = """() => {
@@ -61,21 +62,16 @@ def test_a_preset_offers_the_download_of_its_models(window):
         window.page.evaluate(setting, False)
 
 
-def test_a_workflow_shows_in_the_newer_node_renderer_too(window):
-    """Nodes as Vue components instead of a canvas; the setting is put back."""
-    switch = "on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
-    before = window.page.evaluate("() => window.app.extensionManager.setting.get('Comfy.VueNodes.Enabled')")
-    window.page.evaluate(switch, True)
-    try:
-        path = FOLDER / "chroma_2_first_lora.json"
-        window.load(json.loads(path.read_text(encoding="utf-8")))
-        window.page.wait_for_selector("[data-node-id]", timeout=30_000)
-        window.screenshot("vue_nodes")
-        assert window.missing_nodes() == [] and window.ours == []
-        wanted = {key: node["inputs"] for key, node in load_api(path.stem).items()}
-        assert {key: node["inputs"] for key, node in window.prompt().items()} == wanted
-    finally:
-        window.page.evaluate(switch, before)
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_shows_in_the_newer_node_renderer_too(window, path: Path):
+    """Nodes as Vue components instead of a canvas; the fixture puts the setting back."""
+    window.page.evaluate(RENDERER, True)
+    window.load(json.loads(path.read_text(encoding="utf-8")))
+    window.page.wait_for_selector("[data-node-id]", timeout=30_000)
+    window.screenshot(f"vue_{path.stem}")
+    assert window.missing_nodes() == [] and window.ours == []
+    wanted = {key: node["inputs"] for key, node in load_api(path.stem).items()}
+    assert {key: node["inputs"] for key, node in window.prompt().items()} == wanted
 
 
 def test_every_node_of_the_pack_is_in_the_page(window):

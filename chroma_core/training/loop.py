@@ -182,7 +182,9 @@ def train_step(
         total += part_loss.item()
     transformer.eval()
 
+    # What needs the others comes before the step: one that is lost leaves the weights of whole steps behind.
     stepper.combine(world)
+    total = world.total(total)
     learning_rate = config.schedule().at(step)
     norm, _ = stepper.apply(learning_rate, config.max_grad_norm)
-    return StepResult(world.total(total), norm, learning_rate, float(batch.sigmas.mean()), stepper.skip_reason)
+    return StepResult(total, norm, learning_rate, float(batch.sigmas.mean()), stepper.skip_reason)

@@ -10,6 +10,7 @@ import chroma_core
 from chroma_core.data.randomness import generator
 from chroma_core.errors import DataError
 from chroma_core.lora.adapters import adapters_disabled
+from chroma_core.training.loop import train_step
 from chroma_core.training.objective import (
     HELDOUT_SIGMAS,
     add_noise,
@@ -18,6 +19,7 @@ from chroma_core.training.objective import (
     predict_velocity,
     training_target,
 )
+from chroma_core.training.world import ProcessLost, World
 from training_cases import Bench, bench, config, model_folder, steps, write_dataset
 
 TINY = Path(chroma_core.__file__).parent / "assets" / "tiny"
@@ -151,6 +153,21 @@ def test_a_step_that_is_not_finite_is_skipped(places):
     assert all(
         torch.equal(made.stepper.optimizer.state[made.parameters[0]][key], value) for key, value in state.items()
     )
+
+
+def test_a_process_that_is_lost_leaves_the_weights_of_whole_steps(places):
+    """What a checkpoint then holds is the step that it says, so that the resumed job repeats nothing."""
+
+    class Torn(World):
+        def total(self, number: float) -> float:
+            raise ProcessLost("the connection broke")
+
+    made = bench(places)
+    steps(made, 1)
+    before = [parameter.detach().clone() for parameter in made.parameters]
+    with pytest.raises(ProcessLost):
+        train_step(1, made.transformer, made.stepper, made.batches, made.config, Torn())
+    assert all(torch.equal(old, new) for old, new in zip(before, made.parameters, strict=True))
 
 
 def test_sigmas_follow_the_objective(places):

@@ -13,6 +13,7 @@ from typing import Any
 from ..chroma_core.data.dataset import DatasetConfig
 from ..chroma_core.errors import ChromaKitError, JobError
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
+from ..chroma_core.requests.to_prompt import Prompt, node
 from ..chroma_core.schedule import FlowShift
 from ..chroma_core.training.changes import differences
 from ..chroma_core.training.config import PreviewPrompt, TrainingConfig
@@ -23,8 +24,6 @@ from .dataset_widgets import config_from
 from .loaders import PARTS, PUBLISHED
 from .settings import ADAPTER, OBJECTIVE, PLAIN, PREVIEWS, settings_from
 from .training import training_config
-
-Prompt = dict[str, dict[str, Any]]
 
 IN_JOB_ONLY = ("folder", "resolutions", "default_caption")
 """Fields of a `DatasetConfig` that a widget of another name sets."""
@@ -40,9 +39,9 @@ def again(job: Job) -> dict[str, Any]:
     main = _sets(prompt, (config.dataset, *config.more_datasets))
     held_out = _dataset(prompt, "heldout", config.validation_dataset) if config.validation_dataset else None
     settings = _settings(config)
-    prompt["settings"] = _node("ChromaTrainingSettings", "Chroma Training Settings", **settings)
+    prompt["settings"] = node("ChromaTrainingSettings", "Chroma Training Settings", **settings)
     train = _train(config)
-    prompt["train"] = _node(
+    prompt["train"] = node(
         "ChromaTrainLora",
         "Chroma Train LoRA",
         model=["load", 0],
@@ -52,7 +51,7 @@ def again(job: Job) -> dict[str, Any]:
         **train,
         **({"validation_dataset": [held_out, 0]} if held_out else {}),
     )
-    prompt["status"] = _node("ChromaTrainingStatus", "Chroma Training Status", job=["train", 0])
+    prompt["status"] = node("ChromaTrainingStatus", "Chroma Training Status", job=["train", 0])
     folded = [key for key in ("settings", "heldout") if key in prompt]
     return {"prompt": prompt, "missing": _missing(config, prompt, train, settings), "folded": folded}
 
@@ -70,9 +69,7 @@ def use(job: Job) -> dict[str, Any]:
     prompt: Prompt = {"load": load}
     if status["lora_path"]:
         name = _lora_name(Path(status["lora_path"]))
-        prompt["lora"] = _node(
-            "ChromaApplyLora", "Chroma Apply LoRA", model=model, lora=name, strength=1.0, mode="live"
-        )
+        prompt["lora"] = node("ChromaApplyLora", "Chroma Apply LoRA", model=model, lora=name, strength=1.0, mode="live")
         model = ["lora", 0]
     else:
         load["inputs"]["transformer"] = _part_name("transformer", status["model_path"])
@@ -95,10 +92,10 @@ def use(job: Job) -> dict[str, Any]:
             "flow_shift_value": value,
         }  # fmt: skip
     prompt |= {
-        "positive": _node("ChromaTextEncode", "Prompt", text_encoder=["load", 1], text=text, trigger=""),
-        "negative": _node("ChromaTextEncode", "Negative prompt", text_encoder=["load", 1], text=negative, trigger=""),
-        "latent": _node("ChromaEmptyLatent", "Chroma Empty Latent", width=width, height=height, batch_size=1),
-        "sample": _node(
+        "positive": node("ChromaTextEncode", "Prompt", text_encoder=["load", 1], text=text, trigger=""),
+        "negative": node("ChromaTextEncode", "Negative prompt", text_encoder=["load", 1], text=negative, trigger=""),
+        "latent": node("ChromaEmptyLatent", "Chroma Empty Latent", width=width, height=height, batch_size=1),
+        "sample": node(
             "ChromaSampler",
             "Chroma Sampler",
             model=model,
@@ -107,18 +104,14 @@ def use(job: Job) -> dict[str, Any]:
             latent=["latent", 0],
             **{"seed": 42, "steps": 25, "guidance": 4.0, "tail_bias": 0.0, "denoise": 1.0, **sampled},
         ),
-        "decode": _node("VAEDecode", "VAE Decode", samples=["sample", 0], vae=["load", 2]),
-        "save": _node("SaveImage", "Save Image", images=["decode", 0], filename_prefix=f"chroma/{config.name}"),
+        "decode": node("VAEDecode", "VAE Decode", samples=["sample", 0], vae=["load", 2]),
+        "save": node("SaveImage", "Save Image", images=["decode", 0], filename_prefix=f"chroma/{config.name}"),
     }
     return {"prompt": prompt, "missing": [], "folded": []}
 
 
-def _node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
-
-
 def _load(spec: ModelSpec) -> dict[str, Any]:
-    return _node(
+    return node(
         "ChromaLoadModel",
         "Chroma Load Model",
         flavour=spec.flavour,
@@ -150,7 +143,7 @@ def _sets(prompt: Prompt, sets: tuple[DatasetConfig, ...]) -> str:
         key = f"combine_{len(prompt)}"
         links = {f"dataset_{i}": [name, 0] for i, name in enumerate(joined, 1)}
         weights = {f"weight_{i}": 1.0 for i in range(1, len(joined) + 1)}
-        prompt[key] = _node("ChromaCombineDatasets", "Chroma Combine Datasets", **links, **weights)
+        prompt[key] = node("ChromaCombineDatasets", "Chroma Combine Datasets", **links, **weights)
         keys.insert(0, key)
     return keys[0]
 
@@ -158,7 +151,7 @@ def _sets(prompt: Prompt, sets: tuple[DatasetConfig, ...]) -> str:
 def _dataset(prompt: Prompt, key: str, config: DatasetConfig) -> str:
     sizes = config.resolutions
     values = {name: value for name, value in config.model_dump().items() if name not in IN_JOB_ONLY}
-    prompt[key] = _node(
+    prompt[key] = node(
         "ChromaDataset",
         "Held-out pictures" if key == "heldout" else "Chroma Dataset",
         folder=host.dataset_name(config.folder) or Path(config.folder).name,
@@ -228,10 +221,10 @@ def _train(config: TrainingConfig) -> dict[str, Any]:
 def _missing(config: TrainingConfig, prompt: Prompt, train: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """What differs between the job and the one that the graph would start, each as `option old → new`."""
     found = []
-    for key, node in prompt.items():
-        if node["class_type"] == "ChromaDataset":
+    for key, made in prompt.items():
+        if made["class_type"] == "ChromaDataset":
             try:
-                host.dataset_folder(node["inputs"]["folder"])
+                host.dataset_folder(made["inputs"]["folder"])
             except ChromaKitError:
                 found.append(
                     f"the folder of {key}, “{node['inputs']['folder']}”, which is not among the data sets here"

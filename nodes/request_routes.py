@@ -15,6 +15,7 @@ from ..chroma_core.requests.request import InferenceRequest
 from ..chroma_core.requests.run import check_loras, lora_uses, model_spec
 from ..chroma_core.requests.to_prompt import to_prompt
 from . import host, jobs, while_training
+from .answers import refused
 
 NOTE = "chromakit_request"
 """Under which a queued prompt, and each of its PNG files, carries what was asked for and what was made of it."""
@@ -45,11 +46,11 @@ async def _post(request: web.Request) -> web.Response:
         extra = {NOTE: note, "extra_pnginfo": {NOTE: note}}
         prompt_id = await host.queue_prompt(to_prompt(asked, pictures, names), extra)
     except _TooLarge as error:
-        return _error(413, error)
+        return refused(413, error)
     except JobError as error:
-        return _error(409, error)
+        return refused(409, error)
     except ChromaKitError as error:
-        return _error(400, error)
+        return refused(400, error)
     return web.json_response(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
 
 
@@ -69,7 +70,7 @@ async def _cancel(request: web.Request) -> web.Response:
     if note is None:
         return _unknown(prompt_id)
     if found is not None and found.state in ("done", "failed"):
-        return _error(409, f"The request '{prompt_id}' cannot be cancelled: it is {found.state} already.")
+        return refused(409, f"The request '{prompt_id}' cannot be cancelled: it is {found.state} already.")
     if found is not None and await asyncio.to_thread(host.cancel_prompt, prompt_id) and found.state == "queued":
         _never_ran[prompt_id] = note
         while len(_never_ran) > KEPT:
@@ -158,12 +159,8 @@ def _view(image: dict[str, Any]) -> str:
 
 
 def _unknown(prompt_id: str) -> web.Response:
-    return _error(
+    return refused(
         404,
         f"There is no request '{prompt_id}'. It was never queued here, the host was restarted, or its history was "
         "cleared. Send it again.",
     )
-
-
-def _error(status: int, message: object) -> web.Response:
-    return web.json_response({"error": str(message)}, status=status)

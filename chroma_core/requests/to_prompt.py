@@ -27,7 +27,7 @@ def to_prompt(
         lora_names: the request's LoRAs under their names in the host's LoRA folders.
     """
     prompt: Prompt = {
-        "load": _node(
+        "load": node(
             "ChromaLoadModel",
             "Model",
             flavour=request.flavour.name,
@@ -39,7 +39,7 @@ def to_prompt(
     }
     model: list[Any] = ["load", 0]
     for i, (lora, name) in enumerate(zip(request.loras, lora_names, strict=True)):
-        prompt[f"lora_{i}"] = _node(
+        prompt[f"lora_{i}"] = node(
             "ChromaApplyLora",
             f"LoRA {i + 1}",
             model=model,
@@ -51,13 +51,13 @@ def to_prompt(
         model = [f"lora_{i}", 0]
     for i, picture in enumerate(pictures):
         for name, text in (("positive", picture.prompt), ("negative", picture.neg)):
-            prompt[f"{name}_{i}"] = _node(
+            prompt[f"{name}_{i}"] = node(
                 "ChromaTextEncode", f"{name.capitalize()} {i + 1}", text_encoder=["load", 1], text=text, trigger=""
             )
-        prompt[f"latent_{i}"] = _node(
+        prompt[f"latent_{i}"] = node(
             "ChromaEmptyLatent", f"Size {i + 1}", width=picture.width, height=picture.height, batch_size=1
         )
-        prompt[f"sample_{i}"] = _node(
+        prompt[f"sample_{i}"] = node(
             "ChromaSampler",
             f"Picture {i + 1}",
             model=model,
@@ -71,12 +71,13 @@ def to_prompt(
             denoise=1.0,
             recipe=request.recipe,
         )
-        prompt[f"decode_{i}"] = _node("VAEDecode", f"Decode {i + 1}", samples=[f"sample_{i}", 0], vae=["load", 2])
-        prompt[f"save_{i}"] = _node(
+        prompt[f"decode_{i}"] = node("VAEDecode", f"Decode {i + 1}", samples=[f"sample_{i}", 0], vae=["load", 2])
+        prompt[f"save_{i}"] = node(
             "SaveImage", f"Save {i + 1}", images=[f"decode_{i}", 0], filename_prefix=filename_prefix
         )
     return prompt
 
 
-def _node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:
+def node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:
+    """A node in API form; a link is [id of a node, number of its output]."""
     return {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}

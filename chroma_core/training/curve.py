@@ -7,6 +7,7 @@ import math
 import threading
 import uuid
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,19 +57,18 @@ class Curve:
         with self._lock:
             self._refresh()
             steps = self._columns["step"]
-            continued = after is not None and token == self.token
-            first = _first_after(steps, after) if continued and after is not None else 0
-            since = after if continued and after is not None else -1
+            since = after if token == self.token else None  # None: everything
+            first = 0 if since is None else bisect_right(steps, since)
             rows = list(_thinned(self._columns["loss"], first, points))
             return {
                 "token": self.token,
-                "continued": continued,
+                "continued": since is not None,
                 "total": len(steps),
                 **{name: [_number(column[row]) for row in rows] for name, column in self._columns.items()},
                 "sigmas": list(HELDOUT_SIGMAS),
                 "base": self._base,
-                "heldout": [entry for entry in self._heldout if entry["step"] >= since],
-                "notes": [note for note in self._notes if note["step"] >= since],
+                "heldout": [entry for entry in self._heldout if since is None or entry["step"] >= since],
+                "notes": [note for note in self._notes if since is None or note["step"] >= since],
             }
 
     def _refresh(self) -> None:
@@ -116,15 +116,6 @@ def _number(value: float) -> float | None:
     if not math.isfinite(value):
         return None
     return int(value) if value == int(value) else float(f"{value:.6g}")
-
-
-def _first_after(steps: Sequence[float], step: int) -> int:
-    """The index of the first entry above `step`; they rise."""
-    low, high = 0, len(steps)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if steps[middle] <= step else (low, middle)
-    return low
 
 
 def _thinned(loss: Sequence[float], first: int, points: int) -> Iterator[int]:

@@ -13,7 +13,8 @@ from PIL import Image
 from _host import Host, start_host
 from _page import READY
 from _workflows import FOLDER, change, load_api
-from training_page import ACTIVE, RENDERER, THEME, build, start, stop_all, until
+from prompts import ACTIVE
+from training_page import RENDERER, THEME, build, start, stop_all, until
 
 OPEN = """() => { const tabs = window.app.extensionManager.sidebarTab;
     if (tabs.activeSidebarTab?.id !== 'chromakit') tabs.toggleSidebarTab('chromakit') }"""

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from _host import Host
+from prompts import ACTIVE
 
 ENDLESS = 1_000_000
-ACTIVE = ("queued", "preparing", "running", "paused")
 
 BUILD = """async ([name, steps, prompt]) => {
     const graph = window.app.graph;

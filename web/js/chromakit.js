@@ -14,8 +14,8 @@ app.registerExtension({
   commands: [{ id: "Chroma.OpenJobs", label: "Chroma: training jobs", icon: "pi pi-chart-line", function: () => openJobs() }],
   async init() {
     linkStyles();
+    start(); // the page need not wait for the list of jobs
     await loadWords();
-    await start();
   },
   async setup() {
     app.extensionManager.registerSidebarTab(tab());

@@ -14,6 +14,9 @@ const column = (name, options) => (curve) => ({
   data: [curve.step, curve[name]],
 });
 
+/** Views of what is measured on held-out pictures, if there are any. */
+const MEASURED = new Set(["heldout", "gain"]);
+
 const VIEWS = {
   loss(curve) {
     const heldout = curve.heldout.length ? [heldoutSeries()] : [];
@@ -101,7 +104,7 @@ export class Curves {
     const lines = `${name} ${series.length} ${logarithmic}`;
     const empty = !data[0].length;
     this.chart.element.hidden = empty;
-    fill(this.about, empty ? t(this.curve.heldout.length ? "curves.none" : `curves.none_${name}`) : t(`curves.about_${name}`));
+    fill(this.about, t(empty ? (MEASURED.has(name) ? "curves.none_heldout" : "curves.none") : `curves.about_${name}`));
     if (empty) return;
     if (lines !== this.lines) {
       this.lines = lines;

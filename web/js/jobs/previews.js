@@ -33,9 +33,7 @@ export class Previews {
     say(this.note, names ? "" : t(job.config?.previews?.prompts?.length ? "previews.none_yet" : "previews.no_prompt"));
     if (names === this.names) return;
     this.names = names;
-    const byPrompt = Map.groupBy
-      ? Map.groupBy(job.samples.map(parsed).filter(Boolean), (sample) => sample.prompt)
-      : grouped(job.samples.map(parsed).filter(Boolean));
+    const byPrompt = grouped(job.samples.map(parsed).filter(Boolean));
     for (const [index, samples] of [...byPrompt].sort(([a], [b]) => a - b)) {
       if (!this.strips.has(index)) {
         this.strips.set(index, new Strip(job));

@@ -1,20 +1,13 @@
 // A job in words: its state, how far it is, what it needs.
-import { h, say } from "../lib/dom.js";
+import { say } from "../lib/dom.js";
 import { bytes, duration, loss } from "../lib/format.js";
 import { t } from "../lib/words.js";
 import { ACTIVE } from "./store.js";
 
 /** "running", "running, yielding to the queue", … */
-export function stateWords(job) {
+function stateWords(job) {
   const state = t(`state.${job.state}`);
   return job.yielded ? t("state.yielding", { state }) : state;
-}
-
-/** A label with the state's colour. */
-export function stateChip(job) {
-  const chip = h("span", { class: "ck-chip" });
-  showState(chip, job);
-  return chip;
 }
 
 /** Bring a label up to date. */

@@ -18,6 +18,14 @@ export function h(tag, properties = {}, ...children) {
   return made;
 }
 
+/** Make an SVG element with these attributes and text. */
+export function svg(tag, attributes = {}, text) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (text != null) made.textContent = text;
+  return made;
+}
+
 /** Put these children into an element instead of those it has. */
 export function fill(element, ...children) {
   element.replaceChildren(...children.flat().filter((child) => child != null && child !== false));

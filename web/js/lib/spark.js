@@ -1,12 +1,7 @@
 // A curve small enough for a node: an SVG that scales with it.
-const NAMESPACE = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, EDGE] = [200, 60, 3];
+import { svg } from "./dom.js";
 
-function svg(tag, attributes) {
-  const made = document.createElementNS(NAMESPACE, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  return made;
-}
+const [WIDTH, HEIGHT, EDGE] = [200, 60, 3];
 
 /**
  * Draw lines over one another into an SVG element, `lines` as `{values, colour, width, opacity}`; null values are gaps that

@@ -1,15 +1,7 @@
 // A small plot in SVG: axes, lines, areas and points, a value under the pointer or the arrow keys.
-import { h } from "../lib/dom.js";
+import { h, svg as s } from "../lib/dom.js";
 
-const NS = "http://www.w3.org/2000/svg";
 const PAD = { left: 24, right: 8, top: 6, bottom: 16 };
-
-function s(tag, attributes = {}, text) {
-  const made = document.createElementNS(NS, tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  if (text != null) made.textContent = text;
-  return made;
-}
 
 export class SmallChart {
   /** @param label what it shows, for screen readers. */

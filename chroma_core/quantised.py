@@ -92,14 +92,17 @@ def _chunks(rows: int, columns: int) -> list[tuple[int, int]]:
 def _quantise_rows(w: Tensor, scheme: str) -> dict[str, Tensor]:
     rows, columns = w.shape
     if scheme in ("int8", "fp8"):
-        scale = w.abs().amax(dim=1, keepdim=True) / (127 if scheme == "int8" else _E4M3_MAX)
+        # A tensor on the device: CUDA multiplies by the reciprocal of a Python number, and rounds otherwise than a CPU.
+        largest = torch.full((), 127.0 if scheme == "int8" else _E4M3_MAX, device=w.device)
+        scale = w.abs().amax(dim=1, keepdim=True) / largest
         scaled = w / scale.where(scale > 0, 1)
         codes = scaled.round().to(torch.int8) if scheme == "int8" else scaled.to(torch.float8_e4m3fn).view(CODES)
         return {"weight": codes, "scale": scale}
     groups = w.view(rows, -1, group_size(columns))
     if scheme == "int4":
         minimum = groups.amin(dim=2, keepdim=True).to(_SCALE_DTYPE)
-        step = ((groups.amax(dim=2, keepdim=True) - minimum.float()) / 15).to(_SCALE_DTYPE)
+        levels = torch.full((), 15.0, device=w.device)
+        step = ((groups.amax(dim=2, keepdim=True) - minimum.float()) / levels).to(_SCALE_DTYPE)
         divisor = step.float().where(step > 0, 1)
         codes = ((groups - minimum.float()) / divisor).round().clamp(0, 15)
         scales = {"scale": step[..., 0], "minimum": minimum[..., 0]}

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..files import save_safetensors
-from ..latents import LatentFormat
-from ..pictures import to_tensor
-from ..recipe import Recipe
-from ..text import TextCondition, TextEncoder
+from ..model.images import to_tensor
+from ..model.latents import LatentFormat
+from ..sampling.recipe import Recipe
+from ..sampling.text import TextCondition, TextEncoder
 from .buckets import resize_and_crop
 from .masks import load_mask, mask_tensor
 from .picture import Picture

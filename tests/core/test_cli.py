@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from chroma_core.cli import main
-from chroma_core.latents import LatentFormat
+from chroma_core.cli.main import main
 from chroma_core.lora.adapters import LoraSettings, add_trainable, trained_lora
 from chroma_core.lora.formats import write_lora
-from chroma_core.pictures import decode, preview_image, preview_matrix, read_record, to_pictures, to_tensor
+from chroma_core.model.images import decode, preview_image, preview_matrix, read_record, to_pictures, to_tensor
+from chroma_core.model.latents import LatentFormat
 from miniature import transformer, vae, write_model_folder
 
 SMALL = ["--width", "64", "--height", "64", "--steps", "2", "--precision", "fp32", "--device", "cpu"]

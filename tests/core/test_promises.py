@@ -16,16 +16,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from chroma_core.cli import _parser
+from chroma_core.cli.main import _parser
 from chroma_core.data.cache import LatentTextCache, component_key
 from chroma_core.data.scan import DatasetConfig, scan
 from chroma_core.data.views import View, views_of
 from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.spec import ModelHandle, ModelSpec
-from chroma_core.recipe import RECIPES, recipe
-from chroma_core.sampling import SamplingSettings, sample
-from chroma_core.training.config import TrainingConfig
-from chroma_core.training.foreground import run_job
+from chroma_core.sampling.recipe import RECIPES, recipe
+from chroma_core.sampling.sampler import SamplingSettings, sample
+from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.jobs.blocking import run_job
 from recorded import hold, plain, recorded
 
 ROOT = Path(__file__).resolve().parents[2]

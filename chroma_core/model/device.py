@@ -1,4 +1,4 @@
-"""The device that models run on when nobody names one."""
+"""The device that models run on when nobody names one, and what its memory says."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ def memory_in_use(device: torch.device | str) -> dict[str, int]:
     elif torch.device(device).type == "mps":
         found["device"] = torch.mps.current_allocated_memory()
     return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device, or the computer, has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

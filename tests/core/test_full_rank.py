@@ -19,7 +19,8 @@ from chroma_core.model.quantised import QuantisedLinear
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.training.jobs.manager import Job, JobManager
 from chroma_core.training.run import trainees
-from chroma_core.training.run.checkpoint import Progress, restore_latest, save_checkpoint
+from chroma_core.training.run.checkpoint import restore_latest, save_checkpoint
+from chroma_core.training.run.metrics import Progress
 from chroma_core.training.run.places import Places
 from lora_cases import inputs, predict
 from training_cases import bench, config, model_folder, steps, write_dataset

@@ -18,10 +18,10 @@ from chroma_core.sampling.recipe import Recipe
 from chroma_core.sampling.sampler import SamplingSettings, sample
 from chroma_core.training.config.config import TrainingConfig
 from chroma_core.training.jobs.plot import plot_losses
-from chroma_core.training.run.checkpoint import Progress, checkpoints, restore_latest, save_checkpoint
+from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
 from chroma_core.training.run.finish import adapter_summary, file_metadata, write_final
 from chroma_core.training.run.loop import train_step
-from chroma_core.training.run.metrics import MetricsLog
+from chroma_core.training.run.metrics import MetricsLog, Progress
 from chroma_core.training.run.places import Places
 from chroma_core.training.run.preview import render_previews
 from chroma_core.training.run.trainees import check_trainee

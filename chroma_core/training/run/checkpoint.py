@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 
 from ...errors import LoraError, ModelFileError
 from ...files import atomic_folder, remove_leftovers, write_json
+from ...model.device import is_out_of_memory
 from ..step.ema import Ema
-from .faults import is_out_of_memory
+from .metrics import Progress
 from .stepper import Stepper
 from .trainee import Trainee
 
@@ -26,43 +27,7 @@ _DAMAGE = (
     OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, LoraError, ModelFileError
 )  # fmt: skip
 
-SMOOTHING = 0.98
-"""Weight of the past in the smoothed loss: about the last 50 steps."""
-
 OPTIMIZER, EMA, STATE = "optimizer.pt", "ema.pt", "state.json"
-
-
-@dataclass
-class Progress:
-    """Where a run stands. Steps are counted as done; −1 means never."""
-
-    step: int = 0
-    validated_at: int = -1
-    previewed_at: int = -1
-    saved_at: int = -1
-    loss_smooth: float | None = None
-    loss_weight: float = 0.0
-    heldout_loss_base: float | None = None
-    heldout_loss: float | None = None
-    skipped_steps: int = 0
-    skipped_in_a_row: int = 0
-    train_seconds: float = 0.0
-    metrics_bytes: int = 0
-    data: str = ""
-    best_loss: float | None = None
-    best_at: int = -1
-    loss_fast: float | None = None
-    loss_lowest: float | None = None
-    diverged_at: int = -1
-
-    def smooth(self, loss: float) -> None:
-        """Take a step's loss into `loss_smooth`: the mean of past losses, each weighed `SMOOTHING` times the next.
-
-        `loss_weight` makes it right from the first step on.
-        """
-        self.loss_weight = SMOOTHING * self.loss_weight + (1 - SMOOTHING)
-        past = self.loss_smooth if self.loss_smooth is not None else 0.0
-        self.loss_smooth = past + (1 - SMOOTHING) / self.loss_weight * (loss - past)
 
 
 def save_checkpoint(

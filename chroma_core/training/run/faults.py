@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,10 +14,9 @@ from ...fullrank.layers import count_trained
 from ...loading.components import transformer_outline
 from ...memory import estimate, in_gib, machine, recommend
 from ...memory.activations import T5_TOKENS, TEXT_TOKENS
+from ...model.device import is_out_of_memory
 from ..config.config import TrainingConfig
-
-if TYPE_CHECKING:
-    from .checkpoint import Progress
+from .metrics import Progress
 
 WATCH_FROM = 100
 """Steps before divergence is judged: the first losses say nothing about a band."""
@@ -90,14 +88,6 @@ def disk_shortage(folder: Path, next_bytes: int) -> str | None:
         f"The disk is almost full: {free / 2**20:.0f} MB are free, the next checkpoint takes about "
         f"{next_bytes / 2**20:.0f} MB. Training is paused and nothing is lost. Make room, then resume the job."
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device, or the computer, has no memory left."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
 def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.device) -> JobError:

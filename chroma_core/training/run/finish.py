@@ -20,7 +20,7 @@ from ...lora.formats import LoraFile, write_lora
 from ...lora.targets import named_target
 from ...model.transformer import ChromaTransformer
 from ..config.config import TrainingConfig
-from .checkpoint import Progress
+from .metrics import Progress
 
 
 def adapter_summary(config: TrainingConfig) -> dict[str, Any]:

@@ -1,12 +1,49 @@
-"""`metrics.jsonl`: one JSON object a line, appended while training and cut back to the checkpoint on resume."""
+"""Where a run stands, and `metrics.jsonl`: one JSON object a line, appended while training, cut back on resume."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+SMOOTHING = 0.98
+"""Weight of the past in the smoothed loss: about the last 50 steps."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Steps are counted as done; −1 means never."""
+
+    step: int = 0
+    validated_at: int = -1
+    previewed_at: int = -1
+    saved_at: int = -1
+    loss_smooth: float | None = None
+    loss_weight: float = 0.0
+    heldout_loss_base: float | None = None
+    heldout_loss: float | None = None
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    train_seconds: float = 0.0
+    metrics_bytes: int = 0
+    data: str = ""
+    best_loss: float | None = None
+    best_at: int = -1
+    loss_fast: float | None = None
+    loss_lowest: float | None = None
+    diverged_at: int = -1
+
+    def smooth(self, loss: float) -> None:
+        """Take a step's loss into `loss_smooth`: the mean of past losses, each weighed `SMOOTHING` times the next.
+
+        `loss_weight` makes it right from the first step on.
+        """
+        self.loss_weight = SMOOTHING * self.loss_weight + (1 - SMOOTHING)
+        past = self.loss_smooth if self.loss_smooth is not None else 0.0
+        self.loss_smooth = past + (1 - SMOOTHING) / self.loss_weight * (loss - past)
 
 
 class MetricsLog:

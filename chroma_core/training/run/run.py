@@ -28,12 +28,12 @@ from ..distributed.world import ALONE, ProcessLost, World
 from ..step.compiling import compile_blocks
 from ..step.ema import Ema
 from ..step.objective import heldout_loss
-from .checkpoint import Progress, checkpoint_bytes, restore_latest, save_checkpoint
+from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint
 from .event_files import EventFiles, check_event_files
 from .faults import Diverged, disk_shortage, give_up_if_broken, memory_in_words, watch_loss
 from .finish import file_metadata
 from .loop import Batches, StepResult, train_step
-from .metrics import MetricsLog, NoMetrics
+from .metrics import MetricsLog, NoMetrics, Progress
 from .places import Places
 from .prepare import Prepared, prepare
 from .preview import render_previews

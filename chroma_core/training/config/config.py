@@ -29,7 +29,6 @@ from ...sampling.text import TextPadding, apply_trigger
 from ..step.lr import LrSchedule, Schedule
 from ..step.objective import GuidanceMode, LossKind, ObjectiveSettings
 from ..step.optimizers import OptimizerName, OptimizerSettings, check_schedule
-from .full_config import FullConfig, check_full, with_default_rate
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,6 +38,9 @@ else:
 
 MODEL_PATHS = ("folder", "transformer", "text_encoder", "tokenizer", "vae", "quantised_folder")
 """Fields of a `ModelSpec` that are paths."""
+
+FULL_RANK_RATE = 1e-5
+"""The learning rate of full-rank training where none is given: a LoRA's is far too high for the weights themselves."""
 
 
 class LoraConfig(Settings):
@@ -73,6 +75,22 @@ class LoraConfig(Settings):
             alpha_pattern=dict(self.alpha_pattern),
             lokr_factor=self.lokr_factor,
         )
+
+
+class FullConfig(Settings):
+    """Full-rank training: layers of blocks (see `fullrank.layers`), instead of an adapter.
+
+    Weights and biases of the linear layers that `target` selects are trained, with `norms` also its query and key
+    norms. `save_dtype` is that of the trained weights in the finished model; all others keep the type that they have
+    in the base's files. `layouts`: `original` is one file as ComfyUI loads it, `diffusers` a folder. `ema_decay` as
+    for adapters.
+    """
+
+    target: str | tuple[str, ...]
+    norms: bool = False
+    save_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    layouts: tuple[Literal["original", "diffusers"], ...] = Field(default=("original", "diffusers"), min_length=1)
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
 
 
 class ObjectiveConfig(Settings):
@@ -213,7 +231,9 @@ class TrainingConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _default_rate(cls, data: Any) -> Any:
-        return with_default_rate(data)
+        if isinstance(data, dict) and data.get("full") and "learning_rate" not in data:
+            return {**data, "learning_rate": FULL_RANK_RATE}
+        return data
 
     @field_validator("model", mode="before")
     @classmethod
@@ -229,6 +249,33 @@ class TrainingConfig(Settings):
     def _known_recipe(cls, value: str) -> str:
         return recipe(value).name
 
+    @model_validator(mode="after")
+    def _full_rank_alone(self) -> Self:
+        """Raise ConfigError for options that cannot go together with full-rank training."""
+        if self.full is None:
+            return self
+        adapter = [
+            name for name, field in type(self.lora).model_fields.items() if getattr(self.lora, name) != field.default
+        ]
+        if adapter:
+            raise ConfigError(
+                f"A job trains either a LoRA or the model's own layers, but has both [full] and options of [lora]: "
+                f"{', '.join(adapter)}. Leave one of the two out; an average of the weights is ema_decay in [full]."
+            )
+        if self.model.offload == "block":
+            raise ConfigError(
+                "Full-rank training cannot be combined with block streaming (offload 'block'): blocks that are trained "
+                "change, and would have to travel back after every step. Choose offload 'none' or 'model', fewer "
+                "blocks, or a quantised precision: the chosen layers are never quantised, the others are."
+            )
+        if any(dataset.regularisation for dataset in (self.dataset, *self.more_datasets)):
+            raise ConfigError(
+                "A regularisation set keeps the model as it is without its LoRA, which is asked for its prediction at "
+                "every step. In full-rank training the weights themselves change and there is no such model any more. "
+                "Leave the set out, or train its pictures as a set of their own."
+            )
+        return self
+
     @classmethod
     def parse(cls, data: Any) -> Self:
         """Validate, including what only shows when options are taken together. Raises ConfigError, one paragraph."""
@@ -240,7 +287,6 @@ class TrainingConfig(Settings):
         config.optimizer_settings()
         config.schedule()
         check_schedule(config.optimizer, config.lr_schedule)
-        check_full(config)
         for entry in ("", *config.previews.prompts):
             own = entry if isinstance(entry, PreviewPrompt) else None
             config.preview_size(own and own.width, own and own.height)

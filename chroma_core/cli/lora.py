@@ -8,11 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import write_atomic
-from ..lora.convert import DTYPES, convert_lora
-from ..lora.writing import DIALECTS
-from ..model.flavours import FLAVOURS
-
 if TYPE_CHECKING:
     from ..loading.spec import ModelHandle, ModelSpec
 
@@ -31,7 +26,13 @@ def add_lora_commands(commands) -> None:
     inspect.add_argument("--heat-map", type=Path, metavar="PNG", help="write a picture of how much it changes where")
     inspect.set_defaults(run=_inspect)
 
-    convert = commands.add_parser("convert-lora", help="write a LoRA in the names of another program")
+    commands.add_parser("convert-lora", help="write a LoRA in the names of another program", options=_convert_options)
+
+
+def _convert_options(convert: argparse.ArgumentParser) -> None:
+    from ..lora.convert import DTYPES
+    from ..lora.writing import DIALECTS
+
     convert.add_argument("file", type=Path, help="a .safetensors file, or a folder of PEFT's")
     convert.add_argument("--to", required=True, choices=DIALECTS, metavar="DIALECT", help=", ".join(DIALECTS))
     convert.add_argument("--output", type=Path, default=None, help="file, or folder to write into (default: beside)")
@@ -62,6 +63,7 @@ def _inspect(options: argparse.Namespace) -> None:
         remark = base_remark(lora.metadata, _spec(options.base), read_everything=True)
     report = lora_report(lora, str(options.file), options.file, [remark] if remark else [])
     if options.heat_map:
+        from ..files import write_atomic
         from ..lora.norms import heat_map, update_norm
         from ..model.images import png_bytes
 
@@ -74,6 +76,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _spec(base: str) -> ModelSpec:
     from ..loading.spec import ModelSpec
+    from ..model.flavours import FLAVOURS
 
     if base in FLAVOURS:
         return ModelSpec(base)
@@ -82,6 +85,8 @@ def _spec(base: str) -> ModelSpec:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    from ..lora.convert import convert_lora
+
     made = convert_lora(options.file, options.to, options.output, options.dtype)
     print(made.path)
     print(made.report(), file=sys.stderr)

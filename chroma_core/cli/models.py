@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from tqdm import tqdm
 
 from ..errors import ConfigError
-from ..loading.spec import ModelSpec, Offload
-from ..model.device import best_device
-from ..model.flavours import FLAVOURS, flavour
-from ..model.precision import PRECISIONS, precision
+
+if TYPE_CHECKING:
+    from ..loading.spec import ModelSpec, Offload
 
 PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
 
 
 def add_model_options(parser: argparse.ArgumentParser, offload: Offload = "model") -> None:
     """The options that `spec_from` reads."""
+    from ..loading.spec import Offload
+    from ..model.flavours import FLAVOURS
+    from ..model.precision import PRECISIONS
+
     names = ", ".join(PRECISIONS)
     parser.add_argument("--flavour", default="base", choices=list(FLAVOURS))
     parser.add_argument("--folder", default=None, help="a diffusers folder to load instead of the flavour's")
@@ -37,6 +40,8 @@ def add_model_options(parser: argparse.ArgumentParser, offload: Offload = "model
 
 def spec_from(options: argparse.Namespace) -> ModelSpec:
     """The model that the options of `add_model_options` choose."""
+    from ..loading.spec import ModelSpec
+
     return ModelSpec(
         options.flavour,
         options.folder,
@@ -53,33 +58,44 @@ def spec_from(options: argparse.Namespace) -> ModelSpec:
 
 def add_model_commands(commands) -> None:
     """The sub-commands fetch, quantise and inspect-model."""
-    fetch = commands.add_parser("fetch", help="download a flavour from the Hub, or what is missing of it")
-    fetch.add_argument("--flavour", default="base", choices=[f.name for f in FLAVOURS.values() if f.repository])
-    fetch.add_argument("--part", action="append", choices=PARTS, help="only this part; repeat for several")
-    fetch.add_argument("--revision", default=None, help="a commit or branch (default: the pinned one)")
-    fetch.set_defaults(run=_fetch)
-
-    quantise = commands.add_parser("quantise", help="write a quantised model file, which loads faster")
-    add_model_options(quantise)
-    quantise.add_argument("--part", default="transformer", choices=["transformer", "text_encoder"])
-    quantise.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
-    quantise.add_argument("--device", default=None, help="where to quantise: cuda, mps or cpu (default: the best)")
-    quantise.set_defaults(run=_quantise)
-
+    commands.add_parser(
+        "fetch", help="download a flavour from the Hub, or what is missing of it", options=_fetch_options
+    )
+    commands.add_parser("quantise", help="write a quantised model file, which loads faster", options=_quantise_options)
     inspect = commands.add_parser("inspect-model", help="what a model file is, and whether ChromaKit reads it")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
 
+def _fetch_options(fetch: argparse.ArgumentParser) -> None:
+    from ..model.flavours import FLAVOURS
+
+    fetch.add_argument("--flavour", default="base", choices=[f.name for f in FLAVOURS.values() if f.repository])
+    fetch.add_argument("--part", action="append", choices=PARTS, help="only this part; repeat for several")
+    fetch.add_argument("--revision", default=None, help="a commit or branch (default: the pinned one)")
+    fetch.set_defaults(run=_fetch)
+
+
+def _quantise_options(quantise: argparse.ArgumentParser) -> None:
+    add_model_options(quantise)
+    quantise.add_argument("--part", default="transformer", choices=["transformer", "text_encoder"])
+    quantise.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    quantise.add_argument("--device", default=None, help="where to quantise: cuda, mps or cpu (default: the best)")
+    quantise.set_defaults(run=_quantise)
+
+
 def _fetch(options: argparse.Namespace) -> None:
     from ..loading.hub import fetch
+    from ..model.flavours import flavour
 
     print(fetch(flavour(options.flavour), options.part or PARTS, options.revision))
 
 
 def _quantise(options: argparse.Namespace) -> None:
     from ..loading.components import write_quantised
+    from ..model.device import best_device
+    from ..model.precision import precision
 
     chosen = precision(options.precision if options.part == "transformer" else options.text_precision)
     if not chosen.quantised:

@@ -12,22 +12,26 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from ..errors import ChromaKitError, ConfigError
-from ..model.device import best_device
-from ..model.flavours import flavour
-from ..sampling.recipe import RECIPES
 from .models import add_model_options, spec_from
+from .options import lora_use
 
 PROMPT = "a photo of a sks emblem"
 
 
 def add_parity_command(commands) -> None:
     """The sub-command parity."""
-    parity = commands.add_parser(
+    commands.add_parser(
         "parity",
         help="does the training preview show what the command line, the nodes and diffusers paint?",
         description="Paints one picture through every runtime and says how far the results are apart. With the flavour "
         "tiny a LoRA is trained for a moment first; with another one, name a job or a preview to compare with.",
+        options=_options,
     )
+
+
+def _options(parity: argparse.ArgumentParser) -> None:
+    from ..sampling.recipe import RECIPES
+
     add_model_options(parity, offload="none")
     parity.add_argument("--job", type=Path, help="a job's folder: replay its last preview")
     parity.add_argument("--preview", type=Path, metavar="PNG", help="replay this preview of a training job")
@@ -39,7 +43,9 @@ def add_parity_command(commands) -> None:
     parity.add_argument("--guidance", type=float, default=None)
     parity.add_argument("--seed", type=int, default=42)
     parity.add_argument("--recipe", choices=list(RECIPES), default="canonical")
-    parity.add_argument("--lora", action="append", default=[], metavar="FILE[@STRENGTH]", help="repeat for several")
+    parity.add_argument(
+        "--lora", type=lora_use, action="append", default=[], metavar="FILE[@STRENGTH]", help="repeat for several"
+    )
     parity.add_argument(
         "--factors",
         nargs="*",
@@ -70,6 +76,7 @@ def exit_status(report: Any) -> int:
 
 def _compare(options: argparse.Namespace, folder: Path) -> Any:
     from ..loading.cache import ComponentCache
+    from ..model.device import best_device
     from ..parity import NotRun, Report, in_process, through_command_line, through_diffusers, vary
 
     device = best_device(options.device)
@@ -115,11 +122,11 @@ def _kinds(named: list[str] | None) -> tuple[Any, ...]:
 
 def _case(options: argparse.Namespace, folder: Path, device: Any) -> tuple[Any, Any]:
     """What to paint, and the preview to compare with if there is one."""
+    from ..model.flavours import flavour
     from ..parity import Case, read_preview, train_briefly
     from ..parity.preview import last_preview
     from ..sampling.recipe import recipe
     from ..sampling.sampler import SamplingSettings
-    from .main import lora_use
 
     if options.preview or options.job:
         return read_preview(options.preview or last_preview(options.job))
@@ -130,7 +137,7 @@ def _case(options: argparse.Namespace, folder: Path, device: Any) -> tuple[Any, 
         chosen.guidance if options.guidance is None else options.guidance,
         options.seed,
     )
-    rules, loras = recipe(options.recipe), tuple(lora_use(text, "live") for text in options.lora)
+    rules, loras = recipe(options.recipe), tuple(options.lora)
     if options.flavour != "tiny" or loras:
         return Case(spec, options.prompt, *size, options.negative, settings, rules, loras), None
     print("training a LoRA for a moment", file=sys.stderr, flush=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import ConfigError
-from ..model.device import best_device
 
 
 def add_request_commands(commands) -> None:
@@ -30,6 +29,7 @@ def add_request_commands(commands) -> None:
 def _request(options: argparse.Namespace) -> None:
     from ..comfy.to_prompt import to_prompt
     from ..loading.cache import ComponentCache
+    from ..model.device import best_device
     from ..requests.request import InferenceRequest
     from ..requests.run import check_loras, lora_file, lora_uses, model_spec, part_file, run_request
 

@@ -175,3 +175,15 @@ def test_preview_is_the_best_linear_guess():
     grey = to_tensor(preview)[0, :, 0, 0]
     assert torch.allclose(grey, matrix[-1].clamp(-1, 1), atol=1 / 127)
     assert LatentFormat.of(model) == LatentFormat()
+
+
+def test_naming_the_commands_imports_nothing_heavy():
+    """`--help` answers at once: options that need a library's types are added when their command is asked for."""
+    code = (
+        "import sys; from chroma_core.cli.main import command_line; command_line().format_help()\n"
+        "print(*sorted({'torch', 'diffusers', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""

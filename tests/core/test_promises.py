@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from chroma_core.cli.main import _parser
+from chroma_core.cli.main import command_line
 from chroma_core.data.cache import LatentTextCache, component_key
 from chroma_core.data.scan import DatasetConfig, scan
 from chroma_core.data.views import View, views_of
@@ -276,6 +276,6 @@ def options(parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
 
 
 def test_commands_and_their_options():
-    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (commands,) = (a for a in command_line()._actions if isinstance(a, argparse._SubParsersAction))
     assert len(commands.choices) >= 10
-    hold("commands", {name: options(parser) for name, parser in commands.choices.items()})
+    hold("commands", {name: options(parser.complete()) for name, parser in commands.choices.items()})

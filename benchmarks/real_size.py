@@ -29,9 +29,9 @@ def write_random(path: Path, layers: int, single_layers: int) -> None:
     """A transformer of the real widths in the original layout, bf16, written tensor by tensor."""
     import torch
 
-    from chroma_core.files import write_safetensors
     from chroma_core.model.transformer import ChromaTransformer
     from chroma_core.names import transformer as keys
+    from chroma_core.weights.safetensors_files import write_safetensors
 
     with torch.device("meta"):
         model = ChromaTransformer(num_layers=layers, num_single_layers=single_layers).to(torch.bfloat16)

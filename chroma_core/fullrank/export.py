@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelFileError
-from ..files import atomic_folder, sync_folder, write_json, write_safetensors
+from ..files import atomic_folder, sync_folder, write_json
 from ..loading.describe import Component, describe_part
 from ..names.transformer import to_original_key
+from ..weights.safetensors_files import write_safetensors
 from ..weights.weights import Weights, open_weights
 
 STEM = "diffusion_pytorch_model"

@@ -1,20 +1,25 @@
-"""The header of a safetensors file: what it holds, and where.
+"""The header of a safetensors file, what it holds and where; and writing such files.
 
 The format (huggingface/safetensors, README "Format"): eight bytes give the header's length, little-endian; the header
 is a JSON object, name → dtype, shape and byte range within the data that follow; `__metadata__` holds strings. Ranges
 follow one another without gaps up to the file's end. The library itself is not used for reading because it maps the
-file (see `stored_tensors`); everything that it refuses is refused here too, with what the user can do about it.
+file (see `stored_tensors`); everything that it refuses is refused here too, with what the user can do about it. Nor is
+its `save_file` used: that writes through a temporary file of mode 0600 and does not sync.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
 
+from ..files import atomic_file, write_atomic
 from .stored_tensors import Opened, Stored, WeightFile, damaged
 
 HEADER_LIMIT = 100_000_000
@@ -48,6 +53,9 @@ DTYPES: dict[str, tuple[str, torch.dtype | None, int]] = {
     "C64": ("complex64", None, 64),
 }
 """The format's names → our label, the torch type (None: listed, but not read) and bits per number."""
+
+_STORED_AS = {dtype: name for name, (_, dtype, _) in DTYPES.items() if dtype is not None}
+"""torch's types under the format's names."""
 
 
 def strict_json(text: str | bytes) -> Any:
@@ -134,3 +142,42 @@ def _check_cover(source: WeightFile, tensors: dict[str, Stored], begin: int) -> 
         raise damaged(source.path, f"it has {source.size:,} bytes of {position:,}")
     if position < source.size:
         raise damaged(source.path, f"{source.size - position:,} bytes follow after its last tensor")
+
+
+def save_safetensors(
+    path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, atomically and with the user's umask."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, safetensors_bytes(contiguous, metadata=dict(metadata or {})))
+
+
+def write_safetensors(
+    path: Path | str,
+    layout: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a large safetensors file atomically, one tensor at a time, instead of building it in memory.
+
+    Args:
+        layout: names, dtypes and shapes of all tensors (meta tensors will do).
+        tensors: the same names in any order, with the data.
+    Format: https://huggingface.co/docs/safetensors (8 bytes length, JSON header, data without gaps).
+    """
+    # By falling item size, so that every tensor is aligned: readers view the file's memory in the tensor's dtype.
+    entries = sorted((-t.element_size(), name, _STORED_AS[t.dtype], list(t.shape), t.numel()) for name, t in layout)
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
+    offset = 0
+    for size, name, dtype, shape, count in entries:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset - size * count]}
+        offset -= size * count
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        start = file.tell()
+        file.truncate(start + offset)
+        for name, tensor in tensors:
+            file.seek(start + header[name]["data_offsets"][0])
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

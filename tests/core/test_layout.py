@@ -126,6 +126,13 @@ def test_arrows_point_down_and_never_in_a_circle():
     assert upward == set(TO_COME), "an exception that is no longer needed"
 
 
+def test_the_ground_floor_stands_without_libraries():
+    """What everything imports costs nothing to import."""
+    for file in ("errors.py", "files.py"):
+        top = {module.split(".")[0] for level, module in imports(ROOT / "chroma_core" / file) if level == 0}
+        assert top <= sys.stdlib_module_names, file
+
+
 def test_a_circle_is_seen():
     a, b, c, d = (ROOT / file for file in "abcd")
     assert circles({a: {b}, b: {c}, c: {b, d}, d: set()}) == [["b", "c"]]

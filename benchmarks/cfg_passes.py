@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from chroma_core.latents import image_ids  # noqa: E402
-from chroma_core.transformer import ChromaTransformer  # noqa: E402
+from chroma_core.model.latents import image_ids  # noqa: E402
+from chroma_core.model.transformer import ChromaTransformer  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXT_TOKENS = 32

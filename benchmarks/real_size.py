@@ -29,9 +29,9 @@ def write_random(path: Path, layers: int, single_layers: int) -> None:
     """A transformer of the real widths in the original layout, bf16, written tensor by tensor."""
     import torch
 
-    from chroma_core.files import write_safetensors
-    from chroma_core.loading import keys
-    from chroma_core.transformer import ChromaTransformer
+    from chroma_core.model.transformer import ChromaTransformer
+    from chroma_core.names import transformer as keys
+    from chroma_core.weights.safetensors_files import write_safetensors
 
     with torch.device("meta"):
         model = ChromaTransformer(num_layers=layers, num_single_layers=single_layers).to(torch.bfloat16)
@@ -52,9 +52,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from chroma_core.latents import image_ids
     from chroma_core.loading.components import load_transformer
     from chroma_core.loading.spec import ModelSpec
+    from chroma_core.model.latents import image_ids
 
     device = torch.device(options.device)
     load_transformer(ModelSpec("tiny", precision=options.precision if options.precision != PEER else "bf16"), device)
@@ -141,7 +141,7 @@ def _wait(device) -> None:
 
 def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a precision and mode, each measured in a process of its own."""
-    from chroma_core.precision import PRECISIONS
+    from chroma_core.model.precision import PRECISIONS
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:

@@ -28,8 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from _environment import ensure_environment  # noqa: E402
 from _host import Host, start_host  # noqa: E402
-from _page import open_page  # noqa: E402
 from _workflows import change, load_api  # noqa: E402
+from tools.page import open_page  # noqa: E402
 
 JOBS, STEPS, ROUNDS = 50, 20_000, 5
 PAGE = ROOT / "docs" / "window.md"

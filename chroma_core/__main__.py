@@ -1,7 +1,7 @@
-"""`python -m chroma_core`: see `cli.py`."""
+"""`python -m chroma_core`: see `cli/main.py`."""
 
 import sys
 
-from .cli import main
+from .cli.main import main
 
 sys.exit(main())

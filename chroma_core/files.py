@@ -1,7 +1,7 @@
 """Files that are never half written: temporary name, fsync, rename, fsync of the folder.
 
-`safetensors.save_file` writes through a temporary file of mode 0600 and does not sync; everything that the pack keeps
-(LoRA, checkpoint, job, cache shard) goes through this module instead.
+Everything that the pack keeps (LoRA, checkpoint, job, cache entry) goes through this module. No torch here: tensors are
+written by `weights.safetensors_files`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ import re
 import shutil
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
+from typing import Any, BinaryIO
 
 
 def _temporary(path: Path) -> Path:
@@ -44,20 +40,27 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_atomic(path: Path | str, content: bytes | str) -> None:
-    """Replace `path` by `content`; after a crash the file is the old one or the new one, whole."""
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
+    """Fill a temporary file; on success it is synced and replaces `path`, on failure or a crash the old one stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_atomic(path: Path | str, content: bytes | str) -> None:
+    """Replace `path` by `content`; after a crash the file is the old one or the new one, whole."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -72,63 +75,6 @@ def free_path(folder: Path, name: str) -> Path:
         count += 1
         path = folder / f"{Path(name).stem}-{count}{Path(name).suffix}"
     return path
-
-
-def save_safetensors(
-    path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file, atomically and with the user's umask."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, safetensors_bytes(contiguous, metadata=dict(metadata or {})))
-
-
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-"""torch's dtypes under the names that the safetensors format gives them."""
-
-
-def write_safetensors(
-    path: Path | str,
-    layout: Iterable[tuple[str, Tensor]],
-    tensors: Iterable[tuple[str, Tensor]],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a large safetensors file atomically, one tensor at a time, instead of building it in memory.
-
-    Args:
-        layout: names, dtypes and shapes of all tensors (meta tensors will do).
-        tensors: the same names in any order, with the data.
-    Format: https://huggingface.co/docs/safetensors (8 bytes length, JSON header, data without gaps).
-    """
-    # By falling item size, so that every tensor is aligned: readers view the file's memory in the tensor's dtype.
-    entries = sorted((-t.element_size(), name, _DTYPE_NAMES[t.dtype], list(t.shape), t.numel()) for name, t in layout)
-    header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
-    offset = 0
-    for size, name, dtype, shape, count in entries:
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset - size * count]}
-        offset -= size * count
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            start = file.tell()
-            file.truncate(start + offset)
-            for name, tensor in tensors:
-                file.seek(start + header[name]["data_offsets"][0])
-                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 @contextmanager

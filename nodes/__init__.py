@@ -10,17 +10,13 @@ from . import (
     dataset,
     dataset_images,
     host,
-    job_routes,
     loaders,
-    look_routes,
     lora,
     parity,
-    request_routes,
     routes,
     sampling,
     schedule,
     settings,
-    settings_routes,
     text,
     tools,
     training,
@@ -50,10 +46,6 @@ class ChromaKitExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         routes.register(host.server_routes())
-        job_routes.register(host.server_routes())
-        request_routes.register(host.server_routes())
-        look_routes.register(host.server_routes())
-        settings_routes.register(host.server_routes())
         while_training.start()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -11,9 +11,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..chroma_core.errors import ConfigError
-from ..chroma_core.latents import PATCH, image_ids, pack, unpack
 from ..chroma_core.loading.spec import ModelHandle
-from ..chroma_core.transformer import ChromaTransformer
+from ..chroma_core.model.latents import PATCH, image_ids, pack, unpack
+from ..chroma_core.model.transformer import ChromaTransformer
 from . import host
 from .sockets import ChromaModel, schema
 

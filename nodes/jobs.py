@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from ..chroma_core.errors import JobError
-from ..chroma_core.training.jobs import ACTIVE, Job, JobManager
+from ..chroma_core.training.jobs.manager import ACTIVE, Job, JobManager
 from . import host
 
 EVENT = "chromakit.job"

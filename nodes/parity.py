@@ -8,9 +8,9 @@ from comfy_api.latest import io, ui
 
 from ..chroma_core.parity import Case, FactorKind, NotRun, Painted, Report, in_process, read_preview, side_by_side, vary
 from ..chroma_core.parity.preview import last_preview
-from ..chroma_core.recipe import RECIPES
-from ..chroma_core.recipe import recipe as find_recipe
-from ..chroma_core.sampling import SamplingSettings
+from ..chroma_core.sampling.recipe import RECIPES
+from ..chroma_core.sampling.recipe import recipe as find_recipe
+from ..chroma_core.sampling.sampler import SamplingSettings
 from . import host, jobs
 from .sockets import MAX_SEED, ChromaJob, ChromaModel, ChromaTextEncoder, schema, to_image, whole_spec
 

@@ -8,13 +8,13 @@ import torch
 from comfy_api.latest import io
 
 from ..chroma_core.errors import ConfigError
-from ..chroma_core.latents import FLUX_LATENTS, LatentFormat, snap_size
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
-from ..chroma_core.pictures import preview_image
-from ..chroma_core.recipe import RECIPES, Recipe, parse_overrides
-from ..chroma_core.recipe import recipe as find_recipe
-from ..chroma_core.sampling import Method, SamplingSettings, StepInfo, sample
-from ..chroma_core.spacing import Spacing
+from ..chroma_core.model.images import preview_image
+from ..chroma_core.model.latents import FLUX_LATENTS, LatentFormat, snap_size
+from ..chroma_core.sampling.recipe import RECIPES, Recipe, parse_overrides
+from ..chroma_core.sampling.recipe import recipe as find_recipe
+from ..chroma_core.sampling.sampler import Method, SamplingSettings, StepInfo, sample
+from ..chroma_core.sampling.spacing import Spacing
 from . import host
 from .schedule import (
     DENOISE_TIP,

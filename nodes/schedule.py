@@ -7,9 +7,9 @@ from typing import Any, get_args
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..chroma_core.latents import snap_size
-from ..chroma_core.schedule import FlowShift, sampling_sigmas
-from ..chroma_core.spacing import Spacing
+from ..chroma_core.model.latents import snap_size
+from ..chroma_core.sampling.schedule import FlowShift, sampling_sigmas
+from ..chroma_core.sampling.spacing import Spacing
 from .sockets import schema
 
 SHIFTS = ["dynamic", "constant", "none"]

@@ -7,14 +7,14 @@ from typing import Any, get_args
 from comfy_api.latest import io
 
 from ..chroma_core.lora.adapters import AdapterKind
-from ..chroma_core.recipe import RECIPES, parse_overrides
-from ..chroma_core.sampling import Method
-from ..chroma_core.schedule import SigmaDraw, SigmaRemap
-from ..chroma_core.spacing import Spacing
-from ..chroma_core.text import TextPadding
-from ..chroma_core.training.lr import LrSchedule
-from ..chroma_core.training.objective import LossKind
-from ..chroma_core.training.optimizers import OptimizerName
+from ..chroma_core.sampling.recipe import RECIPES, parse_overrides
+from ..chroma_core.sampling.sampler import Method
+from ..chroma_core.sampling.schedule import SigmaDraw, SigmaRemap
+from ..chroma_core.sampling.spacing import Spacing
+from ..chroma_core.sampling.text import TextPadding
+from ..chroma_core.training.step.lr import LrSchedule
+from ..chroma_core.training.step.objective import LossKind
+from ..chroma_core.training.step.optimizers import OptimizerName
 from .schedule import SHIFTS, flow_shift_of
 from .sockets import MAX_SEED, ChromaTrainingType, schema
 

@@ -14,10 +14,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..chroma_core.errors import ConfigError, PromptError
-from ..chroma_core.latents import LatentFormat
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
-from ..chroma_core.recipe import CANONICAL, Recipe
-from ..chroma_core.text import TextCondition
+from ..chroma_core.model.latents import LatentFormat
+from ..chroma_core.sampling.recipe import CANONICAL, Recipe
+from ..chroma_core.sampling.text import TextCondition
 
 ChromaModel = io.Custom("CHROMA_MODEL")
 """A `ModelHandle`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..chroma_core.text import apply_trigger
+from ..chroma_core.sampling.text import apply_trigger
 from . import host
 from .sockets import ChromaTextEncoder, schema, to_conditioning
 

@@ -75,7 +75,7 @@ def ensure_environment() -> None:
 
 def _restart() -> None:
     """Run this same command line under the environment's Python."""
-    command = [str(venv_python()), *sys.argv]
+    command = [str(venv_python()), *sys.orig_argv[1:]]
     sys.stdout.flush()
     if os.name == "nt":  # exec on Windows returns to the shell before the new process is done
         sys.exit(subprocess.call(command))

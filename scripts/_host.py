@@ -1,4 +1,4 @@
-"""The real ComfyUI with every node of this pack, for the demo and the tests; see `chroma_core.comfyui`."""
+"""The real ComfyUI with every node of this pack, for the demo and the tests; see `chroma_core.comfy.server`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from _environment import ROOT, host_folder
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from chroma_core.comfyui import Host, HostError, PromptFailed, PromptRejected, free_port, start_comfyui  # noqa: E402
+from chroma_core.comfy.server import Host, HostError, PromptFailed, PromptRejected, free_port, start_comfyui  # noqa: E402
 
 __all__ = ["Host", "HostError", "PromptFailed", "PromptRejected", "free_port", "pack_node_ids", "start_host"]
 

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import DataError
-from ..files import save_safetensors
-from ..latents import LatentFormat
-from ..pictures import to_tensor
-from ..recipe import Recipe
-from ..text import TextCondition, TextEncoder
+from ..model.images import to_tensor
+from ..model.latents import LatentFormat
+from ..sampling.recipe import Recipe
+from ..sampling.text import TextCondition, TextEncoder
+from ..weights.safetensors_files import save_safetensors
 from .buckets import resize_and_crop
 from .masks import load_mask, mask_tensor
 from .picture import Picture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..text import TRIGGER, apply_trigger
+from ..sampling.text import TRIGGER, apply_trigger
 from .randomness import generator, integer, uniform
 
 

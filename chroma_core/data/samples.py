@@ -13,7 +13,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from ..errors import DataError
-from ..text import TextEncoder
+from ..sampling.text import TextEncoder
 from .cache import Between, LatentTextCache
 from .captions import pick_caption
 from .picture import Picture, bucket_of

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..loading.assemble import replace
-from ..loading.keys import to_original_module
 from ..lora.layer import compute_device, features, linear_modules
+from ..names.transformer import to_original_module
 
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 APPROXIMATOR = "distilled_guidance_layer"

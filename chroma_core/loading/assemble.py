@@ -19,9 +19,9 @@ from transformers import T5EncoderModel
 from ..errors import ModelFileError
 from ..lora.adapters import check_fits, merge
 from ..lora.formats import LoraFile
-from ..precision import QUANTISED_PARTS, Precision, quantisable_linears, quantise_linear
+from ..model.precision import QUANTISED_PARTS, Precision, quantisable_linears, quantise_linear
+from ..weights.weights import Weights
 from .describe import Component
-from .weights import Weights
 
 Device = torch.device | str
 Module = TypeVar("Module", bound=nn.Module)

@@ -21,9 +21,9 @@ from torch import nn
 
 from ..lora.adapters import attach, detach
 from ..lora.formats import read_lora
-from ..pictures import preview_matrix
-from ..text import TextEncoder
-from ..transformer import ChromaTransformer
+from ..model.images import preview_matrix
+from ..model.transformer import ChromaTransformer
+from ..sampling.text import TextEncoder
 from .assemble import OnPart
 from .components import Device, device_size, load_text_encoder, load_transformer, load_vae
 from .hub import COMMIT
@@ -114,7 +114,7 @@ class ComponentCache:
             return self._get("vae", spec, device, lambda: load_vae(spec, device)).value
 
     def preview_matrix(self, spec: ModelSpec, device: Device) -> torch.Tensor:
-        """The latent → RGB map for live previews of `spec` (see `pictures.preview_matrix`)."""
+        """The latent → RGB map for live previews of `spec` (see `images.preview_matrix`)."""
         with self._lock:
             key = spec.key()
             if self._matrix is None or self._matrix[0] != key:

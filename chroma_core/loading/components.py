@@ -14,21 +14,21 @@ from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from ..errors import LoraError, ModelFileError
-from ..flavours import flavour
 from ..lora.formats import read_lora
-from ..precision import Precision, precision, quantisable_linears, require
+from ..model.flavours import flavour
+from ..model.precision import Precision, precision, quantisable_linears, require
+from ..model.transformer import ChromaTransformer
+from ..sampling.text import TextEncoder
 from ..streaming import stream_blocks
-from ..text import TextEncoder
-from ..transformer import ChromaTransformer
+from ..weights.identify import TITLES, Identity, Part
+from ..weights.weights import Weights, open_weights
 from .assemble import Device, MergedLora, OnPart, Placement, assemble
 from .describe import Component, build_part, describe_part
 from .fingerprints import joined, known_sha256, sha256_of
 from .hub import OnDownload
-from .identify import TITLES, Identity, Part
 from .locate import locate
 from .quantised_files import is_quantised_file, kept_file, load_quantised, quantised_config, save_quantised
 from .spec import LoraUse, ModelSpec
-from .weights import Weights, open_weights
 
 __all__ = [
     "Device",

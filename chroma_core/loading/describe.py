@@ -19,11 +19,14 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from ..errors import ModelFileError
-from ..transformer import ChromaTransformer
-from . import dimensions, keys, t5_keys, vae_keys
-from .identify import TITLES, Identity, Part, find_part, identify
-from .keys import Rows
-from .refusals import incomplete, misshapen, refuse, surplus
+from ..model.transformer import ChromaTransformer
+from ..names import t5 as t5_keys
+from ..names import transformer as keys
+from ..names import vae as vae_keys
+from ..names.transformer import Rows
+from ..weights import dimensions
+from ..weights.identify import TITLES, Identity, Part, find_part, identify
+from ..weights.refusals import incomplete, misshapen, refuse, surplus
 
 Shape = tuple[int, ...]
 

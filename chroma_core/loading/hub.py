@@ -30,7 +30,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import ModelFileError
-from ..flavours import Flavour
+from ..model.flavours import Flavour
 from .transfer import (
     TRANSFER_ERRORS,
     CachedRepository,

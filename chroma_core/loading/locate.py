@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import ModelFileError
-from ..flavours import flavour
+from ..model.flavours import flavour
 from .hub import OnDownload, fetch
 from .spec import ModelSpec
 

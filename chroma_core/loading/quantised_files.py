@@ -17,15 +17,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ModelFileError
-from ..files import write_safetensors
 from ..lora.layer import linear_modules
-from ..precision import Precision, pack_linear, quantisable_linears, unpack_linear
+from ..model.precision import Precision, pack_linear, quantisable_linears, unpack_linear
+from ..weights.identify import Part
+from ..weights.safetensors_files import read_safetensors, write_safetensors
+from ..weights.stored_tensors import Stored
 from .assemble import OnPart, Placement, finished, is_block, replace, set_tensor
 from .describe import build_part
-from .identify import Part
 from .locate import file_state
-from .safetensors_files import read_safetensors
-from .stored_tensors import Stored
 
 FORMAT = 1
 KEY = "chromakit_quantised"

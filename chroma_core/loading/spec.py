@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
-from ..flavours import flavour
-from ..precision import precision
+from ..model.flavours import flavour
+from ..model.precision import precision
 
 Offload = Literal["none", "model", "block"]
 """`none` keeps every loaded component on the device. `model` lets T5, transformer and VAE take turns there and keeps

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import LoraError, ModelFileError
-from ..loading.keys import Rows
+from ..names.transformer import Rows
 from .dialects import declared_alpha, declared_rank, foreign_kinds, locate, part_of
 from .fusing import own_columns
 from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..precision import dequantised_weight
+from ..model.precision import dequantised_weight
 from .modules import AdapterModule, LokrModule, LoraModule, row_norms
 
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..loading.keys import Rows, to_diffusers_modules, to_original_module, unflatten
+from ..names.transformer import Rows, to_diffusers_modules, to_original_module, unflatten
 
 PREFIXES = (
     ("transformer.", "universal"),

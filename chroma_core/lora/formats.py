@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LoraError
-from ..files import save_safetensors, write_json
+from ..files import write_json
+from ..weights.safetensors_files import save_safetensors
 from .assembly import PEFT_CONFIG, PEFT_WEIGHTS, assemble
 from .dialects import foreign_kinds, looks_like_checkpoint, part_of
 from .modules import LokrModule, LoraFile, LoraModule, quoted

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..precision import dequantised_weight
+from ..model.precision import dequantised_weight
 from .layer import AdaptedLinear, features
 from .modules import AdapterModule, LokrModule, LoraModule, row_norms
 from .settings import LoraSettings

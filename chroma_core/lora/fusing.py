@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
-from ..loading.keys import Rows, to_diffusers_modules, to_original_module
+from ..names.transformer import Rows, to_diffusers_modules, to_original_module
 from .modules import AdapterModule, LoraModule
 
 

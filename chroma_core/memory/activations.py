@@ -1,7 +1,7 @@
 """Working memory beside the weights: what a pass through a model keeps and needs for a moment.
 
 The unit is one hidden state: batch × tokens × width × bytes of the dtype. How many of them are alive follows from the
-forward pass and was measured with live tensors on the CPU (`scripts/build_memory_table.py`; the tests repeat it at
+forward pass and was measured with live tensors on the CPU (`tools/docs/memory_table.py`; the tests repeat it at
 other widths and lengths). At 2 bytes a value more units are needed, because norms and rotation of query and key work in
 fp32. Attention is counted without its scores: fused kernels (CUDA, ROCm, CPU) never hold them. Work areas of libraries
 such as cuDNN are not counted.
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..precision import Precision
-from ..quantised import CHUNK
+from ..model.precision import Precision
+from ..model.quantised import CHUNK
 from .anatomy import LoraLayers, TextEncoder, Transformer, Vae
 
 TEXT_TOKENS = 128

@@ -17,11 +17,11 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from ..flavours import flavour
 from ..lora.layer import features, linear_modules
 from ..lora.targets import target_modules
-from ..precision import Precision, quantisable_linears
-from ..transformer import ChromaTransformer
+from ..model.flavours import flavour
+from ..model.precision import Precision, quantisable_linears
+from ..model.transformer import ChromaTransformer
 
 T5_XXL: dict[str, Any] = {
     "vocab_size": 32128,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..flavours import flavour
 from ..loading.spec import Offload
+from ..model.flavours import flavour
 from .activations import TEXT_TOKENS
 from .anatomy import anatomy
 from .machine import Machine, in_gib, machine

@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 import torch
 
-from ..device import best_device
 from ..errors import ConfigError
+from ..model.device import best_device
 
 GIB = 2**30
 

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
-from ..flavours import flavour
-from ..latents import snap_size
 from ..loading.spec import Offload
 from ..lora.modules import AdapterKind
-from ..precision import Precision, precision
+from ..model.flavours import flavour
+from ..model.latents import snap_size
+from ..model.precision import Precision, precision
 from .activations import (
     TEXT_TOKENS,
     Pass,

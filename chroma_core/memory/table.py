@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
-from ..flavours import flavour
 from ..loading.spec import Offload
+from ..model.flavours import flavour
 from .machine import GIB, Machine, in_gib, machine
 from .plan import CHOICES, Purpose, Recommendation, Settings, fits_on, peaks, recommend
 

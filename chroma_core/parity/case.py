@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import ChromaKitError, ConfigError
-from ..latents import snap_size
 from ..loading.spec import LoraUse, ModelHandle, ModelSpec
-from ..recipe import CANONICAL, RECIPES, Recipe
-from ..sampling import SamplingSettings
+from ..model.latents import snap_size
+from ..sampling.recipe import CANONICAL, RECIPES, Recipe
+from ..sampling.sampler import SamplingSettings
 
 
 class NotRun(ChromaKitError):

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from ..precision import PRECISIONS
-from ..recipe import RECIPES, StateDtype, TextAttention
-from ..solvers import Method
-from ..spacing import Spacing
+from ..model.precision import PRECISIONS
+from ..sampling.recipe import RECIPES, StateDtype, TextAttention
+from ..sampling.solvers import Method
+from ..sampling.spacing import Spacing
 from .case import Case
 
 FactorKind = Literal["recipe", "schedule", "guidance", "lora", "precision", "size", "seed"]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..pictures import read_latents
+from ..model.images import read_latents
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..comfyui import PACK
+from ..comfy.server import PACK
 from ..errors import ConfigError, JobError
 from ..loading.components import Device
 from ..loading.spec import LoraUse, ModelSpec
-from ..pictures import LATENTS_SUFFIX, read_record
-from ..recipe import Recipe
-from ..sampling import SamplingSettings
-from ..training.checkpoint import step_name
-from ..training.config import TrainingConfig
-from ..training.foreground import run_job
-from ..training.trainees import AdapterTrainee
+from ..model.images import LATENTS_SUFFIX, read_record
+from ..sampling.recipe import Recipe
+from ..sampling.sampler import SamplingSettings
+from ..training.config.config import TrainingConfig
+from ..training.jobs.blocking import run_job
+from ..training.run.checkpoint import step_name
+from ..training.run.trainees import AdapterTrainee
 from .case import Case, NotRun
 from .painted import Painted
 

@@ -13,13 +13,13 @@ from accelerate import init_empty_weights
 from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from ..comfyui import PACK
-from ..latents import FLUX_LATENTS, LatentFormat, pack, unpack
+from ..comfy.server import PACK
 from ..loading.cache import ComponentCache
 from ..loading.components import Device, load_text_encoder, load_transformer, load_vae
-from ..pictures import LATENTS_SUFFIX, decode
-from ..precision import precision
-from ..sampling import OnStep, initial_noise, sample
+from ..model.images import LATENTS_SUFFIX, decode
+from ..model.latents import FLUX_LATENTS, LatentFormat, pack, unpack
+from ..model.precision import precision
+from ..sampling.sampler import OnStep, initial_noise, sample
 from .case import Case, NotRun
 from .painted import Painted
 

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..comfyui import Host, HostError
-from ..pictures import read_latents
+from ..comfy.server import Host, HostError
+from ..model.images import read_latents
 from .case import Case, NotRun
 from .painted import Painted
 

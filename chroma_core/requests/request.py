@@ -16,13 +16,13 @@ from typing_extensions import Self
 
 from ..data.settings import Settings
 from ..errors import ChromaKitError, PromptError
-from ..flavours import FLAVOURS, Flavour, flavour
-from ..latents import snap_size
 from ..loading.spec import LoraMode, Offload
-from ..precision import precision
-from ..recipe import recipe
-from ..sampling import SamplingSettings
-from ..text import TRIGGER, apply_trigger
+from ..model.flavours import FLAVOURS, Flavour, flavour
+from ..model.latents import snap_size
+from ..model.precision import precision
+from ..sampling.recipe import recipe
+from ..sampling.sampler import SamplingSettings
+from ..sampling.text import TRIGGER, apply_trigger
 from .mistakes import kind, mistakes, read_json, short, unusable
 
 MODEL_ID = "chroma"

@@ -8,17 +8,17 @@ from typing import Any
 
 from ..errors import LoraError
 from ..files import free_path, write_atomic
-from ..flavours import flavour
 from ..loading.cache import ComponentCache
 from ..loading.components import Device, transformer_outline
 from ..loading.describe import build_part
 from ..loading.spec import LoraUse, ModelHandle, ModelSpec
 from ..lora.adapters import check_fits
 from ..lora.formats import read_lora
-from ..pictures import decode, png_bytes
-from ..recipe import recipe
-from ..sampling import sample
-from ..text import TextCondition
+from ..model.flavours import flavour
+from ..model.images import decode, png_bytes
+from ..sampling.recipe import recipe
+from ..sampling.sampler import sample
+from ..sampling.text import TextCondition
 from .mistakes import unusable
 from .request import InferenceRequest, PlannedPicture
 

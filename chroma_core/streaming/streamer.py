@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ConfigError, PrecisionError
 from ..lora.layer import LoraBranch
-from ..transformer import ChromaTransformer
+from ..model.transformer import ChromaTransformer
 from .movers import mover, plain_parts
 from .saved_weights import saving_references
 

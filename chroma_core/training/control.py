@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from .seat import Seat
+from .device_slot import Seat
 
 POLL_SECONDS = 0.02
 

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from _host import Host
-from _page import FLAGS, READY
+from tools.page import FLAGS, READY
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "/extensions/chromakit/"

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from _host import Host, start_host
-from _page import READY
 from _workflows import FOLDER, change, load_api
 from prompts import ACTIVE
+from tools.page import READY
 from training_page import RENDERER, THEME, build, start, stop_all, until
 
 OPEN = """() => { const tabs = window.app.extensionManager.sidebarTab;

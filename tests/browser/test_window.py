@@ -44,7 +44,7 @@ def test_templates_lists_what_is_there_with_a_picture_each(window):
 
 def test_a_preset_offers_the_download_of_its_models(window):
     """The page's own list of what is missing, with a button for each file."""
-    from _workflow_presets import FILES
+    from tools.workflows.presets import FILES
 
     setting = "on => window.app.extensionManager.setting.set('Comfy.Workflow.ShowMissingModelsWarning', on)"
     window.page.evaluate(setting, True)

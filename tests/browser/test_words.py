@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from _locales import FOLDER, escape, load, part
+from tools.locales.texts import FOLDER, escape, load, part
 
 READY = "() => window.app?.extensionManager && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
 SHOWN = 20  # results that fit in the search box without scrolling far
@@ -227,7 +227,7 @@ def test_in_chinese_titles_names_tooltips_and_search_are_chinese(window, chinese
 
 @pytest.fixture
 def nasty_texts(window) -> Iterator[None]:
-    """The page gets texts full of special characters from the host, spelled as build_locales.py spells them."""
+    """The page gets texts full of special characters from the host, spelled as tools.locales.build spells them."""
     words = {
         "display_name": escape(NASTY),
         "inputs": {"steps": {"name": escape(f"steps {NASTY}"), "tooltip": NASTY}},

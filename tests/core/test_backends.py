@@ -8,10 +8,9 @@ import torch
 import torch._inductor.config
 from torch import nn
 
-from _precision_matrix import relative
-from chroma_core import backends
 from chroma_core.errors import PrecisionError
-from chroma_core.precision import (
+from chroma_core.model import backends
+from chroma_core.model.precision import (
     PRECISIONS,
     dequantised_weight,
     quantisable_linears,
@@ -20,6 +19,7 @@ from chroma_core.precision import (
     require,
 )
 from miniature import transformer
+from tools.docs.precision_matrix import relative
 
 QUANTISED = [name for name, p in PRECISIONS.items() if p.quantised]
 LIBRARY = [name for name, p in PRECISIONS.items() if p.library]
@@ -154,7 +154,7 @@ def test_devices_that_cannot_are_refused_with_the_reason():
 
 def test_bitsandbytes_is_imported_without_the_network(monkeypatch, caplog):
     """Where `kernels` is installed, its import would fetch code; where it is not, it would log a warning."""
-    from chroma_core.backends.bitsandbytes import _without_kernels
+    from chroma_core.model.backends.bitsandbytes import _without_kernels
 
     fetched = object()
     monkeypatch.setitem(sys.modules, "kernels", fetched)

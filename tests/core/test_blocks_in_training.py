@@ -5,11 +5,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from chroma_core.errors import ConfigError
-from chroma_core.latents import image_ids
 from chroma_core.lora.adapters import LoraSettings, add_trainable
-from chroma_core.precision import precision, quantise
+from chroma_core.model.latents import image_ids
+from chroma_core.model.precision import precision, quantise
 from chroma_core.streaming import stream_blocks
-from chroma_core.training.compiling import compile_blocks
+from chroma_core.training.step.compiling import compile_blocks
 from miniature import transformer
 
 

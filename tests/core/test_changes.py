@@ -6,17 +6,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from chroma_core.cli import main
+from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError, JobError
 from chroma_core.lora.formats import read_lora
-from chroma_core.training.changes import differences, with_changes
-from chroma_core.training.checkpoint import checkpoints
-from chroma_core.training.config import TrainingConfig
-from chroma_core.training.finish import JOB_KEY
-from chroma_core.training.foreground import continue_job, run_job
-from chroma_core.training.jobs import JobManager
-from chroma_core.training.optimizers import OptimizerSettings
-from chroma_core.training.stepper import Stepper
+from chroma_core.training.config.changes import differences, with_changes
+from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.jobs.blocking import continue_job, run_job
+from chroma_core.training.jobs.manager import JobManager
+from chroma_core.training.run.checkpoint import checkpoints
+from chroma_core.training.run.finish import JOB_KEY
+from chroma_core.training.run.stepper import Stepper
+from chroma_core.training.step.optimizers import OptimizerSettings
 from training_cases import config, model_folder, write_dataset
 
 PATIENCE = 240.0

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from chroma_core.cli import main
-from chroma_core.latents import LatentFormat
+from chroma_core.cli.main import main
 from chroma_core.lora.adapters import LoraSettings, add_trainable, trained_lora
 from chroma_core.lora.formats import write_lora
-from chroma_core.pictures import decode, preview_image, preview_matrix, read_record, to_pictures, to_tensor
+from chroma_core.model.images import decode, preview_image, preview_matrix, read_record, to_pictures, to_tensor
+from chroma_core.model.latents import LatentFormat
 from miniature import transformer, vae, write_model_folder
 
 SMALL = ["--width", "64", "--height", "64", "--steps", "2", "--precision", "fp32", "--device", "cpu"]
@@ -175,3 +175,15 @@ def test_preview_is_the_best_linear_guess():
     grey = to_tensor(preview)[0, :, 0, 0]
     assert torch.allclose(grey, matrix[-1].clamp(-1, 1), atol=1 / 127)
     assert LatentFormat.of(model) == LatentFormat()
+
+
+def test_naming_the_commands_imports_nothing_heavy():
+    """`--help` answers at once: options that need a library's types are added when their command is asked for."""
+    code = (
+        "import sys; from chroma_core.cli.main import command_line; command_line().format_help()\n"
+        "print(*sorted({'torch', 'diffusers', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from chroma_core.training.curve import COLUMNS, Curve
-from chroma_core.training.metrics import MetricsLog
-from chroma_core.training.objective import HELDOUT_SIGMAS
+from chroma_core.training.jobs.curve import COLUMNS, Curve
+from chroma_core.training.run.metrics import MetricsLog
+from chroma_core.training.step.objective import HELDOUT_SIGMAS
 
 
 def step(number: int, loss: float) -> dict[str, float]:

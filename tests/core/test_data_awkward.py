@@ -19,7 +19,7 @@ from chroma_core.data.contact_sheet import contact_sheet, summary
 from chroma_core.data.picture_files import UnreadablePicture, load_alpha, load_picture, picture_facts
 from chroma_core.data.samples import cache_samples, caption_texts
 from chroma_core.data.scan import DatasetConfig, DatasetScan, scan
-from chroma_core.recipe import CANONICAL
+from chroma_core.sampling.recipe import CANONICAL
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow remarks on huge and damaged files
 

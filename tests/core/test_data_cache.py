@@ -11,10 +11,10 @@ from chroma_core.data.cache import LatentTextCache, component_key
 from chroma_core.data.samples import cache_samples, cache_texts, caption_texts, fingerprint
 from chroma_core.data.scan import DatasetConfig, scan
 from chroma_core.errors import DataError
-from chroma_core.latents import LatentFormat
-from chroma_core.pictures import to_tensor
-from chroma_core.recipe import CANONICAL
-from chroma_core.text import TextEncoder
+from chroma_core.model.images import to_tensor
+from chroma_core.model.latents import LatentFormat
+from chroma_core.sampling.recipe import CANONICAL
+from chroma_core.sampling.text import TextEncoder
 from training_cases import write_dataset
 
 

@@ -21,9 +21,9 @@ from chroma_core.data.samples import Sample, cache_samples, fingerprint, picture
 from chroma_core.data.scan import DatasetConfig, scan
 from chroma_core.data.views import View, crop_positions
 from chroma_core.errors import DataError
-from chroma_core.latents import LatentFormat
-from chroma_core.pictures import to_tensor
-from chroma_core.recipe import CANONICAL
+from chroma_core.model.images import to_tensor
+from chroma_core.model.latents import LatentFormat
+from chroma_core.sampling.recipe import CANONICAL
 from training_cases import write_dataset
 
 PLAIN = Sample("x", (64, 64), ("a",), 0.1, (Path("q.safetensors"),))

@@ -11,9 +11,9 @@ import chroma_core
 import foreign_shapes
 import miniature
 from chroma_core.errors import ModelFileError
-from chroma_core.loading import dimensions
 from chroma_core.loading.describe import build_part, describe_part
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.weights import dimensions
 from foreign_shapes import shapes_of, weights_file
 
 TINY = Path(chroma_core.__file__).parent / "assets" / "tiny"

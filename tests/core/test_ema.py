@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from chroma_core.errors import ConfigError
-from chroma_core.training.ema import Ema
+from chroma_core.training.step.ema import Ema
 
 
 def parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:

@@ -6,10 +6,10 @@ import sys
 import pytest
 
 from chroma_core.training.control import Control
-from chroma_core.training.foreground import run_job
-from chroma_core.training.metrics import MetricsLog
-from chroma_core.training.places import Places
-from chroma_core.training.run import run_training
+from chroma_core.training.jobs.blocking import run_job
+from chroma_core.training.run.metrics import MetricsLog
+from chroma_core.training.run.places import Places
+from chroma_core.training.run.run import run_training
 from training_cases import config, model_folder, write_dataset
 
 accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -11,11 +11,13 @@ import torch
 from chroma_core.fullrank.layers import count_trained
 from chroma_core.loading.components import transformer_outline
 from chroma_core.memory import estimate, in_gib
-from chroma_core.training.checkpoint import Progress, checkpoints, restore_latest, save_checkpoint
-from chroma_core.training.config import TrainingConfig
-from chroma_core.training.faults import DISK_MARGIN, disk_shortage, is_out_of_memory, out_of_memory, watch_loss
-from chroma_core.training.job import Job
-from chroma_core.training.jobs import JobManager
+from chroma_core.model.device import is_out_of_memory
+from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.jobs.job import Job
+from chroma_core.training.jobs.manager import JobManager
+from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
+from chroma_core.training.run.faults import DISK_MARGIN, disk_shortage, out_of_memory, watch_loss
+from chroma_core.training.run.metrics import Progress
 from training_cases import Bench, config, model_folder, write_dataset
 
 PATIENCE = 120

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from chroma_core.files import (
     atomic_folder,
     remove_leftovers,
-    save_safetensors,
     sha256_file,
     slug,
     write_atomic,
     write_json,
 )
+from chroma_core.weights.safetensors_files import save_safetensors
 
 
 def test_write_replaces_whole_files(tmp_path):

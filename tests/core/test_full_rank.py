@@ -9,18 +9,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import miniature
-from chroma_core.cli import main
+from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError, JobError, ModelFileError
 from chroma_core.fullrank import export
 from chroma_core.fullrank.layers import MasterLinear, MasterNorm, count_trained, layer_names, put_masters
 from chroma_core.loading.components import load_transformer, transformer_source, write_quantised
 from chroma_core.loading.spec import ModelSpec
-from chroma_core.quantised import QuantisedLinear
-from chroma_core.training import trainees
-from chroma_core.training.checkpoint import Progress, restore_latest, save_checkpoint
-from chroma_core.training.jobs import Job, JobManager
-from chroma_core.training.places import Places
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.quantised import QuantisedLinear
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.training.jobs.manager import Job, JobManager
+from chroma_core.training.run import trainees
+from chroma_core.training.run.checkpoint import restore_latest, save_checkpoint
+from chroma_core.training.run.metrics import Progress
+from chroma_core.training.run.places import Places
 from lora_cases import inputs, predict
 from training_cases import bench, config, model_folder, steps, write_dataset
 

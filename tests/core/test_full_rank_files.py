@@ -12,12 +12,12 @@ import miniature
 import native
 from chroma_core.fullrank import export
 from chroma_core.fullrank.layers import layer_names
-from chroma_core.latents import image_ids, unpack
 from chroma_core.loading.components import load_transformer, transformer_source
-from chroma_core.loading.keys import to_original
 from chroma_core.loading.spec import ModelSpec
-from chroma_core.loading.weights import open_weights
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.latents import image_ids, unpack
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names.transformer import to_original
+from chroma_core.weights.weights import open_weights
 from lora_cases import inputs, predict
 
 LAYERS = ("transformer_blocks.1", "single_transformer_blocks.0.attn.to_k")

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import scan_cache_dir, snapshot_download, try_to_load_from_cache
 
 from chroma_core.errors import ModelFileError
-from chroma_core.flavours import BASE_COMMIT, FLAVOURS, flavour
 from chroma_core.loading.hub import PARTS, fetch
+from chroma_core.model.flavours import BASE_COMMIT, FLAVOURS, flavour
 from hub_cases import SHARD, TRANSFORMER, assert_same, cache_fixture, chroma_files, hub_fixture, partial, present  # noqa: F401
 from hub_server import REPOSITORY, Fault, sha256
 

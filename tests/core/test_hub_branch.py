@@ -1,8 +1,8 @@
 """A branch as revision: the component cache asks the Hub what it means once, and keeps to that commit."""
 
-from chroma_core.flavours import BASE_COMMIT
 from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.spec import ModelSpec
+from chroma_core.model.flavours import BASE_COMMIT
 from hub_cases import cache_fixture, chroma_files, hub_fixture  # noqa: F401
 
 OTHER = "ab" * 20

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from chroma_core.flavours import flavour
 from chroma_core.loading.hub import fetch
+from chroma_core.model.flavours import flavour
 from hub_cases import ROOT, SHARD, assert_same, cache_fixture, chroma_files, hub_fixture, partial, run  # noqa: F401
 from hub_server import REPOSITORY, Fault, sha256
 
 ALL = 1 << 40  # bytes that no download here reaches
 
-IMPORTS = "from chroma_core.flavours import flavour; from chroma_core.loading.hub import *"
+IMPORTS = "from chroma_core.model.flavours import flavour; from chroma_core.loading.hub import *"
 
 
 def test_a_fresh_process_driven_by_its_environment_alone_killed_and_started_again(hub, cache):
@@ -46,7 +46,7 @@ def test_a_fresh_process_driven_by_its_environment_alone_killed_and_started_agai
 def test_a_disk_that_takes_no_more_in_the_middle_of_a_file(hub, cache):
     script = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (15 << 20,) * 2)\n"
-        "from chroma_core.flavours import flavour\nfrom chroma_core.loading.hub import *\n"
+        "from chroma_core.model.flavours import flavour\nfrom chroma_core.loading.hub import *\n"
         "try: fetch(flavour('base'), ['transformer'])\n"
         "except ModelFileError as error: print(error)"
     )
@@ -85,7 +85,7 @@ print(file.result().xet_info.hash)
 """
 DOWNLOAD = """
 import sys
-from chroma_core.flavours import flavour
+from chroma_core.model.flavours import flavour
 from chroma_core.loading.hub import *
 def stop(done, total, name):
     if done > int(sys.argv[1]):
@@ -124,7 +124,7 @@ def test_a_stuck_xet_transfer_can_be_cancelled(hub, cache):
     hub.faults = [Fault("/reconstructions/", wait=60.0, times=9)]
     script = """
 import time
-from chroma_core.flavours import flavour
+from chroma_core.model.flavours import flavour
 from chroma_core.loading.hub import *
 began = []
 def stop(done, total, name):

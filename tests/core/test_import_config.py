@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from chroma_core.errors import ConfigError
-from chroma_core.training.config import TrainingConfig
-from chroma_core.training.import_config import (
+from chroma_core.import_config import (
     ai_toolkit,
     ai_toolkit_sets,
     import_config,
@@ -19,10 +18,11 @@ from chroma_core.training.import_config import (
     simpletuner_sets,
     write_job,
 )
-from chroma_core.training.import_config.document import page
-from chroma_core.training.import_config.fields import missing, set_list, set_missing
-from chroma_core.training.import_config.job_toml import toml
-from chroma_core.training.import_config.report import as_json, as_text
+from chroma_core.import_config.document import page
+from chroma_core.import_config.fields import missing, set_list, set_missing
+from chroma_core.import_config.job_toml import toml
+from chroma_core.import_config.report import as_json, as_text
+from chroma_core.training.config.config import TrainingConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -703,15 +703,13 @@ def test_an_option_that_this_version_lacks_is_never_written():
 
 def test_the_documentation_is_current():
     path = Path(__file__).parents[2] / "docs" / "import.md"
-    assert path.read_text(encoding="utf-8") == page(), (
-        f"run: python -m chroma_core.training.import_config.document {path}"
-    )
+    assert path.read_text(encoding="utf-8") == page(), f"run: python -m chroma_core.import_config.document {path}"
 
 
 def test_the_command_line(put, tmp_path):
     put("config.json", SEED_SNIPPET)
     script = (
-        "import argparse, sys; from chroma_core.cli_import import add_import_command\n"
+        "import argparse, sys; from chroma_core.cli.imports import add_import_command\n"
         "parser = argparse.ArgumentParser(); add_import_command(parser.add_subparsers(required=True))\n"
         "options = parser.parse_args(sys.argv[1:]); options.run(options)"
     )

@@ -15,11 +15,11 @@ from chroma_core.errors import JobError
 from chroma_core.loading.components import load_transformer
 from chroma_core.lora.adapters import attach
 from chroma_core.lora.formats import read_lora
-from chroma_core.training import faults
-from chroma_core.training.foreground import run_job
-from chroma_core.training.job import Job
-from chroma_core.training.jobs import JobManager
-from chroma_core.training.lock import FolderLock
+from chroma_core.training.jobs.blocking import run_job
+from chroma_core.training.jobs.job import Job
+from chroma_core.training.jobs.lock import FolderLock
+from chroma_core.training.jobs.manager import JobManager
+from chroma_core.training.run import faults
 from training_cases import config, model_folder, write_dataset
 
 PATIENCE = 240.0

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from chroma_core.errors import ModelFileError
-from chroma_core.loading import keys
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names import transformer as keys
 from miniature import transformer
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from chroma_core.files import write_safetensors
+from chroma_core.weights.safetensors_files import write_safetensors
 from real_widths import random_original
 
 ROOT = Path(__file__).resolve().parents[2]

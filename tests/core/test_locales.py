@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import _locales
-from _locales import (
+from tools.locales import texts as _locales
+from tools.locales.texts import (
     ENGLISH,
     FILES,
     FOLDER,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from chroma_core.cli import main
+from chroma_core.cli.main import main
 from chroma_core.errors import LoraError
 from chroma_core.lora.convert import JOB_KEY, convert_lora
 from chroma_core.lora.formats import read_lora, write_lora

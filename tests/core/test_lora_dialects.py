@@ -8,12 +8,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from chroma_core.errors import LoraError
-from chroma_core.loading.keys import to_diffusers_modules
 from chroma_core.lora.formats import read_lora, write_lora
 from chroma_core.lora.fusing import fuse
 from chroma_core.lora.modules import LoraFile, LoraModule
 from chroma_core.lora.writing import DIALECTS, STYLES, holders
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names.transformer import to_diffusers_modules
 from lora_cases import distance, equal, random_kind, random_lora
 from miniature import transformer
 

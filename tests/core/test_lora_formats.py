@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from chroma_core.errors import LoraError
-from chroma_core.loading.keys import to_diffusers_modules, to_original_module
 from chroma_core.lora.formats import LoraFile, LoraModule, describe, read_lora, write_lora
+from chroma_core.names.transformer import to_diffusers_modules, to_original_module
 from lora_cases import random_lora
 from miniature import transformer
 

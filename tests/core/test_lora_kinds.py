@@ -13,7 +13,7 @@ from chroma_core.lora.branches import branch_of
 from chroma_core.lora.fresh import factorization
 from chroma_core.lora.layer import AdaptedLinear
 from chroma_core.lora.modules import AdapterModule, LokrModule, LoraModule
-from chroma_core.precision import dequantised_weight, precision, quantise_linear
+from chroma_core.model.precision import dequantised_weight, precision, quantise_linear
 from lora_cases import distance
 
 IN, OUT, RANK = 48, 72, 4

@@ -8,13 +8,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from chroma_core.errors import LoraError
-from chroma_core.loading.keys import to_diffusers_modules
 from chroma_core.lora.adapters import (
     attach,
     merge,
 )
 from chroma_core.lora.formats import describe, read_lora, write_lora
 from chroma_core.lora.modules import LokrModule, LoraModule
+from chroma_core.names.transformer import to_diffusers_modules
 from lora_cases import distance, equal, inputs, predict, random_kind
 from miniature import transformer
 

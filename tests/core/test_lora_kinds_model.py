@@ -19,7 +19,7 @@ from chroma_core.lora.adapters import (
     trained_lora,
 )
 from chroma_core.lora.formats import LoraFile, read_lora, write_lora
-from chroma_core.precision import precision, quantise
+from chroma_core.model.precision import precision, quantise
 from chroma_core.streaming import stream_blocks
 from lora_cases import distance, equal, inputs, predict, random_kind
 from miniature import transformer

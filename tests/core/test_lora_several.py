@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chroma_core.lora.adapters import attach, merge, set_strength
-from chroma_core.precision import PRECISIONS, precision, quantise
+from chroma_core.model.precision import PRECISIONS, precision, quantise
 from lora_cases import distance, inputs, predict, random_lora
 from miniature import transformer
 

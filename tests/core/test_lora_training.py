@@ -17,7 +17,7 @@ from chroma_core.lora.adapters import (
     trained_lora,
 )
 from chroma_core.lora.formats import LoraFile, LoraModule, read_lora, write_lora
-from chroma_core.precision import PRECISIONS, precision, quantise
+from chroma_core.model.precision import PRECISIONS, precision, quantise
 from lora_cases import distance, inputs, predict, random_lora
 from miniature import transformer
 

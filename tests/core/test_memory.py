@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from _live_bytes import LiveBytes
-from _memory_cases import Case, measure_t5, measure_vae
 from chroma_core.errors import ConfigError, PrecisionError
 from chroma_core.memory import estimate
 from chroma_core.memory.activations import DEQUANTISE, QUANTISE, dequantised, quantising
 from chroma_core.memory.anatomy import anatomy, of_transformer, transformer_on_meta
 from chroma_core.memory.plan import Settings, peaks
-from chroma_core.precision import PRECISIONS, precision, quantise
-from chroma_core.quantised import dequantise_weight, quantise_weight
+from chroma_core.model.precision import PRECISIONS, precision, quantise
+from chroma_core.model.quantised import dequantise_weight, quantise_weight
+from tools.docs.live_bytes import LiveBytes
+from tools.docs.memory_cases import Case, measure_t5, measure_vae
 
 GIB = 2**30
 OURS = ("int8", "fp8", "int4", "nf4")

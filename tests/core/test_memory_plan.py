@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-import build_memory_table
-from chroma_core.cli import main
+from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError
 from chroma_core.memory import estimate, memory_plan, plan_table, recommend
 from chroma_core.memory.machine import Machine, machine
 from chroma_core.memory.plan import Settings, fits_on
-from chroma_core.precision import PRECISIONS
+from chroma_core.model.precision import PRECISIONS
+from tools.docs import memory_table as build_memory_table
 
 GIB = 2**30
 
@@ -144,4 +144,4 @@ def test_the_page_is_up_to_date():
     """What docs/memory.md calculates from module trees and formulas; what it measured is checked above."""
     page = build_memory_table.PAGE.read_text(encoding="utf-8")
     for name, table in build_memory_table.calculated():
-        assert f"<!-- begin {name} -->\n{table}\n<!-- end {name} -->" in page, "run scripts/build_memory_table.py"
+        assert f"<!-- begin {name} -->\n{table}\n<!-- end {name} -->" in page, "run tools/docs/memory_table.py"

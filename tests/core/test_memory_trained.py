@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from _memory_cases import Case
 from chroma_core.errors import ConfigError
 from chroma_core.lora.adapters import LoraSettings, add_trainable
 from chroma_core.memory import estimate
 from chroma_core.memory.anatomy import lora_layers_of
 from chroma_core.memory.plan import Settings, peaks
 from chroma_core.memory.trained import OPTIMIZERS, adapter_shapes, state_bytes
-from chroma_core.training.optimizers import OptimizerSettings
-from chroma_core.training.stepper import Stepper
+from chroma_core.training.run.stepper import Stepper
+from chroma_core.training.step.optimizers import OptimizerSettings
+from tools.docs.memory_cases import Case
 
 
 @pytest.mark.parametrize(("kind", "rank"), [("lora", 4), ("rslora", 4), ("dora", 4), ("lokr", 4), ("lokr", 512)])

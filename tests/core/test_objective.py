@@ -11,11 +11,11 @@ from scipy.optimize import linear_sum_assignment
 
 from chroma_core.data.cache import LatentTextCache
 from chroma_core.errors import ConfigError
-from chroma_core.latents import image_ids
-from chroma_core.recipe import CANONICAL, RECIPES
-from chroma_core.text import TextEncoder, batch_conditions, zero_padded
-from chroma_core.training.noise import assign, draw_noise, pair_noise
-from chroma_core.training.objective import ObjectiveSettings, loss, squared_errors
+from chroma_core.model.latents import image_ids
+from chroma_core.sampling.recipe import CANONICAL, RECIPES
+from chroma_core.sampling.text import TextEncoder, batch_conditions, zero_padded
+from chroma_core.training.step.noise import assign, draw_noise, pair_noise
+from chroma_core.training.step.objective import ObjectiveSettings, loss, squared_errors
 from miniature import t5, tokenizer, transformer
 
 

@@ -9,14 +9,8 @@ import torch
 from torch.nn import Parameter
 
 from chroma_core.errors import ConfigError
-from chroma_core.training.lr import Schedule
-from chroma_core.training.stepper import (
-    LossScale,
-    OptimizerSettings,
-    Stepper,
-    check_optimizer,
-    check_schedule,
-)
+from chroma_core.training.run.stepper import LossScale, OptimizerSettings, Stepper, check_optimizer, check_schedule
+from chroma_core.training.step.lr import Schedule
 from training_cases import config
 
 NAMES = ("adamw", "adamw8bit", "adafactor", "prodigy", "schedule-free", "came")
@@ -318,7 +312,7 @@ def test_another_optimizers_state_is_refused():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "adamw"])
 def test_a_missing_library_is_named(name, monkeypatch):
-    from chroma_core.training.optimizers import _LIBRARIES
+    from chroma_core.training.step.optimizers import _LIBRARIES
 
     library = _LIBRARIES[name]
     monkeypatch.setitem(sys.modules, library.module, None)  # how Python spells "cannot be imported"

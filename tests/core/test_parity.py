@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from chroma_core.cli import main
-from chroma_core.cli_parity import exit_status
+from chroma_core.cli.main import main
+from chroma_core.cli.parity import exit_status
 from chroma_core.errors import ConfigError, JobError
-from chroma_core.latents import FLUX_LATENTS
 from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.spec import LoraUse, ModelSpec
+from chroma_core.model.images import latents_bytes, read_latents, read_record, to_pictures
+from chroma_core.model.latents import FLUX_LATENTS
 from chroma_core.parity import (
     Case,
     NotRun,
@@ -31,9 +32,8 @@ from chroma_core.parity import (
 )
 from chroma_core.parity.painted import psnr
 from chroma_core.parity.preview import last_preview
-from chroma_core.pictures import latents_bytes, read_latents, read_record, to_pictures
-from chroma_core.recipe import CANONICAL, recipe
-from chroma_core.sampling import SamplingSettings
+from chroma_core.sampling.recipe import CANONICAL, recipe
+from chroma_core.sampling.sampler import SamplingSettings
 
 SPEC = ModelSpec("tiny", precision="fp32", text_precision="fp32")
 SETTINGS = SamplingSettings(steps=6, guidance=3.0, seed=7)

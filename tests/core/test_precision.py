@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from _precision_matrix import Case, case, measure, measure_text, reference, relative, stored_bytes, tiny_text_encoder
-from build_precision_table import PAGE, documented_rows
 from chroma_core.errors import PrecisionError
-from chroma_core.precision import (
+from chroma_core.model.precision import (
     PRECISIONS,
     dequantised_weight,
     pack_linear,
@@ -20,8 +18,19 @@ from chroma_core.precision import (
     require,
     unpack_linear,
 )
-from chroma_core.quantised import CODES, QuantisedLinear, outline
+from chroma_core.model.quantised import CODES, QuantisedLinear, outline
 from miniature import transformer
+from tools.docs.precision_matrix import (
+    Case,
+    case,
+    measure,
+    measure_text,
+    reference,
+    relative,
+    stored_bytes,
+    tiny_text_encoder,
+)
+from tools.docs.precision_table import PAGE, documented_rows
 
 QUANTISED = [name for name, p in PRECISIONS.items() if p.quantised]
 SHAPES = [

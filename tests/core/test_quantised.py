@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from chroma_core.errors import PrecisionError
-from chroma_core.quantised import CODES, NF4_LEVELS, QuantisedLinear, group_size, outline, quantise_weight
+from chroma_core.model.quantised import CODES, NF4_LEVELS, QuantisedLinear, group_size, outline, quantise_weight
 
 SCHEMES = ["int8", "fp8", "int4", "nf4"]
 BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.5 + 4 / 64, "nf4": 0.5 + 2 / 64}

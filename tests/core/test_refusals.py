@@ -7,7 +7,7 @@ import pytest
 import foreign_shapes as foreign
 from chroma_core.errors import ModelFileError
 from chroma_core.loading.describe import describe_part
-from chroma_core.loading.identify import PARTS, find_part, identify
+from chroma_core.weights.identify import PARTS, find_part, identify
 from foreign_shapes import prefixed, shapes_of, weights_file
 
 CHROMA = {"original": foreign.chroma(1, 2), "diffusers": foreign.chroma_diffusers(1, 2)}

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from chroma_core.cli import main
+from chroma_core.cli.main import main
+from chroma_core.comfy.to_prompt import to_prompt
 from chroma_core.errors import ConfigError
 from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.components import transformer_outline
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.formats import write_lora
-from chroma_core.pictures import read_record
+from chroma_core.model.images import read_record
 from chroma_core.requests.request import InferenceRequest
 from chroma_core.requests.run import lora_file, lora_uses, model_spec, part_file, run_request
-from chroma_core.requests.to_prompt import to_prompt
 from lora_cases import random_lora
 
 # The reference's own example, word for word (ai-toolkit-inference, page "chroma").

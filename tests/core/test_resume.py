@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import kill_resume
+from tools.kill_resume import trials as kill_resume
 from training_cases import model_folder
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork server on Windows; run scripts/kill_resume.py")
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="there is no fork server on Windows; run tools/kill_resume/trials.py"
+)
 def test_ten_kills_ten_identical_results(tmp_path):
     lines = []
     model = {"folder": str(model_folder(tmp_path / "model"))}

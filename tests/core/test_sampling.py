@@ -5,11 +5,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from chroma_core.errors import ConfigError
-from chroma_core.latents import image_ids, pack, unpack
-from chroma_core.recipe import RECIPES
-from chroma_core.sampling import SamplingSettings, initial_noise, sample
-from chroma_core.schedule import dynamic_mu, sampling_sigmas
-from chroma_core.text import TextCondition
+from chroma_core.model.latents import image_ids, pack, unpack
+from chroma_core.sampling.recipe import RECIPES
+from chroma_core.sampling.sampler import SamplingSettings, initial_noise, sample
+from chroma_core.sampling.schedule import dynamic_mu, sampling_sigmas
+from chroma_core.sampling.text import TextCondition
 from miniature import transformer
 
 

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy import stats
 
 from chroma_core.errors import ConfigError
-from chroma_core.schedule import (
+from chroma_core.sampling.schedule import (
     SigmaSettings,
     apply_flow_shift,
     apply_sigma_bias,

@@ -8,7 +8,7 @@ import torch
 
 from chroma_core.streaming import stream_blocks, streamed
 from chroma_core.training.control import Control, Stopped
-from chroma_core.training.seat import Seat
+from chroma_core.training.device_slot import Seat
 from miniature import transformer
 
 

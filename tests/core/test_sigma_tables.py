@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from chroma_core.schedule import sampling_sigmas
-from chroma_core.spacing import beta_quantile, spaced_times
+from chroma_core.sampling.schedule import sampling_sigmas
+from chroma_core.sampling.spacing import beta_quantile, spaced_times
 
 SIZES = [(64, 64), (256, 256), (512, 512), (512, 768), (768, 768), (1024, 1024), (1536, 1024)]
 STEPS = [4, 8, 25, 32]

@@ -9,8 +9,6 @@ from safetensors.torch import save_file
 
 import native
 from chroma_core.errors import ModelFileError
-from chroma_core.latents import image_ids, pack, unpack
-from chroma_core.loading import keys
 from chroma_core.loading.components import (
     base_hash,
     describe,
@@ -20,8 +18,10 @@ from chroma_core.loading.components import (
     transformer_outline,
 )
 from chroma_core.loading.spec import ModelSpec
-from chroma_core.loading.vae_keys import to_ldm_key
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.latents import image_ids, pack, unpack
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names import transformer as keys
+from chroma_core.names.vae import to_ldm_key
 from lora_cases import inputs, predict
 from miniature import WIDTHS, t5, tokenizer, transformer, vae
 from real_widths import random_original

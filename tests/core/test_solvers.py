@@ -8,12 +8,12 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from chroma_core.errors import ConfigError
-from chroma_core.latents import pack
-from chroma_core.recipe import CANONICAL, RECIPES
-from chroma_core.sampling import SamplingSettings, initial_noise, sample
-from chroma_core.schedule import sampling_sigmas
-from chroma_core.solvers import SOLVERS, Method, UniPC
-from chroma_core.text import TextCondition
+from chroma_core.model.latents import pack
+from chroma_core.sampling.recipe import CANONICAL, RECIPES
+from chroma_core.sampling.sampler import SamplingSettings, initial_noise, sample
+from chroma_core.sampling.schedule import sampling_sigmas
+from chroma_core.sampling.solvers import SOLVERS, Method, UniPC
+from chroma_core.sampling.text import TextCondition
 from miniature import transformer
 
 MEAN, DEVIATION = 0.3, 0.5

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from chroma_core.cli import main
+from chroma_core.cli.main import main
+from chroma_core.comfy.graph import literal, stock_prompt
+from chroma_core.comfy.source import PREVIEW_KEY, stock_preview
 from chroma_core.errors import ChromaKitError
 from chroma_core.lora.formats import LoraFile, LoraModule, write_lora
-from chroma_core.recipe import RECIPES
-from chroma_core.sampling import SamplingSettings
-from chroma_core.schedule import sampling_sigmas
-from chroma_core.stock_workflow.graph import literal, stock_prompt
-from chroma_core.stock_workflow.source import PREVIEW_KEY, stock_preview
+from chroma_core.sampling.recipe import RECIPES
+from chroma_core.sampling.sampler import SamplingSettings
+from chroma_core.sampling.schedule import sampling_sigmas
 
 ATTENDED = RECIPES["comfyui"].override({"visible_padding": 1})
 PREVIEW = {"prompt": "a sks cat", "negative": "", "width": 768, "height": 512}

@@ -11,7 +11,7 @@ from chroma_core.lora.adapters import (
     merge,
     set_strength,
 )
-from chroma_core.precision import PRECISIONS, precision
+from chroma_core.model.precision import PRECISIONS, precision
 from chroma_core.streaming import stream_blocks
 from lora_cases import random_lora
 from streaming_cases import BLOCKS, Watch, backward, call, model, predict, trainable

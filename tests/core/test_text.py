@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from chroma_core.errors import PromptError
-from chroma_core.recipe import CANONICAL, RECIPES, Recipe
-from chroma_core.text import TextEncoder, apply_trigger, batch_conditions
+from chroma_core.sampling.recipe import CANONICAL, RECIPES, Recipe
+from chroma_core.sampling.text import TextEncoder, apply_trigger, batch_conditions
 from miniature import t5, tokenizer
 
 

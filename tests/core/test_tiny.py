@@ -10,11 +10,11 @@ from diffusers import ChromaPipeline
 from PIL import Image
 from transformers import AutoTokenizer, T5TokenizerFast
 
-from build_example_dataset import NAME, draw_emblem
-from build_tiny import ASSETS, latent_statistics, load, picture_test
-from chroma_core.sampling import SamplingSettings
-from tiny_vae import decode, encode
-from tiny_world import draw, read_picture, sample_scene
+from chroma_core.sampling.sampler import SamplingSettings
+from tools.tiny.build import ASSETS, latent_statistics, load, picture_test
+from tools.tiny.example_dataset import NAME, draw_emblem
+from tools.tiny.vae import decode, encode
+from tools.tiny.world import draw, read_picture, sample_scene
 
 DATASETS = Path(__file__).parents[2] / "example_datasets"
 

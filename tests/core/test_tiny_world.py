@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tiny_world import (
+from tools.tiny.world import (
     COLOURS,
     LARGE_FROM,
     MARGIN,

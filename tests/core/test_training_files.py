@@ -9,22 +9,22 @@ from PIL import Image
 from safetensors import safe_open
 
 from chroma_core.errors import ConfigError
-from chroma_core.latents import LatentFormat
 from chroma_core.loading.components import load_text_encoder, load_transformer, load_vae
 from chroma_core.lora.adapters import attach, trained_lora
 from chroma_core.lora.formats import read_lora, write_lora
-from chroma_core.pictures import decode, read_latents, read_record
-from chroma_core.recipe import Recipe
-from chroma_core.sampling import SamplingSettings, sample
-from chroma_core.training.checkpoint import Progress, checkpoints, restore_latest, save_checkpoint
-from chroma_core.training.config import TrainingConfig
-from chroma_core.training.finish import adapter_summary, file_metadata, write_final
-from chroma_core.training.loop import train_step
-from chroma_core.training.metrics import MetricsLog
-from chroma_core.training.places import Places
-from chroma_core.training.plot import plot_losses
-from chroma_core.training.preview import render_previews
-from chroma_core.training.trainees import check_trainee
+from chroma_core.model.images import decode, read_latents, read_record
+from chroma_core.model.latents import LatentFormat
+from chroma_core.sampling.recipe import Recipe
+from chroma_core.sampling.sampler import SamplingSettings, sample
+from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.jobs.plot import plot_losses
+from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
+from chroma_core.training.run.finish import adapter_summary, file_metadata, write_final
+from chroma_core.training.run.loop import train_step
+from chroma_core.training.run.metrics import MetricsLog, Progress
+from chroma_core.training.run.places import Places
+from chroma_core.training.run.preview import render_previews
+from chroma_core.training.run.trainees import check_trainee
 from training_cases import Bench, config, model_folder, write_dataset
 
 

@@ -10,8 +10,9 @@ import chroma_core
 from chroma_core.data.randomness import generator
 from chroma_core.errors import DataError
 from chroma_core.lora.adapters import adapters_disabled
-from chroma_core.training.loop import train_step
-from chroma_core.training.objective import (
+from chroma_core.training.distributed.world import ProcessLost, World
+from chroma_core.training.run.loop import train_step
+from chroma_core.training.step.objective import (
     HELDOUT_SIGMAS,
     add_noise,
     heldout_loss,
@@ -19,7 +20,6 @@ from chroma_core.training.objective import (
     predict_velocity,
     training_target,
 )
-from chroma_core.training.world import ProcessLost, World
 from training_cases import Bench, bench, config, model_folder, steps, write_dataset
 
 TINY = Path(chroma_core.__file__).parent / "assets" / "tiny"

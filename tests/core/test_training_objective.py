@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from chroma_core.files import save_safetensors
 from chroma_core.lora.adapters import adapters_disabled
-from chroma_core.training.loop import Batches
-from chroma_core.training.objective import ObjectiveSettings, add_noise, loss, predict_velocity, training_target
+from chroma_core.training.run.loop import Batches
+from chroma_core.training.step.objective import ObjectiveSettings, add_noise, loss, predict_velocity, training_target
+from chroma_core.weights.safetensors_files import save_safetensors
 from training_cases import Bench, bench, model_folder, steps, write_dataset
 
 EVERYTHING = ObjectiveSettings(

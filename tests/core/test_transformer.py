@@ -6,7 +6,7 @@ from diffusers import ChromaTransformer2DModel
 from diffusers.pipelines.chroma.pipeline_chroma import ChromaPipeline
 
 from chroma_core.errors import ConfigError
-from chroma_core.latents import LatentFormat, image_ids, pack, snap_size, unpack
+from chroma_core.model.latents import LatentFormat, image_ids, pack, snap_size, unpack
 from miniature import WIDTHS, t5, transformer
 
 IDS = image_ids(8, 12)
@@ -106,7 +106,7 @@ def test_modulation_table_can_be_reused():
 
 def test_the_real_model_on_meta():
     with torch.device("meta"):
-        from chroma_core.transformer import ChromaTransformer
+        from chroma_core.model.transformer import ChromaTransformer
 
         model = ChromaTransformer()
     assert sum(p.numel() for p in model.parameters()) == 8_899_983_424

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from _workflow_presets import CARDS, COMPUTER, FILES, PICTURE_SIZE, TRAINING_SIZE, preset
 from _workflows import FOLDER, load_api
-from chroma_core.flavours import FLAVOURS
 from chroma_core.memory import Machine, recommend
 from chroma_core.memory.machine import GIB
 from chroma_core.memory.plan import Settings, fits_on
+from chroma_core.model.flavours import FLAVOURS
+from tools.workflows.presets import CARDS, COMPUTER, FILES, PICTURE_SIZE, TRAINING_SIZE, preset
 
 PLAN = ("precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
 NAMES = {card: f"chroma_4_real_{card:02d}gb" for card in CARDS}

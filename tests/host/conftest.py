@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from _comfy import import_comfy
+from comfy_package import import_comfy
 
 
 @pytest.fixture(scope="session")

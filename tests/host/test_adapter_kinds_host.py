@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 import native
-from chroma_core.latents import unpack
-from chroma_core.loading.keys import to_original
 from chroma_core.lora.adapters import LoraSettings, add_trainable, attach, detach, trained_lora
 from chroma_core.lora.formats import LoraFile, LoraModule, write_lora
-from chroma_core.precision import dequantised_weight
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.latents import unpack
+from chroma_core.model.precision import dequantised_weight
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names.transformer import to_original
 from lora_cases import distance, inputs, predict
 from miniature import REAL_DEPTH, real_depth
 

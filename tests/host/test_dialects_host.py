@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import native
-from chroma_core.latents import unpack
-from chroma_core.loading.keys import to_original
 from chroma_core.lora.adapters import attach, detach
 from chroma_core.lora.formats import LoraFile, read_lora, write_lora
 from chroma_core.lora.writing import DIALECTS
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.latents import unpack
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names.transformer import to_original
 from foreign_loras import HEADS, foreign
 from lora_cases import distance, inputs, predict, random_kind, random_lora
 from miniature import REAL_DEPTH, real_depth

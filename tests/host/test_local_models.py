@@ -16,7 +16,7 @@ from torch import Tensor
 
 import miniature
 from _host import Host, PromptFailed, PromptRejected
-from chroma_core.loading.keys import to_original
+from chroma_core.names.transformer import to_original
 from prompts import node, text_to_image
 
 TINY = Path(__file__).resolve().parents[2] / "chroma_core" / "assets" / "tiny"

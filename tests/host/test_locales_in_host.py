@@ -6,12 +6,12 @@ import copy
 import json
 
 from _host import Host
-from _locales import ENGLISH, FILES, FOLDER, load, problems, translations
-from build_locales import english_words, node_words, outdated
+from tools.locales.build import english_words, node_words, outdated
+from tools.locales.texts import ENGLISH, FILES, FOLDER, load, problems, translations
 
 
 def test_the_english_file_is_current(server: Host):
-    assert outdated(server.get("/object_info")) == [], "run: python scripts/build_locales.py"
+    assert outdated(server.get("/object_info")) == [], "run: python -m tools.locales.build"
 
 
 def test_a_new_input_is_named_in_every_language(server: Host):

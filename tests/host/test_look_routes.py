@@ -20,8 +20,8 @@ from chroma_core.data.contact_sheet import bucket_counts, summary
 from chroma_core.data.dataset import DatasetConfig
 from chroma_core.data.scan import scan
 from chroma_core.memory import Machine, memory_plan
-from chroma_core.schedule import SigmaSettings, sampling_sigmas, sigma_density
-from chroma_core.training.lr import Schedule
+from chroma_core.sampling.schedule import SigmaSettings, sampling_sigmas, sigma_density
+from chroma_core.training.step.lr import Schedule
 
 LOOK, SIGMAS, DENSITY, PLAN = (f"/chromakit/{name}" for name in ("datasets/look", "sigmas", "density", "plan/rows"))
 MANY = 2000

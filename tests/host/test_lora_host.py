@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import native
-from chroma_core.latents import unpack
-from chroma_core.loading.keys import to_original
 from chroma_core.lora.adapters import attach, detach
 from chroma_core.lora.formats import LoraFile, read_lora, write_lora
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.latents import unpack
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names.transformer import to_original
 from lora_cases import distance, inputs, predict, random_lora
 from miniature import REAL_DEPTH, WIDTHS, real_depth
 

@@ -10,7 +10,7 @@ from chroma_core.loading.components import transformer_outline
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.formats import read_lora, write_lora
 from chroma_core.lora.modules import LoraFile
-from chroma_core.pictures import png_bytes
+from chroma_core.model.images import png_bytes
 from lora_cases import equal, random_lora
 from prompts import load, node
 

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from _host import Host
-from chroma_core.latents import LatentFormat
 from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.components import load_vae
 from chroma_core.loading.spec import ModelHandle, ModelSpec
-from chroma_core.pictures import decode, to_tensor
-from chroma_core.recipe import recipe
-from chroma_core.sampling import SamplingSettings, sample
-from chroma_core.schedule import sampling_sigmas
+from chroma_core.model.images import decode, to_tensor
+from chroma_core.model.latents import LatentFormat
+from chroma_core.sampling.recipe import recipe
+from chroma_core.sampling.sampler import SamplingSettings, sample
+from chroma_core.sampling.schedule import sampling_sigmas
 from prompts import finish, node, text_to_image
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,8 @@ from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.parity import Case, Painted, compare, in_process, read_preview, train_briefly
 from chroma_core.parity.through_comfyui import through_comfyui
-from chroma_core.recipe import CANONICAL, RECIPES, recipe
-from chroma_core.sampling import SamplingSettings
+from chroma_core.sampling.recipe import CANONICAL, RECIPES, recipe
+from chroma_core.sampling.sampler import SamplingSettings
 
 SPEC = ModelSpec("tiny", precision="fp32", text_precision="fp32")
 SETTINGS = SamplingSettings(steps=5, guidance=3.0, seed=11)

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from _host import Host
-from chroma_core.cli import main
+from chroma_core.cli.main import main
 from chroma_core.loading.components import transformer_outline
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.formats import write_lora

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 import native_sampling
-from chroma_core.latents import FLUX_LATENTS
-from chroma_core.loading.keys import to_original
-from chroma_core.recipe import RECIPES
-from chroma_core.sampling import SamplingSettings, initial_noise, sample
-from chroma_core.schedule import dynamic_mu, sampling_sigmas
-from chroma_core.text import TextEncoder
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.latents import FLUX_LATENTS
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names.transformer import to_original
+from chroma_core.sampling.recipe import RECIPES
+from chroma_core.sampling.sampler import SamplingSettings, initial_noise, sample
+from chroma_core.sampling.schedule import dynamic_mu, sampling_sigmas
+from chroma_core.sampling.text import TextEncoder
 from miniature import REAL_DEPTH, real_depth, t5, tokenizer
 
 COMFYUI = RECIPES["comfyui"]

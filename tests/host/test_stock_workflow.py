@@ -17,23 +17,23 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import native_lora_check
 from _host import Host
-from build_workflows import is_widget, ordered_inputs
-from chroma_core.latents import FLUX_LATENTS
+from chroma_core.comfy.export import export_workflow
+from chroma_core.comfy.graph import stock_prompt
+from chroma_core.comfy.source import PREVIEW_KEY, StockPreview, stock_preview
+from chroma_core.comfy.window import KINDS
 from chroma_core.loading.components import load_vae
-from chroma_core.loading.keys import to_original
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.adapters import attach, detach
 from chroma_core.lora.formats import LoraFile, LoraModule, read_lora, write_lora
-from chroma_core.pictures import decode
-from chroma_core.sampling import SamplingSettings, sample
-from chroma_core.stock_workflow.export import export_workflow
-from chroma_core.stock_workflow.graph import stock_prompt
-from chroma_core.stock_workflow.source import PREVIEW_KEY, StockPreview, stock_preview
-from chroma_core.stock_workflow.window import KINDS
-from chroma_core.text import TextEncoder
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.images import decode
+from chroma_core.model.latents import FLUX_LATENTS
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names.transformer import to_original
+from chroma_core.sampling.sampler import SamplingSettings, sample
+from chroma_core.sampling.text import TextEncoder
 from lora_cases import random_lora
 from miniature import REAL_DEPTH
+from tools.workflows.build import is_widget, ordered_inputs
 
 TEXT = {"vocab_size": 32128, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 FILES = ("unet_name", "clip_name", "vae_name", "lora_name")

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from _host import Host
-from _workflow_presets import CARDS, FILES, TRAINING_SIZE
-from _workflow_presets import FOLDER as PICTURES
 from _workflows import FOLDER, Prompt, change, load_api
-from build_workflows import stale
-from chroma_core.loading.keys import to_original
+from chroma_core.names.transformer import to_original
+from tools.workflows.build import stale
+from tools.workflows.presets import CARDS, FILES, TRAINING_SIZE
+from tools.workflows.presets import FOLDER as PICTURES
 
 STEPS = 6  # of training, in place of the workflow's own number: what runs is the same
 ENDED = ("completed", "failed", "stopped")
@@ -38,7 +38,7 @@ def latents(server: Host, prompt: dict, sampler: str) -> torch.Tensor:
 
 
 def test_files_are_current(server: Host):
-    assert stale(server.get("/object_info")) == [], "run: python scripts/build_workflows.py"
+    assert stale(server.get("/object_info")) == [], "run: python -m tools.workflows.build"
 
 
 def test_text_to_image(server: Host):

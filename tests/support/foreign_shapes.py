@@ -12,8 +12,9 @@ import torch
 import transformers
 from torch import nn
 
-from chroma_core.loading import keys, vae_keys
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names import transformer as keys
+from chroma_core.names import vae as vae_keys
 
 Shapes = dict[str, tuple[int, ...]]
 

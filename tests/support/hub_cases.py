@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from chroma_core.flavours import BASE_COMMIT
+from chroma_core.model.flavours import BASE_COMMIT
 from hub_server import HubServer, checksum, sha256
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.transformer import ChromaTransformer
 
 WIDTHS = {
     "attention_head_dim": 16,

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from chroma_core.loading import keys
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names import transformer as keys
 
 
 def random_original(layers: int, single_layers: int):

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from chroma_core.cli import main
-from chroma_core.training import run
-from chroma_core.training.config import TrainingConfig
-from chroma_core.training.processes import Processes
-from chroma_core.training.together import run_together
+from chroma_core.cli.main import main
+from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.distributed.processes import Processes
+from chroma_core.training.jobs.distributed import run_together
+from chroma_core.training.run import run
 
 
 def work(path: Path) -> None:

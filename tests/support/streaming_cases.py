@@ -3,12 +3,12 @@
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from chroma_core.latents import image_ids
 from chroma_core.lora.adapters import (
     LoraSettings,
     add_trainable,
 )
-from chroma_core.precision import precision, quantise
+from chroma_core.model.latents import image_ids
+from chroma_core.model.precision import precision, quantise
 from miniature import transformer
 
 DOUBLE, SINGLE = 2, 3

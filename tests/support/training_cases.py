@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from chroma_core.loading.components import load_transformer
-from chroma_core.training.config import TrainingConfig
-from chroma_core.training.loop import Batches, StepResult, train_step
-from chroma_core.training.places import Places
-from chroma_core.training.prepare import prepare
-from chroma_core.training.seat import Seat
-from chroma_core.training.stepper import Stepper
-from chroma_core.training.trainees import make_trainee
+from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.device_slot import Seat
+from chroma_core.training.run.loop import Batches, StepResult, train_step
+from chroma_core.training.run.places import Places
+from chroma_core.training.run.prepare import prepare
+from chroma_core.training.run.stepper import Stepper
+from chroma_core.training.run.trainees import make_trainee
 from miniature import write_model_folder
 
 CAPTIONS = ("a red circle", "sks on a blue background", "a photo", "green square on red background", "sks")

@@ -1,0 +1,1 @@
+"""The command line: one file a command or family of commands; `main` parses and runs."""

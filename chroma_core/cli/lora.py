@@ -1,0 +1,92 @@
+"""The command line's part about LoRA files: looking into one, and writing it in another program's names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..loading.spec import ModelHandle, ModelSpec
+
+
+def add_lora_commands(commands) -> None:
+    """The sub-commands inspect-lora and convert-lora."""
+    inspect = commands.add_parser("inspect-lora", help="what a LoRA file holds, and whether it suits a base")
+    inspect.add_argument("file", type=Path, help="a .safetensors file, or a folder of PEFT's")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="compare with the base that it was trained on: a flavour, a transformer's file, or a diffusers folder. "
+        "Reads the whole file the first time",
+    )
+    inspect.add_argument("--heat-map", type=Path, metavar="PNG", help="write a picture of how much it changes where")
+    inspect.set_defaults(run=_inspect)
+
+    commands.add_parser("convert-lora", help="write a LoRA in the names of another program", options=_convert_options)
+
+
+def _convert_options(convert: argparse.ArgumentParser) -> None:
+    from ..lora.convert import DTYPES
+    from ..lora.writing import DIALECTS
+
+    convert.add_argument("file", type=Path, help="a .safetensors file, or a folder of PEFT's")
+    convert.add_argument("--to", required=True, choices=DIALECTS, metavar="DIALECT", help=", ".join(DIALECTS))
+    convert.add_argument("--output", type=Path, default=None, help="file, or folder to write into (default: beside)")
+    convert.add_argument("--dtype", default="keep", choices=list(DTYPES), help="number format (default: keep)")
+    convert.set_defaults(run=_convert)
+
+
+def warn_of_other_bases(handle: ModelHandle) -> None:
+    """A line on stderr for every LoRA that was trained on another base than the one of `handle`."""
+    from ..loading.provenance import base_remark
+    from ..lora.formats import read_metadata
+
+    for use in handle.loras:
+        remark = base_remark(read_metadata(use.path), handle.spec)
+        if remark:
+            print(f"warning: {use.path}: {remark}", file=sys.stderr)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from ..lora.formats import read_lora
+    from ..lora.report import lora_report, report_text
+
+    lora = read_lora(options.file)
+    remark = None
+    if options.base:
+        from ..loading.provenance import base_remark
+
+        remark = base_remark(lora.metadata, _spec(options.base), read_everything=True)
+    report = lora_report(lora, str(options.file), options.file, [remark] if remark else [])
+    if options.heat_map:
+        from ..files import write_atomic
+        from ..lora.norms import heat_map, update_norm
+        from ..model.images import png_bytes
+
+        norms = {name: update_norm(module) for name, module in lora.modules.items()}
+        write_atomic(options.heat_map, png_bytes(heat_map(norms), {"lora": str(options.file)}))
+    for warning in report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else report_text(report))
+
+
+def _spec(base: str) -> ModelSpec:
+    from ..loading.spec import ModelSpec
+    from ..model.flavours import FLAVOURS
+
+    if base in FLAVOURS:
+        return ModelSpec(base)
+    whole = (Path(base) / "model_index.json").is_file()
+    return ModelSpec(folder=base) if whole else ModelSpec(transformer=base)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from ..lora.convert import convert_lora
+
+    made = convert_lora(options.file, options.to, options.output, options.dtype)
+    print(made.path)
+    print(made.report(), file=sys.stderr)

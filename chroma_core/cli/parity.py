@@ -1,0 +1,186 @@
+"""The command line's `parity`: one picture through every runtime that is here, and the numbers that move it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+from ..errors import ChromaKitError, ConfigError
+from .models import add_model_options, spec_from
+from .options import lora_use
+
+PROMPT = "a photo of a sks emblem"
+
+
+def add_parity_command(commands) -> None:
+    """The sub-command parity."""
+    commands.add_parser(
+        "parity",
+        help="does the training preview show what the command line, the nodes and diffusers paint?",
+        description="Paints one picture through every runtime and says how far the results are apart. With the flavour "
+        "tiny a LoRA is trained for a moment first; with another one, name a job or a preview to compare with.",
+        options=_options,
+    )
+
+
+def _options(parity: argparse.ArgumentParser) -> None:
+    from ..sampling.recipe import RECIPES
+
+    add_model_options(parity, offload="none")
+    parity.add_argument("--job", type=Path, help="a job's folder: replay its last preview")
+    parity.add_argument("--preview", type=Path, metavar="PNG", help="replay this preview of a training job")
+    parity.add_argument("--prompt", default=PROMPT)
+    parity.add_argument("--negative", default="")
+    parity.add_argument("--width", type=int, default=None)
+    parity.add_argument("--height", type=int, default=None)
+    parity.add_argument("--steps", type=int, default=None)
+    parity.add_argument("--guidance", type=float, default=None)
+    parity.add_argument("--seed", type=int, default=42)
+    parity.add_argument("--recipe", choices=list(RECIPES), default="canonical")
+    parity.add_argument(
+        "--lora", type=lora_use, action="append", default=[], metavar="FILE[@STRENGTH]", help="repeat for several"
+    )
+    parity.add_argument(
+        "--factors",
+        nargs="*",
+        metavar="KIND",
+        help="also change one number at a time: recipe schedule guidance lora precision size seed (none named: all)",
+    )
+    parity.add_argument("--no-comfyui", action="store_true", help="do not start a ComfyUI for the nodes' picture")
+    parity.add_argument("--device", default=None)
+    parity.add_argument("--output", type=Path, default=None, help="write parity.png and parity.json to this folder")
+    parity.add_argument("--json", action="store_true", help="print JSON")
+    parity.set_defaults(run=_parity)
+
+
+def _parity(options: argparse.Namespace) -> int:
+    with TemporaryDirectory(prefix="chromakit-parity-") as temporary:
+        report = _compare(options, Path(temporary))
+    if options.output is not None:
+        _write(report, options.output)
+    print(json.dumps(report.to_dict()) if options.json else report.table())
+    return exit_status(report)
+
+
+def exit_status(report: Any) -> int:
+    """0 when preview, command line and nodes agree, else 1; says which on the error output."""
+    print(report.verdict() if report.same_picture else f"error: {report.verdict()}", file=sys.stderr)
+    return 0 if report.same_picture else 1
+
+
+def _compare(options: argparse.Namespace, folder: Path) -> Any:
+    from ..loading.cache import ComponentCache
+    from ..model.device import best_device
+    from ..parity import NotRun, Report, in_process, through_command_line, through_diffusers, vary
+
+    device = best_device(options.device)
+    kinds = _kinds(options.factors)
+    case, preview = _case(options, folder, device)
+    painted: dict[str, Any] = {} if preview is None else {"preview": preview}
+    components = ComponentCache()
+
+    def paint(name: str, how: Callable[[], Any]) -> Any:
+        print(f"painting: {name}", file=sys.stderr, flush=True)
+        try:
+            return how()
+        except NotRun as reason:
+            return reason
+
+    painted["core"] = paint("core", lambda: in_process(case, components, device))
+    painted["cli"] = paint("command line", lambda: through_command_line(case, folder / "cli", device))
+    painted["node"] = paint("nodes", lambda: _through_nodes(case, folder / "host", device, options.no_comfyui))
+    painted["diffusers"] = paint("diffusers", lambda: through_diffusers(case, device))
+    as_it_ships = "diffusers_float_mask"
+    painted[as_it_ships] = paint(as_it_ships, lambda: through_diffusers(case, device, "float"))
+    for mode in ("live", "merged") if case.loras else ():
+        painted[mode] = paint(mode, lambda mode=mode: in_process(case.with_loras(mode=mode), components, device))
+    report = Report(case)
+    report.add_pairs(painted)
+    for factor in vary(case, kinds) if kinds else ():
+        changed = paint(factor.name, lambda factor=factor: in_process(factor.case, components, device))
+        report.add_factor(factor, painted["core"], changed)
+    return report
+
+
+def _kinds(named: list[str] | None) -> tuple[Any, ...]:
+    from ..parity import FactorKind
+
+    known = get_args(FactorKind)
+    if named is None:
+        return ()
+    for name in named:
+        if name not in known:
+            raise ConfigError(f"There is no factor '{name}'. Choose from: {', '.join(known)}.")
+    return tuple(named) or known
+
+
+def _case(options: argparse.Namespace, folder: Path, device: Any) -> tuple[Any, Any]:
+    """What to paint, and the preview to compare with if there is one."""
+    from ..model.flavours import flavour
+    from ..parity import Case, read_preview, train_briefly
+    from ..parity.preview import last_preview
+    from ..sampling.recipe import recipe
+    from ..sampling.sampler import SamplingSettings
+
+    if options.preview or options.job:
+        return read_preview(options.preview or last_preview(options.job))
+    chosen, spec = flavour(options.flavour), spec_from(options)
+    size = options.width or chosen.size, options.height or chosen.size
+    settings = SamplingSettings(
+        chosen.steps if options.steps is None else options.steps,
+        chosen.guidance if options.guidance is None else options.guidance,
+        options.seed,
+    )
+    rules, loras = recipe(options.recipe), tuple(options.lora)
+    if options.flavour != "tiny" or loras:
+        return Case(spec, options.prompt, *size, options.negative, settings, rules, loras), None
+    print("training a LoRA for a moment", file=sys.stderr, flush=True)
+    preview = train_briefly(spec, options.prompt, options.negative, size, settings, rules, folder, device)
+    return read_preview(preview)
+
+
+def _through_nodes(case: Any, base: Path, device: Any, unwanted: bool) -> Any:
+    from ..parity.case import NotRun
+    from ..parity.through_comfyui import through_comfyui
+
+    if unwanted:
+        raise NotRun("It was not wanted (--no-comfyui).")
+    with _comfyui(base, device) as host:
+        return through_comfyui(case, host)
+
+
+@contextmanager
+def _comfyui(base: Path, device: Any) -> Iterator[Any]:
+    from ..comfy.server import HostError, find_comfyui, start_comfyui
+    from ..parity.case import NotRun
+
+    folder = find_comfyui()
+    if folder is None:
+        raise NotRun(
+            "There is no ComfyUI here: name one in COMFYUI_PATH, or run this from a pack that is installed in one."
+        )
+    try:
+        host = start_comfyui(folder, base, cpu=device.type == "cpu")
+    except (HostError, OSError) as error:  # OSError: COMFYUI_PATH is no folder
+        raise NotRun(f"ComfyUI did not start: {str(error).splitlines()[0]}") from error
+    with host:
+        yield host
+
+
+def _write(report: Any, folder: Path) -> None:
+    from ..files import write_atomic
+    from ..model.images import png_bytes
+    from ..parity import side_by_side
+
+    values = report.to_dict()
+    try:
+        write_atomic(folder / "parity.json", json.dumps(values, indent=1))
+        write_atomic(folder / "parity.png", png_bytes(side_by_side(report.pictures), values))
+    except OSError as error:
+        raise ChromaKitError(f"The report cannot be written to '{folder}': {error.strerror or error}.") from error

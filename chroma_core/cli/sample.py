@@ -1,0 +1,217 @@
+"""The command line's `sample`: prompts, the schedule, the recipe, a picture to start from."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from tqdm import tqdm
+
+from ..errors import ConfigError
+from .lora import warn_of_other_bases
+from .models import add_model_options, spec_from
+from .options import lora_use
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from ..model.flavours import Flavour
+    from ..sampling.recipe import Recipe
+    from ..sampling.sampler import SamplingSettings
+
+
+def add_sample_command(commands) -> None:
+    """The sub-command sample."""
+    commands.add_parser("sample", help="make pictures", options=_options)
+
+
+def _options(sample: argparse.ArgumentParser) -> None:
+    add_model_options(sample)
+    sample.add_argument("--prompt", action="append", required=True, help="repeat for several pictures")
+    sample.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
+    sample.add_argument("--trigger", default="", help="the word that replaces [trigger]")
+    sample.add_argument(
+        "--lora", type=lora_use, action="append", default=[], metavar="FILE[@STRENGTH]", help="repeat for several"
+    )
+    sample.add_argument("--lora-mode", choices=["live", "merged"], default="live")
+    sample.add_argument("--width", type=int, default=None)
+    sample.add_argument("--height", type=int, default=None)
+    add_sampling_options(sample)
+    sample.add_argument("--device", default=None)
+    sample.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
+    sample.add_argument("--save-latents", action="store_true", help="also write the latents, beside each picture")
+    sample.set_defaults(run=_sample)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from ..files import free_path, write_atomic
+    from ..loading.cache import ComponentCache
+    from ..loading.spec import ModelHandle
+    from ..model.device import best_device
+    from ..model.flavours import flavour
+    from ..model.images import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
+    from ..model.latents import LatentFormat
+    from ..requests.run import use_record
+    from ..sampling.sampler import sample
+    from ..sampling.text import apply_trigger
+
+    chosen, rules, device = flavour(options.flavour), recipe_from(options), best_device(options.device)
+    spec = spec_from(options)
+    settings = settings_from(options, chosen)
+    handle = ModelHandle(spec, tuple(dataclasses.replace(use, mode=options.lora_mode) for use in options.lora))
+    prompts = [apply_trigger(prompt, options.trigger) for prompt in options.prompt]
+    cache = ComponentCache()
+    warn_of_other_bases(handle)
+    encoder = cache.text_encoder(spec, device)
+    positive = [encoder.encode(prompt, rules) for prompt in prompts]
+    avoided = apply_trigger(options.negative, options.trigger)
+    negative = encoder.encode(avoided, rules)
+    start, started = start_from(options, lambda: cache.vae(spec, device), rules, len(prompts))
+    print(f"recipe {rules.describe()}", file=sys.stderr)
+    with (
+        cache.transformer(handle, device) as transformer,
+        tqdm(total=settings.run_steps, unit="step", desc="sampling") as bar,
+    ):
+        latents = sample(
+            transformer,
+            positive,
+            negative,
+            width=options.width if options.width is not None else chosen.size,
+            height=options.height if options.height is not None else chosen.size,
+            settings=settings,
+            recipe=rules,
+            on_step=lambda _: bar.update(),
+            start_BCHW=start.get("start_BCHW"),
+            noise_mask_BHW=start.get("noise_mask_BHW"),
+        )
+    vae = cache.vae(spec, device)
+    for i, picture in enumerate(decode(vae, latents)):
+        record = {
+            "prompt": prompts[i],
+            "negative": avoided,
+            "width": picture.width,
+            "height": picture.height,
+            "model": spec.to_dict(),
+            "settings": settings.to_dict() | {"seed": settings.seed + i},
+            "recipe": rules.to_dict(),
+            "loras": [use_record(use) for use in handle.loras],
+            **started,
+        }
+        path = free_path(options.output, f"chroma-{settings.seed + i}.png")
+        if options.save_latents:
+            file = latents_bytes(latents[i : i + 1], LatentFormat.of(vae))
+            write_atomic(path.with_suffix(LATENTS_SUFFIX), file)
+        write_atomic(path, png_bytes(picture, record))
+        print(path)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `settings_from`, `recipe_from` and `start_from` read."""
+    from ..sampling.recipe import RECIPES
+    from ..sampling.solvers import Method
+    from ..sampling.spacing import Spacing
+
+    parser.add_argument("--steps", type=int, default=None)
+    parser.add_argument("--guidance", type=float, default=None)
+    parser.add_argument("--seed", type=int, default=42, help="picture i uses seed + i")
+    parser.add_argument("--tail-bias", type=float, default=0.0)
+    parser.add_argument("--flow-shift", default=None, help="dynamic, none or a number (default: the recipe's)")
+    parser.add_argument("--method", choices=get_args(Method), default="euler")
+    parser.add_argument("--spacing", choices=get_args(Spacing), default="linear", help="of the steps")
+    parser.add_argument("--image", type=Path, default=None, help="a picture to start from; sets the size")
+    parser.add_argument("--mask", type=Path, default=None, help="with --image: white where the picture may change")
+    parser.add_argument("--denoise", type=float, default=1.0, help="with --image: how much of it is painted anew")
+    parser.add_argument("--start-step", type=int, default=0, help="begin at this step of the schedule")
+    parser.add_argument("--end-step", type=int, default=None, help="stop there, with the noise that is left")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="canonical")
+    parser.add_argument(
+        "--recipe-set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field of the recipe, e.g. noise_dtype=bf16; repeat for several",
+    )
+
+
+def settings_from(options: argparse.Namespace, chosen: Flavour) -> SamplingSettings:
+    """The settings, with the flavour's steps and guidance where none were given.
+
+    Raises ConfigError, also for options that only make sense with a picture to start from.
+    """
+    from ..sampling.sampler import SamplingSettings
+    from ..sampling.schedule import parse_flow_shift
+
+    if options.image is None and (options.mask is not None or options.denoise < 1 or options.start_step):
+        raise ConfigError("--mask, --denoise below 1 and --start-step change a picture: name it with --image.")
+    return SamplingSettings(
+        steps=options.steps if options.steps is not None else chosen.steps,
+        guidance=options.guidance if options.guidance is not None else chosen.guidance,
+        seed=options.seed,
+        tail_bias=options.tail_bias,
+        flow_shift=None if options.flow_shift is None else parse_flow_shift(options.flow_shift),
+        method=options.method,
+        denoise=options.denoise,
+        spacing=options.spacing,
+        start_step=options.start_step,
+        end_step=options.end_step,
+    )
+
+
+def recipe_from(options: argparse.Namespace) -> Recipe:
+    """The recipe with its overrides. Raises ConfigError."""
+    from ..sampling.recipe import parse_overrides, recipe
+
+    return recipe(options.recipe, parse_overrides(",".join(options.recipe_set)))
+
+
+def start_from(
+    options: argparse.Namespace, load_vae: Callable[[], Any], rules: Recipe, batch: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `sample` needs to start from --image with --mask, and what the record says of it; both empty without.
+
+    A picture is cropped about its centre to the recipe's multiple; with --width and --height it is scaled to those.
+    Raises ConfigError for pictures that cannot be read.
+    """
+    if options.image is None:
+        return {}, {}
+    import torch
+    from PIL.Image import Resampling
+
+    from ..model.images import to_tensor
+    from ..model.latents import LatentFormat, snap_size
+
+    vae = load_vae()
+    picture = _open(options.image).convert("RGB")
+    width, height = options.width or picture.width, options.height or picture.height
+    options.width, options.height = snap_size(width, height, rules.size_multiple)
+    box = ((width - options.width) // 2, (height - options.height) // 2)
+    area = (*box, box[0] + options.width, box[1] + options.height)
+    picture = picture.resize((width, height), Resampling.LANCZOS).crop(area)
+    format_ = LatentFormat.of(vae)
+    with torch.no_grad():
+        z = vae.encode(to_tensor(picture).to(vae.device, vae.dtype)).latent_dist.mean.float()
+    found = {"start_BCHW": format_.to_model(z).expand(batch, -1, -1, -1)}
+    record = {"image": options.image.name}
+    if options.mask is not None:
+        mask = _open(options.mask).convert("RGB").resize((width, height), Resampling.BILINEAR).crop(area)
+        grey = (to_tensor(mask).mean(1, keepdim=True) + 1) / 2
+        size = (options.height // format_.downscale, options.width // format_.downscale)
+        found["noise_mask_BHW"] = torch.nn.functional.interpolate(grey, size=size, mode="bilinear")[:, 0]
+        record["mask"] = options.mask.name
+    return found, record
+
+
+def _open(path: Path) -> Image:
+    from PIL import Image, ImageOps
+
+    try:
+        picture = Image.open(path)
+        picture.load()
+        return ImageOps.exif_transpose(picture)  # as it is shown, and as the host's Load Image reads it
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"The picture '{path}' cannot be read: {error}. Give a PNG, JPEG or WebP file.") from error

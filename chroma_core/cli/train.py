@@ -1,0 +1,98 @@
+"""The command line's `train`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import ConfigError
+
+
+def add_train_command(commands) -> None:
+    """The sub-command train."""
+    train = commands.add_parser("train", help="train a LoRA or the model's blocks from a job.toml; resumes what exists")
+    train.add_argument("job", type=Path, nargs="?", help="the job file (see docs/training.md)")
+    train.add_argument("--job", dest="job_id", metavar="JOB_ID", help="go on with this job under the file's options")
+    train.add_argument("--resume", metavar="JOB_ID", help="go on with this job as it is; needs no file")
+    train.add_argument("--extend", type=int, default=0, metavar="N", help="with either: N steps more")
+    train.add_argument("--force", action="store_true", help="with either: also change options that move the weights")
+    train.add_argument("--output", type=Path, default=Path("output"), help="folder for job and LoRA (default: output)")
+    train.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    train.add_argument(
+        "--sharding",
+        choices=["ddp", "fsdp"],
+        default=None,
+        help="on several GPUs: the whole model on each (ddp, the default), or its blocks divided among them (fsdp)",
+    )
+    train.add_argument("--restart", action="store_true", help="forget an earlier run of the same job")
+    train.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from ..model.device import best_device
+    from ..training.config.config import TrainingConfig
+    from ..training.distributed.world import launched
+    from ..training.jobs.blocking import continue_job, run_job
+
+    job_id = options.job_id or options.resume
+    if (options.job is None) != bool(options.resume) or (options.job_id and options.resume):
+        raise ConfigError("Give a job file, a job file with --job JOB_ID, or --resume JOB_ID without a file.")
+    if options.restart and job_id or (options.extend or options.force) and not job_id:
+        raise ConfigError("--extend and --force go with --job or --resume, --restart with neither.")
+    if options.extend < 0:
+        raise ConfigError(f"--extend is {options.extend}; it must be the number of steps to add.")
+    config = TrainingConfig.from_toml(options.job) if options.job else None
+    world, main = None, True
+    if launched():
+        from ..training.distributed.processes import Processes
+        from ..training.jobs.distributed import run_together
+
+        if config is None or job_id:
+            raise ConfigError(
+                "--job and --resume change a job, which one process does. Start it with a job file on several; a job "
+                "that was changed is found by the options that it has now."
+            )
+        world = Processes(options.device, options.sharding)
+        main = world.main
+    elif options.sharding == "fsdp":
+        raise ConfigError(
+            "--sharding fsdp divides the model among several processes, but this is one. Start it with torchrun or "
+            "accelerate launch (see docs/training.md), or leave --sharding out."
+        )
+    with tqdm(unit="step", desc="preparing", disable=not main) as bar:
+
+        def show(status: dict) -> None:
+            bar.set_description(status["state"])
+            bar.n, bar.total = status["step"], status["steps"]
+            if status.get("loss_smooth") is not None:
+                bar.set_postfix(loss=f"{status['loss_smooth']:.4f}")
+            bar.refresh()
+
+        places: dict[str, Any] = {
+            "root": options.output / "jobs",
+            "loras_folder": options.output / "loras",
+            "device": best_device(options.device) if world is None else world.device,
+            "on_status": show,
+        }
+        if_exists = "restart" if options.restart else "resume"
+        if job_id:
+            status = continue_job(job_id, **places, config=config, extend=options.extend, force=options.force)
+        elif world is not None and config is not None:
+            status = run_together(config, **places, if_exists=if_exists, world=world)
+        else:
+            assert config is not None
+            status = run_job(config, **places, if_exists=if_exists)
+    if world is not None and status["state"] == "completed":
+        world.close()
+    if main:
+        shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss"]
+        shown += ["model_path", "model_folder"] if status["config"].get("full") else ["lora_path"]
+        print(json.dumps({k: status.get(k) for k in shown}))
+    if status["state"] != "completed":
+        print(f"error: the job {status['state']}: {status.get('message') or 'no reason given'}", file=sys.stderr)
+    return 0 if status["state"] == "completed" else 1

@@ -1,0 +1,1 @@
+"""The model itself: transformer, latents, images, flavours, precisions and devices."""

@@ -1,0 +1,39 @@
+"""The device that models run on when nobody names one, and what its memory says."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from ..errors import ConfigError
+
+
+def best_device(name: str | None = None) -> torch.device:
+    """The named device, or the best there is: CUDA/ROCm, then MPS, then the CPU."""
+    if name is not None:
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ConfigError(f"'{name}' is not a device: use cuda, cuda:1, mps or cpu.") from error
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def memory_in_use(device: torch.device | str) -> dict[str, int]:
+    """Bytes in use now: `process` in the computer; on a card `device`, and `device_peak`, the most so far."""
+    found = {"process": psutil.Process().memory_info().rss}
+    if torch.device(device).type == "cuda":
+        found["device"] = torch.cuda.memory_allocated(device)
+        found["device_peak"] = torch.cuda.max_memory_allocated(device)
+    elif torch.device(device).type == "mps":
+        found["device"] = torch.mps.current_allocated_memory()
+    return found
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device, or the computer, has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)

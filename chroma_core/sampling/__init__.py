@@ -1,0 +1,1 @@
+"""The one sampler: recipe, text, schedule, solvers."""

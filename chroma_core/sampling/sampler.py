@@ -1,0 +1,263 @@
+"""The one sampler: previews, the sampler node, the command line and the parity check all run `sample`.
+
+Shapes: B pictures, C latent channels, H/W latent rows and columns, L image tokens, D packed channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..model.latents import FLUX_LATENTS, PATCH, LatentFormat, image_ids, pack, snap_size, unpack
+from ..model.transformer import ChromaTransformer
+from .recipe import CANONICAL, Recipe, StateDtype
+from .schedule import FlowShift, sampling_sigmas
+from .solvers import SOLVERS, Method, Velocity
+from .spacing import Spacing
+from .text import TextCondition, batch_conditions
+
+__all__ = ["Method", "SamplingSettings", "StepInfo", "initial_noise", "sample"]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """What a user sets for one run. `flow_shift` None takes the recipe's; row i of a batch uses `seed` + i.
+
+    `start_step` and `end_step` (None: the last) run a part of the schedule, and without `add_noise` the latents to
+    start from have their noise in them already: a run in two parts is the whole run (see `sample`).
+    """
+
+    steps: int = 25
+    guidance: float = 4.0
+    seed: int = 42
+    tail_bias: float = 0.0
+    flow_shift: FlowShift | None = None
+    method: Method = "euler"
+    denoise: float = 1.0
+    spacing: Spacing = "linear"
+    start_step: int = 0
+    end_step: int | None = None
+    add_noise: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ConfigError(f"The sampling method is {self.method!r}; choose one of: {', '.join(get_args(Method))}.")
+        if not 0 <= self.guidance <= 100:
+            raise ConfigError(f"The guidance is {self.guidance}; it must be between 0 and 100 (1 or less: one pass).")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 − 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as recorded beside every picture."""
+        return asdict(self)
+
+    def sigmas(self, image_tokens: int, recipe: Recipe = CANONICAL) -> Tensor:
+        """The noise levels of the run, as `schedule.sampling_sigmas` gives them. Raises ConfigError."""
+        return sampling_sigmas(
+            self.steps,
+            image_tokens,
+            tail_bias=self.tail_bias,
+            flow_shift=recipe.flow_shift if self.flow_shift is None else self.flow_shift,
+            denoise=self.denoise,
+            spacing=self.spacing,
+            start_step=self.start_step,
+            end_step=self.end_step,
+        )
+
+    @property
+    def run_steps(self) -> int:
+        """How many steps the run takes."""
+        end = self.steps if self.end_step is None else min(self.end_step, self.steps)
+        return max(0, end - self.start_step)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a progress callback gets after each step (counted from 1): σ left, and the picture as predicted now."""
+
+    step: int
+    steps: int
+    sigma: float
+    denoised_BCHW: Tensor
+
+
+OnStep = Callable[[StepInfo], object]
+
+
+def initial_noise(seeds: Sequence[int], shape_CHW: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Noise [B, C, H, W] in fp32, one generator a row, drawn on the CPU in `dtype`, so that every device agrees."""
+    rows = [
+        torch.randn((1, *shape_CHW), generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype) for seed in seeds
+    ]
+    return torch.cat(rows).float()
+
+
+@torch.no_grad()
+def sample(
+    transformer: ChromaTransformer,
+    positive: Sequence[TextCondition],
+    negative: Sequence[TextCondition] | TextCondition | None,
+    *,
+    width: int,
+    height: int,
+    settings: SamplingSettings,
+    recipe: Recipe = CANONICAL,
+    latent_format: LatentFormat = FLUX_LATENTS,
+    start_BCHW: Tensor | None = None,
+    noise_mask_BHW: Tensor | None = None,
+    sigmas: Tensor | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Sample latents [B, C, H, W] in the transformer's space, fp32, on the transformer's device.
+
+    A run that ends at a σ above 0 returns x/(1−σ), as the host hands on latents with noise left in them; a run that
+    starts there from such latents, without adding noise, goes on where it stopped.
+
+    Args:
+        positive, negative: one condition a picture (a single negative serves all). Without a negative, or with
+            guidance ≤ 1, each step is one pass; otherwise v = u + g(c − u).
+        width, height: pixels; floored to the recipe's multiple.
+        start_BCHW: latents to start from (image-to-image, inpainting), in the transformer's space.
+        noise_mask_BHW: 1 where the picture may change, 0 where `start_BCHW` is kept; latent resolution. In between, the
+            prediction is mixed with `start_BCHW` at every step, so that the steps' number does not change the mixture.
+        sigmas: a ready schedule (descending) instead of the settings' own.
+        on_step: called after every step; an exception from it ends the run.
+    Raises:
+        ConfigError: sizes, steps or shapes that cannot work, named.
+    """
+    device = next(transformer.parameters()).device
+    model_dtype = transformer.x_embedder.weight.dtype
+    dtypes: dict[StateDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "model": model_dtype}
+    width, height = snap_size(width, height, recipe.size_multiple)
+    rows, columns = height // latent_format.downscale, width // latent_format.downscale
+    tokens = (rows // PATCH) * (columns // PATCH)
+    B = len(positive)
+    if B == 0:
+        raise ConfigError("There is nothing to sample: the batch holds no prompt.")
+    if start_BCHW is not None and start_BCHW.shape != (B, latent_format.channels, rows, columns):
+        raise ConfigError(
+            f"The latents to start from have shape {tuple(start_BCHW.shape)}; for {B} picture(s) of {width}×{height} "
+            f"it must be {(B, latent_format.channels, rows, columns)}."
+        )
+    if sigmas is None:
+        sigmas = settings.sigmas(tokens, recipe)
+    levels = [float(sigma) for sigma in sigmas]
+    _check_part(levels, settings, start_BCHW, noise_mask_BHW)
+    predict: Velocity = _Guided(
+        transformer, positive, negative, settings.guidance, rows, columns, dtypes[recipe.time_dtype]
+    )
+
+    shape = (latent_format.channels, rows, columns)
+    noise = initial_noise([settings.seed + i for i in range(B)], shape, dtypes[recipe.noise_dtype]).to(device)
+    if not settings.add_noise:
+        noise = torch.zeros_like(noise)
+    start = torch.zeros_like(noise) if start_BCHW is None else start_BCHW.to(device, torch.float32)
+    mask = None if noise_mask_BHW is None else noise_mask_BHW.to(device, torch.float32)[:, None]
+    if mask is not None:
+        predict = _Masked(predict, mask, start, noise)
+    solver = SOLVERS[settings.method](levels, predict, recipe.multistep_time)
+    steps = len(levels) - 1
+    x = _noised(start, noise, levels[0])
+    for i in range(steps):
+        x = x.to(dtypes[recipe.latents_dtype]).float()
+        velocity = predict(x, levels[i])
+        denoised = x - levels[i] * velocity
+        x = solver.step(i, x, velocity)
+        if on_step is not None:
+            on_step(StepInfo(i + 1, steps, levels[i + 1], denoised))
+    if levels[-1] > 0:
+        return x / (1 - levels[-1])
+    return x if mask is None else torch.where(mask == 0, start, x)
+
+
+def _check_part(levels: list[float], settings: SamplingSettings, start: Tensor | None, mask: Tensor | None) -> None:
+    """Raises ConfigError for a run that could not mean anything."""
+    if not levels[-1] < 1:
+        raise ConfigError("The run would end at a noise level of 1, pure noise. Raise end_step.")
+    if settings.add_noise:
+        return
+    if start is None or not levels[0] < 1:
+        raise ConfigError(
+            "Without add_noise a run goes on from latents that have noise in them: link the latents of the first part, "
+            "and set start_step to the first part's end_step."
+        )
+    if mask is not None:
+        raise ConfigError(
+            "A noise mask keeps parts of a clean picture, but without add_noise the latents to start from are noisy. "
+            "Paint masked pictures in one run, or take the mask off."
+        )
+
+
+def _noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
+    """The flow's point at σ: (1−σ)·x₀ + σ·ε."""
+    return (1 - sigma) * x0 + sigma * noise
+
+
+class _Masked:
+    """The velocity towards a prediction that is `start` where the mask is 0 (the rule of ComfyUI's inpainting).
+
+    The transformer sees the mixture, by the mask, of x and of `start` at the same noise level; its prediction is mixed
+    with `start` in the same way.
+    """
+
+    def __init__(self, velocity: Velocity, mask_B1HW: Tensor, start: Tensor, noise: Tensor):
+        self.velocity, self.mask, self.start, self.noise = velocity, mask_B1HW, start, noise
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        kept = 1 - self.mask
+        seen = self.mask * x + kept * _noised(self.start, self.noise, sigma)
+        denoised = self.mask * (seen - sigma * self.velocity(seen, sigma)) + kept * self.start
+        return (x - denoised) / sigma
+
+
+class _Guided:
+    """The guided velocity at one noise level, fp32 in and out."""
+
+    def __init__(
+        self,
+        transformer: ChromaTransformer,
+        positive: Sequence[TextCondition],
+        negative: Sequence[TextCondition] | TextCondition | None,
+        guidance: float,
+        rows: int,
+        columns: int,
+        time_dtype: torch.dtype,
+    ):
+        parameter = transformer.x_embedder.weight
+        self.transformer, self.guidance = transformer, guidance
+        self.rows, self.columns = rows, columns
+        self.time_dtype = time_dtype
+        self.ids = image_ids(rows, columns, parameter.device)
+        self.passes = [self._text(positive, parameter)]
+        if negative is not None and guidance > 1:
+            if isinstance(negative, TextCondition):
+                negative = [negative] * len(positive)
+            if len(negative) != len(positive):
+                raise ConfigError(
+                    f"There are {len(positive)} prompts but {len(negative)} negative prompts; give one or as many."
+                )
+            self.passes.append(self._text(negative, parameter))
+
+    @staticmethod
+    def _text(conditions: Sequence[TextCondition], parameter: Tensor) -> tuple[Tensor, Tensor | None]:
+        states, mask = batch_conditions(conditions)
+        return states.to(parameter.device, parameter.dtype), None if mask is None else mask.to(parameter.device)
+
+    def __call__(self, x_BCHW: Tensor, sigma: float) -> Tensor:
+        B = x_BCHW.shape[0]
+        latents = pack(x_BCHW).to(self.transformer.x_embedder.weight.dtype)
+        time = torch.tensor([sigma], dtype=self.time_dtype, device=x_BCHW.device).float()
+        modulation = self.transformer.modulation(time).expand(B, -1, -1)
+        predictions = [
+            self.transformer(latents, text, time.expand(B), self.ids, mask, modulation).float()
+            for text, mask in self.passes
+        ]
+        velocity = predictions[0]
+        if len(predictions) == 2:
+            velocity = predictions[1] + self.guidance * (predictions[0] - predictions[1])
+        return unpack(velocity, self.rows, self.columns)

@@ -1,0 +1,1 @@
+"""Jobs as folders, the queue of them, and running one to its end."""

@@ -1,0 +1,245 @@
+"""One job as its folder knows it: state, numbers, files. Survives the process that made it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from ...errors import ChromaKitError
+from ...files import write_json
+from ..config.config import TrainingConfig
+from ..run.metrics import MetricsLog
+from .curve import Curve
+
+JobState = Literal["queued", "preparing", "running", "paused", "completed", "stopped", "failed", "interrupted"]
+ACTIVE: tuple[JobState, ...] = ("queued", "preparing", "running", "paused")
+"""States of a job that a manager works on; found in a folder of a dead process they mean `interrupted`."""
+
+WRITE_EVERY_SECONDS = 5.0
+NOTIFY_EVERY_SECONDS = 0.5
+
+_DEFAULTS: dict[str, Any] = {
+    "state": "queued",
+    "step": 0,
+    "steps": 0,
+    "loss": None,
+    "loss_smooth": None,
+    "lr": None,
+    "step_seconds": None,
+    "eta_seconds": None,
+    "message": "",
+    "warnings": [],
+    "changes": [],
+    "lora_path": None,
+    "lora_name": None,
+    "model_path": None,
+    "model_name": None,
+    "model_folder": None,
+    "heldout_loss_base": None,
+    "heldout_loss": None,
+    "train_seconds": 0.0,
+    "skipped_steps": 0,
+    "checkpoint": None,
+    "base_sha256": None,
+    "yielded": False,
+    "memory": None,
+}
+
+_DETAILS = ("warnings", "changes", "memory", "base_sha256", "lora_path", "model_path")
+"""Values that `Job.summary` leaves out."""
+
+
+class Job:
+    """A job's status, kept in memory and in `job.json`.
+
+    `job.json` is written at every change of state and at most every few seconds in between; the metrics and checkpoints
+    have files of their own.
+    """
+
+    def __init__(self, folder: Path, config: TrainingConfig, values: dict[str, Any] | None = None):
+        now = time.time()
+        self.folder = folder
+        self.config = config
+        self.notify: Callable[[dict[str, Any]], None] = lambda status: None
+        self.ended = threading.Event()
+        self.curve = Curve(folder / "metrics.jsonl")
+        self._values = {**_DEFAULTS, "steps": config.steps, "created": now, "updated": now, **(values or {})}
+        self._lock = threading.RLock()
+        self._written = self._notified = 0.0
+        if self.state not in ACTIVE:
+            self.ended.set()
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        """Open the job of an earlier session. Raises ValueError, OSError or ConfigError for a foreign folder."""
+        values = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        config = TrainingConfig.parse(values["config"])
+        return cls(folder, config, {key: values[key] for key in (*_DEFAULTS, "created", "updated") if key in values})
+
+    @property
+    def id(self) -> str:
+        """The folder's name: that of the options it began with, whatever was changed since."""
+        return self.folder.name
+
+    @property
+    def state(self) -> JobState:
+        return self._values["state"]
+
+    def status(self) -> dict[str, Any]:
+        """Everything about the job as JSON values."""
+        with self._lock:
+            values = dict(self._values)
+        return {
+            "id": self.id,
+            "name": self.config.name,
+            **values,
+            "samples": [path.name for path in self.samples()],
+            "config": self.config.model_dump(mode="json"),
+            "recipe": self.config.recipe_value().to_dict(),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """What a list of jobs shows: the status without what only one who looks into the job needs."""
+        with self._lock:
+            values = dict(self._values)
+        kept = {name: value for name, value in values.items() if name not in _DETAILS}
+        kind = "lora" if self.config.full is None else "full"
+        facts = {"flavour": self.config.model.flavour, "kind": kind, "warning_count": len(values["warnings"])}
+        return {"id": self.id, "name": self.config.name, **kept, **facts}
+
+    def samples(self) -> list[Path]:
+        """All preview pictures, oldest first."""
+        return sorted((self.folder / "samples").glob("step-*.png"), key=_sample_order)
+
+    def latest_samples(self) -> list[Path]:
+        """The preview pictures of the last step that has any, in the order of the prompts."""
+        pictures = self.samples()
+        return [path for path in pictures if _sample_order(path)[0] == _sample_order(pictures[-1])[0]]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`."""
+        return MetricsLog(self.folder / "metrics.jsonl").read()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the job is in no active state; False when `timeout` seconds passed before."""
+        return self.ended.wait(timeout)
+
+    def update(self, **fields: Any) -> None:
+        """Take over new values; write and tell others when the state changed, else now and then.
+
+        Two fields are digested: `step_seconds_now` into a running mean and the time left, `new_samples` only wakes
+        listeners (pictures are listed from the folder).
+        """
+        urgent = "new_samples" in fields or "checkpoint" in fields
+        painted = fields.pop("new_samples", None)
+        with self._lock:
+            before, known = self.state, len(self._values["warnings"])
+            yielded = self._values["yielded"]
+            self._add_seconds(fields.pop("step_seconds_now", None))
+            if fields.get("lora_path") is not None:
+                fields["lora_path"] = str(fields["lora_path"])
+                fields["lora_name"] = Path(fields["lora_path"]).name
+            if fields.get("model_path") is not None:
+                fields["model_name"] = Path(fields["model_path"]).name
+            # Strictly increasing, so that whoever gets two states of a job out of order knows the newer one.
+            if "warnings" in fields:  # the run goes on adding to its own list
+                fields["warnings"] = list(fields["warnings"])
+            self._values.update(fields, updated=max(time.time(), self._values["updated"] + 1e-6))
+            if self._values["step_seconds"] is not None:
+                left = self.config.steps - self._values["step"]
+                self._values["eta_seconds"] = round(left * self._values["step_seconds"], 1)
+            changed = self.state != before
+            self._write_down(before, painted, fields, known)
+            now = time.monotonic()
+            if changed or urgent or now - self._written > WRITE_EVERY_SECONDS:
+                self.write()
+            # Nothing else may come for as long as a prompt runs.
+            turned = self._values["yielded"] != yielded
+            announce = changed or turned or urgent or now - self._notified > NOTIFY_EVERY_SECONDS
+            if announce:
+                self._notified = now
+        if announce:
+            try:
+                self.notify(self.status())
+            except Exception:
+                self.log(f"A listener failed:\n{traceback.format_exc()}")
+        self._tell_waiting()
+
+    def _tell_waiting(self) -> None:
+        with self._lock:  # by the state of now: a listener or another thread may have taken the job up again
+            if self.state in ACTIVE:
+                self.ended.clear()
+            else:
+                self.ended.set()
+
+    def write(self) -> None:
+        """Write `job.json`."""
+        self._written = time.monotonic()
+        write_json(self.folder / "job.json", self.status())
+
+    def fail(self, error: BaseException) -> None:
+        """Record an error: ours as it stands, any other with its type, and its trace in `log.txt`."""
+        if isinstance(error, ChromaKitError):
+            message = str(error)
+        else:
+            message = f"{type(error).__name__}: {_first_line(error)} (the trace is in log.txt in the job's folder)"
+        with suppress(OSError):
+            self.log("".join(traceback.format_exception(error)))
+        try:
+            self.update(state="failed", message=message, yielded=False)
+        except OSError:  # a full disk: it cannot be written, but whoever watches or waits is told
+            with suppress(Exception):
+                self.notify(self.status())
+            self._tell_waiting()
+
+    def _write_down(self, before: str, painted: list[str] | None, fields: dict[str, Any], known: int) -> None:
+        """What happened, in the log: changes of state, checkpoints, previews, new warnings."""
+        lines = []
+        if self.state != before:
+            message = self._values["message"] if self.state not in ("preparing", "failed") else ""
+            lines.append(f"{self.state} at step {self._values['step']}" + (f": {message}" if message else ""))
+        if fields.get("checkpoint") is not None:
+            lines.append(f"checkpoint of step {fields['checkpoint']}")
+        if painted:
+            lines.append(f"{len(painted)} previews of step {self._values['step']}")
+        lines += [f"warning: {warning}" for warning in self._values["warnings"][known:]]
+        with suppress(OSError):  # a full disk must not end the job for the sake of its log
+            for line in lines:
+                self.log(line)
+
+    def log_lines(self, limit: int = 200) -> list[str]:
+        """The last lines of `log.txt`, at most `limit`."""
+        try:
+            with (self.folder / "log.txt").open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - 400 * limit))
+                lines = file.read().decode("utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+        return lines[-limit:]
+
+    def log(self, text: str) -> None:
+        """Append to `log.txt`."""
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+
+    def _add_seconds(self, seconds: float | None) -> None:
+        if seconds is not None:
+            mean = self._values["step_seconds"]
+            self._values["step_seconds"] = round(seconds if mean is None else 0.9 * mean + 0.1 * seconds, 4)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def _sample_order(path: Path) -> tuple[int, int]:
+    """step-000100-0.png → (100, 0)."""
+    step, _, index = path.stem.removeprefix("step-").partition("-")
+    return (int(step), int(index)) if step.isdigit() and index.isdigit() else (-1, 0)

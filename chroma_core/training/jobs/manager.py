@@ -1,0 +1,377 @@
+"""The jobs of one folder: one thread trains, the others wait; each can be looked at, paused, stopped and resumed."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from ...errors import ConfigError, JobError
+from ..config.changes import check_changes, differences, entry, with_changes
+from ..config.config import TrainingConfig
+from ..control import Control, Halted
+from ..distributed.world import ALONE, World
+from ..run.checkpoint import checkpoints
+from ..run.places import Places
+from ..run.run import Device, run_training
+from .job import ACTIVE, Job, JobState
+from .lock import FolderLock
+
+IfExists = Literal["keep", "resume", "restart"]
+Listener = Callable[[dict[str, Any]], None]
+
+TRASH = ".deleted-"
+"""How the folder of a job begins that is being deleted."""
+LOCK_SECONDS = 2.0
+"""How long a change of options waits for the folder of a job that has just ended."""
+
+__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState"]
+
+
+class JobManager:
+    """Starts, finds and steers jobs.
+
+    Args:
+        root: the folder of job folders; also holds the cache of latents and text states (`root/cache`).
+        loras_folder: where finished LoRAs go.
+        device: where jobs compute.
+        busy: whether the host works on something now; the trainer waits between steps while it does.
+        before_load: called in the worker before a model component is loaded.
+        models_folder: where models of full-rank jobs go as single files; None: `diffusion_models` beside the LoRAs.
+            As diffusers folders they go to `diffusers` beside it.
+        world: the processes that train together; this is their main one (see `distributed`).
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        loras_folder: Path,
+        device: Device,
+        busy: Callable[[], bool] = lambda: False,
+        before_load: Callable[[], None] | None = None,
+        models_folder: Path | None = None,
+        world: World = ALONE,
+    ):
+        self.root, self.loras_folder, self.device = Path(root), Path(loras_folder), device
+        self.models_folder = models_folder
+        self._busy, self._before_load, self._world = busy, before_load or (lambda: None), world
+        self._jobs: dict[str, Job] = {}
+        self._controls: dict[str, Control] = {}
+        self._queue: list[Job] = []
+        self._elsewhere: set[str] = set()
+        self._listeners: list[Listener] = []
+        self._changed = threading.Condition(threading.RLock())
+        self._worker: threading.Thread | None = None
+        self._closing = False
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._find_earlier_jobs()
+        atexit.register(self.shutdown)
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    def list(self) -> list[Job]:
+        """All jobs, newest first."""
+        with self._changed:
+            return sorted(self._jobs.values(), key=lambda job: job.status()["created"], reverse=True)
+
+    def get(self, job_id: str) -> Job:
+        """The job of that id. Raises JobError."""
+        with self._changed:
+            if job_id not in self._jobs:
+                raise JobError(
+                    f"There is no training job '{job_id}' here. It may have been deleted; see the list of jobs."
+                )
+            return self._jobs[job_id]
+
+    def subscribe(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener(status)` at every change of state and at most about twice a second in between.
+
+        It runs in the worker thread (or the one that steered a waiting job). Returns a function that unsubscribes.
+        """
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    # --- starting ----------------------------------------------------------------------------------------------------
+
+    def ensure(self, config: TrainingConfig, if_exists: IfExists = "keep") -> Job:
+        """The job of this configuration, started if there is none: asking twice does not train twice.
+
+        Args:
+            if_exists: `keep` leaves a queued, running, paused, completed or stopped job as it is and resumes an
+                interrupted or failed one; `resume` also goes on with a paused or stopped one; `restart` trains again
+                from nothing.
+        Raises:
+            JobError: `restart` of a job that is running, or a job that another process is training.
+        """
+        if if_exists not in ("keep", "resume", "restart"):
+            raise ConfigError(f"if_exists is {if_exists!r}; choose keep, resume or restart.")
+        with self._changed:
+            job = self._with(config)
+            if job is not None and job.id in self._elsewhere:
+                raise JobError(
+                    f"The job '{job.id}' is being trained by another process. Wait for it, or stop it there."
+                )
+            if job is not None and if_exists == "restart":
+                if job.state in ACTIVE:
+                    raise JobError(f"The job '{job.id}' is {job.state}. Stop it before you restart it.")
+                shutil.rmtree(job.folder, ignore_errors=True)
+                del self._jobs[job.id]
+                job = None
+            if job is None:
+                job = Job(self.root / config.job_id(), config)
+                job.notify = self._tell
+                job.folder.mkdir(parents=True, exist_ok=True)
+                self._jobs[job.id] = job
+                self._enqueue(job)
+            elif job.state in ("interrupted", "failed") or (job.state == "stopped" and if_exists == "resume"):
+                # Equal but for where the weights rest (perhaps it ran out of memory there) and who watches; or it was
+                # changed since, and stays so.
+                same = config.job_id() == job.config.job_id()
+                job.config = config if same else job.config
+                self._enqueue(job)
+            elif job.state in ACTIVE and if_exists == "resume":
+                self.resume(job.id)
+            return job
+
+    def _with(self, config: TrainingConfig) -> Job | None:
+        """The job that began with these options, else the one that was changed to them."""
+        wanted = config.job_id()
+        changed = (job for job in self._jobs.values() if job.config.job_id() == wanted)
+        return self._jobs.get(wanted) or next(changed, None)
+
+    # --- going on under other options --------------------------------------------------------------------------------
+
+    def change(self, job_id: str, changes: Mapping[str, Any] | TrainingConfig, force: bool = False) -> Job:
+        """Go on with a job that does not run, under other options; it keeps its id, folder and checkpoints.
+
+        A completed job that has no steps left takes the options and stays completed.
+
+        Args:
+            changes: the whole new configuration, or the options to replace (see `changes.with_changes`).
+            force: also change options that move the weights; it is recorded in the job and in the LoRA.
+        Raises:
+            ConfigError: an unknown option, or values that cannot work.
+            JobError: the job is unknown, at work (stop it first), or cannot go on so (see `changes.check_changes`).
+        """
+        with self._changed:
+            job = self.get(job_id)
+            if job.id in self._elsewhere:
+                raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
+            if job.state in ACTIVE:
+                raise JobError(f"The job '{job.id}' is {job.state}. Stop it before you change its options.")
+            new = changes if isinstance(changes, TrainingConfig) else with_changes(job.config, changes)
+            newest = checkpoints(job.folder / "checkpoints")[-1:]
+            step = int(newest[0].name.removeprefix("step-")) if newest else 0
+            found = differences(job.config, new, step)
+            check_changes(job.id, found, force)
+            lock = FolderLock(job.folder)
+            waited_until = time.monotonic() + LOCK_SECONDS
+            while not lock.acquire():
+                if time.monotonic() > waited_until:
+                    raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
+                time.sleep(0.01)  # our own worker, which says that a job ended just before it lets go of the folder
+            try:
+                if found:
+                    job.config = new
+                    job.update(steps=new.steps, changes=[*job.status()["changes"], entry(step, found)])
+                    job.write()
+            finally:
+                lock.release()
+            if job.state != "completed" or step < new.steps:
+                self._enqueue(job)
+            return job
+
+    def extend(self, job_id: str, steps: int, force: bool = False) -> Job:
+        """Train `steps` steps more than the job was to have; exactly a longer job's with a constant learning rate.
+
+        Other schedules depend on the number of steps, so that they need `force`. Raises as `change`.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"A job is extended by a whole number of steps, at least 1; found {steps!r}.")
+        return self.change(job_id, {"steps": self.get(job_id).config.steps + steps}, force)
+
+    def _enqueue(self, job: Job) -> None:
+        self._controls[job.id] = self._world.control(self._busy)
+        job.update(state="queued", message="", yielded=False)
+        job.write()
+        self._queue.append(job)
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="chromakit-training", daemon=True)
+            self._worker.start()
+        self._changed.notify_all()
+
+    # --- steering ----------------------------------------------------------------------------------------------------
+
+    def pause(self, job_id: str) -> Job:
+        """Hold the job after the step, cache entry or preview step that it is at. Raises JobError when it is over."""
+        return self._turn(job_id, "pause", lambda control: control.pause.set())
+
+    def resume(self, job_id: str) -> Job:
+        """Let a paused job go on, or queue an ended one again. Raises JobError when it is completed."""
+        job = self.get(job_id)
+        with self._changed:
+            if job.state == "completed":
+                raise JobError(f"The job '{job.id}' is completed: there is nothing to resume.")
+            if job.state not in ACTIVE:
+                self._enqueue(job)
+                return job
+        return self._turn(job_id, "resume", lambda control: control.pause.clear())
+
+    def stop(self, job_id: str) -> Job:
+        """End the job after its present step and write its LoRA. Raises JobError when it is over."""
+        with self._changed:
+            job = self.get(job_id)
+            if job in self._queue:
+                self._queue.remove(job)
+                begun = bool(job.status()["checkpoint"])
+                message = "Stopped before it went on." if begun else "Stopped before it began: there is no LoRA."
+                job.update(state="stopped", message=message)
+                return job
+        return self._turn(job_id, "stop", lambda control: control.stop.set())
+
+    def sample(self, job_id: str) -> Job:
+        """Make the previews after the present step. Raises JobError when it is over or has no preview prompt."""
+        if not self.get(job_id).config.previews.prompts:
+            raise JobError(f"The job '{job_id}' has no preview prompt, so there is nothing to sample.")
+        return self._turn(job_id, "sample", lambda control: control.sample.set())
+
+    def save(self, job_id: str) -> Job:
+        """Write a checkpoint after the present step. Raises JobError when it is over."""
+        return self._turn(job_id, "save", lambda control: control.save.set())
+
+    def delete(self, job_id: str) -> None:
+        """Remove a job that is not at work, with its checkpoints, previews and log. The LoRA that it wrote stays.
+
+        Raises JobError when the job is at work, here or in another process.
+        """
+        with self._changed:
+            job = self.get(job_id)
+            if job.state in ACTIVE or job.id in self._elsewhere:
+                where = " by another process" if job.id in self._elsewhere else ""
+                raise JobError(f"The job '{job.id}' is {job.state}{where}. Stop it before you delete it.")
+            # Out of sight in one step, so that half a folder is never taken for a job.
+            trash = self.root / f"{TRASH}{job.id}-{time.time_ns()}"
+            try:
+                os.replace(job.folder, trash)
+            except FileNotFoundError:
+                pass  # somebody was quicker
+            except OSError as error:
+                raise JobError(
+                    f"The folder of the job '{job.id}' cannot be removed: {error.strerror or error}. Close what has "
+                    "its files open, and try again."
+                ) from error
+            del self._jobs[job.id]
+            self._controls.pop(job.id, None)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def _turn(self, job_id: str, action: str, switch: Callable[[Control], None]) -> Job:
+        job = self.get(job_id)
+        control = self._controls.get(job_id)
+        if job.state not in ACTIVE or control is None:
+            raise JobError(f"The job '{job_id}' is {job.state}: it cannot {action} now.")
+        switch(control)
+        control.changed()
+        return job
+
+    def shutdown(self, timeout: float = 60.0) -> None:
+        """Let the running job save a checkpoint, mark unfinished ones interrupted, end the thread."""
+        with self._changed:
+            self._closing = True
+            for control in self._controls.values():
+                control.halt.set()
+                control.changed()
+            for job in self._queue:
+                job.update(state="interrupted", message="Interrupted before it began; resume it to start it.")
+            self._queue.clear()
+            self._changed.notify_all()
+        if self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join(timeout)
+        atexit.unregister(self.shutdown)
+
+    # --- working -----------------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closing:
+                    self._changed.wait()
+                if self._closing:
+                    return
+                job = self._queue.pop(0)
+                control = self._controls[job.id]
+            try:
+                self._run(job, control)
+            except Exception as error:  # its folder cannot be used; the jobs after it are not to wait for ever
+                job.fail(error)
+
+    def _run(self, job: Job, control: Control) -> None:
+        lock = FolderLock(job.folder)
+        if not lock.acquire():
+            job.update(
+                state="failed", message="Another process is training this job now; wait for it, or stop it there."
+            )
+            return
+        working: list[JobState] = ["preparing"]
+
+        def report(**fields: Any) -> None:
+            if "state" in fields:
+                working[0] = fields["state"]
+            job.update(**fields)
+
+        def on_wait(paused: bool, yielded: bool) -> None:
+            job.update(state="paused" if paused else working[0], yielded=yielded)
+
+        control.on_wait = on_wait
+        places = Places.of(self.root, job.folder.name, self.loras_folder, self.models_folder)
+        try:
+            state, written = run_training(
+                job.config, places, self.device, control, report, self._before_load, self._world
+            )
+            if written:
+                job.update(state=state, **written, message="", yielded=False)
+            elif job.status()["checkpoint"]:
+                job.update(state=state, message="Stopped while preparing; resume it to go on.", yielded=False)
+            else:
+                message = "Stopped before the first step: there is no LoRA."
+                job.update(state=state, message=message, yielded=False)
+        except Halted:
+            job.update(state="interrupted", message="The process ended; resume the job to go on.", yielded=False)
+        except Exception as error:
+            job.fail(error)
+        finally:
+            lock.release()
+
+    def _tell(self, status: dict[str, Any]) -> None:
+        for listener in tuple(self._listeners):
+            try:
+                listener(status)
+            except Exception:
+                self._jobs[status["id"]].log(f"A listener failed:\n{traceback.format_exc()}")
+
+    def _find_earlier_jobs(self) -> None:
+        for folder in sorted(self.root.iterdir()):
+            if folder.name.startswith(TRASH):
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            if not (folder / "job.json").is_file():
+                continue
+            try:
+                job = Job.read(folder)
+            except Exception as error:  # a folder of another version must not keep the pack from starting
+                print(f"[ChromaKit] The training job in '{folder.name}' cannot be read and is left alone: {error}")
+                continue
+            job.notify = self._tell
+            self._jobs[job.id] = job
+            lock = FolderLock(folder)
+            if job.state in ACTIVE:
+                if lock.acquire():
+                    job.update(state="interrupted", yielded=False, message="Found unfinished; resume it to go on.")
+                    lock.release()
+                else:
+                    self._elsewhere.add(job.id)

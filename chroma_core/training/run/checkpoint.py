@@ -1,0 +1,131 @@
+"""Checkpoints: folders that appear whole or not at all, with everything that a bit-exact resume needs.
+
+Noise, order and dropout are functions of the step, and so is the learning rate: what is trained, the optimizer's state
+and a few numbers are all there is to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import LoraError, ModelFileError
+from ...files import atomic_folder, remove_leftovers, write_json
+from ...model.device import is_out_of_memory
+from ..step.ema import Ema
+from .metrics import Progress
+from .stepper import Stepper
+from .trainee import Trainee
+
+_DAMAGE = (
+    OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, LoraError, ModelFileError
+)  # fmt: skip
+
+OPTIMIZER, EMA, STATE = "optimizer.pt", "ema.pt", "state.json"
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    trainee: Trainee,
+    stepper: Stepper,
+    ema: Ema | None,
+    keep: int,
+    keep_best: bool = False,
+) -> Path:
+    """Write `folder`/step-000100 and remove the oldest ones, so that `keep` are left, and with `keep_best` the best."""
+    path = folder / step_name(progress.step)
+    if path.exists():  # saved again at the same step, e.g. after a pause: the state is the same
+        return path
+    with atomic_folder(path) as temporary, stepper.as_trained():
+        trainee.save(temporary / trainee.weights_file)
+        torch.save(stepper.state_dict(), temporary / OPTIMIZER)
+        if ema is not None:
+            torch.save(ema.state_dict(), temporary / EMA)
+        write_json(temporary / STATE, asdict(progress))
+    for old in checkpoints(folder)[:-keep]:
+        if not (keep_best and old.name == step_name(progress.best_at)):
+            discard(old)
+    return path
+
+
+def step_name(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{step:06d}"
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Bytes of the newest checkpoint, 0 when there is none: about what the next one will take."""
+    newest = checkpoints(folder)[-1:]
+    return sum(path.stat().st_size for path in newest[0].iterdir()) if newest else 0
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a job, oldest first."""
+    found = (path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+    return sorted(found, key=lambda path: int(path.name[5:]))  # by number: a million has a digit more
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint: renamed first, so that a half-removed one is never taken for a whole one."""
+    rubbish = path.with_name(f".{path.name}.discarded.tmp")
+    shutil.rmtree(rubbish, ignore_errors=True)
+    path.rename(rubbish)
+    shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint that cannot be read, to damaged-step-000100: a disk that is back may still have it whole."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def restore_latest(
+    folder: Path, trainee: Trainee, stepper: Stepper, ema: Ema | None = None
+) -> tuple[Progress | None, list[str]]:
+    """Load the newest readable checkpoint into what is trained, the optimizer and the average.
+
+    Returns:
+        its progress (None when there is none) and the names of damaged ones, which are set aside.
+    Raises what says that memory ran out: nothing is set aside then.
+    """
+    if folder.is_dir():
+        remove_leftovers(folder)
+    damaged = []
+    if not checkpoints(folder):
+        return None, damaged
+    start_anew, fresh_state = trainee.remember(), stepper.state_dict()
+    fresh_ema = None if ema is None else ema.state_dict()
+    for path in reversed(checkpoints(folder)):
+        try:
+            values = json.loads((path / STATE).read_text(encoding="utf-8"))
+            known = {f.name for f in fields(Progress)}
+            progress = Progress(**{k: v for k, v in values.items() if k in known})
+            state = _load(path / OPTIMIZER, stepper)
+            average = None if ema is None else _load(path / EMA, stepper)
+            trainee.load(path / trainee.weights_file)
+            stepper.load_state_dict(state)
+            if ema is not None and average is not None:
+                ema.load_state_dict(average)
+            return progress, damaged
+        except _DAMAGE as error:
+            if is_out_of_memory(error):  # a RuntimeError too, but the checkpoint is whole
+                raise
+            damaged.append(f"{path.name} ({type(error).__name__})")
+            set_aside(path)
+            start_anew()
+            stepper.load_state_dict(fresh_state)
+            if ema is not None and fresh_ema is not None:
+                ema.load_state_dict(fresh_ema)
+    return None, damaged
+
+
+def _load(path: Path, stepper: Stepper) -> Any:
+    return torch.load(path, map_location=stepper.parameters[0].device, weights_only=True)

@@ -1,0 +1,151 @@
+"""What goes wrong in training, noticed and said in words: divergence, a full disk, memory that does not suffice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ...errors import ChromaKitError, JobError
+from ...fullrank.layers import count_trained
+from ...loading.components import transformer_outline
+from ...memory import estimate, in_gib, machine, recommend
+from ...memory.activations import T5_TOKENS, TEXT_TOKENS
+from ...model.device import is_out_of_memory
+from ..config.config import TrainingConfig
+from .metrics import Progress
+
+WATCH_FROM = 100
+"""Steps before divergence is judged: the first losses say nothing about a band."""
+
+DIVERGED = 3.0
+"""A fast mean of the loss this many times above the lowest smoothed loss so far is divergence. In flow matching single
+losses scatter by a factor of about three with the noise level, means of five hardly."""
+
+FAST = 0.8
+"""Weight of the past in the fast mean: about the last five steps."""
+
+DISK_MARGIN = 256 << 20
+"""Bytes that stay free on the disk beside the next checkpoint."""
+
+ADVICE = (
+    "Turn gradient checkpointing on, lower the learning rate (1e-4 is cautious), and look whether the captions differ "
+    "from one another"
+)
+"""What SimpleTuner's guide for Chroma advises when training diverges early."""
+
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class Diverged(ChromaKitError):
+    """Loss or gradients stayed infinite or undefined."""
+
+
+def give_up_if_broken(progress: Progress, learning_rate: float, noun: str) -> None:
+    """Raise Diverged after `MAX_SKIPPED_IN_A_ROW` skipped steps in a row; `noun` is what is trained."""
+    if progress.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+        return
+    raise Diverged(
+        f"Training stopped at step {progress.step}: the loss or its gradient was not a finite number in "
+        f"{progress.skipped_in_a_row} steps in a row. The {noun} is that of the newest checkpoint. Lower the learning "
+        f"rate (now {learning_rate:g}; 1e-4 is cautious), choose bf16 rather than fp16, and look for damaged pictures."
+    )
+
+
+def watch_loss(progress: Progress, loss: float, config: TrainingConfig) -> str | None:
+    """Take a finite loss into account; a warning for the user when training has just begun to diverge, else None.
+
+    It may say so again after the loss came back into its band.
+    """
+    progress.loss_fast = loss if progress.loss_fast is None else FAST * progress.loss_fast + (1 - FAST) * loss
+    if progress.step < WATCH_FROM or progress.loss_smooth is None:
+        return None
+    if progress.loss_lowest is None or progress.loss_smooth < progress.loss_lowest:
+        progress.loss_lowest = progress.loss_smooth
+    if progress.loss_fast <= DIVERGED * progress.loss_lowest:
+        progress.diverged_at = -1
+        return None
+    if progress.diverged_at >= 0:
+        return None
+    progress.diverged_at = progress.step
+    return (
+        f"Training seems to diverge: at step {progress.step} the loss is {progress.loss_fast:.3g}, it has been as low "
+        f"as {progress.loss_lowest:.3g}. {ADVICE} (the learning rate is {config.learning_rate:g}). Checkpoints from "
+        "before are kept."
+    )
+
+
+def disk_shortage(folder: Path, next_bytes: int) -> str | None:
+    """What to tell the user when the disk of `folder` has no room for `next_bytes` and a margin; None if it has."""
+    free = shutil.disk_usage(folder).free
+    if free >= next_bytes + DISK_MARGIN:
+        return None
+    return (
+        f"The disk is almost full: {free / 2**20:.0f} MB are free, the next checkpoint takes about "
+        f"{next_bytes / 2**20:.0f} MB. Training is paused and nothing is lost. Make room, then resume the job."
+    )
+
+
+def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.device) -> JobError:
+    """The same error with what was predicted, what there is, and the settings that should fit."""
+    size = max(config.dataset.sizes(config.resolution))
+    predicted = estimate(
+        config.model.flavour,
+        config.model.precision,
+        size=size,
+        batch_size=config.batch_size,
+        rank=config.lora.rank,
+        gradient_checkpointing=config.gradient_checkpointing,
+        text_precision=config.model.text_precision,
+        offload=config.model.offload,
+        resident_blocks=config.model.resident_blocks,
+        target=config.lora.target,
+        optimizer=config.optimizer,
+        adapter=config.lora.kind,
+        lokr_factor=config.lora.lokr_factor,
+        ema=config.ema_decay > 0,
+        text_tokens=TEXT_TOKENS if config.objective.text_padding == "trim" else T5_TOKENS,
+        trained_parameters=_trained_in_full(config),
+    )
+    here = machine(device)
+    advice = recommend(
+        config.model.flavour, size, here, "training", batch_size=config.batch_size, rank=config.lora.rank
+    )
+    found = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return JobError(
+        f"Training ran out of memory ({found}). Predicted were {in_gib(predicted.training_peak_bytes)} at "
+        f"its peak; {here.name} has {in_gib(here.device_bytes)}. {_advice(config, advice.sentence)} Other knobs: "
+        "gradient checkpointing on, a smaller batch size with more gradient accumulation, a lower resolution or rank. "
+        "The newest checkpoint is kept; the job goes on with another offload mode, or by force with other options."
+    )
+
+
+def _trained_in_full(config: TrainingConfig) -> int:
+    """How many of the model's own weights the job trains."""
+    if config.full is None:
+        return 0
+    return count_trained(transformer_outline(config.model), config.full.target, config.full.norms)
+
+
+def _advice(config: TrainingConfig, for_a_lora: str) -> str:
+    if config.full is None:
+        return f"What should fit here: {for_a_lora}"
+    return (
+        "Train fewer blocks in [full], or with the optimizer adafactor, which keeps almost no state; choose a "
+        f"quantised precision for the blocks that are not trained. For a LoRA, this should fit here: {for_a_lora}"
+    )
+
+
+@contextmanager
+def memory_in_words(config: TrainingConfig, device: torch.device | str) -> Iterator[None]:
+    """Out of memory, anywhere in a `with` block, as an error that says what was predicted and what to change."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, config, torch.device(device)) from error

@@ -1,0 +1,198 @@
+"""The training step, in order: batch, sigma, predict, loss, backward, clip, step, log.
+
+Every draw is a function of (seed, purpose, step, row), so a step can be repeated exactly, and splitting its batch for
+gradient accumulation does not change what is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.cache import LatentTextCache
+from ...data.order import batches_per_epoch, epoch_batches
+from ...data.randomness import generator, uniform
+from ...data.samples import Sample
+from ...lora.adapters import seed_dropout
+from ...model.transformer import ChromaTransformer
+from ...sampling.schedule import draw_sigmas
+from ...sampling.text import TextCondition, zero_padded
+from ..config.config import TrainingConfig
+from ..distributed.world import ALONE, World, part_size
+from ..step.noise import draw_noise, pair_noise
+from ..step.objective import (
+    PLAIN,
+    ObjectiveSettings,
+    add_noise,
+    loss,
+    predict_velocity,
+    training_target,
+    with_prior_targets,
+)
+from .stepper import SkipReason, Stepper
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one optimizer step: latents and noise [B, C, H, W], conditions, sigmas [B]; fp32 on the CPU.
+
+    Only where the step needs them: mask [B, 1, H, W] of the loss, values 0..1; regularisation [B], True where the
+    target is the model without its adapter; guidance [B], values of the guidance embedding.
+    """
+
+    latents: Tensor
+    conditions: list[TextCondition]
+    noise: Tensor
+    sigmas: Tensor
+    mask: Tensor | None = None
+    regularisation: Tensor | None = None
+    guidance: Tensor | None = None
+
+    def part(self, start: int, size: int) -> Batch:
+        """Rows start … start+size−1."""
+        return self._each(lambda value: value[start : start + size])
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device; conditions are moved where they are used."""
+        return self._each(lambda value: value.to(device) if isinstance(value, Tensor) else value)
+
+    def _each(self, change: Callable[[Any], Any]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+
+    def __len__(self) -> int:
+        return len(self.conditions)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found. `skipped`: why the weights were left as they were, "" if they were not (see `stepper`)."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    sigma_mean: float
+    skipped: SkipReason
+
+
+class Batches:
+    """The batch of every step, made from cached samples.
+
+    With the text padding `unmodified` the cache has to be one whose text states keep their padding (see
+    `text.TextEncoder.with_padding`).
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        cache: LatentTextCache,
+        config: TrainingConfig,
+        objective: ObjectiveSettings = PLAIN,
+    ):
+        self.samples, self.cache, self.config, self.objective = samples, cache, config, objective
+        self.buckets = [sample.bucket for sample in samples]
+        self.per_epoch = batches_per_epoch(self.buckets, config.effective_batch)
+        self.sigma_settings = config.objective.sigmas()
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def indices(self, step: int) -> list[int]:
+        """Which samples step `step` (0-based) uses."""
+        epoch, position = divmod(step, self.per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, epoch_batches(self.buckets, self.config.effective_batch, self.config.seed, epoch)
+        return self._epoch[1][position]
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of step `step` (0-based). Raises DataError when a cached file is gone."""
+        seed, objective = self.config.seed, self.objective
+        samples = [self.samples[index] for index in self.indices(step)]
+        rows, conditions, draws, masks = [], [], [], []
+        for row, sample in enumerate(samples):
+            use = sample.use(generator(seed, "caption", step, row))
+            rows.append(self.cache.latents(use.latents))
+            masks.append(None if use.mask is None else self.cache.mask(use.mask))
+            condition = self.cache.text(use.caption)
+            conditions.append(zero_padded(condition) if objective.text_padding == "zero" else condition)
+            draws.append(draw_noise(rows[-1].shape, seed, step, row, objective.noise_offset))
+        latents, noise = torch.stack(rows), torch.stack(draws)
+        if objective.pair_noise:
+            noise = pair_noise(latents, noise)
+        height, width = latents.shape[-2:]
+        bias = [sample.sigma_bias for sample in samples]
+        sigmas = draw_sigmas(
+            len(samples),
+            self.sigma_settings,
+            generator(seed, "sigma", step),
+            height * width // 4,
+            bias if any(bias) else None,
+        )
+        mask = None
+        if any(values is not None for values in masks):
+            mask = torch.stack([torch.ones(1, height, width) if values is None else values for values in masks])
+        regularisation = torch.tensor([sample.regularisation for sample in samples])
+        return Batch(
+            latents,
+            conditions,
+            noise,
+            sigmas,
+            mask,
+            regularisation if regularisation.any() else None,
+            self._guidance(step, len(samples)),
+        )
+
+    def _guidance(self, step: int, size: int) -> Tensor | None:
+        """The guidance embedding's values [B] of a step; None leaves it at 0."""
+        if self.objective.guidance == "none":
+            return None
+        low, high = self.objective.guidance_range
+        if self.objective.guidance == "constant":
+            return torch.full((size,), low)
+        seed = self.config.seed
+        return torch.tensor(
+            [low + (high - low) * uniform(generator(seed, "guidance", step, row)) for row in range(size)]
+        )
+
+
+def train_step(
+    step: int,
+    transformer: ChromaTransformer,
+    stepper: Stepper,
+    batches: Batches,
+    config: TrainingConfig,
+    world: World = ALONE,
+) -> StepResult:
+    """One optimizer step (`step` 0-based) over `config.effective_batch` samples, `config.batch_size` at a time.
+
+    With several processes each computes its share of the samples, and all take the same step.
+    """
+    device = transformer.x_embedder.weight.device
+    batch, objective = batches[step], batches.objective
+    total = 0.0
+    transformer.train()
+    size = part_size(config.batch_size, config.effective_batch, world.size)
+    for start, counts in world.starts(len(batch), size):
+        part = batch.part(start, size).to(device)
+        seed_dropout(transformer, generator(config.seed, "dropout", step, start).initial_seed())
+        x = add_noise(part.latents, part.noise, part.sigmas)
+        target, weight = training_target(part.latents, part.noise), None
+        inputs = (transformer, x, part.sigmas, part.conditions, part.guidance)
+        if part.regularisation is not None:
+            target = with_prior_targets(target, part.regularisation, *inputs, everywhere=world.sharded)
+            weight = torch.where(part.regularisation, objective.prior_weight, 1.0)
+        velocity = predict_velocity(*inputs)
+        part_loss = loss(velocity, target, objective.loss, objective.huber_delta, part.mask, weight)
+        part_loss = part_loss * (len(part) / len(batch) if counts else 0.0)
+        stepper.backward(part_loss)
+        total += part_loss.item()
+    transformer.eval()
+
+    # What needs the others comes before the step: one that is lost leaves the weights of whole steps behind.
+    stepper.combine(world)
+    total = world.total(total)
+    learning_rate = config.schedule().at(step)
+    norm, _ = stepper.apply(learning_rate, config.max_grad_norm)
+    return StepResult(total, norm, learning_rate, float(batch.sigmas.mean()), stepper.skip_reason)

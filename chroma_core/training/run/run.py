@@ -1,0 +1,391 @@
+"""One job from its configuration to its LoRA or model: prepare, load, resume, train, finish.
+
+`Run.train` is a loop over steps; before each one it does what is due there (held-out loss, previews, checkpoint) and
+what was asked for (sample, save, pause, stop). Killed at any point, a new run on the same folder continues from the
+newest checkpoint and ends with the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...data.samples import fingerprint, picture_count
+from ...files import remove_leftovers
+from ...loading.components import Device, load_transformer
+from ...loading.moving import release_memory
+from ...model.device import memory_in_use
+from ..config.changes import recorded
+from ..config.config import TrainingConfig
+from ..control import Control, Halted, Stopped
+from ..device_slot import Seat
+from ..distributed.sharding import check_sharding, shard
+from ..distributed.world import ALONE, ProcessLost, World
+from ..step.compiling import compile_blocks
+from ..step.ema import Ema
+from ..step.objective import heldout_loss
+from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint
+from .event_files import EventFiles, check_event_files
+from .faults import Diverged, disk_shortage, give_up_if_broken, memory_in_words, watch_loss
+from .finish import file_metadata
+from .loop import Batches, StepResult, train_step
+from .metrics import MetricsLog, NoMetrics, Progress
+from .places import Places
+from .prepare import Prepared, prepare
+from .preview import render_previews
+from .stepper import Stepper, check_optimizer
+from .trainees import check_trainee, make_trainee
+
+Report = Callable[..., None]
+"""report(**fields): tell the job's status about something new."""
+
+
+class Run:
+    """A job that is being worked on. Build and use it outside inference mode, in one thread."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        places: Places,
+        device: Device,
+        control: Control,
+        report: Report,
+        before_load: Callable[[], None] = lambda: None,
+        world: World = ALONE,
+    ):
+        self.config, self.places, self.device, self.control, self.report = config, places, device, control, report
+        self.world = world
+        self.metrics = (MetricsLog if world.main else NoMetrics)(places.job / "metrics.jsonl")
+        self.progress = Progress()
+        self._saved = time.monotonic()
+        for folder in (places.job, places.samples) if world.main else ():
+            remove_leftovers(folder)
+        if world.sharded:
+            check_sharding(config)
+        report(state="preparing", message="reading the data set")
+        check_optimizer(config.optimizer_settings(), device)
+        advice = check_trainee(config, places)
+        check_event_files(config.tensorboard and world.main)
+        self.seat = control.seat = Seat(device, before_load)
+        self.data: Prepared = world.first_then_all(
+            lambda: prepare(config, places.cache, self.seat, control.gate, self._report_caching)
+        )
+        self.data.warnings[:0] = advice
+        report(message="loading the transformer", warnings=self.data.warnings, base_sha256=self.data.base_sha256)
+        before_load()
+        self.transformer = load_transformer(config.model, "cpu" if world.sharded else device)
+        self.seat.take(self.transformer)
+        self.trainee = make_trainee(config, self.transformer, places, self.data.base_sha256)
+        if world.sharded:
+            shard(self.transformer, self.trainee.parameters, torch.device(device))
+        if config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+            self.transformer.checkpointing_interval = config.checkpointing_interval
+        if config.compile:
+            compile_blocks(self.transformer)
+        self.stepper = Stepper(self.trainee.parameters, config.optimizer_settings())
+        self.ema = Ema(self.trainee.parameters, config.ema_decay) if config.ema_decay else None
+        self.batches = Batches(self.data.samples, self.data.training_cache, config, config.objective.settings())
+        self._resume()
+
+    def _resume(self) -> None:
+        """Continue from the newest checkpoint, or start afresh."""
+        self.warnings = warnings = list(self.data.warnings)
+        data = fingerprint(self.data.samples)
+        progress, damaged = self._restore()
+        if damaged:
+            warnings.append(
+                f"Checkpoints that cannot be read were set aside, as damaged-…: {', '.join(damaged)}. Training goes on "
+                f"from {'the beginning' if progress is None else f'step {progress.step}'}."
+            )
+        if progress is not None and progress.data != data:
+            warnings.append(
+                f"The data set changed since step {progress.step}: training goes on with what is there now, so the "
+                "result differs from an uninterrupted run's."
+            )
+        self.progress = progress or Progress()
+        self.progress.data = data
+        self.metrics.truncate(self.progress.metrics_bytes)
+        self.event_files: EventFiles | None = None
+        if self.config.tensorboard and self.world.main:
+            values, earlier = self.config.model_dump(mode="json"), self.metrics.read()
+            folder = self.places.job / "tensorboard"
+            self.event_files = EventFiles(folder, self.progress.step, values, earlier, self._warn)
+            self.metrics.also = self.event_files.add
+        for change in recorded(self.places.job):
+            if change["warning"]:
+                warnings.append(change["warning"])
+            if change["step"] >= self.progress.step:  # cut off with the steps after the checkpoint, or not yet written
+                self.metrics.append(**change)
+        self.report(warnings=warnings, **self._numbers())
+
+    def _warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.report(warnings=self.warnings)
+
+    def _restore(self) -> tuple[Progress | None, list[str]]:
+        # The main process first: it sets damaged checkpoints aside.
+        return self.world.first_then_all(
+            lambda: restore_latest(self.places.checkpoints, self.trainee, self.stepper, self.ema)
+        )
+
+    def train(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Stopped, Halted: on request; `save` keeps what there is.
+            Diverged: after ten skipped steps in a row.
+        """
+        config, progress = self.config, self.progress
+        self.report(state="running", message="")
+        while True:
+            self._do_what_is_due()
+            if progress.step >= config.steps:
+                return
+            self.control.gate(self._do_what_was_asked)
+            started = time.perf_counter()
+            result = train_step(progress.step, self.transformer, self.stepper, self.batches, config, self.world)
+            if self.ema is not None and not result.skipped:
+                with self.stepper.as_trained():
+                    self.ema.update(progress.step)
+            self._count(result, time.perf_counter() - started)
+
+    def _count(self, result: StepResult, seconds: float) -> None:
+        """Write one step down."""
+        progress = self.progress
+        progress.step += 1
+        progress.train_seconds += seconds
+        if result.skipped:
+            progress.skipped_steps += 1
+            # fp16 that overflowed is repaired by a smaller loss scale; only what is broken counts towards giving up.
+            progress.skipped_in_a_row += result.skipped == "broken"
+            self.metrics.append(step=progress.step, skipped=result.skipped, lr=result.learning_rate)
+            self.report(**self._numbers(), skipped_steps=progress.skipped_steps)
+            give_up_if_broken(progress, self.config.learning_rate, self.trainee.noun)
+            return
+        progress.skipped_in_a_row = 0
+        progress.smooth(result.loss)
+        warning = watch_loss(progress, result.loss, self.config)
+        if warning is not None:
+            self.metrics.append(step=progress.step, warning=warning)
+            self._warn(warning)
+        self.metrics.append(
+            step=progress.step,
+            loss=result.loss,
+            loss_smooth=progress.loss_smooth,
+            lr=result.learning_rate,
+            grad_norm=result.grad_norm,
+            sigma=result.sigma_mean,
+            seconds=round(seconds, 4),
+        )
+        memory = memory_in_use(self.device)
+        self.report(loss=result.loss, step_seconds_now=seconds, memory=memory, **self._numbers())
+
+    def _do_what_is_due(self) -> None:
+        """Held-out loss, previews and checkpoint of this step, each unless it was already done before a resume."""
+        config, progress, step = self.config, self.progress, self.progress.step
+
+        def due(every: int) -> bool:
+            return step == 0 or step == config.steps or (every > 0 and step % every == 0)
+
+        if due(config.validate_every) and progress.validated_at != step and self.data.heldout:
+            self.world.evaluate(self._validate)
+        progress.validated_at = step if due(config.validate_every) else progress.validated_at
+        previews = config.previews
+        if previews.prompts and previews.every and due(previews.every) and progress.previewed_at != step:
+            self.world.evaluate(lambda: self.preview(self.control.gate))
+            progress.previewed_at = step
+        minutes = (time.monotonic() - self._saved) / 60
+        saving = due(config.checkpoint_every) or 0 < config.checkpoint_minutes <= minutes
+        saving = saving or (config.keep_best and progress.best_at == step > 0)
+        # In the middle of skipped steps the weights may be what is broken: keep the checkpoints from before.
+        saving = self.world.decide(saving)  # the clock and the best loss are the main process'
+        if saving and progress.saved_at != step and not progress.skipped_in_a_row:
+            self.save()
+
+    def _do_what_was_asked(self, device_is_free: bool) -> None:
+        """Save-now and sample-now, also in the middle of a pause."""
+        if self.control.save.is_set():
+            self.save()
+            self.control.save.clear()
+        if device_is_free and self.control.sample.is_set():
+            self.control.sample.clear()
+            self.preview(lambda: self.control.gate(pausable=False))
+
+    def _validate(self) -> None:
+        with self.stepper.as_trained():
+            self._measure()
+
+    def _measure(self) -> None:
+        pictures = [
+            (self.data.cache.latents(sample.latents[0]), self.data.cache.text(sample.captions[0]))
+            for sample in self.data.heldout
+        ]
+        progress = self.progress
+        base: list[float] | None = None
+        without = self.trainee.base(progress.step) if progress.heldout_loss_base is None else None
+        if without is not None:
+            with without:
+                base = heldout_loss(self.transformer, pictures, self.control.gate)
+            progress.heldout_loss_base = sum(base) / len(base)
+            self.metrics.append(step=0, heldout_loss_base=progress.heldout_loss_base, heldout_by_sigma_base=base)
+        by_sigma = base if progress.step == 0 else None  # before the first step nothing was learnt
+        if by_sigma is None:
+            by_sigma = heldout_loss(self.transformer, pictures, self.control.gate)
+        progress.heldout_loss = sum(by_sigma) / len(by_sigma)
+        self.metrics.append(step=progress.step, heldout_loss=progress.heldout_loss, heldout_by_sigma=by_sigma)
+        if progress.best_loss is None or progress.heldout_loss < progress.best_loss:
+            progress.best_loss, progress.best_at = progress.heldout_loss, progress.step
+        self.report(**self._numbers())
+
+    def preview(self, between: Callable[[], None]) -> None:
+        """Sample the preview prompts with the weights as they are now."""
+        record = {
+            "job": self.places.job.name,
+            **self.trainee.record(),
+            "base_sha256": self.data.base_sha256,
+            "trigger": self.config.dataset.trigger,
+        }
+        config, step, folder = self.config, self.progress.step, self.places.samples
+        with self.stepper.as_trained():
+            names = render_previews(
+                config, step, folder, self.transformer, self.data.cache, record, between, self.world.main
+            )
+        if self.event_files is not None:
+            self.event_files.pictures(step, [folder / name for name in names])
+        self.report(new_samples=names)
+
+    def save(self, wait: bool = True) -> None:
+        """Write a checkpoint of this step; on a full disk, pause until there is room (with `wait`)."""
+        self.world.first(partial(self._write_checkpoint, wait))
+        self.progress.saved_at = self.progress.step
+
+    def _write_checkpoint(self, wait: bool) -> None:
+        progress = self.progress
+        self._saved = time.monotonic()
+        # The first one's size is not known yet: weights and two moments.
+        needed = checkpoint_bytes(self.places.checkpoints) or 12 * sum(p.numel() for p in self.trainee.parameters)
+        while wait and (shortage := disk_shortage(self.places.job, needed)) is not None:
+            self.control.pause.set()
+            self.report(message=shortage)
+            self.control.gate()
+            self.report(message="")
+        self._where_the_optimizer_is()
+        progress.saved_at = progress.step
+        progress.metrics_bytes = self.metrics.sync()
+        save_checkpoint(
+            self.places.checkpoints,
+            progress,
+            self.trainee,
+            self.stepper,
+            self.ema,
+            self.config.keep_checkpoints,
+            self.config.keep_best,
+        )
+        self.report(checkpoint=progress.step, **self._numbers())
+
+    def _where_the_optimizer_is(self) -> None:
+        """Schedule-free AdamW averages with its state, which stays on the device when the weights step aside."""
+        if self.config.optimizer == "schedule-free":
+            self.seat.come_back()
+
+    def keep_what_is_good(self) -> None:
+        """Save a checkpoint, or go back to the newest one when the last steps could not be taken."""
+        if self.progress.skipped_in_a_row:
+            restored, _ = self._restore()
+            self.progress = restored or self.progress
+        else:
+            self.save(wait=False)
+
+    def finish(self) -> dict[str, str]:
+        """Write the LoRA or model where the user looks for it; returns the status fields that say where.
+
+        They are empty in a process that does not write.
+        """
+        return self.world.first(self._write_files) or {}
+
+    def _write_files(self) -> dict[str, str]:
+        pictures, job = picture_count(self.data.samples), self.places.job
+        header = partial(
+            file_metadata,
+            self.config,
+            self.progress,
+            self.data.base_sha256,
+            pictures,
+            job_id=job.name,
+            changes=recorded(job),
+        )
+        self._where_the_optimizer_is()
+        self.report(message=f"writing the {self.trainee.noun}")
+        write = partial(self.trainee.write, header)
+        if self.ema is not None:
+            with self.ema.swapped():
+                write(suffix="-ema")
+        with self.stepper.as_trained():
+            return write()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.event_files is not None:
+            self.event_files.close()
+        self.seat.leave()
+        del self.transformer, self.trainee, self.stepper, self.ema, self.batches
+        release_memory()
+
+    def _report_caching(self, what: str, done: int, total: int) -> None:
+        self.report(message=f"caching {what}: {done} of {total}" if total > 1 else f"reading the {what}")
+
+    def _numbers(self) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "step": progress.step,
+            "loss_smooth": progress.loss_smooth,
+            "lr": self.config.schedule().at(min(progress.step, self.config.steps - 1)),
+            "heldout_loss_base": progress.heldout_loss_base,
+            "heldout_loss": progress.heldout_loss,
+            "train_seconds": round(progress.train_seconds, 2),
+        }
+
+
+def run_training(
+    config: TrainingConfig,
+    places: Places,
+    device: Device,
+    control: Control,
+    report: Report,
+    before_load: Callable[[], None] = lambda: None,
+    world: World = ALONE,
+) -> tuple[str, dict[str, str]]:
+    """Run a job to its end in this thread; returns the final state (completed or stopped) and where its files are.
+
+    Raises:
+        Halted: after a checkpoint was saved.
+        ChromaKitError: the job cannot go on; the newest checkpoint is kept.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), memory_in_words(config, device):
+        world.enter()
+        try:
+            run = Run(config, places, device, control, report, before_load, world)
+        except Stopped:
+            return "stopped", {}
+        try:
+            with world.connected():
+                run.train()
+            return "completed", run.finish()
+        except Stopped:
+            run.keep_what_is_good()
+            return "stopped", run.finish()
+        except Diverged:
+            run.keep_what_is_good()
+            report(**run.finish())
+            raise
+        except (Halted, ProcessLost) as error:
+            if world.main or isinstance(error, Halted):
+                run.keep_what_is_good()
+            raise
+        finally:
+            run.close()

@@ -1,0 +1,215 @@
+"""What training minimises, and the held-out loss that tells whether it helps.
+
+Rectified flow (Lipman et al. 2023; Liu et al. 2023): x_t = (1−σ)·x₀ + σ·ε, and the model predicts the velocity ε − x₀.
+The error is fp32 whatever the model computes in. Shapes: B samples, C latent channels, H/W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...data.randomness import generator
+from ...errors import ConfigError
+from ...lora.adapters import adapters_disabled
+from ...model.latents import image_ids, pack, unpack
+from ...model.transformer import ChromaTransformer
+from ...sampling.text import TextCondition, TextPadding, batch_conditions
+
+LossKind = Literal["mse", "huber"]
+GuidanceMode = Literal["none", "constant", "random-range"]
+
+HELDOUT_SIGMAS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
+"""The fixed noise levels of the held-out loss: .05, .15 … .95, so that every band of σ weighs the same."""
+
+HELDOUT_SEED = 20_240_817
+"""Noise of the held-out loss; the same in every job, so that jobs can be compared."""
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """What is minimised, apart from the noise levels (`schedule.SigmaSettings`).
+
+    loss, huber_delta: see `squared_errors`; delta > 0 in units of the velocity, whose deviation is about 1.4.
+    prior_weight: weight ≥ 0 of regularisation samples, whose target is the model without its adapter.
+    noise_offset: standard deviation ≥ 0 of a constant added to each channel of the noise (see `noise.draw_noise`).
+    pair_noise: assign the noises of a step to its samples by optimal transport (see `noise.pair_noise`).
+    guidance, guidance_range: the guidance embedding: `none` is 0, as in sampling; `constant` is the first number;
+        `random-range` is drawn evenly between both for each sample.
+    text_padding: see `text.TextPadding`.
+    """
+
+    loss: LossKind = "mse"
+    huber_delta: float = 0.1
+    prior_weight: float = 1.0
+    noise_offset: float = 0.0
+    pair_noise: bool = False
+    guidance: GuidanceMode = "none"
+    guidance_range: tuple[float, float] = (1.0, 1.0)
+    text_padding: TextPadding = "trim"
+
+    def __post_init__(self) -> None:
+        for field, value, known in (
+            ("loss", self.loss, LossKind),
+            ("guidance", self.guidance, GuidanceMode),
+            ("text padding", self.text_padding, TextPadding),
+        ):
+            if value not in get_args(known):
+                raise ConfigError(f"The {field} is {value!r}; choose one of: {', '.join(get_args(known))}.")
+        if not (math.isfinite(self.huber_delta) and self.huber_delta > 0):
+            raise ConfigError(f"The delta of the Huber loss is {self.huber_delta}; it must be above 0 (0.1 is usual).")
+        for field, number in (("prior weight", self.prior_weight), ("noise offset", self.noise_offset)):
+            if not (math.isfinite(number) and number >= 0):
+                raise ConfigError(f"The {field} is {number}; it must be 0 or more.")
+        low, high = self.guidance_range
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise ConfigError(f"The guidance range is {low} to {high}; it needs two numbers, the smaller one first.")
+
+
+PLAIN = ObjectiveSettings()
+"""The objective when nothing else is asked for: the mean squared error to ε − x₀, over all of every picture."""
+
+
+def add_noise(x0_BCHW: Tensor, noise_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+    """The flow's point at σ: (1−σ)·x₀ + σ·ε."""
+    sigma = sigma_B.view(-1, 1, 1, 1)
+    return (1 - sigma) * x0_BCHW + sigma * noise_BCHW
+
+
+def training_target(x0_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+    """The velocity that the model should predict: ε − x₀."""
+    return noise_BCHW - x0_BCHW
+
+
+def squared_errors(prediction: Tensor, target: Tensor, kind: LossKind = "mse", delta: float = 0.1) -> Tensor:
+    """The error of every element in fp32: a² for `mse`; for `huber`, with δ = `delta`, 2δ²·(√(1 + (a/δ)²) − 1).
+
+    The latter is the pseudo-Huber loss (Charbonnier et al. 1997; Song & Dhariwal 2023 for training generative models)
+    times 2, so that it equals a² for |a| ≪ δ (less a⁴/4δ² at first) and grows like 2δ|a| for |a| ≫ δ: outliers pull
+    less.
+    """
+    if kind == "mse":
+        return F.mse_loss(prediction.float(), target.float(), reduction="none")
+    squares = (prediction.float() - target.float()).square()
+    # The same number without the difference of two almost equal ones: √(1+u²) − 1 = u² / (√(1+u²) + 1).
+    return 2 * squares / (1 + (1 + squares / delta**2).sqrt())
+
+
+def loss(
+    prediction: Tensor,
+    target: Tensor,
+    kind: LossKind = "mse",
+    delta: float = 0.1,
+    mask_B1HW: Tensor | None = None,
+    weight_B: Tensor | None = None,
+) -> Tensor:
+    """The mean of `squared_errors` over everything, in fp32; a scalar.
+
+    Args:
+        mask_B1HW: weights 0..1 at latent resolution, divided by their mean over the sample, so that a sample with a
+            small mask counts like any other. A mask that is 1 everywhere gives the loss without a mask, bit for bit; a
+            sample whose mask is 0 everywhere adds nothing.
+        weight_B: weight of each sample. The mean is over B all the same: halving all weights halves the loss.
+    """
+    if mask_B1HW is not None and bool((mask_B1HW == 1).all()):
+        mask_B1HW = None
+    if kind == "mse" and mask_B1HW is None and weight_B is None:
+        return F.mse_loss(prediction.float(), target.float())
+    errors = squared_errors(prediction, target, kind, delta)
+    if mask_B1HW is not None:
+        mask = mask_B1HW.float()
+        mean = mask.mean(dim=(2, 3), keepdim=True)
+        errors = errors * mask / torch.where(mean > 0, mean, 1.0)
+    if weight_B is not None:
+        errors = errors * weight_B.view(-1, 1, 1, 1)
+    return errors.mean()
+
+
+def predict_velocity(
+    transformer: ChromaTransformer,
+    x_BCHW: Tensor,
+    sigma_B: Tensor,
+    conditions: Sequence[TextCondition],
+    guidance_B: Tensor | None = None,
+) -> Tensor:
+    """The model's velocity [B, C, H, W] in fp32; inputs are cast to the model's dtype, σ and guidance stay fp32."""
+    weight = transformer.x_embedder.weight
+    states, mask = batch_conditions(conditions)
+    rows, columns = x_BCHW.shape[-2:]
+    velocity = transformer(
+        pack(x_BCHW).to(weight.device, weight.dtype),
+        states.to(weight.device, weight.dtype),
+        sigma_B.to(weight.device),
+        image_ids(rows, columns, weight.device),
+        None if mask is None else mask.to(weight.device),
+        guidance_B=guidance_B,
+    )
+    return unpack(velocity.float(), rows, columns)
+
+
+@torch.no_grad()
+def with_prior_targets(
+    target_BCHW: Tensor,
+    regularisation_B: Tensor,
+    transformer: ChromaTransformer,
+    x_BCHW: Tensor,
+    sigma_B: Tensor,
+    conditions: Sequence[TextCondition],
+    guidance_B: Tensor | None = None,
+    everywhere: bool = False,
+) -> Tensor:
+    """The targets with those of the rows flagged in `regularisation_B` replaced: prior preservation.
+
+    Their target is what the model without its adapter predicts for the same noisy input, so the loss measures how far
+    the adapter has moved the model there and is 0 before the first step. DreamBooth (Ruiz et al. 2023, eq. 2) trains on
+    pictures that the frozen model made; this asks the frozen model itself, for one more forward pass of those rows.
+
+    everywhere: pass forward even without such rows: other processes do, and a divided model needs them all.
+    """
+    rows = regularisation_B.nonzero().flatten().tolist()
+    if not rows:
+        if everywhere:
+            with adapters_disabled(transformer):
+                predict_velocity(transformer, x_BCHW, sigma_B, conditions, guidance_B)
+        return target_BCHW
+    target = target_BCHW.clone()
+    with adapters_disabled(transformer):
+        target[rows] = predict_velocity(
+            transformer,
+            x_BCHW[rows],
+            sigma_B[rows],
+            [conditions[row] for row in rows],
+            None if guidance_B is None else guidance_B[rows],
+        )
+    return target
+
+
+@torch.no_grad()
+def heldout_loss(
+    transformer: ChromaTransformer,
+    pictures: Sequence[tuple[Tensor, TextCondition]],
+    between: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """The loss at each of `HELDOUT_SIGMAS`, averaged over (latents [C, H, W], condition) pairs.
+
+    Picture i always meets the same noise, at all noise levels: two calls differ only by the weights. `between` is
+    called before every picture and may raise.
+    """
+    device = transformer.x_embedder.weight.device
+    sigmas_B = torch.tensor(HELDOUT_SIGMAS, device=device)
+    total = torch.zeros(len(HELDOUT_SIGMAS), dtype=torch.float64)
+    for i, (x0_CHW, condition) in enumerate(pictures):
+        between()
+        noise = torch.randn(x0_CHW.shape, generator=generator(HELDOUT_SEED, "heldout", i))
+        x0 = x0_CHW.to(device).expand(len(sigmas_B), -1, -1, -1)
+        noise = noise.to(device).expand_as(x0)
+        velocity = predict_velocity(transformer, add_noise(x0, noise, sigmas_B), sigmas_B, [condition] * len(sigmas_B))
+        errors = (velocity - training_target(x0, noise)).square().mean(dim=(1, 2, 3))
+        total += errors.double().cpu()
+    return (total / len(pictures)).tolist()

@@ -1,0 +1,179 @@
+"""The optimizers, each from its library, which is imported when it is chosen: none of them is needed to install.
+
+`docs/optimizers.md` compares them. AdamW is torch's. Adafactor is transformers', not torch's: torch's multiplies every
+step by the size of the parameter and cannot be told not to, so LoRA's `up`, which starts at zero, would learn a
+thousand times too slowly. transformers' runs with `scale_parameter` and `relative_step` off, as its documentation
+advises for a rate given from outside, which then means what AdamW's means.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch.nn import Parameter
+
+from ...errors import ConfigError
+from .lr import LrSchedule
+
+OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "schedule-free", "came"]
+
+_BETAS = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class _Library:
+    """Where an optimizer comes from: pip package, module, class, and what to choose where it cannot be had."""
+
+    package: str
+    module: str
+    name: str
+    instead: str
+
+
+_LIBRARIES = {
+    "adamw8bit": _Library("bitsandbytes", "bitsandbytes.optim", "AdamW8bit", "adamw, or adafactor to save memory"),
+    "adafactor": _Library("transformers", "transformers.optimization", "Adafactor", "adamw"),
+    "prodigy": _Library("prodigyopt", "prodigyopt", "Prodigy", "adamw with a learning rate of 1e-4"),
+    "schedule-free": _Library("schedulefree", "schedulefree", "AdamWScheduleFree", "adamw with lr_schedule 'cosine'"),
+    "came": _Library("came-pytorch", "came_pytorch", "CAME", "adafactor"),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Which optimizer, and its numbers.
+
+    learning_rate > 0; Prodigy's is a factor on the rate that it finds, 0.1 to 10, normally 1.
+    betas: decay of the running means of gradient and squared gradient, each in [0, 1). Adafactor uses neither.
+    weight_decay ≥ 0: decoupled (a step also shrinks each matrix by rate · weight_decay); vectors are left out of it.
+    compute_dtype: what the model computes in; fp16 turns loss scaling on. The parameters themselves are fp32.
+    Raises ConfigError for a name or number that cannot work.
+    """
+
+    name: OptimizerName = "adamw"
+    learning_rate: float = 2e-4
+    betas: tuple[float, float] = _BETAS
+    weight_decay: float = 0.01
+    compute_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(OptimizerName):
+            raise ConfigError(f"The optimizer is '{self.name}'; choose one of: {', '.join(get_args(OptimizerName))}.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(f"The learning rate is {self.learning_rate}; it must be above 0 (2e-4 is usual).")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"The weight decay is {self.weight_decay}; it must be 0 (none) or more (0.01 is usual).")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas is {self.betas}; it takes two numbers from 0 to below 1, usually 0.9 and 0.999.")
+        if self.name == "prodigy" and not 0.1 <= self.learning_rate <= 10:
+            raise ConfigError(
+                f"Prodigy finds the learning rate by itself and multiplies it by learning_rate, which is "
+                f"{self.learning_rate:g}; it must be from 0.1 to 10, and its authors advise 1. Set learning_rate = 1."
+            )
+        if self.name == "adafactor" and tuple(self.betas) != _BETAS:
+            raise ConfigError(
+                f"betas is {self.betas}, but Adafactor keeps no running mean of the gradient and derives the other "
+                "from the step. Leave betas out, or choose adamw."
+            )
+        if self.name == "schedule-free" and self.betas[0] == 0:
+            raise ConfigError("Schedule-free AdamW averages with betas[0], which is 0; choose 0.9, or 0.95 to 0.98.")
+
+
+def check_schedule(optimizer: OptimizerName, schedule: LrSchedule) -> None:
+    """Raise ConfigError where an optimizer's authors advise against a schedule.
+
+    Schedule-free replaces the schedule by averaging; warm-up is advised (schedulefree's README). Prodigy: none or a
+    decay to the end, no restarts (prodigyopt's README); warm-up is safe, because `safeguard_warmup` is on.
+    """
+    if optimizer == "schedule-free" and schedule != "constant":
+        raise ConfigError(
+            f"The schedule-free optimizer takes the place of a schedule, but lr_schedule is '{schedule}'. "
+            "Set lr_schedule = 'constant' (warmup_steps may stay), or choose adamw."
+        )
+    if optimizer == "prodigy" and schedule == "restarts":
+        raise ConfigError(
+            "Prodigy's authors advise against restarts, because its estimate of the rate never falls. Choose "
+            "lr_schedule 'constant' or 'cosine', or another optimizer."
+        )
+
+
+def check_optimizer(settings: OptimizerSettings, device: torch.device | str) -> None:
+    """Try the optimizer on that device with a small matrix, before anything large is loaded.
+
+    Raises ConfigError when its library is missing, broken, or cannot work there.
+    """
+    if settings.name == "adamw":
+        return
+    library = _LIBRARIES[settings.name]
+    _optimizer_class(settings.name)
+    reason = None
+    if settings.name == "adamw8bit":
+        from ...model.backends.bitsandbytes import refusal
+
+        reason = refusal(torch.device(device))
+    if reason is None:
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                matrix = Parameter(torch.ones(64, 64, device=device))  # the smallest that is kept in 8 bits
+                optimizer = build_optimizer([matrix], settings)
+                matrix.grad = torch.full_like(matrix, 0.5)
+                optimizer.step()
+                moved = (matrix < 1).all() and matrix.isfinite().all()
+            reason = None if moved else "a test matrix came out of a step wrong"
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        raise ConfigError(
+            f"The optimizer '{settings.name}' cannot be used on the device '{device}': {library.package} cannot work "
+            f"there ({reason}). Choose {library.instead}."
+        )
+
+
+def build_optimizer(parameters: Sequence[Parameter], settings: OptimizerSettings) -> Any:
+    """The optimizer over fp32 parameters, ready to step. Raises ConfigError when its library is missing."""
+    groups = _groups(parameters, settings.weight_decay)
+    lr, betas = settings.learning_rate, settings.betas
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=settings.weight_decay)
+    make = _optimizer_class(settings.name)
+    # Weight decay stands in the groups; said again as an argument, Prodigy would print a line about it.
+    if settings.name == "adafactor":
+        return make(groups, lr=lr, scale_parameter=False, relative_step=False)
+    if settings.name == "prodigy":  # both options: what prodigyopt's README advises for diffusion models
+        return make(groups, lr=lr, betas=betas, safeguard_warmup=True, use_bias_correction=True)
+    if settings.name == "came":  # the third: the authors' value, for the mean of the instability
+        return make(groups, lr=lr, betas=(*betas, 0.9999))
+    optimizer = make(groups, lr=lr, betas=betas)
+    if settings.name == "schedule-free":
+        optimizer.train()
+    return optimizer
+
+
+def _groups(parameters: Sequence[Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; vectors (DoRA magnitudes, biases, norms) do not, since zero is nothing they should go back to."""
+    decaying = [parameter for parameter in parameters if parameter.ndim >= 2]
+    others = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _optimizer_class(name: str) -> Any:
+    """The library's class; ConfigError, naming the package, when it is missing or broken."""
+    library = _LIBRARIES[name]
+    try:
+        if name == "adamw8bit":
+            # Keeps the import from fetching anything.
+            importlib.import_module("...model.backends.bitsandbytes", __package__)
+        return getattr(importlib.import_module(library.module), library.name)
+    except Exception as error:  # a library built for another torch fails with whatever it likes
+        missing = isinstance(error, ImportError)
+        raise ConfigError(
+            f"The optimizer '{name}' needs the package {library.package}, which "
+            f"{'is not installed here' if missing else 'cannot be imported'} ({type(error).__name__}: {error}). "
+            f"Install it with `pip install {library.package}`, or choose {library.instead}."
+        ) from error

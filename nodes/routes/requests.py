@@ -1,0 +1,166 @@
+"""HTTP for inference requests: one POST becomes a prompt in the host's own queue; its state is asked for by its id."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from aiohttp import web
+
+from ...chroma_core.comfy.to_prompt import to_prompt
+from ...chroma_core.errors import ChromaKitError, JobError, LoraError
+from ...chroma_core.requests.request import InferenceRequest
+from ...chroma_core.requests.run import check_loras, lora_uses, model_spec
+from .. import host, jobs, while_training
+from .answers import refused
+
+NOTE = "chromakit_request"
+"""Under which a queued prompt, and each of its PNG files, carries what was asked for and what was made of it."""
+
+MAX_BYTES = 2 << 20
+KEPT = 1000
+
+_never_ran: OrderedDict[str, dict[str, Any]] = OrderedDict()
+"""Notes of the last requests that were cancelled while they waited: the host forgets such prompts."""
+
+
+def register(routes: Any) -> None:
+    """Add the routes to the host's table."""
+    routes.post("/chromakit/requests")(_post)
+    routes.get("/chromakit/requests/{id}")(_one)
+    routes.post("/chromakit/requests/{id}/cancel")(_cancel)
+
+
+async def _post(request: web.Request) -> web.Response:
+    """Validate, queue, answer with the id. Nothing is queued for a request that is refused."""
+    try:
+        body = await _body(request)
+        asked = InferenceRequest.read(body)
+        while_training.check_accepted()
+        names = await asyncio.to_thread(_checked, asked)
+        pictures = asked.pictures()
+        note = {"request": asked.model_dump(mode="json"), "pictures": [picture.to_dict() for picture in pictures]}
+        extra = {NOTE: note, "extra_pnginfo": {NOTE: note}}
+        prompt_id = await host.queue_prompt(to_prompt(asked, pictures, names), extra)
+    except _TooLarge as error:
+        return refused(413, error)
+    except JobError as error:
+        return refused(409, error)
+    except ChromaKitError as error:
+        return refused(400, error)
+    return web.json_response(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
+
+
+async def _one(request: web.Request) -> web.Response:
+    prompt_id = request.match_info["id"]
+    found = await asyncio.to_thread(host.prompt_state, prompt_id)
+    note = _never_ran.get(prompt_id) if found is None else found.extra.get(NOTE)
+    if note is None:
+        return _unknown(prompt_id)
+    return web.json_response(_answer(prompt_id, found, note))
+
+
+async def _cancel(request: web.Request) -> web.Response:
+    prompt_id = request.match_info["id"]
+    found = await asyncio.to_thread(host.prompt_state, prompt_id)
+    note = _never_ran.get(prompt_id) if found is None else found.extra.get(NOTE)
+    if note is None:
+        return _unknown(prompt_id)
+    if found is not None and found.state in ("done", "failed"):
+        return refused(409, f"The request '{prompt_id}' cannot be cancelled: it is {found.state} already.")
+    if found is not None and await asyncio.to_thread(host.cancel_prompt, prompt_id) and found.state == "queued":
+        _never_ran[prompt_id] = note
+        while len(_never_ran) > KEPT:
+            _never_ran.popitem(last=False)
+    return web.json_response(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
+
+
+class _TooLarge(ChromaKitError):
+    """A body that is no request."""
+
+
+async def _body(request: web.Request) -> bytes:
+    body = bytearray()
+    async for part in request.content.iter_any():
+        body += part
+        if len(body) > MAX_BYTES:
+            raise _TooLarge(f"The request cannot be used: it has more than {MAX_BYTES} bytes. Send it in parts.")
+    return bytes(body)
+
+
+def _checked(asked: InferenceRequest) -> list[str]:
+    """The request's LoRAs under their names in the host's folders; raises for any file that is not there or no fit."""
+    spec = model_spec(asked, _part)
+    found: list[str] = []
+
+    def path_of(path: str) -> Path:
+        found.append(_lora_name(path))
+        return host.lora_path(found[-1])
+
+    check_loras(spec, lora_uses(asked, path_of))
+    return found
+
+
+def _part(part: str, name: str) -> str:
+    return host.model_folder(name) if part == "folder" else host.model_file(part, name)  # type: ignore[arg-type]
+
+
+def _lora_name(path: str) -> str:
+    """A name in the host's LoRA folders: as it stands, without its extension, or the id of a training job.
+
+    Raises LoraError. Only what the host lists counts, so no path leads outside its folders.
+    """
+    known = {name.replace("\\", "/"): name for name in host.lora_names()}
+    for candidate in (path, f"{path}.safetensors"):
+        if candidate in known:
+            return known[candidate]
+    try:
+        trained = jobs.manager().get(path).status().get("lora_name")
+    except JobError:
+        trained = None
+    if trained and trained in known:
+        return known[trained]
+    listed = f"It knows {', '.join(list(known)[:8])}" if known else "There is none yet"
+    raise LoraError(
+        f"there is no LoRA '{path}' in the host's LoRA folders. {listed}{' and more' if len(known) > 8 else ''}. Give "
+        "one of their names, or the id of a training job that is completed"
+    )
+
+
+def _answer(prompt_id: str, found: host.PromptState | None, note: dict[str, Any]) -> dict[str, Any]:
+    """What every route answers: the state, and for each prompt the effective values and its pictures."""
+    outputs = (found.outputs if found else None) or {}
+    progress = (found.progress if found else None) or {}
+    prompts = []
+    for i, picture in enumerate(note["pictures"]):
+        images = outputs.get(f"save_{i}", {}).get("images", [])
+        done, total = progress.get(f"sample_{i}", (0, 0))
+        steps_done = picture["sample_steps"] if images else int(done) if total == picture["sample_steps"] else 0
+        prompts.append({**picture, "steps_done": steps_done, "images": [_view(image) for image in images]})
+    return {
+        "id": prompt_id,
+        "state": found.state if found else "cancelled",
+        "position": found.position if found else None,
+        "error": found.error if found else None,
+        "prompts": prompts,
+        "recipe": note["request"]["recipe"],
+        "model": note["request"]["model"],
+        "loras": note["request"]["loras"],
+        "status_url": f"/chromakit/requests/{prompt_id}",
+        "cancel_url": f"/chromakit/requests/{prompt_id}/cancel",
+    }
+
+
+def _view(image: dict[str, Any]) -> str:
+    return f"/view?{urlencode({key: image[key] for key in ('filename', 'subfolder', 'type')})}"
+
+
+def _unknown(prompt_id: str) -> web.Response:
+    return refused(
+        404,
+        f"There is no request '{prompt_id}'. It was never queued here, the host was restarted, or its history was "
+        "cleared. Send it again.",
+    )

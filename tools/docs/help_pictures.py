@@ -1,0 +1,192 @@
+"""Makes the pictures of the help pages (web/docs/images/<node>.webp) from the real page of a real host.
+
+python -m tools.docs.help_pictures                          every node; it really trains tiny, a few minutes
+python -m tools.docs.help_pictures --only ChromaTrainLora   some of them
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from _environment import ROOT, ensure_environment, say
+from _host import Host, pack_node_ids, start_host
+
+from ..page import open_page
+from .help_graphs import GRAPHS, LORA, SHOTS, Shot
+
+IMAGES = ROOT / "web" / "docs" / "images"
+LIMIT = 45_000  # bytes a picture
+VIEW = 1500, 2600  # CSS pixels; the tallest node fits
+SCALE = 2.0  # device pixels for each
+MARGIN = 10  # CSS pixels around the node
+CORNER = 60  # where the node is put, from the canvas' left and top
+HALF = 0.55  # of a job or a run, where a picture of one at work is taken
+
+LOAD = """graph => {
+  app.loadApiJson(graph, 'help');
+  app.extensionManager.focusMode = true;  // no menus over the nodes
+}"""
+PLACE = """async ([type, corner, width, room]) => {
+  const node = app.graph._nodes.find(node => node.type === type);
+  if (node.pos[0] < 50000) node.pos = [100000 * (1 + node.id), 0];  // the others would look in at the edges
+  app.canvas.deselectAll?.();
+  app.canvas.ds.scale = 1;
+  app.canvas.ds.offset = [corner - node.pos[0], corner + LiteGraph.NODE_TITLE_HEIGHT - node.pos[1]];
+  const vue = app.extensionManager.setting.get('Comfy.VueNodes.Enabled');
+  node.setSize([width, vue ? 1 : node.computeSize()[1] + room]);
+  app.canvas.setDirty(true, true);
+  if (!vue || !room) return;
+  await new Promise(done => setTimeout(done, 500));  // the least height is the page's to say
+  const element = document.querySelector(`[data-node-id="${node.id}"]`);
+  node.setSize([width, element.offsetHeight - LiteGraph.NODE_TITLE_HEIGHT + room]);
+}"""
+BOX = """type => {
+  const node = app.graph._nodes.find(node => node.type === type), area = app.canvas.canvas.getBoundingClientRect();
+  const element = document.querySelector(`[data-node-id="${node.id}"]`);
+  if (element) { const box = element.getBoundingClientRect(); return [box.x, box.y, box.width, box.height]; }
+  const [x, y, width, height] = node.boundingRect ?? node.getBounding(), { offset, scale } = app.canvas.ds;
+  return [area.x + (x + offset[0]) * scale, area.y + (y + offset[1]) * scale, width * scale, height * scale];
+}"""
+PREVIEWED = """([type, half]) => {
+  const node = app.graph._nodes.find(node => node.type === type);
+  return Boolean(app.nodePreviewImages[String(node.id)]?.length) && (node.progress ?? 0) > half;
+}"""
+
+
+def wait_until(true: Callable[[], Any], what: str, timeout: float = 1800) -> None:
+    """Raises SystemExit, naming what did not come, after `timeout` seconds."""
+    start = time.monotonic()
+    while not true():
+        if time.monotonic() - start > timeout:
+            raise SystemExit(f"error: {what}: it has not come within {timeout:.0f} s.")
+        time.sleep(0.1)
+
+
+class Camera:
+    """Takes pictures of nodes on a page of the host."""
+
+    def __init__(self, host: Host, page: Any, folder: Path):
+        self.host, self.page, self.folder = host, page, folder
+
+    def load(self, graph: str) -> None:
+        self.page.evaluate(LOAD, GRAPHS[graph])
+        self.page.wait_for_timeout(800)
+
+    def queue(self) -> str:
+        """Run the open graph from the page, so that the page shows what its nodes give; the prompt's id."""
+        before = self._prompts()
+        self.page.evaluate("async () => { await app.queuePrompt(0, 1) }")
+        wait_until(lambda: self._prompts() - before, "the prompt that the page queued", 60)
+        return (self._prompts() - before).pop()
+
+    def _prompts(self) -> set[str]:
+        queue = self.host.get("/queue")
+        waiting = {entry[1] for entry in (*queue["queue_running"], *queue["queue_pending"])}
+        return waiting | set(self.host.get("/history"))
+
+    def place(self, shot: Shot) -> None:
+        self.page.evaluate(PLACE, [shot.node, CORNER, shot.width, shot.room])
+        self.page.wait_for_timeout(1000)  # pictures and panels of the node are drawn
+
+    def shoot(self, shot: Shot) -> None:
+        """Save the node, framed, as WebP below the limit."""
+        from PIL import Image
+
+        x, y, width, height = self.page.evaluate(BOX, shot.node)
+        clip = {"x": x - MARGIN, "y": y - MARGIN, "width": width + 2 * MARGIN, "height": height + 2 * MARGIN}
+        taken = Image.open(BytesIO(self.page.screenshot(clip=clip))).convert("RGB")
+        path = self.folder / f"{shot.node}.webp"
+        path.write_bytes(small_enough(taken))
+        with Image.open(path) as image:
+            say(f"wrote {path.name}: {image.width} × {image.height}, {path.stat().st_size / 1000:.0f} kB")
+
+
+def small_enough(picture: Any) -> bytes:
+    """The picture as WebP, as good as the limit allows; only then smaller in pixels."""
+    from PIL import Image
+
+    for scale in (1.0, 0.85, 0.7, 0.55):
+        size = round(picture.width * scale), round(picture.height * scale)
+        smaller = picture if scale == 1 else picture.resize(size, Image.Resampling.LANCZOS)
+        for quality in (90, 80, 70, 60, 50):
+            smaller.save(body := BytesIO(), "WEBP", quality=quality, method=6)
+            if body.tell() <= LIMIT:
+                return body.getvalue()
+    raise SystemExit(f"error: a picture of {picture.size} does not go into {LIMIT} bytes.")
+
+
+def half_trained(host: Host) -> bool:
+    jobs = host.get("/chromakit/jobs")
+    return bool(jobs) and (jobs[0]["step"] >= jobs[0]["steps"] * HALF or jobs[0]["state"] == "completed")
+
+
+def train_first(camera: Camera) -> None:
+    """The LoRA that the graph `lora` names, unless a picture of its training has made it already."""
+    if (camera.host.base / "output" / "loras" / LORA).exists():
+        return
+    say(f"training {LORA}")
+    camera.load("train")
+    camera.host.wait(camera.queue(), timeout=3600)
+
+
+def take(camera: Camera, shots: Sequence[Shot]) -> None:
+    """All shots of one graph."""
+    if any(shot.needs_lora for shot in shots):
+        train_first(camera)
+    camera.load(shots[0].graph)
+    of = {moment: [shot for shot in shots if shot.moment == moment] for moment in ("placed", "running", "done")}
+    for shot in of["placed"]:
+        camera.place(shot)
+        camera.shoot(shot)
+    if not of["running"] and not of["done"]:
+        return
+    for shot in of["running"]:
+        camera.place(shot)
+    prompt = camera.queue()
+    for shot in of["running"]:
+        if shot.node == "ChromaSampler":
+            camera.page.wait_for_function(PREVIEWED, arg=[shot.node, HALF], timeout=120_000, polling=30)
+        else:
+            wait_until(lambda: half_trained(camera.host), f"{shot.node}: a job half way")
+            camera.place(shot)
+        camera.shoot(shot)
+    camera.host.wait(prompt, timeout=3600)
+    if any(shot.node == "ChromaTrainingStatus" for shot in shots):  # it has shown the job's first moment
+        camera.host.wait(camera.queue())
+    camera.page.wait_for_timeout(1500)
+    for shot in of["done"]:
+        camera.place(shot)
+        camera.shoot(shot)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NODE", help="ids of the nodes to take pictures of")
+    parser.add_argument("--classic", action="store_true", help="in the older node renderer, which shows every input")
+    parser.add_argument("--output", type=Path, default=IMAGES, help="folder to write to")
+    arguments = parser.parse_args()
+    ensure_environment()
+    if missing := set(arguments.only or pack_node_ids()) - {shot.node for shot in SHOTS}:
+        raise SystemExit(f"error: there is no picture planned of {', '.join(sorted(missing))}. Add a Shot to SHOTS.")
+    groups: dict[str, list[Shot]] = {}
+    for shot in SHOTS:
+        if not arguments.only or shot.node in arguments.only:
+            groups.setdefault(shot.graph, []).append(shot)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as base, start_host(Path(base)) as host:
+        with open_page(host, *VIEW, SCALE, **{"Comfy.VueNodes.Enabled": not arguments.classic}) as page:
+            camera = Camera(host, page, arguments.output.resolve())
+            for shots in groups.values():
+                take(camera, shots)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Writes the tables of docs/memory.md: parts of the model, measured against predicted memory, what to choose.
+
+    python -m tools.docs.memory_table            # a minute on a CPU
+    python -m tools.docs.memory_table --check    # only what needs no measuring; exit status 1 if the file is old
+
+Text outside the marks `<!-- begin NAME -->` and `<!-- end NAME -->` is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from chroma_core.memory import estimate, recommend
+from chroma_core.memory.activations import DEQUANTISE, QUANTISE
+from chroma_core.memory.anatomy import Part, anatomy, transformer_on_meta
+from chroma_core.memory.machine import GIB, Machine
+from chroma_core.memory.plan import CHOICES
+from chroma_core.model.precision import precision
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "memory.md"
+CARDS = ((24, 64), (24, 32), (16, 32), (16, 16), (12, 32), (12, 16), (8, 32), (8, 16))
+SEED_GIB = {"bf16": 28, "int8": 16, "int4": 11, "nf4": 8}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    tables = dict(calculated()) | ({} if options.check else dict(measured()))
+    new = text
+    for name, table in tables.items():
+        new = replaced(new, name, table)
+    if options.check:
+        return int(new != text)
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+def replaced(page: str, name: str, table: str) -> str:
+    """The page with the table of that name exchanged."""
+    pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    page, count = pattern.subn(lambda found: f"{found[1]}{table}\n{found[2]}", page)
+    if count != 1:
+        raise SystemExit(f"docs/memory.md has {count} places for the table '{name}'; expected one.")
+    return page
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def calculated() -> Iterator[tuple[str, str]]:
+    """The tables that follow from the module trees and the formulas."""
+    yield "parts", parts_table()
+    yield "choices", choices_table()
+    yield "seeds", seeds_table()
+
+
+def parts_table() -> str:
+    whole = anatomy("base")
+    body = whole.transformer
+    counts = {"double blocks": len(body.doubles), "single blocks": len(body.singles)}
+    named: list[tuple[str, Part]] = [
+        (f"{counts[name]} {name}" if name in counts else name, part) for name, part in body.parts.items()
+    ]
+    named += [
+        ("**transformer**", body.whole),
+        ("one double block", body.doubles[0]),
+        ("one single block", body.singles[0]),
+        ("T5-XXL", whole.text_encoder.whole),
+    ]
+    rows = [
+        [name, f"{part.parameters:,}", f"{part.quantisable:,}"]
+        + [f"{part.bytes(precision(p)) / GIB:.2f}" for p in CHOICES]
+        for name, part in named
+    ]
+    rows.append(["VAE (fp32)", f"{whole.vae.whole.parameters:,}", "0"] + ["0.31"] * len(CHOICES))
+    vectors = transformer_on_meta("base").modulation_vectors
+    return (
+        table(["part", "parameters", "of these quantised", *(f"{p}, GiB" for p in CHOICES)], rows)
+        + f"\n\nThe approximator makes {vectors} modulation vectors of {body.width} channels."
+    )
+
+
+def choices_table() -> str:
+    rows = []
+    for size in (512, 1024):
+        for device, host in CARDS:
+            on = Machine("card", device * GIB, host * GIB)
+            cells = []
+            for purpose in ("sampling", "training"):
+                found = recommend("base", size, on, purpose)
+                mode = found.offload + (f" {found.resident_blocks}" if found.offload == "block" else "")
+                more = "" if found.gradient_checkpointing else ", no checkpointing"
+                cells += [
+                    f"{found.precision}, T5 {found.text_precision}, {mode}{more}" if found.fits else "does not fit",
+                    f"{found.device_peak_bytes / GIB:.1f} + {found.host_peak_bytes / GIB:.1f}",
+                ]
+            rows.append([size, f"{device} GB, {host} GB", *cells])
+    return table(["pixels", "card, RAM", "sampling", "needs", "training", "needs"], rows)
+
+
+def seeds_table() -> str:
+    rows = []
+    for name, seed in SEED_GIB.items():
+        cells = []
+        for size in (512, 1024):
+            on = Machine("card", 80 * GIB, 128 * GIB)
+            found = estimate("base", name, size=size, on=on, text_precision="nf4")
+            step = found.weights_bytes + 2 * found.lora_bytes + found.optimizer_bytes + found.activation_bytes
+            cells += [f"{step / GIB:.1f}", f"{found.training_peak_bytes / GIB:.1f}"]
+        rows.append([name, f"~{seed}", *cells])
+    header = ["precision", "SimpleTuner, GB", "ours at 512: step", "with previews", "at 1024: step", "with previews"]
+    return table(header, rows)
+
+
+def measured() -> Iterator[tuple[str, str]]:
+    """The tables that need models to run."""
+    import torch
+
+    from chroma_core.model.quantised import dequantise_weight, quantise_weight
+
+    from .live_bytes import LiveBytes
+    from .memory_cases import Case, measure_t5, measure_vae
+
+    torch.manual_seed(0)
+    weight = torch.randn(1024, 2048).bfloat16()
+    rows = []
+    for name in QUANTISE:
+        with LiveBytes() as there:
+            parts = quantise_weight(weight, name)
+        with LiveBytes() as back:
+            again = dequantise_weight(parts, name, torch.bfloat16, weight.shape)
+        error = ((again.float() - weight.float()).norm() / weight.float().norm()).item()
+        stored = sum(t.nbytes for t in parts.values()) / weight.numel()
+        seen = back.peak / weight.numel()
+        rows.append(
+            [name, f"{stored:.3f}", f"{100 * error:.1f} %"]
+            + [f"{there.peak / weight.numel():.1f}", QUANTISE[name], f"{seen:.1f}", DEQUANTISE[name]]
+        )
+    header = ["precision", "bytes a weight", "error", "to quantise", "planned", "to dequantise", "planned"]
+    yield "moments", table(header, rows)
+
+    rows = []
+
+    def add(what: str, found: tuple[int, int]) -> None:
+        rows.append([what, *(f"{v / 2**20:.2f}" for v in found), f"{100 * (found[1] / found[0] - 1):+.1f} %"])
+
+    for name in ("fp32", "bf16", "int8", "int4", "nf4"):
+        for heads, side in ((4, 16), (8, 24)):
+            where = f"{name}, width {128 * heads}, {side * side} + 32 tokens"
+            base = {"precision": name, "heads": heads, "side": side}
+            add(f"sampling, {where}: peak", Case(**base).measure()["peak"])
+            for checkpointing in (False, True):
+                found = Case(**base, target="all", checkpointing=checkpointing).measure()
+                way = "training, checkpointing" if checkpointing else "training"
+                add(f"{way}, {where}: kept", found["kept"])
+                add(f"{way}, {where}: peak", found["peak"])
+    for name, found in measure_vae(128).items():
+        add(f"VAE {name}, 128×128 pixels", found)
+    for name in ("bf16", "int8"):
+        add(f"T5 {name}, width 1024, 64 heads, 512 tokens", measure_t5(name, 512, 1024))
+    yield "measured", table(["what", "measured, MiB", "predicted, MiB", "difference"], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Measures every precision and writes docs/precision.md: a guide in front, generated tables behind.
+
+    python -m tools.docs.precision_table            # about three minutes on one thread
+    python -m tools.docs.precision_table --check    # fails if the page's rows are not today's precisions
+
+The numbers come from `precision_matrix.py`, on the CPU, from fixed seeds; the text stands in this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import T5Config, T5EncoderModel
+
+from chroma_core.errors import PrecisionError
+from chroma_core.model.precision import PRECISIONS, Precision, quantisable_linears
+from chroma_core.model.quantised import outline
+from chroma_core.model.transformer import ChromaTransformer
+
+from .library_layers import library_layer_table
+from .precision_matrix import Case, measure, measure_text, random_case, reference, tiny_case
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "precision.md"
+LIBRARIES = ("torch", "optimum-quanto", "bitsandbytes", "torchao", "transformers", "diffusers")
+
+GUIDE = """\
+# Precision: how the weights are held
+
+<!-- Written by tools/docs/precision_table.py: change the text there, and run it again. -->
+
+## Which to choose
+| the device has | transformer | T5 |
+|---|---|---|
+| 40 GB or more | `bf16` | `bf16` |
+| 24 GB | `bf16` with offload `model` | `bf16` |
+| 16 or 12 GB | `int8` with offload `model` | `bf16`, or `int8` where the computer's memory is short |
+| 8 GB | `int4` with offload `model`, or `int8` with offload `block` | `int8` |
+| no bf16 (some older cards) | `fp16` | `fp16`, if the pictures stay clean: T5 can overflow in it |
+
+- `int8` is the first choice when memory is short: half the size, and an error near that of bf16 itself. `fp8` is as
+  large and less exact; it is there because many published files are made so.
+- `nf4` and `int4` are a quarter of the size, and their error is several times that of `int8`. `int4` spends a little
+  more memory on its scales.
+- `fp32` is for tests and for `tiny` on a CPU.
+- The names with a hyphen let a library choose the numbers, for people who want those of another trainer or tool. They
+  are about as small and as exact as our own, which need no package and work on every device.
+- The rows for cards are what [memory.md](memory.md) predicts; it also says what training needs.
+- All quantised precisions compute in bf16. `python -m chroma_core plan --flavour base --precision nf4` says what a
+  choice needs on this machine.
+
+## What is quantised, and what is not
+Only the linears inside the blocks: {share} of the transformer's weights, and T5's blocks likewise. The approximator
+(`distilled_guidance_layer`), `x_embedder`, `context_embedder`, `norm_out` and the **final** `proj_out` keep 16 bits:
+{kept} parameters ({plain} with the blocks' norms and biases, which are not quantised either). They are few, and every
+token of every picture passes through them or is steered by them, so rounding them costs much and saves little. They are
+recognised by their full names, because `proj_out` is also the name of a linear in every single block, which is
+quantised. In T5 the embeddings and norms keep 16 bits.
+
+A layer never keeps a 16-bit copy of its weight: the codes are turned back for each product and again for its gradient.
+
+## LoRAs on a quantised model
+- *live*: the LoRA stands beside the quantised weight and is not rounded at all. Its strength changes at once. This is
+  also how training works.
+- *merged*: the LoRA is added to the 16-bit weight before that is quantised, so it costs nothing afterwards, is rounded
+  with the weight, and changing its strength loads the model again. Merging into a weight that is already quantised is
+  an error, never something that is dropped.
+
+## Memory of the real model
+Computed from the module tree without weights: codes and scales of the block linears, 16 bits for the rest (fp32: 32).
+GiB of weights alone; a forward or training pass comes on top.
+
+{memory}
+
+## What was measured
+{ran}
+
+How to read the tables. *Relative* means ‖a − b‖ / ‖b‖ over all values, b being the same weights in fp32.
+- *weights*: mean relative error of the block linears' weights.
+- *output*: relative error of the velocity that the transformer predicts (of T5: of its states).
+- *size*: bytes of the block linears, over those of bf16.
+- *LoRA live*, *LoRA merged*: relative error of the change that a LoRA makes to the output. 1 would mean that
+  the LoRA was dropped. Merged is larger because quantising anew also moves the weights that the LoRA hardly changed.
+- *LoRA gradient*: relative error of the gradient of all of a LoRA's parameters. It flows through every block.
+- *saved*: written to a safetensors file **after** it had computed, read again: every bit of the output is the same.
+- *moved*: copied and cast to its own dtype, every bit is the same.
+- *kept*: MiB that a forward pass with a LoRA in training keeps for its backward pass, without gradient checkpointing,
+  besides the model's own weights. The block linears' weights would be {dequantised} MiB in bf16 (random model); none of
+  that is there.
+
+A cell never hides a failure: a back end that cannot do something here has the reason in its row. Random weights have
+none of the structure of trained ones, so the errors rank the formats; they do not say how a picture looks.
+"""
+
+LIBRARY_GUIDE = """\
+## Why the libraries' own layers are not used
+A library chooses the numbers; the layer is ours (`chroma_core/model/quantised.py`). Measured on their own layers, one
+linear of 1024 → 1024 and 64 tokens in bf16, on the machine above:
+
+{layers}
+
+- *copies*: copies of the 16-bit weight that a forward pass keeps for its backward pass. For the real model one copy
+  is 16 GiB.
+- *unchanged*: whether saving the layer after it has computed gives the codes and scales that it had before.
+
+Not measured, but read in their code: optimum-quanto's 4-bit layer compiles C++ (CPU) or CUDA code when it is first
+unpacked, reloaded or differentiated, its fp8 layer compiles CUDA code on NVIDIA cards, and its 4-bit weights are
+dequantised, in every backward pass, by multiplying with an identity matrix; bitsandbytes fetches compiled code from the
+Hub if the package `kernels` is installed. On a CPU bitsandbytes 0.50 also dequantises a weight wrongly when its rows
+are not a multiple of 64 long; that is avoided here, and the real model has no such rows.
+
+Errors that name the reason, instead of a fallback: a library that is missing or cannot be imported; `nf4-bnb` on
+Apple's GPU (its code is fetched while it runs); and whatever fails in a trial with a small matrix on the very device,
+before anything is loaded. Own `int8`, `fp8`, `int4` and `nf4` are plain torch. CUDA, ROCm and MPS were not at hand for
+these tables.
+"""
+
+
+def build() -> str:
+    """The whole page."""
+    with torch.device("meta"):
+        real = ChromaTransformer()  # type: ignore[call-arg]
+        t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=32128,
+                d_model=4096,
+                d_kv=64,
+                d_ff=10240,
+                num_layers=24,
+                num_heads=64,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+    total = sum(p.numel() for p in real.parameters())
+    inside = sum(linear.weight.numel() for _, linear in quantisable_linears(real))
+    excluded = sum(p.numel() for n, p in real.named_parameters() if not n.startswith(("transformer_b", "single_t")))
+    tiny, random = tiny_case(), random_case()
+    shown = random.build()
+    weights = 2 * sum(linear.weight.numel() for _, linear in quantisable_linears(shown))
+    guide = GUIDE.format(
+        share=f"{100 * inside / total:.1f} %",
+        kept=f"{excluded / 1e6:.0f} M",
+        plain=f"{(total - inside) / 1e6:.0f} M",
+        memory=memory_table(real, t5),
+        ran=what_ran(shown),
+        dequantised=f"{weights / 2**20:.0f}",
+    )
+    parts = [
+        guide,
+        f"## A random Chroma of {sum(p.numel() for p in shown.parameters()) / 1e6:.0f} M parameters\n",
+        matrix(random),
+        "\n## `tiny`\nThe trained transformer that ships with the pack.\n",
+        matrix(tiny),
+        "\n## T5\nThe text encoder of `tiny`, 24 tokens.\n",
+        text_matrix(),
+        "",
+        LIBRARY_GUIDE.format(layers=library_layer_table()),
+    ]
+    return "\n".join(parts)
+
+
+def memory_table(real: nn.Module, t5: nn.Module) -> str:
+    """GiB of weights by precision, of the transformer and of T5-XXL."""
+    lines = ["| precision | bits a block weight | transformer | T5-XXL |", "|---|---|---|---|"]
+    for name, chosen in PRECISIONS.items():
+        sizes = [model_bytes(model, chosen) / 2**30 for model in (real, t5)]
+        bits = 8 * linear_bytes(3072, 3072, chosen) / 3072**2
+        lines.append(f"| `{name}` | {bits:.2f} | {sizes[0]:.2f} | {sizes[1]:.2f} |")
+    return "\n".join(lines)
+
+
+def linear_bytes(rows: int, columns: int, chosen: Precision) -> int:
+    """Bytes of the weight of one block linear, exactly."""
+    if chosen.scheme is None:
+        return rows * columns * chosen.dtype.itemsize
+    return sum(t.numel() * t.element_size() for t in outline(rows, columns, chosen.scheme).values())
+
+
+def model_bytes(model: nn.Module, chosen: Precision) -> int:
+    """Bytes of all weights of a model on the meta device, each counted once."""
+    linears = [linear for _, linear in quantisable_linears(model)]
+    rest = sum(p.numel() for p in model.parameters()) - sum(linear.weight.numel() for linear in linears)
+    inside = sum(linear_bytes(linear.out_features, linear.in_features, chosen) for linear in linears)
+    return inside + rest * chosen.dtype.itemsize
+
+
+def what_ran(random: ChromaTransformer) -> str:
+    """The machine's kind, the libraries, and the two models."""
+    packages = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in LIBRARIES)
+    config = random.config
+    width = config.num_attention_heads * config.attention_head_dim
+    return (
+        f"On a CPU ({platform.machine()}, torch's {torch.backends.cpu.get_cpu_capability()} kernels), one thread, with "
+        f"{packages}. The random Chroma has width {width}, {config.num_layers} double and {config.num_single_layers} "
+        "single blocks, weights drawn from a normal distribution of spread 0.02, and gets 96 image and 32 text tokens; "
+        "`tiny` gets 16 and 12. The LoRA is random, of rank 4 on every block linear, and as strong as the weights."
+    )
+
+
+def matrix(case: Case) -> str:
+    """The rows of all precisions on one transformer."""
+    expected = reference(case)
+    lines = [
+        "| precision | weights | output | size | LoRA live | LoRA merged | LoRA gradient | saved | moved | kept |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in PRECISIONS:
+        print(name, flush=True)
+        try:
+            row = measure(case, expected, name)
+        except PrecisionError as error:
+            lines.append(f"| `{name}` | not on this machine: {error} |" + " |" * 8)
+            continue
+        errors = (row.weight_error, row.error, row.size, row.live, row.merged, row.gradient)
+        cells = [number(value) for value in errors]
+        same = ["identical" if value else "**differs**" for value in (row.saved_identical, row.moved_identical)]
+        lines.append(f"| `{name}` | {' | '.join(cells + same)} | {row.kept_bytes / 2**20:.1f} |")
+    return "\n".join(lines)
+
+
+def text_matrix() -> str:
+    """Error and size of all precisions on T5."""
+    lines = ["| precision | output | size |", "|---|---|---|"]
+    for name in PRECISIONS:
+        try:
+            error, size = measure_text(name)
+        except PrecisionError as failure:
+            lines.append(f"| `{name}` | not on this machine: {failure} | |")
+            continue
+        lines.append(f"| `{name}` | {number(error)} | {number(size)} |")
+    return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """Two significant digits; 0 for nothing, sizes as they are."""
+    return (
+        "0" if value == 0 else f"{value:.3f}" if value >= 0.1 else f"{value:.2g}" if value >= 1e-3 else f"{value:.0e}"
+    )
+
+
+def documented_rows(page: str, heading: str) -> list[str]:
+    """The precisions that the table below a heading lists, in its order."""
+    section = page.partition(f"## {heading}")[2].partition("\n## ")[0]
+    return [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only compare the page's rows with today's precisions")
+    if parser.parse_args().check:
+        page = PAGE.read_text(encoding="utf-8")
+        headings = ("Memory of the real model", "A random Chroma", "`tiny`", "T5")
+        stale = [heading for heading in headings if documented_rows(page, heading) != list(PRECISIONS)]
+        sys.exit(f"{PAGE.name} does not list today's precisions under: {', '.join(stale)}" if stale else 0)
+    torch.set_num_threads(1)
+    PAGE.write_text(build(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Kill training at random moments and compare what becomes of it."""

@@ -1,0 +1,1 @@
+"""What the noise levels of training decide, measured."""

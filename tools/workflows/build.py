@@ -1,0 +1,235 @@
+"""Writes example_workflows/: each workflow once for the window (LiteGraph JSON) and once for the API, and the index.
+
+Both forms come from the one table in `table.py` and from what the running host says about its nodes, so they
+cannot drift apart; a host test checks that the files are current. The index is a README: the host takes every `*.json`
+of the folder for a template, and reads an index of its own templates only. Usage:
+
+    python -m tools.workflows.build            write the files
+    python -m tools.workflows.build --check    say which would change; exit status 1 if any
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from _environment import ensure_environment
+from _host import start_host
+from _workflows import FOLDER
+
+from .parts import Link, Node, Workflow
+from .table import workflows
+
+SEED_NAMES = ("seed", "noise_seed")  # the page gives these a second widget unless the node says otherwise
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
+# The page opens a graph at three quarters of the window and writes no text below 57 % of full size: a workflow more
+# than 2000 pixels wide or 1240 high opens as empty boxes in a window of 1600 × 1000.
+COLUMN_GAP, ROW_GAP, NODE_WIDTH, NOTE_WIDTH = 40, 50, 280, 400
+NOTE_LINE, NOTE_LETTERS = 17, 62  # pixels of a line of text in a note, and letters in it
+INDEX = """# Example workflows
+
+ComfyUI shows these under *Templates → chromakit*, by their file names. The numbered ones come first for a newcomer.
+Each is here as the window loads it and, in `api/`, as `POST /prompt` takes it. All but the `chroma_4_real_…` ones run
+at once on `tiny`, which ships with the pack; their notes say what to change for the real Chroma.
+
+| | |
+|---|---|
+"""
+
+
+def ordered_inputs(info: dict[str, Any]) -> dict[str, list]:
+    """A node's inputs by name in the order in which the page lays them out: required, then optional."""
+    return {
+        name: info["input"][kind][name]
+        for kind in ("required", "optional")
+        for name in info["input_order"].get(kind, [])
+    }
+
+
+def is_widget(spec: list) -> bool:
+    kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+    return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
+
+
+def default_of(spec: list) -> Any:
+    """The value that a fresh widget shows."""
+    kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+    if "default" in options:
+        return options["default"]
+    choices = kind if isinstance(kind, list) else options.get("options")
+    if choices:
+        return choices[0]
+    return {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(kind, "")
+
+
+def api_form(workflow: Workflow, object_info: dict[str, Any]) -> dict[str, Any]:
+    """The prompt as `POST /prompt` takes it: every widget with its value, every link as [node id, slot]."""
+    prompt = {}
+    for number, (key, node) in enumerate(workflow.nodes.items(), start=1):
+        info = object_info[node.type]
+        specs = ordered_inputs(info)
+        if unknown := set(node.inputs) - set(specs):
+            raise KeyError(f"{workflow.name}: {node.type} has no input {sorted(unknown)}; it has {sorted(specs)}")
+        inputs: dict[str, Any] = {}
+        for name, spec in specs.items():
+            value = node.inputs.get(name)
+            if isinstance(value, Link):
+                inputs[name] = [str(workflow.number(value.node)), value.slot]
+            elif value is not None:
+                inputs[name] = value
+            elif is_widget(spec):
+                inputs[name] = default_of(spec)
+            elif name in info["input"].get("required", {}):
+                raise KeyError(f"{workflow.name}: {node.type} ({key}) needs a link into {name}")
+        title = node.title or info["display_name"]
+        prompt[str(number)] = {"class_type": node.type, "inputs": inputs, "_meta": {"title": title}}
+    return prompt
+
+
+def window_form(workflow: Workflow, object_info: dict[str, Any]) -> dict[str, Any]:
+    """The graph as the page loads it, with the nodes laid out in columns."""
+    prompt = api_form(workflow, object_info)
+    links: list[list] = []
+    nodes = [_window_node(workflow, key, node, object_info, prompt, links) for key, node in workflow.nodes.items()]
+    _lay_out(workflow, nodes)
+    nodes.append(_note(workflow, len(nodes) + 1))
+    outgoing: dict[tuple[int, int], list[int]] = {}
+    for link_id, source, slot, *_ in links:
+        outgoing.setdefault((source, slot), []).append(link_id)
+    for node in nodes:
+        for slot, output in enumerate(node["outputs"]):
+            output["links"] = outgoing.get((node["id"], slot))
+    return {
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, prompt: dict, links: list[list]) -> dict:
+    info, number = object_info[node.type], workflow.number(key)
+    inputs, widget_values = [], []
+    for name, spec in ordered_inputs(info).items():
+        options = spec[1] if len(spec) > 1 else {}
+        kind = "COMBO" if isinstance(spec[0], list) else spec[0]
+        entry: dict[str, Any] = {"name": name, "type": kind, "link": None}
+        value = node.inputs.get(name)
+        if is_widget(spec):
+            entry["widget"] = {"name": name}
+            # A linked widget keeps a place in the list of values; the link decides what the prompt gets.
+            widget_values.append(default_of(spec) if isinstance(value, Link) else prompt[str(number)]["inputs"][name])
+            if options.get("control_after_generate", name in SEED_NAMES):
+                widget_values.append("fixed")
+        if isinstance(value, Link):
+            entry["link"] = len(links) + 1
+            source = workflow.nodes[value.node]
+            kind_out = object_info[source.type]["output"][value.slot]
+            kind_out = kind_out if isinstance(kind_out, str) else "COMBO"
+            links.append([entry["link"], workflow.number(value.node), value.slot, number, len(inputs), kind_out])
+        inputs.append(entry)
+    outputs = [
+        {"name": name, "type": kind if isinstance(kind, str) else "COMBO", "links": None}
+        for name, kind in zip(info["output_name"], info["output"], strict=True)
+    ]
+    long_texts = sum(1 for spec in ordered_inputs(info).values() if len(spec) > 1 and spec[1].get("multiline"))
+    rows = max(sum("widget" not in entry for entry in inputs), len(outputs)) + len(widget_values)
+    properties: dict[str, Any] = {"Node name for S&R": node.type}
+    if node.models:
+        properties["models"] = [asdict(model) for model in node.models]
+    return {
+        "id": number,
+        "type": node.type,
+        "pos": [0, 0],
+        "size": [NODE_WIDTH + node.extra_width, 36 + 24 * rows + 80 * long_texts + node.extra_height],
+        "flags": {"collapsed": True} if node.collapsed else {},
+        "order": number - 1,
+        "mode": 0,
+        "inputs": inputs,
+        "outputs": outputs,
+        "title": node.title or info["display_name"],
+        "properties": properties,
+        "widgets_values": widget_values,
+    }
+
+
+def _lay_out(workflow: Workflow, nodes: list[dict]) -> None:
+    """One column for each step of the way from the first node to the last, top to bottom in the table's order."""
+    widths: dict[int, int] = {}
+    for node, spec in zip(nodes, workflow.nodes.values(), strict=True):
+        widths[spec.column] = max(widths.get(spec.column, 0), node["size"][0])
+    left = {column: sum(widths[c] + COLUMN_GAP for c in widths if c < column) for column in widths}
+    bottom: dict[int, int] = {}
+    for node, spec in zip(nodes, workflow.nodes.values(), strict=True):
+        top = bottom.get(spec.column, 0)
+        node["pos"] = [left[spec.column], top]
+        bottom[spec.column] = top + (0 if spec.collapsed else node["size"][1]) + ROW_GAP
+
+
+def _note(workflow: Workflow, number: int) -> dict:
+    lines = sum(1 + len(line) // NOTE_LETTERS for line in workflow.note.splitlines())
+    return {
+        "id": number,
+        "type": "MarkdownNote",
+        "pos": [-NOTE_WIDTH - COLUMN_GAP, 0],
+        "size": [NOTE_WIDTH, 80 + NOTE_LINE * lines],
+        "flags": {},
+        "order": number - 1,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "title": "About this workflow",
+        "properties": {},
+        "widgets_values": [workflow.note],
+        "color": "#432",
+        "bgcolor": "#653",
+    }
+
+
+def render(object_info: dict[str, Any]) -> dict[Path, str]:
+    """The text of every file, by its path."""
+    files, index = {}, INDEX
+    for workflow in workflows():
+        files[FOLDER / f"{workflow.name}.json"] = json.dumps(window_form(workflow, object_info), indent=1) + "\n"
+        files[FOLDER / "api" / f"{workflow.name}.json"] = json.dumps(api_form(workflow, object_info), indent=2) + "\n"
+        index += f"| ![]({workflow.name}.jpg) | **{workflow.name}**<br>{workflow.summary} |\n"
+    return files | {FOLDER / "README.md": index}
+
+
+def stale(object_info: dict[str, Any]) -> list[Path]:
+    """The files that differ from what `render` gives, or that it does not give at all."""
+    wanted = render(object_info)
+    paths = [*FOLDER.glob("*.json"), *FOLDER.glob("*.md"), *FOLDER.glob("api/*.json")]
+    present = {path: path.read_text(encoding="utf-8") for path in paths}
+    return [path for path in wanted | present if wanted.get(path) != present.get(path)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a file is not current")
+    arguments = parser.parse_args()
+    ensure_environment()
+    with tempfile.TemporaryDirectory() as base, start_host(Path(base)) as host:
+        object_info = host.get("/object_info")
+    if arguments.check:
+        for path in (old := stale(object_info)):
+            print(f"not current: {path.relative_to(FOLDER.parent)}")
+        return 1 if old else 0
+    for path, text in render(object_info).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path.relative_to(FOLDER.parent)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

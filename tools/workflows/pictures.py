@@ -1,0 +1,85 @@
+"""Makes the pictures beside the example workflows (`.jpg`, shown under Templates) by running each in a real host.
+
+python -m tools.workflows.pictures        a few minutes: it really trains
+
+The presets for the real Chroma are not run: theirs is what `tiny` paints with a LoRA, with the size of the card written
+on it. No picture here was painted by the real model.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from io import BytesIO
+from pathlib import Path
+
+from _environment import ensure_environment, say
+from _host import Host, start_host
+from _workflows import FOLDER, load_api
+
+SIDE = 320  # pixels
+FIRST = "chroma_2_first_lora"  # others use the LoRA that it trains
+PRESET = "chroma_4_real_"
+
+
+def picture_of(host: Host, name: str):
+    """The workflow's last picture, two of one size side by side; for one that only trains, the job's last preview."""
+    from PIL import Image
+
+    history = host.run(load_api(name), timeout=3600)
+    if pictures := host.images(history):
+        return _side_by_side(*pictures) if len({picture.size for picture in pictures}) < len(pictures) else pictures[-1]
+    (job,) = next(output["chromakit_job"] for output in history["outputs"].values() if "chromakit_job" in output)
+    while (status := host.get(f"/chromakit/jobs/{job}"))["state"] != "completed":
+        if status["state"] not in ("queued", "preparing", "running"):
+            raise SystemExit(f"error: the job is {status['state']}: {status['message']}")
+        time.sleep(1)
+    _, body = host.request("GET", f"/chromakit/jobs/{job}/samples/{len(status['samples']) - 1}")
+    return Image.open(BytesIO(body)).convert("RGB")
+
+
+def _side_by_side(left, right):
+    from PIL import Image
+
+    both = Image.new("RGB", (left.width + right.width, left.height))
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width, 0))
+    return both
+
+
+def thumbnail(picture):
+    """The whole picture in a square; what is longer one way is put on white."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.pad(picture, (SIDE, SIDE), Image.Resampling.BICUBIC, "white")
+
+
+def labelled(picture, text: str):
+    """A thumbnail with a line of text below the middle, readable on any colour."""
+    from PIL import ImageDraw, ImageFont
+
+    made, font = thumbnail(picture), ImageFont.load_default(size=SIDE / 5)
+    ImageDraw.Draw(made).text(
+        (SIDE / 2, SIDE - SIDE / 20), text, "white", font, "mb", stroke_width=4, stroke_fill="black"
+    )
+    return made
+
+
+def main() -> int:
+    ensure_environment()
+    names = sorted((path.stem for path in FOLDER.glob("*.json")), key=lambda name: (name != FIRST, name))
+    with tempfile.TemporaryDirectory() as base, start_host(Path(base)) as host:
+        for name in names:
+            if name.startswith(PRESET):
+                card = int(name.removeprefix(PRESET).removesuffix("gb"))
+                made = labelled(picture_of(host, "chroma_3_use_lora"), f"{card} GB")
+            else:
+                made = thumbnail(picture_of(host, name))
+            made.save(FOLDER / f"{name}.jpg", quality=88)
+            say(f"wrote example_workflows/{name}.jpg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The real Chroma on cards of four sizes: workflows that differ in the memory plan alone.
+
+The plan is asked of `chroma_core.memory` each time, so what a preset sets is what the pack recommends.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from _environment import ROOT
+
+from .parts import Link, ModelFile, Node, Workflow, decode, sampler, wait_and_apply, with_text
+
+if TYPE_CHECKING:
+    from chroma_core.memory import Machine
+    from chroma_core.memory.plan import Purpose, Settings
+
+CARDS = (8, 12, 16, 24)  # GB of the card
+COMPUTER = 32  # GB
+TRAINING_SIZE, PICTURE_SIZE = 512, 1024  # pixels
+STEPS = 1500
+FOLDER = "my_pictures"
+
+HUB = "https://huggingface.co"
+FILES = {
+    "transformer": ModelFile(
+        "Chroma1-Base.safetensors",
+        f"{HUB}/lodestones/Chroma1-Base/resolve/main/Chroma1-Base.safetensors",
+        "diffusion_models",
+    ),
+    "text_encoder": ModelFile(
+        "t5xxl_fp16.safetensors",
+        f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors",
+        "text_encoders",
+    ),
+    "vae": ModelFile(
+        "ae.safetensors",
+        f"{HUB}/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors",
+        "vae",
+    ),
+}
+"""By the widget of Chroma Load Model that names it. T5 and the VAE as in the host's own templates. fp16, not fp8: the
+plan quantises T5 where it must, and what is quantised twice loses twice."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A card and what is set for it; `settings` are those of painting, and train too."""
+
+    card: int
+    on: Machine
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        return f"chroma_4_real_{self.card:02d}gb"
+
+    def fits(self, purpose: Purpose, size: int) -> bool:
+        from chroma_core.memory.plan import fits_on
+
+        return fits_on(replace(self.settings, size=size), self.on, purpose)
+
+
+def preset(card: int) -> Preset:
+    """What `chroma_core.memory` recommends for a card of `card` GB in a computer of `COMPUTER` GB.
+
+    One Chroma Load Model serves both, so where painting and training are given different weights it takes the smaller
+    ones, which fit in both. Raises RuntimeError if what comes out does not fit.
+    """
+    sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+    from chroma_core.memory import Machine, recommend
+    from chroma_core.memory.machine import GIB
+    from chroma_core.memory.plan import CHOICES, Settings
+
+    on = Machine(f"a card of {card} GB", card * GIB, COMPUTER * GIB)
+    painting = recommend("base", PICTURE_SIZE, on, "sampling")
+    training = recommend("base", TRAINING_SIZE, on, "training")
+    smaller = max(painting, training, key=lambda found: CHOICES.index(found.precision))
+    # Painting decides where the parts are: in training they take turns whatever the mode.
+    settings = replace(
+        painting.applied_to(Settings(size=PICTURE_SIZE)),
+        precision=smaller.precision,
+        text_precision=smaller.text_precision,
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    found = Preset(card, on, settings)
+    if not (found.fits("sampling", PICTURE_SIZE) and found.fits("training", TRAINING_SIZE)):
+        raise RuntimeError(f"The plan for {card} GB does not serve both painting and training: {settings}")
+    return found
+
+
+def presets() -> tuple[Workflow, ...]:
+    """One workflow a card, smallest first."""
+    return tuple(_workflow(preset(card)) for card in CARDS)
+
+
+def _workflow(found: Preset) -> Workflow:
+    plan = found.settings
+    loader = {
+        "flavour": "base",
+        **{widget: file.name for widget, file in FILES.items()},
+        "precision": plan.precision,
+        "text_precision": plan.text_precision,
+        "offload": plan.offload,
+        "resident_blocks": plan.resident_blocks,
+        "offload_during_startup": plan.offload_during_startup,
+    }
+    return Workflow(
+        found.name,
+        f"The real Chroma on a card of {found.card} GB: train a LoRA on your pictures, then paint with it.",
+        _note(found),
+        {
+            "load": Node("ChromaLoadModel", 0, loader, extra_height=60, models=tuple(FILES.values())),
+            "settings": Node(
+                "ChromaTrainingSettings",
+                0,
+                {
+                    "gradient_checkpointing": plan.gradient_checkpointing,
+                    "preview_width": TRAINING_SIZE,
+                    "preview_height": TRAINING_SIZE,
+                },
+                collapsed=True,
+            ),
+            "dataset": Node(
+                "ChromaDataset",
+                1,
+                {"folder": FOLDER, "trigger": "sks", "resolution": TRAINING_SIZE},
+                "Your pictures",
+                extra_height=250,
+            ),
+            "train": Node(
+                "ChromaTrainLora",
+                2,
+                {
+                    "model": Link("load", 0),
+                    "text_encoder": Link("load", 1),
+                    "dataset": Link("dataset"),
+                    "settings": Link("settings"),
+                    "name": "my-lora",
+                    "steps": STEPS,
+                    "preview_prompt": "a photo of [trigger]",
+                },
+                extra_height=120,
+            ),
+        }
+        | with_text("a photo of [trigger]", 0, width=PICTURE_SIZE, height=PICTURE_SIZE, trigger="sks")
+        | wait_and_apply(2)
+        | {"sample": sampler("lora", 3, steps=28)}
+        | decode("sample", "chroma/my-lora", 4),
+    )
+
+
+def _note(found: Preset) -> str:
+    from chroma_core.memory import in_gib
+    from chroma_core.memory.plan import peaks
+
+    plan = found.settings
+    painting, training = peaks(plan), peaks(replace(plan, size=TRAINING_SIZE))
+    larger = (
+        f"A *resolution* of {PICTURE_SIZE} fits here too."
+        if found.fits("training", PICTURE_SIZE)
+        else f"A *resolution* of {PICTURE_SIZE} does not fit here with these settings."
+    )
+    checkpointing = "on" if plan.gradient_checkpointing else "off"
+    return (
+        f"## The real Chroma on a card of {found.card} GB\n\n"
+        "**1. The files.** The page lists what is missing and offers the download, 28 GB in all. If your browser "
+        "fetches them, move each to `models/diffusion_models`, `models/text_encoders` or `models/vae`, as the list "
+        "says; then press R. Files that you have already will do too, e.g. an fp8 T5: choose them in **Chroma Load "
+        "Model**.\n\n"
+        f"**2. Your pictures.** 10 to 50 of them in a folder `{FOLDER}` below ComfyUI's `input`, {TRAINING_SIZE} "
+        "pixels or larger, each with a `.txt` caption of the same name. Use a made-up word for what is new: “a photo "
+        "of a sks dog on grass”. Then press R.\n\n"
+        "**3. Run.** It trains, waits, and paints. On the way change *name*, *trigger* (in **Your pictures** and in "
+        "the *Prompt*), the *Prompt* and *preview_prompt*.\n\n"
+        "The prompt waits until the LoRA is there, which takes hours; *Cancel* ends the job and keeps what it has "
+        "learnt. To have the queue free meanwhile, select the five nodes from **Chroma Wait for Training** to **Save "
+        "Image** and mute them (Ctrl+M) before you run; unmute them and run again when the job is completed.\n\n"
+        "### The memory plan\n\n"
+        f"| setting | value |\n|---|---|\n| precision | `{plan.precision}` |\n"
+        f"| text_precision | `{plan.text_precision}` |\n"
+        f"| offload | `{plan.offload}` |\n| gradient_checkpointing | {checkpointing} |\n\n"
+        f"A computer with {COMPUTER} GB of memory is taken for granted. Painting {PICTURE_SIZE} × {PICTURE_SIZE} needs "
+        f"about {in_gib(painting.sampling)} on the card, training at {TRAINING_SIZE} about "
+        f"{in_gib(training.training)}; {in_gib(found.on.device_budget)} of it may be used, the rest is left to the "
+        f"desktop and the driver. {larger} These are predictions (docs/memory.md), not measured on such a card. "
+        "What fits yours is the text *memory_plan* of **Chroma Load Model**; *chroma_your_files* shows it.\n\n"
+        "The templates for 8, 12, 16 and 24 GB differ in this plan alone; 12 and 16 GB are given the same one, as "
+        "nothing lies between `int8` and `bf16`."
+    )

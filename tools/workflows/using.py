@@ -1,0 +1,283 @@
+"""The example workflows that paint, and the tools around models and LoRAs."""
+
+from __future__ import annotations
+
+from .parts import (
+    CONCEPT_PROMPT,
+    LOAD,
+    LORA,
+    PROMPTS,
+    REAL_MODEL,
+    REAL_SAMPLING,
+    REAL_SIZE,
+    TRAIN_FIRST,
+    Link,
+    Node,
+    Workflow,
+    decode,
+    sampler,
+    with_text,
+)
+
+FIRST_PICTURE = Workflow(
+    "chroma_1_first_picture",
+    "One prompt, one picture, in seconds.",
+    "## Your first picture\n\n**Press *Run*.** One prompt, one picture. Then change the prompt: `tiny` knows a circle, "
+    "square, triangle, star, cross or ring in red, green, blue, yellow, orange, purple, pink, cyan, white or black, on "
+    "a background of another of these colours. Next: *chroma_2_first_lora*.\n\n" + REAL_SAMPLING,
+    LOAD | PROMPTS | {"sample": sampler("load", 2)} | decode("sample", "chroma/text_to_image", 3),
+)
+
+USE_LORA = Workflow(
+    "chroma_3_use_lora",
+    "Paint with a LoRA that was trained before.",
+    "## Use a trained LoRA\n\nPick the file in **Chroma Apply LoRA**; chain several for several LoRAs. *strength* 1 is "
+    "as trained, less is weaker.\n\n" + TRAIN_FIRST + REAL_SAMPLING,
+    LOAD
+    | {"lora": Node("ChromaApplyLora", 1, {"model": Link("load", 0), "lora": LORA, "strength": 1.0})}
+    | with_text(CONCEPT_PROMPT)
+    | {"sample": sampler("lora", 2)}
+    | decode("sample", "chroma/with_lora", 3),
+)
+
+INPAINT_SIDE = 64  # pixels; the mask is the middle 40 × 40
+HOLE_SIDE = 40
+HOLE_EDGE = (INPAINT_SIDE - HOLE_SIDE) // 2
+
+USING_WORKFLOWS = (
+    Workflow(
+        "chroma_inpaint",
+        "Paint over a part of a picture; the rest stays.",
+        "## Paint over a part\n\nA picture is painted, a mask says which part may change (white), and the second "
+        "prompt is painted there. **Set Latent Noise Mask** puts the mask on the encoded picture; **Chroma Sampler** "
+        "keeps the rest of it as it is, bit for bit. Decoding may move other pixels by a shade, so *Image Composite "
+        "Masked* puts the old ones back.\n\n**For a picture of your own** put *Load Image* in place of the first "
+        "sampler's *VAE Decode*: right-click it, *Open in MaskEditor*, paint the mask there, and link its MASK in "
+        "place of *The part to change*. Soft edges mix old and new.\n\n*denoise* 1 paints the part anew; 0.6 to 0.9 "
+        "keeps something of what was there.\n\n" + REAL_SAMPLING + "- the sizes and places of the masks likewise",
+        LOAD
+        | {
+            "positive": Node(
+                "ChromaTextEncode",
+                1,
+                {"text_encoder": Link("load", 1), "text": "a red star on a blue background"},
+                "Prompt of the picture",
+            ),
+            "negative": PROMPTS["negative"],
+            "latent": PROMPTS["latent"],
+            "second_prompt": Node(
+                "ChromaTextEncode",
+                1,
+                {"text_encoder": Link("load", 1), "text": "a yellow ring on a blue background"},
+                "Prompt of the part",
+            ),
+            "first": sampler("load", 2, seed=42),
+            "picture": Node(
+                "VAEDecode", 2, {"samples": Link("first"), "vae": Link("load", 2)}, "The picture to change"
+            ),
+            "before": Node("PreviewImage", 2, {"images": Link("picture")}, "Before", extra_height=200),
+            "canvas": Node(
+                "SolidMask", 3, {"value": 0.0, "width": INPAINT_SIDE, "height": INPAINT_SIDE}, "Nothing changes…"
+            ),
+            "hole": Node("SolidMask", 3, {"value": 1.0, "width": HOLE_SIDE, "height": HOLE_SIDE}, "…but this does"),
+            "mask": Node(
+                "MaskComposite",
+                3,
+                {
+                    "destination": Link("canvas"),
+                    "source": Link("hole"),
+                    "x": HOLE_EDGE,
+                    "y": HOLE_EDGE,
+                    "operation": "add",
+                },
+                "The part to change",
+            ),
+            "encode": Node("VAEEncode", 3, {"pixels": Link("picture"), "vae": Link("load", 2)}),
+            "masked": Node("SetLatentNoiseMask", 3, {"samples": Link("encode"), "mask": Link("mask")}),
+            "sample": Node(
+                "ChromaSampler",
+                4,
+                {
+                    "model": Link("load"),
+                    "positive": Link("second_prompt"),
+                    "negative": Link("negative"),
+                    "latent": Link("masked"),
+                },
+            ),
+            "decode": Node("VAEDecode", 4, {"samples": Link("sample"), "vae": Link("load", 2)}, collapsed=True),
+            "composite": Node(
+                "ImageCompositeMasked",
+                4,
+                {"destination": Link("picture"), "source": Link("decode"), "mask": Link("mask")},
+                collapsed=True,
+            ),
+            "save": Node(
+                "SaveImage",
+                4,
+                {"images": Link("composite"), "filename_prefix": "chroma/inpainted"},
+                "After",
+                extra_height=250,
+            ),
+        },
+    ),
+    Workflow(
+        "chroma_lora_in_host_nodes",
+        "A trained LoRA with the host's own KSampler, and how the host's Load LoRA takes it.",
+        "## Your LoRA in the host's own nodes\n\n**Chroma Apply LoRA** first, then **Chroma Host Model**: what comes "
+        "out is the host's MODEL, for *KSampler*, guiders and all that drives one. Prompts may come from **Chroma Text "
+        "Encode** or from the host's T5 encoder.\n\n"
+        + TRAIN_FIRST
+        + "**Without any node of this pack**, and for the real model: *Load Diffusion Model* (your Chroma file), *Load "
+        "CLIP* (the T5 file, type `chroma`), *Load VAE*, then *Load LoRA* with the same file from "
+        "`output/loras` and the same strength, *CLIP Text Encode*, *KSampler*. A plain LoRA is read there in full, "
+        "a DoRA a little differently. `tiny` cannot be loaded by those nodes, so this workflow shows the "
+        "first way.\n\nThe host's *scheduler* shifts the noise for 1024 × 1024 pixels; for other sizes use **Chroma "
+        "Tail Sigmas** (*chroma_tail_sigmas*).\n\n" + REAL_SAMPLING,
+        LOAD
+        | {
+            "lora": Node("ChromaApplyLora", 1, {"model": Link("load", 0), "lora": LORA, "strength": 1.0}),
+            "bridge": Node("ChromaHostModel", 1, {"model": Link("lora")}),
+        }
+        | with_text(CONCEPT_PROMPT)
+        | {
+            "sample": Node(
+                "KSampler",
+                2,
+                {
+                    "model": Link("bridge"),
+                    "positive": Link("positive"),
+                    "negative": Link("negative"),
+                    "latent_image": Link("latent"),
+                    "seed": 42,
+                    "steps": 25,
+                    "cfg": 4.0,
+                    "sampler_name": "euler",
+                    "scheduler": "simple",
+                },
+            )
+        }
+        | decode("sample", "chroma/host_nodes", 3),
+    ),
+    Workflow(
+        "chroma_tail_sigmas",
+        "The host's own sampler with Chroma's schedule.",
+        "## Tail sigmas in the host's own sampler\n\n**Chroma Tail Sigmas** crowds the steps near both ends of the "
+        "noise range; *tail_bias* 0 is the plain schedule. **Chroma Host Model** makes the model drivable by the "
+        "host's guiders and samplers. LoRAs go through **Chroma Apply LoRA** before it.\n\n" + REAL_SAMPLING,
+        LOAD
+        | with_text("a yellow ring on a green background")
+        | {
+            "bridge": Node("ChromaHostModel", 1, {"model": Link("load", 0)}),
+            "guider": Node(
+                "CFGGuider",
+                2,
+                {
+                    "model": Link("bridge"),
+                    "positive": Link("positive"),
+                    "negative": Link("negative"),
+                    "cfg": 4.0,
+                },
+            ),
+            "noise": Node("RandomNoise", 2, {"noise_seed": 42}),
+            "method": Node("KSamplerSelect", 2, {"sampler_name": "euler"}),
+            "sigmas": Node(
+                "ChromaTailSigmas",
+                2,
+                {"steps": 25, "tail_bias": 0.3, "width": Link("latent", 1), "height": Link("latent", 2)},
+            ),
+            "sample": Node(
+                "SamplerCustomAdvanced",
+                3,
+                {
+                    "noise": Link("noise"),
+                    "guider": Link("guider"),
+                    "sampler": Link("method"),
+                    "sigmas": Link("sigmas"),
+                    "latent_image": Link("latent"),
+                },
+            ),
+        }
+        | decode("sample", "chroma/tail_sigmas", 3),
+    ),
+    Workflow(
+        "chroma_your_files",
+        "Model files of your own, and what fits this machine.",
+        "## Your own files, and what fits this machine\n\n*transformer*, *text_encoder* and *vae* take what lies in "
+        "ComfyUI's folders: the released single files, fp8, scaled fp8, GGUF, diffusers folders. What you leave *as "
+        "published* comes from the flavour. A file that is something else is refused, and named for what it is.\n\n"
+        "The text on the right says what each *precision* and *offload* needs, and which to choose here. *offload* "
+        "`model` lets the parts take turns on the card, `block` keeps only a few of the transformer's blocks there; "
+        "the picture is the same. *keep_quantised* makes the next start of `int8`, `int4` or `nf4` fast.\n\n"
+        + REAL_SAMPLING,
+        {
+            "load": Node(
+                "ChromaLoadModel",
+                0,
+                {"precision": "int8", "text_precision": "fp32", "offload": "model"},
+                extra_height=60,
+            ),
+            "plan": Node(
+                "PreviewAny",
+                3,
+                {"source": Link("load", 3)},
+                "What fits this machine",
+                extra_height=380,
+                extra_width=330,
+            ),
+        }
+        | with_text("a blue ring on a yellow background")
+        | {"sample": sampler("load", 2)}
+        | decode("sample", "chroma/your_files", 2),
+    ),
+    Workflow(
+        "chroma_convert_lora",
+        "What a LoRA file holds, where it acts, and the same LoRA for another program.",
+        "## Look into a LoRA, and convert it\n\n**Chroma Inspect LoRA** says what a file holds, where it acts, and "
+        "whether it was trained on this model. **Chroma Convert LoRA** writes it in the names of another program, into "
+        "`output/loras`; the result is applied here to show that it is the same LoRA. Any file in your LoRA folders "
+        "will do.\n\n" + TRAIN_FIRST + REAL_SAMPLING,
+        LOAD
+        | {
+            "inspect": Node("ChromaInspectLora", 1, {"lora": LORA, "model": Link("load", 0)}, extra_height=220),
+            "report": Node("PreviewAny", 1, {"source": Link("inspect", 0)}, "Report", extra_height=250),
+            "map": Node(
+                "SaveImage",
+                1,
+                {"images": Link("inspect", 1), "filename_prefix": "chroma/lora_heat_map"},
+                "Where it acts",
+                extra_height=150,
+            ),
+            "convert": Node("ChromaConvertLora", 2, {"lora": LORA, "dialect": "kohya"}),
+            "written": Node("PreviewAny", 2, {"source": Link("convert", 2)}, "What was written", extra_height=80),
+            "lora": Node("ChromaApplyLora", 2, {"model": Link("load", 0), "lora_name": Link("convert", 1)}),
+        }
+        | with_text(CONCEPT_PROMPT, 3)
+        | {"sample": sampler("lora", 4)}
+        | decode("sample", "chroma/converted_lora", 4),
+    ),
+    Workflow(
+        "chroma_parity",
+        "Which number of the recipe moves the picture, and by how much.",
+        "## Which number moves the picture?\n\n**Chroma Parity** paints one picture, then again with one number "
+        "changed at a time, and lists the changes by how far they move it. Choose in *factors* what to change; link a "
+        "**job** to replay the preview of a training.\n\n" + REAL_MODEL + REAL_SIZE.replace("Empty Latent", "Parity"),
+        LOAD
+        | {
+            "parity": Node(
+                "ChromaParity",
+                1,
+                {
+                    "model": Link("load", 0),
+                    "text_encoder": Link("load", 1),
+                    "prompt": "a red star on a blue background",
+                    "width": 64,
+                    "height": 64,
+                    "factors": "recipe",
+                },
+                extra_height=300,
+                extra_width=200,
+            ),
+            "save": Node("SaveImage", 3, {"images": Link("parity"), "filename_prefix": "chroma/parity"}),
+        },
+    ),
+)

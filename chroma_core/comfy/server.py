@@ -32,7 +32,7 @@ PACK = Path(__file__).resolve().parents[2]
 """The pack's folder."""
 
 PACK_NAME = "chromakit"
-NOT_PART_OF_THE_PACK = shutil.ignore_patterns(".*", "demo-output", "test-output", "__pycache__")
+NOT_PART_OF_THE_PACK = shutil.ignore_patterns(".*", "demo-output", "node_modules", "test-output", "__pycache__")
 START_TIMEOUT = 300.0  # seconds; 11–16 on a quiet machine, minutes when the libraries come from a cold disk
 
 

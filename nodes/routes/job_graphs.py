@@ -227,7 +227,7 @@ def _missing(config: TrainingConfig, prompt: Prompt, train: dict[str, Any], sett
                 host.dataset_folder(made["inputs"]["folder"])
             except ChromaKitError:
                 found.append(
-                    f"the folder of {key}, “{node['inputs']['folder']}”, which is not among the data sets here"
+                    f"the folder of {key}, “{made['inputs']['folder']}”, which is not among the data sets here"
                 )
     plain = {name: value for name, value in train.items() if name != "if_exists"}
     sets = tuple(_set_again(one) for one in (config.dataset, *config.more_datasets))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import sys
@@ -195,6 +196,26 @@ def test_requirements_leave_torch_to_the_host():
     names = {re.split(r"[<>=!~\[; ]", item, maxsplit=1)[0].lower() for item in listed}
     assert not names & {"torch", "torchvision", "torchaudio", "numpy"}
     assert not [item for item in listed if "==" in item.split(";")[0]], "loose ranges only"
+
+
+def test_the_lock_file_has_every_package_that_is_asked_for():
+    """constraints.txt is made from constraints.in: what is chosen there by hand is in it, and nothing is left open."""
+
+    def lines(path: str) -> list[str]:
+        found = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        return [line.split(";")[0].strip().lower().replace("_", "-") for line in found if line and line[0] != "#"]
+
+    locked = lines("scripts/constraints.txt")
+    assert [line for line in locked if not re.fullmatch(r"[a-z0-9.-]+==[\w.+!]+", line)] == []
+    assert sorted(set(lines("scripts/constraints.in")) - set(locked)) == []
+    names = {line.split("==")[0] for line in locked}
+    asked = [*lines("requirements.txt"), *lines("scripts/requirements-dev.txt")]
+    assert sorted({re.split(r"[<>=!~\[]", line, maxsplit=1)[0] for line in asked} - names) == []
+
+
+def test_the_command_is_there():
+    module, name = project()["project"]["scripts"]["chromakit"].split(":")
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 def test_every_node_has_a_help_page():

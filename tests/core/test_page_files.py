@@ -24,6 +24,18 @@ def test_our_script_is_light():
     assert sum(path.stat().st_size for path in SCRIPTS) < LIMIT
 
 
+def test_every_script_is_checked_for_types():
+    """`tsc` reads them (scripts/test.py --lint); what would silence it is not written."""
+    assert [name(path) for path in SCRIPTS if not path.read_text(encoding="utf-8").startswith("// @ts-check\n")] == []
+    silencers = r"@ts-(?:ignore|expect-error|nocheck)|\{(?:any|\*)\}|\bany\[\]"
+    assert [name(path) for path in SCRIPTS if re.search(silencers, path.read_text(encoding="utf-8"))] == []
+
+
+def test_the_lock_of_the_type_checker_names_no_registry():
+    lock = (ROOT / "package-lock.json").read_text(encoding="utf-8")
+    assert '"integrity"' in lock and '"resolved"' not in lock, "npm config set omit-lockfile-registry-resolved true"
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=name)
 def test_imports_lead_to_the_host_or_to_files_that_are_there(path: Path):
     for target in re.findall(r"""^\s*(?:import|export)\b[^;]*?from\s+["']([^"']+)["']""", path.read_text(), re.M):

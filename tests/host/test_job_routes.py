@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from _host import Host
-from prompts import job_of, load, node, text_to_image, train, until_not
+from prompts import dataset, job_of, load, node, text_to_image, train, until_not
 
 OPTIONS: dict[str, Any] = {
     "lr_schedule": "polynomial", "warmup_steps": 2, "sigma_draw": "chroma", "sigma_remap": "none",
@@ -104,6 +106,18 @@ def test_what_no_widget_can_say_is_said(server: Host, done: str):
     assert status == 200
     missing = " ".join(again(server, done)["missing"])
     assert all(option in missing for option in ("previews.prompts", "validation_pictures", "betas")), missing
+
+
+def test_a_job_whose_pictures_are_gone_is_a_graph_that_says_so(server: Host, root: Path):
+    folder = server.base / "input" / "soon_gone"
+    shutil.copytree(root / "example_datasets" / "sks_emblem", folder)
+    job = job_of(server.run(train("pictures gone", 1) | {"dataset": dataset("soon_gone")}))
+    assert until_not(server, job) == "completed"
+    assert again(server, job)["missing"] == []
+    shutil.rmtree(folder)
+    graph = again(server, job)
+    assert [text for text in graph["missing"] if "dataset" in text and "“soon_gone”" in text], graph["missing"]
+    assert graph["prompt"]["dataset"]["inputs"]["folder"] == "soon_gone"
 
 
 def test_using_the_result_paints_the_preview(server: Host):

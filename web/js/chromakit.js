@@ -1,3 +1,4 @@
+// @ts-check
 // What the host's page gets from ChromaKit: the tab of jobs, the panel on Chroma Train LoRA, settings, notices.
 import { app } from "../../../scripts/app.js";
 import { linkStyles } from "./lib/style.js";

@@ -1,6 +1,8 @@
+// @ts-check
 // Settings → Chroma. What prompts do while a job trains is the host's choice, the same for every page: it is kept there,
 // and only shown here as a setting.
 import { app } from "../../../scripts/app.js";
+import { reason } from "./lib/http.js";
 import { t } from "./lib/words.js";
 import { notify } from "./jobs/notices.js";
 import { choose, manners, onManners, startManners } from "./jobs/prompts.js";
@@ -8,7 +10,10 @@ import { choose, manners, onManners, startManners } from "./jobs/prompts.js";
 const PROMPTS = "Chroma.Training.Prompts";
 const NOTICES = "Chroma.Training.Notices";
 
-/** What `registerExtension` takes. */
+/**
+ * What `registerExtension` takes.
+ * @returns {Setting[]}
+ */
 export function settings() {
   return [
     {
@@ -42,13 +47,14 @@ export async function startSettings() {
   await startManners();
 }
 
+/** @param {unknown} value */
 async function changed(value) {
   const { choice } = manners();
   if (choice == null || value === choice) return; // the page is only finding out
   try {
     await choose(value);
   } catch (error) {
-    notify("error", t("settings.refused"), error.message);
+    notify("error", t("settings.refused"), reason(error));
     await show();
   }
 }

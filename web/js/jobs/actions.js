@@ -1,6 +1,8 @@
+// @ts-check
 // What one can do with a job, as a row of buttons that follow its state.
 import { app } from "../../../../scripts/app.js";
 import { h, say } from "../lib/dom.js";
+import { reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { openGraph } from "./graphs.js";
 import { ACTIVE, act, remove } from "./store.js";
@@ -10,33 +12,35 @@ const WAITS = ["stopped", "failed", "interrupted"];
 
 /** The buttons. `complain(text)` shows what the host refused; an empty text takes it away. */
 export class Actions {
+  /** @param {Job} job @param {(text: string) => void} complain */
   constructor(job, complain) {
     this.job = job;
     this.complain = complain;
-    this.buttons = {};
-    const pause = this.#button("pause", () => act(this.job.id, this.job.state === "paused" ? "resume" : "pause"));
-    const steering = [
-      pause,
-      this.#button("stop", () => act(this.job.id, "stop")),
-      this.#button("sample", () => act(this.job.id, "sample")),
-      this.#button("save", () => act(this.job.id, "save")),
-      this.#button("resume", () => act(this.job.id, "resume")),
-    ];
+    const to = (/** @type {string} */ action) => act(this.job.id, action);
+    this.buttons = {
+      pause: this.#button("pause", () => to(this.job.state === "paused" ? "resume" : "pause")),
+      stop: this.#button("stop", () => to("stop")),
+      sample: this.#button("sample", () => to("sample")),
+      save: this.#button("save", () => to("save")),
+      resume: this.#button("resume", () => to("resume")),
+      extend: this.#button("extend", () => this.#extend()),
+      use: this.#button("use", () => openGraph(this.job, "use")),
+      again: this.#button("again", () => openGraph(this.job, "again")),
+      delete: this.#button("delete", () => this.#delete()),
+    };
+    const { extend, use, again, delete: erase, ...steering } = this.buttons;
     this.more = h("input", { type: "number", min: 1, max: 1000000, step: 50, value: DEFAULT_MORE, "aria-label": t("action.more") });
-    this.extending = h("span", { class: "ck-group" }, this.#button("extend", () => this.#extend()), this.more);
-    const graphs = [
-      this.#button("use", () => openGraph(this.job, "use")),
-      this.#button("again", () => openGraph(this.job, "again")),
-      this.#button("delete", () => this.#delete()),
-    ];
-    this.buttons.delete.classList.add("ck-danger");
-    this.element = h("div", { class: "ck-actions" }, [...steering, this.extending, ...graphs]);
+    this.extending = h("span", { class: "ck-group" }, extend, this.more);
+    erase.classList.add("ck-danger");
+    this.element = h("div", { class: "ck-actions" }, Object.values(steering), this.extending, use, again, erase);
     this.show(job);
   }
 
+  /** @param {Job} job */
   show(job) {
     this.job = job;
     const [active, waits] = [ACTIVE.has(job.state), WAITS.includes(job.state)];
+    /** @type {Record<string, boolean>} */
     const shown = {
       pause: active, stop: active, sample: active, save: active, resume: waits, extend: !active,
       use: Boolean(job.lora_name || job.model_name), again: true, delete: !active,
@@ -49,6 +53,7 @@ export class Actions {
     say(this.buttons.pause, t(job.state === "paused" ? "action.resume" : "action.pause"));
   }
 
+  /** @param {string} name @param {() => Promise<unknown>} work */
   #button(name, work) {
     const made = h("button", { type: "button", "data-action": name, title: t(`action.${name}_tip`) }, t(`action.${name}`));
     made.addEventListener("click", async () => {
@@ -57,13 +62,12 @@ export class Actions {
       try {
         await work();
       } catch (error) {
-        this.complain(error.message);
+        this.complain(reason(error));
       } finally {
         made.disabled = false;
         this.show(this.job);
       }
     });
-    this.buttons[name] = made;
     return made;
   }
 
@@ -73,8 +77,10 @@ export class Actions {
     try {
       await act(this.job.id, "extend", { steps, force: false });
     } catch (error) {
-      const decide = { title: t("action.force_title"), message: `${error.message}\n\n${t("action.force_question")}`, type: "default" };
-      if (!/force/.test(error.message) || !(await app.extensionManager.dialog.confirm(decide))) throw error;
+      const why = reason(error);
+      const message = `${why}\n\n${t("action.force_question")}`;
+      const decide = { title: t("action.force_title"), message, type: "default" };
+      if (!/force/.test(why) || !(await app.extensionManager.dialog.confirm(decide))) throw error;
       await act(this.job.id, "extend", { steps, force: true });
     }
   }

@@ -1,9 +1,10 @@
+// @ts-check
 // Smoothed losses of several jobs over one another.
 import { fill, h } from "../lib/dom.js";
 import { Chart, LINES, joined } from "../lib/chart.js";
 import { loss } from "../lib/format.js";
 import { t } from "../lib/words.js";
-import { CurveFeed } from "./curve_feed.js";
+import { CurveFeed, measured } from "./curve_feed.js";
 import { find, listen } from "./store.js";
 
 const POINTS = 400;
@@ -11,6 +12,7 @@ const POINTS = 400;
 /** A chart that shows itself while at least two jobs are chosen. */
 export class Comparison {
   constructor() {
+    /** @type {Map<string, CurveFeed>} */
     this.feeds = new Map();
     this.element = h("div", { class: "ck-compare", hidden: true });
     this.chart = new Chart({ series: [], label: t("compare.chart"), height: 200 });
@@ -23,7 +25,7 @@ export class Comparison {
     const log = h("input", { type: "checkbox", onchange: () => this.chart.setLogarithmic(log.checked) });
     const head = h("div", { class: "ck-row" }, this.what, h("label", {}, log, " ", t("chart.log")));
     fill(this.element, head, this.chart.element);
-    this.unlisten = listen((id) => this.feeds.get(id)?.refresh());
+    this.unlisten = listen((id) => id && this.feeds.get(id)?.refresh());
   }
 
   destroy() {
@@ -32,7 +34,10 @@ export class Comparison {
     this.chart.destroy();
   }
 
-  /** Compare these jobs. */
+  /**
+   * Compare these jobs.
+   * @param {string[]} ids
+   */
   show(ids) {
     const wanted = new Set(ids.length > 1 ? ids : []);
     let changed = false;
@@ -51,17 +56,13 @@ export class Comparison {
     if (changed && wanted.size) this.#draw(true);
   }
 
+  /** @param {boolean} otherLines */
   #draw(otherLines) {
-    const ready = [...this.feeds].filter(([, feed]) => feed.curve);
+    const ready = [...this.feeds].flatMap(([id, { curve }]) => (curve ? [{ id, curve }] : []));
     if (!ready.length) return;
     const heldout = this.what.value === "heldout";
-    const tables = ready.map(([, { curve }]) =>
-      heldout
-        ? [curve.heldout.map((entry) => entry.step), curve.heldout.map((entry) => entry.loss)]
-        : [curve.step, curve.loss_smooth],
-    );
-    const data = joined(tables);
-    const series = ready.map(([id], i) => ({
+    const data = joined(ready.map(({ curve }) => (heldout ? measured(curve) : [curve.step, curve.loss_smooth])));
+    const series = ready.map(({ id }, i) => ({
       label: find(id)?.name ?? id,
       colour: LINES[i % LINES.length],
       width: 2,

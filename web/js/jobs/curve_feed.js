@@ -1,15 +1,19 @@
+// @ts-check
 // A job's curve, fetched whole once and then only what is new, at most once a second.
 import { throttled } from "../lib/dom.js";
 import { get } from "../lib/http.js";
 
 const MILLISECONDS = 1000;
+const COLUMNS = /** @type {const} */ (["loss", "loss_smooth", "lr", "grad_norm", "sigma", "seconds"]);
 
 /** Steps by name, held-out losses, notes; `changed` is called after they grew or were replaced. */
 export class CurveFeed {
+  /** @param {string} id @param {number} points @param {(curve: Curve) => void} changed */
   constructor(id, points, changed) {
     this.id = id;
     this.points = points;
     this.changed = changed;
+    /** @type {Curve | null} */
     this.curve = null;
     this.stopped = false;
     this.busy = false;
@@ -38,22 +42,31 @@ export class CurveFeed {
     const goesOn = curve && curve.step.length < 2 * points;
     const after = goesOn ? `&after=${curve.step.at(-1) ?? 0}&token=${curve.token}` : "";
     const path = `jobs/${encodeURIComponent(this.id)}/curve?points=${points}${after}`;
-    const found = await get(path).catch(() => null); // the job is gone, or the host is; the store notices
+    const asked = /** @type {Promise<Curve>} */ (get(path));
+    const found = await asked.catch(() => null); // the job is gone, or the host is; the store notices
     if (!found || this.stopped) return;
-    this.curve = found.continued ? this.#grown(curve, found) : found;
+    this.curve = found.continued && curve ? grown(curve, found) : found;
     this.changed(this.curve);
-  }
-
-  #grown(curve, found) {
-    const grown = { ...found };
-    for (const [name, column] of Object.entries(curve)) {
-      if (Array.isArray(column) && name !== "sigmas") grown[name] = [...column, ...found[name]];
-    }
-    for (const name of ["heldout", "notes"]) grown[name] = unique(grown[name]);
-    return grown;
   }
 }
 
+/**
+ * The held-out losses over their steps.
+ * @param {Curve} curve
+ * @returns {Table}
+ */
+export const measured = ({ heldout }) => [heldout.map((entry) => entry.step), heldout.map((entry) => entry.loss)];
+
+/** @param {Curve} curve @param {Curve} found @returns {Curve} */
+function grown(curve, found) {
+  const steps = [...curve.step, ...found.step];
+  const columns = COLUMNS.map((name) => [name, [...curve[name], ...found[name]]]);
+  const heldout = unique([...curve.heldout, ...found.heldout]);
+  const notes = unique([...curve.notes, ...found.notes]);
+  return { ...found, ...Object.fromEntries(columns), step: steps, heldout, notes };
+}
+
+/** @template T @param {T[]} entries */
 function unique(entries) {
   return [...new Map(entries.map((entry) => [JSON.stringify(entry), entry])).values()];
 }

@@ -1,14 +1,27 @@
+// @ts-check
 // A job's curves: loss, held-out loss as a whole and by noise level, learning rate, gradient norm, time a step.
 import { fill, h } from "../lib/dom.js";
 import { Chart, joined } from "../lib/chart.js";
 import { loss, rate } from "../lib/format.js";
 import { t } from "../lib/words.js";
+import { measured } from "./curve_feed.js";
 
+/** @typedef {{ series: Line[], data: Table }} Lines */
+
+/** @param {number} value */
 const seconds = (value) => `${value.toPrecision(3)} s`;
 
-/** From blue for fine detail (low noise) to red for composition (high noise). */
+/**
+ * From blue for fine detail (low noise) to red for composition (high noise).
+ * @param {number} share
+ */
 const bandColour = (share) => `hsl(${Math.round(220 - 220 * share)} 75% 55%)`;
 
+/**
+ * @param {"lr" | "grad_norm" | "seconds"} name
+ * @param {Omit<Line, "label">} options
+ * @returns {(curve: Curve) => Lines}
+ */
 const column = (name, options) => (curve) => ({
   series: [{ label: t(`curves.${name}`), ...options }],
   data: [curve.step, curve[name]],
@@ -17,18 +30,19 @@ const column = (name, options) => (curve) => ({
 /** Views of what is measured on held-out pictures, if there are any. */
 const MEASURED = new Set(["heldout", "gain"]);
 
+/** @type {Record<string, (curve: Curve) => Lines>} */
 const VIEWS = {
   loss(curve) {
     const heldout = curve.heldout.length ? [heldoutSeries()] : [];
+    /** @type {Table} */
     const table = [curve.step, curve.loss, curve.loss_smooth];
-    const measured = [curve.heldout.map((entry) => entry.step), curve.heldout.map((entry) => entry.loss)];
     return {
       series: [
         { label: t("curves.loss"), colour: "--ck-accent", width: 1, alpha: 0.3, value: loss },
         { label: t("curves.loss_smooth"), colour: "--ck-accent", width: 2.5, value: loss },
         ...heldout,
       ],
-      data: heldout.length ? joined([table, measured]) : table,
+      data: heldout.length ? joined([table, measured(curve)]) : table,
     };
   },
   heldout(curve) {
@@ -36,6 +50,7 @@ const VIEWS = {
   },
   gain(curve) {
     const base = curve.base?.by_sigma;
+    /** @param {Measurement} entry @param {number} i */
     const change = (entry, i) => (base && entry.by_sigma ? 100 * (entry.by_sigma[i] / base[i] - 1) : null);
     return bands(curve, change, (value) => `${value > 0 ? "+" : ""}${value.toFixed(1)} %`);
   },
@@ -44,11 +59,18 @@ const VIEWS = {
   seconds: column("seconds", { colour: "--ck-faint", width: 1, value: seconds }),
 };
 
+/** @returns {Line} */
 function heldoutSeries() {
   return { label: t("curves.heldout_loss"), colour: "--ck-warn", width: 2, points: true, value: loss };
 }
 
-/** A line for each noise level of the held-out measurement. */
+/**
+ * A line for each noise level of the held-out measurement.
+ * @param {Curve} curve
+ * @param {(entry: Measurement, i: number) => number | null} value
+ * @param {(value: number) => string} words
+ * @returns {Lines}
+ */
 function bands(curve, value, words) {
   const steps = curve.heldout.map((entry) => entry.step);
   const last = curve.sigmas.length - 1;
@@ -66,6 +88,7 @@ function bands(curve, value, words) {
 /** The chart, what it shows to choose above it, and a sentence about it below. */
 export class Curves {
   constructor() {
+    /** @type {Curve | null} */
     this.curve = null;
     this.lines = "";
     this.chart = new Chart({ series: [], label: t("curves.chart"), height: 220 });
@@ -90,6 +113,7 @@ export class Curves {
     this.chart.destroy();
   }
 
+  /** @param {Curve} curve */
   show(curve) {
     this.curve = curve;
     this.#draw();

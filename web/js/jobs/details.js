@@ -1,11 +1,17 @@
+// @ts-check
 // What one rarely looks at: the options and the recipe of a job, and its log.
 import { fill, h, say } from "../lib/dom.js";
-import { get } from "../lib/http.js";
+import { get, reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 
 const LOG_LINES = 200;
 
-/** {a: {b: 1}} → [["a.b", 1]], without what is empty. */
+/**
+ * {a: {b: 1}} → [["a.b", "1"]], without what is empty.
+ * @param {object | undefined} values
+ * @param {string} prefix
+ * @returns {[string, string][]}
+ */
 function flat(values, prefix = "") {
   return Object.entries(values ?? {}).flatMap(([name, value]) => {
     if (value == null || value === "" || (Array.isArray(value) && !value.length)) return [];
@@ -14,6 +20,7 @@ function flat(values, prefix = "") {
   });
 }
 
+/** @param {object | undefined} values */
 function table(values) {
   return h("dl", {}, flat(values).flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
 }
@@ -22,11 +29,14 @@ function table(values) {
 export class Settings {
   constructor() {
     this.key = "";
-    this.options = h("details", {}, h("summary", {}, t("details.options")), (this.optionsBody = h("div")));
-    this.recipe = h("details", {}, h("summary", {}, t("details.recipe")), (this.recipeBody = h("div")));
+    this.optionsBody = h("div");
+    this.recipeBody = h("div");
+    this.options = h("details", {}, h("summary", {}, t("details.options")), this.optionsBody);
+    this.recipe = h("details", {}, h("summary", {}, t("details.recipe")), this.recipeBody);
     this.element = h("section", { class: "ck-settings" }, this.recipe, this.options);
   }
 
+  /** @param {Job} job */
   show(job) {
     const key = JSON.stringify([job.config, job.recipe, job.changes]);
     if (!job.config || key === this.key) return;
@@ -39,6 +49,7 @@ export class Settings {
 
 /** The last lines of the log, fetched while they are open. */
 export class Log {
+  /** @param {string} id */
   constructor(id) {
     this.id = id;
     this.lines = h("pre", { tabIndex: 0 });
@@ -48,12 +59,12 @@ export class Log {
   async refresh() {
     if (!this.element.open) return;
     try {
-      const lines = await get(`jobs/${encodeURIComponent(this.id)}/log?lines=${LOG_LINES}`);
+      const lines = /** @type {string[]} */ (await get(`jobs/${encodeURIComponent(this.id)}/log?lines=${LOG_LINES}`));
       const atEnd = this.lines.scrollTop + this.lines.clientHeight >= this.lines.scrollHeight - 8;
       say(this.lines, lines.join("\n") || t("details.log_empty"));
       if (atEnd) this.lines.scrollTop = this.lines.scrollHeight;
     } catch (error) {
-      say(this.lines, error.message);
+      say(this.lines, reason(error));
     }
   }
 }

@@ -1,3 +1,4 @@
+// @ts-check
 // New graphs in the window: from a job, or one of the pack's templates.
 import { app } from "../../../../scripts/app.js";
 import { api } from "../../../../scripts/api.js";
@@ -7,9 +8,14 @@ import { notify } from "./notices.js";
 
 const [COLUMN_GAP, ROW_GAP] = [60, 60]; // pixels; a row's has the title in it
 
-/** Open the graph that starts this job (`again`) or paints with its result (`use`). Throws Error with the host's words. */
+/**
+ * Open the graph that starts this job (`again`) or paints with its result (`use`). Throws Error with the host's words.
+ * @param {Job} job
+ * @param {"again" | "use"} kind
+ */
 export async function openGraph(job, kind) {
-  const { prompt, missing, folded } = await get(`jobs/${encodeURIComponent(job.id)}/graph/${kind}`);
+  const found = /** @type {JobGraph} */ (await get(`jobs/${encodeURIComponent(job.id)}/graph/${kind}`));
+  const { prompt, missing, folded } = found;
   await app.refreshComboInNodes(); // a LoRA or folder that is younger than the page
   await app.loadApiJson(prompt, t(`graph.${kind}_title`, { name: job.name }));
   keepSeeds();
@@ -24,17 +30,22 @@ export async function openGraph(job, kind) {
 /**
  * Nodes in columns, each as far right as the longest way of links that leads to it; those of the ids in `folded` closed.
  * (The page's own arrangement puts tall nodes under one another as if they were open, and so out of sight.)
+ * @param {Set<string>} folded
  */
 function layOut(folded) {
+  /** @type {GraphNode[][]} */
   const columns = [];
+  /** @type {Map<GraphNode, number>} */
   const depths = new Map();
+  /** @type {(node: GraphNode) => number} */
   const depth = (node) => {
-    if (!depths.has(node)) {
-      depths.set(node, 0); // ends a circle, which no prompt has
-      const before = (node.inputs ?? []).map((_, slot) => node.getInputNode(slot)).filter(Boolean);
-      depths.set(node, before.length ? 1 + Math.max(...before.map(depth)) : 0);
-    }
-    return depths.get(node);
+    const known = depths.get(node);
+    if (known !== undefined) return known;
+    depths.set(node, 0); // ends a circle, which no prompt has
+    const before = (node.inputs ?? []).map((_, slot) => node.getInputNode(slot)).filter((each) => each != null);
+    const found = before.length ? 1 + Math.max(...before.map(depth)) : 0;
+    depths.set(node, found);
+    return found;
   };
   for (const node of app.graph.nodes) (columns[depth(node)] ??= []).push(node);
   let left = 0;
@@ -51,7 +62,10 @@ function layOut(folded) {
 
 const drawn = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
 
-/** Open a template of ours by its name. Throws Error when the host does not give it. */
+/**
+ * Open a template of ours by its name. Throws Error when the host does not give it.
+ * @param {string} name
+ */
 export async function openTemplate(name) {
   const pack = new URL("../../", import.meta.url).pathname.split("/").at(-2); // users name its folder as they like
   const answer = await api.fetchApi(`/workflow_templates/${pack}/${name}.json`);

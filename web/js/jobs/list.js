@@ -1,14 +1,17 @@
+// @ts-check
 // The list of jobs by state, and the choice of those whose curves are laid over one another.
 import { app } from "../../../../scripts/app.js";
 import { fill, h, say } from "../lib/dom.js";
 import { moment } from "../lib/format.js";
+import { reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { Comparison } from "./comparison.js";
 import { openTemplate } from "./graphs.js";
 import { notify } from "./notices.js";
-import { ACTIVE, all, listen, problem, reload } from "./store.js";
+import { ACTIVE, all, find, listen, problem, reload } from "./store.js";
 import { progressWords, share, showState } from "./words.js";
 
+/** @type {[string, (job: Job) => boolean][]} */
 const GROUPS = [
   ["at_work", (job) => ACTIVE.has(job.state)],
   ["unfinished", (job) => ["failed", "interrupted"].includes(job.state)],
@@ -20,9 +23,12 @@ const TEMPLATES = { first_picture: "chroma_1_first_picture", first_lora: "chroma
 
 /** A list that follows the store. `open(id)` is called for the job that is chosen. */
 export class JobList {
+  /** @param {(id: string) => void} open */
   constructor(open) {
     this.open = open;
+    /** @type {Map<string, Row>} */
     this.rows = new Map();
+    /** @type {Set<string>} */
     this.chosen = new Set();
     this.groups = h("div", {});
     this.empty = this.#emptyNote();
@@ -40,18 +46,19 @@ export class JobList {
 
   /** The first steps, for who has trained nothing yet. */
   #emptyNote() {
-    const begin = (name) => () => openTemplate(name).catch((error) => notify("error", error.message));
+    /** @param {string} name */
+    const begin = (name) => () => openTemplate(name).catch((error) => notify("error", reason(error)));
     const browse = () => app.extensionManager.command.execute("Comfy.BrowseTemplates");
-    const steps = Object.entries(TEMPLATES).map(([key, name]) => [t(`list.${key}`), begin(name)]);
-    const buttons = [...steps, [t("list.templates"), browse]].map(([label, work]) =>
-      h("button", { type: "button", onclick: work }, label),
-    );
-    return h("div", { class: "ck-empty" }, h("p", {}, t("list.empty")), buttons);
+    /** @param {string} label @param {() => void} work */
+    const button = (label, work) => h("button", { type: "button", onclick: work }, label);
+    const steps = Object.entries(TEMPLATES).map(([key, name]) => button(t(`list.${key}`), begin(name)));
+    return h("div", { class: "ck-empty" }, h("p", {}, t("list.empty")), steps, button(t("list.templates"), browse));
   }
 
+  /** @param {string | null} id */
   #changed(id) {
-    const row = this.rows.get(id);
-    const job = id && all().find((one) => one.id === id);
+    const row = id && this.rows.get(id);
+    const job = id && find(id);
     if (!row || !job || row.place !== placeOf(job)) return this.#order();
     row.show(job);
   }
@@ -69,7 +76,7 @@ export class JobList {
       this.groups,
       GROUPS.map(([name]) => {
         const jobs = list.filter((job) => groupOf(job) === name);
-        if (name === "at_work") jobs.reverse().sort((a, b) => (a.state === "queued") - (b.state === "queued"));
+        if (name === "at_work") jobs.reverse().sort((a, b) => Number(a.state === "queued") - Number(b.state === "queued"));
         if (!jobs.length) return null;
         const items = jobs.map((job) => this.#row(job).element);
         const title = h("h3", {}, t(`list.${name}`), " ", h("span", { class: "ck-faint" }, String(jobs.length)));
@@ -82,6 +89,7 @@ export class JobList {
     this.comparison.show([...this.chosen]);
   }
 
+  /** @param {Job} job */
   #row(job) {
     let row = this.rows.get(job.id);
     if (!row) {
@@ -92,6 +100,7 @@ export class JobList {
     return row;
   }
 
+  /** @param {string} id @param {boolean} on */
   #choose(id, on) {
     if (on) this.chosen.add(id);
     else this.chosen.delete(id);
@@ -99,10 +108,13 @@ export class JobList {
   }
 }
 
+/** @param {Job} job */
 const placeOf = (job) => (job.state === "queued" ? "queued" : groupOf(job));
-const groupOf = (job) => GROUPS.find(([, fits]) => fits(job))[0];
+/** @param {Job} job */
+const groupOf = (job) => GROUPS.find(([, fits]) => fits(job))?.[0];
 
 class Row {
+  /** @param {Job} job @param {() => void} open @param {(on: boolean) => void} choose */
   constructor(job, open, choose) {
     this.chip = h("span", { class: "ck-chip" });
     this.name = h("span", { class: "ck-strong ck-clip" });
@@ -121,6 +133,7 @@ class Row {
     this.element = h("li", { "data-job": job.id }, choice, button);
   }
 
+  /** @param {Job} job */
   show(job) {
     this.place = placeOf(job);
     showState(this.chip, job);

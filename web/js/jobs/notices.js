@@ -1,18 +1,28 @@
+// @ts-check
 // What is said when a job ends, wherever in the page one is.
 import { app } from "../../../../scripts/app.js";
 import { t } from "../lib/words.js";
 import { onEnd } from "./store.js";
 
+/** @type {Record<string, Severity>} */
 const SEVERITY = { completed: "success", stopped: "info", failed: "error", interrupted: "warn" };
 const MILLISECONDS = 8000;
 
-/** Show a message at the edge of the page; an error stays until it is closed. */
+/**
+ * Show a message at the edge of the page; an error stays until it is closed.
+ * @param {Severity} severity
+ * @param {string} summary
+ * @param {string} detail
+ */
 export function notify(severity, summary, detail = "") {
   const life = severity === "error" ? undefined : MILLISECONDS;
   app.extensionManager.toast.add({ severity, summary, detail, life });
 }
 
-/** From now on: a notice for each job that ends (if the user wants them), and lists of files with the new one in them. */
+/**
+ * From now on: a notice for each job that ends (if the user wants them), and lists of files with the new one in them.
+ * @param {() => boolean} wanted
+ */
 export function startNotices(wanted) {
   onEnd((job) => {
     const file = job.lora_name || job.model_name;

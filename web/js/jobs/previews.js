@@ -1,3 +1,4 @@
+// @ts-check
 // The previews of a job: for each prompt a strip through time, and two of them under a slider.
 import { fill, h, say } from "../lib/dom.js";
 import { address } from "../lib/http.js";
@@ -5,13 +6,25 @@ import { t } from "../lib/words.js";
 
 const [THUMBNAIL, LARGE] = [160, 1024];
 
-/** step-000100-0.png → {number, name, step, prompt}; null for a name of another kind. */
+/** @typedef {{ number: number, name: string, step: number, prompt: number }} Sample */
+/** @typedef {Sample & { source: string, whole: string }} Shown */
+
+/**
+ * step-000100-0.png → {number, name, step, prompt}; null for a name of another kind.
+ * @param {string} name
+ * @param {number} number
+ * @returns {Sample | null}
+ */
 function parsed(name, number) {
   const found = /^step-(\d+)-(\d+)\.png$/.exec(name);
   return found && { number, name, step: Number(found[1]), prompt: Number(found[2]) };
 }
 
-/** What a preview prompt says, with the trigger word in it. */
+/**
+ * What a preview prompt says, with the trigger word in it.
+ * @param {Job} job
+ * @param {number} index
+ */
 function promptText(job, index) {
   const entry = job.config?.previews?.prompts?.[index];
   const text = typeof entry === "string" ? entry : (entry?.prompt ?? "");
@@ -21,50 +34,58 @@ function promptText(job, index) {
 /** All strips of one job. */
 export class Previews {
   constructor() {
+    /** @type {Map<number, Strip>} */
     this.strips = new Map();
     this.names = "";
     this.note = h("div", { class: "ck-faint" });
     this.element = h("section", { class: "ck-previews" }, this.note);
   }
 
+  /** @param {Job} job */
   show(job) {
     if (!job.samples) return;
     const names = job.samples.join("\n");
     say(this.note, names ? "" : t(job.config?.previews?.prompts?.length ? "previews.none_yet" : "previews.no_prompt"));
     if (names === this.names) return;
     this.names = names;
-    const byPrompt = grouped(job.samples.map(parsed).filter(Boolean));
+    const byPrompt = grouped(job.samples.map(parsed).filter((sample) => sample != null));
     for (const [index, samples] of [...byPrompt].sort(([a], [b]) => a - b)) {
-      if (!this.strips.has(index)) {
-        this.strips.set(index, new Strip(job));
-        this.element.append(this.strips.get(index).element);
-      }
-      this.strips.get(index).show(samples, promptText(job, index));
+      const strip = this.strips.get(index) ?? new Strip(job);
+      if (!this.strips.has(index)) this.element.append(strip.element);
+      this.strips.set(index, strip);
+      strip.show(samples, promptText(job, index));
     }
   }
 }
 
+/** @param {Sample[]} samples */
 function grouped(samples) {
+  /** @type {Map<number, Sample[]>} */
   const found = new Map();
   for (const sample of samples) found.set(sample.prompt, [...(found.get(sample.prompt) ?? []), sample]);
   return found;
 }
 
 class Strip {
+  /** @param {Job} job */
   constructor(job) {
     this.job = job;
+    /** @type {Sample[]} */
     this.samples = [];
-    this.before = null;
-    this.after = null;
+    /** @type {Sample | undefined} */
+    this.before = undefined;
+    /** @type {Sample | undefined} */
+    this.after = undefined;
     this.pinned = false;
     this.prompt = h("div", { class: "ck-strong" });
     this.row = h("div", { class: "ck-strip", role: "listbox", "aria-label": t("previews.strip") });
     this.slider = new Slider();
     this.choice = h("select", { "aria-label": t("previews.before"), onchange: () => this.#choose(Number(this.choice.value)) });
-    const head = h("label", { class: "ck-faint" }, t("previews.compare_with"), " ", this.choice);
-    this.element = h("div", { class: "ck-prompt" }, this.prompt, this.row, this.slider.element, head);
+    this.head = h("label", { class: "ck-faint" }, t("previews.compare_with"), " ", this.choice);
+    this.element = h("div", { class: "ck-prompt" }, this.prompt, this.row, this.slider.element, this.head);
   }
 
+  /** @param {Sample[]} samples @param {string} prompt */
   show(samples, prompt) {
     say(this.prompt, prompt);
     const atEnd = this.row.scrollLeft + this.row.clientWidth >= this.row.scrollWidth - 8;
@@ -78,10 +99,11 @@ class Strip {
     this.after = chosen || samples.at(-1);
     fill(this.row, samples.map((sample) => this.#thumbnail(sample)));
     this.#compare();
-    this.choice.parentElement.hidden = samples.length < 2;
+    this.head.hidden = samples.length < 2;
     if (atEnd) this.row.scrollLeft = this.row.scrollWidth;
   }
 
+  /** @param {Sample} sample */
   #thumbnail(sample) {
     const source = this.#source(sample, THUMBNAIL);
     const image = h("img", { src: source, loading: "lazy", alt: t("previews.step", sample), width: 72, height: 72 });
@@ -96,7 +118,9 @@ class Strip {
         onclick: () => {
           this.after = sample;
           this.pinned = sample !== this.samples.at(-1);
-          for (const one of this.row.children) one.setAttribute("aria-selected", one.dataset.step === String(sample.step));
+          for (const one of this.row.children) {
+            one.setAttribute("aria-selected", String(one.getAttribute("data-step") === String(sample.step)));
+          }
           this.#compare();
         },
       },
@@ -105,20 +129,24 @@ class Strip {
     );
   }
 
+  /** @param {number} step */
   #choose(step) {
     this.before = this.samples.find((sample) => sample.step === step) ?? this.samples[0];
     this.#compare();
   }
 
   #compare() {
-    this.slider.show(
-      { ...this.before, source: this.#source(this.before, LARGE), whole: this.#source(this.before) },
-      { ...this.after, source: this.#source(this.after, LARGE), whole: this.#source(this.after) },
-    );
+    if (this.before && this.after) this.slider.show(this.#large(this.before), this.#large(this.after));
   }
 
+  /** @param {Sample} sample */
+  #large(sample) {
+    return { ...sample, source: this.#source(sample, LARGE), whole: this.#source(sample) };
+  }
+
+  /** @param {Sample} sample @param {number} [side] */
   #source(sample, side) {
-    const query = new URLSearchParams({ ...(side ? { side } : {}), v: `${sample.name} ${this.job.created}` });
+    const query = new URLSearchParams({ ...(side ? { side: String(side) } : {}), v: `${sample.name} ${this.job.created}` });
     return address(`jobs/${encodeURIComponent(this.job.id)}/samples/${sample.number}?${query}`);
   }
 }
@@ -141,11 +169,10 @@ class Slider {
     this.#uncover();
   }
 
+  /** @param {Shown} before @param {Shown} after */
   show(before, after) {
-    for (const [image, sample] of [[this.left, before], [this.right, after]]) {
-      if (image.getAttribute("src") !== sample.source) image.src = sample.source;
-      image.alt = t("previews.step", sample);
-    }
+    showImage(this.left, before);
+    showImage(this.right, after);
     this.link.href = after.whole;
     this.frame.classList.toggle("ck-single", before.source === after.source);
     say(this.labels[0], t("previews.step", before));
@@ -155,4 +182,10 @@ class Slider {
   #uncover() {
     this.frame.style.setProperty("--ck-share", `${this.range.value}%`);
   }
+}
+
+/** @param {HTMLImageElement} image @param {Shown} sample */
+function showImage(image, sample) {
+  if (image.getAttribute("src") !== sample.source) image.src = sample.source;
+  image.alt = t("previews.step", sample);
 }

@@ -1,3 +1,4 @@
+// @ts-check
 // What prompts do while a job trains: the host's one choice (yield, finish or refuse), and how many it holds back.
 import { api } from "../../../../scripts/api.js";
 import { throttled } from "../lib/dom.js";
@@ -6,19 +7,25 @@ import { get, post } from "../lib/http.js";
 const CHANGED = "chromakit.settings";
 const MILLISECONDS = 1000;
 
+/** @type {Set<() => void>} */
 const listeners = new Set();
+/** @type {string | null} */
 let choice = null; // null: not known yet
 let held = 0;
 
 /** The choice, or null before it is known; and the number of prompts that wait for the job. */
 export const manners = () => ({ choice, held });
 
-/** Call `listener()` when either changed; returns what ends it. */
+/**
+ * Call `listener()` when either changed; returns what ends it.
+ * @param {() => void} listener
+ */
 export function onManners(listener) {
   listeners.add(listener);
   return () => listeners.delete(listener);
 }
 
+/** @param {HostSettings} found */
 function take(found) {
   choice = found.prompts_while_training;
   held = found.held;
@@ -33,7 +40,10 @@ async function load() {
   }
 }
 
-/** Choose for the host. Throws Error with its words. */
+/**
+ * Choose for the host. Throws Error with its words.
+ * @param {unknown} value
+ */
 export async function choose(value) {
   take(await post("settings", { prompts_while_training: value }));
 }

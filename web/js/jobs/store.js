@@ -1,7 +1,8 @@
+// @ts-check
 // What the page knows about training jobs: fetched when the page opens, kept current by the host's broadcasts, fetched
 // again when some may have been missed. The host holds the truth; nothing here is lost by a reload.
 import { api } from "../../../../scripts/api.js";
-import { get, post } from "../lib/http.js";
+import { get, post, reason } from "../lib/http.js";
 
 /** States of a job that is queued or at work. */
 export const ACTIVE = new Set(["queued", "preparing", "running", "paused"]);
@@ -10,9 +11,13 @@ const EVENT = "chromakit.job";
 const DELETED = "chromakit.job.deleted";
 const QUIET_MILLISECONDS = 5000; // without a word about a job at work, ask
 
+/** @type {Map<string, Job>} */
 const known = new Map();
+/** @type {Set<(id: string | null) => void>} */
 const listeners = new Set();
+/** @type {Set<(job: Job) => void>} */
 const endings = new Set();
+/** @type {Map<string, number>} */
 const watched = new Map();
 let heard = 0;
 let trouble = "";
@@ -20,24 +25,36 @@ let trouble = "";
 /** All jobs, newest first; each the newest status or summary that is known. */
 export const all = () => [...known.values()].sort((a, b) => b.created - a.created);
 
-/** One job, or undefined. */
+/**
+ * One job, or undefined.
+ * @param {string} id
+ */
 export const find = (id) => known.get(id);
 
 /** Why the list could not be fetched, in words; empty when it could. */
 export const problem = () => trouble;
 
-/** Call `listener(id)` after a job changed, came or went (id null: any of them); returns what ends it. */
+/**
+ * Call `listener(id)` after a job changed, came or went (id null: any of them); returns what ends it.
+ * @param {(id: string | null) => void} listener
+ */
 export function listen(listener) {
   listeners.add(listener);
   return () => listeners.delete(listener);
 }
 
-/** Call `listener(status)` when a job that this page saw at work has ended. */
+/**
+ * Call `listener(status)` when a job that this page saw at work has ended.
+ * @param {(job: Job) => void} listener
+ */
 export function onEnd(listener) {
   endings.add(listener);
 }
 
-/** Keep a job's whole status and not only its summary, until the function that this returns is called. */
+/**
+ * Keep a job's whole status and not only its summary, until the function that this returns is called.
+ * @param {string} id
+ */
 export function watch(id) {
   watched.set(id, (watched.get(id) ?? 0) + 1);
   fetchOne(id);
@@ -45,15 +62,18 @@ export function watch(id) {
   return () => {
     if (over) return;
     over = true;
-    if (watched.get(id) > 1) watched.set(id, watched.get(id) - 1);
+    const others = (watched.get(id) ?? 0) - 1;
+    if (others > 0) watched.set(id, others);
     else watched.delete(id);
   };
 }
 
+/** @param {string | null} id */
 function tell(id) {
   for (const listener of [...listeners]) listener(id);
 }
 
+/** @param {Job} status @param {boolean} announce */
 function take(status, announce = true) {
   const before = known.get(status.id);
   // An answer may arrive after a broadcast that is newer than it.
@@ -65,6 +85,7 @@ function take(status, announce = true) {
   return now;
 }
 
+/** @param {string} id */
 async function fetchOne(id) {
   try {
     take(await get(`jobs/${encodeURIComponent(id)}`));
@@ -77,29 +98,38 @@ async function fetchOne(id) {
 export async function reload() {
   heard = performance.now();
   try {
-    const list = await get("jobs?brief=true");
+    const list = /** @type {Job[]} */ (await get("jobs?brief=true"));
     const ids = new Set(list.map((job) => job.id));
     for (const id of known.keys()) if (!ids.has(id)) known.delete(id);
     for (const job of list) take(job, false);
     trouble = "";
   } catch (error) {
-    trouble = error.message;
+    trouble = reason(error);
   }
   tell(null);
   await Promise.all([...watched.keys()].map(fetchOne));
 }
 
-/** Do something with a job; returns its status. Throws Error with the host's words. */
+/**
+ * Do something with a job; returns its status. Throws Error with the host's words.
+ * @param {string} id
+ * @param {string} action
+ * @param {object} body
+ */
 export async function act(id, action, body = {}) {
   return take(await post(`jobs/${encodeURIComponent(id)}/${action}`, body));
 }
 
-/** Delete a job that is not at work. Throws Error with the host's words. */
+/**
+ * Delete a job that is not at work. Throws Error with the host's words.
+ * @param {string} id
+ */
 export async function remove(id) {
   await post(`jobs/${encodeURIComponent(id)}/delete`);
   forget(id);
 }
 
+/** @param {string} id */
 function forget(id) {
   if (known.delete(id)) tell(id);
 }

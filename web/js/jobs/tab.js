@@ -1,3 +1,4 @@
+// @ts-check
 // The sidebar tab: the list of jobs, or one of them.
 import { app } from "../../../../scripts/app.js";
 import { fill, h, say } from "../lib/dom.js";
@@ -9,15 +10,24 @@ import { JobView } from "./view.js";
 
 const TAB = "chromakit";
 
+/** @type {HTMLElement | null} */
 let holder = null; // the element that the host gives while the tab is open
+/** @type {HTMLElement | null} */
 let root = null;
+/** @type {JobView | JobList | null} */
 let room = null; // what is shown in it
+/** @type {string | null} */
 let opened = null; // the job that is open, kept while the tab is closed
+/** @type {(() => void) | null} */
 let unlisten = null;
+/** @type {(() => void) | null} */
 let unfollow = null;
 const note = h("p", { class: "ck-faint", role: "status" }); // what prompts do meanwhile
 
-/** What `registerSidebarTab` takes. */
+/**
+ * What `registerSidebarTab` takes.
+ * @returns {Parameters<ExtensionManager["registerSidebarTab"]>[0]}
+ */
 export function tab() {
   return {
     id: TAB,
@@ -30,14 +40,18 @@ export function tab() {
   };
 }
 
-/** Open the tab, at this job if one is given. */
-export function openJobs(id = null) {
+/**
+ * Open the tab, at this job if one is given.
+ * @param {string} [id]
+ */
+export function openJobs(id) {
   if (id) opened = id;
   const tabs = app.extensionManager.sidebarTab;
   if (tabs.activeSidebarTab?.id !== TAB) tabs.toggleSidebarTab(TAB);
   else show();
 }
 
+/** @param {HTMLElement} element */
 function render(element) {
   // The host calls this at each of its own renderings.
   if (holder === element && root?.parentElement === element) return;
@@ -78,10 +92,11 @@ function show() {
     unlisten = listen(() => find(wanted) && opened === wanted && show());
   }
   const job = opened && find(opened);
-  room = job ? new JobView(opened, leave) : new JobList(open);
+  room = job ? new JobView(job, leave) : new JobList(open);
   fill(root, h("header", {}, h("h1", {}, t("tab.title")), note), room.element);
 }
 
+/** @param {string} id */
 function open(id) {
   opened = id;
   show();

@@ -1,3 +1,4 @@
+// @ts-check
 // One job, open: how far it is, what one can do, its curves, previews, options and log.
 import { fill, h, say } from "../lib/dom.js";
 import { moment } from "../lib/format.js";
@@ -14,9 +15,10 @@ const POINTS = 1500;
 
 /** A view that follows the store; `back()` is called to leave it. */
 export class JobView {
-  constructor(id, back) {
+  /** @param {Job} job @param {() => void} back */
+  constructor(job, back) {
+    const { id } = job;
     this.id = id;
-    const job = find(id);
     this.chip = h("span", { class: "ck-chip" });
     this.numbers = h("div", { class: "ck-strong" });
     this.cost = h("div", { class: "ck-faint" });
@@ -52,7 +54,10 @@ export class JobView {
       this.log.element,
     );
     this.feed = new CurveFeed(id, POINTS, (curve) => this.curves.show(curve));
+    /** @type {JobState | null} */
     this.state = null;
+    /** @type {Job["checkpoint"]} */
+    this.checkpoint = undefined;
     const endings = [watch(id), listen((changed) => this.#changed(changed, back))];
     this.leave = () => endings.forEach((end) => end());
     this.#show(job);
@@ -64,6 +69,7 @@ export class JobView {
     this.curves.destroy();
   }
 
+  /** @param {string | null} id @param {() => void} back */
   #changed(id, back) {
     if (id && id !== this.id) return;
     const job = find(this.id);
@@ -75,6 +81,7 @@ export class JobView {
     this.checkpoint = job.checkpoint;
   }
 
+  /** @param {Job} job */
   #show(job) {
     showState(this.chip, job);
     this.bar.value = share(job);
@@ -85,8 +92,7 @@ export class JobView {
     this.message.classList.toggle("ck-error", job.state === "failed");
     this.actions.show(job);
     const file = job.lora_name || job.model_name;
-    const heldout = job.heldout_loss != null && job.heldout_loss_base != null && percent(job);
-    const facts = [file && t("job.file", { file }), heldout, t("job.created", { when: moment(job.created) })];
+    const facts = [file && t("job.file", { file }), heldout(job), t("job.created", { when: moment(job.created) })];
     say(this.facts, facts.filter(Boolean).join(" · "));
     fill(this.warnings, (job.warnings ?? []).map((warning) => h("li", { class: "ck-warning" }, warning)));
     this.previews.show(job);
@@ -94,7 +100,9 @@ export class JobView {
   }
 }
 
-function percent(job) {
-  const change = 100 * (job.heldout_loss / job.heldout_loss_base - 1);
-  return t("job.heldout", { loss: job.heldout_loss.toFixed(4), change: `${change > 0 ? "+" : ""}${change.toFixed(1)}` });
+/** @param {Job} job */
+function heldout({ heldout_loss: loss, heldout_loss_base: base }) {
+  if (loss == null || base == null) return "";
+  const change = 100 * (loss / base - 1);
+  return t("job.heldout", { loss: loss.toFixed(4), change: `${change > 0 ? "+" : ""}${change.toFixed(1)}` });
 }

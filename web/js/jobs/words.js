@@ -1,22 +1,33 @@
+// @ts-check
 // A job in words: its state, how far it is, what it needs.
 import { say } from "../lib/dom.js";
 import { bytes, duration, loss } from "../lib/format.js";
 import { t } from "../lib/words.js";
 import { ACTIVE } from "./store.js";
 
-/** "running", "running, yielding to the queue", … */
+/**
+ * "running", "running, yielding to the queue", …
+ * @param {Job} job
+ */
 function stateWords(job) {
   const state = t(`state.${job.state}`);
   return job.yielded ? t("state.yielding", { state }) : state;
 }
 
-/** Bring a label up to date. */
+/**
+ * Bring a label up to date.
+ * @param {HTMLElement} chip
+ * @param {Job} job
+ */
 export function showState(chip, job) {
   chip.dataset.state = job.yielded ? "yielding" : job.state;
   say(chip, stateWords(job));
 }
 
-/** "120 / 600 · loss 0.3120 · 2 min 5 s left" */
+/**
+ * "120 / 600 · loss 0.3120 · 2 min 5 s left"
+ * @param {Job} job
+ */
 export function progressWords(job) {
   const parts = [`${job.step} / ${job.steps}`];
   const value = job.loss_smooth ?? job.loss;
@@ -25,7 +36,10 @@ export function progressWords(job) {
   return parts.join(" · ");
 }
 
-/** "0.52 s a step · 1.04 GiB": what a step takes, and memory in use. */
+/**
+ * "0.52 s a step · 1.04 GiB": what a step takes, and memory in use.
+ * @param {Job} job
+ */
 export function costWords(job) {
   const parts = [];
   if (job.step_seconds != null) parts.push(t("job.a_step", { time: duration(job.step_seconds) }));
@@ -37,5 +51,8 @@ export function costWords(job) {
   return parts.join(" · ");
 }
 
-/** From 0 to 1. */
+/**
+ * From 0 to 1.
+ * @param {Job} job
+ */
 export const share = (job) => (job.steps ? job.step / job.steps : 0);

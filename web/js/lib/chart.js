@@ -1,3 +1,4 @@
+// @ts-check
 // A chart of values over training steps: uPlot with the page's colours, zoom by mouse and keyboard, a logarithmic scale.
 import uPlot from "../vendor/uplot.js";
 import { h } from "./dom.js";
@@ -12,16 +13,20 @@ export const LINES = ["#3b82f6", "#e08e0b", "#22a861", "#d6457f", "#8b5cf6", "#0
 /**
  * A chart in a holder that it makes: `element`, `show(data)`, `setLogarithmic(on)`, `reset()`, `destroy()`.
  *
- * series: `{label, colour, width, alpha, points, dash, value}` for each column of the data but the first, which is the
- * step. A colour is a CSS colour or the name of one of our CSS variables. data: columns as uPlot takes them.
+ * There is a line for each column of the data but the first, which is the step. A colour is a CSS colour or the name of
+ * one of our CSS variables.
  */
 export class Chart {
+  /** @param {{ series: Line[], label: string, height?: number, logarithmic?: boolean }} options */
   constructor({ series, height = 190, logarithmic = false, label }) {
     this.series = series;
     this.height = height;
     this.logarithmic = logarithmic;
+    /** @type {Table | null} */
     this.data = null;
+    /** @type {uPlot | null} */
     this.plot = null;
+    this.ink = "";
     this.zoomed = false;
     this.element = h("div", { class: "ck-chart", tabIndex: 0, role: "img", "aria-label": label, title: t("chart.help") });
     this.element.addEventListener("keydown", (event) => this.#key(event));
@@ -34,23 +39,31 @@ export class Chart {
     }
   }
 
-  /** Draw these columns; a zoom stays. */
+  /**
+   * Draw these columns; a zoom stays.
+   * @param {Table} data
+   */
   show(data) {
     this.data = data;
     if (!this.plot) return this.#build();
-    const x = { ...this.plot.scales.x };
+    const { min = 0, max = 0 } = this.plot.scales.x;
     this.plot.setData(this.#drawable(data), !this.zoomed);
-    if (this.zoomed) this.plot.setScale("x", { min: x.min, max: x.max });
+    if (this.zoomed) this.plot.setScale("x", { min, max });
     this.#showLast();
   }
 
-  /** Another set of lines. */
+  /**
+   * Another set of lines.
+   * @param {Line[]} series
+   * @param {Table} data
+   */
   setSeries(series, data) {
     this.series = series;
     this.data = data;
     this.#build();
   }
 
+  /** @param {boolean} on */
   setLogarithmic(on) {
     this.logarithmic = on;
     this.#build();
@@ -69,7 +82,10 @@ export class Chart {
     this.plot = null;
   }
 
-  /** What a CSS variable stands for now, in a form that a canvas takes. */
+  /**
+   * What a CSS variable stands for now, in a form that a canvas takes.
+   * @param {string} name
+   */
   #colour(name) {
     if (!name.startsWith("--")) return name;
     this.element.style.setProperty("color", `var(${name})`);
@@ -78,10 +94,14 @@ export class Chart {
     return found;
   }
 
-  /** On a logarithmic scale there is no place for zero. */
-  #drawable(data) {
-    if (!this.logarithmic) return data;
-    return data.map((column, i) => (i ? column.map((value) => (value > 0 ? value : null)) : column));
+  /**
+   * On a logarithmic scale there is no place for zero.
+   * @param {Table} data
+   * @returns {Table}
+   */
+  #drawable([steps, ...columns]) {
+    if (!this.logarithmic) return [steps, ...columns];
+    return [steps, ...columns.map((column) => column.map((value) => (value != null && value > 0 ? value : null)))];
   }
 
   #build() {
@@ -99,12 +119,15 @@ export class Chart {
       dash: one.dash,
       spanGaps: true,
       points: { show: one.points ?? false, size: 6 },
+      /** @type {uPlot.Series.Value} */
       value: (plot, value, column) => {
-        const shown = value ?? (plot.cursor.idx == null ? plot.data[column].findLast((each) => each != null) : null);
-        return shown == null ? "–" : (one.value ?? ((each) => each.toPrecision(4)))(shown);
+        const newest = () => (plot.cursor.idx == null ? [...plot.data[column]].findLast((each) => each != null) : null);
+        /** @type {number | null | undefined} */
+        const shown = value ?? newest();
+        return shown == null ? "–" : (one.value?.(shown) ?? shown.toPrecision(4));
       },
     }));
-    this.plot = new uPlot(
+    const plot = new uPlot(
       {
         width: this.element.clientWidth,
         height: this.height,
@@ -112,20 +135,21 @@ export class Chart {
         axes: [{ ...axis, size: 28 }, { ...axis, size: 52 }],
         series: [{ label: t("chart.step"), value: (_, value) => value ?? "–" }, ...lines],
         cursor: { drag: { x: true, y: false }, points: { size: 6 } },
-        hooks: { setSelect: [(plot) => plot.select.width > 0 && (this.zoomed = true)] },
+        hooks: { setSelect: [({ select }) => void (this.zoomed ||= select.width > 0)] },
       },
       this.#drawable(this.data),
       this.element,
     );
-    this.plot.over.addEventListener("dblclick", () => (this.zoomed = false));
-    this.plot.over.addEventListener("mouseleave", () => this.#showLast());
-    if (window_) this.plot.setScale("x", { min: window_.min, max: window_.max });
+    this.plot = plot;
+    plot.over.addEventListener("dblclick", () => (this.zoomed = false));
+    plot.over.addEventListener("mouseleave", () => this.#showLast());
+    if (window_) plot.setScale("x", { min: window_.min ?? 0, max: window_.max ?? 0 });
     this.#showLast();
   }
 
   /** While the mouse points at nothing, the legend has each line's newest value (once uPlot has done its own drawing). */
   #showLast() {
-    setTimeout(() => this.plot?.cursor.idx == null && this.plot?.setLegend({ idx: this.data[0].length - 1 }));
+    setTimeout(() => this.plot?.cursor.idx == null && this.data && this.plot?.setLegend({ idx: this.data[0].length - 1 }));
   }
 
   #fit() {
@@ -133,15 +157,19 @@ export class Chart {
     if (this.element.clientWidth) this.plot.setSize({ width: this.element.clientWidth, height: this.height });
   }
 
+  /** @param {KeyboardEvent} event */
   #key(event) {
-    if (!this.plot || !this.data?.[0]?.length) return;
-    const { min, max } = this.plot.scales.x;
+    const { plot } = this;
+    if (!plot || !this.data?.[0]?.length) return;
+    const { min = 0, max = 0 } = plot.scales.x;
     const span = max - min;
+    /** @param {number} low @param {number} high */
     const move = (low, high) => {
       this.zoomed = true;
-      this.plot.setScale("x", { min: low, max: high });
+      plot.setScale("x", { min: low, max: high });
     };
     const inset = (span * (1 - ZOOM_STEP)) / 2;
+    /** @type {Record<string, () => void>} */
     const keys = {
       "+": () => move(min + inset, max - inset),
       "-": () => move(min - inset / ZOOM_STEP, max + inset / ZOOM_STEP),
@@ -157,5 +185,8 @@ export class Chart {
   }
 }
 
-/** Several charts' columns over one axis of steps. */
-export const joined = (tables) => uPlot.join(tables);
+/**
+ * Several charts' columns over one axis of steps.
+ * @param {Table[]} tables
+ */
+export const joined = (tables) => /** @type {Table} */ (uPlot.join(tables));

@@ -1,3 +1,4 @@
+// @ts-check
 // Elements without a framework.
 
 /**
@@ -5,49 +6,79 @@
  *
  * Properties with a dash, `role` and `class` become attributes, `style` is an object of CSS properties, the rest are set
  * on the element. Children that are null or false are left out.
+ *
+ * @template {keyof HTMLElementTagNameMap} K
+ * @param {K} tag
+ * @param {Properties} properties
+ * @param {Children[]} children
  */
 export function h(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
     if (value == null) continue;
     if (name === "style") for (const [key, text] of Object.entries(value)) made.style.setProperty(key, text);
-    else if (name === "class" || name === "role" || name.includes("-")) made.setAttribute(name, value);
-    else made[name] = value;
+    else if (name === "class" || name === "role" || name.includes("-")) made.setAttribute(name, String(value));
+    else Object.assign(made, { [name]: value });
   }
-  made.append(...children.flat().filter((child) => child != null && child !== false));
+  made.append(...present(children));
   return made;
 }
 
-/** Make an SVG element with these attributes and text. */
+/** @param {Children[]} children */
+const present = (children) => children.flat().filter((child) => child != null && child !== false);
+
+/**
+ * Make an SVG element with these attributes and text.
+ * @param {string} tag
+ * @param {Record<string, string | number>} attributes
+ * @param {string} [text]
+ */
 export function svg(tag, attributes = {}, text) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, String(value));
   if (text != null) made.textContent = text;
   return made;
 }
 
-/** Put these children into an element instead of those it has. */
+/**
+ * Put these children into an element instead of those it has.
+ * @param {Element} element
+ * @param {Children[]} children
+ */
 export function fill(element, ...children) {
-  element.replaceChildren(...children.flat().filter((child) => child != null && child !== false));
+  element.replaceChildren(...present(children));
 }
 
-/** Set a text only when it changes: an equal one would end a selection in it. */
+/**
+ * Set a text only when it changes: an equal one would end a selection in it.
+ * @param {Element} element
+ * @param {string} text
+ */
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** A function that calls `work` once, `milliseconds` after the last of several calls. */
+/**
+ * A function that calls `work` once, `milliseconds` after the last of several calls.
+ * @param {() => void} work
+ * @param {number} milliseconds
+ */
 export function debounced(work, milliseconds) {
-  let timer;
-  return (...values) => {
+  let timer = 0;
+  return () => {
     clearTimeout(timer);
-    timer = setTimeout(() => work(...values), milliseconds);
+    timer = setTimeout(work, milliseconds);
   };
 }
 
-/** A function that calls `work` at once, but at most every `milliseconds`; a call in between is made up for at the end. */
+/**
+ * A function that calls `work` at once, but at most every `milliseconds`; a call in between is made up for at the end.
+ * @param {() => void} work
+ * @param {number} milliseconds
+ */
 export function throttled(work, milliseconds) {
   let last = -Infinity;
+  /** @type {number | null} */
   let timer = null;
   return () => {
     if (timer != null) return;

@@ -1,6 +1,8 @@
+// @ts-check
 // The host's routes under /chromakit, as JSON. An error carries the host's own words.
 import { api } from "../../../../scripts/api.js";
 
+/** @param {Response} answer */
 async function answered(answer) {
   const text = await answer.text();
   let value = null;
@@ -13,18 +15,38 @@ async function answered(answer) {
   return value;
 }
 
-/** The JSON that GET /chromakit/<path> answers. */
+/**
+ * The JSON that GET /chromakit/<path> answers.
+ * @template T
+ * @param {string} path
+ * @returns {Promise<T>}
+ */
 export async function get(path) {
   return answered(await api.fetchApi(`/chromakit/${path}`, { cache: "no-store" }));
 }
 
-/** The JSON that POST /chromakit/<path> with a JSON body answers. */
+/**
+ * The JSON that POST /chromakit/<path> with a JSON body answers.
+ * @template T
+ * @param {string} path
+ * @param {object} body
+ * @returns {Promise<T>}
+ */
 export async function post(path, body = {}) {
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
   return answered(await api.fetchApi(`/chromakit/${path}`, options));
 }
 
-/** The address of what GET /chromakit/<path> gives, for an image or a link. */
+/**
+ * What an error says.
+ * @param {unknown} error
+ */
+export const reason = (error) => (error instanceof Error ? error.message : String(error));
+
+/**
+ * The address of what GET /chromakit/<path> gives, for an image or a link.
+ * @param {string} path
+ */
 export function address(path) {
   return api.apiURL(`/chromakit/${path}`);
 }

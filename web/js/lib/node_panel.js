@@ -1,3 +1,4 @@
+// @ts-check
 // What of ours stands on a node: an element as a widget that is never saved, and the node's life around it.
 
 const OPERATING = ["Enter", " ", "ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"];
@@ -6,6 +7,12 @@ const OPERATING = ["Enter", " ", "ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDow
  * Put `element` on a node, `height` pixels high (a number, or a function that gives one), the margin around it included.
  *
  * It works in both renderers of nodes: on the canvas the widget keeps that height, as a Vue component the element does.
+ *
+ * @param {PageNode} node
+ * @param {string} name
+ * @param {HTMLElement} element
+ * @param {number | (() => number)} height
+ * @returns {Place}
  */
 export function addPanel(node, name, element, height) {
   const pixels = typeof height === "function" ? height : () => height;
@@ -20,7 +27,7 @@ export function addPanel(node, name, element, height) {
   element.addEventListener("keydown", (event) => {
     if (OPERATING.includes(event.key) && !event.ctrlKey && !event.metaKey) event.stopPropagation();
   });
-  let last;
+  let last = 0;
   const settled = () => {
     last = pixels();
     element.style.setProperty("min-height", `${Math.max(0, last - 2 * (widget.margin ?? 10))}px`);
@@ -49,11 +56,17 @@ export function addPanel(node, name, element, height) {
   };
 }
 
-/** Call what is given in `hooks` after the node's own method of that name. */
+/**
+ * Call what is given in `hooks` after the node's own method of that name.
+ * @param {PageNode} node
+ * @param {NodeHooks} hooks
+ */
 export function chain(node, hooks) {
+  const methods = /** @type {Record<string, Function | undefined>} */ (/** @type {unknown} */ (node));
   for (const [name, work] of Object.entries(hooks)) {
-    const before = node[name];
-    node[name] = function (...values) {
+    const before = methods[name];
+    /** @this {PageNode} @param {unknown[]} values */
+    methods[name] = function (...values) {
       const result = before?.apply(this, values);
       work.apply(this, values);
       return result;
@@ -61,14 +74,22 @@ export function chain(node, hooks) {
   }
 }
 
-/** The values of a node's widgets by name; those of inputs that are linked are left out. */
+/**
+ * The values of a node's widgets by name; those of inputs that are linked are left out.
+ * @param {GraphNode} node
+ * @returns {WidgetValues}
+ */
 export function widgetValues(node) {
   const linked = new Set((node.inputs ?? []).filter((input) => input.link != null).map((input) => input.name));
   const ours = (node.widgets ?? []).filter((widget) => widget.serialize !== false && !linked.has(widget.name));
   return Object.fromEntries(ours.map((widget) => [widget.name, widget.value]));
 }
 
-/** Call `changed` after a widget of the node got another value, a link came or went, or the node was configured. */
+/**
+ * Call `changed` after a widget of the node got another value, a link came or went, or the node was configured.
+ * @param {PageNode} node
+ * @param {() => void} changed
+ */
 export function onWidgets(node, changed) {
   for (const widget of node.widgets ?? []) {
     const { callback } = widget;

@@ -1,3 +1,4 @@
+// @ts-check
 // The stylesheets, linked once. Every rule in them begins with .chromakit, the class of each of our roots, so that nothing
 // of the host's page changes; colours are the host's own variables, so that themes and palettes are followed.
 const SHEETS = ["base", "jobs", "widgets"];

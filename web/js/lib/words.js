@@ -1,8 +1,13 @@
+// @ts-check
 // What the page says, in the user's language: the host serves locales/<language>/main.json of every pack at /i18n.
 import { app } from "../../../../scripts/app.js";
 import { api } from "../../../../scripts/api.js";
 
+/** @typedef {{ [key: string]: Words | string }} Words */
+
+/** @type {Words} */
 let languages = {};
+/** @type {Promise<void> | undefined} */
 let loading;
 
 /** Fetch the words, once however often it is called; before any node is made. Without them keys are shown. */
@@ -19,14 +24,21 @@ async function fetchWords() {
   }
 }
 
+/** @param {string} language @param {string} key */
 function find(language, key) {
-  const found = key.split(".").reduce((at, part) => at?.[part], languages[language]?.chromakit);
+  /** @type {Words | string | undefined} */
+  let found = languages[language];
+  for (const part of ["chromakit", ...key.split(".")]) found = typeof found === "object" ? found[part] : undefined;
   return typeof found === "string" ? found : undefined;
 }
 
-/** The text of `key` (dots lead into the file's tables) in the page's language, else in English; {name} is replaced. */
+/**
+ * The text of `key` (dots lead into the file's tables) in the page's language, else in English; {name} is replaced.
+ * @param {string} key
+ * @param {Record<string, unknown>} values
+ */
 export function t(key, values = {}) {
-  const language = app.ui?.settings?.getSettingValue?.("Comfy.Locale") ?? "en";
+  const language = String(app.ui?.settings?.getSettingValue?.("Comfy.Locale") ?? "en");
   const text = find(language, key) ?? find(language.split("-")[0], key) ?? find("en", key) ?? key;
   return text.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
 }

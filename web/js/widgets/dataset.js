@@ -1,3 +1,4 @@
+// @ts-check
 // Chroma Dataset: what is in the folder, before anything runs.
 import { fill, h } from "../lib/dom.js";
 import { address } from "../lib/http.js";
@@ -8,9 +9,13 @@ const HEIGHT = 206;
 const WARNED = 96;
 const CHIPS = 6;
 
+/** @extends {LivePanel<DatasetLook>} */
 class Dataset extends LivePanel {
+  /** @param {PageNode} node */
   constructor(node) {
     super(node, "dataset", "datasets/look");
+    /** Whether the warnings are. */
+    this.unfolded = false;
   }
 
   height() {
@@ -26,6 +31,7 @@ class Dataset extends LivePanel {
     return flavour ? { ...values, flavour } : values;
   }
 
+  /** @param {DatasetLook} found */
   show(found) {
     const assumed = found.size_from === "assumed" ? "size_assumed" : found.size_from === "model" ? "size_model" : "size";
     const counts = this.t("counts", { pictures: found.pictures, captions: found.captions });
@@ -40,39 +46,48 @@ class Dataset extends LivePanel {
     );
   }
 
-  /** What size is meant, and the sizes that are trained, the most frequent first: shape, size, count. */
+  /**
+   * What size is meant, and the sizes that are trained, the most frequent first: shape, size, count.
+   * @param {HTMLElement} size
+   * @param {Bucket[]} buckets
+   */
   chips(size, buckets) {
     const sorted = [...buckets].sort((a, b) => b.count - a.count);
     const rest = sorted.slice(CHIPS);
-    const chip = ({ width, height, count }) => {
+    const chip = (/** @type {Bucket} */ { width, height, count }) => {
       const longest = Math.max(width, height);
       const shape = { width: `${(11 * width) / longest}px`, height: `${(11 * height) / longest}px` };
       return h("li", { class: "ck-chip" }, h("i", { style: shape, "aria-hidden": "true" }), `${width}×${height}`, h("b", {}, String(count)));
     };
-    const more = rest.length && h("li", { class: "ck-faint", title: rest.map((b) => `${b.width}×${b.height}: ${b.count}`).join("\n") }, this.t("more", { count: rest.length }));
-    return h("ul", { class: "ck-chips", "aria-label": this.t("buckets") }, size, sorted.slice(0, CHIPS).map(chip), more || null);
+    const title = rest.map((b) => `${b.width}×${b.height}: ${b.count}`).join("\n");
+    const more = rest.length > 0 && h("li", { class: "ck-faint", title }, this.t("more", { count: rest.length }));
+    return h("ul", { class: "ck-chips", "aria-label": this.t("buckets") }, size, sorted.slice(0, CHIPS).map(chip), more);
   }
 
+  /** @param {string[]} texts */
   warnings(texts) {
     if (!texts.length) return h("div", { class: "ck-faint" }, this.t("no_warnings"));
     const label = texts.length === 1 ? this.t("warning") : this.t("warnings", { count: texts.length });
     const details = h(
       "details",
-      { class: "ck-warnings", open: Boolean(this.unfolded) },
+      { class: "ck-warnings", open: this.unfolded },
       h("summary", { class: "ck-warning ck-clip", title: texts[0] }, `${label}: ${texts[0]}`),
       h("ul", { class: "ck-scroll", tabIndex: 0 }, texts.map((text) => h("li", {}, text))),
     );
     details.addEventListener("toggle", () => {
-      if (details.open === Boolean(this.unfolded)) return;
+      if (details.open === this.unfolded) return;
       this.unfolded = details.open;
       this.panel.resized();
     });
     return details;
   }
 
-  /** Small pictures, cropped as in training; a click opens the whole contact sheet. */
+  /**
+   * Small pictures, cropped as in training; a click opens the whole contact sheet.
+   * @param {DatasetLook} found
+   */
   sheet(found) {
-    const tile = ({ name, caption, notes, image }) => {
+    const tile = (/** @type {Thumbnail} */ { name, caption, notes, image }) => {
       const title = [name, caption, ...notes.map((note) => `! ${note}`)].filter(Boolean).join("\n");
       const inside = image ? h("img", { src: image, alt: name, loading: "lazy", draggable: false }) : "✕";
       return h("span", { class: notes.length ? "ck-tile ck-doubt" : "ck-tile", title }, inside);
@@ -82,7 +97,10 @@ class Dataset extends LivePanel {
   }
 }
 
-/** Put the contact sheet on a Chroma Dataset node. */
+/**
+ * Put the contact sheet on a Chroma Dataset node.
+ * @param {PageNode} node
+ */
 export function attachDataset(node) {
   return new Dataset(node);
 }

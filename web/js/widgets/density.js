@@ -1,3 +1,4 @@
+// @ts-check
 // Chroma Training Settings: how often each noise level is trained, and how the learning rate goes.
 import { fill } from "../lib/dom.js";
 import { SmallChart } from "./small_chart.js";
@@ -10,7 +11,9 @@ const NAMES = [
   "warmup_steps", "lr_schedule", "lr_cycles", "lr_power",
 ];
 
+/** @extends {LivePanel<DensityLook>} */
 class Density extends LivePanel {
+  /** @param {PageNode} node */
   constructor(node) {
     super(node, "density", "density");
     this.levels = new SmallChart(this.t("title"));
@@ -24,17 +27,20 @@ class Density extends LivePanel {
 
   /** The widgets, and the steps of the Chroma Train LoRA that the settings go to. */
   question() {
-    const steps = targetsOf(this.node, "ChromaTrainLora").map((node) => valueOf(node, "steps")).find((value) => value > 0);
+    const trainers = targetsOf(this.node, "ChromaTrainLora");
+    const steps = trainers.map((node) => Number(valueOf(node, "steps"))).find((value) => value > 0);
     return { ...this.values(NAMES), ...(steps ? { steps } : {}) };
   }
 
+  /** @param {DensityLook} found @param {Record<string, unknown>} asked */
   show({ centres, density, plain, size, steps, rates }, asked) {
     const top = Math.max(...density, ...plain) * 1.05;
-    const points = centres.map((at, i) => [at, density[i]]);
+    /** @param {number[]} values @returns {Point[]} */
+    const over = (values) => centres.map((at, i) => [at, values[i]]);
     fill(this.body, this.levels.root, this.rates.root);
     this.levels.set({
-      points,
-      also: [centres.map((at, i) => [at, plain[i]])],
+      points: over(density),
+      also: [over(plain)],
       kind: "area",
       x: [0, 1],
       y: [0, top],
@@ -53,7 +59,10 @@ class Density extends LivePanel {
   }
 }
 
-/** Put the plots on a Chroma Training Settings node. */
+/**
+ * Put the plots on a Chroma Training Settings node.
+ * @param {PageNode} node
+ */
 export function attachDensity(node) {
   return new Density(node);
 }

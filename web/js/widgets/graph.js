@@ -1,46 +1,72 @@
+// @ts-check
 // What the graph says about a node: its neighbours over links, and values of widgets that no link replaces.
 
 const THROUGH = ["Reroute", "ChromaApplyLora", "ChromaCombineDatasets"];
 
-function linkOf(graph, id) {
-  return graph?.getLink?.(id) ?? graph?.links?.get?.(id) ?? graph?.links?.[id];
-}
+/** @param {GraphNode["graph"]} graph @param {number | null | undefined} id */
+const linkOf = (graph, id) => graph?.getLink(id);
 
-/** The node and output that an input comes from; null when nothing is linked there. Reroutes are looked through. */
+/** @param {GraphNode} node */
+const isThrough = (node) => THROUGH.includes(node.comfyClass ?? node.type);
+
+/**
+ * The node and output that an input comes from; null when nothing is linked there. Reroutes are looked through.
+ * @param {GraphNode | null | undefined} node
+ * @param {string} name
+ * @returns {{ node: GraphNode, output: string | undefined } | null}
+ */
 export function sourceOf(node, name) {
   const input = node?.inputs?.find((each) => each.name === name);
   if (input?.link == null) return null;
-  const link = linkOf(node.graph, input.link);
-  const from = link && node.graph.getNodeById(link.origin_id);
-  if (!from) return null;
-  if (!THROUGH.includes(from.comfyClass ?? from.type)) return { node: from, output: from.outputs?.[link.origin_slot]?.name };
+  const link = linkOf(node?.graph ?? null, input.link);
+  const from = node?.graph?.getNodeById(link?.origin_id);
+  if (!link || !from) return null;
+  if (!isThrough(from)) return { node: from, output: from.outputs?.[link.origin_slot]?.name };
   const onward = from.inputs?.find((each) => each.link != null && each.type === input.type) ?? from.inputs?.[0];
   return onward ? sourceOf(from, onward.name) : null;
 }
 
-/** Nodes of a class that the outputs of a node lead to, also over a Reroute or a combined data set. */
+/**
+ * Nodes of a class that the outputs of a node lead to, also over a Reroute or a combined data set.
+ * @param {GraphNode | null} node
+ * @param {string} comfyClass
+ * @param {Set<GraphNode>} seen
+ * @returns {GraphNode[]}
+ */
 export function targetsOf(node, comfyClass, seen = new Set()) {
   if (!node || seen.has(node)) return [];
   seen.add(node);
   const links = (node.outputs ?? []).flatMap((output) => output.links ?? []).map((id) => linkOf(node.graph, id));
-  const next = links.map((link) => link && node.graph.getNodeById(link.target_id)).filter(Boolean);
+  const next = links.map((link) => node.graph?.getNodeById(link?.target_id)).filter((each) => each != null);
   const found = next.filter((each) => each.comfyClass === comfyClass);
-  const further = next.filter((each) => THROUGH.includes(each.comfyClass ?? each.type));
+  const further = next.filter(isThrough);
   return [...found, ...further.flatMap((each) => targetsOf(each, comfyClass, seen))];
 }
 
-/** A widget's value, or undefined when a link replaces it or there is none. */
+/**
+ * A widget's value, or undefined when a link replaces it or there is none.
+ * @param {GraphNode | undefined} node
+ * @param {string} name
+ */
 export function valueOf(node, name) {
   if (isLinked(node, name)) return undefined;
   return node?.widgets?.find((widget) => widget.name === name)?.value;
 }
 
-/** Whether a link gives the value of that input. */
+/**
+ * Whether a link gives the value of that input.
+ * @param {GraphNode | undefined} node
+ * @param {string} name
+ */
 export function isLinked(node, name) {
   return (node?.inputs ?? []).some((input) => input.name === name && input.link != null);
 }
 
-/** Give widgets of a node new values, as a user would. */
+/**
+ * Give widgets of a node new values, as a user would.
+ * @param {GraphNode} node
+ * @param {WidgetValues} values
+ */
 export function setWidgets(node, values) {
   for (const [name, value] of Object.entries(values)) {
     const widget = node.widgets?.find((each) => each.name === name);

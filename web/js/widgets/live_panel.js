@@ -1,13 +1,17 @@
+// @ts-check
 // A panel that asks the host a question made of its node's widgets, and shows the answer to the last one asked.
 import { app } from "../../../../scripts/app.js";
 import { debounced, fill, h, say } from "../lib/dom.js";
-import { post } from "../lib/http.js";
+import { post, reason } from "../lib/http.js";
 import { addPanel, chain, onWidgets, widgetValues } from "../lib/node_panel.js";
 import { t } from "../lib/words.js";
 
 export const SETTING = "Chroma.Panels";
 const WAIT = 250;
 
+/** @typedef {Record<string, unknown>} Question */
+
+/** @type {Set<LivePanel<never>>} */
 const panels = new Set();
 
 /** Something changed somewhere in the graph: every panel asks again whose question is another one now. */
@@ -15,27 +19,36 @@ export function touchAll() {
   for (const panel of panels) panel.touch();
 }
 
-/** Show or hide all panels. */
+/**
+ * Show or hide all panels.
+ * @param {boolean} on
+ */
 export function showAll(on) {
   for (const panel of panels) panel.toggle(on);
 }
 
 function isOn() {
-  return app.ui?.settings?.getSettingValue?.(SETTING) ?? true;
+  return Boolean(app.ui?.settings?.getSettingValue?.(SETTING) ?? true);
 }
 
 /**
  * What stands on a node. A kind of panel has `height()`, its pixels on the node with the margins; `question()`, the body
  * of the request or, as a text, why there is none; and `show(answer, question)`.
+ * @template Answer
  */
 export class LivePanel {
   /**
-   * @param node the node that it stands on
-   * @param name a key under `widgets` of the words
-   * @param path of the route under /chromakit
+   * @param {PageNode} node the node that it stands on
+   * @param {string} name a key under `widgets` of the words
+   * @param {string} path of the route under /chromakit
    */
   constructor(node, name, path) {
-    Object.assign(this, { node, name, path });
+    this.node = node;
+    this.name = name;
+    this.path = path;
+    /** @type {string | null} the question that was asked last, as a text */
+    this.asked = null;
+    this.waiting = false;
     this.on = isOn();
     this.note = h("div", { class: "ck-note ck-faint", role: "status" });
     this.body = h("div", { class: "ck-body" });
@@ -49,19 +62,37 @@ export class LivePanel {
     if (!this.on) this.hide(true);
   }
 
+  height() {
+    return 0;
+  }
+
+  /** @returns {Question | string} */
+  question() {
+    return "";
+  }
+
+  /** @param {Answer} _answer @param {Question} _question */
+  show(_answer, _question) {}
+
   start() {
     panels.add(this);
     this.toggle(isOn());
     this.touch();
   }
 
+  /** @param {string} key @param {Record<string, unknown>} [values] */
   t(key, values) {
     return t(`widgets.${this.name}.${key}`, values);
   }
 
-  /** The values of these widgets, linked ones left out; without names those of all inputs that the node has. */
+  /**
+   * The values of these widgets, linked ones left out; without names those of all inputs that the node has.
+   * @param {string[]} [names]
+   * @returns {WidgetValues}
+   */
   values(names) {
-    const { required, optional } = this.node.constructor.nodeData?.input ?? {};
+    const { nodeData } = /** @type {{ nodeData?: NodeData }} */ (/** @type {unknown} */ (this.node.constructor));
+    const { required, optional } = nodeData?.input ?? {};
     const wanted = names ?? Object.keys({ ...required, ...optional });
     return Object.fromEntries(Object.entries(widgetValues(this.node)).filter(([name]) => wanted.includes(name)));
   }
@@ -80,14 +111,14 @@ export class LivePanel {
     this.waiting = true;
     const slow = setTimeout(() => this.tell(t("widgets.looking")), 150);
     try {
-      const answer = await post(this.path, question);
+      const answer = /** @type {Answer} */ (await post(this.path, question));
       if (this.isCurrent()) {
         this.tell("");
         this.root.classList.remove("ck-failed");
         this.show(answer, question);
       }
     } catch (error) {
-      if (this.isCurrent()) this.fail(error.message, true);
+      if (this.isCurrent()) this.fail(reason(error), true);
     } finally {
       clearTimeout(slow);
       this.waiting = false;
@@ -107,18 +138,21 @@ export class LivePanel {
     this.ask();
   }
 
+  /** @param {string} message @param {boolean} isError */
   fail(message, isError) {
     fill(this.body);
     this.root.classList.add("ck-failed");
     this.tell(message, isError);
   }
 
+  /** @param {string} text */
   tell(text, isError = false) {
     say(this.note, text);
     this.note.title = text;
     this.note.className = `ck-note ${isError ? "ck-error" : "ck-faint"}`;
   }
 
+  /** @param {boolean} on */
   toggle(on) {
     if (on === this.on) return;
     this.on = on;
@@ -127,6 +161,7 @@ export class LivePanel {
     this.ask();
   }
 
+  /** @param {boolean} away */
   hide(away) {
     this.panel.widget.hidden = away;
     this.root.style.setProperty("display", away ? "none" : "");

@@ -1,3 +1,4 @@
+// @ts-check
 // Chroma Load Model: what the chosen settings need on this machine, and behind a disclosure what the others would.
 import { fill, h } from "../lib/dom.js";
 import { chain } from "../lib/node_panel.js";
@@ -10,6 +11,7 @@ const OPENED = "chromakitPlanOpen";
 const NAMES = ["flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup"];
 const FILES = ["folder", "transformer", "text_encoder", "vae"];
 const PUBLISHED = "as published";
+/** @type {Record<string, string>} */
 const MARKS = {
   "recommended for sampling": "recommended_sampling",
   "recommended for training": "recommended_training",
@@ -18,9 +20,12 @@ const MARKS = {
   "no checkpointing": "no_checkpointing",
 };
 
+/** @param {number} bytes */
 const gib = (bytes) => (bytes / 2 ** 30).toFixed(bytes < 2 ** 30 ? 2 : 1);
 
+/** @extends {LivePanel<PlanLook>} */
 class Plan extends LivePanel {
+  /** @param {PageNode} node */
   constructor(node) {
     super(node, "plan", "plan/rows");
     chain(node, { onConfigure: () => this.restore() });
@@ -33,7 +38,7 @@ class Plan extends LivePanel {
 
   /** The widgets; but the size of somebody's own files under the flavour tiny is not known here. */
   question() {
-    const own = FILES.some((name) => ![undefined, PUBLISHED].includes(valueOf(this.node, name)));
+    const own = FILES.some((name) => (valueOf(this.node, name) ?? PUBLISHED) !== PUBLISHED);
     return own && valueOf(this.node, "flavour") === "tiny" ? this.t("own_files") : this.values(NAMES);
   }
 
@@ -53,26 +58,32 @@ class Plan extends LivePanel {
     if (this.details) this.details.open = this.open;
   }
 
+  /** @param {PlanLook} plan */
   show(plan) {
     const chosen = plan.rows.find((row) => row.marks.includes("chosen"));
-    this.details = h("details", { open: this.open }, h("summary", {}, this.line(plan, chosen)), this.table(plan));
+    this.details = h("details", { open: this.open }, h("summary", {}, chosen && this.line(plan, chosen)), this.table(plan));
     this.details.addEventListener("toggle", () => this.disclosed());
     fill(this.body, this.details);
   }
 
   disclosed() {
-    if (this.details.open === this.open) return;
+    const open = this.details?.open;
+    if (open === undefined || open === this.open) return;
     this.node.properties ??= {};
-    this.node.properties[OPENED] = this.details.open;
+    this.node.properties[OPENED] = open;
     this.shape();
     this.panel.resized();
   }
 
-  /** One line: what the chosen row needs, and whether it fits. */
+  /**
+   * One line: what the chosen row needs, and whether it fits.
+   * @param {PlanLook} plan
+   * @param {PlanRow} row
+   */
   line(plan, row) {
-    const [sampling, training] = ["sampling", "training"].map((purpose) => row.fits.includes(purpose));
+    const [sampling, training] = [row.fits.includes("sampling"), row.fits.includes("training")];
     const budget = plan.shared ? plan.host_budget_bytes : plan.device_budget_bytes;
-    const need = (purpose) => (plan.shared ? row.host_bytes : row[`${purpose}_bytes`]);
+    const need = (/** @type {Purpose} */ purpose) => (plan.shared ? row.host_bytes : row[`${purpose}_bytes`]);
     const key = sampling && training ? "fits" : sampling ? "only_sampling" : training ? "only_training" : "too_large";
     const most = Math.max(need("sampling"), need("training"));
     const crowded = !sampling && need("sampling") <= budget && row.host_bytes > plan.host_budget_bytes;
@@ -85,6 +96,7 @@ class Plan extends LivePanel {
     return h("span", { class: key === "fits" ? "ck-fits" : "ck-warning", title: text }, text);
   }
 
+  /** @param {PlanLook} plan */
   table(plan) {
     const names = ["precision", "t5", "offload", "sampling", "training", "computer"];
     const head = h("tr", {}, names.map((name) => h("th", { scope: "col" }, this.t(`column.${name}`))));
@@ -100,13 +112,16 @@ class Plan extends LivePanel {
     );
   }
 
-  /** A row, and below it what is to say about it. */
+  /**
+   * A row, and below it what is to say about it.
+   * @param {PlanRow} row
+   */
   rows(row) {
     const chosen = row.marks.includes("chosen");
     const advised = row.marks.some((mark) => mark.startsWith("recommended"));
     const name = [row.fits.length ? "" : "ck-faint", chosen ? "ck-chosen" : ""].join(" ").trim();
     const mode = row.offload === "block" ? `block ${row.resident_blocks}` : row.offload;
-    const need = (purpose) =>
+    const need = (/** @type {Purpose} */ purpose) =>
       h("td", { class: row.fits.includes(purpose) ? "ck-number" : "ck-number ck-faint" }, gib(row[`${purpose}_bytes`]));
     const cells = [row.precision, row.text_precision, mode].map((text) => h("td", {}, text));
     const made = [
@@ -123,15 +138,17 @@ class Plan extends LivePanel {
     return made;
   }
 
-  use(row) {
-    const names = ["precision", "text_precision", "offload", "offload_during_startup"];
-    const values = Object.fromEntries(names.map((name) => [name, row[name]]));
-    if (row.offload === "block") values.resident_blocks = row.resident_blocks;
-    setWidgets(this.node, values);
+  /** @param {PlanRow} row */
+  use({ precision, text_precision, offload, offload_during_startup, resident_blocks }) {
+    const blocks = offload === "block" ? { resident_blocks } : {};
+    setWidgets(this.node, { precision, text_precision, offload, offload_during_startup, ...blocks });
   }
 }
 
-/** Put the memory plan on a Chroma Load Model node. */
+/**
+ * Put the memory plan on a Chroma Load Model node.
+ * @param {PageNode} node
+ */
 export function attachPlan(node) {
   return new Plan(node);
 }

@@ -1,3 +1,4 @@
+// @ts-check
 // The live panels of the nodes, and the setting that switches them off.
 import { app } from "../../../../scripts/app.js";
 import { api } from "../../../../scripts/api.js";
@@ -9,6 +10,7 @@ import { SETTING, showAll, touchAll } from "./live_panel.js";
 import { attachPlan } from "./plan.js";
 import { attachSigmas } from "./sigmas.js";
 
+/** @type {Record<string, (node: PageNode) => unknown>} */
 const PANELS = {
   ChromaDataset: attachDataset,
   ChromaLoadModel: attachPlan,
@@ -26,7 +28,7 @@ app.registerExtension({
       type: "boolean",
       defaultValue: true,
       category: ["Chroma", "Nodes", "Panels"],
-      onChange: (on) => showAll(on),
+      onChange: (on) => showAll(Boolean(on)),
     },
   ],
   async init() {
@@ -36,6 +38,6 @@ app.registerExtension({
     api.addEventListener("graphChanged", touchAll);
   },
   nodeCreated(node) {
-    PANELS[node.comfyClass]?.(node);
+    PANELS[node.comfyClass ?? ""]?.(node);
   },
 });

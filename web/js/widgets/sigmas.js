@@ -1,3 +1,4 @@
+// @ts-check
 // Chroma Tail Sigmas: the noise levels over the steps.
 import { fill } from "../lib/dom.js";
 import { SmallChart } from "./small_chart.js";
@@ -6,9 +7,12 @@ import { LivePanel } from "./live_panel.js";
 
 const HEIGHT = 150;
 
+/** @extends {LivePanel<SigmasLook>} */
 class Sigmas extends LivePanel {
+  /** @param {PageNode} node */
   constructor(node) {
     super(node, "sigmas", "sigmas");
+    this.assumed = false;
     this.chart = new SmallChart(this.t("title"));
   }
 
@@ -30,9 +34,10 @@ class Sigmas extends LivePanel {
     return values;
   }
 
+  /** @param {SigmasLook} found */
   show({ sigmas, width, height }) {
     const steps = sigmas.length - 1;
-    const points = sigmas.map((sigma, i) => [i, sigma]);
+    const points = sigmas.map((sigma, i) => /** @type {Point} */ ([i, sigma]));
     fill(this.body, this.chart.root);
     this.chart.set({
       points,
@@ -46,7 +51,10 @@ class Sigmas extends LivePanel {
   }
 }
 
-/** Put the plot on a Chroma Tail Sigmas node. */
+/**
+ * Put the plot on a Chroma Tail Sigmas node.
+ * @param {PageNode} node
+ */
 export function attachSigmas(node) {
   return new Sigmas(node);
 }

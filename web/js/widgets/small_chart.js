@@ -1,15 +1,24 @@
+// @ts-check
 // A small plot in SVG: axes, lines, areas and points, a value under the pointer or the arrow keys.
 import { h, svg as s } from "../lib/dom.js";
 
 const PAD = { left: 24, right: 8, top: 6, bottom: 16 };
 
 export class SmallChart {
-  /** @param label what it shows, for screen readers. */
+  /** @param {string} label what it shows, for screen readers. */
   constructor(label) {
     this.svg = s("svg", { class: "ck-plot", role: "img", tabindex: "0", "aria-label": label });
     this.caption = h("div", { class: "ck-caption ck-faint ck-clip", role: "status" });
     this.root = h("div", { class: "ck-chart" }, this.svg, this.caption);
+    /** @type {Drawing | null} */
+    this.data = null;
+    /** @type {number | null} */
     this.at = null;
+    /** @type {Point[]} where the points are */
+    this.spots = [];
+    this.edges = [0, 0];
+    this.hair = s("path", { class: "ck-hair" });
+    this.mark = s("circle", { class: "ck-mark", r: 3.5 });
     this.svg.addEventListener("pointermove", (event) => this.point(event));
     this.svg.addEventListener("pointerleave", () => this.pick(null));
     this.svg.addEventListener("blur", () => this.pick(null));
@@ -19,9 +28,7 @@ export class SmallChart {
 
   /**
    * Draw something else.
-   * @param data {x: [min, max], y: [min, max], points: [[x, y], …] that the pointer finds, also: [{points, kind}, …]
-   *   drawn behind, dots: whether points are marked, kind: line or area, caption: a text, read: (i) => text of point i,
-   *   ticks: {x: [[at, text], …], y: likewise}}
+   * @param {Drawing} data
    */
   set(data) {
     this.data = data;
@@ -34,12 +41,13 @@ export class SmallChart {
     const [width, height] = [svg.clientWidth, svg.clientHeight];
     if (!data || width < 40 || height < 30) return;
     const [x0, x1, y0, y1] = [...data.x, ...data.y];
+    /** @type {(point: Point) => Point} */
     const place = ([x, y]) => [
       PAD.left + ((x - x0) / (x1 - x0 || 1)) * (width - PAD.left - PAD.right),
       height - PAD.bottom - ((y - y0) / (y1 - y0 || 1)) * (height - PAD.top - PAD.bottom),
     ];
     this.spots = data.points.map(place);
-    const path = (points) => points.map(place).map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" ");
+    const path = (/** @type {Point[]} */ points) => points.map(place).map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" ");
     const [left, bottom] = place([x0, y0]);
     const [right, top] = place([x1, y1]);
     const made = [s("path", { class: "ck-axis", d: `M${left} ${top}V${bottom}H${right}` })];
@@ -55,21 +63,22 @@ export class SmallChart {
     }
     for (const each of data.also ?? []) made.push(s("polyline", { class: "ck-behind", points: path(each) }));
     if (data.kind === "area") {
-      const [first, last] = [data.points[0][0], data.points.at(-1)[0]];
+      const [first, last] = [data.points[0][0], data.points[data.points.length - 1][0]];
       made.push(s("polygon", { class: "ck-area", points: path([[first, y0], ...data.points, [last, y0]]) }));
     }
     made.push(s("polyline", { class: "ck-line", points: path(data.points) }));
     if (data.dots) for (const [x, y] of this.spots) made.push(s("circle", { class: "ck-dot", cx: x, cy: y, r: 1.8 }));
-    this.hair = s("path", { class: "ck-hair" });
-    this.mark = s("circle", { class: "ck-mark", r: 3.5 });
     svg.replaceChildren(...made, this.hair, this.mark);
     this.edges = [top, bottom];
     this.pick(this.at);
   }
 
-  /** Say the value of point `at`, or the caption for null. */
+  /**
+   * Say the value of point `at`, or the caption for null.
+   * @param {number | null} at
+   */
   pick(at) {
-    if (!this.hair) return;
+    if (!this.data || !this.hair.parentNode) return;
     this.at = at;
     const there = at != null;
     for (const each of [this.hair, this.mark]) each.setAttribute("visibility", there ? "visible" : "hidden");
@@ -78,12 +87,13 @@ export class SmallChart {
     if (!there) return;
     const [x, y] = this.spots[at];
     this.hair.setAttribute("d", `M${x} ${this.edges[0]}V${this.edges[1]}`);
-    this.mark.setAttribute("cx", x);
-    this.mark.setAttribute("cy", y);
+    this.mark.setAttribute("cx", String(x));
+    this.mark.setAttribute("cy", String(y));
   }
 
+  /** @param {PointerEvent} event */
   point(event) {
-    if (!this.spots) return;
+    if (!this.spots.length) return;
     // The page may have scaled the node: from its pixels to the drawing's.
     const box = this.svg.getBoundingClientRect();
     const x = ((event.clientX - box.left) / (box.width || 1)) * this.svg.clientWidth;
@@ -91,9 +101,10 @@ export class SmallChart {
     this.pick(away.indexOf(Math.min(...away)));
   }
 
+  /** @param {KeyboardEvent} event */
   key(event) {
-    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!step || !this.spots) return;
+    const step = Number(event.key === "ArrowRight") - Number(event.key === "ArrowLeft");
+    if (!step || !this.spots.length) return;
     event.preventDefault();
     this.pick(Math.max(0, Math.min(this.spots.length - 1, this.at == null ? 0 : this.at + step)));
   }

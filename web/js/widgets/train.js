@@ -1,7 +1,8 @@
+// @ts-check
 // The panel on Chroma Train LoRA: state, bar, curve, the last preview, pause and stop. It shows what the store knows about
 // the job that the node started, and holds no truth of its own.
 import { fill, h, say } from "../lib/dom.js";
-import { address } from "../lib/http.js";
+import { address, reason } from "../lib/http.js";
 import { addPanel, chain } from "../lib/node_panel.js";
 import { drawSpark, sparkElement } from "../lib/spark.js";
 import { t } from "../lib/words.js";
@@ -15,8 +16,17 @@ const POINTS = 200;
 const SIDE = 256;
 
 class Panel {
+  /** @param {PageNode} node */
   constructor(node) {
     this.node = node;
+    /** @type {(() => void) | undefined} */
+    this.unlisten = undefined;
+    /** @type {(() => void) | undefined} */
+    this.unwatch = undefined;
+    /** @type {CurveFeed | undefined} */
+    this.feed = undefined;
+    /** @type {string | undefined} */
+    this.following = undefined;
     this.chip = h("span", { class: "ck-chip" });
     this.numbers = h("span", { class: "ck-clip" });
     this.bar = h("progress", { max: 1, value: 0, "aria-label": t("job.progress") });
@@ -44,27 +54,31 @@ class Panel {
     this.follow();
   }
 
+  /** @param {() => string} action */
   #button(action) {
     const made = h("button", { type: "button" });
     made.addEventListener("click", async () => {
       try {
-        await act(this.id, action());
+        if (this.id) await act(this.id, action());
       } catch (error) {
-        this.#tell(error.message);
+        this.#tell(reason(error));
       }
     });
     return made;
   }
 
   get id() {
-    return this.node.properties?.chromakitJob;
+    return /** @type {string | undefined} */ (this.node.properties?.chromakitJob);
   }
 
   get job() {
     return this.id ? find(this.id) : undefined;
   }
 
-  /** Remember the job that the node started, in the node, so that a saved or reloaded graph finds it. */
+  /**
+   * Remember the job that the node started, in the node, so that a saved or reloaded graph finds it.
+   * @param {string} id
+   */
   start(id) {
     this.node.properties ??= {};
     this.node.properties.chromakitJob = id;
@@ -77,8 +91,8 @@ class Panel {
       this.unwatch?.();
       this.feed?.stop();
       this.following = this.id;
-      this.unwatch = this.id ? watch(this.id) : null;
-      this.feed = this.id ? new CurveFeed(this.id, POINTS, (curve) => this.#draw(curve)) : null;
+      this.unwatch = this.id ? watch(this.id) : undefined;
+      this.feed = this.id ? new CurveFeed(this.id, POINTS, (curve) => this.#draw(curve)) : undefined;
       fill(this.curve);
       this.sample.hidden = true;
     }
@@ -93,11 +107,13 @@ class Panel {
     this.unlisten = this.unwatch = this.feed = this.following = undefined;
   }
 
+  /** @param {string} text */
   #tell(text) {
     say(this.note, text);
     this.note.title = text;
   }
 
+  /** @param {Curve} curve */
   #draw(curve) {
     drawSpark(this.curve, curve.step, [
       { values: curve.loss, colour: "var(--ck-accent)", width: 1, opacity: 0.35 },
@@ -107,7 +123,7 @@ class Panel {
 
   #show() {
     const job = this.job;
-    const active = Boolean(job) && ACTIVE.has(job.state);
+    const active = job !== undefined && ACTIVE.has(job.state);
     this.pause.disabled = this.stop.disabled = !active;
     this.open.disabled = !job;
     say(this.pause, t(job?.state === "paused" ? "action.resume" : "action.pause"));
@@ -124,10 +140,11 @@ class Panel {
     this.numbers.title = progressWords(job);
     this.#tell(job.message || job.lora_name || job.model_name || job.warnings?.[0] || "");
     this.note.classList.toggle("ck-error", job.state === "failed");
-    const last = firstOfLast(job.samples ?? []);
+    const samples = job.samples ?? [];
+    const last = firstOfLast(samples);
     this.sample.hidden = last < 0;
     if (last >= 0) {
-      const query = new URLSearchParams({ side: SIDE, v: `${job.samples[last]} ${job.created}` });
+      const query = new URLSearchParams({ side: String(SIDE), v: `${samples[last]} ${job.created}` });
       const source = address(`jobs/${encodeURIComponent(job.id)}/samples/${last}?${query}`);
       if (this.sample.getAttribute("src") !== source) this.sample.src = source;
     }
@@ -135,13 +152,19 @@ class Panel {
   }
 }
 
-/** The number of the first prompt's preview of the last step that has any; -1 without previews. */
+/**
+ * The number of the first prompt's preview of the last step that has any; -1 without previews.
+ * @param {string[]} samples
+ */
 function firstOfLast(samples) {
-  const step = samples.at(-1)?.replace(/-\d+\.png$/, "-");
+  const step = samples.at(-1)?.replace(/-\d+\.png$/, "-") ?? "";
   return samples.findIndex((name) => name.startsWith(step));
 }
 
-/** Put the panel on a node. */
+/**
+ * Put the panel on a node.
+ * @param {PageNode} node
+ */
 export function attachTrain(node) {
   const panel = new Panel(node);
   addPanel(node, "chromakit_status", panel.element, HEIGHT);

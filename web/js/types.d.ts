@@ -1,0 +1,281 @@
+// Types of what web/js works with: the host's page, a node, and the JSON that our routes answer. For the type checker
+// alone; nothing here reaches a browser.
+
+type Page = typeof import("@comfyorg/comfyui-frontend-types");
+type ComfyApp = InstanceType<Page["ComfyApp"]>;
+type ComfyApi = InstanceType<Page["ComfyApi"]>;
+type ComfyExtension = import("@comfyorg/comfyui-frontend-types").ComfyExtension;
+type ExtensionManager = import("@comfyorg/comfyui-frontend-types").ExtensionManager;
+
+// --- the host ---------------------------------------------------------------------------------------------------------
+
+/** What the published types leave out: settings and events with names of our own, the sidebar. */
+interface Setting {
+  id: string;
+  name: string;
+  type: "boolean" | "combo";
+  defaultValue: unknown;
+  tooltip?: string;
+  category?: string[];
+  options?: string[];
+  onChange?(value: unknown): void;
+}
+
+interface Extension {
+  name: string;
+  settings?: Setting[];
+  commands?: ComfyExtension["commands"];
+  init?(): Promise<void>;
+  setup?(): Promise<void>;
+  nodeCreated?(node: PageNode): void;
+}
+
+interface Sidebar {
+  activeSidebarTab: { id: string } | null;
+  toggleSidebarTab(id: string): void;
+}
+
+type HostApp = Omit<ComfyApp, "registerExtension" | "extensionManager" | "ui"> & {
+  registerExtension(extension: Extension): void;
+  extensionManager: ExtensionManager & { sidebarTab: Sidebar };
+  ui?: { settings?: { getSettingValue?(id: string): unknown } };
+};
+
+type HostApi = ComfyApi & {
+  addEventListener(type: "chromakit.job", listener: (event: CustomEvent<Job>) => void): void;
+  addEventListener(type: "chromakit.job.deleted", listener: (event: CustomEvent<{ id: string }>) => void): void;
+  addEventListener(type: "chromakit.settings", listener: (event: CustomEvent<HostSettings>) => void): void;
+};
+
+declare module "*/scripts/app.js" {
+  export const app: HostApp;
+}
+
+declare module "*/scripts/api.js" {
+  export const api: HostApi;
+}
+
+type Severity = "success" | "info" | "warn" | "error";
+
+// --- nodes ------------------------------------------------------------------------------------------------------------
+
+type GraphNode = Parameters<NonNullable<ComfyExtension["nodeCreated"]>>[0];
+type Widget = NonNullable<GraphNode["widgets"]>[number];
+type WidgetValue = Widget["value"];
+type WidgetValues = Record<string, WidgetValue>;
+
+interface PanelOptions {
+  serialize: boolean;
+  hideOnZoom: boolean;
+  getMinHeight(): number;
+  getMaxHeight(): number;
+}
+
+/** A node as extensions get it. */
+type PageNode = GraphNode & {
+  addDOMWidget(name: string, type: string, element: HTMLElement, options: PanelOptions): Widget & { margin?: number };
+};
+
+/** What a node's class knows of its inputs. */
+interface NodeData {
+  input?: { required?: object; optional?: object };
+}
+
+/** What we do after a node's own method of that name. */
+interface NodeHooks {
+  onAdded?(): void;
+  onConfigure?(): void;
+  onConnectionsChange?(): void;
+  onExecuted?(output?: { chromakit_job?: string[] }): void;
+  onRemoved?(): void;
+}
+
+/** A panel's place on its node; see lib/node_panel.js. */
+interface Place {
+  widget: Widget;
+  resized(): void;
+  settled(): void;
+}
+
+// --- elements and charts ----------------------------------------------------------------------------------------------
+
+type Child = Node | string | null | undefined | false;
+type Children = Child | Child[];
+/** Properties, attributes and, as `style`, CSS properties of an element. */
+type Properties = Record<string, unknown>;
+
+type Column = (number | null)[];
+/** Columns of equal length, the first of which is the step. */
+type Table = [number[], ...Column[]];
+type Point = [number, number];
+
+interface Line {
+  label: string;
+  colour: string;
+  width?: number;
+  alpha?: number;
+  dash?: number[];
+  points?: boolean;
+  value?(value: number): string;
+}
+
+interface SparkLine {
+  values: Column;
+  colour: string;
+  width?: number;
+  opacity?: number;
+}
+
+/** What a small chart shows: `points` are found by the pointer, `also` is drawn behind, `read(i)` is the text of point i. */
+interface Drawing {
+  x: Point;
+  y: Point;
+  points: Point[];
+  also?: Point[][];
+  dots?: boolean;
+  kind?: "line" | "area";
+  caption: string;
+  read(i: number): string;
+  ticks: { x: [number, string][]; y: [number, string][] };
+}
+
+// --- what our routes answer -------------------------------------------------------------------------------------------
+
+type JobState =
+  | "queued" | "preparing" | "running" | "paused" // at work
+  | "completed" | "stopped" | "failed" | "interrupted"; // over
+
+type Json = string | number | boolean | null | Json[] | { [name: string]: Json };
+
+interface JobConfig {
+  previews?: { prompts?: (string | { prompt?: string })[] };
+  dataset?: { trigger?: string | null };
+  [option: string]: unknown;
+}
+
+/** A job's summary; `samples`, `config`, `recipe`, `changes` and `warnings` are in its whole status only. */
+interface Job {
+  id: string;
+  name: string;
+  state: JobState;
+  step: number;
+  steps: number;
+  created: number;
+  updated: number;
+  message: string;
+  yielded?: boolean;
+  checkpoint?: number | null;
+  loss?: number | null;
+  loss_smooth?: number | null;
+  heldout_loss?: number | null;
+  heldout_loss_base?: number | null;
+  eta_seconds?: number | null;
+  step_seconds?: number | null;
+  train_seconds?: number | null;
+  memory?: { process: number; device?: number | null; device_peak?: number | null } | null;
+  lora_name?: string | null;
+  model_name?: string | null;
+  samples?: string[];
+  config?: JobConfig;
+  recipe?: Record<string, unknown>;
+  changes?: { step: number; changes: Record<string, unknown> }[];
+  warnings?: string[];
+}
+
+interface Measurement {
+  step: number;
+  loss: number;
+  by_sigma?: number[] | null;
+}
+
+interface Curve {
+  step: number[];
+  loss: Column;
+  loss_smooth: Column;
+  lr: Column;
+  grad_norm: Column;
+  sigma: Column;
+  seconds: Column;
+  sigmas: number[];
+  heldout: Measurement[];
+  notes: { step: number; warning: string }[];
+  base: Measurement | null;
+  token: string;
+  continued: boolean;
+}
+
+interface HostSettings {
+  prompts_while_training: string;
+  held: number;
+}
+
+interface JobGraph {
+  prompt: Parameters<ComfyApp["loadApiJson"]>[0];
+  missing: string[];
+  folded: string[];
+}
+
+interface Bucket {
+  width: number;
+  height: number;
+  count: number;
+}
+
+interface Thumbnail {
+  name: string;
+  caption: string;
+  notes: string[];
+  image: string | null;
+}
+
+interface DatasetLook {
+  pictures: number;
+  captions: number;
+  size: number;
+  size_from: string;
+  summary: string[];
+  buckets: Bucket[];
+  warnings: string[];
+  thumbnails: Thumbnail[];
+  sheet: string;
+}
+
+interface DensityLook {
+  centres: number[];
+  density: number[];
+  plain: number[];
+  size: number;
+  steps: number;
+  rates: Point[];
+}
+
+interface SigmasLook {
+  sigmas: number[];
+  width: number;
+  height: number;
+}
+
+type Purpose = "sampling" | "training";
+
+interface PlanRow {
+  precision: string;
+  text_precision: string;
+  offload: string;
+  offload_during_startup: boolean;
+  resident_blocks: number;
+  fits: Purpose[];
+  marks: string[];
+  sampling_bytes: number;
+  training_bytes: number;
+  host_bytes: number;
+}
+
+interface PlanLook {
+  rows: PlanRow[];
+  sentences: string[];
+  shared: boolean;
+  device_name: string;
+  size: number;
+  device_budget_bytes: number;
+  host_budget_bytes: number;
+}

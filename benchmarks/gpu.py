@@ -47,15 +47,15 @@ from benchmarks.real_model import (  # noqa: E402
     recompute,
     transformer,
 )
-from chroma_core import quantised  # noqa: E402
 from chroma_core.loading.moving import release_memory, to_device, to_host  # noqa: E402
 from chroma_core.memory.anatomy import FLUX_VAE, T5_XXL  # noqa: E402
 from chroma_core.memory.plan import Settings, peaks  # noqa: E402
-from chroma_core.precision import precision, quantisable_linears  # noqa: E402
-from chroma_core.sampling import SamplingSettings, sample  # noqa: E402
+from chroma_core.model import quantised  # noqa: E402
+from chroma_core.model.precision import precision, quantisable_linears  # noqa: E402
+from chroma_core.sampling.sampler import SamplingSettings, sample  # noqa: E402
 from chroma_core.streaming import stream_blocks, streamed  # noqa: E402
-from chroma_core.training.objective import heldout_loss  # noqa: E402
-from chroma_core.training.stepper import Stepper  # noqa: E402
+from chroma_core.training.run.stepper import Stepper  # noqa: E402
+from chroma_core.training.step.objective import heldout_loss  # noqa: E402
 
 OWN = ("int8", "fp8", "int4", "nf4")
 WARM, TIMED = (1, 1) if SIMULATED else (2, 5)
@@ -274,7 +274,7 @@ def truth(bench: Bench) -> Iterator[Row]:
 
 
 def _forward_and_gradients(model: Any, latents: torch.Tensor, text: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    from chroma_core.training.objective import predict_velocity
+    from chroma_core.training.step.objective import predict_velocity
 
     made = job(model, "bf16")
     with torch.no_grad():
@@ -330,7 +330,7 @@ def streaming(bench: Bench) -> Iterator[Row]:
 
 
 def _gradients(made: Job) -> list[torch.Tensor]:
-    from chroma_core.training.objective import add_noise, loss, predict_velocity, training_target
+    from chroma_core.training.step.objective import add_noise, loss, predict_velocity, training_target
 
     batch = made.batches[0].to(torch.device("cuda"))
     with sdpa_kernel(SDPBackend.MATH), _deterministic():
@@ -627,7 +627,7 @@ def _begin(made: Job, start: list[torch.Tensor]) -> None:
 
 def _save_and_load(made: Job) -> None:
     """As a checkpoint does it."""
-    from chroma_core.training.checkpoint import _load
+    from chroma_core.training.run.checkpoint import _load
 
     weights = list(made.trained())
     with tempfile.TemporaryDirectory() as folder:
@@ -824,7 +824,7 @@ def _tried(work: Callable[[], Any]) -> float | str:
 
 def compiled_steps(bench: Bench) -> Iterator[Row]:
     """Compiled blocks at 512 and 1024: the first steps, and those afterwards."""
-    from chroma_core.training.compiling import compile_blocks
+    from chroma_core.training.step.compiling import compile_blocks
 
     for name in ("bf16", "int8"):
         if name == "int8" and bench.left < 90:

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chroma_core import precision as precisions
-from chroma_core import quantised
 from chroma_core.lora.trainable import LoraSettings, add_trainable
+from chroma_core.model import precision as precisions
+from chroma_core.model import quantised
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.sampling.text import TextCondition
 from chroma_core.streaming import stream_blocks
 from chroma_core.streaming.streamer import BLOCK_LISTS
-from chroma_core.text import TextCondition
-from chroma_core.training.config import TrainingConfig
-from chroma_core.training.loop import Batch, Batches, StepResult, train_step
-from chroma_core.training.objective import PLAIN
-from chroma_core.training.stepper import Stepper
-from chroma_core.transformer import ChromaTransformer
+from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.run.loop import Batch, Batches, StepResult, train_step
+from chroma_core.training.run.stepper import Stepper
+from chroma_core.training.step.objective import PLAIN
 
 GIB = 2**30
 SIMULATED = "NULL_GPU_LIBRARY" in os.environ

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 
 from benchmarks.real_model import GIB, SIMULATED, WHOLE, condition, job, transformer  # noqa: E402
-from chroma_core.training.objective import heldout_loss  # noqa: E402
+from chroma_core.training.step.objective import heldout_loss  # noqa: E402
 
 CONTEXT_GIB = 450 / 1024
 """Assumed for the CUDA context on the simulated card."""

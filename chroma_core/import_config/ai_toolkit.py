@@ -9,25 +9,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .convert import (
-    CONSTANT_LR,
-    MODEL_SOURCE,
-    OWN_LAYERS,
-    STREAMED,
-    Given,
-    Lost,
-    Near,
-    Rule,
-    Same,
-    Table,
-    alike,
-    choice,
-    ignored,
-    lost,
-    maps,
-    only,
-    part_source,
-    when_on,
+from .convert import (  # isort: skip
+    CONSTANT_LR, MODEL_SOURCE, OWN_LAYERS, STREAMED, Given, Lost, Near, Rule, Same, Table, alike, choice, ignored,
+    lost, maps, only, part_source, when_on,
 )  # fmt: skip
 from .read import Unreadable, foreign_path, is_off, is_on, number, path, switch, text, whole
 
@@ -392,8 +376,8 @@ SET_OPTIONS: Table = {
         CACHE: "cache_latents cache_latents_to_disk cache_text_embeddings cache_clip_vision_to_disk",
         "not what is trained":
             "num_workers prefetch_factor fast_image_size debug shrink_video_to_frames fps do_i2v guidance_type "
-            "full_size_control_images random_triggers_max replay_transforms shuffle_augmentations "
-            "extra_values control_transparent_color",
+            "full_size_control_images random_triggers_max replay_transforms shuffle_augmentations extra_values "
+            "control_transparent_color",
     }),
 }
 # fmt: on

@@ -225,7 +225,7 @@ def describe(line: Line) -> str:
 
 
 def _written(line: Line) -> str:
-    return ", ".join(f"{path} = {tomlkit.item(_stated(value)).as_string()}" for path, value in line.values.items())
+    return ", ".join(f"{path} = {tomlkit.item(_writable(value)).as_string()}" for path, value in line.values.items())
 
 
 def _comment(text: str) -> list[str]:
@@ -241,15 +241,15 @@ def _printable(text: str) -> str:
 
 def toml(values: Mapping[str, Any]) -> str:
     """A dictionary of texts, numbers, truth values, lists and dictionaries as TOML; None is left out."""
-    return tomlkit.dumps(_stated(values))
+    return tomlkit.dumps(_writable(values))
 
 
-def _stated(value: Any) -> Any:
+def _writable(value: Any) -> Any:
     """What TOML has a form for: without None, and without half a character."""
     if isinstance(value, Mapping):
-        return {key: _stated(item) for key, item in value.items() if item is not None}
+        return {key: _writable(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_stated(item) for item in value]
+        return [_writable(item) for item in value]
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
         raise ConfigError(f"The text {ascii(value)} holds half a character (a lone surrogate). Correct it.")
     return value

@@ -9,25 +9,9 @@ import math
 from pathlib import PurePosixPath
 from typing import Any
 
-from .convert import (
-    CONSTANT_LR,
-    MODEL_SOURCE,
-    OWN_LAYERS,
-    STREAMED,
-    Given,
-    Lost,
-    Near,
-    Rule,
-    Same,
-    Table,
-    alike,
-    choice,
-    ignored,
-    lost,
-    maps,
-    only,
-    part_source,
-    when_on,
+from .convert import (  # isort: skip
+    CONSTANT_LR, MODEL_SOURCE, OWN_LAYERS, STREAMED, Given, Lost, Near, Rule, Same, Table, alike, choice, ignored,
+    lost, maps, only, part_source, when_on,
 )  # fmt: skip
 from .read import Unreadable, foreign_path, is_off, is_on, number, path, switch, text, whole
 

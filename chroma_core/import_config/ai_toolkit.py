@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from .convert import (  # isort: skip
-    CONSTANT_LR, MODEL_SOURCE, OWN_LAYERS, STREAMED, Given, Lost, Near, Rule, Same, Table, alike, choice, ignored,
-    lost, maps, only, part_source, when_on,
+    CONSTANT_LR, MODEL_SOURCE, OWN_LAYERS, START_FROM, STREAMED, Given, Lost, Near, Rule, Same, Table, alike, choice,
+    ignored, lost, maps, only, part_source, when_on,
 )  # fmt: skip
-from .read import Unreadable, foreign_path, is_off, is_on, number, path, switch, text, whole
+from .read import Unreadable, is_false, is_off, is_on, number, path, switch, text, whole
 
 CACHE = "latents and text states are always cached"
 NOT_BUILT = "not built in"
@@ -164,10 +164,6 @@ def extension(value: Any) -> str:
     return "." + text(value).lstrip(".")
 
 
-def is_false(value: Any) -> bool:
-    return not switch(value)
-
-
 EVEN = when_on("objective.draw", Near("uniform", NO_WEIGHTING), "`uniform`, without the weighting")
 
 # fmt: off
@@ -194,7 +190,7 @@ SECTIONS: dict[str, Table] = {
                              "if it is the rank; ai-toolkit trains Chroma at scale 1 whatever it is"),
         "dropout": maps("lora.dropout", number),
         "lokr_factor": maps("lora.lokr_factor", whole),
-        "pretrained_lora_path": maps("lora.start_from", foreign_path),
+        "pretrained_lora_path": START_FROM,
         **lost({
             "give a rank": "lokr_full_rank",
             "choose the layers with lora.target; the names there are those of diffusers": "network_kwargs",

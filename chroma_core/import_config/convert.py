@@ -135,6 +135,9 @@ def alike(words: str) -> dict[str, str]:
 
 CONSTANT_LR = "a wave between the rate and nearly 0; the rate stays constant"
 OWN_LAYERS = "stored by ChromaKit's own quantised layers instead"
+START_FROM = Rule(
+    lambda value, given: ForeignPath(text(value)) if text(value).strip() else Same("not used"), "lora.start_from"
+)
 STREAMED = when_on("model.offload", Near("block", "blocks are streamed by ChromaKit's own offloading"))
 WEIGHTS = (".safetensors", ".sft", ".gguf")
 REPOSITORIES = {f.repository.lower(): f.name for f in FLAVOURS.values() if f.repository}

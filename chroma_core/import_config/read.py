@@ -136,6 +136,11 @@ def switch(value: Any) -> bool:
     return read
 
 
+def is_false(value: Any) -> bool:
+    """Whether a switch is off."""
+    return not switch(value)
+
+
 def text(value: Any) -> str:
     """A text; a number is taken as it is written."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -145,10 +150,6 @@ def text(value: Any) -> str:
 
 class ForeignPath(str):
     """A path as the foreign file has it: made absolute where it exists, see `convert.resolve`."""
-
-
-def foreign_path(value: Any) -> ForeignPath:
-    return ForeignPath(text(value))
 
 
 def path(value: Any) -> ForeignPath:

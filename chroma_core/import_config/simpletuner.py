@@ -10,10 +10,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from .convert import (  # isort: skip
-    CONSTANT_LR, MODEL_SOURCE, OWN_LAYERS, STREAMED, Given, Lost, Near, Rule, Same, Table, alike, choice, ignored,
-    lost, maps, only, part_source, when_on,
+    CONSTANT_LR, MODEL_SOURCE, OWN_LAYERS, START_FROM, STREAMED, Given, Lost, Near, Rule, Same, Table, alike, choice,
+    ignored, lost, maps, only, part_source, when_on,
 )  # fmt: skip
-from .read import Unreadable, foreign_path, is_off, is_on, number, path, switch, text, whole
+from .read import Unreadable, is_false, is_off, is_on, number, path, switch, text, whole
 
 FIRST_PREVIEW = "the first preview is always made before training"
 LOCAL = "only folders of this computer are read"
@@ -146,6 +146,8 @@ def picture_size(value: Any, given: Given) -> Any:
 
 def megapixels(area: float) -> int:
     """The side in pixels of a square with `area` million pixels, to the next multiple of 64 (1.0 → 1024)."""
+    if area < 0:
+        raise Unreadable("a size above 0")
     return max(64, 64 * round(math.sqrt(area * 1e6) / 64))
 
 
@@ -221,7 +223,7 @@ OPTIONS: Table = {
         "lycoris": Near("lokr", "what lycoris_config says is not read: set it in [lora]"),
     }),
     "use_dora": when_on("lora.kind", "dora"),
-    "init_lora": maps("lora.start_from", foreign_path),
+    "init_lora": START_FROM,
     "flux_lora_target": choice("lora.target", alike("all all+ffs all+ffs+embedder context context+ffs tiny") | {
         "ai-toolkit": "all+ffs", "mmdit": "attention", "nano": "attention",
         "tiny+embedder": Near("tiny", "without the input projection"),
@@ -238,6 +240,11 @@ OPTIONS: Table = {
         "objective.flow_shift", "true → `dynamic`; differs beside the tail remap"),
     "flow_use_uniform_schedule": when_on("objective.draw", "uniform",
                                          "true → `uniform`, without tail remap, as in SimpleTuner"),
+    "flow_use_beta_schedule": only(is_false, "there is no Beta draw; logit-normal is used, without tail remap",
+                                   "not used"),
+    "flux_fast_schedule": only(
+        is_false, "a fixed list of noise levels for Flux Schnell; logit-normal is used, without tail remap",
+        "not used"),
     "flux_guidance_mode": Rule(guidance, "objective.guidance, objective.guidance_range", "given to the model",
                                "differs"),
     "t5_padding": choice("objective.text_padding", alike("zero unmodified"), "also `flux_t5_padding`"),
@@ -282,8 +289,6 @@ OPTIONS: Table = {
         "schedules end at 0 here": "lr_end",
         "settings of a single optimizer beyond betas and weight decay cannot be set": "optimizer_config",
         "previews show the trained weights; the averaged ones are saved beside them": "ema_validation",
-        "there is no Beta draw; logit-normal is used, without tail remap": "flow_use_beta_schedule",
-        "a fixed list of noise levels for Flux Schnell; logit-normal is used, without tail remap": "flux_fast_schedule",
         "for Chroma SimpleTuner's previews follow validation_guidance_real": "validation_guidance",
         "previews are sampled with the flow-match sampler of every other picture": "validation_noise_scheduler",
         "publishing and tracking: no part of a job; metrics.jsonl has the numbers":

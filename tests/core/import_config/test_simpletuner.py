@@ -247,6 +247,7 @@ def test_what_differs_and_what_has_no_counterpart(put, tmp_path):
         ({"pretrained_vae_model_name_or_path": "./vae/ae.safetensors", "pretrained_t5_model_name_or_path": "t5.gguf"},
          {"objective.remap": "quadratic_split", "model.vae": "./vae/ae.safetensors",
           "model.text_encoder": "t5.gguf"}, []),
+        ({"init_lora": ""}, {"objective.remap": "quadratic_split"}, []),
         ({"validation_disable": True, "validation_prompt": "x"},
          {"objective.remap": "quadratic_split", "previews.prompts": []}, []),
         ({"base_model_precision": "int8-torchao", "mixed_precision": "fp16", "text_encoder_1_precision": "int4-quanto"},

@@ -22,8 +22,7 @@ def add_import_command(commands) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from ..import_config import import_config, write_job
-    from ..import_config.report import as_json, as_text
+    from ..import_config import as_json, as_text, import_config, write_job
 
     imported = import_config(options.file, options.dataloader)
     path = write_job(imported, options.output)

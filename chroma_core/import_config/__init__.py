@@ -1,7 +1,220 @@
-"""Turn the configuration of another trainer into a job file: `import_config` reads it, `job_toml` writes it."""
+"""Turn the configuration of another trainer into a job file: `import_config` reads it, `write_job` writes it."""
 
-from .apply import Imported, Line
-from .convert import import_config
-from .job_toml import job_toml, write_job
+from __future__ import annotations
 
-__all__ = ["Imported", "Line", "import_config", "job_toml", "write_job"]
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..data.dataset import DatasetConfig
+from ..errors import ConfigError
+from ..files import slug
+from . import ai_toolkit, simpletuner
+from .convert import Draft, Line, shown
+from .job import NAME_LENGTH, Imported, as_json, as_text, finish, job_toml, resolve, start_folders, write_job
+from .read import ForeignPath, is_off, read_config
+
+__all__ = ["Imported", "Line", "as_json", "as_text", "import_config", "job_toml", "write_job"]
+
+SIGNS = {
+    "class_type": "a ComfyUI prompt or node",
+    "nodes": "a ComfyUI workflow",
+    "_class_name": "a model's own config.json, as diffusers writes it",
+    "architectures": "a model's own config.json, as transformers writes it",
+    "network_module": "a configuration of kohya's sd-scripts",
+    "training_method": "a configuration of OneTrainer",
+    "base_model": "a configuration of axolotl or another language-model trainer",
+}
+"""An option that gives another kind of file away."""
+
+
+def import_config(file: Path | str, dataloader: Path | str | None = None) -> Imported:
+    """Read a SimpleTuner config.json or an ai-toolkit YAML for a Chroma LoRA; writes nothing.
+
+    Args:
+        dataloader: SimpleTuner's data set file, where `data_backend_config` does not lead to it.
+    Raises:
+        ConfigError: the file cannot be read, is for another program or model, or has a value that cannot work.
+    """
+    file = Path(file)
+    content = read_config(file)
+    if isinstance(content, list):
+        raise ConfigError(
+            f"'{file.name}' is a list, as SimpleTuner's dataloader files are. Give its config.json first, and this "
+            "file with --dataloader."
+        )
+    if not isinstance(content, dict) or not content:
+        raise ConfigError(f"'{file.name}' holds no options: it is {shown(content)}.")
+    content = {str(key): value for key, value in content.items()}
+    if "config" in content or "process" in content:
+        if dataloader is not None:
+            raise ConfigError(
+                f"'{file.name}' is an ai-toolkit file, which has its data sets inside: leave --dataloader out."
+            )
+        return _from_ai_toolkit(file, content)
+    options = [simpletuner.plain_name(key) for key in content]
+    for sign, what in SIGNS.items():
+        if sign in content and "model_family" not in options:
+            raise ConfigError(
+                f"'{file.name}' is {what}. import-config reads SimpleTuner's config.json and ai-toolkit's YAML."
+            )
+    if not any(name in simpletuner.OPTIONS or name in simpletuner.FOR_ALL_SETS for name in options):
+        raise ConfigError(
+            f"'{file.name}' is neither a SimpleTuner config.json nor an ai-toolkit YAML: none of its options is known "
+            f"({', '.join(list(content)[:5])})."
+        )
+    return _from_simpletuner(file, content, None if dataloader is None else Path(dataloader))
+
+
+def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path | None) -> Imported:
+    options, spelled = _under_one_name(file, content)
+    family = options.get("model_family")
+    if family != "chroma":
+        found = f"is for the model family {family!r}" if family else "does not say its model_family"
+        raise ConfigError(
+            f"'{file.name}' {found}. ChromaKit trains Chroma alone: import a config with model_family chroma."
+        )
+    if options.get("model_type", "lora") != "lora":
+        raise ConfigError(
+            f"'{file.name}' has model_type {shown(options['model_type'])}. Only LoRA jobs are imported: set it to lora."
+        )
+    for_all_sets = {name: options.pop(name) for name in simpletuner.FOR_ALL_SETS if name in options}
+    given = _stated(options) | _stated(for_all_sets)
+    job, folders, todo = Draft(file.name, []), start_folders(file), []
+    job.walk(simpletuner.OPTIONS, options, context=given, spelled=spelled)
+    for option, answer in simpletuner.built_in(given).items():
+        job.record(option, "built in", answer)
+    foreign = given.get("data_backend_config")
+    if dataloader is None and isinstance(foreign, str):
+        dataloader = Path(resolve(ForeignPath(foreign), folders))
+        if not dataloader.is_file():
+            dataloader = None
+            todo.append(
+                f"'{file.name}' takes its data sets from '{foreign}', which is not here: import again with "
+                "--dataloader."
+            )
+    sources = (file.name,) if dataloader is None else (file.name, dataloader.name)
+    sets = []
+    for name, kind, backend in _usable(dataloader, job.lines) or [("", "image", {})]:
+        part = Draft(sources[-1], job.lines, DatasetConfig)
+        part.walk(
+            simpletuner.SET_OPTIONS,
+            for_all_sets | _stated(backend),
+            prefix=f"{name}: " if name else "",
+            spelled=spelled,
+        )
+        sets.append((kind, part))
+    if "name" not in job.values:
+        job.put("name", slug(file.resolve().parent.name or "imported"), "the file's folder")
+    return finish("SimpleTuner", sources, job, sets, folders, todo)
+
+
+def _under_one_name(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """SimpleTuner's options without dashes and under one name each, and how the file spells them."""
+    options: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for key, value in content.items():
+        name = simpletuner.plain_name(key)
+        known = options.get(name)
+        if known is None:
+            options[name], spelled[name] = value, key
+        elif value is not None and value != known:
+            raise ConfigError(
+                f"'{file.name}': {spelled[name]} and {key} are the same option with two values, {shown(known)} and "
+                f"{shown(value)}. Remove one of the two."
+            )
+    return options, spelled
+
+
+def _usable(place: Path | None, lines: list[Line]) -> list[tuple[str, str, dict[str, Any]]]:
+    """SimpleTuner's data sets that become ours, as name, kind and options; a line for each of the others."""
+    content = [] if place is None else read_config(place)
+    if place is not None and not (isinstance(content, list) and all(isinstance(item, dict) for item in content)):
+        raise ConfigError(
+            f"'{place.name}' is no dataloader file: it must be a list of data sets, each with its options."
+        )
+    used = []
+    for i, item in enumerate(content):
+        backend = {str(key).lstrip("-"): value for key, value in item.items()}
+        name, kind = str(backend.get("id", i)), str(backend.get("dataset_type", "image"))
+        if kind in simpletuner.STORES:
+            lines.append(Line(name, kind, "ignored", {}, "only says where a cache lies"))
+        elif not is_off(backend.get("disabled", backend.get("disable"))):
+            lines.append(Line(name, "disabled", "ignored", {}, "a disabled set is left out"))
+        elif kind not in ("image", "eval"):
+            lines.append(Line(name, kind, "no counterpart", {}, "only pictures are trained"))
+        elif backend.get("instance_data_dir") is None:
+            reason = "only folders of this computer are read, and instance_data_dir names none"
+            lines.append(Line(name, str(backend.get("type", "local")), "no counterpart", {}, reason))
+        else:
+            used.append((name, kind, backend))
+    return used
+
+
+def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
+    config = content.get("config", content)
+    processes = config.get("process") if isinstance(config, dict) else None
+    if not isinstance(processes, list) or not processes or not all(isinstance(p, dict) for p in processes):
+        raise ConfigError(f"'{file.name}' has no list `config.process`, where ai-toolkit expects what to do.")
+    if len(processes) > 1:
+        raise ConfigError(
+            f"'{file.name}' has {len(processes)} processes; a job is one. Import a file with one of them."
+        )
+    process = {str(key): value for key, value in processes[0].items()}
+    if process.get("type", "sd_trainer") not in ("sd_trainer", "ui_trainer", "diffusion_trainer"):
+        raise ConfigError(
+            f"'{file.name}' has a process of type {shown(process['type'])}; only sd_trainer, which trains, can be "
+            "imported."
+        )
+    sections = {name: _section(file, process, name) for name in ai_toolkit.SECTIONS if name}
+    model = sections["model"]
+    old_switch = next((key for key in model if key.startswith("is_") and not is_off(model[key])), "")
+    arch = model.get("arch")
+    found = old_switch.removeprefix("is_") if arch is None else str(arch).partition(":")[0]
+    if found != "chroma":
+        what = f"is for the architecture {found!r}" if found else "does not say its model.arch"
+        raise ConfigError(f"'{file.name}' {what}. ChromaKit trains Chroma alone: import a file with arch: \"chroma\".")
+    if not sections["network"]:
+        raise ConfigError(f"'{file.name}' has no `network`: it trains the whole model. Only LoRA jobs are imported.")
+    frame = ("job", "meta", "process")
+    lines = [Line(key, shown(content[key]), "ignored", {}, "the file's frame") for key in content if key in frame]
+    lines += [
+        Line(key, shown(value), "unknown", {}, "not an option")
+        for key, value in content.items()
+        if key not in (*frame, "config", "name")
+    ]
+    job = Draft(file.name, lines)
+    name = config.get("name")
+    if isinstance(name, str) and name.strip():
+        job.record("config.name", shown(name), {"name": name[:NAME_LENGTH]})
+    else:
+        job.put("name", slug(file.stem), "the file's name")
+    context = {f"{name}.{key}": value for name, section in sections.items() for key, value in _stated(section).items()}
+    sections[""] = {key: value for key, value in process.items() if key not in sections and key != "datasets"}
+    for name, table in ai_toolkit.SECTIONS.items():
+        job.walk(table, sections[name], prefix=f"{name}." if name else "", context=context)
+    for option, answer in ai_toolkit.BUILT_IN.items():
+        job.record(option, "built in", answer)
+    datasets = process.get("datasets") or []
+    if not isinstance(datasets, list) or not all(isinstance(item, dict) for item in datasets):
+        raise ConfigError(f"'{file.name}': datasets is {shown(datasets)}; it must be a list of data sets.")
+    trigger = _stated({"trigger_word": process.get("trigger_word")})
+    sets = []
+    for i, item in enumerate(datasets):
+        part = Draft(file.name, lines, DatasetConfig)
+        options = trigger | _stated({str(key): value for key, value in item.items()})
+        part.walk(ai_toolkit.SET_OPTIONS, options, prefix=f"datasets.{i}.")
+        sets.append(("image", part))
+    return finish("ai-toolkit", (file.name,), job, sets, start_folders(file), [])
+
+
+def _section(file: Path, process: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = process.get(name) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"'{file.name}': {name} is {shown(section)}; it must be a section with options.")
+    return {str(key): value for key, value in section.items()}
+
+
+def _stated(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not null."""
+    return {key: value for key, value in options.items() if value is not None}

@@ -1,11 +1,15 @@
-"""Reading foreign configuration files: JSON with comments and trailing commas, and YAML."""
+"""Reading foreign configurations: files (JSON with comments and trailing commas, YAML) and the values in them."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..errors import ConfigError
 
@@ -16,8 +20,12 @@ _COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\\n])*"|,(?=\s*[\]}])')
 
 
-class _Repeated(ValueError):
-    pass
+class Unreadable(ValueError):
+    """A value that the foreign tool could not use either. The text says what it must be."""
+
+
+class _Refused(Exception):
+    """Something that the parser lets pass and a configuration must not have."""
 
 
 def read_config(path: Path) -> Any:
@@ -33,18 +41,21 @@ def read_config(path: Path) -> Any:
     suffix = path.suffix.lower()
     if suffix == ".toml":
         raise ConfigError(
-            f"'{path.name}' is a TOML file. import-config reads SimpleTuner's config.json and ai-toolkit's YAML; "
-            f"a job.toml "
-            "of ChromaKit needs no import: `python -m chroma_core train job.toml`."
+            f"'{path.name}' is a TOML file. import-config reads SimpleTuner's config.json and ai-toolkit's YAML; a "
+            "job.toml of ChromaKit needs no import: `python -m chroma_core train job.toml`."
         )
     if not content.strip():
         raise ConfigError(f"'{path.name}' is empty.")
-    if suffix in (".yaml", ".yml") or (suffix not in (".json", ".jsonc") and content.lstrip()[0] not in "{["):
-        return _yaml(content, path.name)
-    return _jsonc(content, path.name)
+    is_yaml = suffix in (".yaml", ".yml") or (suffix not in (".json", ".jsonc") and content.lstrip()[0] not in "{[")
+    try:
+        return _yaml(content, path.name) if is_yaml else _json(content, path.name)
+    except _Refused as error:
+        raise ConfigError(f"'{path.name}': {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"'{path.name}' is nested too deeply to be a configuration file.") from error
 
 
-def _jsonc(content: str, name: str) -> Any:
+def _json(content: str, name: str) -> Any:
     # Comments and commas become blanks, so that a place in an error message is the place in the file.
     blanked = _COMMENT.sub(lambda m: m[0] if m[0][0] == '"' else re.sub(r"[^\n]", " ", m[0]), content)
     blanked = _TRAILING_COMMA.sub(lambda m: m[0] if m[0][0] == '"' else " ", blanked)
@@ -53,59 +64,107 @@ def _jsonc(content: str, name: str) -> Any:
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"'{name}' is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}. (Comments and "
-            f"trailing "
-            "commas are allowed.)"
+            "trailing commas are allowed.)"
         ) from error
-    except _Repeated as error:
-        raise ConfigError(f"'{name}': {error}") from error
-    except RecursionError as error:
-        raise ConfigError(f"'{name}' is nested too deeply to be a configuration file.") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise _Repeated(f"the option {key!r} stands there twice. Remove one of the two.")
+            raise _Refused(f"the option {key!r} stands there twice. Remove one of the two.")
         found[key] = value
     return found
 
 
 def _no_constant(word: str) -> Any:
-    raise _Repeated(f"it contains {word}, which is no number.")
+    raise _Refused(f"it contains {word}, which is no number.")
 
 
 def _yaml(content: str, name: str) -> Any:
     try:
-        import yaml
-    except ImportError as error:
-        raise ConfigError(
-            f"'{name}' is a YAML file, and the package PyYAML, which reads it, is not installed: pip install pyyaml."
-        ) from error
-
-    class Loader(yaml.SafeLoader):
-        """Plain data only, and a repeated key is an error, as YAML's own specification has it."""
-
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key, _ in node.value:
-                if key.tag != "tag:yaml.org,2002:merge":
-                    word = key.value if isinstance(key.value, str) else str(key.start_mark)
-                    if word in seen:
-                        raise _Repeated(
-                            f"the option {word!r} stands twice in line {key.start_mark.line + 1}'s section."
-                        )
-                    seen.add(word)
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(content, Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(content, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = getattr(error, "problem", None) or type(error).__name__
         raise ConfigError(f"'{name}' is not valid YAML: {what}{where}.") from error
-    except _Repeated as error:
-        raise ConfigError(f"'{name}': {error} Remove one of the two.") from error
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:  # a date such as 2000-99-99
         raise ConfigError(f"'{name}' is not a configuration file: {error}.") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, and a repeated key is an error, as YAML's own specification has it."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                word = key.value if isinstance(key.value, str) else str(key.start_mark)
+                if word in seen:
+                    line = key.start_mark.line + 1
+                    raise _Refused(f"the option {word!r} stands twice in line {line}'s section. Remove one of the two.")
+                seen.add(word)
+        return super().construct_mapping(node, deep)
+
+
+def whole(value: Any) -> int:
+    """A whole number, also written as text (`"16"`) or with a point (16.0)."""
+    read = number(value)
+    if read != int(read):
+        raise Unreadable("a whole number")
+    return int(read)
+
+
+def number(value: Any) -> float:
+    """A finite number, also written as text: YAML reads `1e-4` as text, and SimpleTuner's configure writes text."""
+    try:
+        read = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        read = math.nan
+    if not math.isfinite(read):
+        raise Unreadable("a number")
+    return read
+
+
+def switch(value: Any) -> bool:
+    """true or false, also written as text."""
+    known = {"true": True, "false": False}
+    read = known.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(read, bool):
+        raise Unreadable("true or false")
+    return read
+
+
+def is_false(value: Any) -> bool:
+    """Whether a switch is off."""
+    return not switch(value)
+
+
+def text(value: Any) -> str:
+    """A text; a number is taken as it is written."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise Unreadable("a text")
+    return str(value)
+
+
+class ForeignPath(str):
+    """A path as the foreign file has it: made absolute where it exists, see `convert.resolve`."""
+
+
+def path(value: Any) -> ForeignPath:
+    """A path that is not empty."""
+    read = text(value).strip()
+    if not read:
+        raise Unreadable("a path")
+    return ForeignPath(read)
+
+
+def is_on(given: Mapping[str, Any], option: str) -> bool:
+    """Whether a switch among the given options is on; it is off where it is not stated."""
+    return switch(given.get(option, False))
+
+
+def is_off(value: Any) -> bool:
+    """Whether the value says that an option is not used: false, 0, empty, `none`, `no`."""
+    return value in (None, False, 0, "", "false", "none", "None", "no", "0", "0.0") or value in ([], {})

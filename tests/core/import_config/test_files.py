@@ -1,0 +1,192 @@
+"""What is read and refused, and what is written: the job file, the report, the documentation, the command line."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chroma_core.errors import ConfigError
+from chroma_core.import_config import ai_toolkit, as_json, as_text, import_config, job_toml, simpletuner, write_job
+from chroma_core.import_config.convert import missing
+from chroma_core.import_config.job import toml
+from chroma_core.training.config.config import TrainingConfig
+from import_cases import SECOND, SEED_SNIPPET, SMALL, YAML, set_missing
+from tools.docs.import_tables import page
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+REFUSED = [
+    ("config.json", SMALL | {"model_family": "flux"}, ["'flux'", "Chroma"]),
+    ("config.json", SMALL | {"model_family": "sdxl"}, ["'sdxl'"]),
+    ("config.json", {"model_type": "lora", "lora_rank": 4}, ["does not say its model_family"]),
+    ("config.json", SMALL | {"model_type": "full"}, ["model_type", "full", "LoRA"]),
+    ("config.json", '{"model_family": "chroma", "lora_rank": }', ["not valid JSON", "line 1, column 41"]),
+    ("config.json", '{"model_family": "chroma",\n "seed": 1,\n "seed": 2}', ["'seed' stands there twice"]),
+    ("config.json", '{"model_family": "chroma", "learning_rate": NaN}', ["NaN"]),
+    ("config.json", "", ["empty"]),
+    ("config.json", [{"id": "a", "instance_data_dir": "x"}], ["--dataloader"]),
+    ("config.json", {"_class_name": "ChromaTransformer2DModel", "num_layers": 19}, ["diffusers"]),
+    ("config.json", {"nodes": [], "links": []}, ["ComfyUI workflow"]),
+    ("config.json", {"network_module": "networks.lora", "learning_rate": 1}, ["kohya"]),
+    ("config.json", {"foo": 1, "bar": 2}, ["neither", "foo, bar"]),
+    ("config.json", SMALL | {"lora_rank": "many"}, ["lora_rank", "'many'", "a number"]),
+    ("config.json", SMALL | {"lora_rank": 16.5}, ["lora_rank", "a whole number"]),
+    ("config.json", SMALL | {"lora_rank": 0}, ["lora_rank (our lora.rank) is 0", "greater than or equal to 1"]),
+    ("config.json", SMALL | {"learning_rate": -1}, ["learning_rate", "greater than 0"]),
+    ("config.json", SMALL | {"gradient_checkpointing": "sometimes"}, ["gradient_checkpointing", "true or false"]),
+    ("config.json", SMALL | {"network_rank": 8, "lora_rank": 16}, ["network_rank and lora_rank", "8 and 16"]),
+    ("config.json", SMALL | {"model_flavour": "hd", "pretrained_model_name_or_path": "lodestones/Chroma1-Base"},
+     ["model.flavour", "model_flavour", "pretrained_model_name_or_path"]),
+    ("config.json", SMALL | {"validation_resolution": "wide"}, ["validation_resolution", "'wide'"]),
+    ("config.json", SMALL | {"validation_resolution": -1}, ["validation_resolution", "above 0"]),
+    ("config.json", SMALL | {"resolution": -1}, ["resolution", "above 0"]),
+    ("config.json", SMALL | {"flow_use_beta_schedule": "x"}, ["flow_use_beta_schedule", "true or false"]),
+    ("config.json", SMALL | {"flux_fast_schedule": 1}, ["flux_fast_schedule", "true or false"]),
+    ("config.json", SMALL | {"resolution": 10000}, ["resolution", "4096"]),
+    ("config.json", SMALL | {"mixed_precision": "tf32"}, ["mixed_precision", "no, fp16, bf16 or fp8"]),
+    ("config.toml", "steps = 1", ["TOML", "no import"]),
+    ("t.yaml", YAML % "flux", ["'flux'", "Chroma"]),
+    ("t.yaml", YAML % "sdxl", ["'sdxl'"]),
+    ("t.yaml", "config:\n  process:\n    - {type: sd_trainer, network: {}, model: {is_flux: true}}", ["'flux'"]),
+    ("t.yaml", "config:\n  process:\n    - {type: sd_trainer, model: {arch: chroma}}", ["no `network`"]),
+    ("t.yaml", "config:\n  process: []", ["config.process"]),
+    ("t.yaml", "config:\n  process:\n    - {type: extract, model: {arch: chroma}}", ["'extract'"]),
+    ("t.yaml", "config:\n  name: a\n  name: b\n", ["'name' stands twice in line 3"]),
+    ("t.yaml", "config: [", ["not valid YAML", "line 1"]),
+    ("t.yaml", "config: !!python/object/apply:os.system ['true']", ["not valid YAML"]),
+    ("t.yaml", "just a sentence", ["holds no options"]),
+    ("t.yaml", YAML % "chroma" + "      train: [1]\n", ["train is [1]", "a section"]),
+    ("t.yaml", YAML % "chroma" + "      train: {lr: fast}\n", ["train.lr", "'fast'", "a number"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content, words", REFUSED)
+def test_what_cannot_be_imported_is_refused_with_the_reason(put, name, content, words):
+    with pytest.raises(ConfigError) as error:
+        import_config(put(name, content))
+    assert not [word for word in words if word not in str(error.value)], str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_missing_or_no_text(put, tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        import_config(tmp_path / "nothing.json")
+    (tmp_path / "bytes.json").write_bytes(b'{"model_family": "\xff"}')
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        import_config(tmp_path / "bytes.json")
+    with pytest.raises(ConfigError, match="list of data sets"):
+        import_config(put("config.json", SMALL), put("sets.json", {"id": "a"}))
+    with pytest.raises(ConfigError, match="leave --dataloader out"):
+        import_config(put("t.yaml", YAML % "chroma"), put("sets.json", []))
+    deep = put("deep.json", "[" * 100_000)
+    with pytest.raises(ConfigError, match="deep|JSON"):
+        import_config(deep)
+
+
+def test_hostile_texts_stay_texts(put, tmp_path):
+    evil = 'a"\n[model]\nflavour = "tiny"\x00\x1b[2J\x7f \\ 🐸'
+    imported = import_config(put("config.json", SMALL | {"validation_prompt": evil, 'odd"\n[x]\ny = 1 #': evil}))
+    text = job_toml(imported)
+    read = tomllib.loads(text)
+    assert read["previews"]["prompts"] == [evil]
+    assert "model" not in read and "x" not in read
+    assert not [c for c in as_text(imported, tmp_path) if c != "\n" and not c.isprintable()]
+    with pytest.raises(ConfigError, match="surrogate"):
+        job_toml(import_config(put("half.json", '{"model_family": "chroma", "validation_prompt": "\\ud83d"}')))
+
+
+def test_the_serialiser_writes_what_tomllib_reads():
+    values = {
+        "text": 'quotes " and \\ and \t\n\r\x01 é 🐸',
+        "odd key.": {"inner": 1, "deep": {"x": [1.5, 2.0]}},
+        "numbers": [1e-5, 1e300, -0.0, 3.0, 2e-4],
+        "empty": [],
+        "flags": [True, False],
+        "table": {},
+        "list": [{"a": 1, "b": {"c": "d"}}, {"a": 2}],
+        "words": ["a", "b,c"],
+    }
+    assert tomllib.loads(toml(values)) == values
+    assert tomllib.loads(toml({"none": None, "a": {"b": None}})) == {"a": {}}
+
+
+def test_an_existing_file_is_not_overwritten(put, tmp_path):
+    imported = import_config(put("config.json", SEED_SNIPPET))
+    path = write_job(imported, tmp_path / "new" / "job.toml")
+    assert TrainingConfig.from_toml(path).lora.rank == 16
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="not overwritten"):
+        write_job(imported, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["job.toml"]
+
+
+def test_every_option_of_the_file_is_in_the_report(put, tmp_path):
+    report = as_json(import_config(put("config.json", SECOND)), tmp_path / "job.toml")
+    named = {
+        line["option"]
+        for kind in ("mapped", "differs", "no_counterpart", "unknown", "ignored")
+        for line in report[kind]
+    }
+    assert set(SECOND) <= named
+    assert json.loads(json.dumps(report)) == report
+
+
+TABLES = {
+    "SimpleTuner": (simpletuner.OPTIONS, missing),
+    "SimpleTuner's sets": (simpletuner.SET_OPTIONS, set_missing),
+    **{f"ai-toolkit {name}": (table, missing) for name, table in ai_toolkit.SECTIONS.items()},
+    "ai-toolkit's sets": (ai_toolkit.SET_OPTIONS, set_missing),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_line_of_the_tables_says_what_or_why(name):
+    table, _ = TABLES[name]
+    for option, rule in table.items():
+        assert rule.to or rule.reason, option
+        assert rule.kind in ("maps", "differs") or rule.reason, option
+        assert re.fullmatch(r"[a-z0-9_]+", option), option
+
+
+def test_an_option_that_this_version_lacks_is_never_written():
+    assert missing("lora.rank", 4) == ""
+    assert "no option lora.colour" in missing("lora.colour", 4)
+    assert "no option model.colour" in missing("model.colour", 4)
+    assert "it has" in missing("objective.remap", "cubic")
+    assert set_missing("folder", "x") == "" and "no option" in set_missing("colour", "x")
+
+
+def test_the_documentation_is_current():
+    path = Path(__file__).parents[3] / "docs" / "import.md"
+    assert path.read_text(encoding="utf-8") == page(), "run: python tools/docs/import_tables.py"
+
+
+def test_the_command_line(put, tmp_path):
+    put("config.json", SEED_SNIPPET)
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "chroma_core", "import-config", "config.json", *arguments]
+        root = str(Path(__file__).parents[3])
+        return subprocess.run(
+            command, cwd=tmp_path, env={"PYTHONPATH": root, "PATH": ""}, capture_output=True, text=True
+        )
+
+    report = json.loads(run("--json", "--output", "a.toml").stdout)
+    assert (report["tool"], report["differs"], report["no_counterpart"], report["unknown"]) == (
+        "SimpleTuner",
+        [],
+        [],
+        [],
+    )
+    assert {"option": "network_rank", "value": "16", "written": {"lora.rank": 16}, "reason": ""} in report["mapped"]
+    text = run().stdout
+    assert "network_rank = 16 → lora.rank = 16" in text and "0 remarks" in text
+    assert (tmp_path / "job.toml").read_text() == (tmp_path / "a.toml").read_text()
+    again = run()
+    assert again.returncode != 0 and "exists already" in again.stderr

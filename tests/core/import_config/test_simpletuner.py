@@ -1,0 +1,294 @@
+"""Importing SimpleTuner's configurations: every mapped value, every remark."""
+
+import re
+
+import pytest
+
+from chroma_core.import_config import import_config, job_toml
+from import_cases import SECOND, SEED_SNIPPET, SMALL, check, existing, kinds, set_list, set_missing
+
+
+def test_the_seeds_snippet_imports_without_a_remark(put):
+    imported = import_config(put("config.json", SEED_SNIPPET))
+    assert imported.remarks == []
+    check(
+        imported,
+        {
+            "name": "chroma-output",
+            "model.flavour": "base",
+            "model.precision": "bf16",
+            "lora.rank": 16,
+            "learning_rate": 2e-4,
+            "gradient_checkpointing": True,
+            "objective.remap": "quadratic_split",
+        },
+        {"dataset": {"folder": "pictures"}},
+    )
+    assert kinds(imported)["pretrained_model_name_or_path"] == "ignored"
+    assert len(imported.todo) == 1 and "[dataset]" in imported.todo[0]
+
+
+FIRST = """{
+  // dashes, comments and trailing commas
+  "--model_family": "chroma", "--model_type": "lora", "--model_flavour": "hd",
+  "--output_dir": "output/portrait-v2",  /* the name */
+  "--data_backend_config": "config/multidatabackend.json",
+  "--max_train_steps": "3000", "--num_train_epochs": 0,
+  "--train_batch_size": 2, "--gradient_accumulation_steps": 4,
+  "--learning_rate": "1e-4", "--lr_scheduler": "constant_with_warmup", "--lr_warmup_steps": 100,
+  "--optimizer": "bnb-adamw8bit", "--adam_weight_decay": 0.02, "--optimizer_beta1": 0.9, "--optimizer_beta2": 0.99,
+  "--max_grad_norm": 1.0, "--grad_clip_method": "norm", "--seed": 7,
+  "--lora_rank": 32, "--lora_alpha": 16, "--lora_dropout": 0.1, "--lora_type": "standard",
+  "--flux_lora_target": "all+ffs", "--base_model_precision": "int8-quanto", "--mixed_precision": "bf16",
+  "--text_encoder_1_precision": "no_change", "--gradient_checkpointing": "true",
+  "--gradient_checkpointing_interval": 2, "--use_ema": true, "--ema_decay": 0.999,
+  "--caption_dropout_probability": 0.05, "--resolution": 768, "--resolution_type": "pixel_area",
+  "--validation_prompt": "a portrait // of \\"sks\\",]", "--validation_negative_prompt": "blurry",
+  "--validation_steps": 200, "--validation_num_inference_steps": 28, "--validation_guidance_real": 3.0,
+  "--validation_seed": 11, "--validation_resolution": "1024x768", "--num_validation_images": 1,
+  "--checkpointing_steps": 500, "--checkpoints_total_limit": 5, "--resume_from_checkpoint": "latest",
+  "--push_to_hub": false, "--report_to": "none", "--eval_steps_interval": 100,
+}"""
+
+FIRST_SETS = [
+    {
+        "id": "portrait-512",
+        "type": "local",
+        "instance_data_dir": "data/portraits",
+        "caption_strategy": "textfile",
+        "resolution": 512,
+        "repeats": 9,
+        "crop": False,
+        "cache_dir_vae": "cache/vae",
+        "metadata_backend": "discovery",
+    },
+    {
+        "id": "portrait-768",
+        "type": "local",
+        "instance_data_dir": "data/portraits",
+        "caption_strategy": "textfile",
+        "repeats": 9,
+        "crop": False,
+        "cache_dir_vae": "cache/vae2",
+    },
+    {"id": "old", "disabled": True, "instance_data_dir": "data/old"},
+    {"id": "held-out", "dataset_type": "eval", "instance_data_dir": "data/held-out", "resolution": 512},
+    {"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": "cache/text"},
+]
+
+
+def test_a_usual_simpletuner_run(put, tmp_path):
+    for folder in ("data/portraits", "data/held-out"):
+        (tmp_path / folder).mkdir(parents=True)
+    put("config/multidatabackend.json", FIRST_SETS)
+    imported = import_config(put("config/config.json", FIRST))
+    assert all("this version of ChromaKit has no" in line.reason for line in imported.remarks)
+    check(
+        imported,
+        {
+            "name": "portrait-v2",
+            "model.flavour": "hd",
+            "model.precision": "int8-quanto",
+            "steps": 3000,
+            "batch_size": 2,
+            "gradient_accumulation": 4,
+            "learning_rate": 1e-4,
+            "lr_schedule": "constant",
+            "warmup_steps": 100,
+            "optimizer": "adamw8bit",
+            "weight_decay": 0.02,
+            "betas": [0.9, 0.99],
+            "max_grad_norm": 1.0,
+            "seed": 7,
+            "lora.rank": 32,
+            "lora.alpha": 16.0,
+            "lora.dropout": 0.1,
+            "lora.target": "all+ffs",
+            "lora.ema_decay": 0.999,
+            "gradient_checkpointing": True,
+            "checkpointing_interval": 2,
+            "objective.remap": "quadratic_split",
+            "previews.prompts": ['a portrait // of "sks",]'],
+            "previews.negative": "blurry",
+            "previews.every": 200,
+            "previews.steps": 28,
+            "previews.guidance": 3.0,
+            "previews.seed": 11,
+            "previews.width": 1024,
+            "previews.height": 768,
+            "checkpoint_every": 500,
+            "keep_checkpoints": 5,
+            "validate_every": 100,
+        },
+        {
+            "dataset": {
+                "folder": str(tmp_path / "data/portraits"),
+                "caption_source": "files",
+                "resolutions": [512, 768],
+                "repeats": 10,
+                "crop": "centre",
+                "caption_dropout": 0.05,
+            },
+            "validation_dataset": {
+                "folder": str(tmp_path / "data/held-out"),
+                "resolutions": [512],
+                "caption_dropout": 0.05,
+            },
+        },
+    )
+    assert imported.todo == ()
+    assert kinds(imported)["old"] == kinds(imported)["text"] == "ignored"
+
+
+def test_what_differs_and_what_has_no_counterpart(put, tmp_path):
+    start = put("loras/start.safetensors", "x")
+    backends = [
+        {
+            "id": "all",
+            "instance_data_dir": "/nowhere/pictures",
+            "caption_strategy": "instanceprompt",
+            "instance_prompt": "a photo of sks",
+            "resolution": 1.0,
+            "resolution_type": "area",
+            "crop": True,
+            "crop_aspect": "square",
+            "crop_style": "random",
+            "caption_shuffle": {"enable": True, "count": 3, "position_start": 1},
+            "timestep_sampling_offset": -0.5,
+            "is_regularisation_data": True,
+            "probability": 0.5,
+            "minimum_image_size": 0,
+            "colour": "blue",
+        },
+        {"id": "film", "dataset_type": "video", "instance_data_dir": "data/film"},
+        {"id": "cloud", "type": "aws", "aws_bucket_name": "b"},
+    ]
+    imported = import_config(put("config.json", SECOND), put("sets.json", backends))
+    values = {
+        "name": "out",
+        "model.flavour": "base",
+        "model.offload": "block",
+        "model.offload_during_startup": True,
+        "optimizer": "adamw",
+        "warmup_steps": 0,
+        "objective.remap": "quadratic_split",
+        "objective.flow_shift": 3.0,
+        "objective.guidance": "random-range",
+        "objective.guidance_range": [1.0, 5.0],
+        "objective.text_padding": "zero",
+        "objective.noise_offset": 0.1,
+        "objective.loss": "huber",
+        "lora.kind": "dora",
+        "lora.rank": 8,
+        "lora.start_from": str(start.resolve()),
+        "compile": False,
+        "previews.width": 512,
+        "previews.height": 512,
+    }
+    check(
+        imported,
+        values,
+        {
+            "dataset": {
+                "folder": "/nowhere/pictures",
+                "caption_source": "fixed",
+                "default_caption": "a photo of sks",
+                "resolutions": [1024],
+                "crop": "random",
+                "tag_shuffles": 3,
+                "keep_tags": 1,
+                "sigma_bias": -0.240449,
+                "regularisation": True,
+                "weight": 0.5,
+            }
+        },
+    )
+    found = kinds(imported)
+    assert found["made_up_option"] == found["all: colour"] == "unknown"
+    for option in (
+        *("lr_scheduler", "num_train_epochs", "push_to_hub", "tread_config", "validation_guidance", "film", "cloud"),
+        "grad_clip_method",
+    ):
+        assert found[option] == "no counterpart", option
+    for option in ("flow_schedule_shift", "lr_warmup_steps", "enable_group_offload", "validation_resolution"):
+        assert found[option] == "differs", option
+    ours = {"optimizer": "optimizer", "loss_type": "objective.loss", "noise_offset": "objective.noise_offset"}
+    for option, path in (ours | {"flux_guidance_mode": "objective.guidance"}).items():
+        assert found[option] == ("differs" if path in existing(values) else "no counterpart"), option
+    assert found["controlnet"] == found["max_train_steps"] == "ignored"
+    reason = next(line.reason for line in imported.lines if line.option == "flow_schedule_shift")
+    assert "before" in reason and "after" in reason
+    assert all(line.reason for line in imported.lines if line.kind != "maps")
+    assert any("/nowhere/pictures" in item for item in imported.todo)
+    text = job_toml(imported)
+    for line in imported.remarks:
+        assert f"- {line.option} = " in re.sub(r"\n#   ", " ", text)
+
+
+@pytest.mark.parametrize(
+    "options, expected, differs",
+    [
+        ({"flow_use_uniform_schedule": True, "flow_schedule_shift": 2},
+         {"objective.draw": "uniform", "objective.remap": "none", "objective.flow_shift": 2.0}, []),
+        ({"flow_use_beta_schedule": True}, {"objective.remap": "none"}, ["flow_use_beta_schedule"]),
+        ({"flux_fast_schedule": False, "flow_sigmoid_scale": 1.5, "flow_schedule_shift": 0},
+         {"objective.remap": "quadratic_split", "objective.scale": 1.5, "objective.flow_shift": "none"}, []),
+        ({"flow_schedule_auto_shift": True, "flow_schedule_shift": 3},
+         {"objective.remap": "quadratic_split", "objective.flow_shift": "dynamic"}, ["flow_schedule_auto_shift"]),
+        ({"mixed_precision": "no", "lr_scheduler": "constant", "lr_warmup_steps": 99},
+         {"objective.remap": "quadratic_split", "model.precision": "fp32", "lr_schedule": "constant"}, None),
+        ({"pretrained_model_name_or_path": "lodestones/Chroma1-Flash"},
+         {"objective.remap": "quadratic_split", "model.flavour": "flash"}, []),
+        ({"pretrained_model_name_or_path": "/models/chroma.safetensors", "base_model_precision": "nf4-bnb"},
+         {"objective.remap": "quadratic_split", "model.transformer": "/models/chroma.safetensors",
+          "model.precision": "nf4-bnb"}, []),
+        ({"pretrained_model_name_or_path": "someone/chroma-tune", "flux_lora_target": "mmdit"},
+         {"objective.remap": "quadratic_split", "lora.target": "attention"}, ["pretrained_model_name_or_path"]),
+        ({"pretrained_vae_model_name_or_path": "./vae/ae.safetensors", "pretrained_t5_model_name_or_path": "t5.gguf"},
+         {"objective.remap": "quadratic_split", "model.vae": "./vae/ae.safetensors",
+          "model.text_encoder": "t5.gguf"}, []),
+        ({"init_lora": ""}, {"objective.remap": "quadratic_split"}, []),
+        ({"validation_disable": True, "validation_prompt": "x"},
+         {"objective.remap": "quadratic_split", "previews.prompts": []}, []),
+        ({"base_model_precision": "int8-torchao", "mixed_precision": "fp16", "text_encoder_1_precision": "int4-quanto"},
+         {"objective.remap": "quadratic_split", "model.precision": "int8", "model.text_precision": "int4-quanto"},
+         ["base_model_precision", "mixed_precision"]),
+    ],
+)  # fmt: skip
+def test_single_options(put, options, expected, differs):
+    imported = import_config(put("config.json", SMALL | options))
+    check(imported, {"name": "out"} | expected)
+    if differs is not None:
+        assert [line.option for line in imported.remarks] == differs
+
+
+def test_a_third_simpletuner_run_with_several_sets(put, tmp_path):
+    backends = [
+        {
+            "id": "a",
+            "instance_data_dir": "a",
+            "instance_prompt": "sks man",
+            "prepend_instance_prompt": True,
+            "repeats": 0,
+        },
+        {"id": "b", "instance_data_dir": "b", "caption_strategy": "filename", "crop": True, "crop_aspect": "preserve"},
+    ]
+    for backend in backends:
+        (tmp_path / backend["id"]).mkdir()
+    config = SMALL | {"caption_strategy": "textfile", "aspect_bucket_alignment": 32, "data_backend_config": "sets.json"}
+    put("sets.json", backends)
+    imported = import_config(put("config.json", config))
+    first = {"folder": str(tmp_path / "a"), "caption_source": "files", "caption_prefix": "sks man", "repeats": 1,
+             "alignment": 32}  # fmt: skip
+    second = {"folder": str(tmp_path / "b"), "caption_source": "filenames", "crop": "centre", "alignment": 32}
+    check(imported, {"name": "out", "objective.remap": "quadratic_split"}, {"dataset": first})
+    if set_list():
+        assert imported.values[set_list()] == [existing(second, set_missing)]
+    else:
+        assert kinds(imported)[str(tmp_path / "b")] == "no counterpart"
+
+
+def test_a_dataloader_that_is_not_there_is_left_to_do(put):
+    imported = import_config(put("config.json", SMALL | {"data_backend_config": "config/sets.json"}))
+    assert any("config/sets.json" in item and "--dataloader" in item for item in imported.todo)
+    assert imported.values["dataset"] == {"folder": "pictures"}

@@ -1,0 +1,99 @@
+"""Configurations of other trainers, and how the tests look at what became of them."""
+
+import json
+import sys
+from functools import partial
+
+from chroma_core.data.dataset import DatasetConfig
+from chroma_core.import_config import job_toml
+from chroma_core.import_config.convert import missing
+from chroma_core.training.config.config import TrainingConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SEED_SNIPPET = """
+{
+  "model_type": "lora",
+  "model_family": "chroma",
+  "model_flavour": "base",
+  "output_dir": "/workspace/chroma-output",
+  "network_rank": 16,
+  "learning_rate": 2.0e-4,
+  "mixed_precision": "bf16",
+  "gradient_checkpointing": true,
+  "pretrained_model_name_or_path": null
+}
+"""
+
+SMALL = {"model_family": "chroma", "model_type": "lora", "output_dir": "out"}
+
+SECOND = SMALL | {
+    "model_flavour": "base",
+    "optimizer": "adamw_bf16",
+    "lr_scheduler": "sine",
+    "lr_warmup_steps": 500,
+    "num_train_epochs": 20,
+    "max_train_steps": 0,
+    "flow_schedule_shift": 3,
+    "flux_guidance_mode": "random-range",
+    "flux_guidance_min": 1,
+    "flux_guidance_max": 5,
+    "t5_padding": "zero",
+    "noise_offset": 0.1,
+    "offset_noise": True,
+    "loss_type": "huber",
+    "use_dora": True,
+    "enable_group_offload": True,
+    "offload_during_startup": True,
+    "push_to_hub": True,
+    "tread_config": {"routes": [{"start": 2}]},
+    "lora_rank": 8,
+    "made_up_option": [1, 2],
+    "controlnet": False,
+    "validation_resolution": "512x512,768x768",
+    "validation_guidance": 4.0,
+    "init_lora": "loras/start.safetensors",
+    "dynamo_backend": "no",
+    "grad_clip_method": "value",
+}
+
+YAML = "config:\n  process:\n    - type: sd_trainer\n      network: {linear: 4}\n      model: {arch: %s}\n"
+
+set_missing = partial(missing, model=DatasetConfig)
+
+
+def set_list() -> str:
+    """Where further data sets stand in a job."""
+    return "more_datasets"
+
+
+def kinds(imported) -> dict[str, str]:
+    return {line.option: line.kind for line in imported.lines}
+
+
+def existing(flat: dict, known=missing) -> dict:
+    """What of these options this version has: other parts of the project may add the rest."""
+    return {path: value for path, value in flat.items() if not known(path, value)}
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def check(imported, expected: dict, sets: dict | None = None) -> None:
+    """The job has exactly these values (as far as the options exist), and the file reads back as the same job."""
+    written = flat({k: v for k, v in imported.values.items() if k not in ("dataset", "validation_dataset", set_list())})
+    assert written == existing(expected)
+    for place, values in (sets or {}).items():
+        assert imported.values[place] == existing(values, set_missing)
+    assert tomllib.loads(job_toml(imported)) == json.loads(json.dumps(imported.values))
+    assert TrainingConfig.parse(tomllib.loads(job_toml(imported))) == imported.config

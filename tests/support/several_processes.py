@@ -1,4 +1,4 @@
-"""What `torchrun` runs for tests/core/test_processes.py: the jobs of a list, one after the other, in these processes.
+"""What `torchrun` runs for training/test_processes.py: the jobs of a list, one after the other, in these processes.
 
 The list is JSON, {"jobs": [{"config", "root", "sharding"}], "commands": [[…]]}. Process r writes what it found to
 <list>.r.

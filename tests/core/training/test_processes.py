@@ -20,7 +20,7 @@ from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.jobs.manager import JobManager
 from training_cases import config, model_folder, write_dataset
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 PATIENCE = 240
 

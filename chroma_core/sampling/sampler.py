@@ -16,9 +16,8 @@ from ..errors import ConfigError
 from ..model.latents import FLUX_LATENTS, PATCH, LatentFormat, image_ids, pack, snap_size, unpack
 from ..model.transformer import ChromaTransformer
 from .recipe import CANONICAL, Recipe, StateDtype
-from .schedule import FlowShift, sampling_sigmas
+from .schedule import FlowShift, Spacing, sampling_sigmas
 from .solvers import SOLVERS, Method, Velocity
-from .spacing import Spacing
 from .text import TextCondition, batch_conditions
 
 __all__ = ["Method", "SamplingSettings", "StepInfo", "initial_noise", "sample"]

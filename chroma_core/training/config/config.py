@@ -23,8 +23,7 @@ from ...model.latents import snap_size
 from ...model.precision import precision
 from ...sampling.recipe import Recipe, recipe
 from ...sampling.sampler import Method, SamplingSettings
-from ...sampling.schedule import FlowShift, SigmaDraw, SigmaRemap, SigmaSettings, parse_flow_shift
-from ...sampling.spacing import Spacing
+from ...sampling.schedule import FlowShift, SigmaDraw, SigmaRemap, SigmaSettings, Spacing, parse_flow_shift
 from ...sampling.text import TextPadding, apply_trigger
 from ..step.lr import LrSchedule, Schedule
 from ..step.objective import GuidanceMode, LossKind, ObjectiveSettings

@@ -23,12 +23,13 @@ from ...sampling.schedule import draw_sigmas
 from ...sampling.text import TextCondition, zero_padded
 from ..config.config import TrainingConfig
 from ..distributed.world import ALONE, World, part_size
-from ..step.noise import draw_noise, pair_noise
 from ..step.objective import (
     PLAIN,
     ObjectiveSettings,
     add_noise,
+    draw_noise,
     loss,
+    pair_noise,
     predict_velocity,
     training_target,
     with_prior_targets,

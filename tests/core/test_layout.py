@@ -53,7 +53,6 @@ FLOORS = (
     "training/run",
     "training/distributed",
     "training/control.py",
-    "training/device_slot.py",
     "training/config",
     "training/step",
     "requests",

@@ -168,7 +168,7 @@ def train_step(
 ) -> StepResult:
     """One optimizer step (`step` 0-based) over `config.effective_batch` samples, `config.batch_size` at a time.
 
-    With several processes each computes its share of the samples, and all take the same step.
+    In a distributed run each rank computes its share of the samples, and all take the same step.
     """
     device = transformer.x_embedder.weight.device
     batch, objective = batches[step], batches.objective
@@ -191,7 +191,7 @@ def train_step(
         total += part_loss.item()
     transformer.eval()
 
-    # What needs the others comes before the step: one that is lost leaves the weights of whole steps behind.
+    # Collectives come before the step: a rank that is lost leaves the weights of whole steps behind.
     stepper.combine(world)
     total = world.total(total)
     learning_rate = config.schedule().at(step)

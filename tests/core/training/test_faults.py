@@ -77,16 +77,16 @@ def test_memory_that_runs_out_while_a_checkpoint_is_read_removes_none(places, tm
     bench = Bench(config(*places), tmp_path / "cache")
     folder = tmp_path / "checkpoints"
     for step in (1, 2):
-        save_checkpoint(folder, Progress(step=step), bench.trainee, bench.stepper, None, keep=2)
+        save_checkpoint(folder, Progress(step=step), bench.trained, bench.stepper, None, keep=2)
 
     def greedy(state):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
         patched.setattr(bench.stepper, "load_state_dict", greedy)
-        restore_latest(folder, bench.trainee, bench.stepper)
+        restore_latest(folder, bench.trained, bench.stepper)
     assert len(checkpoints(folder)) == 2
-    progress, damaged = restore_latest(folder, bench.trainee, bench.stepper)
+    progress, damaged = restore_latest(folder, bench.trained, bench.stepper)
     assert progress is not None and progress.step == 2 and not damaged
 
 
@@ -158,10 +158,10 @@ def test_the_best_checkpoint_stays_beside_the_last(places, tmp_path):
     progress, folder = Progress(), tmp_path / "checkpoints"
     for step, best in ((2, 2), (4, 2), (6, 2)):
         progress.step, progress.best_at = step, best
-        save_checkpoint(folder, progress, bench.trainee, bench.stepper, None, keep=1, keep_best=True)
+        save_checkpoint(folder, progress, bench.trained, bench.stepper, None, keep=1, keep_best=True)
     assert [path.name for path in checkpoints(folder)] == ["step-000002", "step-000006"]
     progress.step = progress.best_at = 8
-    save_checkpoint(folder, progress, bench.trainee, bench.stepper, None, keep=1, keep_best=True)
+    save_checkpoint(folder, progress, bench.trained, bench.stepper, None, keep=1, keep_best=True)
     assert [path.name for path in checkpoints(folder)] == ["step-000008"]
 
 

@@ -2,7 +2,6 @@
 
 import math
 from itertools import permutations
-from itertools import permutations
 
 import pytest
 import torch

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .errors import ChromaKitError, ConfigError
+
 
 def _temporary(path: Path) -> Path:
     """A sibling name that no other thread or process writes to at the same time."""
@@ -66,6 +68,19 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str, error: type[ChromaKitError] = ConfigError) -> Any:
+    """The value of a JSON file. Raises `error`, naming the file, when it is not there or no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"There is no file '{path}'.") from None
+    except (OSError, ValueError) as cause:
+        raise error(
+            f"'{path}' cannot be read as JSON ({cause}): it is damaged or was not written by ChromaKit. Restore it "
+            "from a backup, or remove it."
+        ) from cause
 
 
 def free_path(folder: Path, name: str) -> Path:

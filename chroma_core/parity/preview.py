@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ..comfy.server import PACK
 from ..errors import ConfigError, JobError
+from ..files import read_json
 from ..loading.components import Device
 from ..loading.spec import LoraUse, ModelSpec
 from ..model.images import LATENTS_SUFFIX, read_record
@@ -60,7 +60,7 @@ def _loras_of(job: Path, step: int) -> tuple[LoraUse, ...]:
     path = _checkpoint(job, step)
     if path.is_file():
         return (LoraUse(str(path)),)
-    config = json.loads((job / "job.json").read_text(encoding="utf-8"))["config"]
+    config = read_json(job / "job.json")["config"]
     if config.get("full"):
         raise NotRun(
             "The job trains the model itself, not a LoRA. Paint the preview's prompt with the model file that it "

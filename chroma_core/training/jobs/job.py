@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from filelock import FileLock
 
 from ...errors import ChromaKitError
-from ...files import write_json
+from ...files import read_json, write_json
 from ..config.config import TrainingConfig
 from ..run.metrics import MetricsLog
 from .curve import Curve
@@ -26,32 +25,91 @@ ACTIVE: tuple[JobState, ...] = ("queued", "preparing", "running", "paused")
 WRITE_EVERY_SECONDS = 5.0
 NOTIFY_EVERY_SECONDS = 0.5
 
-_DEFAULTS: dict[str, Any] = {
-    "state": "queued",
-    "step": 0,
-    "steps": 0,
-    "loss": None,
-    "loss_smooth": None,
-    "lr": None,
-    "step_seconds": None,
-    "eta_seconds": None,
-    "message": "",
-    "warnings": [],
-    "changes": [],
-    "lora_path": None,
-    "lora_name": None,
-    "model_path": None,
-    "model_name": None,
-    "model_folder": None,
-    "heldout_loss_base": None,
-    "heldout_loss": None,
-    "train_seconds": 0.0,
-    "skipped_steps": 0,
-    "checkpoint": None,
-    "base_sha256": None,
-    "yielded": False,
-    "memory": None,
-}
+
+class JobEnd(TypedDict):
+    """How a job stands, in the fewest words; all that a rank of a distributed run other than 0 knows of it."""
+
+    state: JobState
+    message: str
+
+
+class JobValues(JobEnd):
+    """What changes of a job while it is worked on.
+
+    loss, loss_smooth, lr, heldout_loss: of the newest step that has one. step_seconds: running mean; eta_seconds: time
+    left, by it. changes: options changed since the start (see `changes.entry`). checkpoint: step of the newest one.
+    yielded: whether the trainer waits for a prompt. memory: bytes (see `device.memory_in_use`). created, updated: Unix
+    time.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    loss_smooth: float | None
+    lr: float | None
+    step_seconds: float | None
+    eta_seconds: float | None
+    warnings: list[str]
+    changes: list[dict[str, Any]]
+    lora_path: str | None
+    lora_name: str | None
+    model_path: str | None
+    model_name: str | None
+    model_folder: str | None
+    heldout_loss_base: float | None
+    heldout_loss: float | None
+    train_seconds: float
+    skipped_steps: int
+    checkpoint: int | None
+    base_sha256: str | None
+    yielded: bool
+    memory: dict[str, int] | None
+    created: float
+    updated: float
+
+
+class JobStatus(JobValues):
+    """A job as `job.json`, routes and listeners have it. samples: names of the preview images, oldest first."""
+
+    id: str
+    name: str
+    samples: list[str]
+    config: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+def _fresh(config: TrainingConfig) -> JobValues:
+    """The values of a job that has not begun."""
+    now = time.time()
+    return {
+        "state": "queued",
+        "step": 0,
+        "steps": config.steps,
+        "loss": None,
+        "loss_smooth": None,
+        "lr": None,
+        "step_seconds": None,
+        "eta_seconds": None,
+        "message": "",
+        "warnings": [],
+        "changes": [],
+        "lora_path": None,
+        "lora_name": None,
+        "model_path": None,
+        "model_name": None,
+        "model_folder": None,
+        "heldout_loss_base": None,
+        "heldout_loss": None,
+        "train_seconds": 0.0,
+        "skipped_steps": 0,
+        "checkpoint": None,
+        "base_sha256": None,
+        "yielded": False,
+        "memory": None,
+        "created": now,
+        "updated": now,
+    }
+
 
 _DETAILS = ("warnings", "changes", "memory", "base_sha256", "lora_path", "model_path")
 """Values that `Job.summary` leaves out."""
@@ -84,14 +142,15 @@ class Job:
     have files of their own.
     """
 
-    def __init__(self, folder: Path, config: TrainingConfig, values: dict[str, Any] | None = None):
-        now = time.time()
+    def __init__(self, folder: Path, config: TrainingConfig, earlier: Mapping[str, Any] | None = None):
         self.folder = folder
         self.config = config
-        self.notify: Callable[[dict[str, Any]], None] = lambda status: None
+        self.notify: Callable[[JobStatus], None] = lambda status: None
         self.ended = threading.Event()
         self.curve = Curve(folder / "metrics.jsonl")
-        self._values = {**_DEFAULTS, "steps": config.steps, "created": now, "updated": now, **(values or {})}
+        fresh = _fresh(config)
+        known = {name: value for name, value in (earlier or {}).items() if name in fresh}
+        self._values: JobValues = {**fresh, **known}  # type: ignore[typeddict-item]
         self._lock = threading.RLock()
         self._written = self._notified = 0.0
         if self.state not in ACTIVE:
@@ -99,10 +158,9 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """Open the job of an earlier session. Raises ValueError, OSError or ConfigError for a foreign folder."""
-        values = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        config = TrainingConfig.parse(values["config"])
-        return cls(folder, config, {key: values[key] for key in (*_DEFAULTS, "created", "updated") if key in values})
+        """Open the job of an earlier session. Raises KeyError or ConfigError for a foreign folder."""
+        values = read_json(folder / "job.json")
+        return cls(folder, TrainingConfig.parse(values["config"]), values)
 
     @property
     def id(self) -> str:
@@ -113,10 +171,10 @@ class Job:
     def state(self) -> JobState:
         return self._values["state"]
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> JobStatus:
         """Everything about the job as JSON values."""
         with self._lock:
-            values = dict(self._values)
+            values = self._values.copy()
         return {
             "id": self.id,
             "name": self.config.name,
@@ -159,7 +217,7 @@ class Job:
         listeners (pictures are listed from the folder).
         """
         urgent = "new_samples" in fields or "checkpoint" in fields
-        painted = fields.pop("new_samples", None)
+        previews = fields.pop("new_samples", None)
         with self._lock:
             before, known = self.state, len(self._values["warnings"])
             yielded = self._values["yielded"]
@@ -177,7 +235,7 @@ class Job:
                 left = self.config.steps - self._values["step"]
                 self._values["eta_seconds"] = round(left * self._values["step_seconds"], 1)
             changed = self.state != before
-            self._write_down(before, painted, fields, known)
+            self._write_down(before, previews, fields, known)
             now = time.monotonic()
             if changed or urgent or now - self._written > WRITE_EVERY_SECONDS:
                 self.write()
@@ -220,7 +278,7 @@ class Job:
                 self.notify(self.status())
             self._tell_waiting()
 
-    def _write_down(self, before: str, painted: list[str] | None, fields: dict[str, Any], known: int) -> None:
+    def _write_down(self, before: str, previews: list[str] | None, fields: dict[str, Any], known: int) -> None:
         """What happened, in the log: changes of state, checkpoints, previews, new warnings."""
         lines = []
         if self.state != before:
@@ -228,8 +286,8 @@ class Job:
             lines.append(f"{self.state} at step {self._values['step']}" + (f": {message}" if message else ""))
         if fields.get("checkpoint") is not None:
             lines.append(f"checkpoint of step {fields['checkpoint']}")
-        if painted:
-            lines.append(f"{len(painted)} previews of step {self._values['step']}")
+        if previews:
+            lines.append(f"{len(previews)} previews of step {self._values['step']}")
         lines += [f"warning: {warning}" for warning in self._values["warnings"][known:]]
         with suppress(OSError):  # a full disk must not end the job for the sake of its log
             for line in lines:

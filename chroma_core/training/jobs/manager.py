@@ -20,10 +20,10 @@ from ..distributed.world import ALONE, World
 from ..run.checkpoint import checkpoints
 from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
-from .job import ACTIVE, FolderLock, Job, JobState
+from .job import ACTIVE, FolderLock, Job, JobState, JobStatus
 
 IfExists = Literal["keep", "resume", "restart"]
-Listener = Callable[[dict[str, Any]], None]
+Listener = Callable[[JobStatus], None]
 
 TRASH = ".deleted-"
 """How the folder of a job begins that is being deleted."""
@@ -346,7 +346,7 @@ class JobManager:
         finally:
             lock.release()
 
-    def _tell(self, status: dict[str, Any]) -> None:
+    def _tell(self, status: JobStatus) -> None:
         for listener in tuple(self._listeners):
             try:
                 listener(status)

@@ -41,7 +41,10 @@ Report = Callable[..., None]
 
 
 class Run:
-    """A job that is being worked on. Build and use it outside inference mode, in one thread."""
+    """A job that is being worked on: prepare, load, resume, train, finish, close, in this order.
+
+    Use it outside inference mode, in one thread. `run_training` does all of it.
+    """
 
     def __init__(
         self,
@@ -54,30 +57,42 @@ class Run:
         world: World = ALONE,
     ):
         self.config, self.paths, self.device, self.control, self.report = config, paths, device, control, report
-        self.world = world
+        self.before_load, self.world = before_load, world
         self.metrics = (MetricsLog if world.main else NoMetrics)(paths.job / "metrics.jsonl")
         self.progress = Progress()
+        self.event_files: EventFiles | None = None
         self._saved = time.monotonic()
+
+    def prepare(self) -> None:
+        """Check what can be checked early, then scan the dataset and cache it; T5 and the VAE come and go.
+
+        Raises Stopped, Halted, and what `prepare.prepare` raises.
+        """
+        config, paths, world = self.config, self.paths, self.world
         for folder in (paths.job, paths.samples) if world.main else ():
             remove_leftovers(folder)
         if world.sharded:
             check_sharding(config)
-        report(state="preparing", message="reading the data set")
-        check_optimizer(config.optimizer_settings(), device)
+        self.report(state="preparing", message="reading the data set")
+        check_optimizer(config.optimizer_settings(), self.device)
         advice = check_trained(config, paths)
         check_event_files(config.tensorboard and world.main)
-        self.slot = control.slot = DeviceSlot(device, before_load)
+        self.slot = self.control.slot = DeviceSlot(self.device, self.before_load)
         self.data: Prepared = world.main_first(
-            lambda: prepare(config, paths.cache, self.slot, control.gate, self._report_caching)
+            lambda: prepare(config, paths.cache, self.slot, self.control.gate, self._report_caching)
         )
         self.data.warnings[:0] = advice
-        report(message="loading the transformer", warnings=self.data.warnings, base_sha256=self.data.base_sha256)
-        before_load()
-        self.transformer = load_transformer(config.model, "cpu" if world.sharded else device)
+
+    def load(self) -> None:
+        """Load the transformer, put on it what is trained, and make the optimizer and the batches."""
+        config, data, sharded = self.config, self.data, self.world.sharded
+        self.report(message="loading the transformer", warnings=data.warnings, base_sha256=data.base_sha256)
+        self.before_load()
+        self.transformer = load_transformer(config.model, "cpu" if sharded else self.device)
         self.slot.take(self.transformer)
-        self.trained = make_trained(config, self.transformer, paths, self.data.base_sha256)
-        if world.sharded:
-            shard(self.transformer, self.trained.parameters, torch.device(device))
+        self.trained = make_trained(config, self.transformer, self.paths, data.base_sha256)
+        if sharded:
+            shard(self.transformer, self.trained.parameters, torch.device(self.device))
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
             self.transformer.checkpointing_interval = config.checkpointing_interval
@@ -85,10 +100,9 @@ class Run:
             compile_blocks(self.transformer)
         self.stepper = Stepper(self.trained.parameters, config.optimizer_settings())
         self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
-        self.batches = Batches(self.data.samples, self.data.training_cache, config, config.objective.settings())
-        self._resume()
+        self.batches = Batches(data.samples, data.training_cache, config, config.objective.settings())
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
         """Continue from the newest checkpoint, or start afresh."""
         self.warnings = warnings = list(self.data.warnings)
         data = fingerprint(self.data.samples)
@@ -106,7 +120,6 @@ class Run:
         self.progress = progress or Progress()
         self.progress.data = data
         self.metrics.truncate(self.progress.metrics_bytes)
-        self.event_files: EventFiles | None = None
         if self.config.tensorboard and self.world.main:
             values, earlier = self.config.model_dump(mode="json"), self.metrics.read()
             folder = self.paths.job / "tensorboard"
@@ -366,6 +379,9 @@ def run_training(
         world.enter()
         try:
             run = Run(config, paths, device, control, report, before_load, world)
+            run.prepare()
+            run.load()
+            run.resume()
         except Stopped:
             return "stopped", {}
         try:

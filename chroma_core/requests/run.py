@@ -1,4 +1,4 @@
-"""Carries out a request without a host: one load for all its prompts, a PNG for each picture."""
+"""Carries out a request without ComfyUI: one load for all its prompts, a PNG for each image."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from ..model.images import decode, png_bytes
 from ..sampling.recipe import recipe
 from ..sampling.sampler import sample
 from ..sampling.text import TextCondition
-from .mistakes import unusable
-from .request import InferenceRequest, PlannedPicture
+from .request import InferenceRequest, PlannedPicture, unusable
 
 PARTS = ("folder", "transformer", "text_encoder", "vae")
 
 OnStep = Callable[[int, int, int], object]
-"""Called with (picture, counted from 0; steps done; steps) after every step."""
+"""Called with (image, counted from 0; steps done; steps) after every step."""
 
 
 def model_spec(request: InferenceRequest, path_of: Callable[[str, str], str]) -> ModelSpec:
@@ -77,10 +76,10 @@ def run_request(
     output: Path,
     on_step: OnStep = lambda picture, done, steps: None,
 ) -> dict[str, Any]:
-    """Paint a request into `output`, and return what was made, as JSON: `docs/requests.md` says which fields.
+    """Generate a request's images into `output`, and return what was made (fields: `docs/requests.md`).
 
     The cache decides what is loaded: a second request with the same model loads nothing, whatever its strengths are,
-    unless its LoRAs are merged. Pictures that were finished before an error or an interruption are still written.
+    unless its LoRAs are merged. Images that were finished before an error or an interruption are still written.
     """
     rules, pictures = recipe(request.recipe), request.pictures()
     texts: dict[str, TextCondition] = {}
@@ -106,9 +105,9 @@ def run_request(
                 sampled.append(latents)
     finally:
         for latents, picture in zip(sampled, pictures, strict=False):
-            (painted,) = decode(cache.vae(spec, device), latents)
+            (image,) = decode(cache.vae(spec, device), latents)
             path = free_path(output, f"chroma-{picture.seed}.png")
-            write_atomic(path, png_bytes(painted, _record(picture, request, spec, loras)))
+            write_atomic(path, png_bytes(image, _record(picture, request, spec, loras)))
             cut = texts[picture.prompt].truncated
             made.append({"file": str(path), **picture.to_dict(), "truncated_tokens": cut})
     return {
@@ -120,7 +119,7 @@ def run_request(
 
 
 def use_record(use: LoraUse) -> dict[str, Any]:
-    """A LoRA as results and pictures record it: by its file's name."""
+    """A LoRA as results and images record it: by its file's name."""
     return {"path": Path(use.path).name, "network_multiplier": use.strength, "mode": use.mode}
 
 

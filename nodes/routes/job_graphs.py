@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...chroma_core.comfy.to_prompt import Prompt, node
+from ...chroma_core.comfy.graph import Prompt, node
 from ...chroma_core.data.dataset import DatasetConfig
 from ...chroma_core.errors import ChromaKitError, JobError
 from ...chroma_core.loading.spec import ModelHandle, ModelSpec

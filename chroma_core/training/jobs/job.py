@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from filelock import FileLock
 
@@ -148,9 +148,8 @@ class Job:
         self.notify: Callable[[JobStatus], None] = lambda status: None
         self.ended = threading.Event()
         self.curve = Curve(folder / "metrics.jsonl")
-        fresh = _fresh(config)
-        known = {name: value for name, value in (earlier or {}).items() if name in fresh}
-        self._values: JobValues = {**fresh, **known}  # type: ignore[typeddict-item]
+        self._values = _fresh(config)
+        self._take({name: value for name, value in (earlier or {}).items() if name in self._values})
         self._lock = threading.RLock()
         self._written = self._notified = 0.0
         if self.state not in ACTIVE:
@@ -230,7 +229,7 @@ class Job:
             # Strictly increasing, so that whoever gets two states of a job out of order knows the newer one.
             if "warnings" in fields:  # the run goes on adding to its own list
                 fields["warnings"] = list(fields["warnings"])
-            self._values.update(fields, updated=max(time.time(), self._values["updated"] + 1e-6))
+            self._take({**fields, "updated": max(time.time(), self._values["updated"] + 1e-6)})
             if self._values["step_seconds"] is not None:
                 left = self.config.steps - self._values["step"]
                 self._values["eta_seconds"] = round(left * self._values["step_seconds"], 1)
@@ -250,6 +249,9 @@ class Job:
             except Exception:
                 self.log(f"A listener failed:\n{traceback.format_exc()}")
         self._tell_waiting()
+
+    def _take(self, values: Mapping[str, Any]) -> None:
+        cast(dict[str, Any], self._values).update(values)
 
     def _tell_waiting(self) -> None:
         with self._lock:  # by the state of now: a listener or another thread may have taken the job up again

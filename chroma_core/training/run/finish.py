@@ -89,7 +89,7 @@ def _what(config: TrainingConfig) -> str:
 
 
 def _first_preview(config: TrainingConfig) -> str:
-    """The first preview as JSON, for whoever wants to repeat it (see `comfy.source`); empty without any."""
+    """The first preview as JSON, for whoever wants to repeat it (see `comfy.stock`); empty without any."""
     for preview in config.preview_list():
         values = {"prompt": preview.prompt, "negative": preview.negative}
         values |= {"width": preview.width, "height": preview.height, "precision": config.model.precision}

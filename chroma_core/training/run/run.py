@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -368,8 +368,8 @@ def run_training(
     report: Report,
     before_load: Callable[[], None] = lambda: None,
     world: World = ALONE,
-) -> tuple[str, dict[str, str]]:
-    """Run a job to its end in this thread; returns the final state (completed or stopped) and where its files are.
+) -> tuple[Literal["completed", "stopped"], dict[str, str]]:
+    """Run a job to its end in this thread; returns the final state and where its files are.
 
     Raises:
         Halted: after a checkpoint was saved.

@@ -1,7 +1,6 @@
 """A job leaves the device while a prompt runs, comes back after, and trains on as if nothing had happened."""
 
 import threading
-import time
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from chroma_core.streaming import stream_blocks, streamed
 from chroma_core.training.control import Control, Stopped
 from chroma_core.training.device_slot import Seat
 from miniature import transformer
+from waiting import stays, until
 
 
 def test_a_seat_moves_its_module_once_each_way():
@@ -46,7 +46,7 @@ def gate():
             while True:
                 control.gate()
                 passed.release()
-                time.sleep(0.005)
+                control.stop.wait(0.005)
         except Stopped:
             pass
 
@@ -57,20 +57,13 @@ def gate():
     worker.join(10)
 
 
-def until(condition) -> bool:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return condition()
-
-
 def test_the_job_steps_aside_for_a_prompt_and_returns(gate):
     control, busy, passed = gate
     assert passed.acquire(timeout=10) and not control.seat.away
     busy.set()
-    assert until(lambda: control.seat.away)
+    until(lambda: control.seat.away)
     busy.clear()
-    assert until(lambda: not control.seat.away)
+    until(lambda: not control.seat.away)
     while passed.acquire(blocking=False):
         pass
     assert passed.acquire(timeout=10), "it goes on"
@@ -79,10 +72,9 @@ def test_the_job_steps_aside_for_a_prompt_and_returns(gate):
 def test_a_paused_job_that_left_comes_back_only_when_it_is_needed(gate):
     control, busy, passed = gate
     busy.set()
-    assert until(lambda: control.seat.away)
+    until(lambda: control.seat.away)
     control.pause.set()
     busy.clear()
-    time.sleep(0.1)
-    assert control.seat.away
+    stays(lambda: control.seat.away, "away")
     control.pause.clear()
-    assert until(lambda: not control.seat.away)
+    until(lambda: not control.seat.away)

@@ -97,7 +97,7 @@ def panels(request: pytest.FixtureRequest, window: Any) -> Iterator[Panels]:
 
 def test_every_panel_shows_its_node_in_both_themes(panels: Panels):
     panels.shows("plan", r"Needs [\d.]+ of [\d.]+ GiB: fits|fit")
-    assert "1024 px (assumed)" in panels.shows("dataset", "16 pictures, 16 captions")
+    assert "1024 px (assumed)" in panels.shows("dataset", "16 images, 16 captions")
     panels.shows("sigmas", "25 steps at 1024×1024")
     panels.shows("density", "(?s)Trained noise levels.*Learning rate, if it were 1000 steps")
     tiles = panels.of("dataset").locator("img")
@@ -203,7 +203,7 @@ def test_the_plan_opens_is_remembered_and_used(panels: Panels):
     height = f"() => {{ {FIND} return of('ChromaLoadModel').size[1] }}"
     closed = page.evaluate(height)
     plan.locator("summary").dispatch_event("click")
-    panels.shows("plan", "(?s)weights.*computer.*best for")
+    panels.shows("plan", "(?s)weights.*RAM.*best for")
     panels.page.wait_for_timeout(500)
     opened = page.evaluate(height)
     assert opened > closed + 100
@@ -217,7 +217,7 @@ def test_the_plan_opens_is_remembered_and_used(panels: Panels):
     assert chosen.inner_text().split()[:2] == [precision, text_precision]
     saved = page.evaluate("() => window.app.graph.serialize()")
     panels.window.load(saved)
-    panels.shows("plan", "(?s)weights.*computer.*best for")
+    panels.shows("plan", "(?s)weights.*RAM.*best for")
     page.wait_for_timeout(500)
     assert abs(page.evaluate(height) - opened) <= 12, "a saved size has the open panel in it already"
     plan.locator("summary").dispatch_event("click")

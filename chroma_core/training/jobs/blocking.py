@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..config import TrainingConfig
 from ..config.changes import with_changes
-from ..config.config import TrainingConfig
 from ..run.run import Device
 from .job import Job
 from .manager import IfExists, JobManager, Listener

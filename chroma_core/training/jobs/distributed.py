@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ChromaKitError
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from ..control import Halted
 from ..distributed.processes import Processes
 from ..distributed.world import ProcessLost, part_size

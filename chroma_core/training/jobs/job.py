@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ...errors import ChromaKitError
 from ...files import write_json
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from ..run.metrics import MetricsLog
 from .curve import Curve
 

@@ -18,7 +18,7 @@ from ...loading.components import base_hash, load_text_encoder, load_vae
 from ...loading.locate import locate
 from ...loading.moving import release_memory
 from ...sampling.text import TextEncoder
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from ..device_slot import Seat
 from .preview import preview_texts
 

@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 from typing_extensions import Self
@@ -18,10 +18,12 @@ from ...errors import ConfigError
 from ...files import slug
 from ...loading.spec import PLACEMENT, ModelSpec
 from ...lora.adapters import AdapterKind, LoraSettings
+from ...lora.targets import TARGETS
 from ...model.flavours import flavour
 from ...model.latents import snap_size
 from ...model.precision import precision
-from ...sampling.recipe import Recipe, recipe
+from ...options import MAX_SEED, Option, identity
+from ...sampling.recipe import RECIPES, Recipe, recipe
 from ...sampling.sampler import Method, SamplingSettings
 from ...sampling.schedule import FlowShift, SigmaDraw, SigmaRemap, SigmaSettings, parse_flow_shift
 from ...sampling.spacing import Spacing
@@ -44,24 +46,50 @@ FULL_RANK_RATE = 1e-5
 
 
 class LoraConfig(Settings):
-    """The adapter: kind, rank, scale (alpha / rank; alpha defaults to the rank) and the modules it is added to.
+    """The adapter: kind, rank, scale (alpha / rank; alpha defaults to the rank) and the modules it is added to."""
 
-    `rank_pattern` and `alpha_pattern` give layers whose full name matches a shell pattern a rank or alpha of their own;
-    the first match counts. `start_from` is a LoRA file to go on from. `ema_decay` above 0 also keeps an exponential
-    moving average of the weights, saved beside them.
-    """
-
-    kind: AdapterKind = "lora"
-    rank: int = Field(default=16, ge=1, le=1024)
-    alpha: float | None = Field(default=None, gt=0)
-    target: str | tuple[str, ...] = "all"
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    lokr_factor: int = Field(default=-1, ge=-1)
-    start_from: str | None = None
-    ema_decay: float = Field(default=0.0, ge=0, lt=1)
-    save_dtype: Literal["fp32", "bf16"] = "fp32"
+    kind: Annotated[
+        AdapterKind,
+        Option(
+            "lora works everywhere. rslora scales with the rank's root. dora also learns each row's length (ComfyUI's "
+            "own loader computes it a little otherwise). lokr is a Kronecker product.",
+            advanced=True,
+        ),
+    ] = "lora"
+    rank: Annotated[int, Field(ge=1, le=1024), Option("Size of the LoRA: how much it can learn.", most=512)] = 16
+    alpha: Annotated[
+        float | None, Field(gt=0), Option("Scale: alpha / rank. Unset: the same as rank.", least=0, most=512, step=1)
+    ] = None
+    target: Annotated[
+        str | tuple[str, ...],
+        Option(
+            "Which layers learn. all: attention. +ffs: feed-forward too. context: the text side. tiny: a small share.",
+            choices=tuple(TARGETS),
+        ),
+    ] = "all"
+    rank_pattern: Annotated[
+        dict[str, int],
+        Option("Ranks of their own for layers whose full name matches a pattern; the first match counts."),
+    ] = {}
+    alpha_pattern: Annotated[dict[str, float], Option("The same for alphas.")] = {}
+    dropout: Annotated[
+        float, Field(ge=0, lt=1), Option("Dropout on the adapter's input.", most=0.9, step=0.05, advanced=True)
+    ] = 0.0
+    lokr_factor: Annotated[int, Field(ge=-1), Option("Size of LoKr's first factor. -1: both about equally large.")] = -1
+    start_from: Annotated[str | None, Option("A LoRA file of the same shape to go on from.")] = None
+    ema_decay: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Option(
+            "Above 0: also keep a running mean of the weights, saved as -ema. 0.999 is usual.",
+            most=0.9999,
+            step=0.0001,
+            advanced=True,
+        ),
+    ] = 0.0
+    save_dtype: Annotated[Literal["fp32", "bf16"], Option("Precision of the finished LoRA. bf16 halves the file.")] = (
+        "fp32"
+    )
 
     def settings(self) -> LoraSettings:
         """What `lora.adapters.add_trainable` takes. Raises ConfigError."""
@@ -78,38 +106,88 @@ class LoraConfig(Settings):
 
 
 class FullConfig(Settings):
-    """Full-rank training: layers of blocks (see `fullrank.layers`), instead of an adapter.
+    """Full-rank training: weights and biases of linear layers in blocks (see `fullrank.layers`) instead of an adapter.
 
-    Weights and biases of the linear layers that `target` selects are trained, with `norms` also its query and key
-    norms. `save_dtype` is that of the trained weights in the finished model; all others keep the type that they have
-    in the base's files. `layouts`: `original` is one file as ComfyUI loads it, `diffusers` a folder. `ema_decay` as
-    for adapters.
+    All other layers keep the type that they have in the base's files.
     """
 
-    target: str | tuple[str, ...]
-    norms: bool = False
-    save_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    layouts: tuple[Literal["original", "diffusers"], ...] = Field(default=("original", "diffusers"), min_length=1)
-    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    target: Annotated[
+        str | tuple[str, ...], Option("The blocks to train, e.g. double_blocks.0-3, single_blocks.30-37.")
+    ]
+    norms: Annotated[bool, Option("Also train the blocks' query and key norms.")] = False
+    save_dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"], Option("Precision of the trained weights in the finished model.")
+    ] = "bf16"
+    layouts: Annotated[
+        tuple[Literal["original", "diffusers"], ...],
+        Field(min_length=1),
+        Option("Layouts to write. original: one file as ComfyUI loads it. diffusers: a folder."),
+    ] = ("original", "diffusers")
+    ema_decay: Annotated[
+        float, Field(ge=0, lt=1), Option("Above 0: also write a model of the weights' running mean, as -ema.")
+    ] = 0.0
 
 
 class ObjectiveConfig(Settings):
     """What is minimised: noise levels (`schedule.SigmaSettings`) and all else (`objective.ObjectiveSettings`)."""
 
-    draw: SigmaDraw = "logit_normal"
-    remap: SigmaRemap = "quadratic"
-    scale: float = 1.0
-    flow_shift: FlowShift = "none"
-    minimum: float = 0.0
-    maximum: float = 1.0
-    loss: LossKind = "mse"
-    huber_delta: float = 0.1
-    prior_weight: float = 1.0
-    noise_offset: float = 0.0
-    pair_noise: bool = False
-    guidance: GuidanceMode = "none"
-    guidance_range: tuple[float, float] = (1.0, 1.0)
-    text_padding: TextPadding = "trim"
+    draw: Annotated[
+        SigmaDraw,
+        Option("How noise levels are drawn. chroma: the density that Chroma's author trained with."),
+    ] = "logit_normal"
+    remap: Annotated[
+        SigmaRemap,
+        Option(
+            "quadratic: more draws near both ends. quadratic_split: SimpleTuner's rule, which never trains the middle."
+        ),
+    ] = "quadratic"
+    scale: Annotated[float, Option("Width of the logit_normal draw.", least=0.05, most=10, step=0.05)] = 1.0
+    flow_shift: Annotated[FlowShift, Option("Flow shift of the drawn noise levels: none, dynamic or a number.")] = (
+        "none"
+    )
+    minimum: Annotated[float, Option("Lowest noise level trained.", least=0, most=1, step=0.01)] = 0.0
+    maximum: Annotated[float, Option("Highest noise level trained.", least=0, most=1, step=0.01)] = 1.0
+    loss: Annotated[LossKind, Option("huber counts large errors less: for data with outliers.", advanced=True)] = "mse"
+    huber_delta: Annotated[
+        float,
+        Option("The error at which huber turns from square to linear.", least=0.001, most=10, step=0.01, advanced=True),
+    ] = 0.1
+    prior_weight: Annotated[
+        float,
+        Option(
+            "Weight of regularisation sets, which should stay as the model without LoRA generates them.",
+            least=0,
+            most=10,
+            step=0.1,
+            advanced=True,
+        ),
+    ] = 1.0
+    noise_offset: Annotated[
+        float,
+        Option(
+            "Standard deviation of a constant added to each channel of the noise. 0: off.",
+            least=0,
+            most=1,
+            step=0.01,
+            advanced=True,
+        ),
+    ] = 0.0
+    pair_noise: Annotated[
+        bool,
+        Option("Pair noises and images of a batch by optimal transport; needs a batch above 1.", advanced=True),
+    ] = False
+    guidance: Annotated[GuidanceMode, Option("The guidance embedding in training. none is 0, as in sampling.")] = "none"
+    guidance_range: Annotated[
+        tuple[float, float], Option("Its value: the first number for constant, drawn between both for random-range.")
+    ] = (1.0, 1.0)
+    text_padding: Annotated[
+        TextPadding,
+        Option(
+            "trim: real tokens and one pad, as sampling has it. zero, unmodified: 512 tokens, slower, to reproduce "
+            "other trainers.",
+            advanced=True,
+        ),
+    ] = "trim"
 
     @field_validator("flow_shift", mode="before")
     @classmethod
@@ -127,7 +205,7 @@ class ObjectiveConfig(Settings):
 
 
 class PreviewPrompt(Settings):
-    """One preview picture. What is left out is the previews' own; `width` and `height` 0 mean the flavour's size."""
+    """One preview image. What is left out is the previews' own; `width` and `height` 0 mean the flavour's size."""
 
     prompt: str
     negative: str | None = None
@@ -139,25 +217,41 @@ class PreviewPrompt(Settings):
 
 
 class PreviewConfig(Settings):
-    """Pictures made during training: at step 0, every `every` steps (0: only when asked for) and at the end.
+    """Images made during training: at step 0, every `every` steps and at the end."""
 
-    A prompt is a text, or a table with settings of its own. `width` and `height` 0 mean the flavour's size. `[trigger]`
-    in a prompt becomes the data set's trigger word. Prompt i uses `seed` + i unless it has its own. Without a
-    `flow_shift` of their own previews take the recipe's.
-    """
-
-    prompts: tuple[str | PreviewPrompt, ...] = ()
-    negative: str = ""
-    every: int = Field(default=250, ge=0)
-    steps: int = Field(default=20, ge=1, le=150)
-    guidance: float = Field(default=4.0, ge=0, le=100)
-    seed: int = Field(default=42, ge=0)
-    width: int = Field(default=0, ge=0)
-    height: int = Field(default=0, ge=0)
-    tail_bias: float = Field(default=0.0, ge=0, le=1)
-    method: Method = "euler"
-    spacing: Spacing = "linear"
-    flow_shift: FlowShift | None = None
+    prompts: Annotated[
+        tuple[str | PreviewPrompt, ...],
+        Option(
+            "Texts, or tables with prompt, negative, steps, guidance, seed, width and height "
+            "of their own. [trigger] stands for the trigger word."
+        ),
+    ] = ()
+    negative: Annotated[str, Option("The previews' negative prompt.")] = ""
+    every: Annotated[
+        int, Field(ge=0), Option("Steps between previews. 0: only when asked.", unit="steps", most=100000)
+    ] = 250
+    steps: Annotated[int, Field(ge=1, le=150), Option("Sampling steps of a preview.")] = 20
+    guidance: Annotated[float, Field(ge=0, le=100), Option("Guidance of a preview.", most=20, step=0.1)] = 4.0
+    seed: Annotated[int, Field(ge=0), Option("Prompt i uses this + i.", most=MAX_SEED)] = 42
+    width: Annotated[
+        int, Field(ge=0), Option("Width in pixels. 0: the model's own size.", unit="pixels", most=4096, step=32)
+    ] = 0
+    height: Annotated[
+        int, Field(ge=0), Option("Height in pixels. 0: the model's own size.", unit="pixels", most=4096, step=32)
+    ] = 0
+    tail_bias: Annotated[
+        float,
+        Field(ge=0, le=1),
+        Option("Towards 1, a preview's steps crowd at both ends; see Chroma Sampler.", step=0.05, advanced=True),
+    ] = 0.0
+    method: Annotated[Method, Option("How previews are sampled; see Chroma Sampler.", advanced=True)] = "euler"
+    spacing: Annotated[
+        Spacing,
+        Option("How a preview's steps lie between noise and image; see Chroma Sampler.", advanced=True),
+    ] = "linear"
+    flow_shift: Annotated[
+        FlowShift | None, Option("Flow shift of previews: none, dynamic or a number. Unset: the recipe's.")
+    ] = None
 
     @field_validator("flow_shift", mode="before")
     @classmethod
@@ -185,48 +279,113 @@ class TrainingConfig(Settings):
     """Everything that decides a training run. Equal configurations are the same job.
 
     One step is one optimizer step over `batch_size` × `gradient_accumulation` samples of one bucket. The learning rate
-    follows `schedule()`. With `full` layers of the model itself are trained instead of the adapter `lora`. With
-    gradient checkpointing every `checkpointing_interval`-th block is computed again instead of remembered.
-    `more_datasets` are mixed with `dataset` (see `data.mixing`). `validate_every` and `checkpoint_every` 0 leave the
-    start and the end; `checkpoint_minutes` above 0 also saves after so many minutes. Of the checkpoints the last
-    `keep_checkpoints` stay, and with `keep_best` the one with the lowest held-out loss. `tensorboard` also
-    writes event files.
+    follows `schedule()`. With `full` layers of the model itself are trained instead of the adapter `lora`;
+    `more_datasets` are mixed with `dataset` (see `data.mixing`).
     """
 
-    name: str = Field(min_length=1, max_length=80)
+    name: Annotated[str, Field(min_length=1, max_length=80), Option("The LoRA's file name, in output/loras.")]
     model: ModelSpec = ModelSpec()
     dataset: DatasetConfig
     more_datasets: tuple[DatasetConfig, ...] = ()
     validation_dataset: DatasetConfig | None = None
-    validation_pictures: int = Field(default=8, ge=1)
+    validation_pictures: Annotated[
+        int, Field(ge=1), Option("Images of the validation set that the validation loss is measured on.")
+    ] = 8
     lora: LoraConfig = LoraConfig()
-    full: FullConfig | None = None
+    full: Annotated[FullConfig | None, Option("Trains the model's own weights instead.", since="0.1")] = None
     objective: ObjectiveConfig = ObjectiveConfig()
     previews: PreviewConfig = PreviewConfig()
-    recipe: str = "canonical"
-    recipe_overrides: dict[str, str | int | float] = {}
-    steps: int = Field(default=1000, ge=1)
-    batch_size: int = Field(default=1, ge=1)
-    gradient_accumulation: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=2e-4, gt=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    lr_schedule: LrSchedule = "constant"
-    lr_cycles: int = Field(default=1, ge=1)
-    lr_power: float = Field(default=2.0, gt=0)
-    optimizer: OptimizerName = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.01, ge=0)
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    seed: int = Field(default=42, ge=0)
-    gradient_checkpointing: bool = True
-    checkpointing_interval: int = Field(default=1, ge=1)
-    compile: bool = False
-    validate_every: int = Field(default=250, ge=0)
-    checkpoint_every: int = Field(default=250, ge=0)
-    checkpoint_minutes: float = Field(default=0.0, ge=0)
-    keep_checkpoints: int = Field(default=3, ge=1)
-    keep_best: bool = True
-    tensorboard: bool = False
+    recipe: Annotated[
+        str,
+        Option(
+            "How text is encoded for training and how previews are sampled; see Chroma Sampler.",
+            choices=tuple(RECIPES),
+        ),
+    ] = "canonical"
+    recipe_overrides: Annotated[
+        dict[str, str | int | float],
+        Option("Fields of the recipe to change, e.g. noise_dtype=bf16, flow_shift=3.0.", advanced=True),
+    ] = {}
+    steps: Annotated[
+        int, Field(ge=1), Option("Optimizer steps. 1000 to 3000 for a real concept.", unit="steps", most=1000000)
+    ] = 1000
+    batch_size: Annotated[
+        int, Field(ge=1), Option("Images in a batch. More: steadier, slower, more memory.", most=256)
+    ] = 1
+    gradient_accumulation: Annotated[int, Field(ge=1), Option("Batches added up before each step.", most=256)] = 1
+    learning_rate: Annotated[
+        float,
+        Field(gt=0),
+        Option("2e-4 is good; 1e-4 is cautious.", least=1e-7, most=1, step=1e-5, round=1e-7),
+    ] = 2e-4
+    warmup_steps: Annotated[
+        int, Field(ge=0), Option("Steps in which the learning rate rises from 0.", unit="steps", most=10000)
+    ] = 0
+    lr_schedule: Annotated[
+        LrSchedule, Option("How the learning rate goes on after the warm-up; all but constant end at 0.")
+    ] = "constant"
+    lr_cycles: Annotated[int, Field(ge=1), Option("Cosines of lr_schedule restarts.", most=100, advanced=True)] = 1
+    lr_power: Annotated[
+        float, Field(gt=0), Option("Power of lr_schedule polynomial.", least=0.1, most=10, step=0.1, advanced=True)
+    ] = 2.0
+    optimizer: Annotated[
+        OptimizerName,
+        Option(
+            "adamw needs nothing. adamw8bit, prodigy, schedule-free and came need a package and say which; adafactor "
+            "keeps almost no state. See docs/optimizers.md.",
+            advanced=True,
+        ),
+    ] = "adamw"
+    betas: Annotated[tuple[float, float], Option("The optimizer's decay rates of its two moments.")] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0), Option("Weight decay of the optimizer.", most=1, step=0.001)] = 0.01
+    max_grad_norm: Annotated[
+        float, Field(ge=0), Option("Clip the gradient norm at this value. 0: never.", most=100, step=0.1)
+    ] = 1.0
+    seed: Annotated[int, Field(ge=0), Option("Same seed and settings, same LoRA.", most=MAX_SEED)] = 42
+    gradient_checkpointing: Annotated[
+        bool, Option("Compute again instead of remembering: far less memory, a third slower.")
+    ] = True
+    checkpointing_interval: Annotated[
+        int,
+        Field(ge=1),
+        Option(
+            "With gradient_checkpointing: compute only every n-th block again. More memory, faster.",
+            most=64,
+            advanced=True,
+        ),
+    ] = 1
+    compile: Annotated[
+        bool,
+        Option("torch.compile for the blocks: slow to begin, then faster. Not with block offload.", advanced=True),
+    ] = False
+    validate_every: Annotated[
+        int,
+        Field(ge=0),
+        Option(
+            "Steps between measurements of the validation loss on held-out images. 0: only at the start and the end.",
+            unit="steps",
+            most=100000,
+        ),
+    ] = 250
+    checkpoint_every: Annotated[
+        int, Field(ge=0), Option("Steps between checkpoints. 0: only at the end.", unit="steps", most=100000)
+    ] = 250
+    checkpoint_minutes: Annotated[
+        float,
+        Field(ge=0),
+        Option("Also save after so many minutes. 0: by steps only.", unit="minutes", most=10000, step=1, advanced=True),
+    ] = 0.0
+    keep_checkpoints: Annotated[int, Field(ge=1), Option("Checkpoints to keep; older ones are deleted.", most=100)] = 3
+    keep_best: Annotated[
+        bool,
+        Option("Keep the checkpoint with the lowest validation loss beside the last ones.", advanced=True),
+    ] = True
+    tensorboard: Annotated[
+        bool,
+        Option(
+            "Also write TensorBoard event files into the job's folder. Needs the package tensorboardX.", advanced=True
+        ),
+    ] = False
 
     @model_validator(mode="before")
     @classmethod
@@ -377,11 +536,9 @@ class TrainingConfig(Settings):
         """One text for equal configurations.
 
         Where weights rest in memory does not count: a job that ran out of memory goes on with another offload mode.
-        Nor does who watches.
+        Nor does who watches, nor an option that came later and is at its default: the job keeps the id that it had.
         """
-        values = self.model_dump(mode="json", exclude={"tensorboard"})
-        if self.full is None:  # the job keeps the name that it had before there was this option
-            del values["full"]
+        values = identity(self, self.model_dump(mode="json", exclude={"tensorboard"}))
         values["model"] = {k: v for k, v in values["model"].items() if k not in PLACEMENT}
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 

@@ -11,7 +11,7 @@ from chroma_core.fullrank.layers import count_trained
 from chroma_core.loading.components import transformer_outline
 from chroma_core.memory import estimate, in_gib
 from chroma_core.model.device import is_out_of_memory
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.job import Job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint

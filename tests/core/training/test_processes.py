@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from chroma_core.errors import ConfigError
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.distributed.world import part_size
 from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.jobs.manager import JobManager

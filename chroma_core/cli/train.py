@@ -35,7 +35,7 @@ def add_train_command(commands) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from ..model.device import best_device
-    from ..training.config.config import TrainingConfig
+    from ..training.config import TrainingConfig
     from ..training.distributed.world import launched
     from ..training.jobs.blocking import continue_job, run_job
 

@@ -12,7 +12,7 @@ from ..loading.spec import LoraUse, ModelSpec
 from ..model.images import LATENTS_SUFFIX, read_record
 from ..sampling.recipe import Recipe
 from ..sampling.sampler import SamplingSettings
-from ..training.config.config import TrainingConfig
+from ..training.config import TrainingConfig
 from ..training.jobs.blocking import run_job
 from ..training.run.checkpoint import step_name
 from ..training.run.trained import AdapterTraining

@@ -24,7 +24,7 @@ from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.spec import ModelHandle, ModelSpec
 from chroma_core.sampling.recipe import RECIPES, recipe
 from chroma_core.sampling.sampler import SamplingSettings, sample
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.blocking import run_job
 from recorded import hold, plain, recorded
 

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from chroma_core.cli.main import main
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.distributed.world import Processes
 from chroma_core.training.jobs.blocking import run_distributed
 from chroma_core.training.run import run

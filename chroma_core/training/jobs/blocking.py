@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ChromaKitError
+from ..config import TrainingConfig
 from ..config.changes import with_changes
-from ..config.config import TrainingConfig
 from ..control import Halted
 from ..distributed.world import Processes, ProcessLost, part_size
 from ..run.metrics import JobPaths

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from ...errors import ChromaKitError
 from ...files import read_json, write_json
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from ..run.metrics import MetricsLog
 from .curve import Curve
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ConfigError, JobError
+from ..config import TrainingConfig
 from ..config.changes import check_changes, differences, entry, with_changes
-from ..config.config import TrainingConfig
 from ..control import Control, Halted
 from ..distributed.world import ALONE, World
 from ..run.checkpoint import checkpoints

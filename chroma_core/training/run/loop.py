@@ -21,7 +21,7 @@ from ...lora.adapters import seed_dropout
 from ...model.transformer import ChromaTransformer
 from ...sampling.schedule import draw_sigmas
 from ...sampling.text import TextCondition, zero_padded
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from ..distributed.world import ALONE, World, part_size
 from ..step.objective import (
     PLAIN,

@@ -23,7 +23,7 @@ from ...lora.layer import adapted_layers
 from ...model.transformer import ChromaTransformer
 from ...sampling.text import TextEncoder
 from ...streaming.streamer import streamed
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from ..control import DeviceSlot
 from .preview import preview_texts
 

@@ -19,8 +19,8 @@ from ...files import remove_leftovers
 from ...loading.components import Device, load_transformer
 from ...loading.moving import release_memory
 from ...model.device import memory_in_use
+from ..config import TrainingConfig
 from ..config.changes import recorded
-from ..config.config import TrainingConfig
 from ..control import Control, DeviceSlot, Halted, Stopped
 from ..distributed.sharding import check_sharding, shard
 from ..distributed.world import ALONE, ProcessLost, World

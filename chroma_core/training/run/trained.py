@@ -25,7 +25,7 @@ from ...lora.formats import read_lora, write_lora
 from ...model.transformer import ChromaTransformer
 from ...weights.safetensors_files import write_safetensors
 from ...weights.weights import open_weights
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from .faults import DISK_MARGIN
 from .finish import JOB_KEY, adapter_summary, job_of, write_final
 from .metrics import JobPaths

@@ -1,7 +1,6 @@
 """A job leaves the device while a prompt runs, comes back after, and trains on as if nothing had happened."""
 
 import threading
-import time
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 from chroma_core.streaming import stream_blocks, streamed
 from chroma_core.training.control import Control, DeviceSlot, Stopped
 from miniature import transformer
+from waiting import stays, until
 
 
 def test_a_slot_moves_its_module_once_each_way():
@@ -45,7 +45,7 @@ def gate():
             while True:
                 control.gate()
                 passed.release()
-                time.sleep(0.005)
+                control.stop.wait(0.005)
         except Stopped:
             pass
 
@@ -56,20 +56,13 @@ def gate():
     worker.join(10)
 
 
-def until(condition) -> bool:
-    deadline = time.monotonic() + 10
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return condition()
-
-
 def test_the_job_steps_aside_for_a_prompt_and_returns(gate):
     control, busy, passed = gate
     assert passed.acquire(timeout=10) and not control.slot.away
     busy.set()
-    assert until(lambda: control.slot.away)
+    until(lambda: control.slot.away)
     busy.clear()
-    assert until(lambda: not control.slot.away)
+    until(lambda: not control.slot.away)
     while passed.acquire(blocking=False):
         pass
     assert passed.acquire(timeout=10), "it goes on"
@@ -78,10 +71,9 @@ def test_the_job_steps_aside_for_a_prompt_and_returns(gate):
 def test_a_paused_job_that_left_comes_back_only_when_it_is_needed(gate):
     control, busy, passed = gate
     busy.set()
-    assert until(lambda: control.slot.away)
+    until(lambda: control.slot.away)
     control.pause.set()
     busy.clear()
-    time.sleep(0.1)
-    assert control.slot.away
+    stays(lambda: control.slot.away, "away")
     control.pause.clear()
-    assert until(lambda: not control.slot.away)
+    until(lambda: not control.slot.away)

@@ -2,7 +2,6 @@
 
 import errno
 import shutil
-import time
 from collections import namedtuple
 
 import pytest
@@ -12,13 +11,14 @@ from chroma_core.fullrank.layers import count_trained
 from chroma_core.loading.components import transformer_outline
 from chroma_core.memory import estimate, in_gib
 from chroma_core.model.device import is_out_of_memory
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.job import Job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
 from chroma_core.training.run.faults import DISK_MARGIN, disk_shortage, out_of_memory, watch_loss
 from chroma_core.training.run.metrics import Progress
 from training_cases import Bench, config, model_folder, write_dataset
+from waiting import until
 
 PATIENCE = 120
 
@@ -143,13 +143,6 @@ def test_an_almost_full_disk_pauses_the_job_until_there_is_room(places, tmp_path
     assert job.wait(PATIENCE) and job.state == "completed" and job.status()["message"] == ""
     manager.shutdown()
     assert DISK_MARGIN > 0
-
-
-def until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_the_best_checkpoint_stays_beside_the_last(places, tmp_path):

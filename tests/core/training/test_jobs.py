@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from chroma_core.training.jobs.job import FolderLock, Job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run import faults
 from training_cases import config, model_folder, write_dataset
+from waiting import stays, until
 
 PATIENCE = 240.0
 """Seconds: generous, because test machines are shared; nothing here waits for its own sake."""
@@ -38,13 +38,6 @@ def manager(tmp_path):
     made = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
     yield made
     made.shutdown()
-
-
-def until(condition, seconds=PATIENCE):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_a_job_runs_to_its_end_and_asking_again_does_not_train_again(places, manager):
@@ -114,8 +107,7 @@ def test_pause_freezes_sample_and_save_work_meanwhile_stop_leaves_a_lora(places,
     until(lambda: job.state == "paused")
     frozen = job.status()["step"]
     logged = len(job.metrics())
-    time.sleep(0.3)
-    assert job.status()["step"] == frozen and len(job.metrics()) == logged
+    stays(lambda: job.status()["step"] == frozen and len(job.metrics()) == logged, "paused")
     assert job.status()["samples"] == []
     manager.sample(job.id)
     until(lambda: job.status()["samples"] == [f"step-{frozen:06d}-0.png"])
@@ -174,10 +166,9 @@ def test_the_trainer_waits_while_the_host_is_busy_and_the_result_is_the_same(pla
     until(lambda: job.status()["step"] >= 2)
     busy.set()
     until(lambda: job.status()["yielded"])
-    until(lambda: told[-1:] == [True], 5)  # at once: no step comes that could tell it later
+    until(lambda: told[-1:] == [True])  # at once: no step comes that could tell it later
     step = job.status()["step"]
-    time.sleep(0.3)
-    assert job.status()["step"] == step < 40 and job.state == "running"
+    stays(lambda: job.status()["step"] == step < 40 and job.state == "running", "yielded")
     busy.clear()
     assert job.wait(PATIENCE) and job.status()["yielded"] is False
     manager.shutdown()

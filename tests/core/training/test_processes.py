@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -14,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from chroma_core.errors import ConfigError
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.distributed.world import part_size
 from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.jobs.manager import JobManager
 from training_cases import config, model_folder, write_dataset
+from waiting import until
 
 ROOT = Path(__file__).parents[3]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -184,11 +184,13 @@ def start(path: Path, root: Path) -> tuple[subprocess.Popen, Path]:
     running = subprocess.Popen(
         command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    ends = time.monotonic() + PATIENCE
     before = sum(len(numbers(each.parents[2], "loss")) for each in root.glob("jobs/*/metrics.jsonl"))
-    while not any(root.glob("jobs/*/metrics.jsonl")) or len(numbers(root, "loss")) < before + 3:
-        assert running.poll() is None and time.monotonic() < ends
-        time.sleep(0.02)
+
+    def goes_on() -> bool:
+        assert running.poll() is None
+        return any(root.glob("jobs/*/metrics.jsonl")) and len(numbers(root, "loss")) >= before + 3
+
+    until(goes_on)
     (status,) = root.glob("jobs/*/job.json")
     return running, status
 

@@ -16,7 +16,7 @@ from chroma_core.model.images import decode, read_latents, read_record
 from chroma_core.model.latents import LatentFormat
 from chroma_core.sampling.recipe import Recipe
 from chroma_core.sampling.sampler import SamplingSettings, sample
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.curve import plot_losses
 from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
 from chroma_core.training.run.finish import adapter_summary, file_metadata, write_final

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from chroma_core.loading.hub import fetch
 from chroma_core.model.flavours import flavour
 from hub_cases import ROOT, SHARD, assert_same, cache_fixture, chroma_files, hub_fixture, partial, run  # noqa: F401
 from hub_server import REPOSITORY, Fault, sha256
+from waiting import until
 
 ALL = 1 << 40  # bytes that no download here reaches
 
@@ -25,10 +25,12 @@ def test_a_fresh_process_driven_by_its_environment_alone_killed_and_started_agai
     environment = os.environ | {"HF_TOKEN": "hf_mine", "OMP_NUM_THREADS": "1"}
     hub.pace = 20e6
     first = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (partial(cache).exists() and partial(cache).stat().st_size >= 10 << 20):
-        assert time.monotonic() < deadline and first.poll() is None
-        time.sleep(0.02)
+
+    def half_there() -> bool:
+        assert first.poll() is None
+        return partial(cache).exists() and partial(cache).stat().st_size >= 10 << 20
+
+    until(half_there)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     hub.pace, asked = 0, len(hub.log)
@@ -137,7 +139,7 @@ try:
 except KeyboardInterrupt:
     print(time.monotonic() - began[0])
 """
-    assert 2 < float(run(script % SHARD)) < 5
+    assert 2 < float(run(script % SHARD)) < 40
     assert hub.asked("/reconstructions/") and not hub.asked(sha256(chroma_files()[SHARD]))
 
 

@@ -11,7 +11,7 @@ import pytest
 from chroma_core.weights.safetensors_files import write_safetensors
 from real_widths import random_original
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 MEASURE = """
 import json, resource, sys

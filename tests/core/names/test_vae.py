@@ -15,7 +15,7 @@ import miniature
 from chroma_core.loading.describe import describe_part
 from chroma_core.names import vae as vae_keys
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 
 LDM_NAMES = """
 import json, sys

@@ -64,7 +64,7 @@ class RequestPrompt(Settings):
 
 
 class RequestLora(Settings):
-    """One LoRA. `path` is a name in the host's LoRA folders; on the command line a file, relative to the request's."""
+    """One LoRA. `path` is a name in ComfyUI's LoRA folders; on the command line a file, relative to the request's."""
 
     path: Name
     network_multiplier: Number = Field(default=1.0, ge=-2, le=2)
@@ -74,7 +74,7 @@ class InferenceRequest(Settings):
     """What to generate with which model and LoRAs. All fields from `seed` on are ours.
 
     seed: of the prompts that have none; prompt i gets seed + i.
-    folder, transformer, text_encoder, vae: files instead of the published ones; names in the host's model folders, on
+    folder, transformer, text_encoder, vae: files instead of the published ones; names in ComfyUI's model folders, on
         the command line paths relative to the request's file.
     """
 

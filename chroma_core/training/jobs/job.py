@@ -193,11 +193,11 @@ class Job:
         return {"id": self.id, "name": self.config.name, **kept, **facts}
 
     def samples(self) -> list[Path]:
-        """All preview pictures, oldest first."""
+        """All preview images, oldest first."""
         return sorted((self.folder / "samples").glob("step-*.png"), key=_sample_order)
 
     def latest_samples(self) -> list[Path]:
-        """The preview pictures of the last step that has any, in the order of the prompts."""
+        """The preview images of the last step that has any, in the order of the prompts."""
         pictures = self.samples()
         return [path for path in pictures if _sample_order(path)[0] == _sample_order(pictures[-1])[0]]
 
@@ -213,7 +213,7 @@ class Job:
         """Take over new values; write and tell others when the state changed, else now and then.
 
         Two fields are digested: `step_seconds_now` into a running mean and the time left, `new_samples` only wakes
-        listeners (pictures are listed from the folder).
+        listeners (images are listed from the folder).
         """
         urgent = "new_samples" in fields or "checkpoint" in fields
         previews = fields.pop("new_samples", None)

@@ -40,7 +40,7 @@ class JobManager:
         root: the folder of job folders; also holds the cache of latents and text states (`root/cache`).
         loras_folder: where finished LoRAs go.
         device: where jobs compute.
-        busy: whether the host works on something now; the trainer waits between steps while it does.
+        busy: whether ComfyUI works on something now; the trainer waits between steps while it does.
         before_load: called in the worker before a model component is loaded.
         models_folder: where models of full-rank jobs go as single files; None: `diffusion_models` beside the LoRAs.
             As diffusers folders they go to `diffusers` beside it.

@@ -1,4 +1,4 @@
-"""Pictures made during training, by the one sampler with the job's recipe: what they show is what the LoRA gives."""
+"""Images made during training, by the one sampler with the job's recipe: what they show is what the LoRA gives."""
 
 from __future__ import annotations
 

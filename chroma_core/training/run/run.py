@@ -26,14 +26,15 @@ from ..distributed.sharding import check_sharding, shard
 from ..distributed.world import ALONE, ProcessLost, World
 from ..step.ema import Ema
 from ..step.objective import heldout_loss
+from ..step.optimizers import check_optimizer
 from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint
 from .faults import Diverged, disk_shortage, give_up_if_broken, memory_in_words, watch_loss
 from .finish import file_metadata
 from .loop import Batches, StepResult, train_step
-from .metrics import EventFiles, JobPaths, MetricsLog, NoMetrics, Progress, check_event_files
+from .metrics import EventFiles, JobPaths, MetricsLog, Progress, check_event_files
 from .prepare import Prepared, compile_blocks, prepare
 from .preview import render_previews
-from .stepper import Stepper, check_optimizer
+from .stepper import Stepper
 from .trained import check_trained, make_trained
 
 Report = Callable[..., None]
@@ -58,7 +59,7 @@ class Run:
     ):
         self.config, self.paths, self.device, self.control, self.report = config, paths, device, control, report
         self.before_load, self.world = before_load, world
-        self.metrics = (MetricsLog if world.main else NoMetrics)(paths.job / "metrics.jsonl")
+        self.metrics = MetricsLog(paths.job / "metrics.jsonl", writes=world.main)
         self.progress = Progress()
         self.event_files: EventFiles | None = None
         self._saved = time.monotonic()

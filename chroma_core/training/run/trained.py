@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ...errors import ChromaKitError, ConfigError, JobError, ModelFileError
-from ...files import slug
+from ...errors import ConfigError, JobError, ModelFileError
+from ...files import free_name, slug
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
 from ...loading.components import transformer_outline, transformer_source
@@ -27,7 +27,7 @@ from ...weights.safetensors_files import write_safetensors
 from ...weights.weights import open_weights
 from ..config import TrainingConfig
 from .faults import DISK_MARGIN
-from .finish import JOB_KEY, adapter_summary, job_of, write_final
+from .finish import adapter_summary, may_write, write_final
 from .metrics import JobPaths
 
 BASE_KEY = "chromakit.base_sha256"
@@ -246,18 +246,9 @@ def _require_room(folder: Path, needed: int, what: str) -> None:
 
 def _free_paths(paths: JobPaths, config: TrainingConfig, suffix: str) -> tuple[Path, Path]:
     """File and folder under one name: the job's, with -2, -3 … when another job's model has it already."""
-    stem, number = slug(config.name) + suffix, 1
-    while True:
-        name = stem if number == 1 else f"{stem}-{number}"
-        file, folder = paths.models / f"{name}.safetensors", paths.diffusers / name / "transformer"
-        file_is_free = not file.exists() or job_of(file) == paths.job.name
-        if file_is_free and (not folder.exists() or _job_of_folder(folder) == paths.job.name):
-            return file, folder
-        number += 1
 
+    def of(name: str) -> tuple[Path, Path]:
+        return paths.models / f"{name}.safetensors", paths.diffusers / name / "transformer"
 
-def _job_of_folder(folder: Path) -> str | None:
-    try:
-        return open_weights(folder).metadata.get(JOB_KEY)
-    except ChromaKitError:
-        return None
+    job = paths.job.name
+    return of(free_name(slug(config.name) + suffix, lambda name: all(may_write(path, job) for path in of(name))))

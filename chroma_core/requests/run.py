@@ -17,9 +17,9 @@ from ..lora.formats import read_lora
 from ..model.flavours import flavour
 from ..model.images import decode, png_bytes
 from ..sampling.recipe import recipe
-from ..sampling.sampler import sample
+from ..sampling.sampler import image_record, sample
 from ..sampling.text import TextCondition
-from .request import InferenceRequest, PlannedPicture, unusable
+from .request import InferenceRequest, unusable
 
 PARTS = ("folder", "transformer", "text_encoder", "vae")
 
@@ -107,7 +107,11 @@ def run_request(
         for latents, picture in zip(sampled, pictures, strict=False):
             (image,) = decode(cache.vae(spec, device), latents)
             path = free_path(output, f"chroma-{picture.seed}.png")
-            write_atomic(path, png_bytes(image, _record(picture, request, spec, loras)))
+            record = image_record(
+                picture.prompt, picture.neg, (picture.width, picture.height), picture.settings(), rules, spec.to_dict()
+            )
+            record["loras"] = [use_record(use) for use in loras]
+            write_atomic(path, png_bytes(image, record))
             cut = texts[picture.prompt].truncated
             made.append({"file": str(path), **picture.to_dict(), "truncated_tokens": cut})
     return {
@@ -121,22 +125,6 @@ def run_request(
 def use_record(use: LoraUse) -> dict[str, Any]:
     """A LoRA as results and images record it: by its file's name."""
     return {"path": Path(use.path).name, "network_multiplier": use.strength, "mode": use.mode}
-
-
-def _record(
-    picture: PlannedPicture, request: InferenceRequest, spec: ModelSpec, loras: Sequence[LoraUse]
-) -> dict[str, Any]:
-    """What the PNG says of itself: the same keys as a training preview's."""
-    return {
-        "prompt": picture.prompt,
-        "negative": picture.neg,
-        "width": picture.width,
-        "height": picture.height,
-        "settings": picture.settings().to_dict(),
-        "recipe": recipe(request.recipe).to_dict(),
-        "model": spec.to_dict(),
-        "loras": [use_record(use) for use in loras],
-    }
 
 
 def lora_file(folder: Path, name: str) -> Path:

@@ -21,8 +21,6 @@ from .schedule import FlowShift, Spacing, sampling_sigmas
 from .solvers import SOLVERS, Method, Velocity
 from .text import TextCondition, batch_conditions
 
-__all__ = ["Method", "SamplingSettings", "StepInfo", "initial_noise", "sample"]
-
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -133,6 +131,26 @@ class SamplingSettings:
         """How many steps the run takes."""
         end = self.steps if self.end_step is None else min(self.end_step, self.steps)
         return max(0, end - self.start_step)
+
+
+def image_record(
+    prompt: str, negative: str, size: tuple[int, int], settings: SamplingSettings, recipe: Recipe, model: dict[str, Any]
+) -> dict[str, Any]:
+    """What an image says of itself, as JSON values: everything needed to sample it again (`parity` does).
+
+    Args:
+        size: width and height in pixels.
+        model: `ModelSpec.to_dict()`.
+    """
+    return {
+        "prompt": prompt,
+        "negative": negative,
+        "width": size[0],
+        "height": size[1],
+        "settings": settings.to_dict(),
+        "recipe": recipe.to_dict(),
+        "model": model,
+    }
 
 
 @dataclass(frozen=True)

@@ -79,36 +79,11 @@ class JobStatus(JobValues):
 
 
 def _fresh(config: TrainingConfig) -> JobValues:
-    """The values of a job that has not begun."""
+    """The values of a job that has not begun; what is not named here is not known yet: None."""
     now = time.time()
-    return {
-        "state": "queued",
-        "step": 0,
-        "steps": config.steps,
-        "loss": None,
-        "loss_smooth": None,
-        "lr": None,
-        "step_seconds": None,
-        "eta_seconds": None,
-        "message": "",
-        "warnings": [],
-        "changes": [],
-        "lora_path": None,
-        "lora_name": None,
-        "model_path": None,
-        "model_name": None,
-        "model_folder": None,
-        "heldout_loss_base": None,
-        "heldout_loss": None,
-        "train_seconds": 0.0,
-        "skipped_steps": 0,
-        "checkpoint": None,
-        "base_sha256": None,
-        "yielded": False,
-        "memory": None,
-        "created": now,
-        "updated": now,
-    }
+    values: dict[str, Any] = {**dict.fromkeys(JobValues.__annotations__), "created": now, "updated": now}
+    values |= {"state": "queued", "message": "", "step": 0, "steps": config.steps, "warnings": [], "changes": []}
+    return cast(JobValues, {**values, "train_seconds": 0.0, "skipped_steps": 0, "yielded": False})
 
 
 _DETAILS = ("warnings", "changes", "memory", "base_sha256", "lora_path", "model_path")

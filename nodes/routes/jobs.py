@@ -12,6 +12,7 @@ from ...chroma_core.errors import ChromaKitError, ConfigError
 from ...chroma_core.memory import estimate, machine
 from ...chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
+from ...chroma_core.training.jobs.manager import JobStatus
 from .. import host, jobs
 from .answers import answer, body_of, job_of, refused
 
@@ -59,7 +60,7 @@ async def _act(request: web.Request) -> web.Response:
     if action not in ACTIONS:
         return refused(409, f"A job cannot '{action}'. Use one of: {', '.join(ACTIONS)}, change, extend, delete.")
 
-    def act() -> dict[str, Any]:
+    def act() -> JobStatus:
         job = job_of(request)
         getattr(jobs.manager(), action)(job.id)
         return job.status()
@@ -80,7 +81,7 @@ async def _change(request: web.Request) -> web.Response:
         return refused(400, error)
     changes, force = values.get("changes", {}), values.get("force", False)
 
-    def change() -> dict[str, Any]:
+    def change() -> JobStatus:
         job = job_of(request)
         _no_new_paths(job.config, with_changes(job.config, changes))
         return jobs.manager().change(job.id, changes, force).status()

@@ -1,6 +1,6 @@
 """Blocking runs of one job, for the command line and for scripts: in one process, or distributed over several.
 
-In a distributed run the main process has the job folder; the others only compute.
+In a distributed run rank 0 has the job folder; the other ranks only compute.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def run_distributed(
 ) -> JobEnd:
     """Run (or resume) one job; every process of `world` calls this. Ctrl-C or SIGTERM saves and leaves it interrupted.
 
-    Returns the job's final status in the main process; in the others `state` and `message`. The folders must be the
+    Returns the job's final status on rank 0; on the other ranks `state` and `message`. The folders must be the
     same for all of them.
     Raises ConfigError, before anything is done, when the step's batch cannot be dealt evenly to the processes.
     """

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ...errors import ChromaKitError
 from ...files import read_json, write_json
@@ -101,7 +101,7 @@ class FolderLock:
         Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(blocking=False)
-        except OSError:  # filelock's Timeout is one, too
+        except Timeout:
             return False
         return True
 

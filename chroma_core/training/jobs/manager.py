@@ -1,4 +1,4 @@
-"""The jobs of one folder: one thread trains, the others wait; each can be looked at, paused, stopped and resumed."""
+"""The jobs of one folder: one thread trains one at a time; each can be looked at, paused, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRASH = ".deleted-"
 LOCK_SECONDS = 2.0
 """How long a change of options waits for the folder of a job that has just ended."""
 
-__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState"]
+__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState", "JobStatus"]
 
 
 class JobManager:
@@ -44,7 +44,7 @@ class JobManager:
         before_load: called in the worker before a model component is loaded.
         models_folder: where models of full-rank jobs go as single files; None: `diffusion_models` beside the LoRAs.
             As diffusers folders they go to `diffusers` beside it.
-        world: the processes that train together; this is their main one (see `distributed`).
+        world: the ranks of a distributed run, of which this is rank 0 (see `distributed`).
     """
 
     def __init__(

@@ -35,7 +35,7 @@ from .metrics import EventFiles, JobPaths, MetricsLog, Progress, check_event_fil
 from .prepare import Prepared, compile_blocks, prepare
 from .preview import render_previews
 from .stepper import Stepper
-from .trained import check_trained, make_trained
+from .trained import WrittenFiles, check_trained, make_trained
 
 Report = Callable[..., None]
 """report(**fields): tell the job's status about something new."""
@@ -311,14 +311,14 @@ class Run:
         else:
             self.save(wait=False)
 
-    def finish(self) -> dict[str, str]:
+    def finish(self) -> WrittenFiles:
         """Write the LoRA or model where the user looks for it; returns the status fields that say where.
 
         They are empty in a process that does not write.
         """
         return self.world.on_main(self._write_files) or {}
 
-    def _write_files(self) -> dict[str, str]:
+    def _write_files(self) -> WrittenFiles:
         pictures, job = picture_count(self.data.samples), self.paths.job
         header = partial(
             file_metadata,
@@ -369,7 +369,7 @@ def run_training(
     report: Report,
     before_load: Callable[[], None] = lambda: None,
     world: World = ALONE,
-) -> tuple[Literal["completed", "stopped"], dict[str, str]]:
+) -> tuple[Literal["completed", "stopped"], WrittenFiles]:
     """Run a job to its end in this thread; returns the final state and where its files are.
 
     Raises:

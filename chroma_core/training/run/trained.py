@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import nn
@@ -36,6 +36,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 HIGH_RATE = 5e-5
 """Full-rank training above this rate is warned about: a LoRA's usual rate is ten times too high for the weights."""
+
+
+class WrittenFiles(TypedDict, total=False):
+    """Where the files are that a job ended with: fields of its status."""
+
+    lora_path: str
+    model_path: str
+    model_folder: str
 
 
 class Trained(Protocol):
@@ -69,7 +77,7 @@ class Trained(Protocol):
         """What previews note about it, as JSON values."""
         ...
 
-    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> dict[str, str]:
+    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
         """Write what the user gets, its name ending in `suffix`; the status fields that say where.
 
         Args:
@@ -139,7 +147,7 @@ class AdapterTraining(Trained):
     def record(self) -> dict[str, Any]:
         return {"lora": self._config.lora.model_dump(mode="json")}
 
-    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> dict[str, str]:
+    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
         metadata = header("chroma/lora", adapter_summary(self._config))
         paths = self._paths
         path = write_final(self._config, self._transformer, metadata, paths.job, paths.loras, suffix)
@@ -191,7 +199,7 @@ class FullRankTraining(Trained):
     def record(self) -> dict[str, Any]:
         return {"full": self._full.model_dump(mode="json")}
 
-    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> dict[str, str]:
+    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
         full, config = self._full, self._config
         # The files' own names: the parameters are looked up now, since an average may stand in their place.
         model = TrainedModel(self._model.weights, self._model.component, self._named, DTYPES[full.save_dtype])
@@ -199,7 +207,7 @@ class FullRankTraining(Trained):
         metadata = header("chroma", trained)
         file, folder = _free_paths(self._paths, config, suffix)
         _require_room(self._paths.models, model.bytes() * len(full.layouts), "the trained model")
-        written: dict[str, str] = {}
+        written: WrittenFiles = {}
         if "original" in full.layouts:
             write_single_file(file, model, {**metadata, "modelspec.implementation": "comfyui"})
             written["model_path"] = str(file)

@@ -161,7 +161,7 @@ class Job:
     def summary(self) -> dict[str, Any]:
         """What a list of jobs shows: the status without what only one who looks into the job needs."""
         with self._lock:
-            values = dict(self._values)
+            values = self._values.copy()
         kept = {name: value for name, value in values.items() if name not in _DETAILS}
         kind = "lora" if self.config.full is None else "full"
         facts = {"flavour": self.config.model.flavour, "kind": kind, "warning_count": len(values["warnings"])}

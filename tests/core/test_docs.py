@@ -8,7 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
-    [*ROOT.glob("*.md"), *(page for room in ("docs", "web/docs", "example_workflows") for page in ROOT.glob(f"{room}/**/*.md"))]
+    [
+        *ROOT.glob("*.md"),
+        *(page for room in ("docs", "web/docs", "example_workflows") for page in ROOT.glob(f"{room}/**/*.md")),
+    ]
 )
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()} - {".git", ".host", ".venv", "node_modules"}
 CODE = re.compile(r"^```(?:.|\n)*?^```|^(?: {4}.*\n)+|`[^`]+`", re.MULTILINE)

@@ -153,7 +153,7 @@ def _dataset(prompt: Prompt, key: str, config: DatasetConfig) -> str:
     values = {name: value for name, value in config.model_dump().items() if name not in IN_JOB_ONLY}
     prompt[key] = node(
         "ChromaDataset",
-        "Held-out pictures" if key == "heldout" else "Chroma Dataset",
+        "Held-out images" if key == "heldout" else "Chroma Dataset",
         folder=host.dataset_name(config.folder) or Path(config.folder).name,
         resolution=sizes[0] if sizes else 0,
         more_resolutions=", ".join(map(str, sizes[1:])),

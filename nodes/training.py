@@ -20,7 +20,7 @@ from ..chroma_core.training.config.config import TrainingConfig
 from ..chroma_core.training.jobs.manager import ACTIVE, IfExists, Job
 from ..chroma_core.training.jobs.plot import plot_losses
 from . import host, jobs
-from .combined import check_main, single
+from .dataset import check_main, single
 from .sockets import (
     MAX_SEED,
     ChromaDatasetType,

@@ -79,7 +79,7 @@ def state_bytes(checkpoint: Path) -> int:
 
 def measure(name: str, changes: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
     """One row: losses, seconds a step, bytes of the optimizer's state; or why it did not run."""
-    from chroma_core.training.config.config import TrainingConfig
+    from chroma_core.training.config import TrainingConfig
     from chroma_core.training.jobs.blocking import run_job
     from chroma_core.training.run.metrics import MetricsLog
 

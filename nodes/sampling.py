@@ -14,7 +14,7 @@ from ..chroma_core.model.latents import FLUX_LATENTS, LatentFormat, snap_size
 from ..chroma_core.sampling.recipe import RECIPES, Recipe, parse_overrides
 from ..chroma_core.sampling.recipe import recipe as find_recipe
 from ..chroma_core.sampling.sampler import Method, SamplingSettings, StepInfo, sample
-from ..chroma_core.sampling.spacing import Spacing
+from ..chroma_core.sampling.schedule import Spacing
 from ..chroma_core.sampling.text import apply_trigger
 from . import host
 from .schedule import (

@@ -16,9 +16,9 @@ from ..chroma_core.errors import ConfigError, JobError
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
 from ..chroma_core.lora.targets import TARGETS
 from ..chroma_core.sampling.text import apply_trigger
-from ..chroma_core.training.config.config import TrainingConfig
+from ..chroma_core.training.config import TrainingConfig
+from ..chroma_core.training.jobs.curve import plot_losses
 from ..chroma_core.training.jobs.manager import ACTIVE, IfExists, Job
-from ..chroma_core.training.jobs.plot import plot_losses
 from . import host, jobs
 from .dataset import check_main, single
 from .sockets import (

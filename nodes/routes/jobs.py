@@ -16,8 +16,8 @@ from pydantic import StrictBool, StrictInt
 
 from ...chroma_core.data.settings import Settings
 from ...chroma_core.errors import ConfigError
+from ...chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
-from ...chroma_core.training.config.config import MODEL_PATHS, TrainingConfig
 from .. import jobs
 from . import job_graphs
 from .common import Unknown, add, answer, body_of, job_of, refused, whole_number

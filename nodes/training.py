@@ -21,7 +21,7 @@ from ..chroma_core.training.config import TrainingConfig
 from ..chroma_core.training.jobs.curve import plot_losses
 from ..chroma_core.training.jobs.manager import ACTIVE, IfExists, Job, JobStatus
 from . import host, jobs
-from .combined import check_main, single
+from .dataset import check_main, single
 from .sockets import (
     MAX_SEED,
     ChromaDatasetType,

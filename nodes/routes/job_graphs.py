@@ -19,7 +19,7 @@ from ...chroma_core.training.config import PreviewPrompt, TrainingConfig
 from ...chroma_core.training.config.changes import differences
 from ...chroma_core.training.jobs.manager import Job
 from .. import host
-from ..combined import SLOTS
+from ..dataset import SLOTS
 from ..dataset_widgets import config_from
 from ..loaders import PARTS, PUBLISHED
 from ..settings import ADAPTER, OBJECTIVE, PLAIN, PREVIEWS, settings_from

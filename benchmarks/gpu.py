@@ -47,13 +47,13 @@ from benchmarks.real_model import (  # noqa: E402
     recompute,
     transformer,
 )
-from chroma_core.loading.moving import release_memory, to_device, to_host  # noqa: E402
 from chroma_core.memory.anatomy import FLUX_VAE, T5_XXL  # noqa: E402
 from chroma_core.memory.plan import Settings, peaks  # noqa: E402
 from chroma_core.model import quantised  # noqa: E402
+from chroma_core.model.device import release_memory  # noqa: E402
 from chroma_core.model.precision import precision, quantisable_linears  # noqa: E402
 from chroma_core.sampling.sampler import SamplingSettings, sample  # noqa: E402
-from chroma_core.streaming import stream_blocks, streamed  # noqa: E402
+from chroma_core.streaming import stream_blocks, streamed, to_device, to_host  # noqa: E402  # noqa: E402
 from chroma_core.training.run.stepper import Stepper  # noqa: E402
 from chroma_core.training.step.objective import heldout_loss  # noqa: E402
 

@@ -11,7 +11,7 @@ from ..chroma_core.loading.components import transformer_outline
 from ..chroma_core.loading.provenance import base_remark
 from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelSpec
 from ..chroma_core.lora.adapters import check_fits
-from ..chroma_core.lora.formats import describe, read_lora
+from ..chroma_core.lora.files import describe, read_lora
 from . import host
 from .sockets import ChromaModel, schema
 

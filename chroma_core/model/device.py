@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import psutil
 import torch
 
@@ -21,7 +23,7 @@ def best_device(name: str | None = None) -> torch.device:
 
 
 def memory_in_use(device: torch.device | str) -> dict[str, int]:
-    """Bytes in use now: `process` in the computer; on a card `device`, and `device_peak`, the most so far."""
+    """Bytes in use now: `process` in RAM; on a GPU `device`, and `device_peak`, the most so far."""
     found = {"process": psutil.Process().memory_info().rss}
     if torch.device(device).type == "cuda":
         found["device"] = torch.cuda.memory_allocated(device)
@@ -32,8 +34,17 @@ def memory_in_use(device: torch.device | str) -> dict[str, int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device, or the computer, has no memory left."""
+    """Whether an error means that a device, or the machine, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+def release_memory() -> None:
+    """Return what is no longer referenced to the accelerator."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()

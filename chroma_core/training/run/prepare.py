@@ -16,7 +16,7 @@ from ...data.samples import Sample, cache_samples, cache_texts, caption_texts
 from ...data.scan import DatasetConfig, describe_skipped, scan
 from ...loading.components import base_hash, load_text_encoder, load_vae
 from ...loading.locate import locate
-from ...loading.moving import release_memory
+from ...model.device import release_memory
 from ...sampling.text import TextEncoder
 from ..config.config import TrainingConfig
 from ..device_slot import Seat

@@ -170,6 +170,7 @@ def test_the_documentation_is_current():
 
 def test_the_command_line(put, tmp_path):
     put("config.json", SEED_SNIPPET)
+
     def run(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "chroma_core", "import-config", "config.json", *arguments]
         root = str(Path(__file__).parents[3])

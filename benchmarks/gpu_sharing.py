@@ -19,7 +19,8 @@ from benchmarks.gpu_bench import ROOT, SMALL, Bench, Row, clear, differing
 from benchmarks.gpu_steps import sample_image
 from benchmarks.gpu_truth import begin
 from benchmarks.real_model import GIB, SIMULATED, Job, job, transformer
-from chroma_core.loading.moving import release_memory, to_device, to_host
+from chroma_core.model.device import release_memory
+from chroma_core.streaming import to_device, to_host
 
 
 def sharing(bench: Bench) -> Iterator[Row]:

@@ -19,9 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_bench import OWN, SMALL, Bench, Row, clear, differing, furthest, relative
 from benchmarks.real_model import SIMULATED, Job, condition, generator, job, transformer
-from chroma_core.loading.moving import to_host
 from chroma_core.model import quantised
-from chroma_core.streaming import stream_blocks, streamed
+from chroma_core.streaming import stream_blocks, streamed, to_host
 from chroma_core.training.run.stepper import Stepper
 
 

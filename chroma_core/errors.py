@@ -4,7 +4,21 @@ Every message is one readable paragraph: what was wrong, what was found, what to
 line show it as it stands, without a stack trace.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+
+
+def first_few(names: Iterable[str], limit: int = 3, quote: str = "") -> str:
+    """The first few names for a message, each between two of `quote`, and how many more there are."""
+    found = list(names)
+    shown = ", ".join(f"{quote}{name}{quote}" for name in found[:limit])
+    return f"{shown} and {len(found) - limit} more" if len(found) > limit else shown
+
+
+def counted(number: int, what: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 class ChromaKitError(Exception):

@@ -14,10 +14,10 @@ from ..chroma_core.loading.provenance import base_remark
 from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelHandle, ModelSpec
 from ..chroma_core.lora.adapters import check_fits
 from ..chroma_core.lora.convert import DTYPES, convert_lora
-from ..chroma_core.lora.formats import LoraFile, describe, lora_of, read_lora
-from ..chroma_core.lora.norms import heat_map, update_norm
-from ..chroma_core.lora.report import lora_report, report_text
-from ..chroma_core.lora.writing import DIALECTS
+from ..chroma_core.lora.files import describe, lora_of, read_lora
+from ..chroma_core.lora.key_formats import KEY_FORMATS
+from ..chroma_core.lora.modules import LoraFile
+from ..chroma_core.lora.report import heat_map, lora_report, report_text, update_norm
 from . import host
 from .sockets import ChromaModel, schema, to_image
 
@@ -219,7 +219,7 @@ class ChromaConvertLora(io.ComfyNode):
                 *_file_inputs(),
                 io.Combo.Input(
                     "dialect",
-                    options=list(DIALECTS),
+                    options=list(KEY_FORMATS),
                     default="universal",
                     tooltip="universal: ComfyUI and diffusers, complete. kohya, ai-toolkit: the original fused layers. "
                     "peft: a folder with adapter_config.json. See the help page for what each can hold.",

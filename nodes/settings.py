@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from comfy_api.latest import io
 
-from ..chroma_core.lora.adapters import AdapterKind
+from ..chroma_core.lora.modules import AdapterKind
 from ..chroma_core.sampling.recipe import RECIPES, parse_overrides
 from ..chroma_core.sampling.sampler import Method
 from ..chroma_core.sampling.schedule import SigmaDraw, SigmaRemap, Spacing

@@ -15,7 +15,7 @@ from PIL import Image
 from ..chroma_core.data.dataset import DatasetConfig
 from ..chroma_core.errors import ConfigError, JobError
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
-from ..chroma_core.lora.targets import TARGETS
+from ..chroma_core.lora.settings import TARGETS
 from ..chroma_core.sampling.text import apply_trigger
 from ..chroma_core.training.config import TrainingConfig
 from ..chroma_core.training.jobs.curve import plot_losses

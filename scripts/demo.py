@@ -69,7 +69,8 @@ def base_directory(output: Path, fresh: bool) -> Path:
     if fresh and base.exists():
         if not (base / MARKER).is_file():
             raise SystemExit(f"error: {base} exists and was not made by this demo. Choose another --output.")
-        (base / "custom_nodes" / "chromakit").is_symlink() and (base / "custom_nodes" / "chromakit").unlink()
+        if (link := base / "custom_nodes" / "chromakit").is_symlink():
+            link.unlink()
         shutil.rmtree(base)
     base.mkdir(parents=True, exist_ok=True)
     (base / MARKER).touch()

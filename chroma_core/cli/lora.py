@@ -31,10 +31,10 @@ def add_lora_commands(commands) -> None:
 
 def _convert_options(convert: argparse.ArgumentParser) -> None:
     from ..lora.convert import DTYPES
-    from ..lora.writing import DIALECTS
+    from ..lora.key_formats import KEY_FORMATS
 
     convert.add_argument("file", type=Path, help="a .safetensors file, or a folder of PEFT's")
-    convert.add_argument("--to", required=True, choices=DIALECTS, metavar="DIALECT", help=", ".join(DIALECTS))
+    convert.add_argument("--to", required=True, choices=KEY_FORMATS, metavar="KEY_FORMAT", help=", ".join(KEY_FORMATS))
     convert.add_argument("--output", type=Path, default=None, help="file, or folder to write into (default: beside)")
     convert.add_argument("--dtype", default="keep", choices=list(DTYPES), help="number format (default: keep)")
     convert.set_defaults(run=_convert)
@@ -43,7 +43,7 @@ def _convert_options(convert: argparse.ArgumentParser) -> None:
 def warn_of_other_bases(handle: ModelHandle) -> None:
     """A line on stderr for every LoRA that was trained on another base than the one of `handle`."""
     from ..loading.provenance import base_remark
-    from ..lora.formats import read_metadata
+    from ..lora.files import read_metadata
 
     for use in handle.loras:
         remark = base_remark(read_metadata(use.path), handle.spec)
@@ -52,7 +52,7 @@ def warn_of_other_bases(handle: ModelHandle) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from ..lora.formats import read_lora
+    from ..lora.files import read_lora
     from ..lora.report import lora_report, report_text
 
     lora = read_lora(options.file)
@@ -64,7 +64,7 @@ def _inspect(options: argparse.Namespace) -> None:
     report = lora_report(lora, str(options.file), options.file, [remark] if remark else [])
     if options.heat_map:
         from ..files import write_atomic
-        from ..lora.norms import heat_map, update_norm
+        from ..lora.report import heat_map, update_norm
         from ..model.images import png_bytes
 
         norms = {name: update_norm(module) for name, module in lora.modules.items()}

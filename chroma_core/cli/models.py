@@ -117,7 +117,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from ..loading.describe import describe_part
     from ..loading.quantised_files import is_quantised_file, quantised_header
     from ..weights.identify import identify
-    from ..weights.weights import open_weights
+    from ..weights.opening import open_weights
 
     path: Path = options.file
     if is_quantised_file(path):

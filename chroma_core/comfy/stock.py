@@ -23,7 +23,8 @@ from typing import Any
 
 from ..errors import ConfigError, LoraError
 from ..files import free_path, write_json
-from ..lora.formats import LoraFile, read_lora
+from ..lora.files import read_lora
+from ..lora.modules import LoraFile
 from ..model.flavours import flavour
 from ..model.latents import snap_size
 from ..sampling.recipe import CANONICAL, Recipe
@@ -74,15 +75,15 @@ def stock_preview(path: Path, changes: Mapping[str, Any] | None = None) -> Stock
     Args:
         changes: any of prompt, negative, trigger, width, height, strength, and steps, guidance, seed.
     Raises:
-        LoraError: no LoRA, or one in a dialect that ComfyUI does not apply in full.
+        LoraError: no LoRA, or one in a key format that ComfyUI does not apply in full.
         ConfigError: there is no prompt to repeat, or something that stock nodes cannot do; it says what.
     """
     given = {name: value for name, value in (changes or {}).items() if value is not None}
     lora = read_lora(path)
-    if lora.dialect != "universal":
+    if lora.key_format != "universal":
         raise LoraError(
-            f"'{path.name}' is in the {lora.dialect} dialect, of which ComfyUI's Load LoRA may leave out parts "
-            "without an error. Convert it to the universal dialect first."
+            f"'{path.name}' is in the {lora.key_format} key format, of which ComfyUI's Load LoRA may leave out parts "
+            "without an error. Convert it to the universal key format first."
         )
     header = lora.metadata
     chosen = flavour(header.get("chromakit.flavour", "base"))

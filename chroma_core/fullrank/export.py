@@ -21,8 +21,8 @@ from ..errors import ModelFileError
 from ..files import atomic_folder, sync_folder, write_json
 from ..loading.describe import Component, describe_part
 from ..names.transformer import to_original_key
+from ..weights.opening import Weights, open_weights
 from ..weights.safetensors_files import write_safetensors
-from ..weights.weights import Weights, open_weights
 
 STEM = "diffusion_pytorch_model"
 SHARD_BYTES = 10_000_000_000

@@ -18,9 +18,9 @@ from transformers import T5EncoderModel
 
 from ..errors import ModelFileError
 from ..lora.adapters import check_fits, merge
-from ..lora.formats import LoraFile
+from ..lora.modules import LoraFile
 from ..model.precision import QUANTISED_PARTS, Precision, quantisable_linears, quantise_linear
-from ..weights.weights import Weights
+from ..weights.opening import Weights
 from .describe import Component
 
 Device = torch.device | str

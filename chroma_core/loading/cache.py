@@ -20,15 +20,16 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ..lora.adapters import attach, detach
-from ..lora.formats import read_lora
+from ..lora.files import read_lora
+from ..model.device import release_memory
 from ..model.images import preview_matrix
 from ..model.transformer import ChromaTransformer
 from ..sampling.text import TextEncoder
+from ..streaming import module_bytes, to_device, to_host
 from .assemble import OnPart
 from .components import Device, device_size, load_text_encoder, load_transformer, load_vae
 from .hub import COMMIT
 from .locate import ModelPart, file_state, locate
-from .moving import module_bytes, release_memory, to_device, to_host
 from .spec import ModelHandle, ModelSpec
 
 Kind = Literal["transformer", "text_encoder", "vae"]

@@ -14,14 +14,14 @@ from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from ..errors import LoraError, ModelFileError
-from ..lora.formats import read_lora
+from ..lora.files import read_lora
 from ..model.flavours import flavour
 from ..model.precision import Precision, precision, quantisable_linears, require
 from ..model.transformer import ChromaTransformer
 from ..sampling.text import TextEncoder
 from ..streaming import stream_blocks
 from ..weights.identify import TITLES, Identity, Part
-from ..weights.weights import Weights, open_weights
+from ..weights.opening import Weights, open_weights
 from .assemble import Device, MergedLora, OnPart, Placement, assemble
 from .describe import Component, build_part, describe_part
 from .fingerprints import joined, known_sha256, sha256_of

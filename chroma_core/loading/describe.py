@@ -20,13 +20,11 @@ from transformers import T5Config, T5EncoderModel
 
 from ..errors import ModelFileError
 from ..model.transformer import ChromaTransformer
-from ..names import t5 as t5_keys
+from ..names import encoders
 from ..names import transformer as keys
-from ..names import vae as vae_keys
 from ..names.transformer import Rows
 from ..weights import dimensions
-from ..weights.identify import TITLES, Identity, Part, find_part, identify
-from ..weights.refusals import incomplete, misshapen, refuse, surplus
+from ..weights.identify import TITLES, Identity, Part, find_part, identify, incomplete, misshapen, refuse, surplus
 
 Shape = tuple[int, ...]
 
@@ -111,7 +109,7 @@ class _Layout:
         start = len(identity.prefix)
         self.levels = 4
         if self.part == "vae":
-            self.levels = vae_keys.count_levels(n[start:] for n in shapes if n.startswith(identity.prefix))
+            self.levels = encoders.count_levels(n[start:] for n in shapes if n.startswith(identity.prefix))
         # Released files call the weight of a norm `scale`, ComfyUI's `weight`: the messages follow the file.
         self.norm_leaf = "scale" if any(name.endswith("_norm.scale") for name in shapes) else "weight"
 
@@ -124,13 +122,13 @@ class _Layout:
         if self.part == "vae":
             ours = name
             if self.layout == "ldm":
-                ours = vae_keys.to_diffusers_key(name, self.levels)
-            known = ours is not None and vae_keys.to_ldm_key(ours, self.levels) is not None
+                ours = encoders.to_diffusers_key(name, self.levels)
+            known = ours is not None and encoders.to_ldm_key(ours, self.levels) is not None
             return (Rows(ours),) if ours is not None and known else None
-        ours = t5_keys.to_hugging_face_key(name) if self.layout == "llama.cpp" else name
-        if ours in t5_keys.EMBEDDINGS:
-            return tuple(Rows(shared) for shared in t5_keys.EMBEDDINGS)
-        return (Rows(ours),) if ours is not None and t5_keys.is_encoder_key(ours) else None
+        ours = encoders.to_hugging_face_key(name) if self.layout == "llama.cpp" else name
+        if ours in encoders.EMBEDDINGS:
+            return tuple(Rows(shared) for shared in encoders.EMBEDDINGS)
+        return (Rows(ours),) if ours is not None and encoders.is_encoder_key(ours) else None
 
     def to_file(self, name: str) -> Rows:
         """The tensor of the file that holds, or should hold, our parameter."""
@@ -138,11 +136,11 @@ class _Layout:
         if self.layout == "original":
             found = keys.to_original_key(name, self.norm_leaf)
         elif self.layout == "ldm":
-            found = vae_keys.to_ldm_key(name, self.levels)
+            found = encoders.to_ldm_key(name, self.levels)
         elif self.layout == "llama.cpp":
-            found = t5_keys.to_llama_cpp_key(name)
-        elif name in t5_keys.EMBEDDINGS:
-            found = t5_keys.EMBEDDINGS[0]
+            found = encoders.to_llama_cpp_key(name)
+        elif name in encoders.EMBEDDINGS:
+            found = encoders.EMBEDDINGS[0]
         # Only the name: the parts of a fused tensor are one tensor of the file.
         return Rows(found.name if isinstance(found, Rows) else found or name)
 
@@ -187,13 +185,13 @@ def _sources(weights: HasShapes, identity: Identity, layout: _Layout) -> tuple[d
         for part in parts:
             source = _source(weights.path, full, tuple(shape), part)
             before = found.setdefault(part.name, source)
-            if before.name != full and not (part.name in t5_keys.EMBEDDINGS and before.shape == source.shape):
+            if before.name != full and not (part.name in encoders.EMBEDDINGS and before.shape == source.shape):
                 raise ModelFileError(
                     f"'{weights.path}' holds the same weight twice, as '{before.name}' and as '{full}'. It was put "
                     "together from several files; use one of those."
                 )
             # Where both embeddings are there, `shared` is the one that T5 reads.
-            if full.endswith(t5_keys.EMBEDDINGS[0]):
+            if full.endswith(encoders.EMBEDDINGS[0]):
                 found[part.name] = source
     return found, unknown
 

@@ -1,1 +1,1 @@
-"""LoRA: which layers (targets), which file (formats, dialects), and how it joins the model (branches, adapters)."""
+"""LoRA: what is trained (settings), which file (files, key formats), and how it joins the model (layer, adapters)."""

@@ -17,39 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraError
-from .branches import LoraBranch, branch_of
 from .layer import (
     AdaptedLinear,
+    LoraBranch,
     adapted_layers,
     attached,
+    branch_of,
     compute_device,
     features,
     linear_modules,
-    put_back,
     wrapped,
 )
-from .modules import AdapterKind, LoraFile, quoted
-from .settings import LoraSettings
-from .trainable import TRAINED, add_trainable, load_trained, seed_dropout, start_from, trained_lora
-
-__all__ = [
-    "TRAINED",
-    "AdapterKind",
-    "Fit",
-    "LoraSettings",
-    "adapters_disabled",
-    "add_trainable",
-    "attach",
-    "attached",
-    "check_fits",
-    "detach",
-    "load_trained",
-    "merge",
-    "seed_dropout",
-    "set_strength",
-    "start_from",
-    "trained_lora",
-]
+from .modules import LoraFile, quoted
 
 
 @dataclass(frozen=True)
@@ -154,7 +133,7 @@ def detach(transformer: nn.Module, name: str) -> None:
     for path, layer in adapted_layers(transformer):
         layer.remove(name)
         if len(layer.branches) == 0:
-            put_back(transformer, path, layer)
+            transformer.set_submodule(path, layer.base_layer)
 
 
 def merge(transformer: nn.Module, lora: LoraFile, strength: float = 1.0, allow_partial: bool = False) -> Fit:

@@ -13,11 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import LoraError
 from ..files import sha256_file
-from .assembly import PEFT_CONFIG, PEFT_WEIGHTS
-from .formats import read_lora, write_lora, written_path
-from .fusing import folded
+from .files import PEFT_CONFIG, PEFT_WEIGHTS, read_lora, write_lora, written_path
+from .key_formats import STYLES, KeyFormat, folded
 from .modules import AdapterModule, LoraFile, LoraModule, quoted
-from .writing import STYLES, Dialect
 
 CONVERTED_KEY = "chromakit.converted_from"
 JOB_KEY = "chromakit.job_id"
@@ -41,22 +39,22 @@ class Conversion:
 
 def convert_lora(
     source: Path | str,
-    dialect: Dialect | str,
+    key_format: KeyFormat | str,
     output: Path | str | None = None,
     dtype: str = "keep",
 ) -> Conversion:
-    """Read a LoRA of any dialect and write it in another one; the source is not touched.
+    """Read a LoRA of any key format and write it in another one; the source is not touched.
 
     Where this very conversion of the same content lies already, it stays and is returned.
 
     Args:
         output: the file to write (PEFT: a folder), or an existing folder to write into; default: beside the source.
-            The default name is `<name>-<dialect>`, with -2, -3 … when another file has it; a name that was given and
+            The default name is `<name>-<key format>`, with -2, -3 … when another file has it; a name that was given and
             is taken is an error.
         dtype: `keep`, `fp32`, `bf16` or `fp16`. Magnitudes of a DoRA are kept as they are.
     Raises:
-        LoraError: unreadable; a kind that the dialect cannot hold; foreign keys, which would be lost; numbers too large
-            for fp16; a file in the way.
+        LoraError: unreadable; a kind that the key format cannot hold; foreign keys, which would be lost; numbers too
+            large for fp16; a file in the way.
     """
     source = Path(source)
     lora = read_lora(source)
@@ -67,46 +65,54 @@ def convert_lora(
         )
     if dtype not in DTYPES:
         raise LoraError(f"'{dtype}' is no number format of a LoRA file. Choose one of: {', '.join(DTYPES)}.")
-    if dialect not in STYLES:
-        raise LoraError(f"'{dialect}' is no dialect that ChromaKit writes. Choose one of: {', '.join(STYLES)}.")
+    if key_format not in STYLES:
+        raise LoraError(f"'{key_format}' is no key format that ChromaKit writes. Choose one of: {', '.join(STYLES)}.")
     file = source / PEFT_WEIGHTS if source.is_dir() else source
-    origin = {"file": source.name, "sha256": sha256_file(file), "dialect": lora.dialect, "to": dialect, "dtype": dtype}
+    origin = {
+        "file": source.name,
+        "sha256": sha256_file(file),
+        "dialect": lora.key_format,
+        "to": key_format,
+        "dtype": dtype,
+    }
     if JOB_KEY in lora.metadata:
         origin["job_id"] = lora.metadata[JOB_KEY]
-    path = _place(source, dialect, output, origin)
-    fold = STYLES[dialect].alpha == "folded"  # type: ignore[index]
+    path = _place(source, key_format, output, origin)
+    fold = STYLES[key_format].alpha == "folded"  # type: ignore[index]
     modules = {name: _cast(name, module, DTYPES[dtype], fold) for name, module in lora.modules.items()}
     header = {key: value for key, value in lora.metadata.items() if key != JOB_KEY}
     header[CONVERTED_KEY] = json.dumps(origin)
     converted = LoraFile(modules, header)
     if not path.exists():
-        write_lora(path, converted, dialect)
-    return Conversion(path, read_lora(path), _notes(source, lora, dialect, dtype, path))
+        write_lora(path, converted, key_format)
+    return Conversion(path, read_lora(path), _notes(source, lora, key_format, dtype, path))
 
 
-def _place(source: Path, dialect: str, output: Path | str | None, origin: dict[str, Any]) -> Path:
+def _place(source: Path, key_format: str, output: Path | str | None, origin: dict[str, Any]) -> Path:
     """Where to write: a name that is free, or where this very conversion lies already."""
     into = Path(output) if output is not None and Path(output).is_dir() else None
     if output is not None and into is None:
-        path = written_path(Path(output), dialect)
+        path = written_path(Path(output), key_format)
         if path.suffix != ".safetensors":
             raise LoraError(f"'{output}' is no name for a LoRA: it must end in .safetensors.")
-        if _taken(path, dialect) and not _is_that(path, origin):
+        if _taken(path, key_format) and not _is_that(path, origin):
             raise LoraError(f"'{path}' exists already and is another file. Choose another name, or remove it first.")
         return path
     stem = source.parent.name if source.name == PEFT_WEIGHTS else source.stem
     folder = into or (source.parent.parent if source.name == PEFT_WEIGHTS else source.parent)
     number = 1
     while True:
-        path = written_path(folder / f"{stem}-{dialect}{'' if number == 1 else f'-{number}'}.safetensors", dialect)
-        if not _taken(path, dialect) or _is_that(path, origin):
+        path = written_path(
+            folder / f"{stem}-{key_format}{'' if number == 1 else f'-{number}'}.safetensors", key_format
+        )
+        if not _taken(path, key_format) or _is_that(path, origin):
             return path
         number += 1
 
 
-def _taken(path: Path, dialect: str) -> bool:
+def _taken(path: Path, key_format: str) -> bool:
     """Whether writing there would replace a file; PEFT's form is two of them."""
-    return path.exists() or (dialect == "peft" and path.with_name(PEFT_CONFIG).exists())
+    return path.exists() or (key_format == "peft" and path.with_name(PEFT_CONFIG).exists())
 
 
 def _is_that(path: Path, origin: dict[str, Any]) -> bool:
@@ -131,20 +137,22 @@ def _cast(name: str, module: AdapterModule, dtype: torch.dtype | None, fold: boo
     return cast
 
 
-def _notes(source: Path, lora: LoraFile, dialect: str, dtype: str, path: Path) -> tuple[str, ...]:
-    form = dialect if dtype == "keep" else f"{dialect}, {dtype}"
-    made = f"{path.parent.name}/{path.name}" if dialect == "peft" else path.name
-    notes = [f"{source.name} ({lora.dialect}, {len(lora.modules)} layers) → {made} ({form})."]
-    style = STYLES[dialect]  # type: ignore[index]
+def _notes(source: Path, lora: LoraFile, key_format: str, dtype: str, path: Path) -> tuple[str, ...]:
+    form = key_format if dtype == "keep" else f"{key_format}, {dtype}"
+    made = f"{path.parent.name}/{path.name}" if key_format == "peft" else path.name
+    notes = [f"{source.name} ({lora.key_format}, {len(lora.modules)} layers) → {made} ({form})."]
+    style = STYLES[key_format]  # type: ignore[index]
     scales = {module.scale for module in lora.modules.values() if isinstance(module, LoraModule)}
     if style.alpha == "folded" and scales != {1.0}:
-        notes.append("alpha / rank is multiplied into the matrices: this dialect has no alpha, and its readers take 1.")
+        notes.append(
+            "alpha / rank is multiplied into the matrices: this key format has no alpha, and its readers take 1."
+        )
     if style.alpha == "config":
         notes.append("alpha stands in adapter_config.json: keep the two files together.")
     if style.fused:
         notes.append("q, k, v (and the single blocks' MLP input) are fused, exactly, as that layout has them.")
-    if dialect == "peft":
-        notes.append("ComfyUI does not read this dialect.")
-    if dialect == "kohya":
+    if key_format == "peft":
+        notes.append("ComfyUI does not read this key format.")
+    if key_format == "kohya":
         notes.append("diffusers reads it only in part; use diffusers or universal there.")
     return tuple(notes)

@@ -171,7 +171,7 @@ class LoraFile:
 
     modules: Mapping[str, AdapterModule]
     metadata: dict[str, str] = field(default_factory=dict)
-    dialect: str = "universal"
+    key_format: str = "universal"
     unmatched: tuple[str, ...] = ()
     alpha_source: str = "tensors"
 

@@ -1,20 +1,183 @@
-"""The LoRA in training: put on, copied out, copied in, and started from a file."""
+"""The LoRA in training: how it starts (at the base model, from a seed and the layer's name alone, or as a finished
+file), put on, copied out and copied in."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LoraError
-from .branches import LoraBranch, branch_of
-from .fresh import fresh_module
-from .layer import adapted_layers, attached, compute_device, linear_modules, wrapped
-from .modules import AdapterModule, LoraFile, quoted
-from .settings import LoraSettings
-from .start import fitted
-from .targets import target_modules
+from ..model.precision import dequantised_weight
+from .layer import (
+    AdaptedLinear,
+    LoraBranch,
+    adapted_layers,
+    attached,
+    branch_of,
+    compute_device,
+    features,
+    linear_modules,
+    wrapped,
+)
+from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted, row_norms
+from .settings import LoraSettings, target_modules
+
+
+def fresh_module(settings: LoraSettings, name: str, layer: nn.Module, seed: int, device: torch.device) -> AdapterModule:
+    """The untrained adapter of one layer, in fp32 on `device`, where the layer computes; its ΔW is zero.
+
+    Random numbers are drawn on the CPU: they are the same on every device.
+    """
+    rows, columns = features(layer)
+    rank = settings.rank_of(name)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    if settings.kind == "lokr":
+        module = _lokr(rank, _alpha(settings, name), settings.lokr_factor, (rows, columns), generator)
+        return module.map(lambda tensor: tensor.to(device))
+    down = _initial_down(settings, rank, columns, generator).to(device)
+    up = torch.zeros(rows, rank, dtype=torch.float32, device=device)
+    if settings.kind == "dora":
+        return LoraModule(down, up, _alpha(settings, name), _weight_norms(layer, device))
+    return LoraModule(down, up, _alpha(settings, name))
+
+
+def factorization(size: int, factor: int = -1) -> tuple[int, int]:
+    """Two factors of `size`, the smaller first: the nearest to `factor` from below, or with −1 the nearest two.
+
+    LyCORIS' rule (`lycoris.functional.general.factorization`), which ComfyUI and PEFT share: 3072 → 48 · 64,
+    at factor 8 → 8 · 384.
+    """
+    if factor > 0 and size % factor == 0 and size >= factor**2:
+        return factor, size // factor
+    limit = size if factor < 0 else factor
+    smaller, larger = 1, size
+    while smaller < larger:
+        candidate = smaller + 1
+        while size % candidate:
+            candidate += 1
+        if candidate + size // candidate > smaller + larger or candidate > limit:
+            break
+        smaller, larger = candidate, size // candidate
+    return min(smaller, larger), max(smaller, larger)
+
+
+def _alpha(settings: LoraSettings, name: str) -> float:
+    alpha = settings.alpha_of(name)
+    if settings.kind == "rslora":
+        # alpha / √rank = (alpha · √rank) / rank: every loader then scales rightly.
+        alpha *= math.sqrt(settings.rank_of(name))
+    # As a file will hold it, so that training computes what the file gives.
+    return torch.tensor(alpha, dtype=torch.float32).item()
+
+
+def _initial_down(settings: LoraSettings, rank: int, columns: int, generator: torch.Generator) -> Tensor:
+    down = torch.empty(rank, columns, dtype=torch.float32, device="cpu")
+    if settings.init == "gaussian":
+        return down.normal_(0, 1 / rank, generator=generator)
+    return _kaiming(down, generator)
+
+
+def _lokr(rank: int, alpha: float, factor: int, shape: tuple[int, int], generator: torch.Generator) -> LokrModule:
+    """LyCORIS' start: w1 and w2_a uniform in ±1/√columns, w2_b (or a whole w2) zero.
+
+    w2 is a product unless the rank reaches half its longer side: then a whole matrix is no larger.
+    """
+    (out_l, out_k), (in_m, in_n) = (factorization(size, factor) for size in shape)
+
+    def empty(rows: int, columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
+
+    w1 = _kaiming(empty(out_l, in_m), generator)
+    if rank >= max(out_k, in_n) / 2:
+        return LokrModule(alpha, w1=w1, w2=empty(out_k, in_n).zero_())
+    return LokrModule(alpha, w1=w1, w2_a=_kaiming(empty(out_k, rank), generator), w2_b=empty(rank, in_n).zero_())
+
+
+def _kaiming(matrix: Tensor, generator: torch.Generator) -> Tensor:
+    bound = 1 / math.sqrt(matrix.shape[1])
+    return matrix.uniform_(-bound, bound, generator=generator)
+
+
+def _weight_norms(layer: nn.Module, device: torch.device) -> Tensor:
+    """Row lengths of the layer's weight, computed where every later norm is: the quotient then starts at exactly 1."""
+    base = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
+    with torch.no_grad():
+        return row_norms(dequantised_weight(base, torch.float32).to(device))
+
+
+def fitted(name: str, given: AdapterModule, fresh: AdapterModule) -> AdapterModule:
+    """`given`, with the factors and alpha of `fresh` (both of layer `name`), doing exactly what it did.
+
+    Raises LoraError when that is impossible: another kind, a larger rank, another width, other Kronecker factors.
+    """
+    if given.kind != fresh.kind:
+        raise LoraError(
+            f"Training cannot start from this LoRA: for '{name}' it is a {given.kind}, in training is a {fresh.kind}. "
+            f"Train with the kind '{given.kind}'."
+        )
+    if given.shape != fresh.shape:
+        raise LoraError(
+            f"Training cannot start from this LoRA: for '{name}' it has {given.shape[0]}×{given.shape[1]}, the model "
+            f"{fresh.shape[0]}×{fresh.shape[1]}. It was made for another size of model."
+        )
+    given = given.map(lambda tensor: tensor.detach().to("cpu", torch.float32))
+    if isinstance(given, LokrModule) and isinstance(fresh, LokrModule):
+        return _fitted_lokr(name, given, fresh)
+    assert isinstance(given, LoraModule) and isinstance(fresh, LoraModule)
+    _check_rank(name, given.rank, fresh.rank)
+    down = torch.cat([given.down, fresh.down[given.rank :]])
+    up = _widened(given.up * (given.scale / fresh.scale), fresh.rank)
+    return LoraModule(down, up, fresh.alpha, given.magnitude)
+
+
+def _fitted_lokr(name: str, given: LokrModule, fresh: LokrModule) -> LokrModule:
+    if given.blocks != fresh.blocks or given.rows is not None:
+        raise LoraError(
+            f"Training cannot start from this LoKr: for '{name}' it is {_blocks(given)}"
+            f"{' (a part of a fused layer)' if given.rows is not None else ''}, in training is {_blocks(fresh)}. "
+            "Set lokr_factor to the one that it was trained with."
+        )
+    start = dataclasses.replace(fresh, w1=given.left * (given.scale / fresh.scale))
+    if fresh.w2 is not None:
+        return dataclasses.replace(start, w2=given.right)
+    if given.w2_a is None or given.w2_b is None:
+        raise LoraError(
+            f"Training cannot start from this LoKr: for '{name}' its w2 is a whole matrix, in training is one of rank "
+            f"{fresh.rank}. Train with a rank of at least {_whole_from(fresh)}."
+        )
+    assert fresh.w2_a is not None and fresh.w2_b is not None
+    rank, wanted = given.w2_b.shape[0], fresh.w2_b.shape[0]
+    _check_rank(name, rank, wanted)
+    # Here the second factor is the one that starts at zero.
+    w2_a = torch.cat([given.w2_a, fresh.w2_a[:, rank:]], dim=1)
+    return dataclasses.replace(start, w2_a=w2_a, w2_b=_widened(given.w2_b.T, wanted).T)
+
+
+def _widened(matrix: Tensor, columns: int) -> Tensor:
+    """The matrix with columns of zeros added: whatever stands across from them contributes nothing yet."""
+    return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[1]))
+
+
+def _check_rank(name: str, given: int, wanted: int) -> None:
+    if given > wanted:
+        raise LoraError(
+            f"Training cannot start from this LoRA: for '{name}' its rank is {given}, in training is {wanted}, and a "
+            f"larger one cannot be cut down without changing what it does. Train with rank {given} or more."
+        )
+
+
+def _blocks(module: LokrModule) -> str:
+    return " ⊗ ".join(f"{rows}×{columns}" for rows, columns in module.blocks)
+
+
+def _whole_from(module: LokrModule) -> int:
+    """The rank from which on w2 is trained as a whole matrix."""
+    return (max(module.blocks[1]) + 1) // 2
+
 
 TRAINED = "trained"
 """The name of the adapter that `add_trainable` makes."""
@@ -76,7 +239,7 @@ def load_trained(transformer: nn.Module, lora: LoraFile) -> None:
 
 
 def start_from(transformer: nn.Module, lora: LoraFile) -> tuple[str, ...]:
-    """Let the fresh LoRA in training begin as `lora`, read from a file of any dialect; returns the layers without one.
+    """Let the fresh LoRA in training begin as `lora`, read from a file of any key format; returns the layers without.
 
     The model then computes what it computes with the file applied at strength 1. A smaller rank in the file is padded
     so that this is exact: the added columns of `up` are zero, the added rows of `down` keep their random start and can

@@ -81,7 +81,7 @@ def estimate(
         resident_blocks: with offload `block`, blocks on the device.
         optimizer: a name from `trained.OPTIMIZERS`.
         adapter, lokr_factor, ema, text_tokens, trained_parameters: see `plan.Settings`.
-        target: the LoRA's target, see `lora.targets`.
+        target: the LoRA's target, see `lora.settings`.
         on: the machine to recommend settings for; None: this one.
     Raises:
         ConfigError, PrecisionError: an unknown name or an impossible number.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from math import prod
 
-from ..lora.fresh import factorization
+from ..lora.trainable import factorization
 
 Shape = tuple[int, ...]
 

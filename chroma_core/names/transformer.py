@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ModelFileError
+from ..errors import ModelFileError, first_few
 
 MLP_RATIO = 4
 """Rows of the MLP's input in `linear1`, in units of the model's width (fixed in Chroma)."""
@@ -218,5 +218,5 @@ def _refuse(unknown: list[str], layout: str) -> None:
     if unknown:
         raise ModelFileError(
             f"{len(unknown)} tensors are not those of a Chroma transformer in {layout}, e.g. "
-            f"{', '.join(unknown[:3])}. The file belongs to another model, or to another layout."
+            f"{first_few(unknown)}. The file belongs to another model, or to another layout."
         )

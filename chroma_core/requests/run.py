@@ -13,7 +13,7 @@ from ..loading.components import Device, transformer_outline
 from ..loading.describe import build_part
 from ..loading.spec import LoraUse, ModelHandle, ModelSpec
 from ..lora.adapters import check_fits
-from ..lora.formats import read_lora
+from ..lora.files import read_lora
 from ..model.flavours import flavour
 from ..model.images import decode, png_bytes
 from ..sampling.recipe import recipe

@@ -1,5 +1,5 @@
-"""Running a transformer of which only a few blocks are on the device at a time."""
+"""A transformer of which only a few blocks are on the device at a time; taking modules off it, streamed or not."""
 
-from .streamer import BlockStreamer, stream_blocks, streamed
+from .streamer import BlockStreamer, away, module_bytes, stream_blocks, streamed, to_device, to_host
 
-__all__ = ["BlockStreamer", "stream_blocks", "streamed"]
+__all__ = ["BlockStreamer", "away", "module_bytes", "stream_blocks", "streamed", "to_device", "to_host"]

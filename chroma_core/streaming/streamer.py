@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,9 +31,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ConfigError, PrecisionError
 from ..lora.layer import LoraBranch
+from ..model.device import release_memory
 from ..model.transformer import ChromaTransformer
-from .movers import mover, plain_parts
-from .saved_weights import saving_references
+from .movers import mover, plain_parts, saving_references
 
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
 """The module lists that are streamed, in the order in which the forward pass runs through them."""
@@ -60,6 +60,43 @@ def stream_blocks(
 def streamed(transformer: nn.Module) -> BlockStreamer | None:
     """The streamer of a model, if it has one."""
     return transformer.__dict__.get(_ATTRIBUTE)
+
+
+def to_host(module: nn.Module) -> None:
+    """Take a module off its device. A streamed one gives up what it holds there; the rest is copied."""
+    streamer = streamed(module)
+    with torch.inference_mode(False):
+        streamer.park() if streamer is not None else module.to("cpu")
+
+
+def to_device(module: nn.Module, device: torch.device) -> None:
+    """The way back from `to_host`."""
+    streamer = streamed(module)
+    with torch.inference_mode(False):
+        streamer.unpark() if streamer is not None else module.to(device)
+
+
+@contextmanager
+def away(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module off its device, inside a `with` block."""
+    to_host(module)
+    release_memory()
+    try:
+        yield
+    finally:
+        to_device(module, device)
+
+
+def module_bytes(module: nn.Module) -> dict[str, int]:
+    """Bytes of a module's parameters and buffers, by device name; shared ones once. A streamed one's visitors count."""
+    total: dict[str, int] = {}
+    for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values():
+        name = str(tensor.device)
+        total[name] = total.get(name, 0) + tensor.numel() * tensor.element_size()
+    streamer = streamed(module)
+    if streamer is not None and streamer.device.type != "cpu":
+        total[str(streamer.device)] = streamer.device_bytes()
+    return total
 
 
 class BlockStreamer:

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..loading.moving import release_memory, to_device, to_host
+from ..model.device import release_memory
+from ..streaming import to_device, to_host
 
 POLL_SECONDS = 0.02
 

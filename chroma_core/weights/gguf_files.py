@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from ..errors import ModelFileError
-from .file_kinds import GGUF_MAGIC
 from .stored_tensors import Stored, WeightFile, damaged
+
+GGUF_MAGIC = b"GGUF"
 
 STRING_LIMIT = 16 << 20
 """Bytes; the longest real strings are chat templates, far below it."""

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from chroma_core.cli.main import main
-from chroma_core.lora.adapters import LoraSettings, add_trainable, trained_lora
-from chroma_core.lora.formats import write_lora
+from chroma_core.lora.files import write_lora
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable, trained_lora
 from chroma_core.model.images import decode, preview_image, preview_matrix, read_record, to_pictures, to_tensor
 from chroma_core.model.latents import LatentFormat
 from miniature import transformer, vae, write_model_folder
@@ -123,7 +124,7 @@ def test_inspect_lora(lora_file, capsys):
 
 
 def trained_lora_names():
-    from chroma_core.lora.targets import target_modules
+    from chroma_core.lora.settings import target_modules
 
     return target_modules(transformer(), "all")
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn import Parameter
 
 from chroma_core.errors import ConfigError
-from chroma_core.lora.adapters import LoraSettings, add_trainable
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable
 from chroma_core.memory import estimate
 from chroma_core.memory.anatomy import lora_layers_of
 from chroma_core.memory.plan import Settings, peaks

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 import native
-from chroma_core.lora.adapters import LoraSettings, add_trainable, attach, detach, trained_lora
-from chroma_core.lora.formats import LoraFile, LoraModule, write_lora
+from chroma_core.lora.adapters import attach, detach
+from chroma_core.lora.files import write_lora
+from chroma_core.lora.modules import LoraFile, LoraModule
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable, trained_lora
 from chroma_core.model.latents import unpack
 from chroma_core.model.precision import dequantised_weight
 from chroma_core.model.transformer import ChromaTransformer

@@ -11,8 +11,9 @@ from torch import Tensor
 
 import native
 from chroma_core.lora.adapters import attach, detach
-from chroma_core.lora.formats import LoraFile, read_lora, write_lora
-from chroma_core.lora.writing import DIALECTS
+from chroma_core.lora.files import read_lora, write_lora
+from chroma_core.lora.key_formats import KEY_FORMATS
+from chroma_core.lora.modules import LoraFile
 from chroma_core.model.latents import unpack
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.names.transformer import to_original
@@ -21,7 +22,7 @@ from lora_cases import distance, inputs, predict, random_kind, random_lora
 from miniature import REAL_DEPTH, real_depth
 
 STRENGTH = 0.7
-HOST_READS = [dialect for dialect in DIALECTS if dialect != "peft"]
+HOST_READS = [dialect for dialect in KEY_FORMATS if dialect != "peft"]
 FOREIGN = [trainer for trainer in HEADS if trainer != "peft"]
 DIFFUSERS_READS = ["universal", "diffusers", "simpletuner"]
 
@@ -37,7 +38,7 @@ def files(model, tmp_path_factory) -> dict[str, Path]:
     """One LoRA on 419 layers, alpha ≠ rank, in every dialect; a LoKr in those that hold it; each trainer's own file."""
     folder = tmp_path_factory.mktemp("dialects")
     made = random_lora(model, "all+ffs", rank=4, alpha=6.0, size=0.3)
-    found = {name: write_lora(folder / f"{name}.safetensors", made, name) for name in DIALECTS}
+    found = {name: write_lora(folder / f"{name}.safetensors", made, name) for name in KEY_FORMATS}
     lokr = random_kind(model, "lokr", "attention", size=0.3)
     found |= {
         f"lokr-{name}": write_lora(folder / f"lokr-{name}.safetensors", lokr, name) for name in ("universal", "lycoris")
@@ -94,7 +95,7 @@ def test_the_host_changes_the_output_as_we_do(ours, hosts, name):
 
 
 def test_all_dialects_are_one_lora(ours):
-    for name in DIALECTS:
+    for name in KEY_FORMATS:
         assert distance(ours[name], ours["universal"]) <= 1e-5, name
 
 

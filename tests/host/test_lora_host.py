@@ -10,7 +10,8 @@ from torch import Tensor
 
 import native
 from chroma_core.lora.adapters import attach, detach
-from chroma_core.lora.formats import LoraFile, read_lora, write_lora
+from chroma_core.lora.files import read_lora, write_lora
+from chroma_core.lora.modules import LoraFile
 from chroma_core.model.latents import unpack
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.names.transformer import to_original

@@ -8,7 +8,7 @@ from PIL import Image
 from _host import Host
 from chroma_core.loading.components import transformer_outline
 from chroma_core.loading.spec import ModelSpec
-from chroma_core.lora.formats import read_lora, write_lora
+from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.lora.modules import LoraFile
 from chroma_core.model.images import png_bytes
 from lora_cases import equal, random_lora
@@ -70,7 +70,7 @@ def test_convert_then_inspect_and_apply(server: Host, lora: str):
     path = folder / "from elsewhere-ai-toolkit.safetensors"
     read = read_lora(path)
     assert json.loads(read.metadata["chromakit.converted_from"])["file"] == lora
-    assert "native dialect" in shown(history, "look") and "base: not stated" in shown(history, "look")
+    assert "native key format" in shown(history, "look") and "base: not stated" in shown(history, "look")
     report = shown(history, "said")
     assert "WARNING: The LoRA was trained on another base" in report and f"{len(read.modules)} layers matched" in report
     assert "trained on another base" in server.log_tail(200)

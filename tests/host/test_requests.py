@@ -17,7 +17,7 @@ from _host import Host
 from chroma_core.cli.main import main
 from chroma_core.loading.components import transformer_outline
 from chroma_core.loading.spec import ModelSpec
-from chroma_core.lora.formats import write_lora
+from chroma_core.lora.files import write_lora
 from lora_cases import random_lora
 from prompts import node, text_to_image
 from waiting import until

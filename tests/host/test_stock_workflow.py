@@ -23,7 +23,8 @@ from chroma_core.comfy.window import KINDS
 from chroma_core.loading.components import load_vae
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.adapters import attach, detach
-from chroma_core.lora.formats import LoraFile, LoraModule, read_lora, write_lora
+from chroma_core.lora.files import read_lora, write_lora
+from chroma_core.lora.modules import LoraFile, LoraModule
 from chroma_core.model.images import decode
 from chroma_core.model.latents import FLUX_LATENTS
 from chroma_core.model.transformer import ChromaTransformer

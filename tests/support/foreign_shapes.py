@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 
 from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names import encoders as vae_keys
 from chroma_core.names import transformer as keys
-from chroma_core.names import vae as vae_keys
 
 Shapes = dict[str, tuple[int, ...]]
 

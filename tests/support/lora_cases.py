@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from chroma_core.lora.formats import LokrModule, LoraFile, LoraModule
-from chroma_core.lora.fresh import factorization
 from chroma_core.lora.layer import features, linear_modules
-from chroma_core.lora.targets import target_modules
+from chroma_core.lora.modules import LokrModule, LoraFile, LoraModule
+from chroma_core.lora.settings import target_modules
+from chroma_core.lora.trainable import factorization
 from chroma_core.model.latents import image_ids
 from chroma_core.model.precision import dequantised_weight
 from chroma_core.model.transformer import ChromaTransformer

@@ -3,10 +3,8 @@
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from chroma_core.lora.adapters import (
-    LoraSettings,
-    add_trainable,
-)
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable
 from chroma_core.model.latents import image_ids
 from chroma_core.model.precision import precision, quantise
 from miniature import transformer

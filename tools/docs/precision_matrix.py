@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from chroma_core.lora.adapters import attach, detach, merge
-from chroma_core.lora.formats import LoraFile, LoraModule
 from chroma_core.lora.layer import features, linear_modules
-from chroma_core.lora.targets import target_modules
+from chroma_core.lora.modules import LoraFile, LoraModule
+from chroma_core.lora.settings import target_modules
 from chroma_core.lora.trainable import LoraSettings, add_trainable, load_trained
 from chroma_core.model.latents import image_ids
 from chroma_core.model.precision import (

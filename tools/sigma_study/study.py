@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from chroma_core.lora.adapters import attach, detach
-from chroma_core.lora.formats import read_lora
+from chroma_core.lora.files import read_lora
 from chroma_core.sampling.sampler import SamplingSettings, sample
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.blocking import run_job
@@ -158,7 +158,7 @@ def study(seeds: int, steps: int, output: Path, only: list[str]) -> bool:
                 status = run_job(config, output / "jobs", output / "loras", "cpu")
                 if status["state"] != "completed":
                     raise SystemExit(f"{variant}, seed {seed}: the job {status['state']}: {status['message']}")
-                found = judge.judge(Path(status["lora_path"]), result.with_suffix(".png"))
+                found = judge.judge(Path(str(status["lora_path"])), result.with_suffix(".png"))
                 values = {"variant": variant, "seed": seed, **found}
                 values["trainer_heldout_loss"] = status["heldout_loss"]
                 values["train_seconds"] = status["train_seconds"]

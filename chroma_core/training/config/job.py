@@ -17,8 +17,8 @@ from ...data.settings import Settings
 from ...errors import ConfigError
 from ...files import slug
 from ...loading.spec import PLACEMENT, ModelSpec
-from ...lora.adapters import AdapterKind, LoraSettings
-from ...lora.targets import TARGETS
+from ...lora.modules import AdapterKind
+from ...lora.settings import TARGETS, LoraSettings
 from ...model.flavours import flavour
 from ...model.latents import snap_size
 from ...model.precision import precision

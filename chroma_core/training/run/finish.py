@@ -14,12 +14,13 @@ import torch
 
 from ...errors import ChromaKitError
 from ...files import free_name, slug, write_atomic
-from ...lora.adapters import trained_lora
 from ...lora.convert import JOB_KEY
-from ...lora.formats import LoraFile, write_lora
-from ...lora.targets import named_target
+from ...lora.files import write_lora
+from ...lora.modules import LoraFile
+from ...lora.settings import named_target
+from ...lora.trainable import trained_lora
 from ...model.transformer import ChromaTransformer
-from ...weights.weights import open_weights
+from ...weights.opening import open_weights
 from ..config import TrainingConfig
 from .metrics import Progress
 
@@ -160,6 +161,6 @@ def write_final(
     modules = {name: module.to(dtype) for name, module in trained.modules.items()}
     path = final_path(loras_folder, config, suffix, metadata.get(JOB_KEY))
     copy = job_folder / f"{slug(config.name)}{suffix}.safetensors"
-    write_lora(copy, LoraFile(modules, {**metadata, **contents(trained)}, trained.dialect))
+    write_lora(copy, LoraFile(modules, {**metadata, **contents(trained)}, trained.key_format))
     write_atomic(path, copy.read_bytes())
     return path

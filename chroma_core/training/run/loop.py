@@ -17,7 +17,7 @@ from ...data.cache import LatentTextCache
 from ...data.order import batches_per_epoch, epoch_batches
 from ...data.randomness import generator, uniform
 from ...data.samples import Sample
-from ...lora.adapters import seed_dropout
+from ...lora.trainable import seed_dropout
 from ...model.transformer import ChromaTransformer
 from ...sampling.schedule import draw_sigmas
 from ...sampling.text import TextCondition, zero_padded

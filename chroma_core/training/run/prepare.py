@@ -18,8 +18,8 @@ from ...data.scan import DatasetConfig, describe_skipped, scan
 from ...errors import ConfigError
 from ...loading.components import base_hash, load_text_encoder, load_vae
 from ...loading.locate import locate
-from ...loading.moving import release_memory
 from ...lora.layer import adapted_layers
+from ...model.device import release_memory
 from ...model.transformer import ChromaTransformer
 from ...sampling.text import TextEncoder
 from ...streaming.streamer import streamed

@@ -12,11 +12,12 @@ from torch import Tensor
 from ...data.cache import LatentTextCache
 from ...files import write_atomic
 from ...loading.components import load_vae
-from ...loading.moving import away, release_memory
+from ...model.device import release_memory
 from ...model.images import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
 from ...model.latents import LatentFormat
 from ...model.transformer import ChromaTransformer
 from ...sampling.sampler import image_record, sample
+from ...streaming import away
 from ..config import TrainingConfig
 
 

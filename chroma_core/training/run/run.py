@@ -17,8 +17,7 @@ import torch
 from ...data.samples import fingerprint, picture_count
 from ...files import remove_leftovers
 from ...loading.components import Device, load_transformer
-from ...loading.moving import release_memory
-from ...model.device import memory_in_use
+from ...model.device import memory_in_use, release_memory
 from ..config import TrainingConfig
 from ..config.changes import recorded
 from ..control import Control, DeviceSlot, Halted, Stopped

@@ -20,11 +20,12 @@ from ...files import free_name, slug
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
 from ...loading.components import transformer_outline, transformer_source
-from ...lora.adapters import adapters_disabled, add_trainable, load_trained, start_from, trained_lora
-from ...lora.formats import read_lora, write_lora
+from ...lora.adapters import adapters_disabled
+from ...lora.files import read_lora, write_lora
+from ...lora.trainable import add_trainable, load_trained, start_from, trained_lora
 from ...model.transformer import ChromaTransformer
+from ...weights.opening import open_weights
 from ...weights.safetensors_files import write_safetensors
-from ...weights.weights import open_weights
 from ..config import TrainingConfig
 from .faults import DISK_MARGIN
 from .finish import adapter_summary, may_write, write_final

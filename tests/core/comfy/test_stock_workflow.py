@@ -11,7 +11,8 @@ import torch
 from chroma_core.cli.main import main
 from chroma_core.comfy.stock import PREVIEW_KEY, literal, stock_preview, stock_prompt
 from chroma_core.errors import ChromaKitError
-from chroma_core.lora.formats import LoraFile, LoraModule, write_lora
+from chroma_core.lora.files import write_lora
+from chroma_core.lora.modules import LoraFile, LoraModule
 from chroma_core.sampling.recipe import RECIPES
 from chroma_core.sampling.sampler import SamplingSettings
 from chroma_core.sampling.schedule import sampling_sigmas

@@ -17,7 +17,7 @@ from chroma_core.loading.spec import ModelSpec
 from chroma_core.model.latents import image_ids, unpack
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.names.transformer import to_original
-from chroma_core.weights.weights import open_weights
+from chroma_core.weights.opening import open_weights
 from lora_cases import inputs, predict
 
 LAYERS = ("transformer_blocks.1", "single_transformer_blocks.0.attn.to_k")

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from chroma_core.loading.cache import HOST_MEMORY_MARGIN, ComponentCache
-from chroma_core.loading.moving import module_bytes
 from chroma_core.loading.spec import ModelHandle, ModelSpec
-from chroma_core.streaming import streamed
+from chroma_core.streaming import module_bytes, streamed
 from lora_cases import inputs, predict
 from miniature import write_model_folder
 

@@ -11,9 +11,11 @@ from chroma_core.errors import ChromaKitError, ConfigError, LoraError, ModelFile
 from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.components import base_hash, load_text_encoder, load_transformer, load_vae
 from chroma_core.loading.spec import LoraUse, ModelHandle, ModelSpec
-from chroma_core.lora.adapters import LoraSettings, add_trainable, trained_lora
-from chroma_core.lora.formats import LoraFile, LoraModule, write_lora
+from chroma_core.lora.files import write_lora
 from chroma_core.lora.layer import linear_modules
+from chroma_core.lora.modules import LoraFile, LoraModule
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable, trained_lora
 from chroma_core.model.latents import image_ids
 from chroma_core.model.precision import quantisable_linears
 from miniature import t5, transformer, vae, write_model_folder

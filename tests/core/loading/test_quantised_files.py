@@ -12,7 +12,7 @@ from chroma_core.errors import LoraError, ModelFileError
 from chroma_core.loading.components import load_text_encoder, load_transformer, transformer_outline, write_quantised
 from chroma_core.loading.quantised_files import is_quantised_file, quantised_header
 from chroma_core.loading.spec import LoraUse, ModelSpec
-from chroma_core.lora.formats import write_lora
+from chroma_core.lora.files import write_lora
 from chroma_core.model.precision import PRECISIONS
 from lora_cases import inputs, predict, random_lora
 from miniature import transformer, write_model_folder

@@ -21,7 +21,7 @@ from chroma_core.loading.spec import ModelSpec
 from chroma_core.model.latents import image_ids, pack, unpack
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.names import transformer as keys
-from chroma_core.names.vae import to_ldm_key
+from chroma_core.names.encoders import to_ldm_key
 from lora_cases import inputs, predict
 from miniature import WIDTHS, t5, tokenizer, transformer, vae
 from real_widths import random_original

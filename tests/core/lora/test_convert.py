@@ -11,11 +11,10 @@ from safetensors.torch import save_file
 from chroma_core.cli.main import main
 from chroma_core.errors import LoraError
 from chroma_core.lora.convert import JOB_KEY, convert_lora
-from chroma_core.lora.formats import read_lora, write_lora
+from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.lora.modules import LoraFile, LoraModule
-from chroma_core.lora.norms import heat_map, layer_group, update_norm
-from chroma_core.lora.report import lora_report, report_text
-from chroma_core.lora.targets import TARGETS, named_target, target_modules
+from chroma_core.lora.report import heat_map, layer_group, lora_report, report_text, update_norm
+from chroma_core.lora.settings import TARGETS, named_target, target_modules
 from foreign_loras import foreign
 from lora_cases import distance, equal, random_kind, random_lora
 from miniature import transformer
@@ -120,7 +119,7 @@ def test_what_cannot_be_converted_is_refused_before_a_file_is_made(source, tmp_p
     for path, dialect, dtype, says in (
         (tmp_path / "text.safetensors", "kohya", "keep", "lora_te1_text"),
         (lokr, "ai-toolkit", "keep", "no place for a LoKr.*universal, lycoris"),
-        (source, "webui", "keep", "no dialect"),
+        (source, "webui", "keep", "no key format"),
         (source, "kohya", "int8", "no number format"),
         (tmp_path / "absent.safetensors", "kohya", "keep", "no LoRA file"),
     ):
@@ -170,7 +169,7 @@ def test_doubts_are_warnings(tmp_path):
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 64}')
     warnings = " ".join(lora_report(read_lora(tmp_path))["warnings"])
-    for word in ("1 of 8 layers change nothing", "unusually strong", "ComfyUI does not read", "peft dialect"):
+    for word in ("1 of 8 layers change nothing", "unusually strong", "ComfyUI does not read", "peft key format"):
         assert word in warnings
 
 

@@ -8,10 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from chroma_core.errors import LoraError
-from chroma_core.lora.formats import read_lora, write_lora
-from chroma_core.lora.fusing import fuse
+from chroma_core.lora.files import read_lora, write_lora
+from chroma_core.lora.key_formats import KEY_FORMATS, STYLES, fuse, holders
 from chroma_core.lora.modules import LoraFile, LoraModule
-from chroma_core.lora.writing import DIALECTS, STYLES, holders
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.names.transformer import to_diffusers_modules
 from lora_cases import distance, equal, random_kind, random_lora
@@ -40,7 +39,7 @@ def uneven(alpha: float | None = None) -> LoraFile:
     return LoraFile(modules, {"chromakit.trigger": "sks"})
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", KEY_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_is_exact(tmp_path, dialect, dtype):
     """Every bit, ranks and alphas included; where alpha is folded, at a factor of 1."""
@@ -60,7 +59,7 @@ def test_round_trip_is_exact(tmp_path, dialect, dtype):
     assert all(torch.equal(tensor, load_file(again)[key]) for key, tensor in load_file(path).items())
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", KEY_FORMATS)
 def test_the_update_is_kept_whatever_alpha_is(tmp_path, dialect):
     lora = uneven()
     read = read_lora(write_lora(tmp_path / "a.safetensors", lora, dialect))
@@ -127,7 +126,7 @@ def test_published_sizes():
 
 
 @pytest.mark.parametrize("kind", ["dora", "lokr"])
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", KEY_FORMATS)
 def test_a_kind_is_kept_or_refused_with_a_way_out(tmp_path, dialect, kind):
     model = transformer()
     lora = random_kind(model, kind)
@@ -137,7 +136,7 @@ def test_a_kind_is_kept_or_refused_with_a_way_out(tmp_path, dialect, kind):
         path = write_lora(tmp_path / "a.safetensors", lora, dialect)
         assert equal(read_lora(path), lora)
     else:
-        with pytest.raises(LoraError, match=f"{dialect} dialect.*universal"):
+        with pytest.raises(LoraError, match=f"{dialect} key format.*universal"):
             write_lora(tmp_path / "a.safetensors", lora, dialect)
         assert not list(tmp_path.iterdir())
 
@@ -166,7 +165,7 @@ def test_dora_on_a_part_of_a_fused_layer_is_refused(tmp_path):
 
 def test_what_is_no_dialect_or_no_layer(tmp_path):
     lora = random_lora(transformer(), "context")
-    with pytest.raises(LoraError, match="no dialect.*universal, peft"):
+    with pytest.raises(LoraError, match="no key format.*universal, peft"):
         write_lora(tmp_path / "a.safetensors", lora, "webui")
     other = LoraFile({"elsewhere": next(iter(lora.modules.values()))})
     with pytest.raises(LoraError, match="no layer of Chroma"):

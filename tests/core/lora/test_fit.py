@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from chroma_core.errors import LoraError
-from chroma_core.lora.adapters import (
-    attach,
-    attached,
-    check_fits,
-    detach,
-    set_strength,
-)
-from chroma_core.lora.formats import LoraFile, LoraModule
+from chroma_core.lora.adapters import attach, check_fits, detach, set_strength
+from chroma_core.lora.layer import attached
+from chroma_core.lora.modules import LoraFile, LoraModule
 from lora_cases import inputs, predict, random_lora
 from miniature import transformer
 

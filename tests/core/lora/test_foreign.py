@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from chroma_core.lora.formats import lora_of, read_lora
+from chroma_core.lora.files import lora_of, read_lora
 from chroma_core.names.transformer import Rows, to_diffusers_modules
 from foreign_loras import HEADS, foreign
 from lora_cases import equal

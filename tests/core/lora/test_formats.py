@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from chroma_core.errors import LoraError
-from chroma_core.lora.formats import LoraFile, LoraModule, describe, read_lora, write_lora
+from chroma_core.lora.files import describe, read_lora, write_lora
+from chroma_core.lora.modules import LoraFile, LoraModule
 from chroma_core.names.transformer import to_diffusers_modules, to_original_module
 from lora_cases import random_lora
 from miniature import transformer
@@ -66,7 +67,7 @@ def test_round_trip(tmp_path, lora, dtype):
     write_lora(tmp_path / "a.safetensors", LoraFile(modules, {"trigger": "sks"}))
     read = read_lora(tmp_path / "a.safetensors")
     assert same(read, LoraFile(modules))
-    assert read.dialect == "universal" and read.unmatched == () and read.metadata["trigger"] == "sks"
+    assert read.key_format == "universal" and read.unmatched == () and read.metadata["trigger"] == "sks"
     assert all(m.down.dtype == dtype for m in read.modules.values())
 
 
@@ -86,7 +87,7 @@ def test_peft(tmp_path, lora):
         tensors[f"base_model.model.{name}.lora_B.default.weight"] = m.up
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     read = read_lora(tmp_path / "adapter_model.safetensors")
-    assert read.dialect == "peft" and read.alphas == [4.0]  # without alpha: alpha = rank
+    assert read.key_format == "peft" and read.alphas == [4.0]  # without alpha: alpha = rank
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"r": 4, "lora_alpha": 6, "alpha_pattern": {"proj_mlp": 9}, "use_rslora": False})
     )
@@ -123,7 +124,7 @@ def test_fused_dialects_split_exactly(tmp_path, dialect, down, up):
         expected |= {part.name: part.take(delta) for part in to_diffusers_modules(original) or ()}
     save_file(tensors, tmp_path / "a.safetensors")
     read = read_lora(tmp_path / "a.safetensors")
-    assert read.dialect == dialect and read.unmatched == ()
+    assert read.key_format == dialect and read.unmatched == ()
     assert read.modules.keys() == expected.keys()
     for name, delta in expected.items():
         assert (read.modules[name].delta() - delta).abs().max() <= 1e-5

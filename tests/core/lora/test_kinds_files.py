@@ -12,7 +12,7 @@ from chroma_core.lora.adapters import (
     attach,
     merge,
 )
-from chroma_core.lora.formats import describe, read_lora, write_lora
+from chroma_core.lora.files import describe, read_lora, write_lora
 from chroma_core.lora.modules import LokrModule, LoraModule
 from chroma_core.names.transformer import to_diffusers_modules
 from lora_cases import distance, equal, inputs, predict, random_kind

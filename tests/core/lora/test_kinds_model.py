@@ -6,19 +6,11 @@ import pytest
 import torch
 
 from chroma_core.errors import ConfigError, LoraError
-from chroma_core.lora.adapters import (
-    LoraSettings,
-    adapters_disabled,
-    add_trainable,
-    attach,
-    detach,
-    load_trained,
-    merge,
-    seed_dropout,
-    set_strength,
-    trained_lora,
-)
-from chroma_core.lora.formats import LoraFile, read_lora, write_lora
+from chroma_core.lora.adapters import adapters_disabled, attach, detach, merge, set_strength
+from chroma_core.lora.files import read_lora, write_lora
+from chroma_core.lora.modules import LoraFile
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable, load_trained, seed_dropout, trained_lora
 from chroma_core.model.precision import precision, quantise
 from chroma_core.streaming import stream_blocks
 from lora_cases import distance, equal, inputs, predict, random_kind
@@ -155,7 +147,7 @@ def test_trained_goes_to_a_file_and_comes_back_the_same(tmp_path, kind):
     write_lora(tmp_path / "a.safetensors", train(model))
     result = predict(model, call)
     lora = read_lora(tmp_path / "a.safetensors")
-    assert lora.unmatched == () and lora.dialect == "universal"
+    assert lora.unmatched == () and lora.key_format == "universal"
     attach(applied, lora)
     assert torch.equal(predict(applied, call), result)
     add_trainable(resumed, settings, seed=99)

@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from chroma_core.errors import LoraError
-from chroma_core.lora.adapters import LoraSettings, add_trainable, attach, start_from, trained_lora
-from chroma_core.lora.formats import LoraFile, read_lora
-from chroma_core.lora.modules import LokrModule, LoraModule
+from chroma_core.lora.adapters import attach
+from chroma_core.lora.files import read_lora
+from chroma_core.lora.modules import LokrModule, LoraFile, LoraModule
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable, start_from, trained_lora
 from lora_cases import distance, inputs, predict, random_kind, random_lora
 from miniature import transformer
 
@@ -71,7 +73,7 @@ def test_any_dialect_and_dtype(tmp_path):
         tensors |= {f"{key}.lora_down.weight": m.down.bfloat16(), f"{key}.lora_up.weight": m.up.bfloat16()}
     save_file(tensors, tmp_path / "a.safetensors")
     lora = read_lora(tmp_path / "a.safetensors")
-    assert lora.dialect == "onetrainer"
+    assert lora.key_format == "onetrainer"
     model, fresh = started(lora, rank=4, alpha=4)
     assert len(fresh) == 35 - 22 and all(".ff" in n or "proj_" in n for n in fresh)
     found = trained_lora(model).modules

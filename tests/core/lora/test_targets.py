@@ -5,7 +5,7 @@ import torch
 
 from chroma_core.errors import ConfigError
 from chroma_core.lora.adapters import attach
-from chroma_core.lora.targets import TARGETS, target_modules
+from chroma_core.lora.settings import TARGETS, target_modules
 from chroma_core.model.transformer import ChromaTransformer
 from lora_cases import random_lora
 from miniature import transformer

@@ -6,17 +6,11 @@ import pytest
 import torch
 
 from chroma_core.errors import ConfigError, LoraError
-from chroma_core.lora.adapters import (
-    LoraSettings,
-    adapters_disabled,
-    add_trainable,
-    attach,
-    detach,
-    load_trained,
-    seed_dropout,
-    trained_lora,
-)
-from chroma_core.lora.formats import LoraFile, LoraModule, read_lora, write_lora
+from chroma_core.lora.adapters import adapters_disabled, attach, detach
+from chroma_core.lora.files import read_lora, write_lora
+from chroma_core.lora.modules import LoraFile, LoraModule
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable, load_trained, seed_dropout, trained_lora
 from chroma_core.model.precision import PRECISIONS, precision, quantise
 from lora_cases import distance, inputs, predict, random_lora
 from miniature import transformer

@@ -5,7 +5,7 @@ import pytest
 from gguf.tensor_mapping import get_tensor_name_map
 
 import foreign_shapes
-from chroma_core.names import t5 as t5_keys
+from chroma_core.names import encoders as t5_keys
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import foreign_shapes
 import forked
 import miniature
 from chroma_core.loading.describe import describe_part
-from chroma_core.names import vae as vae_keys
+from chroma_core.names import encoders as vae_keys
 
 LDM_NAMES = """
 import json, sys

@@ -14,7 +14,7 @@ from chroma_core.errors import ConfigError
 from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.components import transformer_outline
 from chroma_core.loading.spec import ModelSpec
-from chroma_core.lora.formats import write_lora
+from chroma_core.lora.files import write_lora
 from chroma_core.model.images import read_record
 from chroma_core.requests.request import InferenceRequest
 from chroma_core.requests.run import lora_file, lora_uses, model_spec, part_file, run_request

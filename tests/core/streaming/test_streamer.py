@@ -3,14 +3,9 @@
 import pytest
 import torch
 
-from chroma_core.lora.adapters import (
-    LoraSettings,
-    add_trainable,
-    attach,
-    detach,
-    merge,
-    set_strength,
-)
+from chroma_core.lora.adapters import attach, detach, merge, set_strength
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable
 from chroma_core.model.precision import PRECISIONS, precision
 from chroma_core.streaming import stream_blocks
 from lora_cases import random_lora

@@ -5,10 +5,7 @@ import gc
 import pytest
 import torch
 
-from chroma_core.lora.adapters import (
-    seed_dropout,
-    trained_lora,
-)
+from chroma_core.lora.trainable import seed_dropout, trained_lora
 from chroma_core.model.precision import precision
 from chroma_core.streaming import stream_blocks
 from streaming_cases import BLOCKS, TRAINED_PRECISIONS, Watch, backward, call, model, predict, trainable

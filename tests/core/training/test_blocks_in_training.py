@@ -5,7 +5,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from chroma_core.errors import ConfigError
-from chroma_core.lora.adapters import LoraSettings, add_trainable
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable
 from chroma_core.model.latents import image_ids
 from chroma_core.model.precision import precision, quantise
 from chroma_core.streaming import stream_blocks

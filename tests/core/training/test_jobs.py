@@ -14,7 +14,7 @@ from chroma_core.cli.main import main
 from chroma_core.errors import JobError
 from chroma_core.loading.components import load_transformer
 from chroma_core.lora.adapters import attach
-from chroma_core.lora.formats import read_lora
+from chroma_core.lora.files import read_lora
 from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.jobs.job import FolderLock, Job
 from chroma_core.training.jobs.manager import JobManager

@@ -10,8 +10,9 @@ from safetensors import safe_open
 
 from chroma_core.errors import ConfigError
 from chroma_core.loading.components import load_text_encoder, load_transformer, load_vae
-from chroma_core.lora.adapters import attach, trained_lora
-from chroma_core.lora.formats import read_lora, write_lora
+from chroma_core.lora.adapters import attach
+from chroma_core.lora.files import read_lora, write_lora
+from chroma_core.lora.trainable import trained_lora
 from chroma_core.model.images import decode, read_latents, read_record
 from chroma_core.model.latents import LatentFormat
 from chroma_core.sampling.recipe import Recipe

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from chroma_core.loading.components import load_transformer
 from chroma_core.lora.adapters import attach
-from chroma_core.lora.formats import read_lora, write_lora
+from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.training.jobs.manager import JobManager
 from lora_cases import inputs, predict, random_lora
 from training_cases import config, model_folder, write_dataset

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from chroma_core.errors import ModelFileError
-from chroma_core.weights.weights import open_weights
+from chroma_core.weights.opening import open_weights
 from weight_files import (
     cut,
     raw_entry,

@@ -11,7 +11,7 @@ import torch
 
 from chroma_core.errors import ModelFileError
 from chroma_core.weights.gguf_files import COUNT_LIMIT, SCALARS
-from chroma_core.weights.weights import open_weights
+from chroma_core.weights.opening import open_weights
 from weight_files import cut, write_gguf
 
 TYPES = [

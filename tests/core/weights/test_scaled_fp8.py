@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chroma_core.errors import ModelFileError
-from chroma_core.weights.weights import open_weights
+from chroma_core.weights.opening import open_weights
 from weight_files import FP8_NAMES, NOTATIONS, json_tensor, write_safetensors, write_scaled_fp8
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import forked
 from chroma_core.errors import ModelFileError
-from chroma_core.weights.weights import Weights, open_weights
+from chroma_core.weights.opening import Weights, open_weights
 from weight_files import cut, shard_name, write_gguf, write_safetensors, write_scaled_fp8, write_shards
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
@@ -214,7 +214,7 @@ def test_content_decides_not_the_name(tmp_path: Path):
 PEAK = """
 import sys
 import torch
-from chroma_core.weights.weights import open_weights
+from chroma_core.weights.opening import open_weights
 
 def status(key):
     with open("/proc/self/status") as lines:

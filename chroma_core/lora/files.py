@@ -1,20 +1,189 @@
-"""From the tensors of a LoRA file to Chroma's layers: dialects resolved, fused layers split, shapes checked."""
+"""LoRA files: one value in memory, read from any known key format, written in the one that every runtime applies
+in full.
+
+(Or, on demand, in the names of another program: see `key_formats`.)
+That key format, `universal`, is `transformer.<diffusers path>.lora_A.weight` [rank, in], `.lora_B.weight` [out, rank]
+and `.alpha` (a number): ComfyUI and diffusers both load it with alpha honoured. A DoRA also has `.dora_scale` [out, 1],
+its magnitudes; a LoKr has LyCORIS' `.lokr_w1`, `.lokr_w2` or `.lokr_w2_a` and `.lokr_w2_b` instead. In a file without
+alpha the scale is 1, that is alpha = rank, as ComfyUI, diffusers and ai-toolkit have it, unless the header (diffusers)
+or the `adapter_config.json` beside it (PEFT) declares another.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LoraError, ModelFileError
+from ..files import write_json
 from ..names.transformer import Rows
-from .dialects import declared_alpha, declared_rank, foreign_kinds, locate, part_of
-from .fusing import own_columns
+from ..weights.safetensors_files import save_safetensors
+from .key_formats import (
+    declared_alpha,
+    declared_rank,
+    foreign_kinds,
+    locate,
+    looks_like_checkpoint,
+    own_columns,
+    part_of,
+    written,
+)
 from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted
+
+LONGEST_FIELD = 2000
+"""Characters of a header field that a description shows."""
+
+_KINDS = {"lora": "", "dora": "DoRA ", "lokr": "LoKr "}
+
+
+def describe(lora: LoraFile) -> str:
+    """What a LoRA holds, in a few lines for a person."""
+    tensors = [tensor for module in lora.modules.values() for tensor in module.factors().values()]
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+    kinds = [module.kind for module in lora.modules.values()]
+    counted = " and ".join(f"{kinds.count(kind)} {_KINDS[kind]}layers" for kind in _KINDS if kind in kinds)
+    lines = [
+        f"{counted}, {f'rank {_listed(lora.ranks)}' if lora.ranks else 'full rank'}, alpha {_listed(lora.alphas)}, "
+        f"{lora.parameters:,} parameters in {', '.join(dtypes)} ({lora.key_format} key format)",
+    ]
+    if lora.unmatched:
+        lines.append(f"{len(lora.unmatched)} keys are not Chroma's: {quoted(lora.unmatched)}")
+    lines += [f"{key}: {_short(value)}" for key, value in sorted(lora.metadata.items()) if key != "format"]
+    return "\n".join(lines)
+
+
+def _short(value: str) -> str:
+    """Some trainers write every tag of their data set into one field."""
+    return value if len(value) <= LONGEST_FIELD else f"{value[:LONGEST_FIELD]}… ({len(value):,} characters)"
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(f"{v:g}" for v in values)
+
+
+def write_lora(path: Path | str, lora: LoraFile, key_format: str = "universal") -> Path:
+    """Write `lora` in one of KEY_FORMATS, its tensors in the dtype they have; atomic. Returns the file's path.
+
+    PEFT's form is a folder: `path` without `.safetensors`, in which `adapter_model.safetensors` and
+    `adapter_config.json` are made; that file's path is returned.
+    Raises LoraError when there is nothing to write, when a number is not finite, or when the key format cannot hold it.
+    """
+    if not lora.modules:
+        raise LoraError(f"There is no LoRA to write to '{path}': it has no layers.")
+    for name, module in lora.modules.items():
+        if not all(tensor.isfinite().all() for tensor in module.factors().values()):
+            raise LoraError(f"The LoRA for '{path}' is not written: '{name}' holds NaN or infinite numbers.")
+    content = written(lora, key_format)
+    for key, tensor in content.tensors.items():
+        if not tensor.isfinite().all():
+            raise LoraError(
+                f"The LoRA for '{path}' is not written: with its alpha multiplied in, '{key}' has numbers too large "
+                f"for {str(tensor.dtype)[6:]}. Convert it to bf16 or fp32."
+            )
+    path = written_path(path, key_format)
+    if content.config is not None:
+        # First the small file: weights without their configuration would be read with a wrong alpha.
+        write_json(path.with_name(PEFT_CONFIG), content.config)
+    save_safetensors(path, content.tensors, content.header)
+    return path
+
+
+def written_path(path: Path | str, key_format: str) -> Path:
+    """The file that `write_lora` writes for `path`."""
+    path = Path(path)
+    if key_format != "peft" or path.name == PEFT_WEIGHTS:
+        return path
+    return (path.with_suffix("") if path.suffix == ".safetensors" else path) / PEFT_WEIGHTS
+
+
+def read_lora(path: Path | str) -> LoraFile:
+    """Read a LoRA in any key format (see `key_formats`), also a folder of PEFT's.
+
+    Its tensors are on the CPU, as stored (8-bit floats become fp32).
+    Fused layers of the original layout (`qkv`, `linear1`) are split exactly: every part shares `down` and takes its own
+    rows of `up` (of a block-diagonal one only the columns that are its own), of the magnitudes or of the Kronecker
+    product. Keys that are no part of a Chroma LoRA are listed in `unmatched`.
+    Raises LoraError, saying what was found, for an absent, damaged or pickled file, a whole model, another kind of
+    adapter (LoHa, OFT, …), or a file none of whose keys is Chroma's.
+    """
+    with _opened(path) as (path, file), torch.inference_mode(False):
+        keys = list(file.keys())
+        _refuse_foreign(path, keys)
+        # A copy of each: views of the file would change or crash when the file is replaced.
+        tensors = {key: file.get_tensor(key).clone() for key in keys if part_of(key) is not None}
+        metadata = dict(file.metadata() or {})
+    return assemble(path, keys, tensors, metadata)
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """The header of a LoRA file alone. Raises LoraError for a file that is absent or no safetensors."""
+    with _opened(path) as (_, file):
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[tuple[Path, Any]]:
+    """The file of a LoRA, in PEFT's folder too, and its content. Raises LoraError."""
+    path = Path(path)
+    if (path / PEFT_WEIGHTS).is_file():
+        path /= PEFT_WEIGHTS
+    if not path.is_file():
+        raise LoraError(f"There is no LoRA file '{path}'. Check the name, and the folder that it is looked up in.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield path, file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoraError(_unreadable(path, error)) from error
+
+
+def lora_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> LoraFile:
+    """A LoRA from the tensors of a file, without the file. Raises LoraError as `read_lora` does."""
+    name = Path("the LoRA")
+    _refuse_foreign(name, list(tensors))
+    with torch.inference_mode(False):
+        held = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items() if part_of(key) is not None}
+        return assemble(name, list(tensors), held, dict(metadata or {}))
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return (
+            f"'{path}' is a pickled file (.pt, .ckpt or .bin), which can run code when it is opened, so it is not "
+            "read. Use the .safetensors version of this LoRA."
+        )
+    return (
+        f"'{path}' is not a readable safetensors file ({error}). It may be cut off or damaged: download or copy it "
+        "again."
+    )
+
+
+def _refuse_foreign(path: Path, keys: list[str]) -> None:
+    """Raise for files that hold no LoRA at all, before a tensor of them is loaded."""
+    parts = [part for part in map(part_of, keys) if part is not None and part.kind != "alpha"]
+    if parts:
+        return
+    kinds = foreign_kinds(keys)
+    if kinds:
+        found = f"it holds {' and '.join(kinds)} (e.g. '{keys[0]}'), which ChromaKit does not read"
+    elif looks_like_checkpoint(keys):
+        found = f"it is a whole model ({len(keys)} tensors, e.g. '{keys[0]}'): load it as a model instead"
+    else:
+        found = f"it has no LoRA keys; its {len(keys)} tensors are {quoted(keys)}" if keys else "it is empty"
+    raise LoraError(
+        f"'{path}' is not a LoRA that can be applied: {found}. Readable are LoRA files with lora_A/lora_B or "
+        "lora_down/lora_up matrices, and LoKr files with lokr_w1/lokr_w2, for Chroma."
+    )
+
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """The two files of a folder that PEFT saves."""
@@ -35,7 +204,7 @@ def assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: 
         else:
             raw[part.module][part.kind] = key
     modules: dict[str, AdapterModule] = {}
-    dialects: list[str] = []
+    found_formats: list[str] = []
     declared = _declared(path, metadata, any("magnitude" in parts for parts in raw.values()))
     for name, parts in raw.items():
         found = locate(name)
@@ -43,9 +212,9 @@ def assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: 
         if found is None or build is None:
             unmatched += parts.values()
             continue
-        dialect, layers = found
-        if dialect not in dialects:
-            dialects.append(dialect)
+        key_format, layers = found
+        if key_format not in found_formats:
+            found_formats.append(key_format)
         _check_parts(path, name, parts)
         own = own_columns(tensors[parts["up"]], layers) if build is _low_rank else {}
         for layer in layers:
@@ -55,7 +224,7 @@ def assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: 
                     continue  # a part that the LoRA does not change
                 columns = None
             if layer.name in modules:
-                raise LoraError(f"'{path}' has the layer '{layer.name}' twice, in two dialects.")
+                raise LoraError(f"'{path}' has the layer '{layer.name}' twice, in two key formats.")
             try:
                 module = build(path, name, parts, tensors, declared, layer)
                 modules[layer.name] = module if columns is None else _columns(module, columns)
@@ -65,11 +234,11 @@ def assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: 
         kinds = foreign_kinds(unmatched)
         raise LoraError(
             f"None of the {len(keys)} keys in '{path}' belongs to Chroma: {quoted(unmatched)}"
-            f"{f' ({kinds[0]})' if kinds else ''}. It was made for another model, or in an unknown dialect."
+            f"{f' ({kinds[0]})' if kinds else ''}. It was made for another model, or in an unknown key format."
         )
     stated = [("alpha" in parts) for name, parts in raw.items() if len(parts) > 1]
     source = "tensors" if all(stated) else "configuration" if declared else "mixed" if any(stated) else "absent"
-    return LoraFile(modules, metadata, "+".join(dialects), tuple(unmatched), source)
+    return LoraFile(modules, metadata, "+".join(found_formats), tuple(unmatched), source)
 
 
 def _builder(parts: Mapping[str, str]) -> Any:

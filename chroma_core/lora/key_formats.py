@@ -1,0 +1,406 @@
+"""Key formats, the ways in which LoRA files name things: from a key in any known one to Chroma's layers and back.
+
+Read:
+
+| key format | keys | written by |
+|---|---|---|
+| `universal` | `transformer.<diffusers name>.lora_A/B.weight` and `.alpha` | ChromaKit, diffusers, SimpleTuner |
+| `peft` | `base_model.model.<diffusers name>.lora_A/B[.adapter].weight` | PEFT's save_pretrained |
+| `native` | `diffusion_model.<original name>.lora_A/B` or `lora_down/up` | ai-toolkit, ComfyUI |
+| `kohya` | `lora_unet_<original name with _>.lora_down/up` and `.alpha` | sd-scripts and its descendants |
+| `onetrainer` | `lora_transformer_<diffusers name with _>…` | OneTrainer |
+| `lycoris` | `lycoris_<diffusers name with _>.lokr_w1…` | LyCORIS, SimpleTuner |
+| `bare` | names without a prefix | various |
+
+Prefix and layout mix freely in the wild (`diffusion_model.<diffusers name>` exists), so after its prefix a name is
+looked up in both layouts, with dots and with underscores.
+
+Written:
+
+| key format | layers | alpha | holds |
+|---|---|---|---|
+| `universal` | diffusers | a tensor | LoRA, DoRA, LoKr |
+| `peft` | diffusers | `adapter_config.json` | LoRA, DoRA |
+| `diffusers` | diffusers | folded: 1, also in the header | LoRA, DoRA |
+| `simpletuner` | diffusers | folded: 1 | LoRA |
+| `ai-toolkit` | original, fused | folded: 1 | LoRA |
+| `kohya` | original, fused | a tensor | LoRA, DoRA |
+| `onetrainer` | diffusers | a tensor | LoRA, DoRA |
+| `lycoris` | diffusers | a tensor | LoRA, DoRA, LoKr |
+
+*folded*: where the names have no place for alpha that every reader looks at, alpha / rank is multiplied into `up`, so
+that the factor 1 which those readers assume is right.
+
+Layers that the original layout fuses become one LoRA for `qkv` or `linear1`, and back, both exactly. Apart → fused:
+parts with one and the same down matrix stack their up matrices, at their rank r. Parts with different ones go
+block-diagonally, down over down and up beside zeros, at the sum of their ranks (3r for `qkv`, 4r for `linear1`).
+Fused → apart: every part has the whole down and its own rows of up; from a block-diagonal one it gets back only the
+columns that it put in, since the others are zero in its rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraError
+from ..names.transformer import Rows, to_diffusers_modules, to_original_module, unflatten
+from .modules import AdapterModule, LokrModule, LoraFile, LoraModule
+
+PREFIXES = (
+    ("transformer.", "universal"),
+    ("base_model.model.", "peft"),
+    ("diffusion_model.", "native"),
+    ("lora_unet_", "kohya"),
+    ("lora_transformer_", "onetrainer"),
+    ("lycoris_", "lycoris"),
+    ("", "bare"),
+)
+
+_PART = re.compile(
+    r"^(?P<module>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))(?:\.\w+)?\.weight$"
+)
+_MAGNITUDE = re.compile(r"^(?P<module>.+)\.(?:dora_scale|lora_magnitude_vector)(?:\.\w+)*$")
+_LOKR = re.compile(r"^(?P<module>.+)\.lokr_(?P<factor>w[12](?:_[ab])?|t2)(?:\.\w+)?$")
+
+_FOREIGN = (
+    (re.compile(r"\.hada_"), "LoHa"),
+    (re.compile(r"\.oft_|\.oft\.|\.oft_blocks"), "OFT"),
+    (re.compile(r"\.(a1|a2|b1|b2)\.weight$"), "GLoRA"),
+    (re.compile(r"\.lora_mid\."), "LoCon with a middle matrix"),
+    (re.compile(r"\.(diff|diff_b|w_norm|b_norm|set_weight)$"), "full weight differences"),
+    (re.compile(r"^(lora_te|text_encoder|text_encoders|te\d?_)"), "a text encoder's LoRA"),
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one key of a LoRA file is, of the module with that raw name.
+
+    kind: `down` or `up` (matrices), `alpha`, `magnitude` (of a DoRA), or of a LoKr `w1`, `w1_a`, `w1_b`, `w2`, `w2_a`,
+    `w2_b`, `t2`.
+    """
+
+    module: str
+    kind: str
+
+
+def part_of(key: str) -> Part | None:
+    """The part that a key names; None when it is no part of a LoRA, DoRA or LoKr."""
+    match = _PART.match(key)
+    if match is not None:
+        return Part(match["module"], "down" if match["down"] else "up")
+    match = _LOKR.match(key)
+    if match is not None:
+        return Part(match["module"], match["factor"])
+    match = _MAGNITUDE.match(key)
+    if match is not None:
+        return Part(match["module"], "magnitude")
+    return Part(key.removesuffix(".alpha"), "alpha") if key.endswith(".alpha") else None
+
+
+def locate(module: str) -> tuple[str, tuple[Rows, ...]] | None:
+    """Key format of a raw module name, and the Chroma layers (diffusers names) that it stands for; None: unknown."""
+    for prefix, key_format in PREFIXES:
+        if module.startswith(prefix):
+            rows = _layers(module.removeprefix(prefix))
+            if rows is not None:
+                return key_format, rows
+    return None
+
+
+def _layers(name: str) -> tuple[Rows, ...] | None:
+    if to_original_module(name) is not None:
+        return (Rows(name),)
+    rows = to_diffusers_modules(name)
+    if rows is None:
+        dotted = unflatten(name)
+        if dotted is not None and dotted != name:
+            return _layers(dotted)
+    return rows
+
+
+def foreign_kinds(keys: list[str]) -> list[str]:
+    """What those keys are known to hold, other than LoRA, DoRA and LoKr, as words for a message."""
+    return [words for pattern, words in _FOREIGN if any(pattern.search(key) for key in keys)]
+
+
+def looks_like_checkpoint(keys: list[str]) -> bool:
+    """Whether these are the weights of a whole model."""
+    roots = ("double_blocks.", "single_blocks.", "transformer_blocks.", "single_transformer_blocks.")
+    return any(
+        key.removeprefix("model.").removeprefix("diffusion_model.").startswith(roots) and key.endswith(".weight")
+        for key in keys
+    )
+
+
+def declared_alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """The alpha that a PEFT configuration gives a layer of that rank, as one number for scale = alpha / rank.
+
+    Follows PEFT: `alpha_pattern` by regular expression on the name's end, else `lora_alpha` (`alpha` for a LoKr);
+    rank-stabilised LoRA scales by alpha / √rank.
+    """
+    alpha = _by_pattern(config, "alpha_pattern", layer, config.get("lora_alpha", config.get("alpha", rank)))
+    return alpha * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
+
+
+def declared_rank(config: Mapping[str, Any], layer: str) -> float | None:
+    """The rank that a PEFT configuration gives a layer; None when it gives none."""
+    return _by_pattern(config, "rank_pattern", layer, config["r"]) if "r" in config else None
+
+
+def _by_pattern(config: Mapping[str, Any], option: str, layer: str, otherwise: Any) -> float:
+    for pattern, value in (config.get(option) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return float(value)
+    return float(otherwise)
+
+
+def folded(module: LoraModule, scale: float = 1.0) -> LoraModule:
+    """The same update with its factor at `scale` and the difference in `up`: computed in fp32, rounded once."""
+    if module.scale == scale:
+        return module
+    up = (module.up.float() * (module.scale / scale)).to(module.up.dtype)
+    return dataclasses.replace(module, up=up, alpha=scale * module.rank)
+
+
+def fused_modules(modules: Mapping[str, AdapterModule]) -> dict[str, LoraModule]:
+    """LoRAs by original name from LoRAs by diffusers name. A part that has none changes nothing in the fused layer.
+
+    Raises LoraError for a Kronecker product, a name that is not Chroma's, and a DoRA on only some of the parts: what
+    the others' magnitudes would be stands in the base, not in the file.
+    """
+    gathered: dict[str, list[tuple[Rows, LoraModule]]] = {}
+    for name, module in modules.items():
+        rows = to_original_module(name)
+        if rows is None or not isinstance(module, LoraModule):
+            raise LoraError(f"'{name}' cannot be written by the original layout's names: it is {_what(rows, module)}.")
+        gathered.setdefault(rows.name, []).append((rows, module))
+    return {original: fuse(original, parts) for original, parts in gathered.items()}
+
+
+def fuse(original: str, parts: Sequence[tuple[Rows, LoraModule]]) -> LoraModule:
+    """The LoRA of a fused layer from those of its parts (each with the rows that it takes)."""
+    parts = sorted(parts, key=lambda part: part[0].start)
+    first, module = parts[0]
+    if len(parts) == 1 and first.of == 1:
+        return module
+    names = [part.name for part in to_diffusers_modules(original) or ()]
+    with_magnitude = [part for _, part in parts if part.magnitude is not None]
+    if with_magnitude and len(with_magnitude) < len(names):
+        raise LoraError(
+            f"'{original}' cannot be put together: {len(with_magnitude)} of its {len(names)} parts are DoRA, and the "
+            "magnitudes of the others stand in the base model only. The universal, peft and diffusers key formats keep "
+            "the parts apart and hold it."
+        )
+    share = module.shape[0] // (first.stop - first.start)
+    leading = next((part for _, part in parts if part.scale), module)  # an alpha of 0 cannot hold the others' factors
+    same_scale = [folded(part, leading.scale) for _, part in parts]
+    dtype = module.down.dtype
+    for _, part in parts:
+        dtype = torch.promote_types(torch.promote_types(dtype, part.down.dtype), part.up.dtype)
+    shared = all(part.down.shape == module.down.shape and torch.equal(part.down, module.down) for _, part in parts)
+    down = module.down.to(dtype) if shared else torch.cat([part.down.to(dtype) for part in same_scale])
+    up = torch.zeros(share * first.of, down.shape[0], dtype=dtype)
+    column = 0
+    for (rows, _), part in zip(parts, same_scale, strict=True):
+        start, stop = rows.start * share, rows.stop * share
+        if part.up.shape[0] != stop - start:
+            raise LoraError(
+                f"'{original}' cannot be put together: its parts have other sizes than Chroma's ({part.up.shape[0]} "
+                f"rows where {stop - start} belong). The LoRA was made for another architecture."
+            )
+        up[start:stop, column : column + part.rank] = part.up.to(dtype)
+        column += 0 if shared else part.rank
+    magnitude = None
+    if with_magnitude:
+        magnitude = torch.cat([part.magnitude for _, part in parts if part.magnitude is not None])
+    # alpha · (sum of ranks) / rank, in this order: with whole numbers no digit is lost.
+    return LoraModule(down, up, leading.alpha * down.shape[0] / leading.rank, magnitude)
+
+
+def own_columns(up: Tensor, layers: Sequence[Rows]) -> dict[str, Tensor]:
+    """Of a fused `up` [rows, rank]: which columns belong to which part alone (indices, ascending).
+
+    Empty unless the parts use different columns, that is unless the matrix is block-diagonal; a part without any
+    column is then one that the LoRA does not touch.
+    """
+    if len(layers) < 2 or up.ndim != 2 or up.shape[0] % layers[0].of:
+        return {}
+    used = {layer.name: layer.take(up).float().any(dim=0) for layer in layers}
+    if not any(column.any() for column in used.values()):
+        return {}  # an untrained one: all of it belongs to every part
+    if torch.stack(list(used.values())).sum(dim=0).max() > 1:
+        return {}
+    return {name: column.nonzero().flatten() for name, column in used.items()}
+
+
+def _what(rows: Rows | None, module: AdapterModule) -> str:
+    return "no layer of Chroma" if rows is None else f"a {module.kind}"
+
+
+KeyFormat = Literal["universal", "peft", "diffusers", "kohya", "ai-toolkit", "onetrainer", "simpletuner", "lycoris"]
+"""What `write_lora` writes."""
+
+KEY_FORMATS: tuple[KeyFormat, ...] = get_args(KeyFormat)
+
+ADAPTER_CONFIG = "lora_adapter_metadata"
+"""The header field in which diffusers keeps PEFT's configuration."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a key format names tensors. `{}` in `key` stands for the layer."""
+
+    key: str
+    down: str = "lora_A.weight"
+    up: str = "lora_B.weight"
+    magnitude: str | None = None
+    column: bool = True
+    lokr: bool = False
+    flat: bool = False
+    fused: bool = False
+    alpha: Literal["tensor", "folded", "config"] = "tensor"
+
+
+_KOHYA: dict[str, Any] = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale", "flat": True}
+_PEFT: dict[str, Any] = {"magnitude": "lora_magnitude_vector", "column": False}
+STYLES: dict[KeyFormat, Style] = {
+    "universal": Style("transformer.{}", magnitude="dora_scale", lokr=True),
+    "peft": Style("base_model.model.{}", **_PEFT, alpha="config"),
+    "diffusers": Style("transformer.{}", **_PEFT, alpha="folded"),
+    "kohya": Style("lora_unet_{}", **_KOHYA, fused=True),
+    "ai-toolkit": Style("diffusion_model.{}", fused=True, alpha="folded"),
+    "onetrainer": Style("lora_transformer_{}", **_KOHYA),
+    "simpletuner": Style("transformer.{}", alpha="folded"),
+    "lycoris": Style("lycoris_{}", **_KOHYA, lokr=True),
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """The content of a file in some key format; `config`: what goes into PEFT's `adapter_config.json`, if any."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, str]
+    config: dict[str, Any] | None = None
+
+
+def written(lora: LoraFile, key_format: str) -> Written:
+    """The tensors and the header of `lora` in `key format`, as copies in the dtype they have.
+
+    Raises LoraError for an unknown key format, and for a kind of adapter that it cannot hold, naming those that can.
+    """
+    style = _style(key_format)
+    for name, module in lora.modules.items():
+        _check_held(key_format, style, name, module)
+    if style.magnitude == "lora_magnitude_vector" and len(lora.kinds) > 1:
+        raise LoraError(
+            f"The LoRA is not written in the {key_format} key format: some of its layers are DoRA and some are not, "
+            "and PEFT has one kind for all. The universal key format holds both."
+        )
+    modules: Mapping[str, AdapterModule] = lora.modules
+    if style.fused:
+        modules = fused_modules(modules)
+    if style.alpha == "folded":
+        modules = {name: folded(module) for name, module in modules.items() if isinstance(module, LoraModule)}
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        key = style.key.format(name.replace(".", "_") if style.flat else name)
+        # Copies: layers split from a fused one share their down matrix, which the file format does not allow.
+        tensors |= {f"{key}.{leaf}": t.detach().clone() for leaf, t in _leaves(style, module).items()}
+        if style.alpha == "tensor":
+            tensors[f"{key}.alpha"] = torch.tensor(float(module.alpha))
+    header = {key: value for key, value in lora.metadata.items() if key != ADAPTER_CONFIG}
+    config = None
+    if key_format == "peft":
+        config = peft_config(modules)
+    elif key_format == "diffusers":
+        values = {f"transformer.{key}": value for key, value in peft_config(modules).items()}
+        header[ADAPTER_CONFIG] = json.dumps(values, indent=2, sort_keys=True)
+    return Written(tensors, {"format": "pt", **header}, config)
+
+
+def peft_config(modules: Mapping[str, AdapterModule]) -> dict[str, Any]:
+    """The configuration with which PEFT builds exactly these layers, at these ranks and alphas.
+
+    PEFT takes listed target names, and keys of its patterns, for *endings*: `proj_out` would also be the 38 `proj_out`
+    of the single blocks. Hence one regular expression over whole names, and `^` before the keys.
+    """
+    ranks = {name: module.rank for name, module in modules.items() if isinstance(module, LoraModule)}
+    alphas = {name: module.alpha for name, module in modules.items()}
+    rank, alpha = _commonest(list(ranks.values())), _commonest(list(alphas.values()))
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "rank_pattern": {f"^{re.escape(name)}": found for name, found in ranks.items() if found != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": _whole(found) for name, found in alphas.items() if found != alpha},
+        "target_modules": "|".join(re.escape(name) for name in modules),
+        "use_dora": any(isinstance(module, LoraModule) and module.magnitude is not None for module in modules.values()),
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+def holders(kind: str) -> list[str]:
+    """The key formats that hold a kind of adapter."""
+    return [name for name, style in STYLES.items() if _holds(style, kind)]
+
+
+def _style(key_format: str) -> Style:
+    if key_format not in STYLES:
+        raise LoraError(
+            f"'{key_format}' is no key format that ChromaKit writes. Choose one of: {', '.join(KEY_FORMATS)}."
+        )
+    return STYLES[key_format]
+
+
+def _holds(style: Style, kind: str) -> bool:
+    held: dict[str, Callable[[], bool]] = {"dora": lambda: style.magnitude is not None, "lokr": lambda: style.lokr}
+    return held.get(kind, lambda: True)()
+
+
+def _check_held(key_format: str, style: Style, name: str, module: AdapterModule) -> None:
+    if not _holds(style, module.kind):
+        shown = {"dora": "DoRA", "lokr": "LoKr"}[module.kind]
+        raise LoraError(
+            f"The LoRA is not written in the {key_format} key format, which has no place for a {shown} ('{name}'). "
+            f"These have: {', '.join(holders(module.kind))}."
+        )
+    if isinstance(module, LokrModule) and module.rows is not None:
+        raise LoraError(
+            f"The LoKr is not written: '{name}' is a part of a fused layer that is no Kronecker product by itself. Use "
+            "the file that it was read from."
+        )
+
+
+def _leaves(style: Style, module: AdapterModule) -> dict[str, Tensor]:
+    """How a module's tensors are called after its name."""
+    if isinstance(module, LokrModule):
+        return {f"lokr_{factor}": tensor.contiguous() for factor, tensor in module.factors().items()}
+    leaves = {style.down: module.down, style.up: module.up}
+    if module.magnitude is None:
+        return leaves
+    assert style.magnitude is not None
+    # One column where ComfyUI reads it: it multiplies the weight [out, in] by it.
+    return {**leaves, style.magnitude: module.magnitude[:, None] if style.column else module.magnitude}
+
+
+def _commonest(values: list[Any]) -> Any:
+    return max(sorted(set(values)), key=values.count)
+
+
+def _whole(value: float) -> float | int:
+    """Whole numbers as such: PEFT's `lora_alpha` is one by its own annotation."""
+    return int(value) if float(value).is_integer() else value

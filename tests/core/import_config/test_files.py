@@ -2,12 +2,12 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError
 from chroma_core.import_config import ai_toolkit, as_json, as_text, import_config, job_toml, simpletuner, write_job
 from chroma_core.import_config.convert import missing
@@ -168,17 +168,14 @@ def test_the_documentation_is_current():
     assert path.read_text(encoding="utf-8") == page(), "run: python tools/docs/import_tables.py"
 
 
-def test_the_command_line(put, tmp_path):
+def test_the_command_line(put, tmp_path, capsys):
     put("config.json", SEED_SNIPPET)
 
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "chroma_core", "import-config", "config.json", *arguments]
-        root = str(Path(__file__).parents[3])
-        return subprocess.run(
-            command, cwd=tmp_path, env={"PYTHONPATH": root, "PATH": ""}, capture_output=True, text=True
-        )
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status = main(["import-config", "config.json", *arguments])
+        return status, *capsys.readouterr()
 
-    report = json.loads(run("--json", "--output", "a.toml").stdout)
+    report = json.loads(run("--json", "--output", "a.toml")[1])
     assert (report["tool"], report["differs"], report["no_counterpart"], report["unknown"]) == (
         "SimpleTuner",
         [],
@@ -186,8 +183,8 @@ def test_the_command_line(put, tmp_path):
         [],
     )
     assert {"option": "network_rank", "value": "16", "written": {"lora.rank": 16}, "reason": ""} in report["mapped"]
-    text = run().stdout
-    assert "network_rank = 16 → lora.rank = 16" in text and "0 warnings" in text
+    status, text, _ = run()
+    assert status == 0 and "network_rank = 16 → lora.rank = 16" in text and "0 warnings" in text
     assert (tmp_path / "job.toml").read_text() == (tmp_path / "a.toml").read_text()
-    again = run()
-    assert again.returncode != 0 and "exists already" in again.stderr
+    status, _, error = run()
+    assert status == 1 and "exists already" in error

@@ -104,7 +104,7 @@ def table(rows: list[dict[str, Any]], steps: int) -> str:
     lines = [
         f"{steps} steps of batch 4 on `tiny`, rank 16, target `all+ffs`, rate 2e-3 (full rank: 2e-4), one CPU core:",
         "",
-        "| | held-out loss before → after | time of a step | optimizer's state |",
+        "| | validation loss before → after | step time | optimizer's state |",
         "|---|---|---|---|",
     ]
     for row in rows:

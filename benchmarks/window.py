@@ -169,12 +169,12 @@ def table(found: dict[str, Any]) -> str:
         (
             f"opening the tab, {JOBS + 1} jobs in it",
             f"{found['tab']:.0f} ms (the first time {found['first_tab']:.0f})",
-            f"the host's node library: {found['peer_tab']:.0f} ms",
+            f"ComfyUI's node library: {found['peer_tab']:.0f} ms",
             f"{found['tab'] / found['peer_tab']:.2f}",
         ),
         (
             f"opening a job of {STEPS} steps until its curve is drawn",
-            f"{found['long']:.0f} ms (the first time, when the host reads the file, {found['first_long']:.0f})",
+            f"{found['long']:.0f} ms (the first time, when ComfyUI reads the file, {found['first_long']:.0f})",
             f"all metrics, every point drawn: {found['peer_long']:.0f} ms",
             f"{found['long'] / found['peer_long']:.2f}",
         ),
@@ -194,7 +194,7 @@ def table(found: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines[1] = "|---|---|---|---|"
     size, taken = found["list_bytes"] / 1024, found["list"]
-    about = f"The list of {JOBS + 1} jobs is {size:.0f} KiB, which the host answers within {taken:.0f} ms."
+    about = f"The list of {JOBS + 1} jobs is {size:.0f} KiB, which ComfyUI answers within {taken:.0f} ms."
     return "\n".join([*lines, "", about])
 
 

@@ -104,7 +104,7 @@ def choices_table() -> str:
                     f"{found.device_peak_bytes / GIB:.1f} + {found.host_peak_bytes / GIB:.1f}",
                 ]
             rows.append([size, f"{device} GB, {host} GB", *cells])
-    return table(["pixels", "card, RAM", "sampling", "needs", "training", "needs"], rows)
+    return table(["pixels", "GPU, RAM", "sampling", "needs", "training", "needs"], rows)
 
 
 def seeds_table() -> str:
@@ -145,7 +145,7 @@ def measured() -> Iterator[tuple[str, str]]:
             [name, f"{stored:.3f}", f"{100 * error:.1f} %"]
             + [f"{there.peak / weight.numel():.1f}", QUANTISE[name], f"{seen:.1f}", DEQUANTISE[name]]
         )
-    header = ["precision", "bytes a weight", "error", "to quantise", "planned", "to dequantise", "planned"]
+    header = ["precision", "bytes per weight", "error", "to quantise", "planned", "to dequantise", "planned"]
     yield "moments", table(header, rows)
 
     rows = []

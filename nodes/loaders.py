@@ -12,7 +12,7 @@ from ..chroma_core.errors import ModelFileError
 from ..chroma_core.loading.components import describe
 from ..chroma_core.loading.locate import locate
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
-from ..chroma_core.memory import estimate, in_gib, machine, plan_table
+from ..chroma_core.memory import Settings, estimate, in_gib, machine, memory_plan
 from ..chroma_core.model.flavours import FLAVOURS
 from ..chroma_core.model.latents import PATCH
 from ..chroma_core.options import option_of
@@ -181,19 +181,14 @@ def part_name(part: Any, path: str | None) -> str:
 def _memory_plan(spec: ModelSpec, planned: str) -> str:
     """The table of what fits; when the chosen settings do not, that is also said on the node."""
     here = machine(host.device())
-    settings: dict[str, Any] = {
-        "text_precision": spec.text_precision,
-        "offload": spec.offload,
-        "resident_blocks": spec.resident_blocks,
-        "offload_during_startup": spec.offload_during_startup,
-    }
-    needed = estimate(planned, spec.precision, on=here, **settings)
+    settings = Settings.of(spec, flavour=planned)
+    needed = estimate(settings, here)
     if needed.sampling_peak_bytes > here.device_budget:
         host.say(
             f"These settings need about {in_gib(needed.sampling_peak_bytes)}, and {in_gib(here.device_budget)} are "
             f"usable here. {needed.recommendation.sentence}"
         )
-    return plan_table(planned, spec.precision, on=here, **settings)
+    return memory_plan(settings, here).text
 
 
 def _file_input(part: str, tooltip: str) -> io.Combo.Input:

@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from ...chroma_core.errors import ChromaKitError, ConfigError
-from ...chroma_core.memory import estimate, machine
+from ...chroma_core.memory import Settings, estimate, machine
 from ...chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
 from .. import host, jobs
@@ -120,15 +120,10 @@ async def _plan(request: web.Request) -> web.Response:
     """The memory estimate for the query's settings; see `PLAN`."""
     try:
         settings = {name: _setting(name, text) for name, text in request.query.items()}
-        found = await asyncio.to_thread(lambda: _estimate(settings))
+        found = await asyncio.to_thread(lambda: estimate(Settings(**settings), machine(host.device())))
     except ChromaKitError as error:
         return refused(400, error)
-    return web.json_response(found)
-
-
-def _estimate(settings: dict[str, Any]) -> dict[str, Any]:
-    flavour, precision = settings.pop("flavour", "base"), settings.pop("precision", "bf16")
-    return estimate(flavour, precision, on=machine(host.device()), **settings).to_dict()
+    return web.json_response(found.to_dict())
 
 
 def _setting(name: str, text: str) -> Any:

@@ -11,18 +11,19 @@ from comfy_api.latest import io
 from ..chroma_core.errors import ModelFileError
 from ..chroma_core.loading.components import describe
 from ..chroma_core.loading.locate import locate
-from ..chroma_core.loading.spec import ModelHandle, ModelSpec
+from ..chroma_core.loading.spec import ModelHandle, ModelSpec, Offload
 from ..chroma_core.memory import Settings, estimate, in_gib, machine, memory_plan
 from ..chroma_core.model.flavours import FLAVOURS
 from ..chroma_core.model.latents import PATCH
 from ..chroma_core.options import option_of
+from ..chroma_core.weights.identify import Part
 from . import host
 from .option_widgets import ADVANCED, values_at, widget
 from .sockets import ChromaModel, ChromaTextEncoder, schema
 
 PUBLISHED = "as published"
 
-PARTS = ("transformer", "text_encoder", "vae")
+PARTS: tuple[Part, ...] = ("transformer", "text_encoder", "vae")
 
 T5_VOCABULARY = 32128
 """Rows of the published T5's token table; a T5 of this size reads the tokens of the published tokenizer."""
@@ -133,7 +134,7 @@ class ChromaLoadModel(io.ComfyNode):
         flavour,
         precision,
         text_precision="bf16",
-        offload="none",
+        offload: Offload = "none",
         folder=PUBLISHED,
         transformer=PUBLISHED,
         text_encoder=PUBLISHED,
@@ -191,7 +192,7 @@ def _memory_plan(spec: ModelSpec, planned: str) -> str:
     return memory_plan(settings, here).text
 
 
-def _file_input(part: str, tooltip: str) -> io.Combo.Input:
+def _file_input(part: Part, tooltip: str) -> io.Combo.Input:
     return io.Combo.Input(
         part,
         options=[PUBLISHED, *host.model_file_names(part)],
@@ -201,7 +202,7 @@ def _file_input(part: str, tooltip: str) -> io.Combo.Input:
     )
 
 
-def _path(part: str, name: str) -> str | None:
+def _path(part: Part, name: str) -> str | None:
     return None if name == PUBLISHED else host.model_file(part, name)
 
 
@@ -210,8 +211,8 @@ def _checked(spec: ModelSpec) -> tuple[ModelSpec, str]:
 
     Only headers are read. The user's own files come first, so that a wrong one is refused before anything is fetched.
     """
-    published = [part for part in PARTS if getattr(spec, part) is None]
-    own = [part for part in PARTS if part not in published]
+    published: list[Part] = [part for part in PARTS if getattr(spec, part) is None]
+    own: list[Part] = [part for part in PARTS if part not in published]
     on_download = host.Downloads()
     found = {part: describe(spec, part).config for part in own}
     if published and spec.folder is None and FLAVOURS[spec.flavour].repository:
@@ -239,7 +240,7 @@ def _checked(spec: ModelSpec) -> tuple[ModelSpec, str]:
     return spec, "base"
 
 
-def _what_is_here(spec: ModelSpec, part: str) -> str:
+def _what_is_here(spec: ModelSpec, part: Part) -> str:
     """The user's own files that would do for a part, as a sentence; empty when there are none."""
     fitting = []
     for name in host.model_file_names(part):

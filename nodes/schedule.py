@@ -10,8 +10,7 @@ from torch import Tensor
 from ..chroma_core.model.latents import snap_size
 from ..chroma_core.options import option_of
 from ..chroma_core.sampling.sampler import SamplingSettings
-from ..chroma_core.sampling.schedule import FlowShift, sampling_sigmas
-from ..chroma_core.sampling.spacing import Spacing
+from ..chroma_core.sampling.schedule import FlowShift, Spacing, sampling_sigmas
 from .option_widgets import widget
 from .sockets import schema
 

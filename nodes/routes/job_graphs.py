@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...chroma_core.comfy.to_prompt import Prompt, node
+from ...chroma_core.comfy.graph import Prompt, node
 from ...chroma_core.data.dataset import DatasetConfig
 from ...chroma_core.errors import ChromaKitError, JobError
 from ...chroma_core.loading.spec import ModelHandle, ModelSpec
@@ -18,7 +18,7 @@ from ...chroma_core.training.config import TrainingConfig
 from ...chroma_core.training.config.changes import differences
 from ...chroma_core.training.jobs.manager import Job
 from .. import dataset_widgets, host, loaders, settings, training
-from ..combined import SLOTS
+from ..dataset import SLOTS
 from ..schedule import shift_widgets
 
 

@@ -25,8 +25,7 @@ from ...model.precision import precision
 from ...options import MAX_SEED, Option, identity
 from ...sampling.recipe import RECIPES, Recipe, recipe
 from ...sampling.sampler import Method, SamplingSettings
-from ...sampling.schedule import FlowShift, SigmaDraw, SigmaRemap, SigmaSettings, parse_flow_shift
-from ...sampling.spacing import Spacing
+from ...sampling.schedule import FlowShift, SigmaDraw, SigmaRemap, SigmaSettings, Spacing, parse_flow_shift
 from ...sampling.text import TextPadding, apply_trigger
 from ..step.lr import LrSchedule, Schedule
 from ..step.objective import GuidanceMode, LossKind, ObjectiveSettings

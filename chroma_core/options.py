@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 MAX_SEED = 2**53 - 1
-"""The largest whole number that a web page holds exactly."""
+"""The largest whole number that a web page, or any JSON reader, holds exactly."""
 
 
 @dataclass(frozen=True)

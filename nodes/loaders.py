@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -11,12 +12,13 @@ from ..chroma_core.errors import ModelFileError
 from ..chroma_core.loading.components import describe
 from ..chroma_core.loading.locate import locate
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec, Offload
-from ..chroma_core.memory import estimate, in_gib, machine, plan_table
+from ..chroma_core.memory import Settings, estimate, in_gib, machine, memory_plan
 from ..chroma_core.model.flavours import FLAVOURS
 from ..chroma_core.model.latents import PATCH
-from ..chroma_core.model.precision import PRECISIONS
+from ..chroma_core.options import option_of
 from ..chroma_core.weights.identify import Part
 from . import host
+from .option_widgets import ADVANCED, values_at, widget
 from .sockets import ChromaModel, ChromaTextEncoder, schema
 
 PUBLISHED = "as published"
@@ -61,48 +63,24 @@ class ChromaLoadModel(io.ComfyNode):
                 "memory plan",
             ],
             inputs=[
-                io.Combo.Input(
+                widget(
+                    ModelSpec,
                     "flavour",
-                    options=list(FLAVOURS),
                     default="tiny",
-                    tooltip="base: balanced, the one to train on. hd: finer detail. flash: few steps, no guidance. "
-                    "tiny: a miniature that ships with the pack and paints coloured shapes at 64 pixels, to try "
-                    "everything with. Of all but tiny, the parts that are 'as published' below are fetched from the "
-                    "Hub the first time: transformer 17.8 GB, text encoder 9.5 GB, VAE 0.2 GB.",
+                    tooltip=f"{option_of(ModelSpec, 'flavour').sentence} Of all but tiny, the parts that are "
+                    f"'{PUBLISHED}' below are fetched from the Hub the first time: transformer 17.8 GB, text encoder "
+                    "9.5 GB, VAE 0.2 GB.",
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=list(PRECISIONS),
-                    default="bf16",
-                    tooltip="How the transformer's weights are held. int8 and fp8 take half the memory of bf16, int4 "
-                    "and nf4 a quarter. A name with a dash needs the library it ends in. See docs/precision.md.",
-                ),
-                io.Combo.Input(
-                    "text_precision",
-                    options=list(PRECISIONS),
-                    default="bf16",
-                    tooltip="The same choice for the T5 text encoder.",
-                    optional=True,
-                    advanced=True,
-                ),
-                io.Combo.Input(
-                    "offload",
-                    options=list(get_args(Offload)),
-                    default="none",
-                    tooltip="none: every loaded part stays on the device. model: text encoder, transformer and VAE "
-                    "take turns there. block: the same, and only a few of the transformer's blocks are on the device "
-                    "at a time; slower, for the smallest cards. The picture is the same.",
-                    optional=True,
-                    advanced=True,
-                ),
+                widget(ModelSpec, "precision"),
+                widget(ModelSpec, "text_precision"),
+                widget(ModelSpec, "offload"),
                 io.Combo.Input(
                     "folder",
                     options=[PUBLISHED, *host.model_folders()],
                     default=PUBLISHED,
-                    tooltip="A whole model of your own in diffusers layout, from the host's models/diffusers folder, "
+                    tooltip="A whole model of your own in diffusers layout, from ComfyUI's models/diffusers folder, "
                     "instead of the flavour's published weights. The flavour then only sets the defaults.",
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                 ),
                 _file_input(
                     "transformer",
@@ -115,31 +93,14 @@ class ChromaLoadModel(io.ComfyNode):
                     ".gguf, or a folder. Its tokenizer comes with the host.",
                 ),
                 _file_input("vae", "The Flux VAE (ae.safetensors) from models/vae, in either layout, or a folder."),
-                io.Int.Input(
-                    "resident_blocks",
-                    default=2,
-                    min=2,
-                    max=64,
-                    tooltip="With offload block: how many of the transformer's blocks are on the device at a time. "
-                    "More is faster; the real model has 57.",
-                    optional=True,
-                    advanced=True,
-                ),
-                io.Boolean.Input(
-                    "offload_during_startup",
-                    default=False,
-                    tooltip="Cast and quantise in the computer's memory, so that only finished weights reach the "
-                    "device. Slower to load; for when loading itself runs out of device memory.",
-                    optional=True,
-                    advanced=True,
-                ),
+                widget(ModelSpec, "resident_blocks"),
+                widget(ModelSpec, "offload_during_startup"),
                 io.Boolean.Input(
                     "keep_quantised",
                     default=False,
                     tooltip="Keep a copy of quantised weights in models/chromakit/quantised, so that the next start "
                     "neither reads the full weights nor quantises again. Takes as much disk as the model does memory.",
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                 ),
             ],
             outputs=[
@@ -199,22 +160,36 @@ class ChromaLoadModel(io.ComfyNode):
         return io.NodeOutput(ModelHandle(spec), spec, host.host_vae(spec), _memory_plan(spec, planned))
 
 
+SAME = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
+"""Widgets that are fields of the specification, as they are."""
+
+
+def widgets_of(spec: ModelSpec) -> dict[str, Any]:
+    """The node's widgets that mean a specification; a file's bare name where it is in none of the host's folders."""
+    return {
+        **values_at(spec, {name: name for name in SAME}),
+        "folder": Path(spec.folder).name if spec.folder else PUBLISHED,
+        **{part: part_name(part, getattr(spec, part)) for part in PARTS},
+        "keep_quantised": spec.quantised_folder is not None,
+    }
+
+
+def part_name(part: Any, path: str | None) -> str:
+    """A model file's name in the host's folders; its bare name when it is in none of them."""
+    return PUBLISHED if path is None else host.model_file_name(part, path) or Path(path).name
+
+
 def _memory_plan(spec: ModelSpec, planned: str) -> str:
     """The table of what fits; when the chosen settings do not, that is also said on the node."""
     here = machine(host.device())
-    settings: dict[str, Any] = {
-        "text_precision": spec.text_precision,
-        "offload": spec.offload,
-        "resident_blocks": spec.resident_blocks,
-        "offload_during_startup": spec.offload_during_startup,
-    }
-    needed = estimate(planned, spec.precision, on=here, **settings)
+    settings = Settings.of(spec, flavour=planned)
+    needed = estimate(settings, here)
     if needed.sampling_peak_bytes > here.device_budget:
         host.say(
             f"These settings need about {in_gib(needed.sampling_peak_bytes)}, and {in_gib(here.device_budget)} are "
             f"usable here. {needed.recommendation.sentence}"
         )
-    return plan_table(planned, spec.precision, on=here, **settings)
+    return memory_plan(settings, here).text
 
 
 def _file_input(part: Part, tooltip: str) -> io.Combo.Input:

@@ -12,7 +12,8 @@ from ..chroma_core.sampling.recipe import RECIPES
 from ..chroma_core.sampling.recipe import recipe as find_recipe
 from ..chroma_core.sampling.sampler import SamplingSettings
 from . import host, jobs
-from .sockets import MAX_SEED, ChromaJob, ChromaModel, ChromaTextEncoder, schema, to_image, whole_spec
+from .option_widgets import widget
+from .sockets import ChromaJob, ChromaModel, ChromaTextEncoder, schema, to_image, whole_spec
 
 NO_FACTORS, ALL_FACTORS = "none", "all"
 
@@ -53,7 +54,7 @@ class ChromaParity(io.ComfyNode):
                 ),
                 io.Int.Input("width", default=1024, min=32, max=4096, step=16, tooltip="Pixels. tiny: 64."),
                 io.Int.Input("height", default=1024, min=32, max=4096, step=16, tooltip="Pixels. tiny: 64."),
-                io.Int.Input("seed", default=42, min=0, max=MAX_SEED, tooltip="The noise to start from."),
+                widget(SamplingSettings, "seed", tooltip="The noise to start from."),
                 io.Int.Input("steps", default=25, min=1, max=150, tooltip="Steps of the sampler."),
                 io.Float.Input("guidance", default=4.0, min=0.0, max=20.0, step=0.1, tooltip="As in Chroma Sampler."),
                 io.Combo.Input("recipe", options=list(RECIPES), default="canonical", tooltip="As in Chroma Sampler."),

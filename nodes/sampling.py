@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -16,20 +16,11 @@ from ..chroma_core.sampling.recipe import recipe as find_recipe
 from ..chroma_core.sampling.sampler import Method, SamplingSettings, StepInfo, sample
 from ..chroma_core.sampling.schedule import Spacing
 from ..chroma_core.sampling.text import apply_trigger
+from ..chroma_core.training.config import TrainingConfig
 from . import host
-from .schedule import (
-    DENOISE_TIP,
-    END_STEP_TIP,
-    SHIFT_TIP,
-    SHIFT_VALUE_TIP,
-    SHIFTS,
-    SPACING_TIP,
-    START_STEP_TIP,
-    TAIL_BIAS_TIP,
-    flow_shift_of,
-)
+from .option_widgets import ADVANCED, widget
+from .schedule import SHIFT_TIP, SHIFTS, end_step_widget, flow_shift_of, shift_value
 from .sockets import (
-    MAX_SEED,
     OURS,
     ChromaModel,
     ChromaTextEncoder,
@@ -155,87 +146,33 @@ class ChromaSampler(io.ComfyNode):
                 io.Latent.Input(
                     "latent", tooltip="Empty for a new picture, or an encoded picture (and noise mask) to change."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=42,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=True,
-                    tooltip="The noise to start from. Picture i of a batch uses seed + i.",
-                ),
-                io.Int.Input("steps", default=25, min=1, max=150, tooltip="20 for a preview, 25 to 32 for quality."),
-                io.Float.Input(
-                    "guidance",
-                    default=4.0,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    tooltip="How strongly to follow the prompt. 1 or less: one pass a step, twice as fast (flash).",
-                ),
-                io.Float.Input("tail_bias", default=0.0, min=0.0, max=1.0, step=0.05, tooltip=TAIL_BIAS_TIP),
+                widget(SamplingSettings, "seed", control_after_generate=True),
+                widget(SamplingSettings, "steps"),
+                widget(SamplingSettings, "guidance"),
+                widget(SamplingSettings, "tail_bias"),
                 io.Combo.Input(
                     "flow_shift",
                     options=["recipe", *SHIFTS],
                     default="recipe",
                     tooltip=f"recipe: what the recipe says. {SHIFT_TIP}",
-                    optional=True,
-                    advanced=True,
+                    **ADVANCED,
                 ),
-                io.Float.Input(
-                    "flow_shift_value",
-                    default=1.0,
-                    min=0.01,
-                    max=100.0,
-                    step=0.05,
-                    tooltip=SHIFT_VALUE_TIP,
-                    optional=True,
-                    advanced=True,
-                ),
-                io.Combo.Input(
-                    "method",
-                    options=list(get_args(Method)),
-                    default="euler",
-                    tooltip="euler is what previews use by default. heun is more exact and takes twice as long. "
-                    "dpmpp_2m and unipc are more exact at euler's cost: for few steps.",
-                    optional=True,
-                    advanced=True,
-                ),
-                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=DENOISE_TIP),
+                shift_value(**ADVANCED),
+                widget(SamplingSettings, "method"),
+                widget(SamplingSettings, "denoise"),
                 io.Combo.Input(
                     "recipe",
                     options=list(RECIPES),
                     default="canonical",
                     tooltip="How text, noise and time are computed: canonical follows the model's author; the "
-                    "others reproduce what ComfyUI, ai-toolkit or diffusers paint.",
-                    optional=True,
-                    advanced=True,
+                    "others reproduce what ComfyUI, ai-toolkit or diffusers generate.",
+                    **ADVANCED,
                 ),
-                io.Combo.Input(
-                    "spacing",
-                    options=list(get_args(Spacing)),
-                    default="linear",
-                    tooltip=SPACING_TIP,
-                    optional=True,
-                    advanced=True,
-                ),
-                io.Int.Input(
-                    "start_step", default=0, min=0, max=149, tooltip=START_STEP_TIP, optional=True, advanced=True
-                ),
-                io.Int.Input("end_step", default=0, min=0, max=150, tooltip=END_STEP_TIP, optional=True, advanced=True),
-                io.Boolean.Input(
-                    "add_noise",
-                    default=True,
-                    tooltip="Off: the latent has noise in it already, left by a sampler that stopped at end_step.",
-                    optional=True,
-                    advanced=True,
-                ),
-                io.String.Input(
-                    "recipe_overrides",
-                    default="",
-                    tooltip="Fields of the recipe to change, e.g. noise_dtype=bf16, flow_shift=3.0.",
-                    optional=True,
-                    advanced=True,
-                ),
+                widget(SamplingSettings, "spacing"),
+                widget(SamplingSettings, "start_step"),
+                end_step_widget(),
+                widget(SamplingSettings, "add_noise"),
+                widget(TrainingConfig, "recipe_overrides", kind=io.String, default=""),
             ],
             outputs=[io.Latent.Output("latent", tooltip="The painted latents, for VAE Decode.")],
         )

@@ -1,32 +1,48 @@
-"""The sampler's schedule as SIGMAS, and the words for it that both nodes use."""
+"""The sampler's schedule as SIGMAS, and the widgets for it that several nodes have."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..chroma_core.model.latents import snap_size
+from ..chroma_core.options import option_of
+from ..chroma_core.sampling.sampler import SamplingSettings
 from ..chroma_core.sampling.schedule import FlowShift, Spacing, sampling_sigmas
+from .option_widgets import widget
 from .sockets import schema
 
 SHIFTS = ["dynamic", "constant", "none"]
-TAIL_BIAS_TIP = (
-    "0: even steps. Towards 1, steps crowd at both ends: composition and fine detail get more, the middle fewer."
-)
 SHIFT_TIP = "dynamic: by resolution. constant: by flow_shift_value. none: no shift."
-SHIFT_VALUE_TIP = "The shift s of σ' = sσ / (1 + (s − 1)σ), read when flow_shift is constant. 1 shifts nothing."
-DENOISE_TIP = "Below 1, start from the latent with that much noise on it instead of from pure noise."
-SPACING_TIP = "linear: even steps. beta: more of them at both ends, as ComfyUI's beta scheduler has it."
-START_STEP_TIP = "Begin at this step of the schedule. The latent gets as much noise as belongs there."
-END_STEP_TIP = "Stop at this step and leave the noise in the latent, for a sampler that goes on. 0: to the end."
+
+
+def shift_value(name: str = "flow_shift_value", **changes: Any) -> io.Float.Input:
+    """The widget beside the choice of a flow shift, for `constant`."""
+    tooltip = "The shift s of σ' = sσ / (1 + (s − 1)σ), read when flow_shift is constant. 1 shifts nothing."
+    return io.Float.Input(
+        name, **{"default": 1.0, "min": 0.01, "max": 100.0, "step": 0.05, "tooltip": tooltip, **changes}
+    )
+
+
+def end_step_widget() -> Any:
+    """Where a run stops; 0 is the end."""
+    sentence = option_of(SamplingSettings, "end_step").sentence
+    return widget(SamplingSettings, "end_step", default=0, tooltip=sentence.replace("Unset", "0"))
 
 
 def flow_shift_of(choice: str, value: float) -> FlowShift | None:
     """The core's flow shift from the two widgets; None leaves it to the recipe."""
     choices: dict[str, FlowShift | None] = {"recipe": None, "constant": value, "dynamic": "dynamic", "none": "none"}
     return choices[choice]
+
+
+def shift_widgets(shift: FlowShift | None, unset: str) -> tuple[str, float]:
+    """The way back: the two widgets of a flow shift; `unset` is the choice that leaves it to the recipe."""
+    if shift is None:
+        return unset, 1.0
+    return (shift, 1.0) if isinstance(shift, str) else ("constant", float(shift))
 
 
 class ChromaTailSigmas(io.ComfyNode):
@@ -38,41 +54,25 @@ class ChromaTailSigmas(io.ComfyNode):
             description="Chroma Sampler's schedule as SIGMAS, for the host's SamplerCustomAdvanced.",
             search_aliases=["chroma scheduler", "sigmas", "noise schedule", "beta schedule", "tail bias", "flow shift"],
             inputs=[
-                io.Int.Input("steps", default=25, min=1, max=150, tooltip="Steps that the sampler takes."),
-                io.Float.Input("tail_bias", default=0.5, min=0.0, max=1.0, step=0.05, tooltip=TAIL_BIAS_TIP),
+                widget(SamplingSettings, "steps", tooltip="Steps that the sampler takes."),
+                widget(SamplingSettings, "tail_bias", default=0.5),
                 io.Combo.Input("flow_shift", options=SHIFTS, default="dynamic", tooltip=SHIFT_TIP),
-                io.Float.Input(
-                    "flow_shift_value", default=1.0, min=0.01, max=100.0, step=0.05, tooltip=SHIFT_VALUE_TIP
+                shift_value(),
+                *(
+                    io.Int.Input(
+                        side,
+                        default=1024,
+                        min=32,
+                        max=4096,
+                        step=32,
+                        tooltip="Of the image; the dynamic shift needs it.",
+                    )
+                    for side in ("width", "height")
                 ),
-                io.Int.Input(
-                    "width",
-                    default=1024,
-                    min=32,
-                    max=4096,
-                    step=32,
-                    tooltip="Of the picture; the dynamic shift needs it.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=1024,
-                    min=32,
-                    max=4096,
-                    step=32,
-                    tooltip="Of the picture; the dynamic shift needs it.",
-                ),
-                io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=DENOISE_TIP),
-                io.Combo.Input(
-                    "spacing",
-                    options=list(get_args(Spacing)),
-                    default="linear",
-                    tooltip=SPACING_TIP,
-                    optional=True,
-                    advanced=True,
-                ),
-                io.Int.Input(
-                    "start_step", default=0, min=0, max=149, tooltip=START_STEP_TIP, optional=True, advanced=True
-                ),
-                io.Int.Input("end_step", default=0, min=0, max=150, tooltip=END_STEP_TIP, optional=True, advanced=True),
+                widget(SamplingSettings, "denoise"),
+                widget(SamplingSettings, "spacing"),
+                widget(SamplingSettings, "start_step"),
+                end_step_widget(),
             ],
             outputs=[io.Sigmas.Output("sigmas", tooltip="Noise levels from 1 to 0.")],
         )

@@ -33,9 +33,6 @@ ChromaTrainingType = io.Custom("CHROMA_TRAINING")
 ChromaJob = io.Custom("CHROMA_JOB")
 """A job id."""
 
-MAX_SEED = 2**53 - 1
-"""The largest whole number that a web page holds exactly."""
-
 OURS = "chromakit"
 """Key under which our encoder notes in a CONDITIONING how it was made."""
 

@@ -15,15 +15,14 @@ from PIL import Image
 from ..chroma_core.data.dataset import DatasetConfig
 from ..chroma_core.errors import ConfigError, JobError
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
-from ..chroma_core.lora.settings import TARGETS
 from ..chroma_core.sampling.text import apply_trigger
-from ..chroma_core.training.config import TrainingConfig
+from ..chroma_core.training.config import LoraConfig, PreviewConfig, PreviewPrompt, TrainingConfig
 from ..chroma_core.training.jobs.curve import plot_losses
 from ..chroma_core.training.jobs.manager import ACTIVE, IfExists, Job, JobStatus
 from . import host, jobs
 from .dataset import check_main, single
+from .option_widgets import values_at, widget
 from .sockets import (
-    MAX_SEED,
     ChromaDatasetType,
     ChromaJob,
     ChromaModel,
@@ -62,68 +61,23 @@ class ChromaTrainLora(io.ComfyNode):
                 ChromaDatasetType.Input(
                     "dataset", tooltip="The pictures to learn from. Several sets: Chroma Combine Datasets."
                 ),
-                io.String.Input("name", default="my-lora", tooltip="The LoRA's file name, in output/loras."),
-                io.Int.Input(
-                    "steps",
-                    default=1000,
-                    min=1,
-                    max=1000000,
-                    tooltip="Optimizer steps. 1000 to 3000 for a real concept.",
-                ),
-                io.Int.Input("rank", default=16, min=1, max=512, tooltip="Size of the LoRA: how much it can learn."),
-                io.Float.Input(
-                    "alpha",
-                    default=0.0,
-                    min=0.0,
-                    max=512.0,
-                    step=1.0,
-                    tooltip="Scale: alpha / rank. 0: the same as rank.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=2e-4,
-                    min=1e-7,
-                    max=1.0,
-                    step=1e-5,
-                    round=1e-7,
-                    tooltip="2e-4 is good; 1e-4 is cautious.",
-                ),
-                io.Combo.Input(
-                    "target",
-                    options=list(TARGETS),
-                    default="all",
-                    tooltip="Which layers learn. all: attention. +ffs: feed-forward too. context: the text side. "
-                    "tiny: a small share.",
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=256,
-                    tooltip="Pictures in a step. More: steadier, slower, more memory.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=42,
-                    min=0,
-                    max=MAX_SEED,
-                    control_after_generate=False,  # the page would draw a new one, and so another job, at every queue
-                    tooltip="Same seed and settings, same LoRA.",
-                ),
+                widget(TrainingConfig, "name", default="my-lora"),
+                widget(TrainingConfig, "steps"),
+                widget(LoraConfig, "rank"),
+                widget(LoraConfig, "alpha", default=0.0, tooltip="Scale: alpha / rank. 0: the same as rank."),
+                widget(TrainingConfig, "learning_rate"),
+                widget(LoraConfig, "target"),
+                widget(TrainingConfig, "batch_size"),
+                # else the page would draw a new seed, and so another job, at every queue
+                widget(TrainingConfig, "seed", control_after_generate=False),
                 io.String.Input(
                     "preview_prompt",
                     multiline=True,
                     default="",
-                    tooltip="Painted during training, one prompt a line. [trigger] stands for the data set's trigger "
+                    tooltip="Generated during training, one prompt a line. [trigger] stands for the dataset's trigger "
                     "word. Empty: none.",
                 ),
-                io.Int.Input(
-                    "preview_every",
-                    default=250,
-                    min=0,
-                    max=100000,
-                    tooltip="Steps between previews. 0: only when asked.",
-                ),
+                widget(PreviewConfig, "every", "preview_every"),
                 io.Combo.Input(
                     "if_exists",
                     options=["keep", "resume", "restart"],
@@ -184,6 +138,21 @@ def training_config(
     previews = {**settings.get("previews", {}), "prompts": prompts, "every": preview_every}
     parts = {"model": _trained_spec(model, text_encoder), "lora": lora, "previews": previews}
     return TrainingConfig.parse({**settings, **plain, **sets, **parts})
+
+
+def widgets_of(config: TrainingConfig) -> dict[str, Any]:
+    """The node's widgets that mean a job's configuration; each prompt on one line."""
+    lora, previews = config.lora, config.previews
+    prompts = [entry.prompt if isinstance(entry, PreviewPrompt) else entry for entry in previews.prompts]
+    plain = ("name", "steps", "learning_rate", "batch_size", "seed")
+    return {
+        **values_at(config, {name: name for name in plain}),
+        "rank": lora.rank,
+        "alpha": lora.alpha or 0.0,
+        "target": lora.target if isinstance(lora.target, str) else "all",
+        "preview_prompt": "\n".join(" ".join(prompt.split()) for prompt in prompts),
+        "preview_every": previews.every,
+    }
 
 
 def _trained_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from ..errors import ConfigError
+from .options import add_flag
 
 if TYPE_CHECKING:
     from ..loading.spec import ModelSpec, Offload
@@ -19,23 +20,19 @@ PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
 
 def add_model_options(parser: argparse.ArgumentParser, offload: Offload = "model") -> None:
     """The options that `spec_from` reads."""
-    from ..loading.spec import Offload
-    from ..model.flavours import FLAVOURS
-    from ..model.precision import PRECISIONS
+    from ..loading.spec import ModelSpec
 
-    names = ", ".join(PRECISIONS)
-    parser.add_argument("--flavour", default="base", choices=list(FLAVOURS))
-    parser.add_argument("--folder", default=None, help="a diffusers folder to load instead of the flavour's")
+    add_flag(parser, ModelSpec, "flavour")
+    add_flag(parser, ModelSpec, "folder")
     for part in PARTS:
-        option = f"--{part.replace('_', '-')}"
-        parser.add_argument(option, default=None, metavar="FILE", help="this part from a file or component folder")
-    parser.add_argument("--revision", default=None, help="a commit or branch on the Hub (default: the pinned one)")
-    parser.add_argument("--precision", default="bf16", metavar="NAME", help=names)
-    parser.add_argument("--text-precision", default="bf16", metavar="NAME", help="the same for T5")
-    parser.add_argument("--offload", default=offload, choices=get_args(Offload))
-    parser.add_argument("--resident-blocks", type=int, default=2, help="with --offload block: blocks on the device")
-    parser.add_argument("--offload-during-startup", action="store_true", help="quantise in the computer's memory")
-    parser.add_argument("--keep-quantised", default=None, metavar="FOLDER", help="keep quantised weights for next time")
+        add_flag(parser, ModelSpec, part, metavar="FILE")
+    add_flag(parser, ModelSpec, "revision")
+    for field in ("precision", "text_precision"):
+        add_flag(parser, ModelSpec, field, choices=None, metavar="NAME")
+    add_flag(parser, ModelSpec, "offload", default=offload)
+    add_flag(parser, ModelSpec, "resident_blocks")
+    add_flag(parser, ModelSpec, "offload_during_startup")
+    add_flag(parser, ModelSpec, "quantised_folder", "--keep-quantised", metavar="FOLDER")
 
 
 def spec_from(options: argparse.Namespace) -> ModelSpec:

@@ -1,4 +1,4 @@
-"""What several commands share: a parser whose options are added when they are needed, and the type of `--lora`."""
+"""What several commands share: parsers that are filled when needed, flags from options, the type of `--lora`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,22 @@ class Command(argparse.ArgumentParser):
     def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
         """As the base has it, with the options."""
         return super(Command, self.complete()).parse_known_args(*args, **kwargs)
+
+
+def add_flag(parser: argparse.ArgumentParser, owner: type, field: str, flag: str = "", **changes: Any) -> None:
+    """The flag for the option `field` of `owner` (see `chroma_core.options`); `changes` are what this command has
+    otherwise, `flag` the name where it is not the option's."""
+    from ..options import option_of
+
+    option = option_of(owner, field)
+    given: dict[str, Any] = {"default": option.default, "help": option.sentence.replace("%", "%%")}
+    if option.kind is bool:
+        given["action"] = "store_true"
+    elif option.choices:
+        given["choices"] = list(option.choices)
+    elif option.kind in (int, float):
+        given["type"] = option.kind
+    parser.add_argument(flag or f"--{field.replace('_', '-')}", **{**given, **changes})
 
 
 def lora_use(text: str) -> LoraUse:

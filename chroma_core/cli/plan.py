@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any, get_args
+from dataclasses import fields
+from typing import Any
+
+from .options import add_flag
 
 
 def add_plan_command(commands) -> None:
@@ -15,50 +18,34 @@ def add_plan_command(commands) -> None:
 
 
 def _options(plan: argparse.ArgumentParser) -> None:
-    from ..loading.spec import Offload
-    from ..model.flavours import FLAVOURS
-    from ..model.precision import PRECISIONS
+    from ..loading.spec import ModelSpec
+    from ..memory import Settings
 
-    plan.add_argument("--flavour", default="base", choices=list(FLAVOURS))
-    plan.add_argument("--precision", default="bf16", choices=list(PRECISIONS), metavar="NAME")
-    plan.add_argument("--text-precision", default="bf16", choices=list(PRECISIONS), metavar="NAME", help="of T5")
-    plan.add_argument("--offload", default="none", choices=get_args(Offload))
-    plan.add_argument("--resident-blocks", type=int, default=2, help="with --offload block: blocks on the device")
-    plan.add_argument("--offload-during-startup", action="store_true", help="quantise in the computer's memory")
-    plan.add_argument("--size", type=int, default=None, help="pixels a side (default: the flavour's)")
-    plan.add_argument("--batch-size", type=int, default=1)
-    plan.add_argument("--rank", type=int, default=16, help="of the LoRA in training")
-    plan.add_argument("--no-checkpointing", action="store_true", help="training without gradient checkpointing")
-    plan.add_argument("--optimizer", default="adamw", help="see docs/optimizers.md")
-    plan.add_argument("--adapter", default="lora", help="lora, rslora, dora or lokr")
-    plan.add_argument("--ema", action="store_true", help="a running mean of the weights is kept")
-    plan.add_argument("--text-tokens", type=int, default=128, help="of a caption; 512 when it is padded")
-    plan.add_argument("--trained-parameters", type=int, default=0, help="full-rank training of so many, without LoRA")
-    plan.add_argument("--device-memory", type=float, metavar="GIB", help="plan for a card of that size, not this one")
-    plan.add_argument("--host-memory", type=float, metavar="GIB", help="plan for a computer with that much memory")
+    for field in ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup"):
+        add_flag(plan, ModelSpec, field, **({"metavar": "NAME"} if field.endswith("precision") else {}))
+    add_flag(plan, Settings, "size", default=None)
+    add_flag(plan, Settings, "batch_size")
+    add_flag(plan, Settings, "rank")
+    plan.add_argument("--no-checkpointing", action="store_true", help="Training without gradient checkpointing.")
+    for field in ("optimizer", "adapter"):
+        add_flag(plan, Settings, field, choices=None)
+    for field in ("ema", "text_tokens", "trained_parameters"):
+        add_flag(plan, Settings, field)
+    plan.add_argument("--device-memory", type=float, metavar="GIB", help="Plan for a GPU of that size, not this one.")
+    plan.add_argument("--host-memory", type=float, metavar="GIB", help="Plan for that much RAM.")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=_plan)
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from ..memory import estimate, machine, plan_table
+    from ..memory import Settings, estimate, machine, memory_plan
 
     on = machine().with_memory(options.device_memory, options.host_memory)
-    chosen: dict[str, Any] = {
-        "size": options.size,
-        "batch_size": options.batch_size,
-        "rank": options.rank,
-        "gradient_checkpointing": not options.no_checkpointing,
-        "text_precision": options.text_precision,
-        "offload": options.offload,
-        "resident_blocks": options.resident_blocks,
-        "offload_during_startup": options.offload_during_startup,
-        "on": on,
-    }
-    trained = ("optimizer", "adapter", "ema", "text_tokens", "trained_parameters")
-    more = {name: getattr(options, name) for name in trained}
-    result = estimate(options.flavour, options.precision, **chosen, **more)
+    names = {field.name for field in fields(Settings)} & set(vars(options)) - {"size"}
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
+    settings = Settings(**chosen, size=options.size or 0, gradient_checkpointing=not options.no_checkpointing)
+    result = estimate(settings, on)
     if options.json:
         print(json.dumps(result.to_dict()))
     else:
-        print(result.table(), plan_table(options.flavour, options.precision, **chosen), sep="\n\n")
+        print(result.table(), memory_plan(settings, on).text, sep="\n\n")

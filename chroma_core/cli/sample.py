@@ -7,14 +7,14 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from ..errors import ConfigError
 from .lora import warn_of_other_bases
 from .models import add_model_options, spec_from
-from .options import lora_use
+from .options import add_flag, lora_use
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,21 +113,17 @@ def _sample(options: argparse.Namespace) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options that `settings_from`, `recipe_from` and `start_from` read."""
     from ..sampling.recipe import RECIPES
-    from ..sampling.schedule import Spacing
-    from ..sampling.solvers import Method
+    from ..sampling.sampler import SamplingSettings
 
-    parser.add_argument("--steps", type=int, default=None)
-    parser.add_argument("--guidance", type=float, default=None)
-    parser.add_argument("--seed", type=int, default=42, help="picture i uses seed + i")
-    parser.add_argument("--tail-bias", type=float, default=0.0)
-    parser.add_argument("--flow-shift", default=None, help="dynamic, none or a number (default: the recipe's)")
-    parser.add_argument("--method", choices=get_args(Method), default="euler")
-    parser.add_argument("--spacing", choices=get_args(Spacing), default="linear", help="of the steps")
-    parser.add_argument("--image", type=Path, default=None, help="a picture to start from; sets the size")
-    parser.add_argument("--mask", type=Path, default=None, help="with --image: white where the picture may change")
-    parser.add_argument("--denoise", type=float, default=1.0, help="with --image: how much of it is painted anew")
-    parser.add_argument("--start-step", type=int, default=0, help="begin at this step of the schedule")
-    parser.add_argument("--end-step", type=int, default=None, help="stop there, with the noise that is left")
+    add_flag(parser, SamplingSettings, "steps", default=None)
+    add_flag(parser, SamplingSettings, "guidance", default=None)
+    for field in ("seed", "tail_bias", "flow_shift", "method", "spacing"):
+        add_flag(parser, SamplingSettings, field)
+    parser.add_argument("--image", type=Path, default=None, help="An image to start from; sets the size.")
+    parser.add_argument("--mask", type=Path, default=None, help="With --image: white where the image may change.")
+    add_flag(parser, SamplingSettings, "denoise", help="With --image: how much of it is generated anew.")
+    add_flag(parser, SamplingSettings, "start_step")
+    add_flag(parser, SamplingSettings, "end_step")
     parser.add_argument("--recipe", choices=list(RECIPES), default="canonical")
     parser.add_argument(
         "--recipe-set",

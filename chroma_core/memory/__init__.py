@@ -1,10 +1,10 @@
 """How much memory a run will need, and what to choose on this machine."""
 
 from .anatomy import transformer_on_meta
-from .estimate import MemoryEstimate, estimate, recommend
+from .estimate import MemoryEstimate, estimate
 from .machine import Machine, in_gib, machine
-from .plan import Recommendation
-from .table import MemoryPlan, PlanRow, memory_plan, plan_table
+from .plan import Recommendation, Settings, recommend
+from .table import MemoryPlan, PlanRow, memory_plan
 
 __all__ = [
     "Machine",
@@ -12,11 +12,11 @@ __all__ = [
     "MemoryPlan",
     "PlanRow",
     "Recommendation",
+    "Settings",
     "estimate",
     "in_gib",
     "machine",
     "memory_plan",
-    "plan_table",
     "recommend",
     "transformer_on_meta",
 ]

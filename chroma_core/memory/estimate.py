@@ -6,17 +6,12 @@ peaks and the choice from `plan`, the machine from `machine`. Nothing here reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..loading.spec import Offload
-from ..model.flavours import flavour
-from .activations import TEXT_TOKENS
 from .anatomy import anatomy
 from .machine import Machine, in_gib, machine
-from .plan import Purpose, Recommendation, Settings, peaks
-from .plan import recommend as _recommend
+from .plan import Recommendation, Settings, peaks, recommend
 
 
 @dataclass(frozen=True)
@@ -54,61 +49,12 @@ class MemoryEstimate:
         return "\n".join(f"{name:<18} {value:>11}" for name, value in rows)
 
 
-def estimate(
-    flavour_name: str,
-    precision_name: str,
-    *,
-    size: int | None = None,
-    batch_size: int = 1,
-    rank: int = 16,
-    gradient_checkpointing: bool = True,
-    text_precision: str = "bf16",
-    offload: Offload = "none",
-    resident_blocks: int = 2,
-    offload_during_startup: bool = False,
-    optimizer: str = "adamw",
-    target: str | Sequence[str] = "all",
-    adapter: str = "lora",
-    lokr_factor: int = -1,
-    ema: bool = False,
-    text_tokens: int = TEXT_TOKENS,
-    trained_parameters: int = 0,
-    on: Machine | None = None,
-) -> MemoryEstimate:
-    """Estimate sampling and LoRA training at `size` × `size` pixels (None: the flavour's default).
-
-    Args:
-        resident_blocks: with offload `block`, blocks on the device.
-        optimizer: a name from `trained.OPTIMIZERS`.
-        adapter, lokr_factor, ema, text_tokens, trained_parameters: see `plan.Settings`.
-        target: the LoRA's target, see `lora.settings`.
-        on: the machine to recommend settings for; None: this one.
-    Raises:
-        ConfigError, PrecisionError: an unknown name or an impossible number.
-    """
-    settings = Settings(
-        flavour_name,
-        precision_name,
-        text_precision,
-        offload,
-        resident_blocks,
-        offload_during_startup,
-        size if size is not None else flavour(flavour_name).size,
-        batch_size,
-        rank,
-        target if isinstance(target, str) else tuple(target),
-        optimizer,
-        gradient_checkpointing,
-        adapter,
-        lokr_factor,
-        ema,
-        text_tokens,
-        trained_parameters,
-    )
+def estimate(settings: Settings, on: Machine | None = None) -> MemoryEstimate:
+    """What sampling and training need, and what to choose on a machine (None: this one)."""
     on = on or machine()
     found = peaks(settings, on.shared)
     return MemoryEstimate(
-        transformer_parameters=anatomy(flavour_name).transformer.whole.parameters,
+        transformer_parameters=anatomy(settings.flavour).transformer.whole.parameters,
         weights_bytes=found.weights,
         text_encoder_bytes=found.text_encoder,
         lora_bytes=found.lora,
@@ -117,30 +63,6 @@ def estimate(
         sampling_peak_bytes=found.sampling,
         training_peak_bytes=found.training,
         host_peak_bytes=found.host_sampling,
-        recommendation=_recommend(settings, on, "sampling"),
-        training_recommendation=_recommend(settings, on, "training"),
+        recommendation=recommend(settings, on, "sampling"),
+        training_recommendation=recommend(settings, on, "training"),
     )
-
-
-def recommend(
-    flavour_name: str,
-    size: int | None = None,
-    on: Machine | None = None,
-    purpose: Purpose = "sampling",
-    *,
-    batch_size: int = 1,
-    rank: int = 16,
-    target: str | Sequence[str] = "all",
-) -> Recommendation:
-    """The settings to choose for a flavour at `size` pixels (None: its default) on a machine (None: this one).
-
-    See `plan.recommend` for the order of preference. Raises as `estimate`.
-    """
-    settings = Settings(
-        flavour_name,
-        size=size if size is not None else flavour(flavour_name).size,
-        batch_size=batch_size,
-        rank=rank,
-        target=target if isinstance(target, str) else tuple(target),
-    )
-    return _recommend(settings, on or machine(), purpose)

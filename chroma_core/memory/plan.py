@@ -9,15 +9,16 @@ beside it, in every mode.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Annotated, Any, Literal, get_args
 
 from ..errors import ConfigError
-from ..loading.spec import Offload
+from ..loading.spec import ModelSpec, Offload
 from ..lora.modules import AdapterKind
 from ..model.flavours import flavour
 from ..model.latents import snap_size
 from ..model.precision import Precision, precision
+from ..options import Option
 from .activations import (
     TEXT_TOKENS,
     Pass,
@@ -29,7 +30,7 @@ from .activations import (
     vae_encode_bytes,
 )
 from .anatomy import Part, Transformer, anatomy, lora_layers
-from .machine import GIB, Machine, in_gib
+from .machine import GIB, Machine, in_gib, machine
 from .trained import OPTIMIZERS, adapter_shapes, parameters, state_bytes
 
 Purpose = Literal["sampling", "training"]
@@ -39,11 +40,12 @@ SIZE_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how much memory is needed. `size`: pixels a side of a square picture.
+    """What decides how much memory is needed. `size`: pixels a side of a square image, 0 for the flavour's own.
 
     text_tokens: of a caption in the transformer; 512 for text_padding `zero` and `unmodified`. ema: a running mean of
     what is trained is kept beside it. trained_parameters: above 0, so many of the model's own parameters are trained
-    in fp32 instead of an adapter.
+    in fp32 instead of an adapter. target, lokr_factor, optimizer: see `lora.targets`, `lora.settings`, `trained`.
+    Raises ConfigError, PrecisionError for an unknown name or an impossible number.
     """
 
     flavour: str = "base"
@@ -52,20 +54,28 @@ class Settings:
     offload: Offload = "none"
     resident_blocks: int = 2
     offload_during_startup: bool = False
-    size: int = 1024
-    batch_size: int = 1
-    rank: int = 16
+    size: Annotated[int, Option("Pixels a side. Unset: the flavour's own size.")] = 0
+    batch_size: Annotated[int, Option("Images in a batch.")] = 1
+    rank: Annotated[int, Option("Rank of the LoRA in training.")] = 16
     target: str | tuple[str, ...] = "all"
-    optimizer: str = "adamw"
+    optimizer: Annotated[str, Option("The optimizer; see docs/optimizers.md.")] = "adamw"
     gradient_checkpointing: bool = True
-    adapter: str = "lora"
+    adapter: Annotated[str, Option("lora, rslora, dora or lokr.")] = "lora"
     lokr_factor: int = -1
-    ema: bool = False
-    text_tokens: int = TEXT_TOKENS
-    trained_parameters: int = 0
+    ema: Annotated[bool, Option("A running mean of the weights is kept.")] = False
+    text_tokens: Annotated[int, Option("Tokens of a caption; 512 when it is padded.")] = TEXT_TOKENS
+    trained_parameters: Annotated[int, Option("Full-rank training of so many parameters, without LoRA.")] = 0
+
+    @classmethod
+    def of(cls, spec: ModelSpec, **more: Any) -> Settings:
+        """For a model as it is loaded; `more` is what else decides."""
+        same = {field.name for field in fields(ModelSpec)} & {field.name for field in fields(cls)}
+        return cls(**{name: getattr(spec, name) for name in same} | more)
 
     def __post_init__(self) -> None:
-        flavour(self.flavour)
+        object.__setattr__(self, "size", self.size or flavour(self.flavour).size)
+        if not isinstance(self.target, str):
+            object.__setattr__(self, "target", tuple(self.target))
         precision(self.precision)
         precision(self.text_precision)
         if self.offload not in get_args(Offload):
@@ -227,13 +237,15 @@ CHOICES = ("bf16", "int8", "int4", "nf4")
 """Our own precisions, best first: see `docs/memory.md` for what each loses."""
 
 
-def recommend(base: Settings, on: Machine, purpose: Purpose = "sampling") -> Recommendation:
-    """The best settings that fit a machine with its margins, for `base`'s flavour, size, batch, rank and target.
+def recommend(base: Settings, on: Machine | None = None, purpose: Purpose = "sampling") -> Recommendation:
+    """The best settings that fit a machine (None: this one) with its margins, for `base`'s flavour, size, batch, rank
+    and target.
 
     Quality goes first: bf16, int8, int4, nf4; within one precision the faster offload mode; T5 is quantised only where
     it does not fit. Blocks are streamed when nothing else fits, as many resident as there is room for. In training,
     gradient checkpointing is switched off where there is room, because recomputing costs about a third more time.
     """
+    on = on or machine()
     best = next((s for s in _candidates(base, on, purpose) if fits_on(s, on, purpose)), None)
     least = min(_candidates(base, on, purpose), key=lambda s: _need(s, on, purpose)[0])
     chosen, fits = (least, False) if best is None else (_refined(best, on, purpose), True)

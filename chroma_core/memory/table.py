@@ -6,17 +6,25 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 from ..loading.spec import Offload
-from ..model.flavours import flavour
 from .machine import GIB, Machine, in_gib, machine
 from .plan import CHOICES, Purpose, Recommendation, Settings, fits_on, peaks, recommend
+
+MARKS = {
+    "chosen": "chosen",
+    "recommended_sampling": "recommended for sampling",
+    "recommended_training": "recommended for training",
+    "least_sampling": "needs least in sampling",
+    "least_training": "needs least in training",
+    "no_checkpointing": "no checkpointing",
+}
+"""What is said of a row, by its code; the page has words of its own."""
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One choice of settings. Bytes are peaks: of the device in sampling and training, of the computer in either.
+    """One choice of settings. Bytes are peaks: of the GPU in sampling and training, of RAM in either.
 
-    fits: the purposes that leave the machine its margins. marks: `chosen`, `recommended for <purpose>`, `needs least in
-    <purpose>`, `no checkpointing`.
+    fits: the purposes that leave the machine its margins. marks: codes, see `MARKS`.
     """
 
     settings: Settings
@@ -60,63 +68,33 @@ class MemoryPlan:
         return "\n".join([*lines, "", about, self.sampling.sentence, self.training.sentence])
 
 
-def memory_plan(
-    flavour_name: str,
-    precision_name: str | None = None,
-    *,
-    size: int | None = None,
-    batch_size: int = 1,
-    rank: int = 16,
-    gradient_checkpointing: bool = True,
-    text_precision: str = "bf16",
-    offload: Offload = "none",
-    resident_blocks: int = 2,
-    offload_during_startup: bool = False,
-    on: Machine | None = None,
-) -> MemoryPlan:
+def memory_plan(chosen: Settings, on: Machine | None = None) -> MemoryPlan:
     """What every precision and offload mode needs on a machine (None: this one), and what to choose.
 
-    The row of `precision_name` and `offload` is marked as chosen (None: no row is), the recommended ones as such; a
-    recommended row may differ from the rest in T5's precision and in gradient checkpointing. Raises as `estimate`.
+    The row of what is chosen is marked, and the recommended ones, which may differ from the rest in T5's precision and
+    in gradient checkpointing.
     """
     on = on or machine()
-    chosen = Settings(
-        flavour_name,
-        precision_name or CHOICES[0],
-        text_precision,
-        offload,
-        resident_blocks,
-        offload_during_startup,
-        size if size is not None else flavour(flavour_name).size,
-        batch_size,
-        rank,
-        gradient_checkpointing=gradient_checkpointing,
-    )
     sampling, training = recommend(chosen, on, "sampling"), recommend(chosen, on, "training")
     notes: dict[Settings, list[str]] = {}
     for name in dict.fromkeys((*CHOICES, chosen.precision)):
         for mode in get_args(Offload):
             row = replace(chosen, precision=name, offload=mode)
-            notes[row] = ["chosen"] if precision_name and row == chosen else []
+            notes[row] = ["chosen"] if row == chosen else []
             for found in (sampling, training):
                 if (found.precision, found.offload) == (name, mode):
                     notes.setdefault(found.applied_to(chosen), []).append(
-                        f"recommended for {found.purpose}" if found.fits else f"needs least in {found.purpose}"
+                        f"{'recommended' if found.fits else 'least'}_{found.purpose}"
                     )
     rows = tuple(_row(settings, on, marks) for settings, marks in notes.items())
     return MemoryPlan(chosen, on, rows, sampling, training)
-
-
-def plan_table(flavour_name: str, precision_name: str | None = None, **options: Any) -> str:
-    """`memory_plan` with the same options, as a table for people."""
-    return memory_plan(flavour_name, precision_name, **options).text
 
 
 def _row(settings: Settings, on: Machine, marks: list[str]) -> PlanRow:
     found = peaks(settings, on.shared)
     purposes: tuple[Purpose, ...] = get_args(Purpose)
     fits: tuple[Purpose, ...] = tuple(purpose for purpose in purposes if fits_on(settings, on, purpose))
-    marks = marks if settings.gradient_checkpointing else [*marks, "no checkpointing"]
+    marks = marks if settings.gradient_checkpointing else [*marks, "no_checkpointing"]
     host = max(found.host_sampling, found.host_training)
     return PlanRow(settings, found.sampling, found.training, host, fits, tuple(marks))
 
@@ -129,5 +107,5 @@ def _cells(row: PlanRow, scale: int) -> tuple[str, ...]:
         settings.text_precision,
         mode,
         *(f"{value / scale:.1f}" for value in (row.sampling_bytes, row.training_bytes, row.host_bytes)),
-        (", ".join(row.fits) or "-") + (f"   <- {', '.join(row.marks)}" if row.marks else ""),
+        (", ".join(row.fits) or "-") + (f"   <- {', '.join(MARKS[mark] for mark in row.marks)}" if row.marks else ""),
     )

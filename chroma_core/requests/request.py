@@ -24,6 +24,7 @@ from ..loading.spec import LoraMode, Offload
 from ..model.flavours import FLAVOURS, Flavour, flavour
 from ..model.latents import snap_size
 from ..model.precision import precision
+from ..options import MAX_SEED
 from ..sampling.recipe import recipe
 from ..sampling.sampler import SamplingSettings
 from ..sampling.text import TRIGGER, apply_trigger
@@ -40,9 +41,6 @@ RANDOM = -1
 """The seed that asks for a random one."""
 
 DEFAULT_SEED = 42
-MAX_SEED = 2**53 - 1
-"""The largest whole number that every JSON reader holds exactly."""
-
 # Strict: "1024" and true are mistakes of the program that wrote the request, and must not become 1024 and 1.
 Text = Annotated[str, Strict(), Field(max_length=10_000)]
 Name = Annotated[str, Strict(), Field(min_length=1, max_length=1000)]

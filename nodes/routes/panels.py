@@ -11,7 +11,7 @@ from typing import Any
 from aiohttp import web
 from comfy_api.latest import io
 
-from ...chroma_core.memory import machine, memory_plan
+from ...chroma_core.memory import Settings, machine, memory_plan
 from ...chroma_core.model.flavours import FLAVOURS
 from ...chroma_core.model.latents import snap_size
 from ...chroma_core.sampling.schedule import SigmaSettings, sigma_density
@@ -121,8 +121,7 @@ def _rows(body: object) -> dict[str, Any]:
     own = inputs_of(ChromaLoadModel)
     size = io.Int.Input("size", default=0, min=0, max=4096)
     values = read_widgets([*(own[name] for name in PLAN), size], body)
-    flavour, precision, size = values.pop("flavour"), values.pop("precision"), values.pop("size") or None
-    plan = memory_plan(flavour, precision, size=size, on=machine(host.device()), **values)
+    plan = memory_plan(Settings(**values), machine(host.device()))
     return {
         "rows": [row.to_dict() for row in plan.rows],
         "size": plan.chosen.size,
@@ -133,4 +132,5 @@ def _rows(body: object) -> dict[str, Any]:
         "host_bytes": plan.on.host_bytes,
         "host_budget_bytes": plan.on.host_budget,
         "sentences": [plan.sampling.sentence, plan.training.sentence],
+        "recommended": [plan.sampling.to_dict(), plan.training.to_dict()],
     }

@@ -7,8 +7,7 @@ from typing import Any, get_type_hints
 
 from aiohttp import web
 
-from ...chroma_core.memory import estimate, machine
-from ...chroma_core.memory.plan import Settings
+from ...chroma_core.memory import Settings, estimate, machine
 from .. import host, while_training
 from .common import Malformed, add, answer, json_of, refused
 
@@ -28,8 +27,7 @@ def register(routes: Any) -> None:
 async def _plan(request: web.Request) -> web.Response:
     """The memory estimate for the query's settings; see `PLAN`."""
     settings = {name: _setting(name, text) for name, text in request.query.items()}
-    names = settings.pop("flavour", "base"), settings.pop("precision", "bf16")
-    return await answer(lambda: estimate(*names, on=machine(host.device()), **settings).to_dict())
+    return await answer(lambda: estimate(Settings(**settings), machine(host.device())).to_dict())
 
 
 def _setting(name: str, text: str) -> Any:

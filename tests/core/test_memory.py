@@ -39,12 +39,12 @@ def test_parts_of_the_real_model():
 
 
 def test_real_weights_are_exact():
-    full = estimate("base", "bf16")
+    full = estimate(Settings("base", "bf16"))
     assert full.transformer_parameters == 8_899_983_424
     assert full.weights_bytes == 2 * 8_899_983_424
-    assert estimate("base", "fp32").weights_bytes == 4 * 8_899_983_424
+    assert estimate(Settings("base", "fp32")).weights_bytes == 4 * 8_899_983_424
     assert full.text_encoder_bytes / GIB == pytest.approx(8.87, abs=0.01)
-    assert estimate("hd", "bf16").weights_bytes == full.weights_bytes
+    assert estimate(Settings("hd", "bf16")).weights_bytes == full.weights_bytes
     assert full.lora_bytes == 4 * 16 * 266 * 2 * 3072
 
 
@@ -58,7 +58,7 @@ def test_bytes_of_a_quantised_model_are_those_of_its_tensors(name: str):
 
 
 def test_tiny_weights_are_its_files():
-    found, folder = estimate("tiny", "bf16"), anatomy("tiny")
+    found, folder = estimate(Settings("tiny", "bf16")), anatomy("tiny")
     assert found.weights_bytes == 2 * found.transformer_parameters
     assert found.text_encoder_bytes == 2 * folder.text_encoder.whole.parameters
     assert folder.text_encoder.whole.parameters / 1e6 == pytest.approx(0.6, abs=0.05)
@@ -147,15 +147,24 @@ def test_every_quantised_precision_has_its_moments():
 
 
 def test_what_should_cost_more_does():
-    small, large = estimate("base", "bf16", size=512), estimate("base", "bf16", size=1024)
+    small, large = estimate(Settings("base", "bf16", size=512)), estimate(Settings("base", "bf16", size=1024))
     assert large.activation_bytes > 3 * small.activation_bytes
-    free = estimate("base", "bf16", size=512, gradient_checkpointing=False)
+    free = estimate(Settings("base", "bf16", size=512, gradient_checkpointing=False))
     assert free.activation_bytes > 8 * small.activation_bytes
-    assert estimate("base", "bf16", rank=32).lora_bytes == 2 * estimate("base", "bf16", rank=16).lora_bytes
-    assert estimate("base", "bf16", target="all+ffs").lora_bytes > small.lora_bytes
-    assert estimate("base", "int8", batch_size=4).activation_bytes > 3 * estimate("base", "int8").activation_bytes
+    assert (
+        estimate(Settings("base", "bf16", rank=32)).lora_bytes
+        == 2 * estimate(Settings("base", "bf16", rank=16)).lora_bytes
+    )
+    assert estimate(Settings("base", "bf16", target="all+ffs")).lora_bytes > small.lora_bytes
+    assert (
+        estimate(Settings("base", "int8", batch_size=4)).activation_bytes
+        > 3 * estimate(Settings("base", "int8")).activation_bytes
+    )
     assert small.training_peak_bytes > small.weights_bytes + small.lora_bytes + small.optimizer_bytes
-    order = [estimate("base", name, size=512, offload="model").weights_bytes for name in ("bf16", *OURS[:1], *OURS[2:])]
+    order = [
+        estimate(Settings("base", name, size=512, offload="model")).weights_bytes
+        for name in ("bf16", *OURS[:1], *OURS[2:])
+    ]
     assert order == sorted(order, reverse=True)
 
 
@@ -209,14 +218,14 @@ def test_one_memory_holds_everything():
 )
 def test_impossible_settings(options: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        estimate("base", "bf16", **options)
+        estimate(Settings("base", "bf16", **options))
 
 
 def test_unknown_names():
     with pytest.raises(ConfigError, match="base, hd, flash, tiny"):
-        estimate("huge", "bf16")
+        estimate(Settings("huge", "bf16"))
     with pytest.raises(PrecisionError, match="int7"):
-        estimate("base", "int7")
+        estimate(Settings("base", "int7"))
 
 
 def test_an_estimate_is_quick_and_leaves_no_trace():
@@ -224,6 +233,6 @@ def test_an_estimate_is_quick_and_leaves_no_trace():
     anatomy.cache_clear()
     transformer_on_meta.cache_clear()
     started = time.process_time()
-    estimate("base", "int8")
+    estimate(Settings("base", "int8"))
     assert time.process_time() - started < 1
     assert torch.get_default_dtype() == before[0] and torch.equal(torch.get_rng_state(), before[1])

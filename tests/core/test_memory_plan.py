@@ -9,7 +9,7 @@ import pytest
 
 from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError
-from chroma_core.memory import estimate, memory_plan, plan_table, recommend
+from chroma_core.memory import estimate, memory_plan, recommend
 from chroma_core.memory.machine import Machine, machine
 from chroma_core.memory.plan import Settings, fits_on
 from chroma_core.model.precision import PRECISIONS
@@ -27,7 +27,7 @@ def test_what_is_recommended_leaves_the_margins():
     sizes = product([5, 6, 8, 10, 12, 16, 24, 32, 48], [16, 32, 64], [512, 1024], ["sampling", "training"])
     for device, host, size, purpose in sizes:
         on = card(device, host)
-        found = recommend("base", size, on, purpose)
+        found = recommend(Settings("base", size=size), on, purpose)
         device_limit = on.device_bytes - max(GIB, round(0.1 * on.device_bytes))
         host_limit = on.host_bytes - max(4 * GIB, round(0.15 * on.host_bytes))
         kept = not found.fits or found.device_peak_bytes <= device_limit and found.host_peak_bytes <= host_limit
@@ -42,7 +42,7 @@ QUALITY = ["nf4", "int4", "int8", "bf16"]
 
 @pytest.mark.parametrize("purpose", ["sampling", "training"])
 def test_a_larger_card_never_gets_less_quality(purpose):
-    ladder = [recommend("base", 512, card(size, 64), purpose) for size in (8, 12, 16, 24, 32, 80)]
+    ladder = [recommend(Settings("base", size=512), card(size, 64), purpose) for size in (8, 12, 16, 24, 32, 80)]
     ranks = [QUALITY.index(found.precision) for found in ladder]
     assert all(found.fits for found in ladder) and ranks == sorted(ranks)
     assert ladder[-1].precision == "bf16" and ladder[-1].text_precision == "bf16"
@@ -50,26 +50,30 @@ def test_a_larger_card_never_gets_less_quality(purpose):
 
 
 def test_choices_by_hand():
-    assert recommend("base", 1024, card(24, 64)).offload == "model"  # bf16: T5 and transformer take turns
-    assert recommend("base", 1024, card(48, 64)).offload == "none"
-    assert recommend("base", 512, card(8, 32)).text_precision == "int8"  # bf16 T5 alone is larger than the card
-    assert recommend("base", 512, card(6, 16)).offload == "block"
-    assert not recommend("base", 512, card(48, 64), "training").gradient_checkpointing
-    assert recommend("base", 512, card(12, 64), "training").gradient_checkpointing
-    poor = recommend("base", 1024, card(24, 16))  # bf16 parts cannot wait in 16 GB
+    assert (
+        recommend(Settings("base", size=1024), card(24, 64)).offload == "model"
+    )  # bf16: T5 and transformer take turns
+    assert recommend(Settings("base", size=1024), card(48, 64)).offload == "none"
+    assert (
+        recommend(Settings("base", size=512), card(8, 32)).text_precision == "int8"
+    )  # bf16 T5 alone is larger than the card
+    assert recommend(Settings("base", size=512), card(6, 16)).offload == "block"
+    assert not recommend(Settings("base", size=512), card(48, 64), "training").gradient_checkpointing
+    assert recommend(Settings("base", size=512), card(12, 64), "training").gradient_checkpointing
+    poor = recommend(Settings("base", size=1024), card(24, 16))  # bf16 parts cannot wait in 16 GB
     assert (poor.precision, poor.offload) == ("int8", "none")
 
 
 def test_nothing_fits_and_says_so():
-    found = recommend("base", 1024, card(2, 8))
+    found = recommend(Settings("base", size=1024), card(2, 8))
     assert not found.fits
     assert "do not fit" in found.sentence and "smaller size" in found.sentence
-    assert recommend("tiny", on=card(2, 8)).fits
+    assert recommend(Settings("tiny"), card(2, 8)).fits
 
 
 def test_shared_memory_is_never_offloaded():
     for kind in ("cpu", "mps"):
-        found = recommend("base", 1024, card(32, 32, kind))
+        found = recommend(Settings("base", size=1024), card(32, 32, kind))
         assert found.fits and found.offload == "none"
         assert found.host_peak_bytes <= 32 * GIB * 0.85
 
@@ -92,7 +96,7 @@ def test_command_prints_json(capsys):
     arguments = ["plan", "--flavour", "base", "--precision", "nf4", "--size", "512", "--json"]
     assert main([*arguments, "--device-memory", "8", "--host-memory", "16"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values == json.loads(json.dumps(estimate("base", "nf4", size=512, on=card(8, 16)).to_dict())) | {
+    assert values == json.loads(json.dumps(estimate(Settings("base", "nf4", size=512), card(8, 16)).to_dict())) | {
         key: values[key] for key in ("recommendation", "training_recommendation")
     }
     chosen = values["recommendation"]
@@ -115,11 +119,11 @@ def test_command_prints_a_table(capsys):
 
 def test_table_marks_what_is_recommended_and_its_numbers_are_the_estimates():
     on = card(8, 32)
-    text = plan_table("base", "nf4", size=512, on=on)
+    text = memory_plan(Settings("base", "nf4", size=512), on).text
     rows = [line for line in text.splitlines() if line.split()[:1] and line.split()[0] in PRECISIONS]
     assert sum("<- chosen" in row for row in rows) == 1
     (sampling,) = [row for row in rows if "recommended for sampling" in row]
-    found = recommend("base", 512, on)
+    found = recommend(Settings("base", size=512), on)
     assert sampling.split()[:3] == [found.precision, found.text_precision, found.offload]
     assert sampling.split()[3] == f"{found.device_peak_bytes / GIB:.1f}"
     assert "recommended for training" in text and found.sentence in text
@@ -128,15 +132,15 @@ def test_table_marks_what_is_recommended_and_its_numbers_are_the_estimates():
 
 def test_rows_hold_the_estimates_and_the_table_is_made_of_them():
     on = card(12, 32)
-    plan = memory_plan("base", "int8", size=768, offload="block", resident_blocks=5, on=on)
+    plan = memory_plan(Settings("base", "int8", size=768, offload="block", resident_blocks=5), on)
     (chosen,) = [row for row in plan.rows if "chosen" in row.marks]
-    found = estimate("base", "int8", size=768, offload="block", resident_blocks=5, on=on)
+    found = estimate(Settings("base", "int8", size=768, offload="block", resident_blocks=5), on)
     assert (chosen.sampling_bytes, chosen.training_bytes) == (found.sampling_peak_bytes, found.training_peak_bytes)
     advised = {mark: row.settings for row in plan.rows for mark in row.marks if mark.startswith("recommended")}
-    assert advised["recommended for training"] == found.training_recommendation.applied_to(plan.chosen)
-    assert advised["recommended for sampling"] == found.recommendation.applied_to(plan.chosen)
-    assert all("training" in row.fits for row in plan.rows if "recommended for training" in row.marks)
-    text = plan_table("base", "int8", size=768, offload="block", resident_blocks=5, on=on)
+    assert advised["recommended_training"] == found.training_recommendation.applied_to(plan.chosen)
+    assert advised["recommended_sampling"] == found.recommendation.applied_to(plan.chosen)
+    assert all("training" in row.fits for row in plan.rows if "recommended_training" in row.marks)
+    text = memory_plan(Settings("base", "int8", size=768, offload="block", resident_blocks=5), on).text
     assert plan.text == text and len(text.split("\n\n")[0].splitlines()) == len(plan.rows) + 1
     flat = chosen.to_dict()
     assert (flat["precision"], flat["resident_blocks"], flat["marks"]) == ("int8", 5, ("chosen",))

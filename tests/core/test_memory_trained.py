@@ -55,7 +55,7 @@ def test_mean_full_rank_and_long_texts_are_counted():
     assert full.training - plain.training == 16 * count - 2 * plain.lora - plain.optimizer
     long = peaks(replace(base, text_tokens=512, gradient_checkpointing=False)).activations
     assert 1.2 < long / peaks(replace(base, gradient_checkpointing=False)).activations < 1.6
-    assert estimate("base", "int8", adapter="dora", size=512).lora_bytes > plain.lora
-    assert estimate("base", "int8", adapter="lokr", size=512).lora_bytes < plain.lora
+    assert estimate(Settings("base", "int8", adapter="dora", size=512)).lora_bytes > plain.lora
+    assert estimate(Settings("base", "int8", adapter="lokr", size=512)).lora_bytes < plain.lora
     with pytest.raises(ConfigError, match="adapter is 'loha'"):
-        estimate("base", "int8", adapter="loha")
+        estimate(Settings("base", "int8", adapter="loha"))

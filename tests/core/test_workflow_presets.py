@@ -34,8 +34,8 @@ def test_there_is_one_for_each_card():
 @pytest.mark.parametrize("card", CARDS)
 def test_a_preset_sets_what_the_memory_plan_recommends_and_fits_in_both_uses(card: int):
     on = Machine("a card", card * GIB, COMPUTER * GIB)
-    painting = recommend("base", PICTURE_SIZE, on, "sampling")
-    training = recommend("base", TRAINING_SIZE, on, "training")
+    painting = recommend(Settings("base", size=PICTURE_SIZE), on, "sampling")
+    training = recommend(Settings("base", size=TRAINING_SIZE), on, "training")
     assert painting.fits and training.fits
     loader = inputs(card, "ChromaLoadModel")
     # The same weights are right for both on each of these cards; offload says where they wait while painting.

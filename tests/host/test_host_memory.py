@@ -15,7 +15,7 @@ import torch
 
 from _host import Host
 from chroma_core.loading.spec import ModelSpec
-from chroma_core.memory import estimate
+from chroma_core.memory import Settings, estimate
 from prompts import text_to_image
 from waiting import until
 
@@ -64,7 +64,7 @@ def test_another_model_takes_the_place_of_the_first(server: Host):
 
 def test_the_plan_answers_what_the_core_estimates(server: Host):
     query = "flavour=base&precision=nf4&size=512&gradient_checkpointing=false&rank=32"
-    expected = estimate("base", "nf4", size=512, gradient_checkpointing=False, rank=32).to_dict()
+    expected = estimate(Settings("base", "nf4", size=512, gradient_checkpointing=False, rank=32)).to_dict()
     found = server.get(f"/chromakit/plan?{query}")
     assert found["weights_bytes"] == expected["weights_bytes"]
     assert found["training_peak_bytes"] == expected["training_peak_bytes"]

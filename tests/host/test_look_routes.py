@@ -19,7 +19,7 @@ from _host import Host
 from chroma_core.data.contact_sheet import bucket_counts, summary
 from chroma_core.data.dataset import DatasetConfig
 from chroma_core.data.scan import scan
-from chroma_core.memory import Machine, memory_plan
+from chroma_core.memory import Machine, Settings, memory_plan
 from chroma_core.sampling.schedule import SigmaSettings, sampling_sigmas, sigma_density
 from chroma_core.training.step.lr import Schedule
 
@@ -124,9 +124,10 @@ def test_rows_are_the_memory_plans(server: Host):
     code, system = server.request("GET", "/system_stats")
     assert code == 200 and json.loads(system)["devices"][0]["type"] == "cpu"
     here = Machine(answer["device_name"], answer["device_bytes"], answer["host_bytes"], "cpu")
-    plan = memory_plan("base", size=512, on=here, precision_name=values.pop("precision"), **values)
+    plan = memory_plan(Settings("base", size=512, **values), here)
     assert answer["rows"] == json.loads(json.dumps([row.to_dict() for row in plan.rows]))
     assert answer["sentences"] == [plan.sampling.sentence, plan.training.sentence]
+    assert answer["recommended"] == [plan.sampling.to_dict(), plan.training.to_dict()]
     (chosen,) = [row for row in answer["rows"] if "chosen" in row["marks"]]
     assert (chosen["precision"], chosen["offload"], chosen["resident_blocks"]) == ("nf4", "block", 9)
     assert (answer["size"], answer["device_budget_bytes"]) == (512, here.device_budget)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from chroma_core.memory import estimate, recommend
+from chroma_core.memory import Settings, estimate, recommend
 from chroma_core.memory.activations import DEQUANTISE, QUANTISE
 from chroma_core.memory.anatomy import Part, anatomy, transformer_on_meta
 from chroma_core.memory.machine import GIB, Machine
@@ -96,7 +96,7 @@ def choices_table() -> str:
             on = Machine("card", device * GIB, host * GIB)
             cells = []
             for purpose in ("sampling", "training"):
-                found = recommend("base", size, on, purpose)
+                found = recommend(Settings("base", size=size), on, purpose)
                 mode = found.offload + (f" {found.resident_blocks}" if found.offload == "block" else "")
                 more = "" if found.gradient_checkpointing else ", no checkpointing"
                 cells += [
@@ -113,7 +113,7 @@ def seeds_table() -> str:
         cells = []
         for size in (512, 1024):
             on = Machine("card", 80 * GIB, 128 * GIB)
-            found = estimate("base", name, size=size, on=on, text_precision="nf4")
+            found = estimate(Settings("base", name, size=size, text_precision="nf4"), on)
             step = found.weights_bytes + 2 * found.lora_bytes + found.optimizer_bytes + found.activation_bytes
             cells += [f"{step / GIB:.1f}", f"{found.training_peak_bytes / GIB:.1f}"]
         rows.append([name, f"~{seed}", *cells])

@@ -75,8 +75,8 @@ def preset(card: int) -> Preset:
     from chroma_core.memory.plan import CHOICES, Settings
 
     on = Machine(f"a card of {card} GB", card * GIB, COMPUTER * GIB)
-    painting = recommend("base", PICTURE_SIZE, on, "sampling")
-    training = recommend("base", TRAINING_SIZE, on, "training")
+    painting = recommend(Settings("base", size=PICTURE_SIZE), on, "sampling")
+    training = recommend(Settings("base", size=TRAINING_SIZE), on, "training")
     smaller = max(painting, training, key=lambda found: CHOICES.index(found.precision))
     # Painting decides where the parts are: in training they take turns whatever the mode.
     settings = replace(

@@ -270,9 +270,20 @@ interface PlanRow {
   host_bytes: number;
 }
 
+interface PlanChoice {
+  purpose: Purpose;
+  precision: string;
+  text_precision: string;
+  offload: string;
+  resident_blocks: number;
+  device_peak_bytes: number;
+  host_peak_bytes: number;
+  fits: boolean;
+}
+
 interface PlanLook {
   rows: PlanRow[];
-  sentences: string[];
+  recommended: PlanChoice[];
   shared: boolean;
   device_name: string;
   size: number;

@@ -12,7 +12,7 @@ import torch
 from ...errors import ChromaKitError, JobError
 from ...fullrank.layers import count_trained
 from ...loading.components import transformer_outline
-from ...memory import estimate, in_gib, machine, recommend
+from ...memory import Settings, estimate, in_gib, machine, recommend
 from ...memory.activations import T5_TOKENS, TEXT_TOKENS
 from ...model.device import is_out_of_memory
 from ..config import TrainingConfig
@@ -92,29 +92,10 @@ def disk_shortage(folder: Path, next_bytes: int) -> str | None:
 
 def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.device) -> JobError:
     """The same error with what was predicted, what there is, and the settings that should fit."""
-    size = max(config.dataset.sizes(config.resolution))
-    predicted = estimate(
-        config.model.flavour,
-        config.model.precision,
-        size=size,
-        batch_size=config.batch_size,
-        rank=config.lora.rank,
-        gradient_checkpointing=config.gradient_checkpointing,
-        text_precision=config.model.text_precision,
-        offload=config.model.offload,
-        resident_blocks=config.model.resident_blocks,
-        target=config.lora.target,
-        optimizer=config.optimizer,
-        adapter=config.lora.kind,
-        lokr_factor=config.lora.lokr_factor,
-        ema=config.ema_decay > 0,
-        text_tokens=TEXT_TOKENS if config.objective.text_padding == "trim" else T5_TOKENS,
-        trained_parameters=_trained_in_full(config),
-    )
-    here = machine(device)
-    advice = recommend(
-        config.model.flavour, size, here, "training", batch_size=config.batch_size, rank=config.lora.rank
-    )
+    settings, here = plan_settings(config), machine(device)
+    predicted = estimate(settings, here)
+    alike = Settings(settings.flavour, size=settings.size, batch_size=settings.batch_size, rank=settings.rank)
+    advice = recommend(alike, here, "training")
     found = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return JobError(
         f"Training ran out of memory ({found}). Predicted were {in_gib(predicted.training_peak_bytes)} at "
@@ -124,11 +105,25 @@ def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.de
     )
 
 
-def _trained_in_full(config: TrainingConfig) -> int:
-    """How many of the model's own weights the job trains."""
-    if config.full is None:
-        return 0
-    return count_trained(transformer_outline(config.model), config.full.target, config.full.norms)
+def plan_settings(config: TrainingConfig) -> Settings:
+    """What the memory plan counts of a job; for full rank the headers of its model are read."""
+    full, trained = config.full, 0
+    if full is not None:
+        trained = count_trained(transformer_outline(config.model), full.target, full.norms)
+    return Settings.of(
+        config.model,
+        size=max(config.dataset.sizes(config.resolution)),
+        batch_size=config.batch_size,
+        rank=config.lora.rank,
+        target=config.lora.target,
+        optimizer=config.optimizer,
+        gradient_checkpointing=config.gradient_checkpointing,
+        adapter=config.lora.kind,
+        lokr_factor=config.lora.lokr_factor,
+        ema=config.ema_decay > 0,
+        text_tokens=TEXT_TOKENS if config.objective.text_padding == "trim" else T5_TOKENS,
+        trained_parameters=trained,
+    )
 
 
 def _advice(config: TrainingConfig, for_a_lora: str) -> str:

@@ -9,13 +9,13 @@ import torch
 
 from chroma_core.fullrank.layers import count_trained
 from chroma_core.loading.components import transformer_outline
-from chroma_core.memory import estimate, in_gib
+from chroma_core.memory import Settings, estimate, in_gib
 from chroma_core.model.device import is_out_of_memory
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.job import Job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
-from chroma_core.training.run.faults import DISK_MARGIN, disk_shortage, out_of_memory, watch_loss
+from chroma_core.training.run.faults import DISK_MARGIN, disk_shortage, out_of_memory, plan_settings, watch_loss
 from chroma_core.training.run.metrics import Progress
 from training_cases import Bench, config, model_folder, write_dataset
 from waiting import until
@@ -65,10 +65,12 @@ def test_the_prediction_for_full_rank_is_the_plans(places):
     settings = config(*places, lora={}, full=full, optimizer="adafactor", learning_rate=1e-5)
     count = count_trained(transformer_outline(settings.model), full["target"])
     assert count > 0
-    predicted = estimate(
+    expected = Settings(
         "tiny", "fp32", text_precision="fp32", size=settings.resolution, gradient_checkpointing=False,
         optimizer="adafactor", ema=True, trained_parameters=count,
     )  # fmt: skip
+    assert plan_settings(settings) == expected
+    predicted = estimate(expected)
     message = str(out_of_memory(RuntimeError("out of memory"), settings, torch.device("cpu")))
     assert f"Predicted were {in_gib(predicted.training_peak_bytes)} at" in message
 

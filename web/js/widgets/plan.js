@@ -11,15 +11,6 @@ const OPENED = "chromakitPlanOpen";
 const NAMES = ["flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup"];
 const FILES = ["folder", "transformer", "text_encoder", "vae"];
 const PUBLISHED = "as published";
-/** @type {Record<string, string>} */
-const MARKS = {
-  "recommended for sampling": "recommended_sampling",
-  "recommended for training": "recommended_training",
-  "needs least in sampling": "least_sampling",
-  "needs least in training": "least_training",
-  "no checkpointing": "no_checkpointing",
-};
-
 /** @param {number} bytes */
 const gib = (bytes) => (bytes / 2 ** 30).toFixed(bytes < 2 ** 30 ? 2 : 1);
 
@@ -108,8 +99,22 @@ class Plan extends LivePanel {
       { class: "ck-scroll", tabIndex: 0 },
       h("table", { class: "ck-plan" }, h("thead", {}, head), h("tbody", {}, plan.rows.flatMap((row) => this.rows(row)))),
       h("p", { class: "ck-faint" }, about),
-      plan.sentences.map((sentence) => h("p", { class: "ck-faint" }, sentence)),
+      plan.recommended.map((choice) => h("p", { class: "ck-faint" }, this.advice(plan, choice))),
     );
+  }
+
+  /**
+   * What to choose on this machine, in a sentence.
+   * @param {PlanLook} plan
+   * @param {PlanChoice} choice
+   */
+  advice(plan, choice) {
+    const mode = choice.offload === "block" ? `block ${choice.resident_blocks}` : choice.offload;
+    const need = { device: gib(choice.device_peak_bytes), host: gib(choice.host_peak_bytes) };
+    return this.t(`advice.${choice.purpose}.${choice.fits ? "fits" : "too_large"}`, {
+      precision: choice.precision, t5: choice.text_precision, offload: mode,
+      need: this.t(plan.shared ? "advice.shared" : "advice.need", need),
+    });
   }
 
   /**
@@ -128,8 +133,7 @@ class Plan extends LivePanel {
       h("tr", { class: name, "aria-current": chosen ? "true" : null },
         cells, need("sampling"), need("training"), h("td", { class: "ck-number" }, gib(row.host_bytes))),
     ];
-    const marks = row.marks.filter((mark) => MARKS[mark]).map((mark) => this.t(`mark.${MARKS[mark]}`));
-    if (chosen) marks.unshift(this.t("mark.chosen"));
+    const marks = row.marks.map((mark) => this.t(`mark.${mark}`));
     if (marks.length) {
       const use = h("button", { type: "button", onclick: () => this.use(row) }, this.t("use"));
       const badge = h("span", { class: advised ? "ck-badge" : "ck-faint" }, `↳ ${marks.join(" · ")}`);

@@ -1,0 +1,63 @@
+"""Widgets of nodes from the options that they set: type, default, range, sentence and hints are the option's.
+
+A saved workflow holds values by position, so nodes list their widgets in an order of their own, new ones at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..chroma_core.options import Described, option_of
+
+ADVANCED: dict[str, Any] = {"optional": True, "advanced": True}
+
+_KINDS = {bool: io.Boolean, int: io.Int, float: io.Float, str: io.String}
+
+
+def widget(owner: type, field: str, name: str = "", kind: Any = None, **changes: Any) -> Any:
+    """The input for the option `field` of `owner`, under another `name` or of another kind than the type says.
+
+    `changes` are the arguments of the input that this node has otherwise.
+    """
+    option = option_of(owner, field)
+    hints = {**_hints(option), "default": option.default, "tooltip": option.sentence}
+    hints |= ADVANCED if option.option.advanced else {}
+    kind = kind or (io.Combo if option.choices else _KINDS[option.kind])
+    return kind.Input(name or field, **{**hints, **changes})
+
+
+def _hints(option: Described) -> dict[str, Any]:
+    if option.choices:
+        return {"options": list(option.choices)}
+    if option.kind not in (int, float):
+        return {}
+    hints = option.option
+    found = {
+        "min": option.bound("ge") if hints.least is None else hints.least,
+        "max": option.bound("le") if hints.most is None else hints.most,
+        "step": hints.step,
+        "round": hints.round,
+    }
+    return {key: option.kind(value) for key, value in found.items() if value is not None}
+
+
+def nested(values: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
+    """Values of widgets as a configuration; `paths` are the dotted names of what the widgets set."""
+    found: dict[str, Any] = {}
+    for name, path in paths.items():
+        if name in values:
+            section, _, field = path.rpartition(".")
+            (found.setdefault(section, {}) if section else found)[field] = values[name]
+    return found
+
+
+def values_at(config: Any, paths: Mapping[str, str]) -> dict[str, Any]:
+    """The way back: the widgets' values from a configuration."""
+    found = {}
+    for name, path in paths.items():
+        section, _, field = path.rpartition(".")
+        found[name] = getattr(getattr(config, section) if section else config, field)
+    return found

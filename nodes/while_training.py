@@ -12,6 +12,7 @@ from typing import Any
 
 from ..chroma_core.errors import ConfigError, JobError
 from ..chroma_core.files import write_json
+from ..chroma_core.training.jobs.manager import JobStatus
 from . import host, jobs
 
 NAME = "prompts_while_training"
@@ -119,7 +120,7 @@ def check_accepted() -> None:
         raise JobError(f"{reason}. {DETAILS}")
 
 
-def _how_far(job: dict[str, Any]) -> str:
+def _how_far(job: JobStatus) -> str:
     if job["state"] != "running":
         return job["state"]
     words, left = f"step {job['step']} of {job['steps']}", job.get("eta_seconds")

@@ -156,7 +156,7 @@ def study(seeds: int, steps: int, output: Path, only: list[str]) -> bool:
                 started = time.monotonic()
                 config = TrainingConfig.parse(job_config(variant, seed, steps))
                 status = run_job(config, output / "jobs", output / "loras", "cpu")
-                if status["state"] != "completed":
+                if status["state"] != "completed" or status["lora_path"] is None:
                     raise SystemExit(f"{variant}, seed {seed}: the job {status['state']}: {status['message']}")
                 found = judge.judge(Path(str(status["lora_path"])), result.with_suffix(".png"))
                 values = {"variant": variant, "seed": seed, **found}

@@ -26,6 +26,9 @@ NODE_MODULES = ROOT / "node_modules"
 NOTHING_COLLECTED = 5
 PROCESSES = {"core": min(4, os.cpu_count() or 1), "host": min(2, os.cpu_count() or 1)}
 """Core tests share nothing but the file system, host tests a server for each process: their files are dealt out."""
+DEALT = ("--dist", "loadgroup", "--no-loadscope-reorder")
+"""By the groups, and in the order, that tests/conftest.py gives them."""
+SLOWEST = ("--durations=50", "--durations-min=1")
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -152,8 +155,8 @@ def main() -> int:
     for part in parts:
         print(f"\n=== tests/{part} ===", flush=True)
         processes = PROCESSES.get(part, 1)
-        dealt = ["-n", str(processes), "--dist", "loadfile"] if processes > 1 else []
-        status, last = run([sys.executable, "-m", "pytest", f"tests/{part}", *dealt, *extra])
+        dealt = ["-n", str(processes), *DEALT] if processes > 1 else []
+        status, last = run([sys.executable, "-m", "pytest", f"tests/{part}", *dealt, *SLOWEST, *extra])
         for number, word in re.findall(r"(\d+) (\w+)", last):
             if word in counts:
                 counts[word] += int(number)

@@ -18,6 +18,7 @@ from ...chroma_core.data.settings import Settings
 from ...chroma_core.errors import ConfigError
 from ...chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
+from ...chroma_core.training.jobs.manager import JobStatus
 from .. import jobs
 from . import job_graphs
 from .common import Unknown, add, answer, body_of, job_of, refused, whole_number
@@ -82,7 +83,7 @@ async def _act(request: web.Request) -> web.Response:
     if action not in ACTIONS:
         return refused(409, f"A job cannot '{action}'. Use one of: {', '.join(ACTIONS)}, change, extend, delete.")
 
-    def act() -> dict[str, Any]:
+    def act() -> JobStatus:
         job = job_of(request)
         getattr(jobs.manager(), action)(job.id)
         return job.status()
@@ -98,7 +99,7 @@ async def _delete(request: web.Request) -> web.Response:
 async def _change(request: web.Request) -> web.Response:
     body = await body_of(request, Change)
 
-    def change() -> dict[str, Any]:
+    def change() -> JobStatus:
         job = job_of(request)
         _no_new_paths(job.config, with_changes(job.config, body.changes))
         return jobs.manager().change(job.id, body.changes, body.force).status()

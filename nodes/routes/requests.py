@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 from aiohttp import web
 
-from ...chroma_core.comfy.to_prompt import to_prompt
+from ...chroma_core.comfy.graph import to_prompt
 from ...chroma_core.errors import JobError, LoraError
 from ...chroma_core.requests.request import InferenceRequest
 from ...chroma_core.requests.run import check_loras, lora_uses, model_spec

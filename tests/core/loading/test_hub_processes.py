@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 from chroma_core.loading.hub import fetch
 from chroma_core.model.flavours import flavour
 from hub_cases import ROOT, SHARD, assert_same, cache_fixture, chroma_files, hub_fixture, partial, run  # noqa: F401
@@ -35,7 +36,7 @@ def test_a_fresh_process_driven_by_its_environment_alone_killed_and_started_agai
     first.wait()
     hub.pace, asked = 0, len(hub.log)
     second = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert second.returncode == 0, second.stderr
     assert_same(Path(second.stdout.strip()))
@@ -52,7 +53,7 @@ def test_a_disk_that_takes_no_more_in_the_middle_of_a_file(hub, cache):
         "try: fetch(flavour('base'), ['transformer'])\n"
         "except ModelFileError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = forked.run(forked.LIGHT, "-c", script)
     assert "no room in the cache" in done.stdout and "is kept" in done.stdout, done
     assert partial(cache).stat().st_size >= 10 << 20
     assert_same(fetch(flavour("base"), ["transformer"]))
@@ -67,7 +68,7 @@ def test_a_bar_is_drawn_in_a_terminal(hub):
     terminal, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
     script = f"{IMPORTS}; fetch(flavour('base'), ['transformer'])"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=slave, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, stderr=slave, check=True, timeout=300)
     os.close(slave)
     drawn = b""
     while True:

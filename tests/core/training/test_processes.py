@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 from chroma_core.errors import ConfigError
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.distributed.world import part_size
@@ -98,7 +99,7 @@ def trained(places, tmp_path_factory):
     return folder, *both_ways(places, folder, JOBS, commands)
 
 
-def both_ways(places, folder: Path, jobs: dict, commands: list) -> tuple[list[dict], str]:
+def both_ways(places, folder: Path, jobs: dict, commands: list, forks: bool = False) -> tuple[list[dict], str]:
     """What the two processes found, by rank, and what they said. torch 2.11 crashes when a second thread of a process
     uses FSDP2 after a first one ended, so there can be only one such job among `jobs`."""
     wanted = []
@@ -113,8 +114,12 @@ def both_ways(places, folder: Path, jobs: dict, commands: list) -> tuple[list[di
         wanted.append({"config": settings.model_dump(mode="json"), "root": str(root), "sharding": sharding})
     path = folder / "list.json"
     path.write_text(json.dumps({"jobs": wanted, "commands": commands}))
-    command = [*TORCHRUN, str(ROOT / "tests/support/several_processes.py"), str(path)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    script = ROOT / "tests/support/several_processes.py"
+    if forks:
+        done = forked.run(forked.FULL, script, path)
+    else:
+        command = [*TORCHRUN, str(script), str(path)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-9000:]
     return [json.loads((folder / f"list.json.{rank}").read_text()) for rank in (0, 1)], done.stderr
 
@@ -158,7 +163,7 @@ def held_in_halves(found, index: int, sharding: str):
 @pytest.mark.slow
 def test_codes_of_a_quantised_base_are_divided_too(places, tmp_path):
     jobs = {"int8": ("fsdp", {"precision": "int8", "lora": {"rank": 4, "kind": "dora"}})}
-    found, _ = both_ways(places, tmp_path, jobs, [])
+    found, _ = both_ways(places, tmp_path, jobs, [], forks=hasattr(os, "fork"))
     assert [ranks["jobs"][0]["state"] for ranks in found] == ["completed", "completed"], found
     same(tmp_path / "int8/one", tmp_path / "int8/two")
     held_in_halves(found, 0, "fsdp")

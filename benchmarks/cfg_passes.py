@@ -23,6 +23,7 @@ import torch  # noqa: E402
 
 from chroma_core.model.latents import image_ids  # noqa: E402
 from chroma_core.model.transformer import ChromaTransformer  # noqa: E402
+from tools.pages import fill, markdown_table  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEXT_TOKENS = 32
@@ -63,7 +64,7 @@ def median_time(run: Callable[[], object], device: str) -> float:
 
 
 @torch.no_grad()
-def measure(model: ChromaTransformer, size: int, options: argparse.Namespace) -> str:
+def measure(model: ChromaTransformer, size: int, options: argparse.Namespace) -> tuple[str, ...]:
     """One row of the table."""
     cells, dtype, device = size // 8, DTYPES[options.dtype], options.device
     ids = image_ids(cells, cells, device)
@@ -83,7 +84,7 @@ def measure(model: ChromaTransformer, size: int, options: argparse.Namespace) ->
     first, second = two_passes(), one_batch()
     difference = float((first - second).abs().max() / first.abs().max())
     equal = "yes" if torch.equal(first, second) else f"no, {difference:.0e}"
-    return f"| {size}² | {apart * 1000:.0f} ms | {together / apart:.2f} | {equal} |"
+    return f"{size}²", f"{apart * 1000:.0f} ms", f"{together / apart:.2f}", equal
 
 
 def main() -> None:
@@ -99,20 +100,12 @@ def main() -> None:
     model = build(options)
     on = torch.cuda.get_device_name() if options.device == "cuda" else f"a CPU, {torch.get_num_threads()} thread(s)"
     blocks, width = "+".join(map(str, options.blocks)), options.heads * options.width
-    lines = [
-        f"On {on}: {blocks} blocks of width {width}, {options.dtype}, {TEXT_TOKENS} text tokens",
-        "",
-        "| size | two passes | one batch ÷ two passes | bit for bit equal |",
-        "|---|---|---|---|",
-        *(measure(model, size, options) for size in options.sizes),
-    ]
-    text = "\n".join(lines)
+    columns = ("size", "two passes", "one batch ÷ two passes", "bit for bit equal")
+    table = markdown_table([measure(model, size, options) for size in options.sizes], columns)
+    text = f"On {on}: {blocks} blocks of width {width}, {options.dtype}, {TEXT_TOKENS} text tokens\n\n{table}"
     print(text)
     if options.write:
-        path = ROOT / "docs" / "measured.md"
-        before, begin, rest = path.read_text(encoding="utf-8").partition("<!-- cfg_passes begin -->")
-        end = "<!-- cfg_passes end -->"
-        path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+        fill(ROOT / "docs" / "measured.md", "cfg_passes", text)
 
 
 if __name__ == "__main__":

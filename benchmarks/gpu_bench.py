@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.real_model import GIB, SIMULATED, Job
+from tools.pages import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ("int8", "fp8", "int4", "nf4")
@@ -179,10 +180,10 @@ def card(bench: Bench) -> Iterator[Row]:
 
 def tables(rows: list[Row]) -> str:
     """What was found, as Markdown, one table a case."""
-    lines: list[str] = []
+    parts: list[str] = []
     for name in dict.fromkeys(row["case"] for row in rows):
         mine = [row for row in rows if row["case"] == name]
         columns = list(dict.fromkeys(key for row in mine for key in row if key not in ("case", "longest")))
-        lines += ["", f"### {name}", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(str(row.get(key, "")) for key in columns) + " |" for row in mine]
-    return "\n".join(lines)
+        cells = [[row.get(key, "") for key in columns] for row in mine]
+        parts += ["", f"### {name}", "", markdown_table(cells, columns)]
+    return "\n".join(parts)

@@ -22,6 +22,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tools.pages import fill, markdown_table  # noqa: E402
+
 PEER = "diffusers"
 
 
@@ -178,21 +180,25 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     size = rows[-1]["file_bytes"]
     found = {(row["precision"], row["mode"]): row for row in rows[:-1]}
     peer = found[PEER, ""]
-    lines = [
-        "| precision | mode | load time ÷ peer's | extra host peak ÷ file | device peak | forward ÷ bf16's |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = "precision, mode, load time ÷ peer's, extra host peak ÷ file, device peak, forward ÷ bf16's".split(", ")
+    lines: list[tuple[str, ...]] = []
     for (precision, mode), row in found.items():
         if "error" in row:
-            lines.append(f"| {precision} | {mode} | {row['error']} | | | |")
+            lines.append((precision, mode, row["error"]))
             continue
         device = row["device_peak_bytes"]
+        forward = row["forward_s"]
         lines.append(
-            f"| {precision} | {mode} | {row['load_s'] / peer['load_s']:.2f} | {row['host_peak_bytes'] / size:.2f} | "
-            f"{'—' if device is None else f'{device / 2**30:.2f} GiB'} | "
-            f"{'—' if row['forward_s'] is None else format(row['forward_s'] / found['bf16', '']['forward_s'], '.2f')} |"
+            (
+                precision,
+                mode,
+                f"{row['load_s'] / peer['load_s']:.2f}",
+                f"{row['host_peak_bytes'] / size:.2f}",
+                "—" if device is None else f"{device / 2**30:.2f} GiB",
+                "—" if forward is None else f"{forward / found['bf16', '']['forward_s']:.2f}",
+            )
         )
-    return "\n".join(lines)
+    return markdown_table(lines, columns)
 
 
 def device_name(name: str) -> str:
@@ -223,15 +229,12 @@ def main() -> None:
     text = table(rows, options)
     print(text)
     if options.write:
-        path = ROOT / "docs" / "measured.md"
-        begin, end = "<!-- real_size begin -->", "<!-- real_size end -->"
-        before, _, rest = path.read_text(encoding="utf-8").partition(begin)
         heading = (
             f"On {device_name(options.device)}: {options.blocks[0]}+{options.blocks[1]} blocks of the real widths, a "
             f"file of {rows[-1]['file_bytes'] / 2**30:.2f} GiB, random weights, a forward pass at {options.size}²; the "
             f"peer loads in {rows[0]['load_s']:.1f} s.\n\n"
         )
-        path.write_text(f"{before}{begin}\n{heading}{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+        fill(ROOT / "docs" / "measured.md", "real_size", heading + text)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.pages import fill, markdown_table  # noqa: E402
+
 PAGE = ROOT / "docs" / "optimizers.md"
-START, END = "<!-- variants: benchmarks/variants.py -->", "<!-- end of variants -->"
 DATA = ROOT / "example_datasets" / "sks_emblem"
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -102,20 +105,20 @@ def table(rows: list[dict[str, Any]], steps: int) -> str:
     """The rows as Markdown."""
     first = rows[0]["seconds"]
     lines = [
-        f"{steps} steps of batch 4 on `tiny`, rank 16, target `all+ffs`, rate 2e-3 (full rank: 2e-4), one CPU core:",
-        "",
-        "| | validation loss before → after | step time | optimizer's state |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
-        if "reason" in row:
-            lines.append(f"| {row['name']} | did not run: {row['reason']} | | |")
-            continue
-        lines.append(
-            f"| {row['name']} | {row['before']:.3f} → {row['after']:.3f} | {row['seconds'] / first:.2f} × | "
-            f"{row['state'] / 2**20:.2f} MiB |"
+        (row["name"], f"did not run: {row['reason']}")
+        if "reason" in row
+        else (
+            row["name"],
+            f"{row['before']:.3f} → {row['after']:.3f}",
+            f"{row['seconds'] / first:.2f} ×",
+            f"{row['state'] / 2**20:.2f} MiB",
         )
-    return "\n".join(lines)
+        for row in rows
+    ]
+    return (
+        f"{steps} steps of batch 4 on `tiny`, rank 16, target `all+ffs`, rate 2e-3 (full rank: 2e-4), one CPU core:\n\n"
+        + markdown_table(lines, ("", "validation loss before → after", "step time", "optimizer's state"))
+    )
 
 
 def main() -> int:
@@ -124,7 +127,6 @@ def main() -> int:
     parser.add_argument("--only", action="append", help="a row's name; repeat for several")
     parser.add_argument("--write", action="store_true", help="put the table into docs/optimizers.md")
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     import torch
 
     torch.set_num_threads(1)
@@ -138,9 +140,7 @@ def main() -> int:
     text = table(rows, options.steps)
     print(text)
     if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        start, end = page.index(START) + len(START), page.index(END)
-        PAGE.write_text(f"{page[:start]}\n{text}\n{page[end:]}", encoding="utf-8")
+        fill(PAGE, "variants", text)
     return 0
 
 

@@ -30,10 +30,10 @@ from _environment import ensure_environment  # noqa: E402
 from _host import Host, start_host  # noqa: E402
 from _workflows import change, load_api  # noqa: E402
 from tools.page import open_page  # noqa: E402
+from tools.pages import fill, markdown_table  # noqa: E402
 
 JOBS, STEPS, ROUNDS = 50, 20_000, 5
 PAGE = ROOT / "docs" / "window.md"
-BEGIN, END = "<!-- window begin -->", "<!-- window end -->"
 
 OPEN_TAB = """async ([id, selector, count]) => {
     const tabs = window.app.extensionManager.sidebarTab;
@@ -164,8 +164,6 @@ def measure(host: Host, long: str) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """The measurements for people."""
     rows = [
-        ("what", "ours", "peer", "ours ÷ peer"),
-        ("---", "---", "---", "---"),
         (
             f"opening the tab, {JOBS + 1} jobs in it",
             f"{found['tab']:.0f} ms (the first time {found['first_tab']:.0f})",
@@ -191,11 +189,9 @@ def table(found: dict[str, Any]) -> str:
             f"{found['long_gap'] / found['peer_gap']:.2f}",
         ),
     ]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines[1] = "|---|---|---|---|"
     size, taken = found["list_bytes"] / 1024, found["list"]
     about = f"The list of {JOBS + 1} jobs is {size:.0f} KiB, which ComfyUI answers within {taken:.0f} ms."
-    return "\n".join([*lines, "", about])
+    return f"{markdown_table(rows, ('what', 'ours', 'peer', 'ours ÷ peer'))}\n\n{about}"
 
 
 def main() -> int:
@@ -212,8 +208,7 @@ def main() -> int:
             text = table(measure(host, long))
     print(text)
     if options.write:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        fill(PAGE, "window", text)
     return 0
 
 

@@ -34,7 +34,7 @@ ROOMS = (
 
 
 class ChromaKitExtension(ComfyExtension):
-    """What the host loads: the routes, then the nodes."""
+    """What ComfyUI loads: the routes, then the nodes."""
 
     async def on_load(self) -> None:
         routes.register(host.server_routes())

@@ -1,4 +1,4 @@
-"""The way from CHROMA_MODEL to the host's own MODEL, so that its guiders and samplers can drive Chroma."""
+"""The way from CHROMA_MODEL to ComfyUI's own MODEL, so that its guiders and samplers can drive Chroma."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .sockets import ChromaModel, schema
 
 
 class HostDiffusionModel(torch.nn.Module):
-    """Chroma's transformer in the shape in which the host calls a diffusion model; it holds a handle, no weights.
+    """Chroma's transformer in the shape in which ComfyUI calls a diffusion model; it holds a handle, no weights.
 
-    Weights stay with the pack's cache, so quantised models and LoRAs work here as in Chroma Sampler, and the host has
+    Weights stay with the pack's cache, so quantised models and LoRAs work here as in Chroma Sampler, and ComfyUI has
     nothing to patch or move.
     """
 
     dtype = torch.float32
-    """What the host is told: latents and sigma reach `forward` unrounded, as in Chroma Sampler."""
+    """What ComfyUI is told: latents and sigma reach `forward` unrounded, as in Chroma Sampler."""
 
     def __init__(self, handle: ModelHandle):
         super().__init__()
@@ -46,7 +46,7 @@ class HostDiffusionModel(torch.nn.Module):
                     yield transformer
                 finally:
                     self._opened = None
-            host.stay_known()  # the host's sampling loads models of its own beside this one
+            host.stay_known()  # ComfyUI's sampling loads models of its own beside this one
 
     def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **kwargs: Any) -> Tensor:
         """Velocity [B, C, H, W] for latents `x` at σ = `timestep` [B] and text states `context` [B, T, channels].
@@ -55,7 +55,7 @@ class HostDiffusionModel(torch.nn.Module):
         """
         if x.ndim != 4 or x.shape[-2] % PATCH or x.shape[-1] % PATCH:
             raise ConfigError(
-                f"The latents have shape {tuple(x.shape)}; Chroma takes pictures whose sides are multiples of 16 "
+                f"The latents have shape {tuple(x.shape)}; Chroma takes images whose sides are multiples of 16 "
                 "pixels. Make them with Chroma Empty Latent, or change the size."
             )
         if kwargs.get("control") is not None:

@@ -78,7 +78,7 @@ _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 class _Kept:
-    """The folders that were written since the host started. When one of them is changed or deleted, every such node
+    """The folders that were written since ComfyUI started. When one of them is changed or deleted, every such node
     runs once more, and writes its own again."""
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class ChromaDatasetFromImages(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> int:
-        """What other nodes give is watched by the host; here only whether what was stored is still there."""
+        """What other nodes give is watched by ComfyUI; here only whether what was stored is still there."""
         return _kept.losses()
 
     @classmethod
@@ -164,10 +164,10 @@ class ChromaDatasetFromImages(io.ComfyNode):
 
 
 def _check_captions(texts: list[str], fields: dict[str, Any]) -> None:
-    """Raises DataError when no picture would have a caption, though it is not said that this is meant."""
+    """Raises DataError when no image would have a caption, though it is not said that this is meant."""
     if not any(text.strip() for text in texts) and fields.get("missing_caption") != "empty":
         raise DataError(
-            "There is no caption. Write what the pictures show into captions (one line for all, or one line for each), "
+            "There is no caption. Write what the images show into captions (one line for all, or one line for each), "
             "link a list of texts, or choose missing_caption = empty to train without."
         )
 
@@ -257,8 +257,8 @@ def check_main(sets: Sequence[DatasetConfig]) -> None:
     """Raises ConfigError when the set that the LoRA is about is one that must not change anything."""
     if sets[0].regularisation:
         raise ConfigError(
-            f"The main data set '{Path(sets[0].folder).name}' is a regularisation set, from which a LoRA learns to "
-            "change nothing. Link the pictures that it should learn as dataset_1 of Chroma Combine Datasets, and the "
+            f"The main dataset '{Path(sets[0].folder).name}' is a regularisation set, from which a LoRA learns to "
+            "change nothing. Link the images that it should learn as dataset_1 of Chroma Combine Datasets, and the "
             "regularisation set as dataset_2; or switch regularisation off."
         )
 
@@ -275,10 +275,10 @@ def single(sets: Sequence[DatasetConfig] | None) -> DatasetConfig | None:
 
 def mixture(sets: Sequence[DatasetConfig]) -> str:
     """How several sets are used, one line a set."""
-    lines = [f"{len(sets)} data sets in one job"]
+    lines = [f"{len(sets)} datasets in one job"]
     for i, (config, times) in enumerate(zip(sets, multiples([one.weight for one in sets]), strict=True), 1):
         uses = times * config.repeats
-        facts = [f"weight {config.weight:g}", f"each picture {'once' if uses == 1 else f'{uses} times'} an epoch"]
+        facts = [f"weight {config.weight:g}", f"each image {'once' if uses == 1 else f'{uses} times'} an epoch"]
         facts += ["main"] if i == 1 else []
         facts += [f"trigger word “{config.trigger}”"] if config.trigger else []
         facts += ["regularisation"] if config.regularisation else []

@@ -22,7 +22,7 @@ _upsets: Counter[str] = Counter()
 
 
 def manager() -> JobManager:
-    """The one manager. It saves its running job when the host ends; jobs left unfinished earlier are `interrupted`."""
+    """The one manager. It saves its running job when ComfyUI ends; jobs left unfinished earlier are `interrupted`."""
     global _manager
     with _lock:
         if _manager is None:
@@ -57,7 +57,7 @@ def delete(job: str) -> dict[str, str]:
 
 
 def fingerprint() -> list[tuple[str, int]]:
-    """Equal as long as no job failed, was taken up again or got lost: then the host may replay what job nodes gave.
+    """Equal as long as no job failed, was taken up again or got lost: then ComfyUI may replay what job nodes gave.
 
     It only ever grows, so a value from before a change never comes back.
     """
@@ -67,7 +67,7 @@ def fingerprint() -> list[tuple[str, int]]:
 def at_work() -> JobStatus | None:
     """The status of the job that has the machine or is about to take it; None when there is none, or it is paused.
 
-    Any thread. It waits for nothing but a lock of its own, so the host's queue may ask while it is locked itself. Jobs
+    Any thread. It waits for nothing but a lock of its own, so ComfyUI's queue may ask while it is locked itself. Jobs
     behind a paused one are not about to begin.
     """
     with _heard_lock:

@@ -1,4 +1,4 @@
-"""Comparing: a training preview painted again, and which number moves a picture how far."""
+"""Comparing: a training preview sampled again, and which number moves an image how far."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _compare(case: Case, shown: Sampled | None, kinds: tuple[FactorKind, ...]) -
     report.add_pairs({"node": base} if shown is None else {"preview": shown, "node": base})
     for factor in factors:
         done += case.settings.steps
-        host.say(f"Painting with {factor.name}")
+        host.say(f"Sampling with {factor.name}")
         try:
             report.add_factor(factor, base, paint(factor.case))
         except NotRun as reason:

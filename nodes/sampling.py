@@ -216,7 +216,7 @@ def _sample(
     settings: SamplingSettings,
     recipe: Recipe,
 ) -> dict[str, Any]:
-    """Between the host's LATENT and CONDITIONING and the core's sampler."""
+    """Between ComfyUI's LATENT and CONDITIONING and the core's sampler."""
     device = host.device()
     format_ = FLUX_LATENTS
     samples, notice = crop_latents(latent, format_, recipe.size_multiple)
@@ -253,7 +253,7 @@ def _sample(
         )
     result = {**latent, "samples": format_.to_vae(x).to(samples.device)}
     result[OURS] = {"recipe": recipe.to_dict(), "settings": settings.to_dict()}
-    result.pop("downscale_ratio_spacial", None)  # the host's empty latents carry it for models of another ratio
+    result.pop("downscale_ratio_spacial", None)  # ComfyUI's empty latents carry it for models of another ratio
     if mask is not None:
         result["noise_mask"] = mask[:, None]
     return result

@@ -1,6 +1,6 @@
-"""The pack's own socket types, and conversion between the host's values and the core's.
+"""The pack's own socket types, and conversion between ComfyUI's values and the core's.
 
-A link carries a handle, an id or plain settings, never a loaded model: the host may evict any value at any time.
+A link carries a handle, an id or plain settings, never a loaded model: ComfyUI may evict any value at any time.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def whole_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
 
 
 def to_conditioning(condition: TextCondition, spec: ModelSpec, recipe: Recipe = CANONICAL) -> list[list[Any]]:
-    """One encoded prompt as a CONDITIONING that the host's samplers read too."""
+    """One encoded prompt as a CONDITIONING that ComfyUI's samplers read too."""
     states_1TC = condition.states[None].cpu()
     note = {
         "text": condition.text,
@@ -78,7 +78,7 @@ def to_conditioning(condition: TextCondition, spec: ModelSpec, recipe: Recipe = 
 
 
 def from_conditioning(conditioning: list[list[Any]], batch: int, channels: int) -> list[TextCondition]:
-    """A CONDITIONING, from our encoder or the host's, as one condition a picture; rows repeat to fill the batch.
+    """A CONDITIONING, from our encoder or ComfyUI's, as one condition an image; rows repeat to fill the batch.
 
     Raises ConfigError for what the sampler would otherwise ignore: several conditionings, areas, masks, ControlNets,
     or states of another width than the `channels` of the model.
@@ -86,14 +86,14 @@ def from_conditioning(conditioning: list[list[Any]], batch: int, channels: int) 
     if len(conditioning) != 1:
         raise ConfigError(
             f"The conditioning is a combination of {len(conditioning)} prompts; Chroma Sampler takes one prompt. Write "
-            "both into one text, or sample with the host's own nodes."
+            "both into one text, or sample with ComfyUI's own nodes."
         )
     states_BTC, options = conditioning[0]
     ignored = sorted({name for key, name in _UNSUPPORTED.items() if _is_set(key, options.get(key))})
     if ignored:
         raise ConfigError(
-            f"The conditioning carries {', '.join(ignored)}, which Chroma Sampler does not honour. Take that node out "
-            "of the chain, or sample with the host's own nodes."
+            f"The conditioning carries {', '.join(ignored)}, which Chroma Sampler does not support. Take that node out "
+            "of the chain, or sample with ComfyUI's own nodes."
         )
     if states_BTC.shape[-1] != channels:
         raise ConfigError(
@@ -117,7 +117,7 @@ def prompt_to_encode_again(conditioning: list[list[Any]], recipe: Recipe) -> tup
     Raises PromptError when it would have to be encoded again but was changed after encoding.
     """
     note = conditioning[0][1].get(OURS)
-    if note is None:  # the host's own encoder: taken as it is
+    if note is None:  # ComfyUI's own encoder: taken as it is
         return None
     made_with = Recipe.from_dict(note["recipe"])
     if (made_with.text_attention, made_with.visible_padding) == (recipe.text_attention, recipe.visible_padding):
@@ -131,7 +131,7 @@ def prompt_to_encode_again(conditioning: list[list[Any]], recipe: Recipe) -> tup
 
 
 def encoder_of(conditioning: list[list[Any]]) -> ModelSpec | None:
-    """The text encoder that made a conditioning; None for the host's own."""
+    """The text encoder that made a conditioning; None for ComfyUI's own."""
     note = conditioning[0][1].get(OURS)
     return ModelSpec.from_dict(note["text_encoder"]) if note else None
 
@@ -139,26 +139,26 @@ def encoder_of(conditioning: list[list[Any]]) -> ModelSpec | None:
 def crop_latents(latent: dict[str, Any], format_: LatentFormat, multiple: int) -> tuple[Tensor, str]:
     """LATENT samples [B, C, H, W] cut, about the centre, to a size the recipe allows, and what to tell the user.
 
-    Empty latents of another model's channel count (the host's Empty Latent Image) become ours.
+    Empty latents of another model's channel count (ComfyUI's Empty Latent Image) become ours.
     """
     samples = latent["samples"]
     if samples.ndim != 4:
         raise ConfigError(
-            f"The latents have shape {list(samples.shape)}; Chroma samples pictures: [batch, channels, rows, columns]."
+            f"The latents have shape {list(samples.shape)}; Chroma samples images: [batch, channels, rows, columns]."
         )
     B, C, H, W = samples.shape
     if format_.channels != C:
         if torch.count_nonzero(samples):
             raise ConfigError(
                 f"The latents have {C} channels, but Chroma's have {format_.channels}: they were encoded by the VAE "
-                "of another model. Encode the picture with the VAE that Chroma Load Model gives."
+                "of another model. Encode the image with the VAE that Chroma Load Model gives."
             )
         samples = samples.new_zeros(B, format_.channels, H, W)
     cells = multiple // format_.downscale
     rows, columns = H // cells * cells, W // cells * cells
     if not rows or not columns:
         size = f"{W * format_.downscale}×{H * format_.downscale}"
-        raise ConfigError(f"The latents are {size} pixels; a picture must be at least {multiple}×{multiple}.")
+        raise ConfigError(f"The latents are {size} pixels; an image must be at least {multiple}×{multiple}.")
     message = ""
     if (rows, columns) != (H, W):
         samples = _centre(samples, rows, columns)
@@ -170,7 +170,7 @@ def crop_latents(latent: dict[str, Any], format_: LatentFormat, multiple: int) -
 
 
 def noise_mask(latent: dict[str, Any], cells: int) -> Tensor | None:
-    """The LATENT's noise mask as [B, H, W] in latent rows, 1 where the picture may change; None without one.
+    """The LATENT's noise mask as [B, H, W] in latent rows, 1 where the image may change; None without one.
 
     It is scaled to the uncropped latents, then cropped like them (`cells` is the crop unit in latent rows).
     """
@@ -191,7 +191,7 @@ def _centre(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def to_image(pictures: list[Any]) -> Tensor:
-    """Pictures of one size → IMAGE [B, H, W, 3] in 0..1."""
+    """Images of one size → IMAGE [B, H, W, 3] in 0..1."""
     import numpy
 
     arrays = [torch.from_numpy(numpy.array(picture.convert("RGB"), dtype=numpy.float32)) for picture in pictures]
@@ -206,7 +206,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def pictures_of(images: Sequence[Tensor | None]) -> list[Image.Image]:
-    """Every picture of a list of IMAGEs [B, H, W, C] (or [H, W, C]) in 0..1, in order, in 8 bits.
+    """Every image of a list of IMAGEs [B, H, W, C] (or [H, W, C]) in 0..1, in order, in 8 bits.
 
     Sizes may differ from one IMAGE to the next; C is 1, 3 or 4 (alpha). Raises DataError for anything else.
     """
@@ -218,22 +218,22 @@ def pictures_of(images: Sequence[Tensor | None]) -> list[Image.Image]:
             image = image[None]
         if image.ndim != 4 or image.shape[-1] not in _MODES or not image.numel():
             raise DataError(
-                f"Picture {len(found) + 1} has the shape {list(image.shape)}; an IMAGE is [batch, height, width, "
-                "channels] with 1, 3 or 4 channels. Link the pictures from a node that gives IMAGE."
+                f"Image {len(found) + 1} has the shape {list(image.shape)}; an IMAGE is [batch, height, width, "
+                "channels] with 1, 3 or 4 channels. Link the images from a node that gives IMAGE."
             )
         for pixels in image:
-            values = _bytes(pixels, f"Picture {len(found) + 1}")
+            values = _bytes(pixels, f"Image {len(found) + 1}")
             found.append(Image.fromarray(values if values.shape[-1] > 1 else values[..., 0], _MODES[values.shape[-1]]))
     return found
 
 
 def masks_of(masks: Sequence[Tensor | None], pictures: Sequence[Image.Image]) -> list[Image.Image | None]:
-    """A loss mask for each picture from a list of MASKs [B, H, W] (or [H, W]) in 0..1, where 1 is trained.
+    """A loss mask for each image from a list of MASKs [B, H, W] (or [H, W]) in 0..1, where 1 is trained.
 
-    A single mask is for all pictures. One that is black all over is no mask (None): the host's Load Image gives such a
-    one, of 64 × 64, for a picture without transparency.
+    A single mask is for all images. One that is black all over is no mask (None): ComfyUI's Load Image gives such a
+    one, of 64 × 64, for an image without transparency.
 
-    Raises DataError for another number of masks than pictures, or a mask of another shape than its picture.
+    Raises DataError for another number of masks than images, or a mask of another shape than its image.
     """
     found: list[Image.Image | None] = []
     for mask in masks:
@@ -249,15 +249,15 @@ def masks_of(masks: Sequence[Tensor | None], pictures: Sequence[Image.Image]) ->
             found.append(Image.fromarray(values, "L") if values.any() else None)
     if len(found) not in (0, 1, len(pictures)):
         raise DataError(
-            f"There are {len(pictures)} pictures and {len(found)} masks. Give one mask for each picture, in the same "
+            f"There are {len(pictures)} images and {len(found)} masks. Give one mask for each image, in the same "
             "order, or a single one for all."
         )
     found = found * len(pictures) if len(found) == 1 else found
     for number, (mask, picture) in enumerate(zip(found, pictures, strict=False), 1):
         if mask and abs(mask.width * picture.height / (mask.height * picture.width) - 1) > 0.02:
             raise DataError(
-                f"Mask {number} is {mask.width}×{mask.height}, but its picture is {picture.width}×{picture.height}: "
-                "another shape. Make the mask from the very picture, or crop both alike."
+                f"Mask {number} is {mask.width}×{mask.height}, but its image is {picture.width}×{picture.height}: "
+                "another shape. Make the mask from the very image, or crop both alike."
             )
     return found
 

@@ -1,6 +1,6 @@
 """What prompts do while a training job is at work: the choice of this host, kept in a file, and what follows from it.
 
-`yield`: they run, and the job makes way. `finish`: they wait in the host's queue until no job is at work. `refuse`:
+`yield`: they run, and the job makes way. `finish`: they wait in ComfyUI's queue until no job is at work. `refuse`:
 they are not accepted. Prompts that need no device run in any case, so that a job can be looked at and another queued.
 """
 
@@ -29,7 +29,7 @@ WITHOUT_DEVICE = frozenset(
         "PrimitiveString", "PrimitiveStringMultiline", "PrimitiveInt", "PrimitiveFloat", "PrimitiveBoolean",
     }
 )  # fmt: skip
-"""Nodes, the host's among them, that compute nothing on the device. Chroma Load Model only describes the model."""
+"""Nodes, ComfyUI's among them, that compute nothing on the device. Chroma Load Model only describes the model."""
 
 DETAILS = "This host takes no prompts while a training job is at work, but for those that need no device."
 
@@ -39,7 +39,7 @@ _choices: tuple[str, ...] = (YIELD,)
 
 
 def start() -> None:
-    """Read the choice and see to it that it has effect. Called once, when the host loads the pack."""
+    """Read the choice and see to it that it has effect. Called once, when ComfyUI loads the pack."""
     global _choice, _choices
     can = {
         YIELD: True,
@@ -49,7 +49,7 @@ def start() -> None:
     _choices = tuple(choice for choice in CHOICES if can[choice])
     if missing := [choice for choice in CHOICES if not can[choice]]:
         host.log.warning(
-            "ChromaKit: this version of the host cannot let prompts %s while a job trains; see %s in docs/training.md.",
+            "ChromaKit: this version of ComfyUI cannot let prompts %s while a job trains; see %s in docs/training.md.",
             " or ".join(missing),
             NAME,
         )

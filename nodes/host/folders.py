@@ -1,4 +1,4 @@
-"""The host's folders for data: jobs, LoRAs, data sets. A name never leads outside them. Models: see `model_files`."""
+"""ComfyUI's folders for data: jobs, LoRAs, datasets. A name never leads outside them. Models: see `model_files`."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def jobs_folder() -> Path:
 
 
 def pictures_folder() -> Path:
-    """Where pictures from other nodes are kept for training, a data set folder for each set of them."""
+    """Where images from other nodes are kept for training, a dataset folder for each set of them."""
     return Path(folder_paths.get_output_directory()) / "chromakit" / "datasets"
 
 
 def loras_folder() -> Path:
-    """Where trained LoRAs go; the host searches it for LoRAs."""
+    """Where trained LoRAs go; ComfyUI searches it for LoRAs."""
     return Path(folder_paths.get_output_directory()) / LORAS
 
 
@@ -49,7 +49,7 @@ def settings_file() -> Path:
 
 
 def lora_names() -> list[str]:
-    """LoRA files in the host's LoRA folders, as its own loaders list them."""
+    """LoRA files in ComfyUI's LoRA folders, as its own loaders list them."""
     return folder_paths.get_filename_list(LORAS)
 
 
@@ -64,7 +64,7 @@ def lora_path(name: str) -> Path:
             else "There is none yet."
         )
         raise LoraError(
-            f"There is no LoRA file '{name}' in the host's LoRA folders. {listed} Choose one from the list (press R to "
+            f"There is no LoRA file '{name}' in ComfyUI's LoRA folders. {listed} Choose one from the list (press R to "
             f"refresh it), or put the file into '{loras_folder()}'."
         )
     return Path(found)
@@ -80,7 +80,7 @@ def file_state(path: Path) -> str:
 
 
 def _dataset_roots() -> list[Path]:
-    """Where data sets may lie, in order of search: the host's input, the pack's examples, the owner's list."""
+    """Where datasets may lie, in order of search: ComfyUI's input, the pack's examples, the owner's list."""
     roots = [Path(folder_paths.get_input_directory()), PACK / "example_datasets"]
     config = Path(folder_paths.get_user_directory()) / "chromakit" / "config.toml"
     if config.is_file():
@@ -92,15 +92,15 @@ def _dataset_roots() -> list[Path]:
             roots += map(Path, listed)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"'{config}' cannot be read: {error}. Expected: dataset_roots = [\"/my/pictures\"]."
+                f"'{config}' cannot be read: {error}. Expected: dataset_roots = [\"/my/images\"]."
             ) from error
     return [root.resolve() for root in roots]
 
 
 def dataset_names() -> list[str]:
-    """Folders that hold pictures, one or two levels below a data-set root, named relative to it.
+    """Folders that hold images, one or two levels below a dataset root, named relative to it.
 
-    A folder whose pictures all lie in sub-folders (kohya's `3_dog`) is one of them. The host asks for the names
+    A folder whose images all lie in sub-folders (kohya's `3_dog`) is one of them. ComfyUI asks for the names
     whenever it lists nodes, so what cannot be read is left out here and explained when used.
     """
     names: dict[str, None] = {}
@@ -113,7 +113,7 @@ def dataset_names() -> list[str]:
                 ):
                     names[name] = None
     except (DataError, OSError) as error:
-        log.warning("ChromaKit: not every data set can be listed: %s", error)
+        log.warning("ChromaKit: not every dataset can be listed: %s", error)
     return list(names)
 
 
@@ -125,9 +125,9 @@ def _holds_pictures(folder: Path) -> bool:
 
 
 def dataset_folder(name: str) -> Path:
-    """The folder behind a data-set name; never one outside the roots. Raises DataError.
+    """The folder behind a dataset name; never one outside the roots. Raises DataError.
 
-    Pictures that other nodes gave are found by their folder's name too, so that a job on them can be started again.
+    Images that other nodes gave are found by their folder's name too, so that a job on them can be started again.
     """
     roots = _dataset_roots()
     for root in (*roots, pictures_folder().resolve()):
@@ -138,8 +138,8 @@ def dataset_folder(name: str) -> Path:
         except (OSError, ValueError):  # too long for a name, or with a zero byte in it
             continue
     raise DataError(
-        f"There is no data set folder '{name}'. It must lie in one of: {', '.join(map(str, roots))}. Put a folder with "
-        "pictures and .txt captions into the host's input folder, or list further places as dataset_roots in "
+        f"There is no dataset folder '{name}'. It must lie in one of: {', '.join(map(str, roots))}. Put a folder with "
+        "images and .txt captions into ComfyUI's input folder, or list further places as dataset_roots in "
         "user/chromakit/config.toml."
     )
 
@@ -162,7 +162,7 @@ def path_state(path: str) -> str:
 def folder_state(folder: Path) -> str:
     """A text that changes when anything in the folder or below is added, removed, renamed or edited.
 
-    Pictures, masks, captions with whatever extension and metadata all count, as do links that lead nowhere; hidden
+    Images, masks, captions with whatever extension and metadata all count, as do links that lead nowhere; hidden
     files and folders, which a scan does not look at and file managers keep writing, do not.
     """
     entries = []
@@ -174,6 +174,6 @@ def folder_state(folder: Path) -> str:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, as the host's own LoRA nodes pass them on."""
+    """The tensors of a safetensors file, as ComfyUI's own LoRA nodes pass them on."""
     tensors: Any = comfy.utils.load_torch_file(str(path), safe_load=True)
     return tensors

@@ -1,7 +1,7 @@
-"""Prompts that wait in the host's queue although its worker is free, because something else has the machine.
+"""Prompts that wait in ComfyUI's queue although its worker is free, because something else has the machine.
 
 The worker takes prompts with `prompt_queue.get(timeout)`. `Holding` stands in for that one method of that one queue.
-What it lets through is taken by the host's own method; everything else about the queue is untouched, so a held prompt
+What it lets through is taken by ComfyUI's own method; everything else about the queue is untouched, so a held prompt
 is an ordinary pending one: shown, counted, and deleted like any other.
 """
 
@@ -33,7 +33,7 @@ class Holding:
     """Stands in for `queue.get` from now on; see `can_hold`.
 
     Args:
-        queue: the host's `PromptQueue`.
+        queue: ComfyUI's `PromptQueue`.
         holds: whether prompts have to wait now. Asked with the queue locked: it must not wait for any other lock whose
             owner may be about to call `wake`, `busy` or the queue.
         passes: whether a prompt may run all the same.
@@ -45,7 +45,7 @@ class Holding:
         queue.get = self.get
 
     def get(self, timeout: float | None = None) -> Any:
-        """The next prompt that may run, as the host's own `get` gives it.
+        """The next prompt that may run, as ComfyUI's own `get` gives it.
 
         None when the timeout (seconds; None: for ever) has passed, or something else woke the worker: it then looks at
         its flags (unload, free memory) and collects its garbage, also while prompts are held.

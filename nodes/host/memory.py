@@ -1,9 +1,9 @@
-"""Living together with the host's own models on one device.
+"""Living together with ComfyUI's own models on one device.
 
-The host keeps a list of the models it has loaded, and unloads from it when it needs memory. Everything that nodes keep
+ComfyUI keeps a list of the models it has loaded, and unloads from it when it needs memory. Everything that nodes keep
 loaded (`components`) is on that list as one entry, a patcher without weights of its own: it reports how many bytes our
-components hold on the device, and when the host asks it to unload, they go. Registering it is the host's ordinary
-`load_models_gpu`, which first frees as much of the host's own models as ours are going to need.
+components hold on the device, and when ComfyUI asks it to unload, they go. Registering it is ComfyUI's ordinary
+`load_models_gpu`, which first frees as much of ComfyUI's own models as ours are going to need.
 
 All of this belongs to the thread that runs prompts; a training job loads its own components and never comes here.
 """
@@ -32,9 +32,9 @@ def device() -> torch.device:
 
 
 def make_room(needed: int | None = None) -> None:
-    """Before our components load: the host gives up what its own models hold beyond the free memory, and learns of us.
+    """Before our components load: ComfyUI gives up what its own models hold beyond the free memory, and learns of us.
 
-    needed: bytes about to be loaded on the device; None: unknown, all of the host's models go. On a CPU the host's
+    needed: bytes about to be loaded on the device; None: unknown, all of ComfyUI's models go. On a CPU ComfyUI's
     models stay: there they are where they would be unloaded to.
     """
     if device().type != "cpu" and needed is None:
@@ -43,13 +43,13 @@ def make_room(needed: int | None = None) -> None:
 
 
 def stay_known() -> None:
-    """After computing: be on the host's list again, should it have crossed us off for want of room meanwhile."""
+    """After computing: be on ComfyUI's list again, should it have crossed us off for want of room meanwhile."""
     if _on_device() and not _our_entries():
         _stand_in().announce(0)
 
 
 def free_models_soon() -> None:
-    """Memory for a job, from the training thread: our cache goes at once, the host's models soon."""
+    """Memory for a job, from the training thread: our cache goes at once, ComfyUI's models soon."""
     if device().type != "cpu":
         components.clear()
         PromptServer.instance.prompt_queue.set_flag("unload_models", True)
@@ -62,7 +62,7 @@ components = ComponentCache(make_room=make_room, on_part=show_loading)
 def memory_report() -> dict[str, Any]:
     """For programs: the device, its memory in bytes, and what the components that nodes keep loaded hold where.
 
-    `component_bytes` is by device; `known_to_host`: whether the host counts them among its loaded models.
+    `component_bytes` is by device; `known_to_host`: whether ComfyUI counts them among its loaded models.
     """
     total: Any = management.get_total_memory(device())
     free: Any = management.get_free_memory(device())
@@ -76,7 +76,7 @@ def memory_report() -> dict[str, Any]:
 
 
 def _on_device() -> int:
-    """Bytes that our components hold on the host's device."""
+    """Bytes that our components hold on ComfyUI's device."""
     where = device()
     return sum(
         size
@@ -86,24 +86,24 @@ def _on_device() -> int:
 
 
 class ChromaKitComponents(torch.nn.Module):
-    """What the host's log calls our components; it holds no weights."""
+    """What ComfyUI's log calls our components; it holds no weights."""
 
 
 class _StandIn(comfy.model_patcher.ModelPatcher):
-    """The entry for `components` in the host's list of loaded models."""
+    """The entry for `components` in ComfyUI's list of loaded models."""
 
     _coming = 0
     _warned = False
 
     def announce(self, coming: int) -> None:
-        """Register with the host, which first frees memory for `coming` more bytes and for computing."""
+        """Register with ComfyUI, which first frees memory for `coming` more bytes and for computing."""
         self._coming = coming
         try:
             management.load_models_gpu([self])
-        except (AttributeError, TypeError) as error:  # another version of the host, whose list works otherwise
+        except (AttributeError, TypeError) as error:  # another version of ComfyUI, whose list works otherwise
             if not self._warned:
                 log.warning(
-                    "ChromaKit: this version of the host cannot count ChromaKit's models among its own (%s: %s). They "
+                    "ChromaKit: this version of ComfyUI cannot count ChromaKit's models among its own (%s: %s). They "
                     "stay loaded until another Chroma model is chosen or a training job needs the memory.",
                     type(error).__name__,
                     error,
@@ -130,7 +130,7 @@ class _StandIn(comfy.model_patcher.ModelPatcher):
         return _give_back()
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
-        if unpatch_all:  # otherwise the host only renews the entry
+        if unpatch_all:  # otherwise ComfyUI only renews the entry
             _give_back()
         return self.model
 
@@ -138,8 +138,8 @@ class _StandIn(comfy.model_patcher.ModelPatcher):
 def _give_back() -> int:
     """Give the device's memory back and return how many bytes that were.
 
-    While a node runs, another model needs the room: ours wait in the computer's memory, as the host's own do. When none
-    runs, the owner of the host asked for the memory (`/free`), or it has run out: everything goes. On a CPU, the
+    While a node runs, another model needs the room: ours wait in RAM, as ComfyUI's own do. When none
+    runs, the user asked for the memory (`/free`), or it has run out: everything goes. On a CPU, the
     computer's memory is the device. Nothing is taken from under one of our own nodes while it computes.
     """
     if computing():
@@ -158,7 +158,7 @@ _patcher: _StandIn | None = None
 
 
 def _stand_in() -> _StandIn:
-    """The one entry. It lives as long as the host: the host's list refers to it weakly."""
+    """The one entry. It lives as long as ComfyUI: ComfyUI's list refers to it weakly."""
     global _patcher
     if _patcher is None:
         _patcher = _StandIn(ChromaKitComponents(), device(), torch.device("cpu"))

@@ -25,7 +25,7 @@ class Progress:
         self._bar = comfy.utils.ProgressBar(total)
 
     def step(self, done: int, total: int, preview: Image.Image | None = None) -> None:
-        """Show `done` of `total`, with a preview picture if there is one."""
+        """Show `done` of `total`, with a preview image if there is one."""
         management.throw_exception_if_processing_interrupted()
         picture = ("JPEG", preview, args.preview_size) if preview is not None else None
         self._bar.update_absolute(done, total, picture)
@@ -34,7 +34,7 @@ class Progress:
 def wants_previews() -> bool:
     """Whether the running prompt's owner has not switched live previews off.
 
-    The host's default is "none" for its own samplers because a preview costs it an extra decoder; ours is a matrix
+    ComfyUI's default is "none" for its own samplers because a preview costs it an extra decoder; ours is a matrix
     product, so only an explicit "none" switches it off.
     """
     running, _ = PromptServer.instance.prompt_queue.get_current_queue_volatile()
@@ -89,5 +89,5 @@ def broadcast(event: str, data: Mapping[str, Any]) -> None:
 
 
 def server_routes() -> Any:
-    """The host's route table."""
+    """ComfyUI's route table."""
     return PromptServer.instance.routes

@@ -1,7 +1,7 @@
-"""The model files that the user already has: names in the host's folders, as lists for widgets, and back to paths.
+"""The model files that the user already has: names in ComfyUI's folders, as lists for widgets, and back to paths.
 
-A name is a file below one of the folders that the host uses for its kind (also those of extra_model_paths.yaml), or,
-with a slash at its end, a folder with one component in diffusers layout. GGUF files are listed too; the host's own
+A name is a file below one of the folders that ComfyUI uses for its kind (also those of extra_model_paths.yaml), or,
+with a slash at its end, a folder with one component in diffusers layout. GGUF files are listed too; ComfyUI's own
 lists leave them out.
 """
 
@@ -21,30 +21,30 @@ FOLDERS: dict[Part, tuple[str, ...]] = {
     "text_encoder": ("text_encoders", "clip"),
     "vae": ("vae",),
 }
-"""The host's kinds of folders for each part; the second names are those of older hosts."""
+"""ComfyUI's kinds of folders for each part; the second names are those of older hosts."""
 
 EXTENSIONS = {".safetensors", ".sft", ".gguf"}
 INDEX = ".safetensors.index.json"
 
 
 def model_file_names(part: Part) -> list[str]:
-    """What the host's folders hold for `part`, sorted: files by relative name, component folders with a slash."""
+    """What ComfyUI's folders hold for `part`, sorted: files by relative name, component folders with a slash."""
     return sorted({name for root in _roots(part) for name in _names(root)})
 
 
 def model_file(part: Part, name: str) -> str:
-    """The path behind a name from `model_file_names`; never one outside the host's folders. Raises ModelFileError."""
+    """The path behind a name from `model_file_names`; never one outside ComfyUI's folders. Raises ModelFileError."""
     for root in _roots(part):
         if name in _names(root):
             return os.path.join(root, *name.split("/")).rstrip(os.sep)
     raise ModelFileError(
-        f"There is no {part.replace('_', ' ')} '{name}' in the host's folders: {', '.join(_roots(part))}. Choose one "
+        f"There is no {part.replace('_', ' ')} '{name}' in ComfyUI's folders: {', '.join(_roots(part))}. Choose one "
         "from the list (press R to refresh it), or put the file there."
     )
 
 
 def model_file_name(part: Part, path: str) -> str | None:
-    """The name behind a path that `model_file` gave; None for a file that is not in the host's folders any more."""
+    """The name behind a path that `model_file` gave; None for a file that is not in ComfyUI's folders any more."""
     for root in _roots(part):
         for name in _names(root):
             if os.path.join(root, *name.split("/")).rstrip(os.sep) == path:
@@ -53,7 +53,7 @@ def model_file_name(part: Part, path: str) -> str | None:
 
 
 def model_folders() -> list[str]:
-    """Names of models in diffusers layout in the host's `models/diffusers` folders."""
+    """Names of models in diffusers layout in ComfyUI's `models/diffusers` folders."""
     found = [
         entry.name
         for root in folder_paths.get_folder_paths("diffusers")
@@ -77,7 +77,7 @@ def model_folder(name: str) -> str:
 
 
 def quantised_folder() -> Path:
-    """Where quantised weights are kept: with the host's models, but in none of the folders that its lists show."""
+    """Where quantised weights are kept: with ComfyUI's models, but in none of the folders that its lists show."""
     return Path(folder_paths.models_dir) / "chromakit" / "quantised"
 
 

@@ -1,4 +1,4 @@
-"""Our models as the host's own classes: VAE and MODEL."""
+"""Our models as ComfyUI's own classes: VAE and MODEL."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .memory import device
 
 
 def host_vae(spec: ModelSpec) -> comfy.sd.VAE:
-    """The model's VAE as the host's own class, so that its VAE Encode, Decode and tiled nodes work on it.
+    """The model's VAE as ComfyUI's own class, so that its VAE Encode, Decode and tiled nodes work on it.
 
-    The host's detection knows the published widths only; any other configuration is spelled out for it.
+    ComfyUI's detection knows the published widths only; any other configuration is spelled out for it.
     """
     source = load_vae(spec, "cpu")
     config: Any = source.config
@@ -33,7 +33,7 @@ def host_vae(spec: ModelSpec) -> comfy.sd.VAE:
     widths, groups = config.block_out_channels, config.norm_num_groups
     if len(widths) != 4 or any(width % widths[0] for width in widths) or not config.mid_block_add_attention:
         raise ModelFileError(
-            f"The VAE has the block widths {list(widths)}; the host's VAE class takes four, each a multiple of the "
+            f"The VAE has the block widths {list(widths)}; ComfyUI's VAE class takes four, each a multiple of the "
             "first, and attention in the middle block."
         )
     if (widths[0], config.layers_per_block, groups) == (128, 2, 32):
@@ -54,14 +54,14 @@ def host_vae(spec: ModelSpec) -> comfy.sd.VAE:
 
 
 class _Network(torch.nn.Module):
-    """The VAE's network in the shape in which the host calls one."""
+    """The VAE's network in the shape in which ComfyUI calls one."""
 
     def __init__(self, source: AutoencoderKL):
         super().__init__()
         self.source = source
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
-        """Under diffusers' names, which the host reads too: a file that its Save VAE writes can be loaded."""
+        """Under diffusers' names, which ComfyUI reads too: a file that its Save VAE writes can be loaded."""
         return self.source.state_dict(*args, **options)
 
     def encode(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
@@ -72,9 +72,9 @@ class _Network(torch.nn.Module):
 
 
 def _computed_by(source: AutoencoderKL, vae: Any) -> comfy.sd.VAE:
-    """The host's VAE with previews' and the command line's own network in it, so that a picture has the same bits.
+    """ComfyUI's VAE with previews' and the command line's own network in it, so that an image has the same bits.
 
-    The host's network differs from it in the last bits (2e-7), enough to move an 8-bit value now and then.
+    ComfyUI's network differs from it in the last bits (2e-7), enough to move an 8-bit value now and then.
     """
     network = _Network(source).to(vae.vae_dtype).eval()
     vae.patcher = type(vae.patcher)(network, load_device=vae.device, offload_device=vae.patcher.offload_device)
@@ -84,7 +84,7 @@ def _computed_by(source: AutoencoderKL, vae: Any) -> comfy.sd.VAE:
 
 @contextmanager
 def _group_norms(groups: int) -> Iterator[None]:
-    """Build the host's VAE modules with `groups` groups a norm, which their constructors take no argument for."""
+    """Build ComfyUI's VAE modules with `groups` groups a norm, which their constructors take no argument for."""
     stock = ldm.ops
 
     class Operations(stock):
@@ -100,11 +100,11 @@ def _group_norms(groups: int) -> Iterator[None]:
 
 
 class _ChromaPatcher(comfy.model_patcher.ModelPatcher):
-    """A patcher over a network that holds no weights: what the host would silently not patch is an error."""
+    """A patcher over a network that holds no weights: what ComfyUI would silently not patch is an error."""
 
     def add_patches(self, *_: Any, **__: Any) -> Any:
         raise LoraError(
-            "The host's LoRA loader cannot reach the weights of a model that came through Chroma Host Model. Put "
+            "ComfyUI's LoRA loader cannot reach the weights of a model that came through Chroma Host Model. Put "
             "Chroma Apply LoRA before Chroma Host Model instead."
         )
 
@@ -112,7 +112,7 @@ class _ChromaPatcher(comfy.model_patcher.ModelPatcher):
 def as_host_model(module: torch.nn.Module, opened: Callable[[], AbstractContextManager]) -> Any:
     """A MODEL whose forward pass is `module`, kept open by `opened()` for the whole of a sampling run.
 
-    Latents, schedules and conditioning are the host's own Chroma's; building its network is switched off, because that
+    Latents, schedules and conditioning are ComfyUI's own Chroma's; building its network is switched off, because that
     one has published sizes only.
     """
     config = comfy.supported_models.Chroma(

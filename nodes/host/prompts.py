@@ -1,6 +1,6 @@
-"""The host's prompt queue from the inside: queueing a prompt, seeing how it is, cancelling it.
+"""ComfyUI's prompt queue from the inside: queueing a prompt, seeing how it is, cancelling it.
 
-Everything is read from the host's own queue and history, so nothing here is lost when outputs are evicted.
+Everything is read from ComfyUI's own queue and history, so nothing here is lost when outputs are evicted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PromptStateName = Literal["queued", "running", "done", "failed", "cancelled"]
 
 @dataclass(frozen=True)
 class PromptState:
-    """A prompt as the host knows it.
+    """A prompt as ComfyUI knows it.
 
     extra: what it was queued with. position: prompts before it in the queue. outputs: by node id, once it has ended.
     progress: (done, of) by node id, while it runs. error: why it failed.
@@ -42,9 +42,9 @@ class PromptState:
 
 
 async def queue_prompt(prompt: dict[str, Any], extra: dict[str, Any]) -> str:
-    """Queue an API-format prompt as the host's own `POST /prompt` does; returns its id.
+    """Queue an API-format prompt as ComfyUI's own `POST /prompt` does; returns its id.
 
-    `extra` stays with it in queue and history. Raises ConfigError with the host's words for a prompt that it refuses,
+    `extra` stays with it in queue and history. Raises ConfigError with ComfyUI's words for a prompt that it refuses,
     e.g. for a model file that is not in its folders. Belongs to the server's event loop.
     """
     server = PromptServer.instance
@@ -64,14 +64,14 @@ async def queue_prompt(prompt: dict[str, Any], extra: dict[str, Any]) -> str:
 def refuse_prompts(
     refusal: Callable[[], str | None], details: str, passes: Callable[[dict[str, Any], list[str] | None], bool]
 ) -> bool:
-    """From now on the host's own `POST /prompt` answers 400 with `refusal()`, if that is a text, but for what passes.
+    """From now on ComfyUI's own `POST /prompt` answers 400 with `refusal()`, if that is a text, but for what passes.
 
     Args:
         details: what there is to say beyond it; some parts of the window show it, after a colon.
         passes: whether a prompt (API format, ids of the output nodes that it is to run for or None) may run all the
             same.
     Returns:
-        False: this version of the host starts its server before it loads packs, and nothing is ever refused.
+        False: this version of ComfyUI starts its server before it loads packs, and nothing is ever refused.
     """
 
     @web.middleware
@@ -92,9 +92,9 @@ def refuse_prompts(
 
 
 async def _asked(request: web.Request) -> tuple[dict[str, Any] | None, list[str] | None]:
-    """Prompt and targets of a `POST /prompt`; None for what the host itself is going to refuse."""
+    """Prompt and targets of a `POST /prompt`; None for what ComfyUI itself is going to refuse."""
     try:
-        body = await request.json()  # aiohttp keeps the bytes: the host reads them again
+        body = await request.json()  # aiohttp keeps the bytes: ComfyUI reads them again
     except ValueError:
         return None, None
     body = body if isinstance(body, dict) else {}
@@ -108,7 +108,7 @@ def _refusal(error: Any, node_errors: dict[str, Any]) -> str:
         for found in node_errors.values()
         for problem in found["errors"]
     ]
-    return f"The host refuses the prompt: {'; '.join(details) or error['message']}."
+    return f"ComfyUI refuses the prompt: {'; '.join(details) or error['message']}."
 
 
 def prompt_state(prompt_id: str) -> PromptState | None:
@@ -142,7 +142,7 @@ def _ending(status: dict[str, Any] | None) -> tuple[PromptStateName, str | None]
         return "cancelled", None
     if status and status["status_str"] != "success":
         error = messages.get("execution_error", {})
-        return "failed", str(error.get("exception_message", "")).strip() or "The host gave no reason; see its log."
+        return "failed", str(error.get("exception_message", "")).strip() or "ComfyUI gave no reason; see its log."
     return "done", None
 
 

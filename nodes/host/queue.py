@@ -37,7 +37,7 @@ def hold_prompts(holds: Callable[[], bool], passes: Callable[[dict[str, Any], li
         holds: asked often, by any thread and with the queue locked; it must not wait for another lock for long.
         passes: whether a prompt (API format, ids of the output nodes that it runs for) may run all the same.
     Returns:
-        False: this version of the host has a queue of another kind, and nothing is ever held.
+        False: this version of ComfyUI has a queue of another kind, and nothing is ever held.
     """
     global _holding
     queue = PromptServer.instance.prompt_queue

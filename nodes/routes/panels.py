@@ -1,4 +1,4 @@
-"""HTTP for what nodes show before anything runs: data sets, noise levels, the memory plan. Nothing changes a state.
+"""HTTP for what nodes show before anything runs: datasets, noise levels, the memory plan. Nothing changes a state.
 
 Each takes the values of a node's widgets by name and computes with the very functions that the node runs.
 """

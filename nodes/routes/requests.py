@@ -1,4 +1,4 @@
-"""HTTP for inference requests: one POST becomes a prompt in the host's own queue; its state is asked for by its id."""
+"""HTTP for inference requests: one POST becomes a prompt in ComfyUI's own queue; its state is asked for by its id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_BYTES = 2 << 20
 KEPT = 1000
 
 _never_ran: OrderedDict[str, dict[str, Any]] = OrderedDict()
-"""Notes of the last requests that were cancelled while they waited: the host forgets such prompts."""
+"""Notes of the last requests that were cancelled while they waited: ComfyUI forgets such prompts."""
 
 
 def register(routes: Any) -> None:
@@ -81,7 +81,7 @@ async def _body(request: web.Request) -> bytes:
 
 
 def _checked(asked: InferenceRequest) -> list[str]:
-    """The request's LoRAs under their names in the host's folders; raises for any file that is not there or no fit."""
+    """The request's LoRAs under their names in ComfyUI's folders; raises for any file that is not there or no fit."""
     spec = model_spec(asked, _part)
     found: list[str] = []
 
@@ -98,9 +98,9 @@ def _part(part: str, name: str) -> str:
 
 
 def _lora_name(path: str) -> str:
-    """A name in the host's LoRA folders: as it stands, without its extension, or the id of a training job.
+    """A name in ComfyUI's LoRA folders: as it stands, without its extension, or the id of a training job.
 
-    Raises LoraError. Only what the host lists counts, so no path leads outside its folders.
+    Raises LoraError. Only what ComfyUI lists counts, so no path leads outside its folders.
     """
     known = {name.replace("\\", "/"): name for name in host.lora_names()}
     for candidate in (path, f"{path}.safetensors"):
@@ -114,13 +114,13 @@ def _lora_name(path: str) -> str:
         return known[trained]
     listed = f"It knows {', '.join(list(known)[:8])}" if known else "There is none yet"
     raise LoraError(
-        f"there is no LoRA '{path}' in the host's LoRA folders. {listed}{' and more' if len(known) > 8 else ''}. Give "
+        f"there is no LoRA '{path}' in ComfyUI's LoRA folders. {listed}{' and more' if len(known) > 8 else ''}. Give "
         "one of their names, or the id of a training job that is completed"
     )
 
 
 def _answer(prompt_id: str, found: host.PromptState | None, note: dict[str, Any]) -> dict[str, Any]:
-    """What every route answers: the state, and for each prompt the effective values and its pictures."""
+    """What every route answers: the state, and for each prompt the effective values and its images."""
     outputs = (found.outputs if found else None) or {}
     progress = (found.progress if found else None) or {}
     prompts = []
@@ -150,6 +150,6 @@ def _view(image: dict[str, Any]) -> str:
 def _unknown(prompt_id: str) -> web.Response:
     return refused(
         404,
-        f"There is no request '{prompt_id}'. It was never queued here, the host was restarted, or its history was "
+        f"There is no request '{prompt_id}'. It was never queued here, ComfyUI was restarted, or its history was "
         "cleared. Send it again.",
     )

@@ -15,8 +15,7 @@ from chroma_core.memory.anatomy import anatomy, of_transformer, transformer_on_m
 from chroma_core.memory.plan import Settings, peaks
 from chroma_core.model.precision import PRECISIONS, precision, quantise
 from chroma_core.model.quantised import dequantise_weight, quantise_weight
-from tools.docs.live_bytes import LiveBytes
-from tools.docs.memory_cases import Case, measure_t5, measure_vae
+from tools.docs.memory_cases import Case, LiveBytes, measure_t5, measure_vae
 
 GIB = 2**30
 OURS = ("int8", "fp8", "int4", "nf4")

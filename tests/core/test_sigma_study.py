@@ -12,10 +12,18 @@ from scipy import integrate, stats
 from chroma_core.sampling.schedule import SigmaSettings, draw_sigmas
 from chroma_core.training.config import ObjectiveConfig
 from chroma_core.training.step.objective import HELDOUT_SIGMAS
-from tools.sigma_study.densities import DEFAULT, DENSITIES, VARIANTS
-from tools.sigma_study.emblem import decoys, read_emblem
-from tools.sigma_study.report import DATA, IMAGES, PAGE, filled, measured, paired
-from tools.tiny.example_dataset import draw_emblem
+from tools.sigma_study.report import (
+    DATA,
+    DEFAULT,
+    DENSITIES,
+    IMAGES,
+    PAGE,
+    VARIANTS,
+    filled,
+    measured,
+    paired,
+)
+from tools.tiny.example_dataset import decoys, draw_emblem, read_emblem
 from tools.tiny.world import draw, sample_scene
 
 KINKS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -74,7 +74,7 @@ def test_unknown_flavour(server: Host):
 @pytest.mark.parametrize("folder", ["nowhere", "../output", "/etc", "", "."])
 def test_missing_or_foreign_folder(server: Host, folder: str):
     message = message_of(server, with_dataset(folder))
-    assert "There is no data set folder" in message and "input" in message
+    assert "There is no dataset folder" in message and "input" in message
 
 
 def test_a_single_text_as_dataset_roots_opens_no_place(server: Host):

@@ -139,8 +139,8 @@ def test_masks_become_mask_files_and_a_black_one_is_none(server: Host, photos: l
 MISTAKES = {
     "one caption too few": (("one\ntwo", ("solid", 0)), {}, "3 pictures, but the caption text has 2 lines"),
     "no caption": (("", ("solid", 0)), {}, "There is no caption"),
-    "masks of another number": (("a", ("solid", 0)), {"masks": ("two masks", 0)}, "3 pictures and 2 masks"),
-    "a mask of another shape": (("a", ("first", 0)), {"masks": ("second", 1)}, "Mask 1 is 128×64, but its picture"),
+    "masks of another number": (("a", ("solid", 0)), {"masks": ("two masks", 0)}, "3 images and 2 masks"),
+    "a mask of another shape": (("a", ("first", 0)), {"masks": ("second", 1)}, "Mask 1 is 128×64, but its image"),
     "a size in words": (("a", ("first", 0)), {"more_resolutions": "large"}, "more_resolutions is “large”"),
     "a trigger that is missing": (("a [trigger]", ("first", 0)), {"trigger": ""}, "no trigger word is set"),
 }
@@ -209,7 +209,7 @@ def test_a_regularisation_set_reaches_the_job_with_its_weight(server: Host):
     assert (config["dataset"]["trigger"], config["dataset"]["weight"]) == ("sks", 2.0)
     assert (other["regularisation"], other["weight"], other["sigma_bias"], other["trigger"]) == (True, 0.5, 0.5, "")
     (words,) = history["outputs"]["words"]["text"]
-    assert "each picture 4 times an epoch, main" in words and "weight 0.5, each picture once an epoch" in words
+    assert "each image 4 times an epoch, main" in words and "weight 0.5, each image once an epoch" in words
 
 
 def test_combined_sets_may_be_chained(server: Host):

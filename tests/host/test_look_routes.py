@@ -87,7 +87,7 @@ def test_a_folder_is_looked_at_anew_when_it_changed(server: Host):
 )
 def test_no_name_leads_out_of_the_data_sets(server: Host, folder: str):
     code, answer = server.post(LOOK, {"folder": folder})
-    assert code == 400 and f"There is no data set folder '{folder}'" in answer["error"]
+    assert code == 400 and f"There is no dataset folder '{folder}'" in answer["error"]
 
 
 def test_sheets_are_found_by_nothing_but_their_ids(server: Host):

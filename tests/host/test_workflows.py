@@ -178,7 +178,7 @@ def test_a_preset_without_its_files_names_them_and_starts_no_job(server: Host):
     _, answer = server.post("/prompt", {"prompt": load_api("chroma_4_real_08gb")})
     assert all(file.name in str(answer["node_errors"]) for file in FILES.values())
     history = server.wait(answer["prompt_id"], check=False)  # the data set alone needs no model
-    assert f"no data set folder '{PICTURES}'" in str(history["status"]["messages"])
+    assert f"no dataset folder '{PICTURES}'" in str(history["status"]["messages"])
     assert server.get("/chromakit/jobs") == before
 
 

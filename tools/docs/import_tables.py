@@ -2,7 +2,7 @@
 
     python -m tools.docs.import_tables
 
-The text before the mark is written by hand.
+The text before them is written by hand.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from chroma_core.import_config import ai_toolkit, simpletuner
 from chroma_core.import_config.convert import Rule, Table
 
+from ..pages import filled, markdown_table
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "import.md"
-MARK = "<!-- From here on written by tools/docs/import_tables.py. -->\n"
 TITLES = {
     "differs": "Different",
     "no counterpart": "No counterpart",
@@ -27,28 +28,28 @@ TITLES = {
 def page() -> str:
     """docs/import.md: its text as it stands, its tables as they should be."""
     shared = f"From config.json, for every dataset that does not override it: {names(simpletuner.FOR_ALL_SETS)}.\n"
-    parts = [PAGE.read_text(encoding="utf-8").partition(MARK)[0] + MARK]
-    parts += ["## SimpleTuner: config.json\n", table(simpletuner.OPTIONS)]
+    parts = ["## SimpleTuner: config.json\n", table(simpletuner.OPTIONS)]
     parts += ["## SimpleTuner: datasets\n", shared, table(simpletuner.SET_OPTIONS, "dataset.")]
     for section, options in ai_toolkit.SECTIONS.items():
         parts += [f"## ai-toolkit: {section or 'the process'}\n", table(options)]
     parts += ["## ai-toolkit: datasets\n", table(ai_toolkit.SET_OPTIONS, "dataset.")]
-    return "\n".join(parts)
+    return filled(PAGE.read_text(encoding="utf-8"), "options", "\n".join(parts))
 
 
 def table(options: Table, section: str = "") -> str:
     """The options that become something, as a table; the others by their reason."""
-    rows = ["| option | becomes | |", "|---|---|---|"]
+    rows: list[tuple[str, ...]] = []
     grouped: dict[tuple[str, str], list[str]] = {}
     for option, rule in options.items():
         if rule.to or rule.reason.startswith("`"):
-            rows.append(f"| `{option}` | {becomes(rule, section)} | {remark(rule)} |")
+            rows.append((f"`{option}`", becomes(rule, section), remark(rule)))
         else:
             grouped.setdefault((rule.kind, rule.reason), []).append(option)
+    lines = [markdown_table(rows, ("option", "becomes", ""))]
     for kind, title in TITLES.items():
         items = [f"- {names(found)}: {reason}." for (k, reason), found in grouped.items() if k == kind]
-        rows += ["", f"{title}:", "", *items] if items else []
-    return "\n".join(rows) + "\n"
+        lines += ["", f"{title}:", "", *items] if items else []
+    return "\n".join(lines) + "\n"
 
 
 def becomes(rule: Rule, section: str) -> str:
@@ -58,7 +59,7 @@ def becomes(rule: Rule, section: str) -> str:
 
 def remark(rule: Rule) -> str:
     differs = rule.kind == "differs" and "differs" not in rule.reason
-    return (("differs: " if differs else "") + rule.reason).replace("|", "\\|")
+    return ("differs: " if differs else "") + rule.reason
 
 
 def names(options: Sequence[str]) -> str:

@@ -11,6 +11,8 @@ from optimum.quanto import QLinear, qfloat8_e4m3fn, qint4, qint8
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
+from ..pages import markdown_table
+
 WIDTH, TOKENS = 1024, 64
 
 
@@ -93,7 +95,7 @@ def library_layer_table() -> str:
     weight = torch.randn(WIDTH, WIDTH, generator=generator) * 0.02
     linear.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
     x = torch.randn(TOKENS, WIDTH, generator=generator).bfloat16()
-    lines = ["| precision | layer | copies | unchanged |", "|---|---|---|---|"]
+    rows = []
     for name in ("int8-quanto", "int4-quanto", "fp8-quanto", "nf4-bnb", "fp8-torchao"):
         layer = library_layer(name, linear)
         changed = changed_parts(name, linear, x)
@@ -103,5 +105,5 @@ def library_layer_table() -> str:
             else type(layer).__name__
         )
         told = f"no: {', '.join(f'`{part}`' for part in changed)}" if changed else "yes"
-        lines.append(f"| `{name}` | {kind} | {kept_copies(layer, x.clone()):.0f} | {told} |")
-    return "\n".join(lines)
+        rows.append((f"`{name}`", kind, f"{kept_copies(layer, x.clone()):.0f}", told))
+    return markdown_table(rows, ("precision", "layer", "copies", "unchanged"))

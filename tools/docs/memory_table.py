@@ -9,9 +9,8 @@ Text outside the marks `<!-- begin NAME -->` and `<!-- end NAME -->` is written 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from chroma_core.memory import Settings, estimate, recommend
@@ -20,6 +19,8 @@ from chroma_core.memory.anatomy import Part, anatomy, transformer_on_meta
 from chroma_core.memory.machine import GIB, Machine
 from chroma_core.memory.plan import CHOICES
 from chroma_core.model.precision import precision
+
+from ..pages import filled, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "memory.md"
@@ -35,25 +36,11 @@ def main() -> int:
     tables = dict(calculated()) | ({} if options.check else dict(measured()))
     new = text
     for name, table in tables.items():
-        new = replaced(new, name, table)
+        new = filled(new, name, table)
     if options.check:
         return int(new != text)
     PAGE.write_text(new, encoding="utf-8")
     return 0
-
-
-def replaced(page: str, name: str, table: str) -> str:
-    """The page with the table of that name exchanged."""
-    pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-    page, count = pattern.subn(lambda found: f"{found[1]}{table}\n{found[2]}", page)
-    if count != 1:
-        raise SystemExit(f"docs/memory.md has {count} places for the table '{name}'; expected one.")
-    return page
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def calculated() -> Iterator[tuple[str, str]]:
@@ -84,7 +71,7 @@ def parts_table() -> str:
     rows.append(["VAE (fp32)", f"{whole.vae.whole.parameters:,}", "0"] + ["0.31"] * len(CHOICES))
     vectors = transformer_on_meta("base").modulation_vectors
     return (
-        table(["part", "parameters", "of these quantised", *(f"{p}, GiB" for p in CHOICES)], rows)
+        markdown_table(rows, ["part", "parameters", "of these quantised", *(f"{p}, GiB" for p in CHOICES)])
         + f"\n\nThe approximator makes {vectors} modulation vectors of {body.width} channels."
     )
 
@@ -104,7 +91,7 @@ def choices_table() -> str:
                     f"{found.device_peak_bytes / GIB:.1f} + {found.host_peak_bytes / GIB:.1f}",
                 ]
             rows.append([size, f"{device} GB, {host} GB", *cells])
-    return table(["pixels", "GPU, RAM", "sampling", "needs", "training", "needs"], rows)
+    return markdown_table(rows, ["pixels", "GPU, RAM", "sampling", "needs", "training", "needs"])
 
 
 def seeds_table() -> str:
@@ -118,7 +105,7 @@ def seeds_table() -> str:
             cells += [f"{step / GIB:.1f}", f"{found.training_peak_bytes / GIB:.1f}"]
         rows.append([name, f"~{seed}", *cells])
     header = ["precision", "SimpleTuner, GB", "ours at 512: step", "with previews", "at 1024: step", "with previews"]
-    return table(header, rows)
+    return markdown_table(rows, header)
 
 
 def measured() -> Iterator[tuple[str, str]]:
@@ -127,8 +114,7 @@ def measured() -> Iterator[tuple[str, str]]:
 
     from chroma_core.model.quantised import dequantise_weight, quantise_weight
 
-    from .live_bytes import LiveBytes
-    from .memory_cases import Case, measure_t5, measure_vae
+    from .memory_cases import Case, LiveBytes, measure_t5, measure_vae
 
     torch.manual_seed(0)
     weight = torch.randn(1024, 2048).bfloat16()
@@ -146,7 +132,7 @@ def measured() -> Iterator[tuple[str, str]]:
             + [f"{there.peak / weight.numel():.1f}", QUANTISE[name], f"{seen:.1f}", DEQUANTISE[name]]
         )
     header = ["precision", "bytes per weight", "error", "to quantise", "planned", "to dequantise", "planned"]
-    yield "moments", table(header, rows)
+    yield "moments", markdown_table(rows, header)
 
     rows = []
 
@@ -167,7 +153,7 @@ def measured() -> Iterator[tuple[str, str]]:
         add(f"VAE {name}, 128×128 pixels", found)
     for name in ("bf16", "int8"):
         add(f"T5 {name}, width 1024, 64 heads, 512 tokens", measure_t5(name, 512, 1024))
-    yield "measured", table(["what", "measured, MiB", "predicted, MiB", "difference"], rows)
+    yield "measured", markdown_table(rows, ["what", "measured, MiB", "predicted, MiB", "difference"])
 
 
 if __name__ == "__main__":

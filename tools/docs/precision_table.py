@@ -23,6 +23,7 @@ from chroma_core.model.precision import PRECISIONS, Precision, quantisable_linea
 from chroma_core.model.quantised import outline
 from chroma_core.model.transformer import ChromaTransformer
 
+from ..pages import markdown_table
 from .library_layers import library_layer_table
 from .precision_matrix import Case, measure, measure_text, random_case, reference, tiny_case
 
@@ -168,12 +169,12 @@ def build() -> str:
 
 def memory_table(real: nn.Module, t5: nn.Module) -> str:
     """GiB of weights by precision, of the transformer and of T5-XXL."""
-    lines = ["| precision | bits a block weight | transformer | T5-XXL |", "|---|---|---|---|"]
+    rows = []
     for name, chosen in PRECISIONS.items():
         sizes = [model_bytes(model, chosen) / 2**30 for model in (real, t5)]
         bits = 8 * linear_bytes(3072, 3072, chosen) / 3072**2
-        lines.append(f"| `{name}` | {bits:.2f} | {sizes[0]:.2f} | {sizes[1]:.2f} |")
-    return "\n".join(lines)
+        rows.append((f"`{name}`", *(f"{value:.2f}" for value in (bits, *sizes))))
+    return markdown_table(rows, ("precision", "bits a block weight", "transformer", "T5-XXL"))
 
 
 def linear_bytes(rows: int, columns: int, chosen: Precision) -> int:
@@ -207,35 +208,33 @@ def what_ran(random: ChromaTransformer) -> str:
 def matrix(case: Case) -> str:
     """The rows of all precisions on one transformer."""
     expected = reference(case)
-    lines = [
-        "| precision | weights | output | size | LoRA live | LoRA merged | LoRA gradient | saved | moved | kept |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = "precision, weights, output, size, LoRA live, LoRA merged, LoRA gradient, saved, moved, kept".split(", ")
+    rows = []
     for name in PRECISIONS:
         print(name, flush=True)
         try:
             row = measure(case, expected, name)
         except PrecisionError as error:
-            lines.append(f"| `{name}` | not on this machine: {error} |" + " |" * 8)
+            rows.append((f"`{name}`", f"not on this machine: {error}"))
             continue
         errors = (row.weight_error, row.error, row.size, row.live, row.merged, row.gradient)
         cells = [number(value) for value in errors]
         same = ["identical" if value else "**differs**" for value in (row.saved_identical, row.moved_identical)]
-        lines.append(f"| `{name}` | {' | '.join(cells + same)} | {row.kept_bytes / 2**20:.1f} |")
-    return "\n".join(lines)
+        rows.append((f"`{name}`", *cells, *same, f"{row.kept_bytes / 2**20:.1f}"))
+    return markdown_table(rows, columns)
 
 
 def text_matrix() -> str:
     """Error and size of all precisions on T5."""
-    lines = ["| precision | output | size |", "|---|---|---|"]
+    rows = []
     for name in PRECISIONS:
         try:
             error, size = measure_text(name)
         except PrecisionError as failure:
-            lines.append(f"| `{name}` | not on this machine: {failure} | |")
+            rows.append((f"`{name}`", f"not on this machine: {failure}"))
             continue
-        lines.append(f"| `{name}` | {number(error)} | {number(size)} |")
-    return "\n".join(lines)
+        rows.append((f"`{name}`", number(error), number(size)))
+    return markdown_table(rows, ("precision", "output", "size"))
 
 
 def number(value: float) -> str:

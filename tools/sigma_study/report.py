@@ -1,11 +1,13 @@
-"""What `study.py` writes from its numbers: the tables of docs/timesteps.md and two pictures."""
+"""What `study.py` writes from its numbers: tables and images of docs/timesteps.md; densities in closed form.
+
+σ lies in (0, 1). A remap y = g(σ) turns the density p into the sum of p(σ)/|g′(σ)| over every σ that it takes to y.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,70 @@ import numpy as np
 import torch
 from scipy import stats
 
-from chroma_core.sampling.schedule import SigmaSettings, draw_sigmas
+from chroma_core.sampling.schedule import SigmaDraw, SigmaRemap, SigmaSettings, draw_sigmas, sampling_sigmas
 
-from .charts import INK, Axes, Sheet, round_ticks
-from .densities import DEFAULT, DENSITIES, VARIANTS, share
+from ..charts import INK, Axes, Sheet, round_ticks
+from ..pages import filled as filled_place
+from ..pages import markdown_table
+
+VARIANTS: dict[str, tuple[SigmaDraw, SigmaRemap]] = {
+    "none": ("logit_normal", "none"),
+    "quadratic": ("logit_normal", "quadratic"),
+    "quadratic_split": ("logit_normal", "quadratic_split"),
+    "chroma": ("chroma", "none"),
+}
+"""What the study compares: names, and the (draw, remap) that they stand for."""
+
+DEFAULT = "quadratic"
+
+Density = Callable[[np.ndarray], np.ndarray]
+
+
+def logit_normal(sigma: np.ndarray) -> np.ndarray:
+    """The density of sigmoid(N(0, 1)): φ(logit σ) / (σ(1−σ))."""
+    logit = np.log(sigma / (1 - sigma))
+    return np.exp(-(logit**2) / 2) / (np.sqrt(2 * np.pi) * sigma * (1 - sigma))
+
+
+def chroma(sigma: np.ndarray) -> np.ndarray:
+    """(2 − 7.7(σ−½)²) / (2 − 7.7/12)."""
+    return (2 - 7.7 * (sigma - 0.5) ** 2) / (2 - 7.7 / 12)
+
+
+def towards_zero(density: Density, y: np.ndarray) -> np.ndarray:
+    """The density of σ²: p(√y) / (2√y)."""
+    return density(np.sqrt(y)) / (2 * np.sqrt(y))
+
+
+def towards_one(density: Density, y: np.ndarray) -> np.ndarray:
+    """The density of 1 − (1−σ)²: p(1 − √(1−y)) / (2√(1−y))."""
+    return density(1 - np.sqrt(1 - y)) / (2 * np.sqrt(1 - y))
+
+
+def quadratic(y: np.ndarray) -> np.ndarray:
+    """Logit-normal, then σ² or 1 − (1−σ)² by a fair coin: half of each."""
+    return (towards_zero(logit_normal, y) + towards_one(logit_normal, y)) / 2
+
+
+def quadratic_split(y: np.ndarray) -> np.ndarray:
+    """Logit-normal, then σ² below ½ (which ends below ¼) and 1 − (1−σ)² from ½ on (which begins at ¾)."""
+    outer = np.where(y < 0.25, towards_zero(logit_normal, y), towards_one(logit_normal, y))
+    return np.where((y < 0.25) | (y >= 0.75), outer, 0.0)
+
+
+DENSITIES: dict[str, Density] = {
+    "none": logit_normal,
+    "quadratic": quadratic,
+    "quadratic_split": quadratic_split,
+    "chroma": chroma,
+}
+
+
+def share(name: str, low: float, high: float, points: int = 20_000) -> float:
+    """How much of the draws falls between two noise levels (midpoint rule)."""
+    width = (high - low) / points
+    return float(DENSITIES[name](low + width * (np.arange(points) + 0.5)).sum() * width)
+
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "timesteps.md"
@@ -28,6 +90,14 @@ COLOURS = {
     "quadratic": (30, 30, 34),
     "quadratic_split": (220, 60, 40),
     "chroma": (16, 150, 90),
+}
+SCHEDULES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
+    "linear, dynamic shift (default)": ({}, (31, 95, 191)),
+    "tail bias 0.5": ({"tail_bias": 0.5}, (209, 112, 31)),
+    "tail bias 1": ({"tail_bias": 1.0}, (168, 50, 28)),
+    "beta, dynamic shift": ({"spacing": "beta"}, (43, 138, 75)),
+    "beta, no shift": ({"spacing": "beta", "flow_shift": "none"}, (122, 75, 176)),
+    "linear, no shift": ({"flow_shift": "none"}, (119, 119, 119)),
 }
 BANDS = {"loss, σ < ¼": (0.0, 0.25), "¼ ≤ σ < ¾": (0.25, 0.75), "σ ≥ ¾": (0.75, 1.0), "all σ": (0.0, 1.0)}
 MEASURES = {
@@ -71,7 +141,7 @@ def tables(study: dict[str, Any]) -> Iterator[tuple[str, str]]:
         [f"`{name}`", *(f"{100 * share(name, low, high):.0f} %" for low, high in tuple(BANDS.values())[:3])]
         for name in VARIANTS
     ]
-    yield "shares", _table(["", "σ < ¼", "¼ ≤ σ < ¾", "σ ≥ ¾"], rows)
+    yield "shares", markdown_table(rows, ["", "σ < ¼", "¼ ≤ σ < ¾", "σ ≥ ¾"])
 
     columns = [*BANDS, *MEASURES]
     found, base = by_variant(study), measured(study, study["base"])
@@ -82,7 +152,7 @@ def tables(study: dict[str, Any]) -> Iterator[tuple[str, str]]:
             numbers = np.array([run[column] for run in runs.values()])
             cells.append(f"{_number(column, numbers.mean())} ± {_number(column, numbers.std(ddof=1), spread=True)}")
         rows.append([f"`{name}`", *cells])
-    yield "results", _table(["", *columns], rows)
+    yield "results", markdown_table(rows, ["", *columns])
 
     rows = []
     for name, runs in found.items():
@@ -93,7 +163,7 @@ def tables(study: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 words = f"{_number(column, mean, True)} ({_number(column, low, True)} … {_number(column, high, True)})"
                 cells.append(f"**{words}**" if low > 0 or high < 0 else words)
             rows.append([f"`{name}` − `{DEFAULT}`", *cells])
-    yield "paired", _table(["", *columns], rows)
+    yield "paired", markdown_table(rows, ["", *columns])
 
 
 def _number(column: str, value: float, signed: bool = False, spread: bool = False) -> str:
@@ -104,19 +174,29 @@ def _number(column: str, value: float, signed: bool = False, spread: bool = Fals
     return text.replace("-", "−")
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def filled(page: str, study: dict[str, Any]) -> str:
     """The page with its tables exchanged; text outside the marks is written by hand."""
     for name, table in tables(study):
-        pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        page, count = pattern.subn(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", page)
-        if count != 1:
-            raise SystemExit(f"docs/timesteps.md has {count} places for the table '{name}'; expected one.")
+        page = filled_place(page, name, table)
     return page
+
+
+def draw_schedules(path: Path) -> None:
+    """The sigmas of 25 steps at 1024², for each option of the schedule."""
+    steps, tokens = 25, 4096
+    sheet = Sheet(760, 420)
+    axes = Axes(sheet, (46, 16, 744, 380), (0, steps), (0, 1))
+    axes.grid(range(0, steps + 1, 5), [i / 5 for i in range(6)], "step")
+    sheet.text(*axes.at(0.6, 0.5), "sigma")
+    for i, (name, (options, colour)) in enumerate(SCHEDULES.items()):
+        sigmas = sampling_sigmas(steps, tokens, **options).tolist()
+        axes.curve(range(steps + 1), sigmas, colour)
+        for step, sigma in enumerate(sigmas):
+            sheet.dot(*axes.at(step, sigma), colour, 2)
+        x, y = axes.at(0.6, 0.42 - 0.065 * i)
+        sheet.line([(x, y), (x + 22, y)], colour, 3)
+        sheet.text(x + 28, y, name)
+    sheet.save(path, colours=64)
 
 
 def draw_densities(path: Path, draws: int = 200_000) -> None:
@@ -187,8 +267,9 @@ def draw_results(study: dict[str, Any], path: Path) -> None:
 
 
 def write_report() -> None:
-    """Tables into docs/timesteps.md, pictures into docs/images."""
+    """Tables into docs/timesteps.md, images into docs/images."""
     study = json.loads(DATA.read_text(encoding="utf-8"))
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), study), encoding="utf-8")
+    draw_schedules(IMAGES / "sigmas.png")
     draw_densities(IMAGES / "sigma_densities.png")
     draw_results(study, IMAGES / "sigma_study.png")

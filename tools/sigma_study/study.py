@@ -34,11 +34,10 @@ from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.step.objective import HELDOUT_SIGMAS, heldout_loss
 
 from ..tiny.build import check_prompts, load
+from ..tiny.example_dataset import decoys, read_emblem
 from ..tiny.vae import decode, encode
 from ..tiny.world import plain_caption, read_picture
-from .densities import VARIANTS
-from .emblem import decoys, read_emblem
-from .report import DATA, write_report
+from .report import DATA, VARIANTS, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
 DATASETS = ROOT / "example_datasets"

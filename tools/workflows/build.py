@@ -1,6 +1,6 @@
 """Writes example_workflows/: each workflow once for the window (LiteGraph JSON) and once for the API, and the index.
 
-Both forms come from the one table in `table.py` and from what the running host says about its nodes, so they
+Both forms come from the one list in `workflows` and from what the running host says about its nodes, so they
 cannot drift apart; a host test checks that the files are current. The index is a README: the host takes every `*.json`
 of the folder for a template, and reads an index of its own templates only. Usage:
 
@@ -23,7 +23,9 @@ from _host import start_host
 from _workflows import FOLDER
 
 from .parts import Link, Node, Workflow
-from .table import workflows
+from .presets import presets
+from .training import FIRST_LORA, TRAINING_WORKFLOWS
+from .using import FIRST_PICTURE, USE_LORA, USING_WORKFLOWS
 
 SEED_NAMES = ("seed", "noise_seed")  # the page gives these a second widget unless the node says otherwise
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
@@ -40,6 +42,15 @@ once on `tiny`, which ships with the pack; their notes say what to change for th
 | | |
 |---|---|
 """
+
+
+def workflows() -> tuple[Workflow, ...]:
+    """All of them, in the order of the index: a newcomer's first, then what else there is.
+
+    ComfyUI lists templates by file name and knows no index of a pack's own, so the first ones carry their place in
+    their names. A function, because the presets ask the pack itself, which needs torch.
+    """
+    return (FIRST_PICTURE, FIRST_LORA, USE_LORA, *presets(), *TRAINING_WORKFLOWS, *USING_WORKFLOWS)
 
 
 def ordered_inputs(info: dict[str, Any]) -> dict[str, list]:

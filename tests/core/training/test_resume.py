@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tools.kill_resume import trials as kill_resume
+from tools import kill_resume
 from training_cases import model_folder
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    sys.platform == "win32", reason="there is no fork server on Windows; run tools/kill_resume/trials.py"
-)
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork server on Windows; run tools/kill_resume.py")
 def test_ten_kills_ten_identical_results(tmp_path):
     lines = []
     model = {"folder": str(model_folder(tmp_path / "model"))}

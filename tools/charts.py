@@ -34,9 +34,11 @@ class Sheet:
         box = ((x - radius) * SCALE, (y - radius) * SCALE, (x + radius) * SCALE, (y + radius) * SCALE)
         self.draw.ellipse(box, colour)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, colours: int = 0) -> None:
+        """Write the finished image; `colours` above 0 makes a smaller file of so many."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.image.resize(self.size, Image.Resampling.LANCZOS).save(path, optimize=True)
+        image = self.image.resize(self.size, Image.Resampling.LANCZOS)
+        (image.quantize(colours) if colours else image).save(path, optimize=True)
 
 
 class Axes:

@@ -1,1 +1,0 @@
-"""Kill training at random moments and compare what becomes of it."""

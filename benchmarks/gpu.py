@@ -824,7 +824,7 @@ def _tried(work: Callable[[], Any]) -> float | str:
 
 def compiled_steps(bench: Bench) -> Iterator[Row]:
     """Compiled blocks at 512 and 1024: the first steps, and those afterwards."""
-    from chroma_core.training.step.compiling import compile_blocks
+    from chroma_core.training.run.prepare import compile_blocks
 
     for name in ("bf16", "int8"):
         if name == "int8" and bench.left < 90:

@@ -78,7 +78,9 @@ class ChromaApplyLora(io.ComfyNode):
         return [chosen, host.file_state(host.lora_path(chosen))] if chosen in host.lora_names() else [str(chosen)]
 
     @classmethod
-    def execute(cls, model, lora, strength, mode="live", allow_partial=False, lora_name=None) -> io.NodeOutput:
+    def execute(
+        cls, model, lora, strength, mode: LoraMode = "live", allow_partial=False, lora_name=None
+    ) -> io.NodeOutput:
         name = lora_name or lora
         if name == NO_FILE:
             raise LoraError("No LoRA is chosen. Pick a file from the list, link a lora_name, or take this node out.")

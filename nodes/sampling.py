@@ -14,7 +14,7 @@ from ..chroma_core.model.latents import FLUX_LATENTS, LatentFormat, snap_size
 from ..chroma_core.sampling.recipe import RECIPES, Recipe, parse_overrides
 from ..chroma_core.sampling.recipe import recipe as find_recipe
 from ..chroma_core.sampling.sampler import Method, SamplingSettings, StepInfo, sample
-from ..chroma_core.sampling.spacing import Spacing
+from ..chroma_core.sampling.schedule import Spacing
 from . import host
 from .schedule import (
     DENOISE_TIP,
@@ -208,9 +208,9 @@ class ChromaSampler(io.ComfyNode):
         negative=None,
         flow_shift="recipe",
         flow_shift_value=1.0,
-        method="euler",
+        method: Method = "euler",
         recipe="canonical",
-        spacing="linear",
+        spacing: Spacing = "linear",
         start_step=0,
         end_step=0,
         add_noise=True,

@@ -16,9 +16,9 @@ from ..chroma_core.errors import ConfigError, JobError
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
 from ..chroma_core.lora.targets import TARGETS
 from ..chroma_core.sampling.text import apply_trigger
-from ..chroma_core.training.config.config import TrainingConfig
-from ..chroma_core.training.jobs.manager import ACTIVE, Job
-from ..chroma_core.training.jobs.plot import plot_losses
+from ..chroma_core.training.config import TrainingConfig
+from ..chroma_core.training.jobs.curve import plot_losses
+from ..chroma_core.training.jobs.manager import ACTIVE, IfExists, Job
 from . import host, jobs
 from .combined import check_main, single
 from .sockets import (
@@ -148,7 +148,7 @@ class ChromaTrainLora(io.ComfyNode):
         return jobs.fingerprint() if if_exists == "keep" else uuid.uuid4().hex
 
     @classmethod
-    def execute(cls, model, text_encoder, dataset, if_exists="keep", **inputs: Any) -> io.NodeOutput:
+    def execute(cls, model, text_encoder, dataset, if_exists: IfExists = "keep", **inputs: Any) -> io.NodeOutput:
         config = training_config(model, text_encoder, dataset, **inputs)
         job = jobs.manager().ensure(config, if_exists=if_exists)
         host.log.info("ChromaKit: training job %s", describe(job.status()))

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ..errors import ChromaKitError, ConfigError
 from ..files import write_atomic
-from ..training.config.config import TrainingConfig
+from ..training.config import TrainingConfig
 from .convert import Draft, Kind, Line, shown
 from .read import ForeignPath
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from ..model.precision import PRECISIONS
 from ..sampling.recipe import RECIPES, StateDtype, TextAttention
+from ..sampling.schedule import Spacing
 from ..sampling.solvers import Method
-from ..sampling.spacing import Spacing
 from .case import Case
 
 FactorKind = Literal["recipe", "schedule", "guidance", "lora", "precision", "size", "seed"]

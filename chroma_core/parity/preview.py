@@ -12,10 +12,10 @@ from ..loading.spec import LoraUse, ModelSpec
 from ..model.images import LATENTS_SUFFIX, read_record
 from ..sampling.recipe import Recipe
 from ..sampling.sampler import SamplingSettings
-from ..training.config.config import TrainingConfig
+from ..training.config import TrainingConfig
 from ..training.jobs.blocking import run_job
 from ..training.run.checkpoint import step_name
-from ..training.run.trainees import AdapterTrainee
+from ..training.run.trained import AdapterTraining
 from .case import Case, NotRun
 from .painted import Painted
 
@@ -53,7 +53,7 @@ def last_preview(job: Path) -> Path:
 
 
 def _checkpoint(job: Path, step: int) -> Path:
-    return job / "checkpoints" / step_name(step) / AdapterTrainee.weights_file
+    return job / "checkpoints" / step_name(step) / AdapterTraining.weights_file
 
 
 def _loras_of(job: Path, step: int) -> tuple[LoraUse, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..model.latents import FLUX_LATENTS, PATCH, LatentFormat, image_ids, pack, snap_size, unpack
 from ..model.transformer import ChromaTransformer
+from ..options import MAX_SEED, Option
 from .recipe import CANONICAL, Recipe, StateDtype
-from .schedule import FlowShift, sampling_sigmas
+from .schedule import FlowShift, Spacing, sampling_sigmas
 from .solvers import SOLVERS, Method, Velocity
-from .spacing import Spacing
 from .text import TextCondition, batch_conditions
 
 __all__ = ["Method", "SamplingSettings", "StepInfo", "initial_noise", "sample"]
@@ -32,17 +32,77 @@ class SamplingSettings:
     start from have their noise in them already: a run in two parts is the whole run (see `sample`).
     """
 
-    steps: int = 25
-    guidance: float = 4.0
-    seed: int = 42
-    tail_bias: float = 0.0
-    flow_shift: FlowShift | None = None
-    method: Method = "euler"
-    denoise: float = 1.0
-    spacing: Spacing = "linear"
-    start_step: int = 0
-    end_step: int | None = None
-    add_noise: bool = True
+    steps: Annotated[int, Option("20 for a preview, 25 to 32 for quality.", least=1, most=150)] = 25
+    guidance: Annotated[
+        float,
+        Option(
+            "How strongly to follow the prompt. 1 or less: one pass a step, twice as fast (flash).",
+            least=0,
+            most=20,
+            step=0.1,
+        ),
+    ] = 4.0
+    seed: Annotated[
+        int, Option("The noise to start from. Image i of a batch uses seed + i.", least=0, most=MAX_SEED)
+    ] = 42
+    tail_bias: Annotated[
+        float,
+        Option(
+            "0: even steps. Towards 1, steps crowd at both ends: composition and fine detail get more, the middle "
+            "fewer.",
+            least=0,
+            most=1,
+            step=0.05,
+        ),
+    ] = 0.0
+    flow_shift: Annotated[
+        FlowShift | None, Option("dynamic: by resolution. A number: by that. none: no shift. Unset: the recipe's.")
+    ] = None
+    method: Annotated[
+        Method,
+        Option(
+            "euler is what previews use by default. heun is more exact and takes twice as long. dpmpp_2m and unipc are "
+            "more exact at euler's cost: for few steps.",
+            advanced=True,
+        ),
+    ] = "euler"
+    denoise: Annotated[
+        float,
+        Option(
+            "Below 1, start from the latent with that much noise on it instead of from pure noise.",
+            least=0.01,
+            most=1,
+            step=0.01,
+        ),
+    ] = 1.0
+    spacing: Annotated[
+        Spacing,
+        Option(
+            "linear: even steps. beta: more of them at both ends, as ComfyUI's beta scheduler has it.", advanced=True
+        ),
+    ] = "linear"
+    start_step: Annotated[
+        int,
+        Option(
+            "Begin at this step of the schedule. The latent gets as much noise as belongs there.",
+            least=0,
+            most=149,
+            advanced=True,
+        ),
+    ] = 0
+    end_step: Annotated[
+        int | None,
+        Option(
+            "Stop at this step and leave the noise in the latent, for a sampler that goes on. Unset: to the end.",
+            least=0,
+            most=150,
+            advanced=True,
+        ),
+    ] = None
+    add_noise: Annotated[
+        bool,
+        Option("Off: the latent has noise in it already, left by a sampler that stopped at end_step.", advanced=True),
+    ] = True
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):

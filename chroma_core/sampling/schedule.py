@@ -14,15 +14,23 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import ConfigError
-from .spacing import Spacing, spaced_times
 
 FlowShift = Literal["dynamic", "none"] | float
 """`dynamic` shifts by resolution, a number s shifts by s, `none` leaves the spacing as it is."""
+
+Spacing = Literal["linear", "beta"]
+"""`linear`: even times. `beta`: more of them near both ends, as ComfyUI's scheduler of that name has it."""
 
 SigmaDraw = Literal["logit_normal", "uniform", "chroma"]
 SigmaRemap = Literal["quadratic", "quadratic_split", "none"]
 
 MAX_STEPS = 1000
+
+BETA_SHAPE = 0.6
+"""Both shape parameters of the beta distribution (ComfyUI's default; Lee et al. 2024, "Beta sampling")."""
+
+TABLE_ROWS = 10_000
+"""Rows of ComfyUI's table of noise levels for Flux-like models, to which its `beta` scheduler rounds."""
 
 BIAS_BASE = 8.0
 """The flow shift of a sigma bias of 1. Chroma's own shift at 1024², e^1.15, is a bias of .55."""
@@ -59,6 +67,26 @@ def apply_flow_shift(sigmas: Tensor, shift: FlowShift, image_tokens: int) -> Ten
         return sigmas
     factor = math.exp(dynamic_mu(image_tokens)) if shift == "dynamic" else float(shift)
     return factor * sigmas / (1 + (factor - 1) * sigmas)
+
+
+def spaced_times(steps: int, spacing: Spacing = "linear") -> Tensor:
+    """`steps` times from 1 down, fp64; the 0 that ends a run is not among them.
+
+    `linear` is linspace(1, 1/N, N). `beta` takes the quantiles of Beta(.6, .6) at 1, 1 − 1/N, … 1/N, rounded to
+    ComfyUI's table: t = (rint(9999·q) + 1) / 10000. Where two fall on one row, one is left out, as there; that begins
+    above 500 steps, so there can be fewer than `steps`.
+
+    Raises ConfigError for an unknown spacing.
+    """
+    if spacing not in get_args(Spacing):
+        raise ConfigError(f"The spacing is {spacing!r}; choose one of: {', '.join(get_args(Spacing))}.")
+    if spacing == "linear":
+        return torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    from scipy.special import betaincinv
+
+    u = 1 - torch.arange(steps, dtype=torch.float64) / steps
+    rows = torch.round(torch.from_numpy(betaincinv(BETA_SHAPE, BETA_SHAPE, u.numpy())) * (TABLE_ROWS - 1))
+    return (torch.unique_consecutive(rows) + 1) / TABLE_ROWS
 
 
 def apply_tail_bias(t: Tensor, bias: float) -> Tensor:

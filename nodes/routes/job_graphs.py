@@ -15,8 +15,8 @@ from ...chroma_core.data.dataset import DatasetConfig
 from ...chroma_core.errors import ChromaKitError, JobError
 from ...chroma_core.loading.spec import ModelHandle, ModelSpec
 from ...chroma_core.sampling.schedule import FlowShift
+from ...chroma_core.training.config import PreviewPrompt, TrainingConfig
 from ...chroma_core.training.config.changes import differences
-from ...chroma_core.training.config.config import PreviewPrompt, TrainingConfig
 from ...chroma_core.training.jobs.manager import Job
 from .. import host
 from ..combined import SLOTS

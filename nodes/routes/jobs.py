@@ -10,8 +10,8 @@ from aiohttp import web
 
 from ...chroma_core.errors import ChromaKitError, ConfigError
 from ...chroma_core.memory import estimate, machine
+from ...chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
-from ...chroma_core.training.config.config import MODEL_PATHS, TrainingConfig
 from .. import host, jobs
 from .answers import answer, body_of, job_of, refused
 

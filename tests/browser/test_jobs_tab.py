@@ -174,7 +174,7 @@ def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     open_job(page, job)
     until(page, server, lambda: charted(page) == 4, "the curve")
     views = page.locator(".ck-curves select")
-    for view, words in (("heldout", "σ 0.05"), ("gain", "%"), ("lr", "learning rate"), ("seconds", "time a step")):
+    for view, words in (("heldout", "σ 0.05"), ("gain", "%"), ("lr", "learning rate"), ("seconds", "step time")):
         views.select_option(view)
         until(page, server, lambda w=words: w in page.locator(".ck-curves .u-legend").inner_text(), view)
     views.select_option("loss")

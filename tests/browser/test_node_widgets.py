@@ -106,7 +106,7 @@ def panels(request: pytest.FixtureRequest, window: Any) -> Iterator[Panels]:
 
 def test_every_panel_shows_its_node_in_both_themes(panels: Panels):
     panels.shows("plan", r"Needs [\d.]+ of [\d.]+ GiB: fits|fit")
-    assert "1024 px (assumed)" in panels.shows("dataset", "16 pictures, 16 captions")
+    assert "1024 px (assumed)" in panels.shows("dataset", "16 images, 16 captions")
     panels.shows("sigmas", "25 steps at 1024×1024")
     panels.shows("density", "(?s)Trained noise levels.*Learning rate, if it were 1000 steps")
     tiles = panels.of("dataset").locator("img")
@@ -212,7 +212,7 @@ def test_the_plan_opens_is_remembered_and_used(panels: Panels):
     height = f"() => {{ {FIND} return of('ChromaLoadModel').size[1] }}"
     closed = page.evaluate(height)
     plan.locator("summary").dispatch_event("click")
-    panels.shows("plan", "(?s)weights.*computer.*best for")
+    panels.shows("plan", "(?s)weights.*RAM.*best for")
     panels.until(lambda: page.evaluate(height) > closed + 100, "the node to grow")
     opened = panels.settled(height)
     panels.window.screenshot(f"node_widgets_{panels.renderer}_plan")
@@ -225,7 +225,7 @@ def test_the_plan_opens_is_remembered_and_used(panels: Panels):
     assert chosen.inner_text().split()[:2] == [precision, text_precision]
     saved = page.evaluate("() => window.app.graph.serialize()")
     panels.window.load(saved)
-    panels.shows("plan", "(?s)weights.*computer.*best for")
+    panels.shows("plan", "(?s)weights.*RAM.*best for")
     assert abs(panels.settled(height) - opened) <= 12, "a saved size has the open panel in it already"
     plan.locator("summary").dispatch_event("click")
     panels.until(lambda: page.evaluate(height) < opened - 100, "the node to shrink")

@@ -1,4 +1,4 @@
-"""What `torchrun`, or a fork, runs for tests/core/test_processes.py: the jobs of a list, one after the other.
+"""What `torchrun`, or a fork, runs for training/test_processes.py: the jobs of a list, one after the other.
 
 The list is JSON, {"jobs": [{"config", "root", "sharding"}], "commands": [[…]]}. Process r writes what it found to
 <list>.r.
@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from chroma_core.cli.main import main
 from chroma_core.comfy.server import free_port
-from chroma_core.training.config.config import TrainingConfig
-from chroma_core.training.distributed.processes import Processes
-from chroma_core.training.jobs.distributed import run_together
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.distributed.world import Processes
+from chroma_core.training.jobs.blocking import run_distributed
 from chroma_core.training.run import run
 
 
@@ -42,7 +42,7 @@ def work(path: Path) -> None:
         world = Processes("cpu", job["sharding"])
         root = Path(job["root"])
         config = TrainingConfig.parse(job["config"])
-        status = run_together(config, root / "jobs", root / "loras", "cpu", world=world)
+        status = run_distributed(config, root / "jobs", root / "loras", "cpu", world=world)
         found.append({"state": status["state"], "message": status["message"], "divided": divided[-1:]})
         divided.clear()
     codes = [main(command) for command in wanted["commands"]]

@@ -64,7 +64,7 @@ def default_of(spec: list) -> Any:
     choices = kind if isinstance(kind, list) else options.get("options")
     if choices:
         return choices[0]
-    return {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(kind, "")
+    return {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(str(kind), "")
 
 
 def api_form(workflow: Workflow, object_info: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def stale(object_info: dict[str, Any]) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a file is not current")
     arguments = parser.parse_args()
     ensure_environment()

@@ -11,9 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
+
 from ...errors import ChromaKitError
 from ...files import write_json
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from ..run.metrics import MetricsLog
 from .curve import Curve
 
@@ -53,6 +55,26 @@ _DEFAULTS: dict[str, Any] = {
 
 _DETAILS = ("warnings", "changes", "memory", "base_sha256", "lora_path", "model_path")
 """Values that `Job.summary` leaves out."""
+
+
+class FolderLock:
+    """Says that a living process works on a folder; the system drops it when the process dies. Never waits."""
+
+    def __init__(self, folder: Path):
+        self._lock = FileLock(folder / ".lock", thread_local=False)
+
+    def acquire(self) -> bool:
+        """Take the lock; False when another process (or another lock object) holds it."""
+        Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(blocking=False)
+        except OSError:  # filelock's Timeout is one, too
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give it back; nothing happens when it is not held."""
+        self._lock.release()
 
 
 class Job:

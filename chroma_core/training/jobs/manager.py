@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ConfigError, JobError
+from ..config import TrainingConfig
 from ..config.changes import check_changes, differences, entry, with_changes
-from ..config.config import TrainingConfig
 from ..control import Control, Halted
 from ..distributed.world import ALONE, World
 from ..run.checkpoint import checkpoints
-from ..run.places import Places
+from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
-from .job import ACTIVE, Job, JobState
-from .lock import FolderLock
+from .job import ACTIVE, FolderLock, Job, JobState
 
 IfExists = Literal["keep", "resume", "restart"]
 Listener = Callable[[dict[str, Any]], None]
@@ -328,10 +327,10 @@ class JobManager:
             job.update(state="paused" if paused else working[0], yielded=yielded)
 
         control.on_wait = on_wait
-        places = Places.of(self.root, job.folder.name, self.loras_folder, self.models_folder)
+        paths = JobPaths.of(self.root, job.folder.name, self.loras_folder, self.models_folder)
         try:
             state, written = run_training(
-                job.config, places, self.device, control, report, self._before_load, self._world
+                job.config, paths, self.device, control, report, self._before_load, self._world
             )
             if written:
                 job.update(state=state, **written, message="", yielded=False)

@@ -15,7 +15,7 @@ from ...loading.components import transformer_outline
 from ...memory import estimate, in_gib, machine, recommend
 from ...memory.activations import T5_TOKENS, TEXT_TOKENS
 from ...model.device import is_out_of_memory
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from .metrics import Progress
 
 WATCH_FROM = 100

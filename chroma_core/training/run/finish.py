@@ -19,7 +19,7 @@ from ...lora.convert import JOB_KEY
 from ...lora.formats import LoraFile, write_lora
 from ...lora.targets import named_target
 from ...model.transformer import ChromaTransformer
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from .metrics import Progress
 
 

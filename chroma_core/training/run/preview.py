@@ -17,7 +17,7 @@ from ...model.images import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
 from ...model.latents import LatentFormat
 from ...model.transformer import ChromaTransformer
 from ...sampling.sampler import sample
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 
 
 def preview_texts(config: TrainingConfig) -> list[str]:

@@ -89,7 +89,7 @@ class Stepper:
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
 
     def combine(self, world: World) -> None:
-        """Replace loss and gradient by their sums over the processes; all of them then take the same step.
+        """Replace loss and gradient by their sums over the ranks; all of them then take the same step.
 
         Each adds the parts that it computed, perhaps none. Call it between the last `backward` and `apply`.
         """
@@ -102,7 +102,9 @@ class Stepper:
         device = self.parameters[0].device
         loss = torch.zeros((), device=device) if self._loss is None else self._loss.float()
         anywhere = torch.tensor(here, dtype=torch.float32, device=device)
-        world.sum_([*(parameter.grad for parameter in self.parameters if parameter.grad is not None), loss, anywhere])
+        world.all_reduce(
+            [*(parameter.grad for parameter in self.parameters if parameter.grad is not None), loss, anywhere]
+        )
         self._loss = loss
         for parameter, count in zip(self.parameters, anywhere.tolist(), strict=True):
             if count == 0:  # as in one process: the optimizer passes over what has no gradient

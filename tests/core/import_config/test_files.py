@@ -12,7 +12,7 @@ from chroma_core.errors import ConfigError
 from chroma_core.import_config import ai_toolkit, as_json, as_text, import_config, job_toml, simpletuner, write_job
 from chroma_core.import_config.convert import missing
 from chroma_core.import_config.job import toml
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from import_cases import SECOND, SEED_SNIPPET, SMALL, YAML, set_missing
 from tools.docs.import_tables import page
 

@@ -1,4 +1,7 @@
-"""The two kinds of training: an adapter beside the layers, and the layers themselves."""
+"""What a job trains: an adapter beside the layers, or layers of the model itself.
+
+`Trained` is how the rest of a run sees it: parameters, a file in every checkpoint, and files at the end.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,11 +25,10 @@ from ...lora.formats import read_lora, write_lora
 from ...model.transformer import ChromaTransformer
 from ...weights.safetensors_files import write_safetensors
 from ...weights.weights import open_weights
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from .faults import DISK_MARGIN
 from .finish import JOB_KEY, adapter_summary, job_of, write_final
-from .places import Places
-from .trainee import Trainee
+from .metrics import JobPaths
 
 BASE_KEY = "chromakit.base_sha256"
 
@@ -36,7 +38,47 @@ HIGH_RATE = 5e-5
 """Full-rank training above this rate is warned about: a LoRA's usual rate is ten times too high for the weights."""
 
 
-def check_trainee(config: TrainingConfig, places: Places) -> list[str]:
+class Trained(Protocol):
+    """An adapter, or layers of the model itself (see `trained`).
+
+    noun: what it is called to the user. weights_file: its name in a checkpoint. parameters: fp32, in an order that is
+    the same in every run.
+    """
+
+    noun: str
+    weights_file: str
+    parameters: list[nn.Parameter]
+
+    def save(self, path: Path) -> None:
+        """Write the parameters, in fp32."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Take them from such a file, bit for bit. Raises LoraError or ModelFileError for a damaged one."""
+        ...
+
+    def remember(self) -> Callable[[], None]:
+        """A way back to the parameters of now, or to those before the first step, for when `load` fails midway."""
+        ...
+
+    def base(self, step: int) -> AbstractContextManager[None] | None:
+        """The model without what was trained until `step`, inside a `with` block; None where it is not to be had."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What previews note about it, as JSON values."""
+        ...
+
+    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> dict[str, str]:
+        """Write what the user gets, its name ending in `suffix`; the status fields that say where.
+
+        Args:
+            header: `header(architecture, trained)` gives the files' metadata (see `finish.file_metadata`).
+        """
+        ...
+
+
+def check_trained(config: TrainingConfig, paths: JobPaths) -> list[str]:
     """Look at what will be trained before anything is read or cached; returns warnings.
 
     Raises ConfigError when there is nothing to learn or for a target that is not in the model, ModelFileError for a
@@ -52,7 +94,7 @@ def check_trainee(config: TrainingConfig, places: Places) -> list[str]:
     outline = transformer_outline(config.model)
     model = _export_of(config)
     count = count_trained(outline, config.full.target, config.full.norms)
-    _require_room_for_all(config, places, count, model.bytes() * len(config.full.layouts))
+    _require_room_for_all(config, paths, count, model.bytes() * len(config.full.layouts))
     warnings = []
     if config.learning_rate > HIGH_RATE and config.optimizer != "prodigy":
         warnings.append(
@@ -62,22 +104,22 @@ def check_trainee(config: TrainingConfig, places: Places) -> list[str]:
     return warnings
 
 
-def make_trainee(
-    config: TrainingConfig, transformer: ChromaTransformer, places: Places, base_sha256: str
-) -> AdapterTrainee | FullTrainee:
+def make_trained(
+    config: TrainingConfig, transformer: ChromaTransformer, paths: JobPaths, base_sha256: str
+) -> AdapterTraining | FullRankTraining:
     """Put on the transformer, which is frozen otherwise, what the job trains."""
     if config.full is None:
-        return AdapterTrainee(config, transformer, places)
-    return FullTrainee(config, transformer, places, base_sha256)
+        return AdapterTraining(config, transformer, paths)
+    return FullRankTraining(config, transformer, paths, base_sha256)
 
 
-class AdapterTrainee(Trainee):
+class AdapterTraining(Trained):
     """A LoRA (or its kin): the model's own weights stay as they are."""
 
     noun, weights_file = "LoRA", "lora.safetensors"
 
-    def __init__(self, config: TrainingConfig, transformer: ChromaTransformer, places: Places):
-        self._config, self._transformer, self._places = config, transformer, places
+    def __init__(self, config: TrainingConfig, transformer: ChromaTransformer, paths: JobPaths):
+        self._config, self._transformer, self._paths = config, transformer, paths
         self.parameters = add_trainable(transformer, config.lora.settings(), config.seed)
         if config.lora.start_from:
             start_from(transformer, read_lora(config.lora.start_from))
@@ -99,19 +141,19 @@ class AdapterTrainee(Trainee):
 
     def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> dict[str, str]:
         metadata = header("chroma/lora", adapter_summary(self._config))
-        places = self._places
-        path = write_final(self._config, self._transformer, metadata, places.job, places.loras, suffix)
+        paths = self._paths
+        path = write_final(self._config, self._transformer, metadata, paths.job, paths.loras, suffix)
         return {"lora_path": str(path)}
 
 
-class FullTrainee(Trainee):
+class FullRankTraining(Trained):
     """Layers of blocks, in fp32 in the places of the model's own; the job ends with a whole model."""
 
     noun, weights_file = "model", "weights.safetensors"
 
-    def __init__(self, config: TrainingConfig, transformer: ChromaTransformer, places: Places, base_sha256: str):
+    def __init__(self, config: TrainingConfig, transformer: ChromaTransformer, paths: JobPaths, base_sha256: str):
         assert config.full is not None
-        self._config, self._full, self._places, self._base_sha256 = config, config.full, places, base_sha256
+        self._config, self._full, self._paths, self._base_sha256 = config, config.full, paths, base_sha256
         self._model = _export_of(config)
         self._names = layer_names(transformer, self._full.target, self._full.norms)
         read = partial(self._model.read_base, dtype=torch.float32)
@@ -155,8 +197,8 @@ class FullTrainee(Trainee):
         model = TrainedModel(self._model.weights, self._model.component, self._named, DTYPES[full.save_dtype])
         trained = {"kind": "full", "target": full.target, "layers": len(self._names), "norms": full.norms}
         metadata = header("chroma", trained)
-        file, folder = _free_paths(self._places, config, suffix)
-        _require_room(self._places.models, model.bytes() * len(full.layouts), "the trained model")
+        file, folder = _free_paths(self._paths, config, suffix)
+        _require_room(self._paths.models, model.bytes() * len(full.layouts), "the trained model")
         written: dict[str, str] = {}
         if "original" in full.layouts:
             write_single_file(file, model, {**metadata, "modelspec.implementation": "comfyui"})
@@ -173,7 +215,7 @@ def _export_of(config: TrainingConfig) -> TrainedModel:
     return TrainedModel(weights, component, {}, torch.float32)
 
 
-def _require_room_for_all(config: TrainingConfig, places: Places, count: int, model_bytes: int) -> None:
+def _require_room_for_all(config: TrainingConfig, paths: JobPaths, count: int, model_bytes: int) -> None:
     """Room for what the job will write: `count` trained weights in every checkpoint, and the model at the end."""
     averaged = config.ema_decay > 0
     # Those that are kept and the one being written; a short job makes fewer.
@@ -181,14 +223,14 @@ def _require_room_for_all(config: TrainingConfig, places: Places, count: int, mo
     made = 2 + (config.steps // config.checkpoint_every if config.checkpoint_every else 0)
     # fp32 weights, two moments and the average, less what an earlier run of the job left there already.
     checkpoints = min(kept, made) * count * (16 if averaged else 12)
-    checkpoints -= sum(p.stat().st_size for p in places.checkpoints.rglob("*") if p.is_file())
+    checkpoints -= sum(p.stat().st_size for p in paths.checkpoints.rglob("*") if p.is_file())
     models = model_bytes * (2 if averaged else 1)
-    places.models.mkdir(parents=True, exist_ok=True)
-    if places.models.stat().st_dev == places.job.stat().st_dev:
-        _require_room(places.job, max(0, checkpoints) + models, "the checkpoints and the trained model")
+    paths.models.mkdir(parents=True, exist_ok=True)
+    if paths.models.stat().st_dev == paths.job.stat().st_dev:
+        _require_room(paths.job, max(0, checkpoints) + models, "the checkpoints and the trained model")
     else:
-        _require_room(places.job, max(0, checkpoints), "the checkpoints")
-        _require_room(places.models, models, "the trained model")
+        _require_room(paths.job, max(0, checkpoints), "the checkpoints")
+        _require_room(paths.models, models, "the trained model")
 
 
 def _require_room(folder: Path, needed: int, what: str) -> None:
@@ -202,14 +244,14 @@ def _require_room(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def _free_paths(places: Places, config: TrainingConfig, suffix: str) -> tuple[Path, Path]:
+def _free_paths(paths: JobPaths, config: TrainingConfig, suffix: str) -> tuple[Path, Path]:
     """File and folder under one name: the job's, with -2, -3 … when another job's model has it already."""
     stem, number = slug(config.name) + suffix, 1
     while True:
         name = stem if number == 1 else f"{stem}-{number}"
-        file, folder = places.models / f"{name}.safetensors", places.diffusers / name / "transformer"
-        file_is_free = not file.exists() or job_of(file) == places.job.name
-        if file_is_free and (not folder.exists() or _job_of_folder(folder) == places.job.name):
+        file, folder = paths.models / f"{name}.safetensors", paths.diffusers / name / "transformer"
+        file_is_free = not file.exists() or job_of(file) == paths.job.name
+        if file_is_free and (not folder.exists() or _job_of_folder(folder) == paths.job.name):
             return file, folder
         number += 1
 

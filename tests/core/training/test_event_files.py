@@ -7,8 +7,7 @@ import pytest
 
 from chroma_core.training.control import Control
 from chroma_core.training.jobs.blocking import run_job
-from chroma_core.training.run.metrics import MetricsLog
-from chroma_core.training.run.places import Places
+from chroma_core.training.run.metrics import JobPaths, MetricsLog
 from chroma_core.training.run.run import run_training
 from training_cases import config, model_folder, write_dataset
 
@@ -31,7 +30,7 @@ def test_curves_pictures_and_config_have_every_step_once_also_after_a_resume(tmp
     class Killed(BaseException):
         """Ends a run at once, without saving."""
 
-    places = Places.of(where[0], settings.job_id(), where[1])
+    places = JobPaths.of(where[0], settings.job_id(), where[1])
     places.job.mkdir(parents=True)
 
     def report(**fields):

@@ -11,7 +11,7 @@ from chroma_core.fullrank.layers import count_trained
 from chroma_core.loading.components import transformer_outline
 from chroma_core.memory import estimate, in_gib
 from chroma_core.model.device import is_out_of_memory
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.job import Job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
@@ -77,16 +77,16 @@ def test_memory_that_runs_out_while_a_checkpoint_is_read_removes_none(places, tm
     bench = Bench(config(*places), tmp_path / "cache")
     folder = tmp_path / "checkpoints"
     for step in (1, 2):
-        save_checkpoint(folder, Progress(step=step), bench.trainee, bench.stepper, None, keep=2)
+        save_checkpoint(folder, Progress(step=step), bench.trained, bench.stepper, None, keep=2)
 
     def greedy(state):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
         patched.setattr(bench.stepper, "load_state_dict", greedy)
-        restore_latest(folder, bench.trainee, bench.stepper)
+        restore_latest(folder, bench.trained, bench.stepper)
     assert len(checkpoints(folder)) == 2
-    progress, damaged = restore_latest(folder, bench.trainee, bench.stepper)
+    progress, damaged = restore_latest(folder, bench.trained, bench.stepper)
     assert progress is not None and progress.step == 2 and not damaged
 
 
@@ -151,10 +151,10 @@ def test_the_best_checkpoint_stays_beside_the_last(places, tmp_path):
     progress, folder = Progress(), tmp_path / "checkpoints"
     for step, best in ((2, 2), (4, 2), (6, 2)):
         progress.step, progress.best_at = step, best
-        save_checkpoint(folder, progress, bench.trainee, bench.stepper, None, keep=1, keep_best=True)
+        save_checkpoint(folder, progress, bench.trained, bench.stepper, None, keep=1, keep_best=True)
     assert [path.name for path in checkpoints(folder)] == ["step-000002", "step-000006"]
     progress.step = progress.best_at = 8
-    save_checkpoint(folder, progress, bench.trainee, bench.stepper, None, keep=1, keep_best=True)
+    save_checkpoint(folder, progress, bench.trained, bench.stepper, None, keep=1, keep_best=True)
     assert [path.name for path in checkpoints(folder)] == ["step-000008"]
 
 

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 import forked
 from chroma_core.errors import ConfigError
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.distributed.world import part_size
 from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.jobs.manager import JobManager
 from training_cases import config, model_folder, write_dataset
 from waiting import until
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 PATIENCE = 240
 

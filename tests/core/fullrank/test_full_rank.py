@@ -18,10 +18,9 @@ from chroma_core.loading.spec import ModelSpec
 from chroma_core.model.quantised import QuantisedLinear
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.training.jobs.manager import Job, JobManager
-from chroma_core.training.run import trainees
+from chroma_core.training.run import trained
 from chroma_core.training.run.checkpoint import restore_latest, save_checkpoint
-from chroma_core.training.run.metrics import Progress
-from chroma_core.training.run.places import Places
+from chroma_core.training.run.metrics import JobPaths, Progress
 from lora_cases import inputs, predict
 from training_cases import bench, config, model_folder, steps, write_dataset
 
@@ -275,7 +274,7 @@ def test_a_base_that_is_quantised_in_its_file_is_refused_before_anything_is_read
 
 
 def test_a_full_disk_is_an_error_at_the_start(places, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainees, "DISK_MARGIN", 1 << 60)
+    monkeypatch.setattr(trained, "DISK_MARGIN", 1 << 60)
     manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
     job = manager.ensure(settings(places))
     assert job.wait(PATIENCE) and job.state == "failed" and "no room" in job.status()["message"]
@@ -283,14 +282,14 @@ def test_a_full_disk_is_an_error_at_the_start(places, tmp_path, monkeypatch):
 
 
 def test_checkpoints_that_are_there_already_are_not_asked_room_for_again(places, tmp_path, monkeypatch):
-    job = Places(tmp_path / "job", tmp_path / "loras", tmp_path / "cache", tmp_path / "diffusion_models")
+    job = JobPaths(tmp_path / "job", tmp_path / "loras", tmp_path / "cache", tmp_path / "diffusion_models")
     (job.checkpoints / "step-000004").mkdir(parents=True)
     model = 2 * transformer_source(settings(places).model)[0].path.joinpath(MODEL_FILE).stat().st_size
-    monkeypatch.setattr(trainees.shutil, "disk_usage", lambda _: SimpleNamespace(free=trainees.DISK_MARGIN + model))
+    monkeypatch.setattr(trained.shutil, "disk_usage", lambda _: SimpleNamespace(free=trained.DISK_MARGIN + model))
     with pytest.raises(JobError, match="no room for the checkpoints and the trained model"):
-        trainees.check_trainee(settings(places), job)
+        trained.check_trained(settings(places), job)
     (job.checkpoints / "step-000004" / "optimizer.pt").write_bytes(bytes(4_000_000))
-    assert trainees.check_trainee(settings(places, learning_rate=1e-5), job) == []
+    assert trained.check_trained(settings(places, learning_rate=1e-5), job) == []
 
 
 def test_damaged_checkpoints_are_passed_over_back_to_the_base(places, tmp_path):
@@ -299,12 +298,12 @@ def test_damaged_checkpoints_are_passed_over_back_to_the_base(places, tmp_path):
     kept = {}
     for step in (1, 2):
         steps(made, 1, step - 1)
-        save_checkpoint(tmp_path, Progress(step=step), made.trainee, made.stepper, None, keep=3)
+        save_checkpoint(tmp_path, Progress(step=step), made.trained, made.stepper, None, keep=3)
         kept[step] = [p.detach().clone() for p in made.parameters]
     for step in (2, 1):
-        file = tmp_path / f"step-{step:06d}" / made.trainee.weights_file
+        file = tmp_path / f"step-{step:06d}" / made.trained.weights_file
         file.write_bytes(file.read_bytes()[:-1])
-        progress, damaged = restore_latest(tmp_path, made.trainee, made.stepper)
+        progress, damaged = restore_latest(tmp_path, made.trained, made.stepper)
         assert len(damaged) == 1 and "ModelFileError" in damaged[0]
         assert (progress and progress.step) == (1 if step == 2 else None)
         expected = kept[1] if step == 2 else before
@@ -340,15 +339,15 @@ def test_jobs_that_train_a_lora_keep_their_names(places):
 def test_another_base_under_a_job_is_refused(places, tmp_path):
     made = bench(places, full=FULL, lora={})
     path = tmp_path / "weights.safetensors"
-    made.trainee.save(path)
-    made.trainee._base_sha256 = "another"
+    made.trained.save(path)
+    made.trained._base_sha256 = "another"
     with pytest.raises(ConfigError, match="not the one that this job was started with"):
-        made.trainee.load(path)
+        made.trained.load(path)
 
 
 def test_a_file_that_does_not_read_back_is_an_error(places, tmp_path, monkeypatch):
     made = bench(places, full=FULL, lora={})
-    model = export.TrainedModel(made.trainee._model.weights, made.trainee._model.component,
+    model = export.TrainedModel(made.trained._model.weights, made.trained._model.component,
                                 {n: p for n, p in made.transformer.named_parameters() if p.requires_grad},
                                 torch.bfloat16)  # fmt: skip
     whole = export.write_safetensors
@@ -363,7 +362,7 @@ def test_a_file_that_does_not_read_back_is_an_error(places, tmp_path, monkeypatc
 
 def test_training_again_after_a_crash_in_the_middle_of_writing(places, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(trainees, "write_folder", lambda *_: (_ for _ in ()).throw(JobError("no more")))
+        patch.setattr(trained, "write_folder", lambda *_: (_ for _ in ()).throw(JobError("no more")))
         manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
         job = manager.ensure(settings(places, steps=1))
         assert job.wait(PATIENCE) and job.state == "failed"

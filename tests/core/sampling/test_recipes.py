@@ -11,7 +11,7 @@ from chroma_core.model.latents import unpack
 from chroma_core.sampling.recipe import RECIPES, Recipe, parse_overrides, recipe
 from chroma_core.sampling.sampler import SamplingSettings, initial_noise, sample
 from chroma_core.sampling.text import MAX_TOKENS, TextCondition, TextEncoder
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from miniature import WIDTHS, t5, tokenizer, transformer, vae
 
 PROMPT, SEED, SIDE = "a red circle", 5, 64

@@ -16,8 +16,7 @@ from chroma_core.loading.components import load_transformer
 from chroma_core.lora.adapters import attach
 from chroma_core.lora.formats import read_lora
 from chroma_core.training.jobs.blocking import run_job
-from chroma_core.training.jobs.job import Job
-from chroma_core.training.jobs.lock import FolderLock
+from chroma_core.training.jobs.job import FolderLock, Job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run import faults
 from training_cases import config, model_folder, write_dataset

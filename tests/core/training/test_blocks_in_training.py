@@ -9,7 +9,7 @@ from chroma_core.lora.adapters import LoraSettings, add_trainable
 from chroma_core.model.latents import image_ids
 from chroma_core.model.precision import precision, quantise
 from chroma_core.streaming import stream_blocks
-from chroma_core.training.step.compiling import compile_blocks
+from chroma_core.training.run.prepare import compile_blocks
 from miniature import transformer
 
 

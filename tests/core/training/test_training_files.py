@@ -16,15 +16,14 @@ from chroma_core.model.images import decode, read_latents, read_record
 from chroma_core.model.latents import LatentFormat
 from chroma_core.sampling.recipe import Recipe
 from chroma_core.sampling.sampler import SamplingSettings, sample
-from chroma_core.training.config.config import TrainingConfig
-from chroma_core.training.jobs.plot import plot_losses
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.jobs.curve import plot_losses
 from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
 from chroma_core.training.run.finish import adapter_summary, file_metadata, write_final
 from chroma_core.training.run.loop import train_step
-from chroma_core.training.run.metrics import MetricsLog, Progress
-from chroma_core.training.run.places import Places
+from chroma_core.training.run.metrics import JobPaths, MetricsLog, Progress
 from chroma_core.training.run.preview import render_previews
-from chroma_core.training.run.trainees import check_trainee
+from chroma_core.training.run.trained import check_trained
 from training_cases import Bench, config, model_folder, write_dataset
 
 
@@ -59,11 +58,11 @@ def test_equal_settings_are_one_job_and_any_change_another(places):
 
 def test_regularisation_alone_teaches_nothing(places, tmp_path):
     alone = config(*places[:2], dataset={"folder": str(places[1]), "regularisation": True})
-    where = Places.of(tmp_path, alone.job_id(), tmp_path / "loras")
+    where = JobPaths.of(tmp_path, alone.job_id(), tmp_path / "loras")
     with pytest.raises(ConfigError, match="trained to change nothing"):
-        check_trainee(alone, where)
+        check_trained(alone, where)
     mixed = alone.model_copy(update={"more_datasets": (alone.dataset.model_copy(update={"regularisation": False}),)})
-    assert check_trainee(mixed, where) == []
+    assert check_trained(mixed, where) == []
 
 
 def test_a_job_file_is_read_with_folders_relative_to_it(tmp_path):
@@ -111,9 +110,9 @@ def test_a_broken_job_file_is_named(tmp_path):
 
 def test_a_checkpoint_brings_everything_back(places, tmp_path):
     made = trained(places, 3)
-    save_checkpoint(tmp_path, Progress(step=3, loss_smooth=0.5), made.trainee, made.stepper, None, keep=3)
+    save_checkpoint(tmp_path, Progress(step=3, loss_smooth=0.5), made.trained, made.stepper, None, keep=3)
     fresh = trained(places, 0)
-    progress, damaged = restore_latest(tmp_path, fresh.trainee, fresh.stepper)
+    progress, damaged = restore_latest(tmp_path, fresh.trained, fresh.stepper)
     assert progress == Progress(step=3, loss_smooth=0.5) and damaged == []
     for step in (3, 4):
         results = [train_step(step, b.transformer, b.stepper, b.batches, b.config) for b in (made, fresh)]
@@ -124,12 +123,12 @@ def test_a_checkpoint_brings_everything_back(places, tmp_path):
 def test_only_the_last_are_kept_and_damage_falls_back(places, tmp_path):
     made = trained(places, 0)
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, Progress(step=step), made.trainee, made.stepper, None, keep=2)
+        save_checkpoint(tmp_path, Progress(step=step), made.trained, made.stepper, None, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-000002", "step-000003"]
     torn = tmp_path / "step-000003" / "optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:100])
     (tmp_path / ".step-000004.123-1.tmp").mkdir()
-    progress, damaged = restore_latest(tmp_path, made.trainee, made.stepper)
+    progress, damaged = restore_latest(tmp_path, made.trained, made.stepper)
     assert progress is not None and progress.step == 2
     assert len(damaged) == 1 and damaged[0].startswith("step-000003")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-000003", "step-000002"]
@@ -137,11 +136,11 @@ def test_only_the_last_are_kept_and_damage_falls_back(places, tmp_path):
 
 def test_with_every_checkpoint_damaged_training_starts_afresh(places, tmp_path):
     made = trained(places, 2)
-    path = save_checkpoint(tmp_path, Progress(step=2), made.trainee, made.stepper, None, keep=2)
+    path = save_checkpoint(tmp_path, Progress(step=2), made.trained, made.stepper, None, keep=2)
     (path / "optimizer.pt").write_bytes(b"")
     fresh = trained(places, 0)
     before = [parameter.detach().clone() for parameter in fresh.parameters]
-    progress, damaged = restore_latest(tmp_path, fresh.trainee, fresh.stepper)
+    progress, damaged = restore_latest(tmp_path, fresh.trained, fresh.stepper)
     assert progress is None and len(damaged) == 1
     assert all(torch.equal(a, b) for a, b in zip(before, fresh.parameters, strict=True))
 

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError, JobError
 from chroma_core.lora.formats import read_lora
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.config.changes import differences, with_changes
-from chroma_core.training.config.config import TrainingConfig
 from chroma_core.training.jobs.blocking import continue_job, run_job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run.checkpoint import checkpoints

@@ -6,30 +6,29 @@ import pytest
 import torch
 
 from chroma_core.streaming import stream_blocks, streamed
-from chroma_core.training.control import Control, Stopped
-from chroma_core.training.device_slot import Seat
+from chroma_core.training.control import Control, DeviceSlot, Stopped
 from miniature import transformer
 from waiting import stays, until
 
 
-def test_a_seat_moves_its_module_once_each_way():
+def test_a_slot_moves_its_module_once_each_way():
     made_room = []
-    seat = Seat("cpu", make_room=lambda: made_room.append(1))
-    seat.step_aside()
-    assert not seat.away, "there is nothing to move yet"
+    slot = DeviceSlot("cpu", make_room=lambda: made_room.append(1))
+    slot.step_aside()
+    assert not slot.away, "there is nothing to move yet"
     model = transformer()
     stream_blocks(model, torch.device("cpu"))
     streamer = streamed(model)
-    with seat.taken_by(model):
+    with slot.taken_by(model):
         assert streamer.device_bytes() > 0
-        seat.step_aside()
-        seat.step_aside()
-        assert seat.away and streamer.device_bytes() == 0 and made_room == []
-        seat.come_back()
-        seat.come_back()
-        assert not seat.away and streamer.device_bytes() > 0 and made_room == [1]
-    seat.step_aside()
-    assert not seat.away
+        slot.step_aside()
+        slot.step_aside()
+        assert slot.away and streamer.device_bytes() == 0 and made_room == []
+        slot.come_back()
+        slot.come_back()
+        assert not slot.away and streamer.device_bytes() > 0 and made_room == [1]
+    slot.step_aside()
+    assert not slot.away
 
 
 @pytest.fixture
@@ -37,8 +36,8 @@ def gate():
     """A control whose worker passes its gate in a thread, with the switches in the test's hands."""
     busy = threading.Event()
     control = Control(busy.is_set)
-    control.seat = Seat("cpu")
-    control.seat.take(transformer())
+    control.slot = DeviceSlot("cpu")
+    control.slot.take(transformer())
     passed = threading.Semaphore(0)
 
     def work():
@@ -59,11 +58,11 @@ def gate():
 
 def test_the_job_steps_aside_for_a_prompt_and_returns(gate):
     control, busy, passed = gate
-    assert passed.acquire(timeout=10) and not control.seat.away
+    assert passed.acquire(timeout=10) and not control.slot.away
     busy.set()
-    until(lambda: control.seat.away)
+    until(lambda: control.slot.away)
     busy.clear()
-    until(lambda: not control.seat.away)
+    until(lambda: not control.slot.away)
     while passed.acquire(blocking=False):
         pass
     assert passed.acquire(timeout=10), "it goes on"
@@ -72,9 +71,9 @@ def test_the_job_steps_aside_for_a_prompt_and_returns(gate):
 def test_a_paused_job_that_left_comes_back_only_when_it_is_needed(gate):
     control, busy, passed = gate
     busy.set()
-    until(lambda: control.seat.away)
+    until(lambda: control.slot.away)
     control.pause.set()
     busy.clear()
-    stays(lambda: control.seat.away, "away")
+    stays(lambda: control.slot.away, "away")
     control.pause.clear()
-    until(lambda: not control.seat.away)
+    until(lambda: not control.slot.away)

@@ -27,7 +27,7 @@ from miniature import WIDTHS, t5, tokenizer, transformer, vae
 from real_widths import random_original
 from weight_files import write_gguf, write_scaled_fp8
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "chroma_core" / "assets" / "tiny"
 
 

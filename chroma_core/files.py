@@ -7,16 +7,19 @@ written by `weights.safetensors_files`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from .errors import ChromaKitError, ConfigError
 
 
 def _temporary(path: Path) -> Path:
@@ -68,13 +71,28 @@ def write_json(path: Path | str, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path | str, error: type[ChromaKitError] = ConfigError) -> Any:
+    """The value of a JSON file. Raises `error`, naming the file, when it is not there or no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"There is no file '{path}'.") from None
+    except (OSError, ValueError) as cause:
+        raise error(
+            f"'{path}' cannot be read as JSON ({cause}): it is damaged or was not written by ChromaKit. Restore it "
+            "from a backup, or remove it."
+        ) from cause
+
+
 def free_path(folder: Path, name: str) -> Path:
     """The first of name.png, name-2.png, … in `folder` that does not exist: earlier files are never overwritten."""
-    path, count = folder / name, 1
-    while path.exists():
-        count += 1
-        path = folder / f"{Path(name).stem}-{count}{Path(name).suffix}"
-    return path
+    stem, suffix = Path(name).stem, Path(name).suffix
+    return folder / f"{free_name(stem, lambda found: not (folder / f'{found}{suffix}').exists())}{suffix}"
+
+
+def free_name(stem: str, is_free: Callable[[str], bool]) -> str:
+    """The first of stem, stem-2, stem-3 … that is free."""
+    return next(filter(is_free, (stem if count == 1 else f"{stem}-{count}" for count in itertools.count(1))))
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def _train(options: argparse.Namespace) -> int:
         world.close()
     if main:
         shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss"]
-        shown += ["model_path", "model_folder"] if status["config"].get("full") else ["lora_path"]
+        shown += ["model_path", "model_folder"] if status.get("config", {}).get("full") else ["lora_path"]
         print(json.dumps({k: status.get(k) for k in shown}))
     if status["state"] != "completed":
         print(f"error: the job {status['state']}: {status.get('message') or 'no reason given'}", file=sys.stderr)

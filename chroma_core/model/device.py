@@ -21,7 +21,7 @@ def best_device(name: str | None = None) -> torch.device:
 
 
 def memory_in_use(device: torch.device | str) -> dict[str, int]:
-    """Bytes in use now: `process` in the computer; on a card `device`, and `device_peak`, the most so far."""
+    """Bytes in use now: `process` in RAM; on a GPU `device`, and `device_peak`, the most so far."""
     found = {"process": psutil.Process().memory_info().rss}
     if torch.device(device).type == "cuda":
         found["device"] = torch.cuda.memory_allocated(device)
@@ -32,7 +32,7 @@ def memory_in_use(device: torch.device | str) -> dict[str, int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device, or the computer, has no memory left."""
+    """Whether an error means that a device, or the RAM, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()

@@ -1,6 +1,6 @@
 """The one sampler: previews, the sampler node, the command line and the parity check all run `sample`.
 
-Shapes: B pictures, C latent channels, H/W latent rows and columns, L image tokens, D packed channels.
+Shapes: B images, C latent channels, H/W latent rows and columns, L image tokens, D packed channels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_choice
 from ..model.latents import FLUX_LATENTS, PATCH, LatentFormat, image_ids, pack, snap_size, unpack
 from ..model.transformer import ChromaTransformer
 from ..options import MAX_SEED, Option
@@ -20,8 +20,6 @@ from .recipe import CANONICAL, Recipe, StateDtype
 from .schedule import FlowShift, Spacing, sampling_sigmas
 from .solvers import SOLVERS, Method, Velocity
 from .text import TextCondition, batch_conditions
-
-__all__ = ["Method", "SamplingSettings", "StepInfo", "initial_noise", "sample"]
 
 
 @dataclass(frozen=True)
@@ -105,15 +103,14 @@ class SamplingSettings:
     ] = True
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise ConfigError(f"The sampling method is {self.method!r}; choose one of: {', '.join(get_args(Method))}.")
+        check_choice("The sampling method", self.method, get_args(Method))
         if not 0 <= self.guidance <= 100:
             raise ConfigError(f"The guidance is {self.guidance}; it must be between 0 and 100 (1 or less: one pass).")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 − 1.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as recorded beside every picture."""
+        """Plain values, as recorded beside every image."""
         return asdict(self)
 
     def sigmas(self, image_tokens: int, recipe: Recipe = CANONICAL) -> Tensor:
@@ -136,9 +133,29 @@ class SamplingSettings:
         return max(0, end - self.start_step)
 
 
+def image_record(
+    prompt: str, negative: str, size: tuple[int, int], settings: SamplingSettings, recipe: Recipe, model: dict[str, Any]
+) -> dict[str, Any]:
+    """What an image says of itself, as JSON values: everything needed to sample it again (`parity` does).
+
+    Args:
+        size: width and height in pixels.
+        model: `ModelSpec.to_dict()`.
+    """
+    return {
+        "prompt": prompt,
+        "negative": negative,
+        "width": size[0],
+        "height": size[1],
+        "settings": settings.to_dict(),
+        "recipe": recipe.to_dict(),
+        "model": model,
+    }
+
+
 @dataclass(frozen=True)
 class StepInfo:
-    """What a progress callback gets after each step (counted from 1): σ left, and the picture as predicted now."""
+    """What a progress callback gets after each step (counted from 1): σ left, and the image as predicted now."""
 
     step: int
     steps: int
@@ -175,7 +192,7 @@ def sample(
 ) -> Tensor:
     """Sample latents [B, C, H, W] in the transformer's space, fp32, on the transformer's device.
 
-    A run that ends at a σ above 0 returns x/(1−σ), as the host hands on latents with noise left in them; a run that
+    A run that ends at a σ above 0 returns x/(1−σ), as ComfyUI hands on latents with noise left in them; a run that
     starts there from such latents, without adding noise, goes on where it stopped.
 
     Args:
@@ -201,7 +218,7 @@ def sample(
         raise ConfigError("There is nothing to sample: the batch holds no prompt.")
     if start_BCHW is not None and start_BCHW.shape != (B, latent_format.channels, rows, columns):
         raise ConfigError(
-            f"The latents to start from have shape {tuple(start_BCHW.shape)}; for {B} picture(s) of {width}×{height} "
+            f"The latents to start from have shape {tuple(start_BCHW.shape)}; for {B} image(s) of {width}×{height} "
             f"it must be {(B, latent_format.channels, rows, columns)}."
         )
     if sigmas is None:
@@ -248,8 +265,8 @@ def _check_part(levels: list[float], settings: SamplingSettings, start: Tensor |
         )
     if mask is not None:
         raise ConfigError(
-            "A noise mask keeps parts of a clean picture, but without add_noise the latents to start from are noisy. "
-            "Paint masked pictures in one run, or take the mask off."
+            "A noise mask keeps parts of a clean image, but without add_noise the latents to start from are noisy. "
+            "Sample masked images in one run, or take the mask off."
         )
 
 

@@ -13,7 +13,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Generator, Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_choice
 
 FlowShift = Literal["dynamic", "none"] | float
 """`dynamic` shifts by resolution, a number s shifts by s, `none` leaves the spacing as it is."""
@@ -78,8 +78,7 @@ def spaced_times(steps: int, spacing: Spacing = "linear") -> Tensor:
 
     Raises ConfigError for an unknown spacing.
     """
-    if spacing not in get_args(Spacing):
-        raise ConfigError(f"The spacing is {spacing!r}; choose one of: {', '.join(get_args(Spacing))}.")
+    check_choice("The spacing", spacing, get_args(Spacing))
     if spacing == "linear":
         return torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     from scipy.special import betaincinv
@@ -116,7 +115,7 @@ def sampling_sigmas(
     """The noise levels of a sampling run: fp32 on the CPU, [steps + 1], descending, last one 0.
 
     Spacing → tail bias → flow shift → 0. With `denoise` d < 1 the schedule is that of N/d steps, of which the last N
-    are taken, so that an image-to-image run has the same step sizes (the host's own convention). `start_step` and
+    are taken, so that an image-to-image run has the same step sizes (ComfyUI's own convention). `start_step` and
     `end_step` take a part of that, from one level to another, counted from 0 (an `end_step` beyond the last is the
     last); a part that ends early ends above 0.
 
@@ -158,9 +157,8 @@ class SigmaSettings:
     maximum: float = 1.0
 
     def __post_init__(self) -> None:
-        for field, value, known in (("draw", self.draw, SigmaDraw), ("remap", self.remap, SigmaRemap)):
-            if value not in get_args(known):
-                raise ConfigError(f"The sigma {field} is {value!r}; choose one of: {', '.join(get_args(known))}.")
+        check_choice("The sigma draw", self.draw, get_args(SigmaDraw))
+        check_choice("The sigma remap", self.remap, get_args(SigmaRemap))
         parse_flow_shift(self.flow_shift)
         if not self.scale > 0:
             raise ConfigError(f"The scale of the logit-normal draw is {self.scale}; it must be above 0.")

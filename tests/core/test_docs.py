@@ -75,3 +75,12 @@ def test_every_file_that_is_named_is_there():
 def test_what_is_not_there_is_found():
     text = "See `docs/gone.md`, `web/docs/*.md`, `gone.py`, `output/loras`.\n\n    python -m tools.gone --all\n"
     assert [*missing_paths(text), *missing_modules(text)] == ["docs/gone.md", "gone.py", "tools.gone"]
+
+
+def test_the_map_of_the_house_names_every_room():
+    house = (ROOT / "DEVELOPERS.md").read_text(encoding="utf-8").split("## Where things are")[1].split("\n## ")[0]
+    core = {f"chroma_core/{path.name}/" for path in (ROOT / "chroma_core").iterdir() if path.is_dir()}
+    rooms = core - {"chroma_core/__pycache__/"} | {
+        f"{name}/" for name in FOLDERS if (ROOT / name / "__init__.py").exists()
+    }
+    assert len(rooms) > 18 and sorted(room for room in rooms if f" {room} " not in house) == []

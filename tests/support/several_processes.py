@@ -1,4 +1,4 @@
-"""What `torchrun`, or a fork, runs for training/test_processes.py: the jobs of a list, one after the other.
+"""What `torchrun` runs for tests/core/training/test_processes.py, or a fork: the jobs of a list, one after the other.
 
 The list is JSON, {"jobs": [{"config", "root", "sharding"}], "commands": [[…]]}. Process r writes what it found to
 <list>.r.

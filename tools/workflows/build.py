@@ -33,9 +33,9 @@ COLUMN_GAP, ROW_GAP, NODE_WIDTH, NOTE_WIDTH = 40, 50, 280, 400
 NOTE_LINE, NOTE_LETTERS = 17, 62  # pixels of a line of text in a note, and letters in it
 INDEX = """# Example workflows
 
-ComfyUI shows these under *Templates → chromakit*, by their file names. The numbered ones come first for a newcomer.
-Each is here as the window loads it and, in `api/`, as `POST /prompt` takes it. All but the `chroma_4_real_…` ones run
-at once on `tiny`, which ships with the pack; their notes say what to change for the real Chroma.
+ComfyUI shows these under *Templates → chromakit*, by their file names; start with the numbered ones.
+Each is here in the format of the window and, in `api/`, of `POST /prompt`. All but the `chroma_4_real_…` ones run at
+once on `tiny`, which ships with the pack; their notes say what to change for the real Chroma.
 
 | | |
 |---|---|

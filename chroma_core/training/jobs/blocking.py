@@ -1,6 +1,6 @@
 """Blocking runs of one job, for the command line and for scripts: in one process, or distributed over several.
 
-In a distributed run the main process has the job folder; the others only compute.
+In a distributed run rank 0 has the job folder; the other ranks only compute.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..control import Halted
 from ..distributed.world import Processes, ProcessLost, part_size
 from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
-from .job import ACTIVE, Job
+from .job import ACTIVE, Job, JobEnd, JobStatus
 from .manager import IfExists, JobManager, Listener
 
 PATIENCE_SECONDS = 20.0
@@ -34,9 +34,9 @@ def run_job(
     device: Device,
     on_status: Listener = lambda status: None,
     if_exists: IfExists = "resume",
-) -> dict[str, Any]:
-    """Run (or resume) one job in the foreground; returns its final status. Ctrl-C saves and leaves it interrupted."""
-    return _foreground(root, loras_folder, device, on_status, lambda manager: manager.ensure(config, if_exists))
+) -> JobStatus:
+    """Run (or resume) one job to its end; returns its final status. Ctrl-C saves and leaves it interrupted."""
+    return _block_on(root, loras_folder, device, on_status, lambda manager: manager.ensure(config, if_exists))
 
 
 def continue_job(
@@ -48,8 +48,8 @@ def continue_job(
     config: TrainingConfig | None = None,
     extend: int = 0,
     force: bool = False,
-) -> dict[str, Any]:
-    """Go on with a job of that id in the foreground; returns its final status.
+) -> JobStatus:
+    """Go on with a job of that id to its end; returns its final status.
 
     Args:
         config: its new options (None: as they are); see `JobManager.change`.
@@ -64,12 +64,12 @@ def continue_job(
             values = with_changes(base, {"steps": base.steps + extend})
         return manager.change(job_id, values, force)
 
-    return _foreground(root, loras_folder, device, on_status, begin)
+    return _block_on(root, loras_folder, device, on_status, begin)
 
 
-def _foreground(
+def _block_on(
     root: Path, loras_folder: Path, device: Device, on_status: Listener, begin: Callable[[JobManager], Job]
-) -> dict[str, Any]:
+) -> JobStatus:
     manager = JobManager(root, loras_folder, device)
     manager.subscribe(on_status)
     try:
@@ -90,10 +90,10 @@ def run_distributed(
     if_exists: IfExists = "resume",
     *,
     world: Processes,
-) -> dict[str, Any]:
+) -> JobEnd:
     """Run (or resume) one job; every process of `world` calls this. Ctrl-C or SIGTERM saves and leaves it interrupted.
 
-    Returns the job's final status in the main process; in the others `state` and `message`. The folders must be the
+    Returns the job's final status on rank 0; on the other ranks `state` and `message`. The folders must be the
     same for all of them.
     Raises ConfigError, before anything is done, when the step's batch cannot be dealt evenly to the processes.
     """
@@ -114,7 +114,7 @@ def _lead(
     if_exists: IfExists,
     world: Processes,
     ending: threading.Event,
-) -> dict[str, Any]:
+) -> JobStatus:
     manager.subscribe(on_status)
     try:
         job = manager.ensure(config, if_exists)
@@ -139,10 +139,10 @@ def _lead(
     return status
 
 
-def _follow(root: Path, loras_folder: Path, world: Processes, ending: threading.Event) -> dict[str, Any]:
+def _follow(root: Path, loras_folder: Path, world: Processes, ending: threading.Event) -> JobEnd:
     """Compute along until the job ends."""
     control = world.control()
-    ended: dict[str, Any] = {"state": "interrupted", "message": "the process was asked to end"}
+    ended: JobEnd = {"state": "interrupted", "message": "the process was asked to end"}
 
     def work() -> None:
         try:

@@ -98,28 +98,32 @@ class Progress:
 
 
 class MetricsLog:
-    """The metrics file of one job."""
+    """The metrics file of one job. Without `writes`, for a rank that leaves writing to rank 0, it is only read."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True):
+        self.path, self.writes = path, writes
         self.also: Callable[[dict[str, Any]], None] = lambda values: None
         """Called with every line that is added."""
 
     def append(self, **values: Any) -> None:
         """Add one line; visible to readers at once, durable from the next `sync` on."""
+        if not self.writes:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         self.also(values)
 
     def sync(self) -> int:
         """Make what was appended durable; returns the file's length in bytes."""
+        if not self.writes:
+            return 0
         with self.path.open("ab") as file:
             os.fsync(file.fileno())
             return file.tell()
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` bytes: steps that will be trained again."""
-        if self.path.exists():
+        if self.writes and self.path.exists():
             os.truncate(self.path, min(length, self.path.stat().st_size))
 
     def read(self) -> list[dict[str, Any]]:
@@ -135,20 +139,6 @@ class MetricsLog:
             except ValueError:
                 continue
         return values
-
-
-class NoMetrics(MetricsLog):
-    """In place of the file, for a process that leaves writing to another."""
-
-    def append(self, **values: Any) -> None:
-        """Nothing."""
-
-    def sync(self) -> int:
-        """Nothing; 0 bytes."""
-        return 0
-
-    def truncate(self, length: int) -> None:
-        """Nothing."""
 
 
 def check_event_files(wanted: bool) -> None:
@@ -203,7 +193,7 @@ class EventFiles:
         self._guarded(lambda: self._add(line))
 
     def pictures(self, step: int, paths: Iterable[Path]) -> None:
-        """Preview pictures of a step, one series a prompt."""
+        """Preview images of a step, one series a prompt."""
         self._guarded(lambda: self._pictures(step, paths))
 
     def close(self) -> None:

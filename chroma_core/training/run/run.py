@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,22 +26,26 @@ from ..distributed.sharding import check_sharding, shard
 from ..distributed.world import ALONE, ProcessLost, World
 from ..step.ema import Ema
 from ..step.objective import heldout_loss
+from ..step.optimizers import check_optimizer
 from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint
 from .faults import Diverged, disk_shortage, give_up_if_broken, memory_in_words, watch_loss
 from .finish import file_metadata
 from .loop import Batches, StepResult, train_step
-from .metrics import EventFiles, JobPaths, MetricsLog, NoMetrics, Progress, check_event_files
+from .metrics import EventFiles, JobPaths, MetricsLog, Progress, check_event_files
 from .prepare import Prepared, compile_blocks, prepare
 from .preview import render_previews
-from .stepper import Stepper, check_optimizer
-from .trained import check_trained, make_trained
+from .stepper import Stepper
+from .trained import WrittenFiles, check_trained, make_trained
 
 Report = Callable[..., None]
 """report(**fields): tell the job's status about something new."""
 
 
 class Run:
-    """A job that is being worked on. Build and use it outside inference mode, in one thread."""
+    """A job that is being worked on: prepare, load, resume, train, finish, close, in this order.
+
+    Use it outside inference mode, in one thread. `run_training` does all of it.
+    """
 
     def __init__(
         self,
@@ -54,30 +58,42 @@ class Run:
         world: World = ALONE,
     ):
         self.config, self.paths, self.device, self.control, self.report = config, paths, device, control, report
-        self.world = world
-        self.metrics = (MetricsLog if world.main else NoMetrics)(paths.job / "metrics.jsonl")
+        self.before_load, self.world = before_load, world
+        self.metrics = MetricsLog(paths.job / "metrics.jsonl", writes=world.main)
         self.progress = Progress()
+        self.event_files: EventFiles | None = None
         self._saved = time.monotonic()
+
+    def prepare(self) -> None:
+        """Check what can be checked early, then scan the dataset and cache it; T5 and the VAE come and go.
+
+        Raises Stopped, Halted, and what `prepare.prepare` raises.
+        """
+        config, paths, world = self.config, self.paths, self.world
         for folder in (paths.job, paths.samples) if world.main else ():
             remove_leftovers(folder)
         if world.sharded:
             check_sharding(config)
-        report(state="preparing", message="reading the data set")
-        check_optimizer(config.optimizer_settings(), device)
+        self.report(state="preparing", message="reading the data set")
+        check_optimizer(config.optimizer_settings(), self.device)
         advice = check_trained(config, paths)
         check_event_files(config.tensorboard and world.main)
-        self.slot = control.slot = DeviceSlot(device, before_load)
+        self.slot = self.control.slot = DeviceSlot(self.device, self.before_load)
         self.data: Prepared = world.main_first(
-            lambda: prepare(config, paths.cache, self.slot, control.gate, self._report_caching)
+            lambda: prepare(config, paths.cache, self.slot, self.control.gate, self._report_caching)
         )
         self.data.warnings[:0] = advice
-        report(message="loading the transformer", warnings=self.data.warnings, base_sha256=self.data.base_sha256)
-        before_load()
-        self.transformer = load_transformer(config.model, "cpu" if world.sharded else device)
+
+    def load(self) -> None:
+        """Load the transformer, put on it what is trained, and make the optimizer and the batches."""
+        config, data, sharded = self.config, self.data, self.world.sharded
+        self.report(message="loading the transformer", warnings=data.warnings, base_sha256=data.base_sha256)
+        self.before_load()
+        self.transformer = load_transformer(config.model, "cpu" if sharded else self.device)
         self.slot.take(self.transformer)
-        self.trained = make_trained(config, self.transformer, paths, self.data.base_sha256)
-        if world.sharded:
-            shard(self.transformer, self.trained.parameters, torch.device(device))
+        self.trained = make_trained(config, self.transformer, self.paths, data.base_sha256)
+        if sharded:
+            shard(self.transformer, self.trained.parameters, torch.device(self.device))
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
             self.transformer.checkpointing_interval = config.checkpointing_interval
@@ -85,10 +101,9 @@ class Run:
             compile_blocks(self.transformer)
         self.stepper = Stepper(self.trained.parameters, config.optimizer_settings())
         self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
-        self.batches = Batches(self.data.samples, self.data.training_cache, config, config.objective.settings())
-        self._resume()
+        self.batches = Batches(data.samples, data.training_cache, config, config.objective.settings())
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
         """Continue from the newest checkpoint, or start afresh."""
         self.warnings = warnings = list(self.data.warnings)
         data = fingerprint(self.data.samples)
@@ -106,7 +121,6 @@ class Run:
         self.progress = progress or Progress()
         self.progress.data = data
         self.metrics.truncate(self.progress.metrics_bytes)
-        self.event_files: EventFiles | None = None
         if self.config.tensorboard and self.world.main:
             values, earlier = self.config.model_dump(mode="json"), self.metrics.read()
             folder = self.paths.job / "tensorboard"
@@ -297,14 +311,14 @@ class Run:
         else:
             self.save(wait=False)
 
-    def finish(self) -> dict[str, str]:
+    def finish(self) -> WrittenFiles:
         """Write the LoRA or model where the user looks for it; returns the status fields that say where.
 
         They are empty in a process that does not write.
         """
         return self.world.on_main(self._write_files) or {}
 
-    def _write_files(self) -> dict[str, str]:
+    def _write_files(self) -> WrittenFiles:
         pictures, job = picture_count(self.data.samples), self.paths.job
         header = partial(
             file_metadata,
@@ -355,8 +369,8 @@ def run_training(
     report: Report,
     before_load: Callable[[], None] = lambda: None,
     world: World = ALONE,
-) -> tuple[str, dict[str, str]]:
-    """Run a job to its end in this thread; returns the final state (completed or stopped) and where its files are.
+) -> tuple[Literal["completed", "stopped"], WrittenFiles]:
+    """Run a job to its end in this thread; returns the final state and where its files are.
 
     Raises:
         Halted: after a checkpoint was saved.
@@ -366,6 +380,9 @@ def run_training(
         world.enter()
         try:
             run = Run(config, paths, device, control, report, before_load, world)
+            run.prepare()
+            run.load()
+            run.resume()
         except Stopped:
             return "stopped", {}
         try:

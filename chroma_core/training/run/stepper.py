@@ -21,17 +21,7 @@ from torch.nn import Parameter
 
 from ...errors import ConfigError
 from ..distributed.world import World
-from ..step.optimizers import OptimizerName, OptimizerSettings, build_optimizer, check_optimizer, check_schedule
-
-__all__ = [
-    "LossScale",
-    "OptimizerName",
-    "OptimizerSettings",
-    "SkipReason",
-    "Stepper",
-    "check_optimizer",
-    "check_schedule",
-]
+from ..step.optimizers import OptimizerSettings, build_optimizer, check_optimizer
 
 SkipReason = Literal["", "overflow", "broken"]
 

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import nn
 
-from ...errors import ChromaKitError, ConfigError, JobError, ModelFileError
-from ...files import slug
+from ...errors import ConfigError, JobError, ModelFileError
+from ...files import free_name, slug
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
 from ...loading.components import transformer_outline, transformer_source
@@ -27,7 +27,7 @@ from ...weights.safetensors_files import write_safetensors
 from ...weights.weights import open_weights
 from ..config import TrainingConfig
 from .faults import DISK_MARGIN
-from .finish import JOB_KEY, adapter_summary, job_of, write_final
+from .finish import adapter_summary, may_write, write_final
 from .metrics import JobPaths
 
 BASE_KEY = "chromakit.base_sha256"
@@ -36,6 +36,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 HIGH_RATE = 5e-5
 """Full-rank training above this rate is warned about: a LoRA's usual rate is ten times too high for the weights."""
+
+
+class WrittenFiles(TypedDict, total=False):
+    """Where the files are that a job ended with: fields of its status."""
+
+    lora_path: str
+    model_path: str
+    model_folder: str
 
 
 class Trained(Protocol):
@@ -69,7 +77,7 @@ class Trained(Protocol):
         """What previews note about it, as JSON values."""
         ...
 
-    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> dict[str, str]:
+    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
         """Write what the user gets, its name ending in `suffix`; the status fields that say where.
 
         Args:
@@ -139,7 +147,7 @@ class AdapterTraining(Trained):
     def record(self) -> dict[str, Any]:
         return {"lora": self._config.lora.model_dump(mode="json")}
 
-    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> dict[str, str]:
+    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
         metadata = header("chroma/lora", adapter_summary(self._config))
         paths = self._paths
         path = write_final(self._config, self._transformer, metadata, paths.job, paths.loras, suffix)
@@ -191,7 +199,7 @@ class FullRankTraining(Trained):
     def record(self) -> dict[str, Any]:
         return {"full": self._full.model_dump(mode="json")}
 
-    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> dict[str, str]:
+    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
         full, config = self._full, self._config
         # The files' own names: the parameters are looked up now, since an average may stand in their place.
         model = TrainedModel(self._model.weights, self._model.component, self._named, DTYPES[full.save_dtype])
@@ -199,7 +207,7 @@ class FullRankTraining(Trained):
         metadata = header("chroma", trained)
         file, folder = _free_paths(self._paths, config, suffix)
         _require_room(self._paths.models, model.bytes() * len(full.layouts), "the trained model")
-        written: dict[str, str] = {}
+        written: WrittenFiles = {}
         if "original" in full.layouts:
             write_single_file(file, model, {**metadata, "modelspec.implementation": "comfyui"})
             written["model_path"] = str(file)
@@ -246,18 +254,9 @@ def _require_room(folder: Path, needed: int, what: str) -> None:
 
 def _free_paths(paths: JobPaths, config: TrainingConfig, suffix: str) -> tuple[Path, Path]:
     """File and folder under one name: the job's, with -2, -3 … when another job's model has it already."""
-    stem, number = slug(config.name) + suffix, 1
-    while True:
-        name = stem if number == 1 else f"{stem}-{number}"
-        file, folder = paths.models / f"{name}.safetensors", paths.diffusers / name / "transformer"
-        file_is_free = not file.exists() or job_of(file) == paths.job.name
-        if file_is_free and (not folder.exists() or _job_of_folder(folder) == paths.job.name):
-            return file, folder
-        number += 1
 
+    def of(name: str) -> tuple[Path, Path]:
+        return paths.models / f"{name}.safetensors", paths.diffusers / name / "transformer"
 
-def _job_of_folder(folder: Path) -> str | None:
-    try:
-        return open_weights(folder).metadata.get(JOB_KEY)
-    except ChromaKitError:
-        return None
+    job = paths.job.name
+    return of(free_name(slug(config.name) + suffix, lambda name: all(may_write(path, job) for path in of(name))))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...data.randomness import generator
-from ...errors import ConfigError
+from ...errors import ConfigError, check_choice
 from ...lora.adapters import adapters_disabled
 from ...model.latents import image_ids, pack, unpack
 from ...model.transformer import ChromaTransformer
@@ -55,13 +55,9 @@ class ObjectiveSettings:
     text_padding: TextPadding = "trim"
 
     def __post_init__(self) -> None:
-        for field, value, known in (
-            ("loss", self.loss, LossKind),
-            ("guidance", self.guidance, GuidanceMode),
-            ("text padding", self.text_padding, TextPadding),
-        ):
-            if value not in get_args(known):
-                raise ConfigError(f"The {field} is {value!r}; choose one of: {', '.join(get_args(known))}.")
+        check_choice("The loss", self.loss, get_args(LossKind))
+        check_choice("The guidance", self.guidance, get_args(GuidanceMode))
+        check_choice("The text padding", self.text_padding, get_args(TextPadding))
         if not (math.isfinite(self.huber_delta) and self.huber_delta > 0):
             raise ConfigError(f"The delta of the Huber loss is {self.huber_delta}; it must be above 0 (0.1 is usual).")
         for field, number in (("prior weight", self.prior_weight), ("noise offset", self.noise_offset)):
@@ -73,7 +69,7 @@ class ObjectiveSettings:
 
 
 PLAIN = ObjectiveSettings()
-"""The objective when nothing else is asked for: the mean squared error to ε − x₀, over all of every picture."""
+"""The objective when nothing else is asked for: the mean squared error to ε − x₀, over all of every image."""
 
 
 def draw_noise(shape: Sequence[int], seed: int, step: int, row: int, offset: float = 0.0) -> Tensor:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from chroma_core.cli.main import main
-from chroma_core.comfy.graph import literal, stock_prompt
-from chroma_core.comfy.source import PREVIEW_KEY, stock_preview
+from chroma_core.comfy.stock import PREVIEW_KEY, literal, stock_preview, stock_prompt
 from chroma_core.errors import ChromaKitError
 from chroma_core.lora.formats import LoraFile, LoraModule, write_lora
 from chroma_core.sampling.recipe import RECIPES

@@ -80,7 +80,7 @@ def test_files_that_are_missing_or_no_text(put, tmp_path):
     (tmp_path / "bytes.json").write_bytes(b'{"model_family": "\xff"}')
     with pytest.raises(ConfigError, match="not UTF-8"):
         import_config(tmp_path / "bytes.json")
-    with pytest.raises(ConfigError, match="list of data sets"):
+    with pytest.raises(ConfigError, match="list of datasets"):
         import_config(put("config.json", SMALL), put("sets.json", {"id": "a"}))
     with pytest.raises(ConfigError, match="leave --dataloader out"):
         import_config(put("t.yaml", YAML % "chroma"), put("sets.json", []))
@@ -184,7 +184,7 @@ def test_the_command_line(put, tmp_path, capsys):
     )
     assert {"option": "network_rank", "value": "16", "written": {"lora.rank": 16}, "reason": ""} in report["mapped"]
     status, text, _ = run()
-    assert status == 0 and "network_rank = 16 → lora.rank = 16" in text and "0 remarks" in text
+    assert status == 0 and "network_rank = 16 → lora.rank = 16" in text and "0 warnings" in text
     assert (tmp_path / "job.toml").read_text() == (tmp_path / "a.toml").read_text()
     status, _, error = run()
     assert status == 1 and "exists already" in error

@@ -20,8 +20,8 @@ from chroma_core.model.latents import FLUX_LATENTS
 from chroma_core.parity import (
     Case,
     NotRun,
-    Painted,
     Report,
+    Sampled,
     compare,
     in_process,
     read_preview,
@@ -30,7 +30,7 @@ from chroma_core.parity import (
     train_briefly,
     vary,
 )
-from chroma_core.parity.painted import psnr
+from chroma_core.parity.case import psnr
 from chroma_core.parity.preview import last_preview
 from chroma_core.sampling.recipe import CANONICAL, recipe
 from chroma_core.sampling.sampler import SamplingSettings
@@ -51,7 +51,7 @@ def components() -> ComponentCache:
 
 
 @pytest.fixture(scope="module")
-def replayed(preview, components) -> tuple[Case, Painted, Painted]:
+def replayed(preview, components) -> tuple[Case, Sampled, Sampled]:
     case, shown = read_preview(preview)
     return case, shown, in_process(case, components, "cpu")
 
@@ -109,25 +109,25 @@ def test_previews_that_cannot_be_replayed(preview, tmp_path):
         read_preview(job / "samples" / preview.name)
     (job / "samples" / preview.with_suffix(".latent").name).unlink()
     with pytest.raises(ConfigError, match="no readable latents file"):
-        Painted.read(job / "samples" / preview.name, job / "samples" / preview.with_suffix(".latent").name)
+        Sampled.read(job / "samples" / preview.name, job / "samples" / preview.with_suffix(".latent").name)
 
 
-def painted(value: float, shade: int = 0) -> Painted:
-    return Painted(torch.full((1, 16, 4, 4), value), Image.new("RGB", (32, 32), (shade, 0, 0)))
+def sampled(value: float, shade: int = 0) -> Sampled:
+    return Sampled(torch.full((1, 16, 4, 4), value), Image.new("RGB", (32, 32), (shade, 0, 0)))
 
 
 def test_differences_by_their_formulas():
-    found = compare("a-b", painted(1.0), painted(1.5, 30))
+    found = compare("a-b", sampled(1.0), sampled(1.5, 30))
     assert (found.max_abs_diff, found.mean_abs_diff) == (0.5, 0.5)
     assert found.psnr == pytest.approx(10 * math.log10(255**2 / (30**2 / 3)))
-    assert compare("same", painted(1.0), painted(1.0)).to_dict() == {
+    assert compare("same", sampled(1.0), sampled(1.0)).to_dict() == {
         "pair": "same", "max_abs_diff": 0.0, "mean_abs_diff": 0.0, "psnr": None, "identical": True,
     }  # fmt: skip
-    assert not compare("pixels only", painted(1.0), painted(1.0, 1)).identical
+    assert not compare("pixels only", sampled(1.0), sampled(1.0, 1)).identical
     with pytest.raises(ConfigError, match="not finite"):
-        compare("nan", painted(1.0), painted(math.nan))
+        compare("nan", sampled(1.0), sampled(math.nan))
     with pytest.raises(ConfigError, match="cannot be compared"):
-        compare("size", painted(1.0), Painted(torch.zeros(1, 16, 8, 4), Image.new("RGB", (32, 64))))
+        compare("size", sampled(1.0), Sampled(torch.zeros(1, 16, 8, 4), Image.new("RGB", (32, 64))))
 
 
 def test_psnr_of_one_level_in_one_value():
@@ -172,11 +172,11 @@ def test_factors_change_one_thing_each():
 def test_the_report_sorts_and_leaves_nothing_out():
     case = Case(SPEC, "a red circle", 70, 64, settings=SETTINGS)
     report = Report(case)
-    report.add_pairs({"cli": painted(1.0), "core": painted(1.0), "node": NotRun("no ComfyUI"), "live": painted(0.0)})
+    report.add_pairs({"cli": sampled(1.0), "core": sampled(1.0), "node": NotRun("no ComfyUI"), "live": sampled(0.0)})
     small, large, odd = (factor for factor in list(vary(case, ("recipe",)))[:3])
-    report.add_factor(small, painted(0.0), painted(0.1))
-    report.add_factor(large, painted(0.0), painted(0.2))
-    report.add_factor(odd, painted(0.0), Painted(torch.zeros(1, 16, 8, 4), Image.new("RGB", (32, 64))))
+    report.add_factor(small, sampled(0.0), sampled(0.1))
+    report.add_factor(large, sampled(0.0), sampled(0.2))
+    report.add_factor(odd, sampled(0.0), Sampled(torch.zeros(1, 16, 8, 4), Image.new("RGB", (32, 64))))
     values = json.loads(json.dumps(report.to_dict()))
     assert [row["pair"] for row in values["comparisons"]] == ["cli-core"]
     assert [row["factor"] for row in values["factors"]] == [large.name, small.name]
@@ -188,17 +188,17 @@ def test_the_report_sorts_and_leaves_nothing_out():
 def test_the_verdict_is_about_what_must_agree(capsys):
     case = Case(SPEC, "a red circle", 64, 64, settings=SETTINGS)
 
-    def verdict(**painted_by: Painted | NotRun) -> tuple[int, str]:
+    def verdict(**painted_by: Sampled | NotRun) -> tuple[int, str]:
         report = Report(case)
         report.add_pairs(dict(painted_by))
         assert report.to_dict()["same_picture"] is report.same_picture
         return exit_status(report), capsys.readouterr().err.strip()
 
-    status, said = verdict(preview=painted(1.0), cli=painted(1.005), diffusers=painted(3.0))
-    assert status == 0 and said == "The same picture: preview-cli."
-    status, said = verdict(preview=painted(1.0), cli=painted(1.0), node=painted(1.02))
-    assert status == 1 and said.startswith("error: Not the same picture: preview-node, cli-node differ")
-    status, said = verdict(preview=painted(1.0), cli=NotRun("no"), live=painted(0.0), merged=painted(0.0))
+    status, said = verdict(preview=sampled(1.0), cli=sampled(1.005), diffusers=sampled(3.0))
+    assert status == 0 and said == "The same image: preview-cli."
+    status, said = verdict(preview=sampled(1.0), cli=sampled(1.0), node=sampled(1.02))
+    assert status == 1 and said.startswith("error: Not the same image: preview-node, cli-node differ")
+    status, said = verdict(preview=sampled(1.0), cli=NotRun("no"), live=sampled(0.0), merged=sampled(0.0))
     assert status == 1 and said.startswith("error: Nothing was compared")
 
 

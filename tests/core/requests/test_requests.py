@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from chroma_core.cli.main import main
-from chroma_core.comfy.to_prompt import to_prompt
+from chroma_core.comfy.graph import to_prompt
 from chroma_core.errors import ConfigError
 from chroma_core.loading.cache import ComponentCache
 from chroma_core.loading.components import transformer_outline

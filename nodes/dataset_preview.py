@@ -1,4 +1,4 @@
-"""A data set looked at before anything runs: what the page shows of it, and the contact sheet that nodes show too."""
+"""A dataset before anything runs: what the page shows of it, and the contact sheet that nodes show too."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from ..chroma_core.data.scan import DatasetScan, scan
 from . import host
 
 SHOWN = 16
-"""Pictures on the contact sheet."""
+"""Images on the contact sheet."""
 CELL = 256
 """Pixels a side of its thumbnails: captions are legible when the sheet is opened at full size."""
 FALLBACK_SIZE = 1024
 """Pixels that the sheet's buckets are computed for when the size is left to the model."""
 THUMBNAILS, SIDE = 12, 112
-"""What the page's small panel shows: so many pictures, of so many pixels a side."""
+"""What the page's small panel shows: so many images, of so many pixels a side."""
 KEPT = 8
-"""Looks that are remembered, each with its sheet once somebody opened it."""
+"""Previews that are remembered, each with its sheet once somebody opened it."""
 
 
 def sheet_of(found: DatasetScan, size: int) -> Image.Image:
-    """The contact sheet of a data set, for buckets of `size` pixels where it has no resolution of its own."""
+    """The contact sheet of a dataset, for buckets of `size` pixels where it has no resolution of its own."""
     return contact_sheet(most_telling(found, SHOWN), found, size, cell=CELL)
 
 
 @dataclass
-class _Look:
+class _Preview:
     id: str
     found: DatasetScan
     size: int
@@ -52,17 +52,17 @@ class _Look:
     sheet: bytes | None = None
 
 
-class Looks:
-    """The last looks, so that asking again for the same folder and options costs no more than listing its files.
+class DatasetPreviews:
+    """The last previews, so that asking again for the same folder and options costs no more than listing its files.
 
     Calls may come from any thread, but one at a time.
     """
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str, int], _Look] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str, int], _Preview] = OrderedDict()
 
-    def look(self, config: DatasetConfig, model_size: int | None) -> dict[str, Any]:
-        """What the page shows of a data set. Raises what `scan` raises.
+    def of(self, config: DatasetConfig, model_size: int | None) -> dict[str, Any]:
+        """What the page shows of a dataset. Raises what `scan` raises.
 
         Args:
             model_size: pixels, the size of the model that will be trained; None: not known.
@@ -77,14 +77,14 @@ class Looks:
                 "size_from": "widget" if config.resolutions else "model" if model_size else "assumed",
                 "sheet": f"datasets/sheets/{name}",
             }
-            found = self._kept[key] = _Look(name, seen, size, answer)
+            found = self._kept[key] = _Preview(name, seen, size, answer)
         self._kept.move_to_end(key)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return found.answer
 
     def sheet(self, name: str) -> bytes | None:
-        """The contact sheet of a look as a JPEG, made when it is asked for; None when the look is forgotten."""
+        """A preview's contact sheet as a JPEG, made when it is asked for; None when the preview is forgotten."""
         found = next((each for each in self._kept.values() if secrets.compare_digest(each.id, name)), None)
         if found is None:
             return None
@@ -94,12 +94,12 @@ class Looks:
 
 
 def facts(found: DatasetScan, size: int, judged_by: int) -> dict[str, Any]:
-    """Counts, buckets, warnings in words and small pictures of a data set, as plain values for JSON.
+    """Counts, buckets, warnings in words and thumbnails of a dataset, as plain values for JSON.
 
-    Without a resolution of its own, buckets are those of `size` pixels, and a picture is small by `judged_by` (0: none
+    Without a resolution of its own, buckets are those of `size` pixels, and an image is small by `judged_by` (0: none
     is, for a size that was only assumed says nothing).
     """
-    doubtful = notes(found.config, found.items, judged_by)
+    warned = notes(found.config, found.items, judged_by)
     return {
         "summary": [line for line in summary(found, size).split("\n") if not line.startswith("warning: ")],
         "pictures": len(found.items),
@@ -109,18 +109,18 @@ def facts(found: DatasetScan, size: int, judged_by: int) -> dict[str, Any]:
         "buckets": [{"width": w, "height": h, "count": n} for (w, h), n in bucket_counts(found, size)],
         "warnings": list(found.warnings),
         "thumbnails": [
-            _shown(item, found, size, doubtful.get(item.name, [])) for item in most_telling(found, THUMBNAILS)
+            _shown(item, found, size, warned.get(item.name, [])) for item in most_telling(found, THUMBNAILS)
         ],
     }
 
 
-def _shown(item: Picture, found: DatasetScan, size: int, doubts: list[str]) -> dict[str, Any]:
+def _shown(item: Picture, found: DatasetScan, size: int, warnings: list[str]) -> dict[str, Any]:
     image = thumbnail(item, found, size, SIDE)
     caption = next(iter(item.captions), "")
     return {
         "name": item.name,
         "caption": caption,
-        "notes": doubts,
+        "notes": warnings,
         "image": image and "data:image/jpeg;base64," + base64.b64encode(_jpeg(image, 80)).decode(),
     }
 

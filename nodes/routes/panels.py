@@ -6,13 +6,11 @@ Each takes the values of a node's widgets by name and computes with the very fun
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
 from comfy_api.latest import io
 
-from ...chroma_core.errors import ChromaKitError
 from ...chroma_core.memory import machine, memory_plan
 from ...chroma_core.model.flavours import FLAVOURS
 from ...chroma_core.model.latents import snap_size
@@ -20,13 +18,12 @@ from ...chroma_core.sampling.schedule import SigmaSettings, sigma_density
 from ...chroma_core.training.step.lr import Schedule
 from .. import host
 from ..dataset import ChromaDataset
-from ..dataset_look import FALLBACK_SIZE, Looks
+from ..dataset_preview import FALLBACK_SIZE, DatasetPreviews
 from ..dataset_widgets import config_from
 from ..loaders import ChromaLoadModel
 from ..schedule import ChromaTailSigmas, sigmas_of
 from ..settings import ChromaTrainingSettings, sigma_fields
-from ..widget_values import inputs_of, read_widgets
-from .answers import json_of, refused
+from .common import add, answer, inputs_of, json_of, read_widgets, refused
 
 PLAN = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
 DENSITY = (
@@ -36,39 +33,40 @@ DENSITY = (
 BINS = 40
 LR_POINTS = 200
 
-_looks = Looks()
-_looking = asyncio.Lock()
-"""One look at a time: each reads a folder, and whoever asks twice for the same finds it remembered."""
+_previews = DatasetPreviews()
+_one_at_a_time = asyncio.Lock()
+"""Each preview reads a folder, and whoever asks twice for the same finds it remembered."""
 
 
 def register(routes: Any) -> None:
-    """Add the routes to the host's table."""
-    routes.post("/chromakit/datasets/look")(_look)
-    routes.get("/chromakit/datasets/sheets/{id}")(_sheet)
-    routes.post("/chromakit/sigmas")(_sigmas)
-    routes.post("/chromakit/density")(_density)
-    routes.post("/chromakit/plan/rows")(_plan_rows)
+    """Add the routes to ComfyUI's table."""
+    add(routes, "post", "/chromakit/datasets/look", _dataset, otherwise=400)
+    add(routes, "get", "/chromakit/datasets/sheets/{id}", _sheet)
+    add(routes, "post", "/chromakit/sigmas", _sigmas, otherwise=400)
+    add(routes, "post", "/chromakit/density", _density, otherwise=400)
+    add(routes, "post", "/chromakit/plan/rows", _plan_rows, otherwise=400)
 
 
-async def _look(request: web.Request) -> web.Response:
+async def _dataset(request: web.Request) -> web.Response:
     """Chroma Dataset's widgets, and `flavour`: the model's, whose size counts where `resolution` is 0."""
-    async with _looking:
-        return await _answer(request, _looked)
+    body = await json_of(request)
+    async with _one_at_a_time:
+        return await answer(lambda: _dataset_preview(body))
 
 
-def _looked(body: object) -> dict[str, Any]:
+def _dataset_preview(body: object) -> dict[str, Any]:
     own = {**inputs_of(ChromaDataset), "folder": io.String.Input("folder", default="")}
     flavour = io.Combo.Input("flavour", options=["", *FLAVOURS], default="")
     values = read_widgets([*own.values(), flavour], body)
     size = FLAVOURS[values["flavour"]].size if values["flavour"] else None
     folder = host.dataset_folder(values["folder"])
     options = {name: value for name, value in values.items() if name not in ("folder", "flavour")}
-    return _looks.look(config_from(str(folder), **options), size)
+    return _previews.of(config_from(str(folder), **options), size)
 
 
 async def _sheet(request: web.Request) -> web.Response:
-    async with _looking:
-        found = await asyncio.to_thread(_looks.sheet, request.match_info["id"])
+    async with _one_at_a_time:
+        found = await asyncio.to_thread(_previews.sheet, request.match_info["id"])
     if found is None:
         return refused(404, "This contact sheet is no longer kept. Change a value of the node, and it is made again.")
     return web.Response(body=found, content_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
@@ -76,7 +74,8 @@ async def _sheet(request: web.Request) -> web.Response:
 
 async def _sigmas(request: web.Request) -> web.Response:
     """Chroma Tail Sigmas' widgets → the noise levels, and the size that they are for."""
-    return await _answer(request, _sigma_list)
+    body = await json_of(request)
+    return await answer(lambda: _sigma_list(body))
 
 
 def _sigma_list(body: object) -> dict[str, Any]:
@@ -87,7 +86,8 @@ def _sigma_list(body: object) -> dict[str, Any]:
 
 async def _density(request: web.Request) -> web.Response:
     """Chroma Training Settings' widgets about noise levels and the learning rate, and `steps` → both as curves."""
-    return await _answer(request, _curves)
+    body = await json_of(request)
+    return await answer(lambda: _curves(body))
 
 
 def _curves(body: object) -> dict[str, Any]:
@@ -113,7 +113,8 @@ def _curves(body: object) -> dict[str, Any]:
 
 async def _plan_rows(request: web.Request) -> web.Response:
     """Chroma Load Model's widgets about memory, and `size` → the rows of the memory plan for this machine."""
-    return await _answer(request, _rows)
+    body = await json_of(request)
+    return await answer(lambda: _rows(body))
 
 
 def _rows(body: object) -> dict[str, Any]:
@@ -133,11 +134,3 @@ def _rows(body: object) -> dict[str, Any]:
         "host_budget_bytes": plan.on.host_budget,
         "sentences": [plan.sampling.sentence, plan.training.sentence],
     }
-
-
-async def _answer(request: web.Request, work: Callable[[object], dict[str, Any]]) -> web.Response:
-    """The JSON of `work(body)`, which runs in a thread; what is wrong with the body as {error} with 400."""
-    try:
-        return web.json_response(await asyncio.to_thread(work, await json_of(request)))
-    except ChromaKitError as error:
-        return refused(400, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in group:
             item.add_marker(pytest.mark.xdist_group(name))
     items[:] = [item for group in sorted(groups.values(), key=is_short) for item in group]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: without it, each of the many collections that freeing models asks for is short."""
+    gc.collect()
+    gc.freeze()
 
 
 def shared_import(item: pytest.Item) -> str | None:

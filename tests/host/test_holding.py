@@ -70,7 +70,7 @@ class Held:
         found: list[Any] = []
         worker = threading.Thread(target=lambda: found.append(self.queue.get(timeout=timeout)), daemon=True)
         worker.start()
-        worker.join(10)
+        worker.join(60)
         assert found, "get has not come back"
         return found[0] and found[0][0][1]
 
@@ -186,7 +186,7 @@ def test_nothing_is_lost_while_the_switch_flips(held: Held):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive(), f"stuck after {len(taken)} of {count}"
     assert sorted(taken) == sorted(f"heavy-{number}" for number in range(count))
 
@@ -199,5 +199,5 @@ def test_holding_costs_no_turns(held: Held):
     worker.start()
     stays(lambda: turns == [] and worker.is_alive(), "held", 0.5)
     held.hold(False)
-    worker.join(5)
+    worker.join(60)
     assert turns == ["a"]

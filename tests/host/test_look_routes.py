@@ -169,7 +169,7 @@ def test_looking_is_a_post_with_json(server: Host):
         assert server.request("GET", route)[0] in (404, 405)
         request = urllib.request.Request(server.url + route, data=b"{", method="POST")
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request, timeout=30)
+            urllib.request.urlopen(request, timeout=120)
         assert refused.value.code == 400 and "not JSON" in json.load(refused.value)["error"]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from _host import Host, PromptRejected, start_host
 from prompts import Prompt, finish, job_of, node, text_to_image, train
-from waiting import until
+from waiting import PATIENCE, until
 
 ENDLESS = 1_000_000
 SETTINGS = "/chromakit/settings"
@@ -129,7 +129,7 @@ def test_finish_first_holds_prompts_and_the_job_goes_on(server: Host, job: str):
     assert server.get("/chromakit/memory")["component_bytes"] == {}, "held or not, the worker frees what it is told to"
 
     act(server, job, "pause")
-    assert server.images(server.wait(prompts[1], timeout=30)) and held(server) == 0
+    assert server.images(server.wait(prompts[1], timeout=PATIENCE)) and held(server) == 0
     assert server.finished(prompts[0]) is None
     act(server, job, "resume")
     assert goes_on(server, job)["state"] == "running"
@@ -142,7 +142,7 @@ def test_another_choice_lets_held_prompts_run(server: Host, job: str, choice: st
     goes_on(server, job)
     assert server.finished(prompt) is None and held(server) == 1
     choose(server, choice)
-    server.wait(prompt, timeout=30)
+    server.wait(prompt, timeout=PATIENCE)
     assert held(server) == 0
     goes_on(server, job)
 
@@ -157,15 +157,15 @@ def light(server: Host, job: str) -> Prompt:
 def test_looking_at_jobs_and_queueing_another_stay_possible(server: Host, job: str, choice: str):
     choose(server, choice)
     waiting = [server.post_prompt(text_to_image(seed=44))] if choice == "finish" else []
-    history = server.run(light(server, job), timeout=30)
+    history = server.run(light(server, job), timeout=PATIENCE)
     assert job in history["outputs"]["status"]["text"][0]
-    other = job_of(server.run(train(f"another {choice}", ENDLESS), timeout=30))
+    other = job_of(server.run(train(f"another {choice}", ENDLESS), timeout=PATIENCE))
     assert status(server, other)["state"] == "queued" and pending(server) == waiting
 
     act(server, job, "pause")
     until(lambda: status(server, job)["state"] == "paused")
     for prompt in waiting or [server.post_prompt(text_to_image(seed=44))]:
-        server.wait(prompt, timeout=30)  # a job behind a paused one is not about to begin
+        server.wait(prompt, timeout=PATIENCE)  # a job behind a paused one is not about to begin
     act(server, other, "stop")
 
     # One branch of a graph: what the chosen outputs do not need does not count.
@@ -174,7 +174,7 @@ def test_looking_at_jobs_and_queueing_another_stay_possible(server: Host, job: s
     both = {**text_to_image(seed=45), **light(server, job)}
     code, answer = server.post("/prompt", {"prompt": both, "partial_execution_targets": ["status"]})
     assert code == 200, answer
-    server.wait(answer["prompt_id"], timeout=30)
+    server.wait(answer["prompt_id"], timeout=PATIENCE)
 
 
 def test_train_wait_and_sample_in_one_prompt_with_finish_first(server: Host, job: str):
@@ -190,9 +190,9 @@ def test_train_wait_and_sample_in_one_prompt_with_finish_first(server: Host, job
     first = server.post_prompt(prompt)
     trained = until(lambda: next((j for j in server.get("/chromakit/jobs") if j["name"] == "finish in one prompt"), 0))
     second = server.post_prompt(text_to_image(seed=47))
-    entry = server.wait(first, timeout=60)
+    entry = server.wait(first, timeout=PATIENCE)
     assert server.images(entry) and status(server, trained["id"])["state"] == "completed"
-    server.wait(second, timeout=30)  # held or not, it runs when the job has ended
+    server.wait(second, timeout=PATIENCE)  # held or not, it runs when the job has ended
     act(server, job, "resume")
 
 
@@ -218,7 +218,7 @@ def test_refused_prompts_say_why(server: Host, job: str):
 
     act(server, job, "pause")
     until(lambda: status(server, job)["state"] == "paused")
-    server.run(text_to_image(seed=48), timeout=30)
+    server.run(text_to_image(seed=48), timeout=PATIENCE)
     act(server, job, "resume")
 
 
@@ -254,7 +254,7 @@ def test_pages_hear_of_a_change(server: Host):
             async with session.post(server.url + SETTINGS, json={NAME: "refuse"}) as answer:
                 assert answer.status == 200
             while True:
-                message = await socket.receive(timeout=30)
+                message = await socket.receive(timeout=PATIENCE)
                 event = message.json() if message.type == aiohttp.WSMsgType.TEXT else {}
                 if event.get("type") == "chromakit.settings":
                     return event["data"]

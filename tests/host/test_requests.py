@@ -129,7 +129,7 @@ def raw(server: Host, text: str) -> tuple[int, dict[str, Any]]:
 
     asked = urllib.request.Request(server.url + URL, data=text.encode(), method="POST")
     try:
-        with urllib.request.urlopen(asked, timeout=60) as answer:
+        with urllib.request.urlopen(asked, timeout=120) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read())

@@ -11,7 +11,7 @@ from PIL import Image
 
 from _host import Host
 from prompts import ACTIVE, finish, job_of, train, until_not
-from waiting import until
+from waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_every_page_hears_of_a_job(server: Host, running: str):
     async def listen() -> dict:
         async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=other") as socket:
             while True:
-                message = await socket.receive(timeout=60)
+                message = await socket.receive(timeout=PATIENCE)
                 event = message.json() if message.type == aiohttp.WSMsgType.TEXT else {}
                 if event.get("type") == "chromakit.job" and event["data"]["step"] > 0:
                     return event["data"]

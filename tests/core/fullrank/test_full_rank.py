@@ -23,8 +23,8 @@ from chroma_core.training.run.checkpoint import restore_latest, save_checkpoint
 from chroma_core.training.run.metrics import JobPaths, Progress
 from lora_cases import inputs, predict
 from training_cases import bench, config, model_folder, steps, write_dataset
+from waiting import PATIENCE
 
-PATIENCE = 120
 MODEL_FILE = "diffusion_pytorch_model.safetensors"
 FULL = {"target": "double_blocks.1,single_blocks.0"}
 CHANGED = ("transformer_blocks.1.", "single_transformer_blocks.0.")

@@ -18,8 +18,7 @@ from chroma_core.training.run.finish import JOB_KEY
 from chroma_core.training.run.stepper import Stepper
 from chroma_core.training.step.optimizers import OptimizerSettings
 from training_cases import config, model_folder, write_dataset
-
-PATIENCE = 240.0
+from waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")

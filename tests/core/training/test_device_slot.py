@@ -8,7 +8,7 @@ import torch
 from chroma_core.streaming import stream_blocks, streamed
 from chroma_core.training.control import Control, DeviceSlot, Stopped
 from miniature import transformer
-from waiting import stays, until
+from waiting import PATIENCE, stays, until
 
 
 def test_a_slot_moves_its_module_once_each_way():
@@ -53,19 +53,19 @@ def gate():
     worker.start()
     yield control, busy, passed
     control.stop.set()
-    worker.join(10)
+    worker.join(PATIENCE)
 
 
 def test_the_job_steps_aside_for_a_prompt_and_returns(gate):
     control, busy, passed = gate
-    assert passed.acquire(timeout=10) and not control.slot.away
+    assert passed.acquire(timeout=PATIENCE) and not control.slot.away
     busy.set()
     until(lambda: control.slot.away)
     busy.clear()
     until(lambda: not control.slot.away)
     while passed.acquire(blocking=False):
         pass
-    assert passed.acquire(timeout=10), "it goes on"
+    assert passed.acquire(timeout=PATIENCE), "it goes on"
 
 
 def test_a_paused_job_that_left_comes_back_only_when_it_is_needed(gate):

@@ -18,9 +18,7 @@ from chroma_core.training.run.checkpoint import checkpoints, restore_latest, sav
 from chroma_core.training.run.faults import DISK_MARGIN, disk_shortage, out_of_memory, plan_settings, watch_loss
 from chroma_core.training.run.metrics import Progress
 from training_cases import Bench, config, model_folder, write_dataset
-from waiting import until
-
-PATIENCE = 120
+from waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")

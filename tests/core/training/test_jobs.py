@@ -20,10 +20,7 @@ from chroma_core.training.jobs.job import FolderLock, Job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run import faults
 from training_cases import config, model_folder, write_dataset
-from waiting import stays, until
-
-PATIENCE = 240.0
-"""Seconds: generous, because test machines are shared; nothing here waits for its own sake."""
+from waiting import PATIENCE, stays, until
 
 LONG = {"steps": 100_000, "checkpoint_every": 0, "validate_every": 0}
 

@@ -19,11 +19,10 @@ from chroma_core.training.distributed.world import part_size
 from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.jobs.manager import JobManager
 from training_cases import config, model_folder, write_dataset
-from waiting import until
+from waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[3]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-PATIENCE = 240
 
 
 @pytest.fixture(scope="module")

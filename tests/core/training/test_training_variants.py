@@ -12,8 +12,7 @@ from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.training.jobs.manager import JobManager
 from lora_cases import inputs, predict, random_lora
 from training_cases import config, model_folder, write_dataset
-
-PATIENCE = 120
+from waiting import PATIENCE
 
 VARIANTS = {
     "rslora": {"lora": {"rank": 4, "kind": "rslora"}},

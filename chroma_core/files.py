@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .errors import ChromaKitError
+
 
 def _temporary(path: Path) -> Path:
     """A sibling name that no other thread or process writes to at the same time."""
@@ -66,6 +68,35 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(object_pairs_hook=…)`: an object that gives one name twice is a ValueError."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"'{name}' is listed twice")
+        found[name] = value
+    return found
+
+
+def strict_json(text: str | bytes) -> Any:
+    """`json.loads` that raises ValueError for an object that gives one name twice, and for bottomless nesting."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path, wrong: type[ChromaKitError]) -> dict[str, Any]:
+    """The object in a JSON file. Raises `wrong` for a file that cannot be read, is no JSON, or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise wrong(f"'{path}' cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise wrong(f"'{path}' should hold a JSON object, but holds a {type(value).__name__}.")
+    return value
 
 
 def free_path(folder: Path, name: str) -> Path:

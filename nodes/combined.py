@@ -9,7 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..chroma_core.data.dataset import DatasetConfig
-from ..chroma_core.data.mixing import multiples
+from ..chroma_core.data.samples import multiples
 from ..chroma_core.errors import ConfigError
 from .sockets import ChromaDatasetType, schema
 

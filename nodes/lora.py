@@ -7,8 +7,8 @@ from typing import get_args
 from comfy_api.latest import io
 
 from ..chroma_core.errors import LoraError
-from ..chroma_core.loading.components import transformer_outline
-from ..chroma_core.loading.provenance import base_remark
+from ..chroma_core.loading.load import transformer_outline
+from ..chroma_core.loading.model_files import base_warning
 from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelSpec
 from ..chroma_core.lora.adapters import check_fits
 from ..chroma_core.lora.files import describe, read_lora
@@ -97,7 +97,7 @@ def _report(spec: ModelSpec, use: LoraUse) -> tuple[str, str | None]:
     """
     lora = read_lora(use.path)
     fit = check_fits(transformer_outline(spec), lora, use.allow_partial)
-    return f"{fit.report()}. {describe(lora)}", base_remark(lora.metadata, spec)
+    return f"{fit.report()}. {describe(lora)}", base_warning(lora.metadata, spec)
 
 
 NODES = [ChromaApplyLora]

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..loading.assemble import replace
 from ..lora.layer import compute_device, features, linear_modules
 from ..names.transformer import to_original_module
 
@@ -159,6 +158,6 @@ def put_masters(transformer: nn.Module, names: Sequence[str], read: Callable[[st
                 assert tuple(weight.shape) == features(layer)
                 bias = None if layer.bias is None else read(f"{name}.bias").to(device)
                 master = MasterLinear(weight, bias)
-            replace(transformer, name, master.train(layer.training))
+            transformer.set_submodule(name, master.train(layer.training))
             parameters |= {f"{name}.{leaf}": parameter for leaf, parameter in master.named_parameters()}
     return parameters

@@ -112,8 +112,7 @@ def quantise(model: nn.Module, chosen: Precision) -> None:
     if not chosen.quantised:
         return
     for name, linear in list(quantisable_linears(model)):
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, quantise_linear(linear, chosen))
+        model.set_submodule(name, quantise_linear(linear, chosen))
 
 
 def quantise_linear(linear: nn.Linear, chosen: Precision) -> nn.Module:

@@ -21,7 +21,7 @@ from chroma_core.comfy.export import export_workflow
 from chroma_core.comfy.graph import stock_prompt
 from chroma_core.comfy.source import PREVIEW_KEY, StockPreview, stock_preview
 from chroma_core.comfy.window import KINDS
-from chroma_core.loading.components import load_vae
+from chroma_core.loading.load import load_vae
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.adapters import attach, detach
 from chroma_core.lora.files import read_lora, write_lora

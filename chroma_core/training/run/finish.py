@@ -101,16 +101,17 @@ def _first_preview(config: TrainingConfig) -> str:
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that computed the weights."""
     found = {}
-    for name in ("torch", "diffusers", "peft", "transformers", "safetensors"):
+    for name in ("torch", "diffusers", "peft", "transformers", "safetensors", "chromakit"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    project = Path(__file__).resolve().parents[3] / "pyproject.toml"
+    # A node pack lies in ComfyUI's folder and is not installed: its version stands in its project file.
     with suppress(OSError):
+        project = Path(__file__).resolve().parents[3] / "pyproject.toml"
         stated = re.search(r'^version = "([^"]+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
         if stated:
-            found["chromakit"] = stated[1]
+            found.setdefault("chromakit", stated[1])
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.randomness import generator
+from ...data.order import generator
 
 
 def draw_noise(shape: Sequence[int], seed: int, step: int, row: int, offset: float = 0.0) -> Tensor:

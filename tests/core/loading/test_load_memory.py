@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 MEASURE = """
 import json, resource, sys
 import torch
-from chroma_core.loading.components import load_transformer
+from chroma_core.loading.load import load_transformer
 from chroma_core.loading.spec import ModelSpec
 
 def peak():

@@ -22,7 +22,7 @@ from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.sampling.text import TextCondition
 from chroma_core.streaming import stream_blocks
 from chroma_core.streaming.streamer import BLOCK_LISTS
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.run.loop import Batch, Batches, StepResult, train_step
 from chroma_core.training.run.stepper import Stepper
 from chroma_core.training.step.objective import PLAIN

@@ -79,7 +79,7 @@ def state_bytes(checkpoint: Path) -> int:
 
 def measure(name: str, changes: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
     """One row: losses, seconds a step, bytes of the optimizer's state; or why it did not run."""
-    from chroma_core.training.config.config import TrainingConfig
+    from chroma_core.training.config import TrainingConfig
     from chroma_core.training.jobs.blocking import run_job
     from chroma_core.training.run.metrics import MetricsLog
 
@@ -119,7 +119,7 @@ def table(rows: list[dict[str, Any]], steps: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--only", action="append", help="a row's name; repeat for several")
     parser.add_argument("--write", action="store_true", help="put the table into docs/optimizers.md")

@@ -51,3 +51,10 @@ class DataError(ChromaKitError):
 
 class JobError(ChromaKitError):
     """A training job is unknown, or cannot do what was asked in its present state."""
+
+
+def check_choice(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise ConfigError, naming what there is, unless `value` is one of `known`; `what` begins the message."""
+    choices = tuple(known)
+    if value not in choices:
+        raise ConfigError(f"{what} is {value!r}; choose one of: {', '.join(choices)}.")

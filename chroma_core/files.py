@@ -7,18 +7,19 @@ written by `weights.safetensors_files`.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import ChromaKitError
+from .errors import ChromaKitError, ConfigError
 
 
 def _temporary(path: Path) -> Path:
@@ -70,42 +71,45 @@ def write_json(path: Path | str, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(object_pairs_hook=…)`: an object that gives one name twice is a ValueError."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"'{name}' is listed twice")
-        found[name] = value
-    return found
+def read_json(path: Path | str, error: type[ChromaKitError] = ConfigError) -> Any:
+    """The value of a JSON file. Raises `error`, naming the file, when it is not there or no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"There is no file '{path}'.") from None
+    except (OSError, ValueError) as cause:
+        raise error(
+            f"'{path}' cannot be read as JSON ({cause}): it is damaged or was not written by ChromaKit. Restore it "
+            "from a backup, or remove it."
+        ) from cause
 
 
 def strict_json(text: str | bytes) -> Any:
     """`json.loads` that raises ValueError for an object that gives one name twice, and for bottomless nesting."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"'{name}' is listed twice")
+            found[name] = value
+        return found
+
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
+        return json.loads(text, object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
 
-def read_json(path: Path, wrong: type[ChromaKitError]) -> dict[str, Any]:
-    """The object in a JSON file. Raises `wrong` for a file that cannot be read, is no JSON, or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise wrong(f"'{path}' cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise wrong(f"'{path}' should hold a JSON object, but holds a {type(value).__name__}.")
-    return value
-
-
 def free_path(folder: Path, name: str) -> Path:
     """The first of name.png, name-2.png, … in `folder` that does not exist: earlier files are never overwritten."""
-    path, count = folder / name, 1
-    while path.exists():
-        count += 1
-        path = folder / f"{Path(name).stem}-{count}{Path(name).suffix}"
-    return path
+    stem, suffix = Path(name).stem, Path(name).suffix
+    return folder / f"{free_name(stem, lambda found: not (folder / f'{found}{suffix}').exists())}{suffix}"
+
+
+def free_name(stem: str, is_free: Callable[[str], bool]) -> str:
+    """The first of stem, stem-2, stem-3 … that is free."""
+    return next(filter(is_free, (stem if count == 1 else f"{stem}-{count}" for count in itertools.count(1))))
 
 
 @contextmanager

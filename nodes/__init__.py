@@ -6,9 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import (
     bridge,
-    combined,
     dataset,
-    dataset_images,
     host,
     loaders,
     lora,
@@ -17,25 +15,19 @@ from . import (
     sampling,
     schedule,
     settings,
-    text,
-    tools,
     training,
     while_training,
 )
 
 ROOMS = (
     loaders,
-    text,
     sampling,
     schedule,
     bridge,
     lora,
     dataset,
-    dataset_images,
-    combined,
     settings,
     training,
-    tools,
     parity,
 )
 """Files with nodes, in the order in which a user meets them."""

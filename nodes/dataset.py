@@ -1,15 +1,20 @@
-"""Data sets: a folder of captioned pictures, looked at before anything is trained on it."""
+"""Datasets: a folder of captioned images, images from other nodes, several sets in one job."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..chroma_core.errors import DataError
+from ..chroma_core.data.dataset import DatasetConfig
+from ..chroma_core.data.image_folder import bytes_in, store_pictures, stored
+from ..chroma_core.data.samples import multiples
+from ..chroma_core.errors import ConfigError, DataError
 from . import host
 from .dataset_widgets import config_from, outputs, shown, widgets
-from .sockets import schema
+from .sockets import ChromaDatasetType, masks_of, pictures_of, schema
 
 
 class ChromaDataset(io.ComfyNode):
@@ -69,4 +74,216 @@ class ChromaDataset(io.ComfyNode):
         return shown(cls, config_from(str(host.dataset_folder(folder)), **options))
 
 
-NODES = [ChromaDataset]
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+class _Kept:
+    """The folders that were written since the host started. When one of them is changed or deleted, every such node
+    runs once more, and writes its own again."""
+
+    def __init__(self) -> None:
+        self._states: dict[Path, str] = {}
+        self._losses = 0
+
+    def note(self, folder: Path) -> None:
+        """Remember a folder as it was written."""
+        self._states[folder] = host.folder_state(folder)
+
+    def losses(self) -> int:
+        """How often until now a folder was found other than it was written; each loss is counted once."""
+        changed = [folder for folder, state in self._states.items() if host.folder_state(folder) != state]
+        for folder in changed:
+            del self._states[folder]
+        self._losses += len(changed)
+        return self._losses
+
+
+_kept = _Kept()
+
+
+class ChromaDatasetFromImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaDatasetFromImages",
+            display_name="Chroma Dataset from Images",
+            description="Pictures and captions straight from other nodes. A copy is kept below "
+            "output/chromakit/datasets, so that a job can go on with it after a restart.",
+            search_aliases=[
+                "images to dataset",
+                "train on images",
+                "training data",
+                "caption list",
+                "image list",
+                "image batch dataset",
+            ],
+            is_output_node=True,
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="A batch, or a list of pictures of any sizes."),
+                io.String.Input(
+                    "captions",
+                    multiline=True,
+                    default="",
+                    tooltip="One line for all pictures, or one line for each in their order; or link a list of texts. "
+                    "[trigger] stands for the trigger word.",
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="Train only where it is white. One for each picture, or one for all; a black one is none.",
+                ),
+                # Saved workflows hold values by position: new widgets go to the end.
+                *widgets(
+                    "trigger", "resolution", "repeats", "caption_dropout", "missing_caption", "flip", "caption_prefix",
+                    "caption_suffix", "tag_shuffles", "keep_tags", "more_resolutions", "alignment", "upscale", "crop",
+                    "regularisation", "weight", "sigma_bias", "latents", "posterior_samples", "random_crops",
+                    "mask_floor", "background",
+                ),
+            ],
+            outputs=outputs(),
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        """What other nodes give is watched by the host; here only whether what was stored is still there."""
+        return _kept.losses()
+
+    @classmethod
+    def execute(cls, images, captions, masks=(), **options: Any) -> io.NodeOutput:
+        fields = {name: values[0] for name, values in options.items()}
+        pictures = pictures_of(images)
+        texts = [str(text) for text in captions if text is not None]
+        _check_captions(texts, fields)
+        masks = masks_of(masks or (), pictures)
+        root = host.pictures_folder()
+        folder = store_pictures(root, pictures, texts, masks, host.Progress(max(1, len(pictures))).step)
+        _kept.note(folder)
+        used = "files" if any(masks) else "none"
+        return shown(cls, config_from(str(folder), masks=used, **fields), _where(folder))
+
+
+def _check_captions(texts: list[str], fields: dict[str, Any]) -> None:
+    """Raises DataError when no picture would have a caption, though it is not said that this is meant."""
+    if not any(text.strip() for text in texts) and fields.get("missing_caption") != "empty":
+        raise DataError(
+            "There is no caption. Write what the pictures show into captions (one line for all, or one line for each), "
+            "link a list of texts, or choose missing_caption = empty to train without."
+        )
+
+
+def _where(folder: Path) -> str:
+    """Where the copy lies, how much all of them take, and what to do about it."""
+    sets, total = stored(folder.parent)
+    return (
+        f"kept in {folder} ({_size(bytes_in(folder))}); {sets} such {'folder' if sets == 1 else 'folders'} take "
+        f"{_size(total)}. Delete those that no unfinished job needs."
+    )
+
+
+def _size(number: int) -> str:
+    value, unit = next((number / scale, unit) for scale, unit in _UNITS if number >= scale or unit == "kB")
+    return f"{value:.1f} {unit}"
+
+
+SLOTS = 4
+"""Sets that one node takes. They are fixed inputs and not growing ones, because each has a weight beside it."""
+
+
+class ChromaCombineDatasets(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        numbers = range(1, SLOTS + 1)
+        sets = [
+            ChromaDatasetType.Input(
+                f"dataset_{i}",
+                optional=i > 2,
+                tooltip="The main set: its trigger word is the LoRA's and the previews'. A combined one may be linked."
+                if i == 1
+                else "A further set, e.g. one for regularisation. It keeps its own trigger word and options.",
+            )
+            for i in numbers
+        ]
+        weights = [
+            io.Float.Input(
+                f"weight_{i}",
+                default=1.0,
+                min=0.001,
+                max=1000.0,
+                step=0.05,
+                round=0.001,
+                tooltip=f"How often a picture of dataset_{i} is used compared with one of another set. Multiplies the "
+                "set's own weight.",
+                optional=i > 2,
+            )
+            for i in numbers
+        ]
+        return schema(
+            node_id="ChromaCombineDatasets",
+            display_name="Chroma Combine Datasets",
+            description="Several data sets for one LoRA, e.g. the pictures to learn and others that should stay as "
+            "they are. Chain two of these for more than four.",
+            search_aliases=[
+                "merge datasets",
+                "mix datasets",
+                "regularisation images",
+                "multiple concepts",
+                "class images",
+                "prior preservation",
+            ],
+            inputs=[*sets[:2], *weights[:2], *sets[2:], *weights[2:]],
+            outputs=[
+                ChromaDatasetType.Output("dataset", tooltip="For Chroma Train LoRA."),
+                io.String.Output("summary", tooltip="How the sets are mixed, in words."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        sets: list[DatasetConfig] = []
+        for i in range(1, SLOTS + 1):
+            weight = inputs.get(f"weight_{i}", 1.0)
+            sets += [weighted(config, weight) for config in inputs.get(f"dataset_{i}") or ()]
+        check_main(sets)
+        return io.NodeOutput(tuple(sets), mixture(sets))
+
+
+def weighted(config: DatasetConfig, factor: float) -> DatasetConfig:
+    """The set with `factor` times its weight. Raises ConfigError when that is out of range."""
+    return config if factor == 1 else DatasetConfig.parse(config.model_dump() | {"weight": config.weight * factor})
+
+
+def check_main(sets: Sequence[DatasetConfig]) -> None:
+    """Raises ConfigError when the set that the LoRA is about is one that must not change anything."""
+    if sets[0].regularisation:
+        raise ConfigError(
+            f"The main data set '{Path(sets[0].folder).name}' is a regularisation set, from which a LoRA learns to "
+            "change nothing. Link the pictures that it should learn as dataset_1 of Chroma Combine Datasets, and the "
+            "regularisation set as dataset_2; or switch regularisation off."
+        )
+
+
+def single(sets: Sequence[DatasetConfig] | None) -> DatasetConfig | None:
+    """The one set of a validation input. Raises ConfigError for a combined one."""
+    if sets is not None and len(sets) > 1:
+        raise ConfigError(
+            f"validation_dataset is a combination of {len(sets)} sets; the held-out loss is measured on one. Link a "
+            "single Chroma Dataset."
+        )
+    return sets[0] if sets else None
+
+
+def mixture(sets: Sequence[DatasetConfig]) -> str:
+    """How several sets are used, one line a set."""
+    lines = [f"{len(sets)} data sets in one job"]
+    for i, (config, times) in enumerate(zip(sets, multiples([one.weight for one in sets]), strict=True), 1):
+        uses = times * config.repeats
+        facts = [f"weight {config.weight:g}", f"each picture {'once' if uses == 1 else f'{uses} times'} an epoch"]
+        facts += ["main"] if i == 1 else []
+        facts += [f"trigger word “{config.trigger}”"] if config.trigger else []
+        facts += ["regularisation"] if config.regularisation else []
+        lines.append(f"{i}. {Path(config.folder).name}: {', '.join(facts)}")
+    return "\n".join(lines)
+
+
+NODES = [ChromaDataset, ChromaDatasetFromImages, ChromaCombineDatasets]

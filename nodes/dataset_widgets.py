@@ -10,7 +10,7 @@ from ..chroma_core.data.contact_sheet import summary
 from ..chroma_core.data.dataset import CaptionSource, DatasetConfig
 from ..chroma_core.data.scan import scan
 from ..chroma_core.errors import ConfigError
-from .dataset_look import FALLBACK_SIZE, sheet_of
+from .dataset_preview import FALLBACK_SIZE, sheet_of
 from .sockets import ChromaDatasetType, to_image
 
 _ADVANCED: dict[str, Any] = {"optional": True, "advanced": True}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Any
 
 from ..chroma_core.errors import JobError
-from ..chroma_core.training.jobs.manager import ACTIVE, Job, JobManager
+from ..chroma_core.training.jobs.manager import ACTIVE, Job, JobManager, JobStatus
 from . import host
 
 EVENT = "chromakit.job"
@@ -18,7 +17,7 @@ DELETED = "chromakit.job.deleted"
 _lock = threading.Lock()
 _manager: JobManager | None = None
 _heard_lock = threading.Lock()
-_latest: dict[str, dict[str, Any]] = {}
+_latest: dict[str, JobStatus] = {}
 _upsets: Counter[str] = Counter()
 
 
@@ -65,7 +64,7 @@ def fingerprint() -> list[tuple[str, int]]:
     return sorted(_upsets.items())
 
 
-def at_work() -> dict[str, Any] | None:
+def at_work() -> JobStatus | None:
     """The status of the job that has the machine or is about to take it; None when there is none, or it is paused.
 
     Any thread. It waits for nothing but a lock of its own, so the host's queue may ask while it is locked itself. Jobs
@@ -79,7 +78,7 @@ def at_work() -> dict[str, Any] | None:
     return None
 
 
-def _heard(status: dict[str, Any]) -> None:
+def _heard(status: JobStatus) -> None:
     """Tell the pages and the prompts that may wait, and note what makes cached results stale.
 
     Called from the training thread, or from the one that steered a job; the manager may be locked.
@@ -89,7 +88,7 @@ def _heard(status: dict[str, Any]) -> None:
     host.broadcast(EVENT, status)
 
 
-def _note(status: dict[str, Any]) -> None:
+def _note(status: JobStatus) -> None:
     job, state = status["id"], status["state"]
     with _heard_lock:
         latest = _latest.get(job)

@@ -15,12 +15,13 @@ from ..chroma_core.memory import estimate, in_gib, machine, plan_table
 from ..chroma_core.model.flavours import FLAVOURS
 from ..chroma_core.model.latents import PATCH
 from ..chroma_core.model.precision import PRECISIONS
+from ..chroma_core.weights.identify import Part
 from . import host
 from .sockets import ChromaModel, ChromaTextEncoder, schema
 
 PUBLISHED = "as published"
 
-PARTS = ("transformer", "text_encoder", "vae")
+PARTS: tuple[Part, ...] = ("transformer", "text_encoder", "vae")
 
 T5_VOCABULARY = 32128
 """Rows of the published T5's token table; a T5 of this size reads the tokens of the published tokenizer."""
@@ -172,7 +173,7 @@ class ChromaLoadModel(io.ComfyNode):
         flavour,
         precision,
         text_precision="bf16",
-        offload="none",
+        offload: Offload = "none",
         folder=PUBLISHED,
         transformer=PUBLISHED,
         text_encoder=PUBLISHED,
@@ -216,7 +217,7 @@ def _memory_plan(spec: ModelSpec, planned: str) -> str:
     return plan_table(planned, spec.precision, on=here, **settings)
 
 
-def _file_input(part: str, tooltip: str) -> io.Combo.Input:
+def _file_input(part: Part, tooltip: str) -> io.Combo.Input:
     return io.Combo.Input(
         part,
         options=[PUBLISHED, *host.model_file_names(part)],
@@ -226,7 +227,7 @@ def _file_input(part: str, tooltip: str) -> io.Combo.Input:
     )
 
 
-def _path(part: str, name: str) -> str | None:
+def _path(part: Part, name: str) -> str | None:
     return None if name == PUBLISHED else host.model_file(part, name)
 
 
@@ -235,8 +236,8 @@ def _checked(spec: ModelSpec) -> tuple[ModelSpec, str]:
 
     Only headers are read. The user's own files come first, so that a wrong one is refused before anything is fetched.
     """
-    published = [part for part in PARTS if getattr(spec, part) is None]
-    own = [part for part in PARTS if part not in published]
+    published: list[Part] = [part for part in PARTS if getattr(spec, part) is None]
+    own: list[Part] = [part for part in PARTS if part not in published]
     on_download = host.Downloads()
     found = {part: describe(spec, part).config for part in own}
     if published and spec.folder is None and FLAVOURS[spec.flavour].repository:
@@ -264,7 +265,7 @@ def _checked(spec: ModelSpec) -> tuple[ModelSpec, str]:
     return spec, "base"
 
 
-def _what_is_here(spec: ModelSpec, part: str) -> str:
+def _what_is_here(spec: ModelSpec, part: Part) -> str:
     """The user's own files that would do for a part, as a sentence; empty when there are none."""
     fitting = []
     for name in host.model_file_names(part):

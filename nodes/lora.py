@@ -1,26 +1,51 @@
-"""Applying LoRAs."""
+"""LoRA files: put on a model, looked into, and written in the names of another program."""
 
 from __future__ import annotations
 
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..chroma_core.errors import LoraError
+from ..chroma_core.files import slug
 from ..chroma_core.loading.load import transformer_outline
 from ..chroma_core.loading.model_files import base_warning
-from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelSpec
+from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelHandle, ModelSpec
 from ..chroma_core.lora.adapters import check_fits
-from ..chroma_core.lora.files import describe, read_lora
+from ..chroma_core.lora.convert import DTYPES, convert_lora
+from ..chroma_core.lora.files import describe, lora_of, read_lora
+from ..chroma_core.lora.key_formats import KEY_FORMATS
+from ..chroma_core.lora.modules import LoraFile
+from ..chroma_core.lora.report import heat_map, lora_report, report_text, update_norm
 from . import host
-from .sockets import ChromaModel, schema
+from .sockets import ChromaModel, schema, to_image
 
 NO_FILE = "none"
+
+
+def _file_inputs() -> list[Any]:
+    """A LoRA by its file, and by a name over a link."""
+    return [
+        io.Combo.Input(
+            "lora",
+            options=[NO_FILE, *host.lora_names()],
+            default=NO_FILE,
+            tooltip="A file in the host's LoRA folders. Not read when lora_name is linked.",
+        ),
+        io.String.Input(
+            "lora_name",
+            optional=True,
+            force_input=True,
+            tooltip="A LoRA by name, e.g. one that Chroma Wait for Training has just made.",
+        ),
+    ]
 
 
 class ChromaApplyLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        file, file_name = _file_inputs()
         return schema(
             node_id="ChromaApplyLora",
             display_name="Chroma Apply LoRA",
@@ -28,12 +53,7 @@ class ChromaApplyLora(io.ComfyNode):
             search_aliases=["load lora", "chroma lora", "lora loader", "use lora", "lora strength", "lora stack"],
             inputs=[
                 ChromaModel.Input("model", tooltip="From Chroma Load Model or another Chroma Apply LoRA."),
-                io.Combo.Input(
-                    "lora",
-                    options=[NO_FILE, *host.lora_names()],
-                    default=NO_FILE,
-                    tooltip="A file in the host's LoRA folders. Not read when lora_name is linked.",
-                ),
+                file,
                 io.Float.Input(
                     "strength", default=1.0, min=-4.0, max=4.0, step=0.05, tooltip="1: as trained. 0: no effect."
                 ),
@@ -53,12 +73,7 @@ class ChromaApplyLora(io.ComfyNode):
                     optional=True,
                     advanced=True,
                 ),
-                io.String.Input(
-                    "lora_name",
-                    optional=True,
-                    force_input=True,
-                    tooltip="A LoRA by name, e.g. one that Chroma Wait for Training has just made.",
-                ),
+                file_name,
             ],
             outputs=[
                 ChromaModel.Output("model", tooltip="The model with the LoRA on it."),
@@ -78,7 +93,9 @@ class ChromaApplyLora(io.ComfyNode):
         return [chosen, host.file_state(host.lora_path(chosen))] if chosen in host.lora_names() else [str(chosen)]
 
     @classmethod
-    def execute(cls, model, lora, strength, mode="live", allow_partial=False, lora_name=None) -> io.NodeOutput:
+    def execute(
+        cls, model, lora, strength, mode: LoraMode = "live", allow_partial=False, lora_name=None
+    ) -> io.NodeOutput:
         name = lora_name or lora
         if name == NO_FILE:
             raise LoraError("No LoRA is chosen. Pick a file from the list, link a lora_name, or take this node out.")
@@ -100,4 +117,157 @@ def _report(spec: ModelSpec, use: LoraUse) -> tuple[str, str | None]:
     return f"{fit.report()}. {describe(lora)}", base_warning(lora.metadata, spec)
 
 
-NODES = [ChromaApplyLora]
+def _file_state(lora: str | None, lora_name: str | None) -> str:
+    """A text that changes when the chosen file does."""
+    chosen = lora_name or lora
+    return f"{chosen} {host.file_state(host.lora_path(chosen))}" if chosen in host.lora_names() else str(chosen)
+
+
+class ChromaInspectLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaInspectLora",
+            display_name="Chroma Inspect LoRA",
+            description="What a LoRA holds: layers, rank, alpha, size, base, recipe, trigger word, training, doubts; "
+            "and a picture of how much it changes where. Any dialect.",
+            search_aliases=[
+                "lora info",
+                "lora metadata",
+                "read lora",
+                "lora details",
+                "lora layers",
+                "analyse lora",
+                "trigger word",
+            ],
+            is_output_node=True,
+            inputs=[
+                *_file_inputs(),
+                io.LoraModel.Input(
+                    "lora_model",
+                    optional=True,
+                    tooltip="A LoRA over a link, in place of a file. It has no header: base and recipe are unknown.",
+                ),
+                ChromaModel.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Also say whether the LoRA fits this model, and whether it was trained on it.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("report", tooltip="What the LoRA is, as text."),
+                io.Image.Output("heat_map", tooltip="The size of the change in every layer: bright is large."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora, input_types) -> bool:
+        """Any name passes here: the file may be trained by the very prompt that is being queued."""
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora=None, lora_name=None, **_) -> str:
+        """A file may be replaced by another of the same name."""
+        return _file_state(lora, lora_name)
+
+    @classmethod
+    def execute(cls, lora=NO_FILE, lora_name=None, lora_model=None, model=None) -> io.NodeOutput:
+        chosen = lora_name or lora
+        if lora_model is not None:
+            name, path, found = "LORA_MODEL", None, lora_of(lora_model)
+        elif chosen == NO_FILE:
+            raise LoraError("No LoRA is chosen. Pick a file from the list, or link a lora_name or a lora_model.")
+        else:
+            name, path = chosen, host.lora_path(chosen)
+            found = read_lora(path)
+        text = report_text(lora_report(found, name, path, [] if model is None else _remarks(found, model)))
+        norms = {layer: update_norm(module) for layer, module in found.modules.items()}
+        picture = to_image([heat_map(norms)])
+        host.say(_in_short(text))
+        shown = ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(text, picture, ui={**shown, "text": (text,)})
+
+
+def _in_short(report: str) -> str:
+    """The report's head, base and trigger word: on the node a line break is a blank, and the table would be a wall."""
+    head, *rest = report.split("\n\n")
+    told = [line for part in rest for line in part.splitlines() if line.startswith(("base:", "trigger:"))]
+    return ". ".join([*head.splitlines(), *told])
+
+
+def _remarks(lora: LoraFile, model: ModelHandle) -> list[str]:
+    """What speaks against putting the LoRA on that model."""
+    try:
+        fit = check_fits(transformer_outline(model.spec), lora, allow_partial=True)
+    except LoraError as error:
+        return [str(error)]
+    remark = base_warning(lora.metadata, model.spec)
+    return [*([fit.report()] if fit.unmatched else []), *([remark] if remark else [])]
+
+
+class ChromaConvertLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaConvertLora",
+            display_name="Chroma Convert LoRA",
+            description="Writes a LoRA of any dialect in the names of another program, exactly, with its recipe, into "
+            "output/loras. No file of yours is overwritten.",
+            search_aliases=["lora format", "kohya", "peft", "diffusers", "export lora", "save lora", "lora dtype"],
+            is_output_node=True,
+            inputs=[
+                *_file_inputs(),
+                io.Combo.Input(
+                    "dialect",
+                    options=list(KEY_FORMATS),
+                    default="universal",
+                    tooltip="universal: ComfyUI and diffusers, complete. kohya, ai-toolkit: the original fused layers. "
+                    "peft: a folder with adapter_config.json. See the help page for what each can hold.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="keep",
+                    tooltip="Number format. keep: as it is. bf16 halves an fp32 file and rounds it.",
+                ),
+                io.String.Input(
+                    "filename",
+                    default="",
+                    tooltip="Empty: the LoRA's name and the dialect. A name that another file has is an error.",
+                    optional=True,
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output("lora_model", tooltip="The converted tensors, for the host's own LoRA nodes."),
+                io.String.Output("lora_name", tooltip="The new file's name, for Chroma Apply LoRA's lora_name."),
+                io.String.Output("report", tooltip="What was written where, and what to know about it."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora, input_types) -> bool:
+        """Any name passes here: the file may be trained by the very prompt that is being queued."""
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora=None, lora_name=None, **_) -> str:
+        """Another file of the same name, or a converted file that was removed, is a reason to convert again."""
+        folder = host.loras_folder()
+        return f"{_file_state(lora, lora_name)} {host.folder_state(folder) if folder.is_dir() else ''}"
+
+    @classmethod
+    def execute(cls, dialect, dtype, lora=NO_FILE, lora_name=None, filename="") -> io.NodeOutput:
+        chosen = lora_name or lora
+        if chosen == NO_FILE:
+            raise LoraError("No LoRA is chosen. Pick a file from the list, or link a lora_name.")
+        folder = host.loras_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = filename.strip().removesuffix(".safetensors")
+        output: Path = folder / f"{slug(stem)}.safetensors" if stem else folder
+        made = convert_lora(host.lora_path(chosen), dialect, output, dtype)
+        host.say(made.report())
+        name = str(made.path.relative_to(folder))
+        return io.NodeOutput(host.load_tensors(made.path), name, made.report(), ui={"text": (made.report(),)})
+
+
+NODES = [ChromaApplyLora, ChromaInspectLora, ChromaConvertLora]

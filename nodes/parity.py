@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from comfy_api.latest import io, ui
 
-from ..chroma_core.parity import Case, FactorKind, NotRun, Painted, Report, in_process, read_preview, side_by_side, vary
+from ..chroma_core.parity import Case, FactorKind, NotRun, Report, Sampled, in_process, read_preview, side_by_side, vary
 from ..chroma_core.parity.preview import last_preview
 from ..chroma_core.sampling.recipe import RECIPES
 from ..chroma_core.sampling.recipe import recipe as find_recipe
@@ -86,7 +86,7 @@ class ChromaParity(io.ComfyNode):
         return io.NodeOutput(sheet, text, ui={**preview, "text": (text,)})
 
 
-def _preview_of(job: str) -> tuple[Case, Painted]:
+def _preview_of(job: str) -> tuple[Case, Sampled]:
     path = last_preview(jobs.find(job).folder)
     host.say(f"Replaying {path.name}")
     return read_preview(path)
@@ -98,12 +98,12 @@ def _case_of(model, text_encoder, prompt, negative, width, height, seed, steps, 
     return Case(spec, prompt, width, height, negative, settings, find_recipe(recipe), model.loras)
 
 
-def _compare(case: Case, shown: Painted | None, kinds: tuple[FactorKind, ...]) -> Report:
+def _compare(case: Case, shown: Sampled | None, kinds: tuple[FactorKind, ...]) -> Report:
     factors = list(vary(case, kinds))
     total, done = (1 + len(factors)) * case.settings.steps, 0
     progress = host.Progress(total)
 
-    def paint(each: Case) -> Painted:
+    def paint(each: Case) -> Sampled:
         host.make_room(0)
         return in_process(
             each,

@@ -1,4 +1,4 @@
-"""Sampling: an empty latent, the sampler, and its schedule for the host's own samplers."""
+"""Sampling: a prompt as conditioning, an empty latent, the sampler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..chroma_core.model.latents import FLUX_LATENTS, LatentFormat, snap_size
 from ..chroma_core.sampling.recipe import RECIPES, Recipe, parse_overrides
 from ..chroma_core.sampling.recipe import recipe as find_recipe
 from ..chroma_core.sampling.sampler import Method, SamplingSettings, StepInfo, sample
-from ..chroma_core.sampling.spacing import Spacing
+from ..chroma_core.sampling.schedule import Spacing
+from ..chroma_core.sampling.text import apply_trigger
 from . import host
 from .schedule import (
     DENOISE_TIP,
@@ -31,6 +32,7 @@ from .sockets import (
     MAX_SEED,
     OURS,
     ChromaModel,
+    ChromaTextEncoder,
     crop_latents,
     encoder_of,
     from_conditioning,
@@ -74,6 +76,50 @@ class ChromaEmptyLatent(io.ComfyNode):
         format_ = LatentFormat()
         samples = torch.zeros(batch_size, format_.channels, height // format_.downscale, width // format_.downscale)
         return io.NodeOutput({"samples": samples}, width, height)
+
+
+class ChromaTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaTextEncode",
+            display_name="Chroma Text Encode",
+            description="Encodes a prompt with T5, the way Chroma was trained: the real tokens and one visible pad "
+            "token.",
+            search_aliases=[
+                "chroma prompt",
+                "t5 encode",
+                "clip text encode",
+                "negative prompt",
+                "trigger word",
+                "conditioning",
+            ],
+            inputs=[
+                ChromaTextEncoder.Input("text_encoder", tooltip="From Chroma Load Model."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    tooltip="The prompt. [trigger] stands for the trigger word. Empty is a good negative prompt.",
+                ),
+                io.String.Input(
+                    "trigger",
+                    default="",
+                    tooltip="The word that [trigger] in the prompt becomes, e.g. the one the LoRA was trained with.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output("conditioning", tooltip="For Chroma Sampler or the host's own samplers.")],
+        )
+
+    @classmethod
+    def execute(cls, text_encoder, text, trigger) -> io.NodeOutput:
+        prompt = apply_trigger(text, trigger)
+        with host.working():
+            condition = host.components.text_encoder(text_encoder, host.device()).encode(prompt)
+        if condition.truncated:
+            host.say(f"The prompt is too long: its last {condition.truncated} tokens were cut off.")
+        return io.NodeOutput(to_conditioning(condition, text_encoder))
 
 
 class ChromaSampler(io.ComfyNode):
@@ -208,9 +254,9 @@ class ChromaSampler(io.ComfyNode):
         negative=None,
         flow_shift="recipe",
         flow_shift_value=1.0,
-        method="euler",
+        method: Method = "euler",
         recipe="canonical",
-        spacing="linear",
+        spacing: Spacing = "linear",
         start_step=0,
         end_step=0,
         add_noise=True,
@@ -296,4 +342,4 @@ def _encode(text: str, spec: ModelSpec, recipe: Recipe) -> list:
     return to_conditioning(host.components.text_encoder(spec, host.device()).encode(text, recipe), spec, recipe)
 
 
-NODES = [ChromaEmptyLatent, ChromaSampler]
+NODES = [ChromaTextEncode, ChromaEmptyLatent, ChromaSampler]

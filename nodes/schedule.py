@@ -8,8 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..chroma_core.model.latents import snap_size
-from ..chroma_core.sampling.schedule import FlowShift, sampling_sigmas
-from ..chroma_core.sampling.spacing import Spacing
+from ..chroma_core.sampling.schedule import FlowShift, Spacing, sampling_sigmas
 from .sockets import schema
 
 SHIFTS = ["dynamic", "constant", "none"]

@@ -9,8 +9,7 @@ from comfy_api.latest import io
 from ..chroma_core.lora.modules import AdapterKind
 from ..chroma_core.sampling.recipe import RECIPES, parse_overrides
 from ..chroma_core.sampling.sampler import Method
-from ..chroma_core.sampling.schedule import SigmaDraw, SigmaRemap
-from ..chroma_core.sampling.spacing import Spacing
+from ..chroma_core.sampling.schedule import SigmaDraw, SigmaRemap, Spacing
 from ..chroma_core.sampling.text import TextPadding
 from ..chroma_core.training.step.lr import LrSchedule
 from ..chroma_core.training.step.objective import LossKind

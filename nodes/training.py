@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from ..chroma_core.errors import ConfigError, JobError
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
 from ..chroma_core.lora.settings import TARGETS
 from ..chroma_core.sampling.text import apply_trigger
-from ..chroma_core.training.config.config import TrainingConfig
-from ..chroma_core.training.jobs.manager import ACTIVE, Job
-from ..chroma_core.training.jobs.plot import plot_losses
+from ..chroma_core.training.config import TrainingConfig
+from ..chroma_core.training.jobs.curve import plot_losses
+from ..chroma_core.training.jobs.manager import ACTIVE, IfExists, Job, JobStatus
 from . import host, jobs
-from .combined import check_main, single
+from .dataset import check_main, single
 from .sockets import (
     MAX_SEED,
     ChromaDatasetType,
@@ -148,7 +149,7 @@ class ChromaTrainLora(io.ComfyNode):
         return jobs.fingerprint() if if_exists == "keep" else uuid.uuid4().hex
 
     @classmethod
-    def execute(cls, model, text_encoder, dataset, if_exists="keep", **inputs: Any) -> io.NodeOutput:
+    def execute(cls, model, text_encoder, dataset, if_exists: IfExists = "keep", **inputs: Any) -> io.NodeOutput:
         config = training_config(model, text_encoder, dataset, **inputs)
         job = jobs.manager().ensure(config, if_exists=if_exists)
         host.log.info("ChromaKit: training job %s", describe(job.status()))
@@ -194,7 +195,7 @@ def _trained_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
     return whole_spec(model, text_encoder)
 
 
-def describe(status: dict[str, Any]) -> str:
+def describe(status: Mapping[str, Any]) -> str:
     """A job's state in words."""
     lines = [f"{status['id']}: {status['state']}, step {status['step']} of {status['steps']}"]
     if status.get("yielded"):
@@ -259,7 +260,7 @@ class ChromaWaitForTraining(io.ComfyNode):
         return io.NodeOutput(host.load_tensors(Path(status["lora_path"])), status["lora_name"], {"loss": losses})
 
 
-async def wait_for(job: Job) -> dict[str, Any]:
+async def wait_for(job: Job) -> JobStatus:
     """Show a job's progress on the running node until it has ended. Cancel stops the job and ends the prompt."""
     status = job.status()
     progress, shown = host.Progress(status["steps"]), None

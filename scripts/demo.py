@@ -38,7 +38,7 @@ BUSY_STATES = ("queued", "preparing", "running", "paused")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--serve", action="store_true", help="leave the host running afterwards, until Ctrl+C")
     parser.add_argument("--no-job", action="store_true", help="with --serve: start the host without the main job")
     parser.add_argument("--port", type=int, help="the host's port (default: 8188 with --serve, else any free one)")

@@ -64,7 +64,7 @@ def build_native(config: dict[str, Any], device: str = "cpu"):
     import torch
 
     hidden = config["num_attention_heads"] * config["attention_head_dim"]
-    native = comfy.supported_models.Chroma(
+    native: Any = comfy.supported_models.Chroma(
         {
             "image_model": "chroma",
             "in_channels": config["in_channels"],
@@ -99,7 +99,8 @@ def load_lora(patcher, path: Path, strength: float = 1.0):
     import comfy.sd
     import comfy.utils
 
-    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    tensors: Any = comfy.utils.load_torch_file(str(path), safe_load=True)
+    patched: Any
     patched, _ = comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0.0)
     return patched, tensors
 

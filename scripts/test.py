@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from _environment import ROOT, ensure_environment, say
+from _environment import HOST, ROOT, VENV, ensure_environment, host_folder, say
 
 PARTS = ("core", "host", "browser")
 COUNTED = ("passed", "failed", "error", "errors", "skipped", "xfailed", "xpassed", "deselected")
@@ -25,18 +26,21 @@ NODE_MODULES = ROOT / "node_modules"
 NOTHING_COLLECTED = 5
 PROCESSES = {"core": min(4, os.cpu_count() or 1), "host": min(2, os.cpu_count() or 1)}
 """Core tests share nothing but the file system, host tests a server for each process: their files are dealt out."""
+DEALT = ("--dist", "loadgroup", "--no-loadscope-reorder")
+"""By the groups, and in the order, that tests/conftest.py gives them."""
+SLOWEST = ("--durations=50", "--durations-min=1")
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
+        description=(__doc__ or "").split("\n")[0],
         allow_abbrev=False,
         epilog="Everything else goes to pytest, e.g. -k resume, -x, -q, --durations=10.",
     )
     parser.add_argument("--core", action="store_true", help="chroma_core alone, without the host")
     parser.add_argument("--host", action="store_true", help="in a real ComfyUI server")
     parser.add_argument("--browser", action="store_true", help="in a real Chromium (as root: installed through apt)")
-    parser.add_argument("--lint", action="store_true", help="ruff, pyright on chroma_core, tsc on the page")
+    parser.add_argument("--lint", action="store_true", help="ruff, pyright on all but the tests, tsc on the page")
     return parser.parse_known_args()
 
 
@@ -51,6 +55,24 @@ def run(command: list[str]) -> tuple[int, str]:
         print(line, end="", flush=True)
         last = line.strip() or last
     return process.wait(), last
+
+
+def pyright_options() -> list[str]:
+    """Where COMFYUI_PATH names another ComfyUI, a configuration that takes ComfyUI's types from there."""
+    if host_folder() == HOST:
+        return []
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pyright: ignore[reportMissingImports] (Python 3.10 brings none of its own)
+
+    say(f"pyright reads the types of the ComfyUI in {host_folder()} (COMFYUI_PATH)")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pyright"]
+    settings["include"] = [f"../{folder}" for folder in settings["include"]]
+    settings |= {"extraPaths": [str(host_folder()), "../scripts", ".."], "venvPath": ".."}
+    path = VENV / "pyright.json"
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return ["--project", str(path)]
 
 
 def find_chromium() -> str | None:
@@ -110,7 +132,7 @@ def main() -> int:
     parts = [part for part in PARTS if getattr(chosen, part)] or ([] if chosen.lint else list(PARTS))
     start, counts, failed = time.monotonic(), dict.fromkeys(COUNTED, 0), []
 
-    lints = [["ruff", "check", "."], ["pyright"]] if chosen.lint else []
+    lints = [["ruff", "check", "."], ["pyright", *pyright_options()]] if chosen.lint else []
     for lint in lints:
         print(f"\n=== {' '.join(lint)} ===", flush=True)
         status, _ = run([sys.executable, "-m", *lint])
@@ -133,8 +155,8 @@ def main() -> int:
     for part in parts:
         print(f"\n=== tests/{part} ===", flush=True)
         processes = PROCESSES.get(part, 1)
-        dealt = ["-n", str(processes), "--dist", "loadfile"] if processes > 1 else []
-        status, last = run([sys.executable, "-m", "pytest", f"tests/{part}", *dealt, *extra])
+        dealt = ["-n", str(processes), *DEALT] if processes > 1 else []
+        status, last = run([sys.executable, "-m", "pytest", f"tests/{part}", *dealt, *SLOWEST, *extra])
         for number, word in re.findall(r"(\d+) (\w+)", last):
             if word in counts:
                 counts[word] += int(number)

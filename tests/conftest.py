@@ -16,6 +16,27 @@ from _host import Host, start_host  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say which files belong in one process, and begin with the long ones: no process is to end long after another."""
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        groups.setdefault(shared_import(item) or item.nodeid.partition("::")[0], []).append(item)
+    for name, group in groups.items():
+        for item in group:
+            item.add_marker(pytest.mark.xdist_group(name))
+    items[:] = [item for group in sorted(groups.values(), key=is_short) for item in group]
+
+
+def shared_import(item: pytest.Item) -> str | None:
+    """native: the file asks ComfyUI's own modules in forks of a process that has imported them (support/forked.py)."""
+    module = getattr(item, "module", None)
+    return "native" if hasattr(module, "native") or hasattr(module, "native_sampling") else None
+
+
+def is_short(group: list[pytest.Item]) -> bool:
+    return not any(item.get_closest_marker("slow") for item in group)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root."""

@@ -30,7 +30,7 @@ def add_export_command(commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from ..comfy.export import export_workflow
+    from ..comfy.stock import export_workflow
 
     window, api, preview = export_workflow(
         options.lora,
@@ -42,6 +42,6 @@ def _export(options: argparse.Namespace) -> None:
         vae=options.vae,
     )
     if options.json:
-        print(json.dumps({"workflow": str(window), "api": str(api), "remarks": list(preview.remarks)}))
+        print(json.dumps({"workflow": str(window), "api": str(api), "remarks": list(preview.warnings)}))
         return
-    print(window, api, *(f"note: {remark}" for remark in preview.remarks), sep="\n")
+    print(window, api, *(f"note: {warning}" for warning in preview.warnings), sep="\n")

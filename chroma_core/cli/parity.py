@@ -147,7 +147,7 @@ def _case(options: argparse.Namespace, folder: Path, device: Any) -> tuple[Any, 
 
 def _through_nodes(case: Any, base: Path, device: Any, unwanted: bool) -> Any:
     from ..parity.case import NotRun
-    from ..parity.through_comfyui import through_comfyui
+    from ..parity.runtimes import through_comfyui
 
     if unwanted:
         raise NotRun("It was not wanted (--no-comfyui).")

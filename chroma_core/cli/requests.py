@@ -27,7 +27,7 @@ def add_request_commands(commands) -> None:
 
 
 def _request(options: argparse.Namespace) -> None:
-    from ..comfy.to_prompt import to_prompt
+    from ..comfy.graph import to_prompt
     from ..loading.component_cache import ComponentCache
     from ..model.device import best_device
     from ..requests.request import InferenceRequest

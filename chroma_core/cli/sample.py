@@ -113,8 +113,8 @@ def _sample(options: argparse.Namespace) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The options that `settings_from`, `recipe_from` and `start_from` read."""
     from ..sampling.recipe import RECIPES
+    from ..sampling.schedule import Spacing
     from ..sampling.solvers import Method
-    from ..sampling.spacing import Spacing
 
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--guidance", type=float, default=None)

@@ -35,7 +35,7 @@ def add_train_command(commands) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from ..model.device import best_device
-    from ..training.config.config import TrainingConfig
+    from ..training.config import TrainingConfig
     from ..training.distributed.world import launched
     from ..training.jobs.blocking import continue_job, run_job
 
@@ -49,8 +49,8 @@ def _train(options: argparse.Namespace) -> int:
     config = TrainingConfig.from_toml(options.job) if options.job else None
     world, main = None, True
     if launched():
-        from ..training.distributed.processes import Processes
-        from ..training.jobs.distributed import run_together
+        from ..training.distributed.world import Processes
+        from ..training.jobs.blocking import run_distributed
 
         if config is None or job_id:
             raise ConfigError(
@@ -83,7 +83,7 @@ def _train(options: argparse.Namespace) -> int:
         if job_id:
             status = continue_job(job_id, **places, config=config, extend=options.extend, force=options.force)
         elif world is not None and config is not None:
-            status = run_together(config, **places, if_exists=if_exists, world=world)
+            status = run_distributed(config, **places, if_exists=if_exists, world=world)
         else:
             assert config is not None
             status = run_job(config, **places, if_exists=if_exists)
@@ -91,7 +91,7 @@ def _train(options: argparse.Namespace) -> int:
         world.close()
     if main:
         shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss"]
-        shown += ["model_path", "model_folder"] if status["config"].get("full") else ["lora_path"]
+        shown += ["model_path", "model_folder"] if status.get("config", {}).get("full") else ["lora_path"]
         print(json.dumps({k: status.get(k) for k in shown}))
     if status["state"] != "completed":
         print(f"error: the job {status['state']}: {status.get('message') or 'no reason given'}", file=sys.stderr)

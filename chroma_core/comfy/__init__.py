@@ -1,1 +1,1 @@
-"""A ComfyUI workflow of the host's own nodes that repeats a LoRA's preview; none of this pack's nodes is in it."""
+"""ComfyUI from outside: a server, prompts in API format, and a workflow of its own nodes for a LoRA."""

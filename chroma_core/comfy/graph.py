@@ -1,124 +1,132 @@
-"""The workflow in API format: the host's own nodes, wired so that each number is the preview's.
+"""ComfyUI prompts in API format: the builder, and the graph of our own nodes that generates images.
 
-Facts about the host that it rests on (ComfyUI 0.30.0; tests/host/test_stock_workflow.py runs the nodes):
-
-- Text: with the CLIP type `chroma` the host adds no pad token, and with T5 Tokenizer Options' *min_padding* T5 attends
-  to it. Type `mochi` is the same T5-XXL with its padding masked, as the model was trained; its own minimum length is
-  lifted by *min_length* 0. The mask that it also hands on is read by no part of the host's Chroma.
-- Schedule: Model Sampling Flux computes its shift from width and height by the very line of `schedule.dynamic_mu`, so
-  `simple` gives our dynamic sigmas at every size, if the number of steps divides its table of 10,000. Every other
-  schedule goes into Manual Sigmas, number for number.
-- Prompts: the host reads brackets as weights; they are escaped.
+A prompt is `{node id: {class_type, inputs, _meta}}`, as `POST /prompt` takes it; a link is `[node id, output]`.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from .source import METHODS, StockPreview
+from ..requests.request import InferenceRequest, PlannedPicture
+from ..requests.run import PARTS
 
 Prompt = dict[str, dict[str, Any]]
 
-TABLE = 10_000
-"""Sigmas in the table of the host's ModelSamplingFlux."""
+Link = list[Any]
+"""[id of a node, number of its output]."""
 
-TRANSFORMERS = {
-    "base": "Chroma1-Base.safetensors",
-    "hd": "Chroma1-HD.safetensors",
-    "flash": "Chroma1-Flash.safetensors",
-}
-TEXT_ENCODER, VAE = "t5xxl_fp16.safetensors", "ae.safetensors"
+PUBLISHED = "as published"
+"""The choice of the load node that leaves a part to the flavour."""
 
 
-def stock_prompt(
-    preview: StockPreview,
-    *,
-    lora: str | None = None,
-    transformer: str | None = None,
-    text_encoder: str | None = None,
-    vae: str | None = None,
+def node(class_type: str, title: str = "", /, **inputs: Any) -> dict[str, Any]:
+    """A node in API form, titled with its type unless another title is given."""
+    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": title or class_type}}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of a graph; `node[i]` is a link to its output i."""
+
+    id: str
+
+    def __getitem__(self, output: int) -> Link:
+        return [self.id, output]
+
+
+@dataclass
+class Graph:
+    """A prompt in the making."""
+
+    prompt: Prompt = field(default_factory=dict)
+
+    def add(self, id: str, class_type: str, title: str = "", /, **inputs: Any) -> Node:
+        """Add a node; inputs are widget values and links. Raises ValueError for an id that is taken."""
+        if id in self.prompt:
+            raise ValueError(f"the prompt has a node '{id}' already")
+        self.prompt[id] = node(class_type, title, **inputs)
+        return Node(id)
+
+    def add_lora(self, number: int, model: Link, name: str, strength: float, mode: str) -> Link:
+        """Chroma Apply LoRA as node `lora_<number>`, counted from 0; returns the model with it."""
+        applied = {"model": model, "lora": name, "strength": strength, "mode": mode, "allow_partial": False}
+        return self.add(f"lora_{number}", "ChromaApplyLora", f"LoRA {number + 1}", **applied)[0]
+
+    def add_image(
+        self,
+        model: Link,
+        loader: Node,
+        prompt: str,
+        negative: str,
+        size: tuple[int, int],
+        settings: Mapping[str, Any],
+        filename_prefix: str,
+        number: int | None = None,
+    ) -> Node:
+        """The nodes from two texts to a saved image; returns the sampler.
+
+        Their ids are positive, negative, latent, sample, decode and save, each with `_<number>` if there is one.
+
+        Args:
+            model: the model to sample with: the loader's, or one with LoRAs.
+            loader: the Chroma Load Model, for T5 and the VAE.
+            size: width and height in pixels.
+            settings: the widgets of Chroma Sampler.
+        """
+        mark, count = ("", "") if number is None else (f"_{number}", f" {number + 1}")
+
+        def add(id: str, class_type: str, title: str, **inputs: Any) -> Node:
+            return self.add(f"{id}{mark}", class_type, f"{title}{count}", **inputs)
+
+        texts = {"positive": prompt, "negative": negative}
+        conditions = {
+            name: add(name, "ChromaTextEncode", name.capitalize(), text_encoder=loader[1], text=text, trigger="")[0]
+            for name, text in texts.items()
+        }
+        latent = add("latent", "ChromaEmptyLatent", "Size", width=size[0], height=size[1], batch_size=1)
+        sampler = add("sample", "ChromaSampler", "Image", model=model, **conditions, latent=latent[0], **settings)
+        decoded = add("decode", "VAEDecode", "Decode", samples=sampler[0], vae=loader[2])
+        add("save", "SaveImage", "Save", images=decoded[0], filename_prefix=filename_prefix)
+        return sampler
+
+
+def to_prompt(
+    request: InferenceRequest,
+    pictures: Sequence[PlannedPicture],
+    lora_names: Sequence[str],
+    filename_prefix: str = "chroma/request",
 ) -> Prompt:
-    """The prompt. File names are those in the host's folders; defaults are the published names."""
-    settings, recipe = preview.settings, preview.recipe
-    padded = recipe.text_attention == "masked" and recipe.visible_padding > 0
-    model, clip = ["lora", 0], ["clip", 0]
-    prompt: Prompt = {
-        "model": _node("UNETLoader", unet_name=transformer or TRANSFORMERS[preview.flavour], weight_dtype="default"),
-        "clip": _node(
-            "CLIPLoader",
-            clip_name=text_encoder or TEXT_ENCODER,
-            type="mochi" if padded else "chroma",
-            device="default",
-        ),
-        "vae": _node("VAELoader", vae_name=vae or VAE),
-        "lora": _node(
-            "LoraLoaderModelOnly",
-            model=["model", 0],
-            lora_name=lora or preview.lora.name,
-            strength_model=preview.strength,
-        ),
-    }
-    if padded:
-        prompt["padding"] = _node("T5TokenizerOptions", clip=clip, min_padding=recipe.visible_padding, min_length=0)
-        clip = ["padding", 0]
-    prompt["positive"] = _node("CLIPTextEncode", text=literal(preview.prompt), clip=clip)
-    prompt["negative"] = _node("CLIPTextEncode", text=literal(preview.negative), clip=clip)
-    prompt["latent"] = _node("EmptySD3LatentImage", width=preview.width, height=preview.height, batch_size=1)
-    prompt["noise"] = _node("RandomNoise", noise_seed=settings.seed)
-    prompt["method"] = _node("KSamplerSelect", sampler_name=METHODS[settings.method])
-    if has_simple_schedule(preview):
-        prompt["shift"] = _node(
-            "ModelSamplingFlux",
-            model=model,
-            max_shift=1.15,
-            base_shift=0.5,
-            width=preview.width,
-            height=preview.height,
-        )
-        model = ["shift", 0]
-        prompt["sigmas"] = _node("BasicScheduler", model=model, scheduler="simple", steps=settings.steps, denoise=1.0)
-    else:
-        prompt["sigmas"] = _node("ManualSigmas", sigmas=_written(preview))
-    prompt["guider"] = _node(
-        "CFGGuider",
-        model=model,
-        positive=["positive", 0],
-        negative=["negative", 0],
-        cfg=max(1.0, settings.guidance),  # at 1 the host leaves the negative pass out, as ours does below 1 too
+    """A request as a prompt of our own nodes; image i comes from the node `save_<i>`.
+
+    Args:
+        pictures: from `request.pictures()`: a prompt has no random seeds.
+        lora_names: the request's LoRAs under their names in ComfyUI's LoRA folders.
+    """
+    graph = Graph()
+    loader = graph.add(
+        "load",
+        "ChromaLoadModel",
+        "Model",
+        flavour=request.flavour.name,
+        precision=request.precision,
+        text_precision=request.text_precision,
+        offload=request.offload,
+        **{part: getattr(request, part) or PUBLISHED for part in PARTS},
     )
-    prompt["sample"] = _node(
-        "SamplerCustomAdvanced",
-        noise=["noise", 0],
-        guider=["guider", 0],
-        sampler=["method", 0],
-        sigmas=["sigmas", 0],
-        latent_image=["latent", 0],
-    )
-    prompt["decode"] = _node("VAEDecode", samples=["sample", 0], vae=["vae", 0])
-    prompt["save"] = _node("SaveImage", images=["decode", 0], filename_prefix=f"chroma/{preview.lora.stem}_stock")
-    return prompt
-
-
-def has_simple_schedule(preview: StockPreview) -> bool:
-    """Whether the host's `simple` scheduler gives the very sigmas; it rounds down to an entry of its table."""
-    settings = preview.settings
-    shift = preview.recipe.flow_shift if settings.flow_shift is None else settings.flow_shift
-    even = settings.spacing == "linear" and settings.tail_bias == 0
-    return shift == "dynamic" and even and TABLE % settings.steps == 0
-
-
-def _written(preview: StockPreview) -> str:
-    """The sigmas as Manual Sigmas reads them: it knows no exponents. Ten digits tell every fp32 number apart."""
-    sigmas = preview.settings.sigmas(preview.width * preview.height // 256, preview.recipe)
-    values = [float(sigma) for sigma in sigmas]
-    return ", ".join(f"{v:.{10 if not v else max(10, 10 - math.floor(math.log10(v)))}f}" for v in values)
-
-
-def literal(text: str) -> str:
-    """A prompt whose brackets the host's CLIP Text Encode takes as they stand, not as weights."""
-    return text.replace("(", "\\(").replace(")", "\\)")
-
-
-def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs, "_meta": {"title": class_type}}
+    model = loader[0]
+    for i, (lora, name) in enumerate(zip(request.loras, lora_names, strict=True)):
+        model = graph.add_lora(i, model, name, lora.network_multiplier, request.lora_mode)
+    for i, picture in enumerate(pictures):
+        settings = {
+            "seed": picture.seed,
+            "steps": picture.sample_steps,
+            "guidance": picture.guidance_scale,
+            "tail_bias": 0.0,
+            "denoise": 1.0,
+            "recipe": request.recipe,
+        }
+        size = (picture.width, picture.height)
+        graph.add_image(model, loader, picture.prompt, picture.neg, size, settings, filename_prefix, i)
+    return graph.prompt

@@ -12,7 +12,7 @@ COLUMN, GAP, WIDTH, NOTE_WIDTH = 380, 55, 330, 420
 
 @dataclass(frozen=True)
 class Kind:
-    """A host node's shape: title, column, inputs as (name, type, whether it is a widget), outputs as (name, type)."""
+    """A ComfyUI node: title, column, inputs as (name, type, whether it is a widget), outputs as (name, type)."""
 
     title: str
     column: int
@@ -75,13 +75,13 @@ KINDS: dict[str, Kind] = {
     "VAEDecode": Kind("Decode", 5, _links(samples="LATENT", vae="VAE"), _same("IMAGE")),
     "SaveImage": Kind("Save", 6, _links(images="IMAGE") + _widgets(filename_prefix="STRING"), ()),
 }
-"""Every host node that a stock workflow may hold; a host test compares them with what the host says of itself."""
+"""Every node that a stock workflow may hold; a test compares them with what ComfyUI says of itself."""
 
 TITLES = {"negative": "Negative prompt"}
 
 
 def window_form(prompt: Prompt, note: str) -> dict[str, Any]:
-    """The graph as the page loads it, laid out in columns from the loaders to the picture."""
+    """The graph as the page loads it, laid out in columns from the loaders to the image."""
     numbers = {key: number for number, key in enumerate(prompt, start=1)}
     links: list[list[Any]] = []
     nodes: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
+from ..options import Option
 from .settings import Settings
 
 Resolution = Annotated[int, Field(ge=32, le=4096)]
@@ -18,40 +19,139 @@ class DatasetConfig(Settings):
 
     `resolution` (one number) is accepted in place of `resolutions`; 0 or nothing means the flavour's own size.
     Everything about captions is described in `captions`, about sizes in `buckets`, about variants in `views`.
-
-    `repeat_folders`: pictures below a sub-folder `N_name` count N times (kohya's convention).
-    `weight`: how often a picture of this set is used compared with one of another set; without effect on a single set.
-    `regularisation`, `sigma_bias`: carried by every sample of the set; the objective says what they do.
     """
 
-    folder: str
-    resolutions: tuple[Resolution, ...] = ()
-    alignment: int = Field(default=64, ge=16, le=512, multiple_of=16)
-    repeats: int = Field(default=1, ge=1)
-    repeat_folders: bool = True
-    weight: float = Field(default=1.0, ge=0.001, le=1000)
-    trigger: str = ""
-    caption_source: CaptionSource = "files"
-    caption_extension: str = ".txt"
-    caption_column: str = Field(default="text", min_length=1)
-    caption_prefix: str = ""
-    caption_suffix: str = ""
-    caption_dropout: float = Field(default=0.1, ge=0, le=1)
-    tag_shuffles: int = Field(default=0, ge=0, le=64)
-    keep_tags: int = Field(default=0, ge=0)
-    default_caption: str | None = None
-    missing_caption: Literal["skip", "error", "empty"] = "skip"
-    flip: bool = False
-    upscale: bool = False
-    crop: Literal["centre", "random"] = "centre"
-    random_crops: int = Field(default=4, ge=1, le=64)
-    latents: Literal["mean", "sample"] = "mean"
-    posterior_samples: int = Field(default=4, ge=1, le=64)
-    background: Literal["white", "black"] = "white"
-    masks: Literal["none", "files", "alpha"] = "none"
-    mask_floor: float = Field(default=0.0, ge=0, lt=1)
-    regularisation: bool = False
-    sigma_bias: float = Field(default=0.0, ge=-1, le=1)
+    folder: Annotated[str, Option("The folder with the images; sub-folders count. Relative to the job file.")]
+    resolutions: Annotated[
+        tuple[Resolution, ...],
+        Option("Sizes to train every image at: sides of a square with as many pixels. Empty: the model's own size."),
+    ] = ()
+    alignment: Annotated[
+        int,
+        Field(ge=16, le=512, multiple_of=16),
+        Option(
+            "Sides are multiples of this; 32 crops less and makes more sizes.",
+            unit="pixels",
+            least=32,
+            most=64,
+            step=32,
+            advanced=True,
+        ),
+    ] = 64
+    repeats: Annotated[int, Field(ge=1), Option("Times each image counts in an epoch.", most=1000)] = 1
+    repeat_folders: Annotated[
+        bool,
+        Option("Images in a sub-folder 3_dog count three times. Off: such a number means nothing.", advanced=True),
+    ] = True
+    weight: Annotated[
+        float,
+        Field(ge=0.001, le=1000),
+        Option(
+            "With several sets: how often an image of this one is used compared with one of another.",
+            step=0.05,
+            round=0.001,
+            advanced=True,
+        ),
+    ] = 1.0
+    trigger: Annotated[
+        str,
+        Option(
+            "The word that will call the concept, e.g. sks. It replaces [trigger] in captions and previews, and is put "
+            "before captions that do not have it."
+        ),
+    ] = ""
+    caption_source: Annotated[
+        CaptionSource,
+        Option(
+            "files: .txt beside the image, each line one caption. metadata: metadata.jsonl or .csv. filenames: the "
+            "file's name. fixed: default_caption for all.",
+            advanced=True,
+        ),
+    ] = "files"
+    caption_extension: Annotated[str, Option("End of the caption files' names, e.g. .caption.", advanced=True)] = ".txt"
+    caption_column: Annotated[
+        str, Field(min_length=1), Option("The metadata's column that holds the caption.", advanced=True)
+    ] = "text"
+    caption_prefix: Annotated[str, Option("Put before every caption.", advanced=True)] = ""
+    caption_suffix: Annotated[str, Option("Put after every caption.", advanced=True)] = ""
+    caption_dropout: Annotated[
+        float,
+        Field(ge=0, le=1),
+        Option("Share of steps that train without the caption, which keeps guidance working.", step=0.05),
+    ] = 0.1
+    tag_shuffles: Annotated[
+        int,
+        Field(ge=0, le=64),
+        Option("Other orders of a caption's comma-separated tags to train with.", advanced=True),
+    ] = 0
+    keep_tags: Annotated[int, Field(ge=0), Option("First tags that stay in front.", most=64, advanced=True)] = 0
+    default_caption: Annotated[str | None, Option("For images without a caption file. Empty: see missing_caption.")] = (
+        None
+    )
+    missing_caption: Annotated[
+        Literal["skip", "error", "empty"],
+        Option(
+            "An image without caption and default caption: skip and count it, stop with an error, or train it with an "
+            "empty caption.",
+            advanced=True,
+        ),
+    ] = "skip"
+    flip: Annotated[bool, Option("Also train on mirrored images.", advanced=True)] = False
+    upscale: Annotated[bool, Option("Enlarge images that are too small.", advanced=True)] = False
+    crop: Annotated[
+        Literal["centre", "random"],
+        Option("What is cut away to fit the size: both ends, or as random_crops says.", advanced=True),
+    ] = "centre"
+    random_crops: Annotated[
+        int, Field(ge=1, le=64), Option("Different crops of an image, with crop random.", advanced=True)
+    ] = 4
+    latents: Annotated[
+        Literal["mean", "sample"],
+        Option(
+            "mean: the VAE's best guess, always the same. sample: one of posterior_samples random draws around it at "
+            "each use.",
+            advanced=True,
+        ),
+    ] = "mean"
+    posterior_samples: Annotated[
+        int, Field(ge=1, le=64), Option("Draws from the VAE for each image, with latents sample.", advanced=True)
+    ] = 4
+    background: Annotated[Literal["white", "black"], Option("What lies behind transparent images.", advanced=True)] = (
+        "white"
+    )
+    masks: Annotated[
+        Literal["none", "files", "alpha"],
+        Option(
+            "Train only where a mask is white: a -masklabel.png beside the image, or its transparency.", advanced=True
+        ),
+    ] = "none"
+    mask_floor: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Option(
+            "What black counts in a mask. 0.1 keeps the background from going wild.",
+            most=0.95,
+            step=0.05,
+            advanced=True,
+        ),
+    ] = 0.0
+    regularisation: Annotated[
+        bool,
+        Option(
+            "Images of what should stay as it is: the LoRA is trained to change nothing on them. Combine such a set "
+            "with another one.",
+            advanced=True,
+        ),
+    ] = False
+    sigma_bias: Annotated[
+        float,
+        Field(ge=-1, le=1),
+        Option(
+            "Moves the noise levels of this set: towards -1 more on fine detail, towards 1 more on composition.",
+            step=0.05,
+            advanced=True,
+        ),
+    ] = 0.0
 
     @model_validator(mode="before")
     @classmethod

@@ -32,7 +32,7 @@ def import_config(file: Path | str, dataloader: Path | str | None = None) -> Imp
     """Read a SimpleTuner config.json or an ai-toolkit YAML for a Chroma LoRA; writes nothing.
 
     Args:
-        dataloader: SimpleTuner's data set file, where `data_backend_config` does not lead to it.
+        dataloader: SimpleTuner's dataset file, where `data_backend_config` does not lead to it.
     Raises:
         ConfigError: the file cannot be read, is for another program or model, or has a value that cannot work.
     """
@@ -49,7 +49,7 @@ def import_config(file: Path | str, dataloader: Path | str | None = None) -> Imp
     if "config" in content or "process" in content:
         if dataloader is not None:
             raise ConfigError(
-                f"'{file.name}' is an ai-toolkit file, which has its data sets inside: leave --dataloader out."
+                f"'{file.name}' is an ai-toolkit file, which has its datasets inside: leave --dataloader out."
             )
         return _from_ai_toolkit(file, content)
     options = [simpletuner.plain_name(key) for key in content]
@@ -90,8 +90,7 @@ def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path |
         if not dataloader.is_file():
             dataloader = None
             todo.append(
-                f"'{file.name}' takes its data sets from '{foreign}', which is not here: import again with "
-                "--dataloader."
+                f"'{file.name}' takes its datasets from '{foreign}', which is not here: import again with --dataloader."
             )
     sources = (file.name,) if dataloader is None else (file.name, dataloader.name)
     sets = []
@@ -127,11 +126,11 @@ def _under_one_name(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, A
 
 
 def _usable(place: Path | None, lines: list[Line]) -> list[tuple[str, str, dict[str, Any]]]:
-    """SimpleTuner's data sets that become ours, as name, kind and options; a line for each of the others."""
+    """SimpleTuner's datasets that become ours, as name, kind and options; a line for each of the others."""
     content = [] if place is None else read_config(place)
     if place is not None and not (isinstance(content, list) and all(isinstance(item, dict) for item in content)):
         raise ConfigError(
-            f"'{place.name}' is no dataloader file: it must be a list of data sets, each with its options."
+            f"'{place.name}' is no dataloader file: it must be a list of datasets, each with its options."
         )
     used = []
     for i, item in enumerate(content):
@@ -142,7 +141,7 @@ def _usable(place: Path | None, lines: list[Line]) -> list[tuple[str, str, dict[
         elif not is_off(backend.get("disabled", backend.get("disable"))):
             lines.append(Line(name, "disabled", "ignored", {}, "a disabled set is left out"))
         elif kind not in ("image", "eval"):
-            lines.append(Line(name, kind, "no counterpart", {}, "only pictures are trained"))
+            lines.append(Line(name, kind, "no counterpart", {}, "only images are trained"))
         elif backend.get("instance_data_dir") is None:
             reason = "only folders of this computer are read, and instance_data_dir names none"
             lines.append(Line(name, str(backend.get("type", "local")), "no counterpart", {}, reason))
@@ -197,7 +196,7 @@ def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
         job.record(option, "built in", answer)
     datasets = process.get("datasets") or []
     if not isinstance(datasets, list) or not all(isinstance(item, dict) for item in datasets):
-        raise ConfigError(f"'{file.name}': datasets is {shown(datasets)}; it must be a list of data sets.")
+        raise ConfigError(f"'{file.name}': datasets is {shown(datasets)}; it must be a list of datasets.")
     trigger = _stated({"trigger_word": process.get("trigger_word")})
     sets = []
     for i, item in enumerate(datasets):

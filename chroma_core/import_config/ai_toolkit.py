@@ -176,7 +176,7 @@ SECTIONS: dict[str, Table] = {
         }),
         **ignored({
             "checked: sd_trainer": "type",
-            "taken over as every data set's trigger": "trigger_word",
+            "taken over as every dataset's trigger": "trigger_word",
             "places and reports": "training_folder device performance_log_every sqlite_db_path log_dir logging",
         }),
     },
@@ -265,7 +265,7 @@ SECTIONS: dict[str, Table] = {
         "train_text_encoder": only(is_false, "the text encoder is not trained"),
         **lost({
             "a weighting for noise-predicting models": "min_snr_gamma snr_gamma learnable_snr_gos",
-            "see caption_dropout of a data set": "prompt_dropout_prob",
+            "see caption_dropout of a dataset": "prompt_dropout_prob",
             "see regularisation sets, whose target is the model without the LoRA":
                 "diff_output_preservation inverted_mask_prior blank_prompt_preservation",
             NOT_BUILT:
@@ -350,23 +350,23 @@ SET_OPTIONS: Table = {
     "num_repeats": maps("repeats", whole),
     "bucket_tolerance": maps("alignment", whole),
     "flip_x": maps("flip", switch),
-    "flip_y": only(is_false, "pictures are mirrored sideways only"),
+    "flip_y": only(is_false, "images are mirrored sideways only"),
     "random_crop": when_on("crop", "random"),
     "is_reg": maps("regularisation", switch),
     "alpha_mask": when_on("masks", "alpha"),
     "mask_min_value": maps("mask_floor", number),
     "buckets": only(switch, "aspect buckets are always used"),
-    "type": choice("", {"image": Same("pictures")}),
-    "num_frames": only(lambda value: whole(value) == 1, "no videos", "pictures",
-                       "1: pictures; videos are not trained"),
+    "type": choice("", {"image": Same("images")}),
+    "num_frames": only(lambda value: whole(value) == 1, "no videos", "images",
+                       "1: images; videos are not trained"),
     **lost({
-        'masks lie beside the pictures: name them `picture-masklabel.png` and set masks = "files"': "mask_path",
+        'masks lie beside the images: name them `picture-masklabel.png` and set masks = "files"': "mask_path",
         "white is what counts: invert the files": "invert_mask",
         "see weight: how often a set is used": "loss_multiplier",
         "one strength for all sets": "network_weight",
         "captions are taken as they are": "token_dropout_rate random_triggers replacements use_short_captions",
         NOT_BUILT: "augments augmentations random_scale square_crop poi standardize_images scale",
-        "no conditioning pictures": "control_path inpaint_path unconditional_path controls clip_image_path",
+        "no conditioning images": "control_path inpaint_path unconditional_path controls clip_image_path",
     }),
     **ignored({
         CACHE: "cache_latents cache_latents_to_disk cache_text_embeddings cache_clip_vision_to_disk",

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from ..errors import ConfigError
 from ..model.flavours import FLAVOURS
-from ..training.config.config import TrainingConfig
+from ..training.config import TrainingConfig
 from .read import ForeignPath, Unreadable, is_off, switch, text
 
 Kind = Literal["maps", "differs", "no counterpart", "ignored", "unknown"]

@@ -14,14 +14,14 @@ from pydantic import ValidationError
 
 from ..errors import ChromaKitError, ConfigError
 from ..files import write_atomic
-from ..training.config.config import TrainingConfig
+from ..training.config import TrainingConfig
 from .convert import Draft, Kind, Line, shown
 from .read import ForeignPath
 
 WIDTH = 118
 NAME_LENGTH = max(getattr(limit, "max_length", 0) for limit in TrainingConfig.model_fields["name"].metadata)
 PLACEHOLDER = "pictures"
-"""The data set's folder where the foreign file names none."""
+"""The dataset's folder where the foreign file names none."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Imported:
 def finish(
     tool: str, sources: tuple[str, ...], job: Draft, sets: list[tuple[str, Draft]], folders: list[Path], todo: list[str]
 ) -> Imported:
-    """The drafts as one job: data sets in their places, paths found, the whole validated. Raises ConfigError.
+    """The drafts as one job: datasets in their places, paths found, the whole validated. Raises ConfigError.
 
     Args:
-        sets: `image` or `eval`, with the options of a data set.
+        sets: `image` or `eval`, with the options of a dataset.
         folders: where paths of the foreign file may start.
     """
     tree = _nested(_resolved(job, folders))
@@ -64,11 +64,11 @@ def finish(
     if training[1:]:
         tree["more_datasets"] = training[1:]
     for part in held_out[1:]:
-        reason = "a job has one training and one held-out data set: put the pictures into sub-folders of one folder"
-        job.lines.append(Line(str(part.get("folder", "?")), "a further data set", "no counterpart", {}, reason))
+        reason = "a job has one training and one held-out dataset: put the images into sub-folders of one folder"
+        job.lines.append(Line(str(part.get("folder", "?")), "a further dataset", "no counterpart", {}, reason))
     if "folder" not in tree["dataset"]:
         tree["dataset"] = {"folder": PLACEHOLDER, **tree["dataset"]}
-        todo.append(f"No data set is named: put the folder of your pictures in place of '{PLACEHOLDER}' in [dataset].")
+        todo.append(f"No dataset is named: put the folder of your images in place of '{PLACEHOLDER}' in [dataset].")
     for part in (*training, *held_out[:1]):
         if "folder" in part and not Path(part["folder"]).is_dir():
             todo.append(f"The folder '{part['folder']}' is not on this computer: correct it in the job file.")
@@ -116,7 +116,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One data set for those that differ in nothing but the resolution: the same folder trained at several sizes."""
+    """One dataset for those that differ in nothing but the resolution: the same folder trained at several sizes."""
     merged: list[dict[str, Any]] = []
     for part in parts:
         rest = {key: value for key, value in part.items() if key != "resolutions"}
@@ -193,7 +193,7 @@ def as_text(imported: Imported, path: Path) -> str:
         lines = [f"  {_printable(item)}" for item in items]
         parts += ["\n".join([f"{title}:", *lines])] if lines else []
     left = len(imported.of("ignored"))
-    counts = f"{len(maps)} taken over, {len(imported.remarks)} remarks, {left} that change nothing here"
+    counts = f"{len(maps)} taken over, {len(imported.remarks)} warnings, {left} that change nothing here"
     return "\n\n".join([*parts, f"{path}: imported from {imported.tool} ({counts})"])
 
 

@@ -1,4 +1,4 @@
-"""SimpleTuner's `config.json` and data set file (multidatabackend.json): what each of their options becomes.
+"""SimpleTuner's `config.json` and dataset file (multidatabackend.json): what each of their options becomes.
 
 Facts (names, choices, defaults) from SimpleTuner's own documentation: OPTIONS.md, DATALOADER.md, quickstart/CHROMA.md.
 """
@@ -19,7 +19,7 @@ FIRST_PREVIEW = "the first preview is always made before training"
 LOCAL = "only folders of this computer are read"
 THROUGHOUT = "every set is used from the first step to the last"
 STORES = ("text_embeds", "image_embeds", "conditioning_image_embeds")
-"""Kinds of data set that only say where a cache lies."""
+"""Kinds of dataset that only say where a cache lies."""
 
 
 def plain_name(name: str) -> str:
@@ -75,9 +75,7 @@ def epochs(value: Any, given: Given) -> Any:
         return Same("0: max_train_steps decides")
     if not is_off(given.get("max_train_steps")):
         return Same("max_train_steps goes first in SimpleTuner too")
-    return Lost(
-        "steps are counted here: set steps = epochs × pictures × repeats / (batch_size × gradient_accumulation)"
-    )
+    return Lost("steps are counted here: set steps = epochs × images × repeats / (batch_size × gradient_accumulation)")
 
 
 def warmup(value: Any, given: Given) -> Any:
@@ -275,8 +273,8 @@ OPTIONS: Table = {
         lambda value, given: Same(FIRST_PREVIEW) if switch(value) else Near({}, FIRST_PREVIEW),
         "", FIRST_PREVIEW, "differs"),
     "num_validation_images": only(
-        lambda value: whole(value) <= 1, "a prompt gives one picture: write it several times into previews.prompts",
-        "one picture a prompt here too", "one picture a prompt; more has no counterpart"),
+        lambda value: whole(value) <= 1, "a prompt gives one image: write it several times into previews.prompts",
+        "one image per prompt here too", "one image per prompt; more has no counterpart"),
     "eval_steps_interval": maps("validate_every", whole),
     "num_eval_images": maps("validation_pictures", whole),
     "checkpoint_step_interval": maps("checkpoint_every", whole, "also `checkpointing_steps`"),
@@ -290,7 +288,7 @@ OPTIONS: Table = {
         "settings of a single optimizer beyond betas and weight decay cannot be set": "optimizer_config",
         "previews show the trained weights; the averaged ones are saved beside them": "ema_validation",
         "for Chroma SimpleTuner's previews follow validation_guidance_real": "validation_guidance",
-        "previews are sampled with the flow-match sampler of every other picture": "validation_noise_scheduler",
+        "previews are sampled with the flow-match sampler of every other image": "validation_noise_scheduler",
         "publishing and tracking: no part of a job; metrics.jsonl has the numbers":
             "report_to push_to_hub push_checkpoints_to_hub publishing_config webhook_config post_upload_script "
             "post_checkpoint_script validation_external_script",
@@ -311,7 +309,7 @@ OPTIONS: Table = {
         "not built in":
             "input_perturbation masked_loss_probability distillation_method scheduled_sampling_max_step_offset "
             "crepa_enabled diff2flow_enabled peft_lora_mode slider_lora_target init_lokr_norm layer_freeze_strategy",
-        "see sigma_bias of a data set": "timestep_bias_strategy",
+        "see sigma_bias of a dataset": "timestep_bias_strategy",
         "the LoRA is written so that ComfyUI and diffusers both load it": "lora_format",
         'use offload = "block" in [model]': "musubi_blocks_to_swap",
     }),
@@ -345,7 +343,7 @@ OPTIONS: Table = {
             "validation_preview_steps validation_disable_unconditional validation_seed_source "
             "validation_stitch_input_location eval_timesteps eval_dataset_id eval_dataset_pooling "
             "checkpointing_use_tempdir",
-        "the order of the data is ChromaKit's own: every picture once an epoch, whatever the bucket's size":
+        "the order of the data is ChromaKit's own: every image once per epoch, whatever the bucket's size":
             "disable_bucket_pruning allow_dataset_oversubscription ignore_missing_files ignore_final_epochs "
             "aspect_bucket_rounding data_backend_sampling disable_segmented_timestep_sampling seed_for_each_device",
         "of other model families":
@@ -399,7 +397,7 @@ def crop(value: Any, given: Given) -> Any:
     style, aspect = given.get("crop_style", "center"), given.get("crop_aspect", "square")
     ours = "random" if style == "random" else "centre"
     if aspect in ("square", "random"):
-        return Near(ours, f"crop_aspect {aspect}: pictures keep their own shape here (aspect buckets)")
+        return Near(ours, f"crop_aspect {aspect}: images keep their own shape here (aspect buckets)")
     if style not in ("center", "centre", "random"):
         return Near(ours, f"crop_style {style}: crops are centred or random")
     return ours
@@ -457,18 +455,18 @@ SET_OPTIONS: Table = {
     "start_epoch": from_step(1),
     "start_step": from_step(0),
     "metadata_backend": choice("", {
-        "discovery": Same("sizes are read from the pictures"),
+        "discovery": Same("sizes are read from the images"),
         "parquet": Lost("captions come from text files or metadata.jsonl/csv"),
     }),
     **lost({
         "each line of a caption file is a caption of its own": "disable_multiline_split",
         "buckets follow from resolution and alignment": "crop_aspect_buckets",
-        "small pictures are named and trained at their own size: sort them out by hand": "minimum_image_size",
-        "pictures are never enlarged, unless upscale = true": "max_upscale_threshold",
+        "small images are named and trained at their own size: sort them out by hand": "minimum_image_size",
+        "images are never enlarged, unless upscale = true": "max_upscale_threshold",
         THROUGHOUT: "end_epoch end_step",
-        "all pictures of a folder are used": "minimum_aspect_ratio maximum_aspect_ratio max_num_samples",
-        "pictures are never deleted": "delete_unwanted_images delete_problematic_images delete_nsfw_images",
-        "no conditioning pictures":
+        "all images of a folder are used": "minimum_aspect_ratio maximum_aspect_ratio max_num_samples",
+        "images are never deleted": "delete_unwanted_images delete_problematic_images delete_nsfw_images",
+        "no conditioning images":
             "conditioning conditioning_data conditioning_type source_dataset_id grounding",
         "not trained": "slider_strength video audio",
         "captions are taken as they are":
@@ -479,7 +477,7 @@ SET_OPTIONS: Table = {
         "taken over with instance_prompt": "prepend_instance_prompt",
         "taken over with resolution": "resolution_type",
         "taken over with crop": "crop_style crop_aspect",
-        "pictures are always scaled down before they are cropped": "maximum_image_size target_downsample_size",
+        "images are always scaled down before they are cropped": "maximum_image_size target_downsample_size",
         "latents and text states are always cached, and in ChromaKit's own way":
             "cache_dir cache_dir_vae cache_dir_conditioning_image_embeds text_embeds image_embeds write_batch_size "
             "conditioning_image_embeds text_encoder_batch_size vae_cache_clear_each_epoch vae_cache_ondemand "

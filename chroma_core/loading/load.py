@@ -186,12 +186,12 @@ def _described(spec: ModelSpec, part: Part, path: Path) -> tuple[Weights, Compon
     weights = open_weights(path)
     config_file = path / "config.json"
     if config_file.is_file():
-        return weights, describe_part(weights, part, read_json(config_file, ModelFileError))
+        return weights, describe_part(weights, part, read_config(config_file))
     component = describe_part(weights, part)
     beside = path.with_name("config.json")
     if beside.is_file():  # a component folder's weights, chosen as a file
         try:
-            return weights, describe_part(weights, part, read_json(beside, ModelFileError))
+            return weights, describe_part(weights, part, read_config(beside))
         except ModelFileError as error:
             log.warning("ChromaKit: '%s' is not read with the config.json beside it: %s", path.name, error)
     return weights, _with_what_tensors_hide(component, spec, part, weights)
@@ -201,9 +201,7 @@ def _with_what_tensors_hide(component: Component, spec: ModelSpec, part: Part, w
     folder = flavour(spec.flavour).folder
     if folder is None:
         return component
-    published = {
-        k: v for k, v in read_json(folder / part / "config.json", ModelFileError).items() if not k.startswith("_")
-    }
+    published = {k: v for k, v in read_config(folder / part / "config.json").items() if not k.startswith("_")}
     inferred = component.config
     if all(inferred[k] == _plain(published[k]) for k in inferred if k in published and k not in INVISIBLE):
         return describe_part(weights, part, {**inferred, **{k: published[k] for k in INVISIBLE if k in published}})
@@ -212,6 +210,14 @@ def _with_what_tensors_hide(component: Component, spec: ModelSpec, part: Part, w
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json. Raises ModelFileError."""
+    value = read_json(path, ModelFileError)
+    if not isinstance(value, dict):
+        raise ModelFileError(f"'{path}' should hold a JSON object, but holds a {type(value).__name__}.")
+    return value
 
 
 def transformer_outline(spec: ModelSpec) -> ChromaTransformer:

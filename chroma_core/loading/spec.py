@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from ..errors import ConfigError
-from ..model.flavours import flavour
-from ..model.precision import precision
+from ..model.flavours import FLAVOURS, flavour
+from ..model.precision import PRECISIONS, precision
+from ..options import Option
 
 Offload = Literal["none", "model", "block"]
 """`none` keeps every loaded component on the device. `model` lets T5, transformer and VAE take turns there and keeps
@@ -25,30 +26,68 @@ LoraMode = Literal["live", "merged"]
 class ModelSpec:
     """Which weights, and how to hold them in memory.
 
-    flavour: published weights, and the defaults of size, steps and guidance.
-    folder: a whole model in diffusers layout instead of the published one.
-    transformer, text_encoder, vae, tokenizer: one part from a file or a component folder; goes before `folder`.
-    revision: a commit or branch on the Hub instead of the flavour's pinned one.
-    precision, text_precision: of the transformer and of T5; see `precision`.
-    resident_blocks: with offload `block`, how many blocks are on the device at a time, at least 2: the one at work and
-        the next.
-    offload_during_startup: cast and quantise in the computer's memory, so that only finished weights reach the device.
-    quantised_folder: where the quantised weights are kept for a faster next start; None: nowhere.
+    transformer, text_encoder, vae, tokenizer go before `folder`, and that before the flavour's published weights.
+    precision, text_precision: see `precision`. resident_blocks: at least 2, the block at work and the next one.
     """
 
-    flavour: str = "base"
-    folder: str | None = None
-    precision: str = "bf16"
-    text_precision: str = "bf16"
-    offload: Offload = "none"
-    transformer: str | None = None
-    text_encoder: str | None = None
-    tokenizer: str | None = None
-    vae: str | None = None
-    revision: str | None = None
-    resident_blocks: int = 2
-    offload_during_startup: bool = False
-    quantised_folder: str | None = None
+    flavour: Annotated[
+        str,
+        Option(
+            "base: balanced, the one to train on. hd: finer detail. flash: few steps, no guidance. tiny: a miniature "
+            "that ships with the pack and generates coloured shapes at 64 pixels, to try everything with.",
+            choices=tuple(FLAVOURS),
+        ),
+    ] = "base"
+    folder: Annotated[
+        str | None,
+        Option("A whole model in diffusers layout instead of the flavour's published weights.", advanced=True),
+    ] = None
+    precision: Annotated[
+        str,
+        Option(
+            "How the transformer's weights are held. int8 and fp8 take half the memory of bf16, int4 and nf4 a "
+            "quarter. A name with a dash needs the library it ends in. See docs/precision.md.",
+            choices=tuple(PRECISIONS),
+        ),
+    ] = "bf16"
+    text_precision: Annotated[
+        str, Option("The same choice for the T5 text encoder.", choices=tuple(PRECISIONS), advanced=True)
+    ] = "bf16"
+    offload: Annotated[
+        Offload,
+        Option(
+            "none: every loaded part stays on the GPU. model: text encoder, transformer and VAE take turns there. "
+            "block: the same, and only a few of the transformer's blocks are on the GPU at a time; slower, for the "
+            "smallest GPUs. The image is the same.",
+            advanced=True,
+        ),
+    ] = "none"
+    transformer: Annotated[str | None, Option("The transformer from a file or a component folder.")] = None
+    text_encoder: Annotated[str | None, Option("The T5 text encoder from a file or a component folder.")] = None
+    tokenizer: Annotated[str | None, Option("The tokenizer from a component folder.")] = None
+    vae: Annotated[str | None, Option("The VAE from a file or a component folder.")] = None
+    revision: Annotated[str | None, Option("A commit or branch on the Hub. Unset: the pinned one.")] = None
+    resident_blocks: Annotated[
+        int,
+        Option(
+            "With offload block: how many of the transformer's blocks are on the GPU at a time. More is faster; the "
+            "real model has 57.",
+            least=2,
+            most=64,
+            advanced=True,
+        ),
+    ] = 2
+    offload_during_startup: Annotated[
+        bool,
+        Option(
+            "Cast and quantise in RAM, so that only finished weights reach the GPU. Slower to load; for when loading "
+            "itself runs out of GPU memory.",
+            advanced=True,
+        ),
+    ] = False
+    quantised_folder: Annotated[
+        str | None, Option("A folder that keeps quantised weights for a faster next start.", advanced=True)
+    ] = None
 
     def __post_init__(self) -> None:
         flavour(self.flavour)

@@ -24,8 +24,8 @@ class MemoryEstimate:
     """Bytes, by what they are for, and the settings to choose on the machine at hand.
 
     text_encoder_bytes: T5's weights. lora_bytes, optimizer_bytes: what is trained (fp32) and the optimizer's state.
-    activation_bytes: a training step's working memory. The peaks are of the device; host_peak_bytes is the computer's
-    memory while loading and sampling, files that are only mapped not counted.
+    activation_bytes: a training step's working memory. The peaks are of the device; host_peak_bytes is RAM
+    while loading and sampling. Files are read tensor by tensor, never mapped; the system's file cache is not counted.
     """
 
     transformer_parameters: int
@@ -81,7 +81,7 @@ def estimate(
         resident_blocks: with offload `block`, blocks on the device.
         optimizer: a name from `trained.OPTIMIZERS`.
         adapter, lokr_factor, ema, text_tokens, trained_parameters: see `plan.Settings`.
-        target: the LoRA's target, see `lora.targets`.
+        target: the LoRA's target, see `lora.settings`.
         on: the machine to recommend settings for; None: this one.
     Raises:
         ConfigError, PrecisionError: an unknown name or an impossible number.

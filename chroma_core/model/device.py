@@ -34,7 +34,7 @@ def memory_in_use(device: torch.device | str) -> dict[str, int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device, or the machine, has no memory left."""
+    """Whether an error means that a device, or the RAM, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()

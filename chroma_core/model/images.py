@@ -1,4 +1,4 @@
-"""Latents to pictures and back, and the cheap preview of a picture that is still being sampled."""
+"""Latents to images and back, and the cheap preview of an image that is still being sampled."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .latents import LatentFormat
 _PROBE_SIZE = 64
 
 LATENTS_SUFFIX = ".latent"
-"""Latents beside a picture, in the layout of the host's Save Latent, so that its Load Latent opens them."""
+"""Latents beside an image, in the layout of ComfyUI's Save Latent, so that its Load Latent opens them."""
 
 RECORD_KEY = "chromakit"
-"""The PNG text chunk that holds, as JSON, everything needed to sample the picture again."""
+"""The PNG text chunk that holds, as JSON, everything needed to sample the image again."""
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
@@ -38,7 +38,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 def to_pictures(pixels_BCHW: Tensor) -> list[Image.Image]:
     """[B, 3, H, W] in −1..1 → pictures, clipped and rounded down to 8 bits.
 
-    Down, as the host's VAE Decode and Save Image do it (clamp((x + 1) / 2) · 255, decimals cut off): a preview must
+    Down, as ComfyUI's VAE Decode and Save Image do it (clamp((x + 1) / 2) · 255, decimals cut off): a preview must
     equal, to the pixel, what the nodes save.
     """
     unit = ((pixels_BCHW.float().cpu() + 1) / 2).clamp(0, 1)
@@ -92,7 +92,7 @@ def png_bytes(picture: Image.Image, record: dict[str, Any]) -> bytes:
 def latents_bytes(latents_1CHW: Tensor, format_: LatentFormat) -> bytes:
     """A latents file of one row of the transformer's space: fp32, in the VAE's space as LATENT links carry it."""
     z = format_.to_vae(latents_1CHW.float()).cpu().contiguous()
-    # The empty tensor says that the numbers are not scaled, as older files of the host's are.
+    # The empty tensor says that the numbers are not scaled, as older files of ComfyUI's are.
     return safetensors_bytes({"latent_tensor": z, "latent_format_version_0": torch.zeros(0)}, {"format": "pt"})
 
 

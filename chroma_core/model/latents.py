@@ -17,7 +17,7 @@ PATCH = 2
 """Latent rows and columns that one image token covers."""
 
 MIN_SIZE, MAX_SIZE = 32, 4096
-"""Pixels a side that a picture may have, after flooring."""
+"""Pixels a side that an image may have, after flooring."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def snap_size(width: int, height: int, multiple: int = 32) -> tuple[int, int]:
     for name, value in (("width", width), ("height", height)):
         if not MIN_SIZE <= value <= MAX_SIZE or value < multiple:
             raise ConfigError(
-                f"The picture's {name} is {value} pixels; it must be between {max(MIN_SIZE, multiple)} and {MAX_SIZE}. "
+                f"The image's {name} is {value} pixels; it must be between {max(MIN_SIZE, multiple)} and {MAX_SIZE}. "
                 f"Sizes are floored to a multiple of {multiple}, so 1000 becomes {1000 // multiple * multiple}."
             )
     return width // multiple * multiple, height // multiple * multiple

@@ -17,7 +17,7 @@ N modulation vectors.
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,10 +67,16 @@ class KeyMaskedAttention:
 class ChromaTransformer(ChromaTransformer2DModel):
     """Chroma's transformer: configuration, module names and weights as in diffusers' `ChromaTransformer2DModel`."""
 
+    if TYPE_CHECKING:  # what diffusers' decorators hide from a checker
+        config: Any
+
+        def to(self, *args: Any, **kwargs: Any) -> ChromaTransformer: ...
+
     checkpointing_interval: int = 1
     """With gradient checkpointing every n-th block is recomputed, n ≥ 1: more memory and less time the larger it is."""
 
-    @functools.wraps(ChromaTransformer2DModel.__init__)  # `from_config` reads the names of the arguments
+    # `from_config` reads the names of the arguments; to a checker `wraps` would hide `self`.
+    @cast(Any, functools.wraps(ChromaTransformer2DModel.__init__))
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # Its buffer is rounded by every cast and left behind by a build on the meta device; `modulation` needs none.

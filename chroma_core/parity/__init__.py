@@ -1,31 +1,28 @@
-"""Do the runtimes paint the same picture, and if not, which number makes the difference?
+"""Do the runtimes sample the same image, and if not, which number makes the difference?
 
-case.py        what is painted            painted.py     what came out, and how two of them differ
-runtimes.py    paint it in this process, through the command line, through diffusers
-comfyui.py     … through the nodes, in a real ComfyUI
+case.py        what is sampled, what came out, and how two results differ
+runtimes.py    sample it in this process, by the command line, by diffusers, by the nodes in a real ComfyUI
 preview.py     … as the trainer's preview showed it
-factors.py     one picture again with one number changed at a time
-report.py      pairs and factors as a table, as JSON, and side by side
+report.py      pairs of runtimes, and one number changed at a time: as a table, as JSON, and side by side
 """
 
-from .case import Case, NotRun
-from .factors import FactorKind, vary
-from .painted import Difference, Painted, compare
+from .case import Case, Difference, NotRun, Sampled, compare
 from .preview import read_preview, train_briefly
-from .report import Report, side_by_side
-from .runtimes import in_process, through_command_line, through_diffusers
+from .report import FactorKind, Report, side_by_side, vary
+from .runtimes import in_process, through_comfyui, through_command_line, through_diffusers
 
 __all__ = [
     "Case",
     "Difference",
     "FactorKind",
     "NotRun",
-    "Painted",
     "Report",
+    "Sampled",
     "compare",
     "in_process",
     "read_preview",
     "side_by_side",
+    "through_comfyui",
     "through_command_line",
     "through_diffusers",
     "train_briefly",

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ..comfy.server import PACK
 from ..errors import ConfigError, JobError
+from ..files import read_json
 from ..loading.load import Device
 from ..loading.spec import LoraUse, ModelSpec
 from ..model.images import LATENTS_SUFFIX, read_record
 from ..sampling.recipe import Recipe
 from ..sampling.sampler import SamplingSettings
-from ..training.config.config import TrainingConfig
+from ..training.config import TrainingConfig
 from ..training.jobs.blocking import run_job
 from ..training.run.checkpoint import step_name
-from ..training.run.trainees import AdapterTrainee
-from .case import Case, NotRun
-from .painted import Painted
+from ..training.run.trained import AdapterTraining
+from .case import Case, NotRun, Sampled
 
 EXAMPLE = PACK / "example_datasets" / "sks_emblem"
 
 
-def read_preview(picture: Path) -> tuple[Case, Painted]:
-    """A training preview as it was shown, and the case that paints it again with the LoRA of its step.
+def read_preview(picture: Path) -> tuple[Case, Sampled]:
+    """A training preview as it was shown, and the case that samples it again with the LoRA of its step.
 
     Args:
         picture: `samples/step-000100-0.png` in a job's folder.
@@ -36,12 +35,12 @@ def read_preview(picture: Path) -> tuple[Case, Painted]:
         raise ConfigError(
             f"'{picture}' is no training preview: it has no record of one. Give a step-….png of a job's samples folder."
         )
-    painted = Painted.read(picture, picture.with_suffix(LATENTS_SUFFIX))
-    return Case.from_record(record, _loras_of(picture.parent.parent, record["step"])), painted
+    shown = Sampled.read(picture, picture.with_suffix(LATENTS_SUFFIX))
+    return Case.from_record(record, _loras_of(picture.parent.parent, record["step"])), shown
 
 
 def last_preview(job: Path) -> Path:
-    """The first picture of the newest previews in a job's folder whose LoRA was kept. Raises JobError."""
+    """The first image of the newest previews in a job's folder whose LoRA was kept. Raises JobError."""
     steps = sorted((job / "samples").glob("step-*-0.png"), reverse=True)
     for path in steps:
         if _checkpoint(job, int(path.stem.split("-")[1])).is_file():
@@ -53,18 +52,18 @@ def last_preview(job: Path) -> Path:
 
 
 def _checkpoint(job: Path, step: int) -> Path:
-    return job / "checkpoints" / step_name(step) / AdapterTrainee.weights_file
+    return job / "checkpoints" / step_name(step) / AdapterTraining.weights_file
 
 
 def _loras_of(job: Path, step: int) -> tuple[LoraUse, ...]:
     path = _checkpoint(job, step)
     if path.is_file():
         return (LoraUse(str(path)),)
-    config = json.loads((job / "job.json").read_text(encoding="utf-8"))["config"]
+    config = read_json(job / "job.json")["config"]
     if config.get("full"):
         raise NotRun(
-            "The job trains the model itself, not a LoRA. Paint the preview's prompt with the model file that it "
-            "wrote, and compare the pictures."
+            "The job trains the model itself, not a LoRA. Generate the preview's prompt with the model file "
+            "that it wrote, and compare the images."
         )
     if step == 0 and not config["lora"].get("start_from"):
         return ()  # a LoRA that has learnt nothing adds nothing
@@ -86,7 +85,7 @@ def train_briefly(
     device: Device,
     steps: int = 20,
 ) -> Path:
-    """Train for a moment on the bundled pictures; returns the preview that the job made at its end.
+    """Train for a moment on the bundled dataset; returns the preview that the job made at its end.
 
     It is a whole job of the real trainer, so its preview is what a user's would be. Raises JobError when it fails.
     """

@@ -1,16 +1,22 @@
-"""What was compared: the pairs of runtimes, the factors by how far they move the picture; in words and side by side."""
+"""What was compared: pairs of runtimes, and one image with one number changed at a time; as a table, JSON and a sheet.
+
+The factors (`vary`) say which number moves the image, and by how much.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import ConfigError
-from .case import Case, NotRun
-from .factors import Factor
-from .painted import Difference, Painted, compare
+from ..model.precision import PRECISIONS
+from ..sampling.recipe import RECIPES, StateDtype, TextAttention
+from ..sampling.schedule import Spacing
+from ..sampling.solvers import Method
+from .case import Case, Difference, NotRun, Sampled, compare
 
 PAIRS = (
     ("preview", "cli"),
@@ -24,17 +30,102 @@ PAIRS = (
 """The runtimes that are compared. `core` is this process; `diffusers_float_mask` is its pipeline as it ships."""
 
 SAME_SAMPLER = {"preview", "cli", "node", "core"}
-"""The runtimes that must paint the same picture."""
+"""The runtimes that must give the same image."""
 
 TOLERANCE = 0.01
 """The mean difference of their latents that may be rounding: keeping tiny's latents in bf16 moves them by .007."""
 
 _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 
+FactorKind = Literal["recipe", "schedule", "guidance", "lora", "precision", "size", "seed"]
+"""`seed` is the yardstick: how far apart two images of one prompt are that have nothing else in common."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One change: what it is called, and the case that it makes."""
+
+    kind: FactorKind
+    name: str
+    case: Case
+
+
+def vary(case: Case, kinds: tuple[FactorKind, ...] = get_args(FactorKind)) -> Iterator[Factor]:
+    """The cases that differ from `case` in one number, those that would be the same left out."""
+    makers = {
+        "recipe": _recipes,
+        "schedule": _schedules,
+        "guidance": _guidance,
+        "lora": _loras,
+        "precision": _precisions,
+        "size": _sizes,
+        "seed": lambda case: [("another seed", _set(case, seed=case.settings.seed + 1))],
+    }
+    for kind in kinds:
+        for name, changed in makers[kind](case):
+            if changed != case:
+                yield Factor(kind, name, changed)
+
+
+def _set(case: Case, **settings: Any) -> Case:
+    return replace(case, settings=replace(case.settings, **settings))
+
+
+def _recipes(case: Case) -> list[tuple[str, Case]]:
+    found = [(f"recipe {name}", replace(case, recipe=recipe)) for name, recipe in RECIPES.items()]
+
+    def field(name: str, value: Any) -> tuple[str, Case]:
+        return f"{name} {value}", replace(case, recipe=case.recipe.override({name: value}))
+
+    found += [field("text_attention", value) for value in get_args(TextAttention)]
+    found += [field("visible_padding", value) for value in (0, 1)]
+    for name in ("noise_dtype", "time_dtype", "latents_dtype"):
+        found += [field(name, value) for value in get_args(StateDtype) if value != "model"]
+    return found
+
+
+def _schedules(case: Case) -> list[tuple[str, Case]]:
+    steps = case.settings.steps
+    found = [(f"{count} steps", _set(case, steps=count)) for count in (max(1, steps // 2), 2 * steps)]
+    found += [(f"method {method}", _set(case, method=method)) for method in get_args(Method)]
+    found += [(f"spacing {spacing}", _set(case, spacing=spacing)) for spacing in get_args(Spacing)]
+    found += [(f"flow shift {shift}", _set(case, flow_shift=shift)) for shift in ("dynamic", "none", 3.0)]
+    return [*found, ("tail bias 0.5", _set(case, tail_bias=0.5))]
+
+
+def _guidance(case: Case) -> list[tuple[str, Case]]:
+    value = case.settings.guidance
+    # Some pipelines count the guidance from 0: their g is our g − 1.
+    found = [(f"guidance {value + change:g}", _set(case, guidance=value + change)) for change in (-1, 1)]
+    return [*found, ("negative ignored", replace(case, negative=""))]
+
+
+def _loras(case: Case) -> list[tuple[str, Case]]:
+    if not case.loras:
+        return []
+    found = [(f"LoRA {mode}", case.with_loras(mode=mode)) for mode in ("live", "merged")]
+    changed = [replace(use, strength=round(0.9 * use.strength, 6)) for use in case.loras]
+    return [
+        *found,
+        ("LoRA at 90 % strength", replace(case, loras=tuple(changed))),
+        ("no LoRA", replace(case, loras=())),
+    ]
+
+
+def _precisions(case: Case) -> list[tuple[str, Case]]:
+    own = [name for name, chosen in PRECISIONS.items() if not chosen.library]
+    found = [(f"precision {name}", replace(case, spec=replace(case.spec, precision=name))) for name in own]
+    return found + [(f"T5 in {name}", replace(case, spec=replace(case.spec, text_precision=name))) for name in own]
+
+
+def _sizes(case: Case) -> list[tuple[str, Case]]:
+    """A size that is floored away changes nothing: that is worth seeing too."""
+    return [("16 pixels wider, before flooring", replace(case, width=case.width + 16))]
+
 
 @dataclass
 class Report:
-    """Filled by `add`, `add_pairs` and `add_factor`; pictures are kept for the sheet."""
+    """Filled by `add`, `add_pairs` and `add_factor`; images are kept for the sheet."""
 
     case: Case
     comparisons: list[Difference] = field(default_factory=list)
@@ -42,26 +133,26 @@ class Report:
     not_run: dict[str, str] = field(default_factory=dict)
     pictures: dict[str, Image.Image] = field(default_factory=dict)
 
-    def add_pairs(self, painted: dict[str, Painted | NotRun]) -> None:
-        """Compare those of `PAIRS` that were both painted; say of the others why not."""
+    def add_pairs(self, sampled: dict[str, Sampled | NotRun]) -> None:
+        """Compare those of `PAIRS` that were both sampled; say of the others why not."""
         for a, b in PAIRS:
-            first, second = painted.get(a), painted.get(b)
+            first, second = sampled.get(a), sampled.get(b)
             if first is None or second is None:
                 continue
             pair = f"{a}-{b}"
             reason = next((str(p) for p in (first, second) if isinstance(p, NotRun)), None)
-            if isinstance(first, Painted) and isinstance(second, Painted):
+            if isinstance(first, Sampled) and isinstance(second, Sampled):
                 self.comparisons.append(compare(pair, first, second))
             elif reason is not None:
                 self.not_run[pair] = reason
-        self.pictures.update({name: p.picture for name, p in painted.items() if isinstance(p, Painted)})
+        self.pictures.update({name: p.image for name, p in sampled.items() if isinstance(p, Sampled)})
 
-    def add_factor(self, factor: Factor, base: Painted, changed: Painted | NotRun) -> None:
+    def add_factor(self, factor: Factor, base: Sampled, changed: Sampled | NotRun) -> None:
         """One row of the table of factors."""
-        if isinstance(changed, Painted):
+        if isinstance(changed, Sampled):
             try:
                 self.factors.append((factor, compare(factor.name, base, changed)))
-                self.pictures[factor.name] = changed.picture
+                self.pictures[factor.name] = changed.image
                 return
             except ConfigError as error:
                 changed = NotRun(str(error))
@@ -69,7 +160,7 @@ class Report:
 
     @property
     def same_picture(self) -> bool | None:
-        """Whether preview, command line and nodes agree, as far as they were painted; None when no two of them were."""
+        """Whether preview, command line and nodes agree, as far as they were sampled; None when no two of them were."""
         ours = self._ours()
         return all(difference.mean_abs_diff <= TOLERANCE for difference in ours) if ours else None
 
@@ -78,12 +169,12 @@ class Report:
         ours = self._ours()
         pairs = [difference.pair for difference in ours if difference.mean_abs_diff > TOLERANCE]
         if not ours:
-            return "Nothing was compared: no two of preview, command line and nodes were painted."
+            return "Nothing was compared: no two of preview, command line and nodes were sampled."
         if pairs:
             return (
-                f"Not the same picture: {', '.join(pairs)} differ by more than rounding (mean |Δ| above {TOLERANCE:g})."
+                f"Not the same image: {', '.join(pairs)} differ by more than rounding (mean |Δ| above {TOLERANCE:g})."
             )
-        return f"The same picture: {', '.join(difference.pair for difference in ours)}."
+        return f"The same image: {', '.join(difference.pair for difference in ours)}."
 
     def _ours(self) -> list[Difference]:
         return [found for found in self.comparisons if SAME_SAMPLER.issuperset(found.pair.split("-"))]
@@ -103,7 +194,7 @@ class Report:
         }
 
     def sorted_factors(self) -> list[tuple[Factor, Difference]]:
-        """What moves the picture most, first."""
+        """What moves the image most, first."""
         return sorted(self.factors, key=lambda row: -row[1].mean_abs_diff)
 
     def table(self) -> str:
@@ -123,7 +214,7 @@ class Report:
         if self.not_run:
             lines += ["", "Not run:", *(f"  {pair}: {reason}" for pair, reason in self.not_run.items())]
         return "\n".join(
-            [*lines, "", "|Δ| is of the latents, whose standard deviation is about 3; PSNR of the pictures."]
+            [*lines, "", "|Δ| is of the latents, whose standard deviation is about 3; PSNR of the images."]
         )
 
 
@@ -139,9 +230,9 @@ def _difference(name: str, found: Difference) -> str:
 
 
 def side_by_side(pictures: dict[str, Image.Image], columns: int = 4, cell: int = 256) -> Image.Image:
-    """Named pictures in a grid, each fitted into a square of `cell` pixels. Raises ConfigError without pictures."""
+    """Named images in a grid, each fitted into a square of `cell` pixels. Raises ConfigError without any."""
     if not pictures:
-        raise ConfigError("There is no picture to show: nothing was painted.")
+        raise ConfigError("There is no image to show: nothing was sampled.")
     columns, line, gap = min(columns, len(pictures)), 34, 8
     font = ImageFont.load_default(12)
     rows = -(-len(pictures) // columns)

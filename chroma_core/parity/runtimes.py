@@ -1,8 +1,9 @@
-"""Three ways to paint a case from here: in this process, through the command line, through diffusers' own pipeline."""
+"""The ways to sample a case: in this process, by the command line, by diffusers' pipeline, by the nodes in ComfyUI."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,21 +14,21 @@ from accelerate import init_empty_weights
 from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from ..comfy.server import PACK
+from ..comfy.graph import Graph, Prompt
+from ..comfy.server import PACK, Host, HostError
 from ..loading.component_cache import ComponentCache
 from ..loading.load import Device, load_text_encoder, load_transformer, load_vae
-from ..model.images import LATENTS_SUFFIX, decode
+from ..model.images import LATENTS_SUFFIX, decode, read_latents
 from ..model.latents import FLUX_LATENTS, LatentFormat, pack, unpack
 from ..model.precision import precision
 from ..sampling.sampler import OnStep, initial_noise, sample
-from .case import Case, NotRun
-from .painted import Painted
+from .case import Case, NotRun, Sampled
 
 TextMask = Literal["boolean", "float"]
 
 
-def in_process(case: Case, components: ComponentCache, device: Device, on_step: OnStep | None = None) -> Painted:
-    """Paint with `components`, as the sampler node and the command line do."""
+def in_process(case: Case, components: ComponentCache, device: Device, on_step: OnStep | None = None) -> Sampled:
+    """Sample with `components`, as the sampler node and the command line do."""
     width, height = case.effective_size
     encoder = components.text_encoder(case.spec, device)
     positive = encoder.encode(case.prompt, case.recipe)
@@ -44,11 +45,11 @@ def in_process(case: Case, components: ComponentCache, device: Device, on_step: 
             on_step=on_step,
         )
     vae = components.vae(case.spec, device)
-    return Painted(LatentFormat.of(vae).to_vae(latents).cpu(), decode(vae, latents)[0])
+    return Sampled(LatentFormat.of(vae).to_vae(latents).cpu(), decode(vae, latents)[0])
 
 
-def through_command_line(case: Case, folder: Path, device: Device) -> Painted:
-    """Paint by `python -m chroma_core sample` in a process of its own; its files go to `folder`.
+def through_command_line(case: Case, folder: Path, device: Device) -> Sampled:
+    """Sample by `python -m chroma_core sample` in a process of its own; its files go to `folder`.
 
     Raises NotRun when the command line fails, with its message.
     """
@@ -60,8 +61,8 @@ def through_command_line(case: Case, folder: Path, device: Device) -> Painted:
     done = subprocess.run(command, cwd=PACK, env=environment, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise NotRun(f"The command line failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    picture = Path(done.stdout.strip().splitlines()[-1])
-    return Painted.read(picture, picture.with_suffix(LATENTS_SUFFIX))
+    image = Path(done.stdout.strip().splitlines()[-1])
+    return Sampled.read(image, image.with_suffix(LATENTS_SUFFIX))
 
 
 def _arguments(case: Case) -> list[str]:
@@ -119,8 +120,8 @@ class _BooleanMask(FluxAttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
 
-def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean") -> Painted:
-    """Paint by diffusers' `ChromaPipeline`: its text encoding, its transformer, its LoRA loader, its guidance.
+def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean") -> Sampled:
+    """Sample by diffusers' `ChromaPipeline`: its text encoding, its transformer, its LoRA loader, its guidance.
 
     Given from here are the weights, the noise, and the noise levels of the case's recipe. All else that the recipe says
     is diffusers' own.
@@ -128,13 +129,13 @@ def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean
     Args:
         text_mask: `float` as diffusers has it, `boolean` as it was meant.
     Raises:
-        NotRun: for a quantised model, another method than Euler, or a LoRA that diffusers does not read.
+        NotRun: for a quantised model, another sampler than Euler's, or a LoRA that diffusers does not read.
     """
     chosen, settings = precision(case.spec.precision), case.settings
     if chosen.quantised:
         raise NotRun(f"diffusers has no counterpart of the precision {case.spec.precision}.")
     if settings.method != "euler" or case.in_parts:
-        raise NotRun("diffusers' pipeline has Euler's method from pure noise only.")
+        raise NotRun("diffusers' pipeline has Euler's sampler from pure noise only.")
     width, height = case.effective_size
     rows, columns = height // FLUX_LATENTS.downscale, width // FLUX_LATENTS.downscale
     tokens = width * height // 256
@@ -165,7 +166,7 @@ def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean
             output_type="latent",
         )
     latents = unpack(packed.images.float(), rows, columns)
-    return Painted(LatentFormat.of(vae).to_vae(latents).cpu(), decode(vae, latents)[0])
+    return Sampled(LatentFormat.of(vae).to_vae(latents).cpu(), decode(vae, latents)[0])
 
 
 def _diffusers_transformer(case: Case, device: Device, text_mask: TextMask) -> ChromaTransformer2DModel:
@@ -191,3 +192,65 @@ def _load_loras(pipeline: ChromaPipeline, case: Case) -> None:
             pipeline.set_adapters(names, [use.strength for use in case.loras])
     except Exception as error:  # whatever PEFT makes of a file that it does not know
         raise NotRun(f"diffusers does not load the LoRA ({type(error).__name__}: {error}).") from error
+
+
+def through_comfyui(case: Case, host: Host) -> Sampled:
+    """Sample with Chroma Load Model, Text Encode, Apply LoRA and Sampler, and ComfyUI's Save Latent.
+
+    The LoRAs are copied into the server's folder (it is one of our own). Raises NotRun for a case that the nodes cannot
+    be given, or that fails there.
+    """
+    names = []
+    for i, use in enumerate(case.loras):
+        target = host.base / "models" / "loras" / f"parity-{i}-{Path(use.path).name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(use.path, target)
+        names.append(target.name)
+    try:
+        history = host.run(api_prompt(case, names), timeout=24 * 3600)
+    except HostError as error:  # refused, failed, or the server went away
+        raise NotRun(f"ComfyUI did not sample it: {getattr(error, 'exception_message', '') or error}") from error
+    (saved,) = history["outputs"]["latents"]["latents"]
+    return Sampled(read_latents(host.view(saved)), host.images(history)[0])
+
+
+def api_prompt(case: Case, loras: list[str]) -> Prompt:
+    """The case as an API-format prompt; `loras` are the names that ComfyUI knows its LoRAs by."""
+    spec, settings = case.spec, case.settings
+    local = [part for part in (spec.folder, spec.transformer, spec.text_encoder, spec.tokenizer, spec.vae) if part]
+    if local:
+        raise NotRun(f"The model is '{local[0]}', which lies outside the folders of the ComfyUI that is started here.")
+    if case.in_parts:
+        raise NotRun("The comparison starts from pure noise and runs the whole schedule.")
+    recipe, overrides = case.recipe_words
+    shift = settings.flow_shift
+    constant = isinstance(shift, float)
+    graph = Graph()
+    loader = graph.add(
+        "load",
+        "ChromaLoadModel",
+        flavour=spec.flavour,
+        precision=spec.precision,
+        text_precision=spec.text_precision,
+        offload=spec.offload,
+        resident_blocks=spec.resident_blocks,
+    )
+    model = loader[0]
+    for i, (use, name) in enumerate(zip(case.loras, loras, strict=True)):
+        model = graph.add_lora(i, model, name, use.strength, use.mode)
+    widgets = {
+        "seed": settings.seed,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "tail_bias": settings.tail_bias,
+        "flow_shift": "recipe" if shift is None else "constant" if constant else shift,
+        "flow_shift_value": shift if constant else 1.0,
+        "method": settings.method,
+        "denoise": 1.0,
+        "spacing": settings.spacing,
+        "recipe": recipe,
+        "recipe_overrides": ", ".join(f"{field}={value}" for field, value in overrides.items()),
+    }
+    sampler = graph.add_image(model, loader, case.prompt, case.negative, case.effective_size, widgets, "parity")
+    graph.add("latents", "SaveLatent", samples=sampler[0], filename_prefix="parity")
+    return graph.prompt

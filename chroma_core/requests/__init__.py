@@ -1,1 +1,1 @@
-"""Inference requests: one JSON value that says what to paint, for the command line and for the host."""
+"""Inference requests: one JSON value that says what to generate, for the command line and for ComfyUI."""

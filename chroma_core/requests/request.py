@@ -1,4 +1,6 @@
-"""The inference request: its fields and limits, and the pictures that it asks for with everything decided.
+"""The inference request: its fields and limits, and the images that it asks for with everything decided.
+
+`mistakes` says what is wrong with it, as one paragraph: each field, what was found there, what it may be.
 
 The names and the defaults are those of ai-toolkit-inference (`POST /v1/inference`), whose requests work unchanged. What
 we do otherwise, and the fields that are ours, are listed in docs/requests.md.
@@ -6,16 +8,18 @@ we do otherwise, and the fields that are ours, are listed in docs/requests.md.
 
 from __future__ import annotations
 
+import difflib
+import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AllowInfNan, Field, Strict, ValidationError, field_validator
+from pydantic import AllowInfNan, BaseModel, Field, Strict, ValidationError, field_validator
 from typing_extensions import Self
 
 from ..data.settings import Settings
-from ..errors import ChromaKitError, PromptError
+from ..errors import ChromaKitError, ConfigError, PromptError
 from ..loading.spec import LoraMode, Offload
 from ..model.flavours import FLAVOURS, Flavour, flavour
 from ..model.latents import snap_size
@@ -23,7 +27,6 @@ from ..model.precision import precision
 from ..sampling.recipe import recipe
 from ..sampling.sampler import SamplingSettings
 from ..sampling.text import TRIGGER, apply_trigger
-from .mistakes import kind, mistakes, read_json, short, unusable
 
 MODEL_ID = "chroma"
 """What the reference calls Chroma1-Base."""
@@ -48,7 +51,7 @@ Number = Annotated[float, Strict(), AllowInfNan(False)]
 
 
 class RequestPrompt(Settings):
-    """One picture. What is left out is the model's default; without a seed it is the request's seed + its place."""
+    """One image. What is left out is the model's default; without a seed it is the request's seed + its place."""
 
     prompt: Text
     width: Whole | None = Field(default=None, ge=64, le=4096)
@@ -61,17 +64,17 @@ class RequestPrompt(Settings):
 
 
 class RequestLora(Settings):
-    """One LoRA. `path` is a name in the host's LoRA folders; on the command line a file, relative to the request's."""
+    """One LoRA. `path` is a name in ComfyUI's LoRA folders; on the command line a file, relative to the request's."""
 
     path: Name
     network_multiplier: Number = Field(default=1.0, ge=-2, le=2)
 
 
 class InferenceRequest(Settings):
-    """What to paint with which model and LoRAs. All fields from `seed` on are ours.
+    """What to generate with which model and LoRAs. All fields from `seed` on are ours.
 
     seed: of the prompts that have none; prompt i gets seed + i.
-    folder, transformer, text_encoder, vae: files instead of the published ones; names in the host's model folders, on
+    folder, transformer, text_encoder, vae: files instead of the published ones; names in ComfyUI's model folders, on
         the command line paths relative to the request's file.
     """
 
@@ -118,7 +121,7 @@ class InferenceRequest(Settings):
     @classmethod
     def read(cls, text: str | bytes) -> Self:
         """`parse` of a JSON text. Raises ConfigError, also for a key that stands twice in one object."""
-        return cls.parse(read_json(text))
+        return cls.parse(_read_json(text))
 
     @property
     def flavour(self) -> Flavour:
@@ -126,7 +129,7 @@ class InferenceRequest(Settings):
         return FLAVOURS["base" if self.model == MODEL_ID else self.model]
 
     def pictures(self, random_seed: Callable[[], int] = lambda: secrets.randbelow(2**32)) -> list[PlannedPicture]:
-        """Every picture with everything decided; random seeds are drawn anew at each call.
+        """Every image with everything decided; random seeds are drawn anew at each call.
 
         Raises ConfigError for `[trigger]` without a trigger word, naming the field.
         """
@@ -169,7 +172,7 @@ class InferenceRequest(Settings):
 
 @dataclass(frozen=True)
 class PlannedPicture:
-    """One picture of a request with everything decided: texts with the trigger word in them, size as painted."""
+    """One image of a request with everything decided: texts with the trigger word in them, size as sampled."""
 
     prompt: str
     neg: str
@@ -186,3 +189,95 @@ class PlannedPicture:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, under the request's own names."""
         return asdict(self)
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text in quotes",
+    "tuple_type": "a list",
+    "model_type": "a JSON object",
+    "model_attributes_type": "a JSON object",
+    "finite_number": "a finite number",
+}
+
+
+def unusable(why: str) -> ConfigError:
+    """The error of a request that cannot be carried out."""
+    return ConfigError(f"The request cannot be used: {why}.")
+
+
+def _read_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ConfigError for what is no JSON, and for a key that stands twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise unusable(f"it is not valid JSON ({error})") from error
+
+
+def mistakes(error: ValidationError, model: type[BaseModel], items: Mapping[str, type[BaseModel]]) -> list[str]:
+    """A line for every mistake; `items` are the models of the lists in `model`, by field."""
+    details = error.errors()
+    found = []
+    for detail in details:
+        loc = detail["loc"]
+        # A list with a wrong item also counts as too short, by that item.
+        if detail["type"] == "too_short" and any(len(d["loc"]) > len(loc) and d["loc"][0] == loc[0] for d in details):
+            continue
+        found.append(_line(detail, items[str(loc[0])] if len(loc) > 1 and loc[0] in items else model))
+    return found
+
+
+def _line(detail: Any, model: type[BaseModel]) -> str:
+    loc, kind_ = detail["loc"], detail["type"]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    if kind_ == "extra_forbidden":
+        known = list(model.model_fields)
+        near = difflib.get_close_matches(str(loc[-1]), known, 1, cutoff=0.55)  # "steps" for "sample_steps" is .59
+        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        return f"{where} is not a known field ({meant})"
+    if kind_ == "missing":
+        return f"{where} is missing; it is required"
+    if kind_ == "too_long":
+        return f"{where} has {detail['ctx']['actual_length']} items; at most {detail['ctx']['max_length']} are allowed"
+    if kind_ == "too_short":
+        return f"{where} is empty; give at least one"
+    if kind_ == "string_too_short":
+        return f"{where} is an empty text; it must not be"
+    if kind_ == "string_too_long":
+        return f"{where} has {len(detail['input'])} characters; at most {detail['ctx']['max_length']} are allowed"
+    found = f"{where} is {short(detail['input'])}"
+    if kind_ in _EXPECTED:
+        return f"{found}, and must be {_EXPECTED[kind_]}"
+    if kind_ in ("greater_than_equal", "less_than_equal"):
+        return f"{found}, and must be {_range(model, str(loc[-1]))}"
+    message = detail["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{found}: {message[0].lower()}{message[1:]}"
+
+
+def _range(model: type[BaseModel], field: str) -> str:
+    metadata = model.model_fields[field].metadata
+    low = next(limit.ge for limit in metadata if hasattr(limit, "ge"))
+    high = next(limit.le for limit in metadata if hasattr(limit, "le"))
+    return f"between {low} and {high}"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object; only one of them would count")
+    return value
+
+
+def short(value: Any) -> str:
+    """A value as it is quoted in a message."""
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | type(None)) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def kind(data: Any) -> str:
+    """What a JSON value is."""
+    kinds = {list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return kinds.get(type(data), "null")

@@ -1,4 +1,4 @@
-"""Carries out a request without a host: one load for all its prompts, a PNG for each picture."""
+"""Carries out a request without ComfyUI: one load for all its prompts, a PNG for each image."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from ..lora.files import read_lora
 from ..model.flavours import flavour
 from ..model.images import decode, png_bytes
 from ..sampling.recipe import recipe
-from ..sampling.sampler import sample
+from ..sampling.sampler import image_record, sample
 from ..sampling.text import TextCondition
-from .mistakes import unusable
-from .request import InferenceRequest, PlannedPicture
+from .request import InferenceRequest, unusable
 
 PARTS = ("folder", "transformer", "text_encoder", "vae")
 
 OnStep = Callable[[int, int, int], object]
-"""Called with (picture, counted from 0; steps done; steps) after every step."""
+"""Called with (image, counted from 0; steps done; steps) after every step."""
 
 
 def model_spec(request: InferenceRequest, path_of: Callable[[str, str], str]) -> ModelSpec:
@@ -77,10 +76,10 @@ def run_request(
     output: Path,
     on_step: OnStep = lambda picture, done, steps: None,
 ) -> dict[str, Any]:
-    """Paint a request into `output`, and return what was made, as JSON: `docs/requests.md` says which fields.
+    """Generate a request's images into `output`, and return what was made (fields: `docs/requests.md`).
 
     The cache decides what is loaded: a second request with the same model loads nothing, whatever its strengths are,
-    unless its LoRAs are merged. Pictures that were finished before an error or an interruption are still written.
+    unless its LoRAs are merged. Images that were finished before an error or an interruption are still written.
     """
     rules, pictures = recipe(request.recipe), request.pictures()
     texts: dict[str, TextCondition] = {}
@@ -106,9 +105,13 @@ def run_request(
                 sampled.append(latents)
     finally:
         for latents, picture in zip(sampled, pictures, strict=False):
-            (painted,) = decode(cache.vae(spec, device), latents)
+            (image,) = decode(cache.vae(spec, device), latents)
             path = free_path(output, f"chroma-{picture.seed}.png")
-            write_atomic(path, png_bytes(painted, _record(picture, request, spec, loras)))
+            record = image_record(
+                picture.prompt, picture.neg, (picture.width, picture.height), picture.settings(), rules, spec.to_dict()
+            )
+            record["loras"] = [use_record(use) for use in loras]
+            write_atomic(path, png_bytes(image, record))
             cut = texts[picture.prompt].truncated
             made.append({"file": str(path), **picture.to_dict(), "truncated_tokens": cut})
     return {
@@ -120,24 +123,8 @@ def run_request(
 
 
 def use_record(use: LoraUse) -> dict[str, Any]:
-    """A LoRA as results and pictures record it: by its file's name."""
+    """A LoRA as results and images record it: by its file's name."""
     return {"path": Path(use.path).name, "network_multiplier": use.strength, "mode": use.mode}
-
-
-def _record(
-    picture: PlannedPicture, request: InferenceRequest, spec: ModelSpec, loras: Sequence[LoraUse]
-) -> dict[str, Any]:
-    """What the PNG says of itself: the same keys as a training preview's."""
-    return {
-        "prompt": picture.prompt,
-        "negative": picture.neg,
-        "width": picture.width,
-        "height": picture.height,
-        "settings": picture.settings().to_dict(),
-        "recipe": recipe(request.recipe).to_dict(),
-        "model": spec.to_dict(),
-        "loras": [use_record(use) for use in loras],
-    }
 
 
 def lora_file(folder: Path, name: str) -> Path:

@@ -1,6 +1,6 @@
-"""The recipe: the numbers, beyond prompt, seed, steps and guidance, that decide a picture.
+"""The recipe: the numbers, beyond prompt, seed, steps and guidance, that decide an image.
 
-Runtimes disagree about them, which is why a LoRA's pictures differ between trainer and user. A recipe is a frozen value
+Runtimes disagree about them, which is why a LoRA's images differ between trainer and user. A recipe is a frozen value
 that previews, the sampler node and the command line share and that every artefact records.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_choice
 from .schedule import FlowShift, parse_flow_shift
 from .solvers import MultistepTime
 
@@ -40,7 +40,7 @@ class Recipe:
     noise_dtype / time_dtype / latents_dtype: what the initial noise is drawn in, the time is rounded to before it is
         embedded, and the latents are kept in between steps; `model` is the transformer's own dtype.
     flow_shift: see `schedule.apply_flow_shift`.
-    size_multiple: pixels that a picture's sides are floored to a multiple of.
+    size_multiple: pixels that an image's sides are floored to a multiple of.
     multistep_time: see `solvers.MultistepTime`; only the method `dpmpp_2m` reads it.
     """
 
@@ -56,8 +56,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; choose one of: {', '.join(known)}.")
+            check_choice(name, getattr(self, name), known)
         if not 0 <= self.visible_padding <= MAX_PADDING:
             raise ConfigError(f"visible_padding is {self.visible_padding}; it must be between 0 and {MAX_PADDING}.")
         if not 16 <= self.size_multiple <= 512 or self.size_multiple % 16:
@@ -67,7 +66,7 @@ class Recipe:
         parse_flow_shift(self.flow_shift)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as written into LoRA headers, pictures and job files."""
+        """Plain values, as written into LoRA headers, images and job files."""
         return asdict(self)
 
     @classmethod

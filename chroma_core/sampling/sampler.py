@@ -1,27 +1,25 @@
 """The one sampler: previews, the sampler node, the command line and the parity check all run `sample`.
 
-Shapes: B pictures, C latent channels, H/W latent rows and columns, L image tokens, D packed channels.
+Shapes: B images, C latent channels, H/W latent rows and columns, L image tokens, D packed channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_choice
 from ..model.latents import FLUX_LATENTS, PATCH, LatentFormat, image_ids, pack, snap_size, unpack
 from ..model.transformer import ChromaTransformer
+from ..options import MAX_SEED, Option
 from .recipe import CANONICAL, Recipe, StateDtype
-from .schedule import FlowShift, sampling_sigmas
+from .schedule import FlowShift, Spacing, sampling_sigmas
 from .solvers import SOLVERS, Method, Velocity
-from .spacing import Spacing
 from .text import TextCondition, batch_conditions
-
-__all__ = ["Method", "SamplingSettings", "StepInfo", "initial_noise", "sample"]
 
 
 @dataclass(frozen=True)
@@ -32,28 +30,87 @@ class SamplingSettings:
     start from have their noise in them already: a run in two parts is the whole run (see `sample`).
     """
 
-    steps: int = 25
-    guidance: float = 4.0
-    seed: int = 42
-    tail_bias: float = 0.0
-    flow_shift: FlowShift | None = None
-    method: Method = "euler"
-    denoise: float = 1.0
-    spacing: Spacing = "linear"
-    start_step: int = 0
-    end_step: int | None = None
-    add_noise: bool = True
+    steps: Annotated[int, Option("20 for a preview, 25 to 32 for quality.", least=1, most=150)] = 25
+    guidance: Annotated[
+        float,
+        Option(
+            "How strongly to follow the prompt. 1 or less: one pass a step, twice as fast (flash).",
+            least=0,
+            most=20,
+            step=0.1,
+        ),
+    ] = 4.0
+    seed: Annotated[
+        int, Option("The noise to start from. Image i of a batch uses seed + i.", least=0, most=MAX_SEED)
+    ] = 42
+    tail_bias: Annotated[
+        float,
+        Option(
+            "0: even steps. Towards 1, steps crowd at both ends: composition and fine detail get more, the middle "
+            "fewer.",
+            least=0,
+            most=1,
+            step=0.05,
+        ),
+    ] = 0.0
+    flow_shift: Annotated[
+        FlowShift | None, Option("dynamic: by resolution. A number: by that. none: no shift. Unset: the recipe's.")
+    ] = None
+    method: Annotated[
+        Method,
+        Option(
+            "euler is what previews use by default. heun is more exact and takes twice as long. dpmpp_2m and unipc are "
+            "more exact at euler's cost: for few steps.",
+            advanced=True,
+        ),
+    ] = "euler"
+    denoise: Annotated[
+        float,
+        Option(
+            "Below 1, start from the latent with that much noise on it instead of from pure noise.",
+            least=0.01,
+            most=1,
+            step=0.01,
+        ),
+    ] = 1.0
+    spacing: Annotated[
+        Spacing,
+        Option(
+            "linear: even steps. beta: more of them at both ends, as ComfyUI's beta scheduler has it.", advanced=True
+        ),
+    ] = "linear"
+    start_step: Annotated[
+        int,
+        Option(
+            "Begin at this step of the schedule. The latent gets as much noise as belongs there.",
+            least=0,
+            most=149,
+            advanced=True,
+        ),
+    ] = 0
+    end_step: Annotated[
+        int | None,
+        Option(
+            "Stop at this step and leave the noise in the latent, for a sampler that goes on. Unset: to the end.",
+            least=0,
+            most=150,
+            advanced=True,
+        ),
+    ] = None
+    add_noise: Annotated[
+        bool,
+        Option("Off: the latent has noise in it already, left by a sampler that stopped at end_step.", advanced=True),
+    ] = True
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise ConfigError(f"The sampling method is {self.method!r}; choose one of: {', '.join(get_args(Method))}.")
+        check_choice("The sampling method", self.method, get_args(Method))
         if not 0 <= self.guidance <= 100:
             raise ConfigError(f"The guidance is {self.guidance}; it must be between 0 and 100 (1 or less: one pass).")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"The seed is {self.seed}; it must be a whole number from 0 to 2^63 − 1.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as recorded beside every picture."""
+        """Plain values, as recorded beside every image."""
         return asdict(self)
 
     def sigmas(self, image_tokens: int, recipe: Recipe = CANONICAL) -> Tensor:
@@ -76,9 +133,29 @@ class SamplingSettings:
         return max(0, end - self.start_step)
 
 
+def image_record(
+    prompt: str, negative: str, size: tuple[int, int], settings: SamplingSettings, recipe: Recipe, model: dict[str, Any]
+) -> dict[str, Any]:
+    """What an image says of itself, as JSON values: everything needed to sample it again (`parity` does).
+
+    Args:
+        size: width and height in pixels.
+        model: `ModelSpec.to_dict()`.
+    """
+    return {
+        "prompt": prompt,
+        "negative": negative,
+        "width": size[0],
+        "height": size[1],
+        "settings": settings.to_dict(),
+        "recipe": recipe.to_dict(),
+        "model": model,
+    }
+
+
 @dataclass(frozen=True)
 class StepInfo:
-    """What a progress callback gets after each step (counted from 1): σ left, and the picture as predicted now."""
+    """What a progress callback gets after each step (counted from 1): σ left, and the image as predicted now."""
 
     step: int
     steps: int
@@ -115,7 +192,7 @@ def sample(
 ) -> Tensor:
     """Sample latents [B, C, H, W] in the transformer's space, fp32, on the transformer's device.
 
-    A run that ends at a σ above 0 returns x/(1−σ), as the host hands on latents with noise left in them; a run that
+    A run that ends at a σ above 0 returns x/(1−σ), as ComfyUI hands on latents with noise left in them; a run that
     starts there from such latents, without adding noise, goes on where it stopped.
 
     Args:
@@ -141,7 +218,7 @@ def sample(
         raise ConfigError("There is nothing to sample: the batch holds no prompt.")
     if start_BCHW is not None and start_BCHW.shape != (B, latent_format.channels, rows, columns):
         raise ConfigError(
-            f"The latents to start from have shape {tuple(start_BCHW.shape)}; for {B} picture(s) of {width}×{height} "
+            f"The latents to start from have shape {tuple(start_BCHW.shape)}; for {B} image(s) of {width}×{height} "
             f"it must be {(B, latent_format.channels, rows, columns)}."
         )
     if sigmas is None:
@@ -188,8 +265,8 @@ def _check_part(levels: list[float], settings: SamplingSettings, start: Tensor |
         )
     if mask is not None:
         raise ConfigError(
-            "A noise mask keeps parts of a clean picture, but without add_noise the latents to start from are noisy. "
-            "Paint masked pictures in one run, or take the mask off."
+            "A noise mask keeps parts of a clean image, but without add_noise the latents to start from are noisy. "
+            "Sample masked images in one run, or take the mask off."
         )
 
 

@@ -13,16 +13,24 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Generator, Tensor
 
-from ..errors import ConfigError
-from .spacing import Spacing, spaced_times
+from ..errors import ConfigError, check_choice
 
 FlowShift = Literal["dynamic", "none"] | float
 """`dynamic` shifts by resolution, a number s shifts by s, `none` leaves the spacing as it is."""
+
+Spacing = Literal["linear", "beta"]
+"""`linear`: even times. `beta`: more of them near both ends, as ComfyUI's scheduler of that name has it."""
 
 SigmaDraw = Literal["logit_normal", "uniform", "chroma"]
 SigmaRemap = Literal["quadratic", "quadratic_split", "none"]
 
 MAX_STEPS = 1000
+
+BETA_SHAPE = 0.6
+"""Both shape parameters of the beta distribution (ComfyUI's default; Lee et al. 2024, "Beta sampling")."""
+
+TABLE_ROWS = 10_000
+"""Rows of ComfyUI's table of noise levels for Flux-like models, to which its `beta` scheduler rounds."""
 
 BIAS_BASE = 8.0
 """The flow shift of a sigma bias of 1. Chroma's own shift at 1024², e^1.15, is a bias of .55."""
@@ -61,6 +69,25 @@ def apply_flow_shift(sigmas: Tensor, shift: FlowShift, image_tokens: int) -> Ten
     return factor * sigmas / (1 + (factor - 1) * sigmas)
 
 
+def spaced_times(steps: int, spacing: Spacing = "linear") -> Tensor:
+    """`steps` times from 1 down, fp64; the 0 that ends a run is not among them.
+
+    `linear` is linspace(1, 1/N, N). `beta` takes the quantiles of Beta(.6, .6) at 1, 1 − 1/N, … 1/N, rounded to
+    ComfyUI's table: t = (rint(9999·q) + 1) / 10000. Where two fall on one row, one is left out, as there; that begins
+    above 500 steps, so there can be fewer than `steps`.
+
+    Raises ConfigError for an unknown spacing.
+    """
+    check_choice("The spacing", spacing, get_args(Spacing))
+    if spacing == "linear":
+        return torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    from scipy.special import betaincinv
+
+    u = 1 - torch.arange(steps, dtype=torch.float64) / steps
+    rows = torch.round(torch.from_numpy(betaincinv(BETA_SHAPE, BETA_SHAPE, u.numpy())) * (TABLE_ROWS - 1))
+    return (torch.unique_consecutive(rows) + 1) / TABLE_ROWS
+
+
 def apply_tail_bias(t: Tensor, bias: float) -> Tensor:
     """Crowd times in [0, 1] towards both ends: t' = (1−b)·t + b·q(t), b in 0..1.
 
@@ -88,7 +115,7 @@ def sampling_sigmas(
     """The noise levels of a sampling run: fp32 on the CPU, [steps + 1], descending, last one 0.
 
     Spacing → tail bias → flow shift → 0. With `denoise` d < 1 the schedule is that of N/d steps, of which the last N
-    are taken, so that an image-to-image run has the same step sizes (the host's own convention). `start_step` and
+    are taken, so that an image-to-image run has the same step sizes (ComfyUI's own convention). `start_step` and
     `end_step` take a part of that, from one level to another, counted from 0 (an `end_step` beyond the last is the
     last); a part that ends early ends above 0.
 
@@ -130,9 +157,8 @@ class SigmaSettings:
     maximum: float = 1.0
 
     def __post_init__(self) -> None:
-        for field, value, known in (("draw", self.draw, SigmaDraw), ("remap", self.remap, SigmaRemap)):
-            if value not in get_args(known):
-                raise ConfigError(f"The sigma {field} is {value!r}; choose one of: {', '.join(get_args(known))}.")
+        check_choice("The sigma draw", self.draw, get_args(SigmaDraw))
+        check_choice("The sigma remap", self.remap, get_args(SigmaRemap))
         parse_flow_shift(self.flow_shift)
         if not self.scale > 0:
             raise ConfigError(f"The scale of the logit-normal draw is {self.scale}; it must be above 0.")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
-try:
+if sys.version_info >= (3, 11):
     import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports] (Python 3.10 brings none of its own)
 
 import comfy.utils
 import folder_paths
@@ -173,4 +175,5 @@ def folder_state(folder: Path) -> str:
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, as the host's own LoRA nodes pass them on."""
-    return comfy.utils.load_torch_file(str(path), safe_load=True)
+    tensors: Any = comfy.utils.load_torch_file(str(path), safe_load=True)
+    return tensors

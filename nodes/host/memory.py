@@ -64,10 +64,12 @@ def memory_report() -> dict[str, Any]:
 
     `component_bytes` is by device; `known_to_host`: whether the host counts them among its loaded models.
     """
+    total: Any = management.get_total_memory(device())
+    free: Any = management.get_free_memory(device())
     return {
         "device": str(device()),
-        "device_total_bytes": int(management.get_total_memory(device())),
-        "device_free_bytes": int(management.get_free_memory(device())),
+        "device_total_bytes": int(total),
+        "device_free_bytes": int(free),
         "component_bytes": components.device_bytes(),
         "known_to_host": bool(_our_entries()),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management as management
@@ -82,7 +83,7 @@ class Downloads:
         self._progress.step(done, max(total, done, 1))
 
 
-def broadcast(event: str, data: dict[str, Any]) -> None:
+def broadcast(event: str, data: Mapping[str, Any]) -> None:
     """Send a message to every open page; safe from any thread."""
     PromptServer.instance.send_sync(event, data)
 

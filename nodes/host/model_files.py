@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
 import comfy.sd
 import folder_paths
 
 from ...chroma_core.errors import ModelFileError
-
-Part = Literal["transformer", "text_encoder", "vae"]
+from ...chroma_core.weights.identify import Part
 
 FOLDERS: dict[Part, tuple[str, ...]] = {
     "transformer": ("diffusion_models", "unet"),

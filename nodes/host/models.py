@@ -28,7 +28,8 @@ def host_vae(spec: ModelSpec) -> comfy.sd.VAE:
     The host's detection knows the published widths only; any other configuration is spelled out for it.
     """
     source = load_vae(spec, "cpu")
-    config, state = source.config, dict(source.state_dict())
+    config: Any = source.config
+    state = dict(source.state_dict())
     widths, groups = config.block_out_channels, config.norm_num_groups
     if len(widths) != 4 or any(width % widths[0] for width in widths) or not config.mid_block_add_attention:
         raise ModelFileError(
@@ -70,7 +71,7 @@ class _Network(torch.nn.Module):
         return self.source.decode(z_BCHW).sample  # type: ignore[union-attr]
 
 
-def _computed_by(source: AutoencoderKL, vae: comfy.sd.VAE) -> comfy.sd.VAE:
+def _computed_by(source: AutoencoderKL, vae: Any) -> comfy.sd.VAE:
     """The host's VAE with previews' and the command line's own network in it, so that a picture has the same bits.
 
     The host's network differs from it in the last bits (2e-7), enough to move an 8-bit value now and then.
@@ -117,7 +118,7 @@ def as_host_model(module: torch.nn.Module, opened: Callable[[], AbstractContextM
     config = comfy.supported_models.Chroma(
         {"image_model": "chroma", "disable_unet_model_creation": True, "in_channels": 16, "out_channels": 16}
     )
-    model = comfy.model_base.Chroma(config, device=torch.device("cpu"))
+    model: Any = comfy.model_base.Chroma(config, device=torch.device("cpu"))
     model.diffusion_model = module
 
     def sample_opened(executor: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import job_files, jobs, looks, requests, settings
+from . import jobs, panels, requests, server
 
 
 def register(routes: Any) -> None:
-    """Add every route to the host's table."""
-    for resource in (jobs, job_files, requests, looks, settings):
+    """Add every route to ComfyUI's table."""
+    for resource in (jobs, requests, panels, server):
         resource.register(routes)

@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...chroma_core.comfy.to_prompt import Prompt, node
+from ...chroma_core.comfy.graph import Prompt, node
 from ...chroma_core.data.dataset import DatasetConfig
 from ...chroma_core.errors import ChromaKitError, JobError
 from ...chroma_core.loading.spec import ModelHandle, ModelSpec
 from ...chroma_core.sampling.schedule import FlowShift
+from ...chroma_core.training.config import PreviewPrompt, TrainingConfig
 from ...chroma_core.training.config.changes import differences
-from ...chroma_core.training.config.config import PreviewPrompt, TrainingConfig
 from ...chroma_core.training.jobs.manager import Job
 from .. import host
-from ..combined import SLOTS
+from ..dataset import SLOTS
 from ..dataset_widgets import config_from
 from ..loaders import PARTS, PUBLISHED
 from ..settings import ADAPTER, OBJECTIVE, PLAIN, PREVIEWS, settings_from
@@ -153,7 +153,7 @@ def _dataset(prompt: Prompt, key: str, config: DatasetConfig) -> str:
     values = {name: value for name, value in config.model_dump().items() if name not in IN_JOB_ONLY}
     prompt[key] = node(
         "ChromaDataset",
-        "Held-out pictures" if key == "heldout" else "Chroma Dataset",
+        "Held-out images" if key == "heldout" else "Chroma Dataset",
         folder=host.dataset_name(config.folder) or Path(config.folder).name,
         resolution=sizes[0] if sizes else 0,
         more_resolutions=", ".join(map(str, sizes[1:])),

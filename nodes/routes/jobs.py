@@ -1,47 +1,71 @@
-"""HTTP under /chromakit: jobs by id and what one does with them, memory. Paths never go in as parameters."""
+"""HTTP for training jobs: what one does with them, their curve, log and previews, and graphs made of them.
+
+A job is named by its id. Paths never go in as parameters.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from PIL import Image
+from pydantic import StrictBool, StrictInt
 
-from ...chroma_core.errors import ChromaKitError, ConfigError
-from ...chroma_core.memory import estimate, machine
+from ...chroma_core.data.settings import Settings
+from ...chroma_core.errors import ConfigError
+from ...chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
-from ...chroma_core.training.config.config import MODEL_PATHS, TrainingConfig
-from .. import host, jobs
-from .answers import answer, body_of, job_of, refused
+from ...chroma_core.training.jobs.manager import JobStatus
+from .. import jobs
+from . import job_graphs
+from .common import Unknown, add, answer, body_of, job_of, refused, whole_number
 
 ACTIONS = ("pause", "resume", "stop", "sample", "save")
 """What needs no more than the job's id; also change, extend and delete."""
 
 
-def _truth(text: str) -> bool:
-    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+GRAPHS = {"again": job_graphs.again, "use": job_graphs.use}
+
+POINTS = (1500, 10, 100_000)
+"""Steps of a curve: when nothing is said, at least, at most."""
+LINES = (200, 1, 5000)
+SIDES = (None, 32, 1024)
+"""Pixels of a thumbnail's longer side; None: the preview as it is."""
 
 
-PLAN: dict[str, Callable[[str], Any]] = {
-    "flavour": str, "precision": str, "text_precision": str, "offload": str, "optimizer": str, "target": str,
-    "size": int, "batch_size": int, "rank": int, "resident_blocks": int, "gradient_checkpointing": _truth,
-    "adapter": str, "lokr_factor": int, "ema": _truth, "text_tokens": int, "trained_parameters": int,
-    "offload_during_startup": _truth,
-}  # fmt: skip
-"""What `GET /chromakit/plan` takes in its query, all optional, and how it is read."""
+class Change(Settings):
+    """The body of `change`: go on under other options."""
+
+    changes: dict[str, Any] = {}
+    force: StrictBool = False
+
+
+class Extension(Settings):
+    """The body of `extend`: so many steps more."""
+
+    steps: StrictInt = 0
+    force: StrictBool = False
 
 
 def register(routes: Any) -> None:
-    """Add the routes to the host's table."""
-    routes.get("/chromakit/jobs")(_list)
-    routes.get("/chromakit/jobs/{id}")(_one)
-    routes.post("/chromakit/jobs/{id}/change")(_change)
-    routes.post("/chromakit/jobs/{id}/extend")(_extend)
-    routes.post("/chromakit/jobs/{id}/delete")(_delete)
-    routes.post("/chromakit/jobs/{id}/{action}")(_act)
-    routes.get("/chromakit/plan")(_plan)
-    routes.get("/chromakit/memory")(_memory)
+    """Add the routes to ComfyUI's table."""
+    add(routes, "get", "/chromakit/jobs", _list)
+    for method, rest, handler in (
+        ("get", "", _one),
+        ("post", "/change", _change),
+        ("post", "/extend", _extend),
+        ("post", "/delete", _delete),
+        ("post", "/{action}", _act),
+        ("get", "/metrics", _metrics),
+        ("get", "/curve", _curve),
+        ("get", "/log", _log),
+        ("get", "/samples/{number}", _sample),
+        ("get", "/graph/{kind}", _graph),
+    ):
+        add(routes, method, f"/chromakit/jobs/{{id}}{rest}", handler)
 
 
 async def _list(request: web.Request) -> web.Response:
@@ -59,7 +83,7 @@ async def _act(request: web.Request) -> web.Response:
     if action not in ACTIONS:
         return refused(409, f"A job cannot '{action}'. Use one of: {', '.join(ACTIONS)}, change, extend, delete.")
 
-    def act() -> dict[str, Any]:
+    def act() -> JobStatus:
         job = job_of(request)
         getattr(jobs.manager(), action)(job.id)
         return job.status()
@@ -73,17 +97,12 @@ async def _delete(request: web.Request) -> web.Response:
 
 
 async def _change(request: web.Request) -> web.Response:
-    """JSON {changes: {…}, force: bool}: go on under other options."""
-    try:
-        values = await body_of(request, {"changes": dict, "force": bool})
-    except ConfigError as error:
-        return refused(400, error)
-    changes, force = values.get("changes", {}), values.get("force", False)
+    body = await body_of(request, Change)
 
-    def change() -> dict[str, Any]:
+    def change() -> JobStatus:
         job = job_of(request)
-        _no_new_paths(job.config, with_changes(job.config, changes))
-        return jobs.manager().change(job.id, changes, force).status()
+        _no_new_paths(job.config, with_changes(job.config, body.changes))
+        return jobs.manager().change(job.id, body.changes, body.force).status()
 
     return await answer(change)
 
@@ -107,39 +126,62 @@ def _paths(config: TrainingConfig) -> dict[str, set[str]]:
 
 
 async def _extend(request: web.Request) -> web.Response:
-    """JSON {steps: n, force: bool}: n steps more."""
+    body = await body_of(request, Extension)
+    return await answer(lambda: jobs.manager().extend(job_of(request).id, body.steps, body.force).status())
+
+
+async def _metrics(request: web.Request) -> web.Response:
+    return await answer(lambda: job_of(request).metrics())
+
+
+async def _curve(request: web.Request) -> web.Response:
+    """`?points=1500&after=<step>&token=<of the last answer>`; see `Curve.read`."""
+    points = whole_number(request, "points", *POINTS)
+    after = whole_number(request, "after", None, 0, 10**12)
+    token = request.query.get("token")
+    return await answer(lambda: job_of(request).curve.read(points or POINTS[0], after, token))
+
+
+async def _log(request: web.Request) -> web.Response:
+    """`?lines=200`: the last lines, oldest first."""
+    lines = whole_number(request, "lines", *LINES)
+    return await answer(lambda: job_of(request).log_lines(lines or LINES[0]))
+
+
+async def _sample(request: web.Request) -> web.StreamResponse:
+    """A preview by its number; `?side=160` for a small one. With `&v=…`, whatever it is, the browser may keep it."""
+    side = whole_number(request, "side", *SIDES)
+    path = await asyncio.to_thread(_sample_path, request)
+    headers = {"Cache-Control": "private, max-age=86400, immutable" if "v" in request.query else "no-cache"}
+    if side is None:
+        return web.FileResponse(path, headers=headers)
+    body = await asyncio.to_thread(_thumbnail, path, side)
+    return web.Response(body=body, content_type="image/jpeg", headers=headers)
+
+
+def _sample_path(request: web.Request) -> Path:
+    job = job_of(request)
+    found, number = job.samples(), request.match_info["number"]
+    if not number.isdecimal() or int(number) >= len(found):
+        raise Unknown(f"The job has {len(found)} samples, numbered from 0; there is no sample '{number}'.")
+    return found[int(number)]
+
+
+def _thumbnail(path: Path, side: int) -> bytes:
     try:
-        values = await body_of(request, {"steps": int, "force": bool})
-    except ConfigError as error:
-        return refused(400, error)
-    steps, force = values.get("steps", 0), values.get("force", False)
-    return await answer(lambda: jobs.manager().extend(job_of(request).id, steps, force).status())
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+    except OSError as error:
+        raise Unknown(f"The preview '{path.name}' cannot be read: {error}.") from error
+    small.thumbnail((side, side))
+    stream = BytesIO()
+    small.save(stream, "JPEG", quality=88)
+    return stream.getvalue()
 
 
-async def _plan(request: web.Request) -> web.Response:
-    """The memory estimate for the query's settings; see `PLAN`."""
-    try:
-        settings = {name: _setting(name, text) for name, text in request.query.items()}
-        found = await asyncio.to_thread(lambda: _estimate(settings))
-    except ChromaKitError as error:
-        return refused(400, error)
-    return web.json_response(found)
-
-
-def _estimate(settings: dict[str, Any]) -> dict[str, Any]:
-    flavour, precision = settings.pop("flavour", "base"), settings.pop("precision", "bf16")
-    return estimate(flavour, precision, on=machine(host.device()), **settings).to_dict()
-
-
-def _setting(name: str, text: str) -> Any:
-    if name not in PLAN:
-        raise ConfigError(f"The plan knows no '{name}'. It takes: {', '.join(PLAN)}.")
-    try:
-        return PLAN[name](text)
-    except (KeyError, ValueError):
-        kind = "true or false" if PLAN[name] is _truth else "a whole number"
-        raise ConfigError(f"The plan's '{name}' is '{text}'; it must be {kind}.") from None
-
-
-async def _memory(request: web.Request) -> web.Response:
-    return await answer(host.memory_report)
+async def _graph(request: web.Request) -> web.Response:
+    """`again`: what would start this job; `use`: what samples with its result. A prompt in API form."""
+    make = GRAPHS.get(request.match_info["kind"])
+    if make is None:
+        return refused(404, f"There is no graph '{request.match_info['kind']}'; there are: {', '.join(GRAPHS)}.")
+    return await answer(lambda: make(job_of(request)))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlencode
 
 from aiohttp import web
 
-from ...chroma_core.comfy.to_prompt import to_prompt
-from ...chroma_core.errors import ChromaKitError, JobError, LoraError
+from ...chroma_core.comfy.graph import to_prompt
+from ...chroma_core.errors import JobError, LoraError
 from ...chroma_core.requests.request import InferenceRequest
 from ...chroma_core.requests.run import check_loras, lora_uses, model_spec
+from ...chroma_core.weights.identify import Part
 from .. import host, jobs, while_training
-from .answers import refused
+from .common import TooLarge, add, refused
 
 NOTE = "chromakit_request"
 """Under which a queued prompt, and each of its PNG files, carries what was asked for and what was made of it."""
@@ -28,29 +29,21 @@ _never_ran: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
 
 def register(routes: Any) -> None:
-    """Add the routes to the host's table."""
-    routes.post("/chromakit/requests")(_post)
-    routes.get("/chromakit/requests/{id}")(_one)
-    routes.post("/chromakit/requests/{id}/cancel")(_cancel)
+    """Add the routes to ComfyUI's table."""
+    add(routes, "post", "/chromakit/requests", _post, otherwise=400)
+    add(routes, "get", "/chromakit/requests/{id}", _one)
+    add(routes, "post", "/chromakit/requests/{id}/cancel", _cancel)
 
 
 async def _post(request: web.Request) -> web.Response:
     """Validate, queue, answer with the id. Nothing is queued for a request that is refused."""
-    try:
-        body = await _body(request)
-        asked = InferenceRequest.read(body)
-        while_training.check_accepted()
-        names = await asyncio.to_thread(_checked, asked)
-        pictures = asked.pictures()
-        note = {"request": asked.model_dump(mode="json"), "pictures": [picture.to_dict() for picture in pictures]}
-        extra = {NOTE: note, "extra_pnginfo": {NOTE: note}}
-        prompt_id = await host.queue_prompt(to_prompt(asked, pictures, names), extra)
-    except _TooLarge as error:
-        return refused(413, error)
-    except JobError as error:
-        return refused(409, error)
-    except ChromaKitError as error:
-        return refused(400, error)
+    asked = InferenceRequest.read(await _body(request))
+    while_training.check_accepted()
+    names = await asyncio.to_thread(_checked, asked)
+    pictures = asked.pictures()
+    note = {"request": asked.model_dump(mode="json"), "pictures": [picture.to_dict() for picture in pictures]}
+    extra = {NOTE: note, "extra_pnginfo": {NOTE: note}}
+    prompt_id = await host.queue_prompt(to_prompt(asked, pictures, names), extra)
     return web.json_response(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
 
 
@@ -78,16 +71,12 @@ async def _cancel(request: web.Request) -> web.Response:
     return web.json_response(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
 
 
-class _TooLarge(ChromaKitError):
-    """A body that is no request."""
-
-
 async def _body(request: web.Request) -> bytes:
     body = bytearray()
     async for part in request.content.iter_any():
         body += part
         if len(body) > MAX_BYTES:
-            raise _TooLarge(f"The request cannot be used: it has more than {MAX_BYTES} bytes. Send it in parts.")
+            raise TooLarge(f"The request cannot be used: it has more than {MAX_BYTES} bytes. Send it in parts.")
     return bytes(body)
 
 
@@ -105,7 +94,7 @@ def _checked(asked: InferenceRequest) -> list[str]:
 
 
 def _part(part: str, name: str) -> str:
-    return host.model_folder(name) if part == "folder" else host.model_file(part, name)  # type: ignore[arg-type]
+    return host.model_folder(name) if part == "folder" else host.model_file(cast(Part, part), name)
 
 
 def _lora_name(path: str) -> str:

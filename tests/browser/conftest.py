@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from _host import Host
 from tools.page import FLAGS, READY
+from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "/extensions/chromakit/"
@@ -68,6 +69,7 @@ def session_window(chromium: Browser, server: Host) -> Iterator[Window]:
     # The newcomer's tour would lie over the page.
     server.post("/api/settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False})
     context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+    context.set_default_timeout(1000 * PATIENCE)
     context.route(lambda url: not url.startswith((server.url, "data:", "blob:")), lambda route: route.abort())
     page = context.new_page()
     window = Window(page, server)
@@ -79,7 +81,7 @@ def session_window(chromium: Browser, server: Host) -> Iterator[Window]:
         ),
     )
     page.goto(server.url)
-    page.wait_for_function(READY, timeout=120_000)
+    page.wait_for_function(READY)
     page.wait_for_timeout(1500)
     yield window
     context.close()

@@ -41,8 +41,8 @@ def test_the_panel_shows_text_and_picture(panel, node: str):
     title = panel.server.get("/object_info")[node]["display_name"]
     panel.page.evaluate(SELECT, node)
     if not panel.page.locator(".node-help-content").count():
-        panel.page.locator("[data-testid=info-button]").first.click(timeout=10_000)
-    panel.page.wait_for_function(SHOWN, arg=title, timeout=10_000)
+        panel.page.locator("[data-testid=info-button]").first.click()
+    panel.page.wait_for_function(SHOWN, arg=title)
     too_wide = panel.page.evaluate(TOO_WIDE)
     panel.page.evaluate("() => document.querySelector('.node-help-content img').scrollIntoView({ block: 'center' })")
     panel.screenshot(f"help_{node}")

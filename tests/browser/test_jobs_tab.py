@@ -15,6 +15,7 @@ from _workflows import FOLDER, change, load_api
 from prompts import ACTIVE
 from tools.page import READY
 from training_page import RENDERER, THEME, build, start, stop_all, until
+from waiting import PATIENCE
 
 OPEN = """() => { const tabs = window.app.extensionManager.sidebarTab;
     if (tabs.activeSidebarTab?.id !== 'chromakit') tabs.toggleSidebarTab('chromakit') }"""
@@ -98,7 +99,7 @@ def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, 
     curve = server.get(f"/chromakit/jobs/{job}/curve")
     other = page.context.new_page()
     other.goto(server.url)
-    other.wait_for_function(READY, timeout=120_000)
+    other.wait_for_function(READY)
     open_job(other, job)
     until(other, server, lambda: charted(other) == frozen, "the same curve in a second page")
     assert chip(other) == "paused" and shown_step(other) == frozen
@@ -106,7 +107,7 @@ def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, 
     until(page, server, lambda: chip(page).startswith("running"), "the first page to hear it")
     until(page, server, lambda: charted(page) > frozen and charted(other) > frozen, "both curves")
     other.reload()
-    other.wait_for_function(READY, timeout=120_000)
+    other.wait_for_function(READY)
     open_job(other, job)
     until(other, server, lambda: charted(other) > frozen, "the curve after a reload in the middle of it")
     again = server.get(f"/chromakit/jobs/{job}/curve")
@@ -173,7 +174,7 @@ def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     open_job(page, job)
     until(page, server, lambda: charted(page) == 4, "the curve")
     views = page.locator(".ck-curves select")
-    for view, words in (("heldout", "σ 0.05"), ("gain", "%"), ("lr", "learning rate"), ("seconds", "time a step")):
+    for view, words in (("heldout", "σ 0.05"), ("gain", "%"), ("lr", "learning rate"), ("seconds", "step time")):
         views.select_option(view)
         until(page, server, lambda w=words: w in page.locator(".ck-curves .u-legend").inner_text(), view)
     views.select_option("loss")
@@ -318,12 +319,13 @@ def test_events_that_are_missed_are_made_up_for(window, server: Host):
 def test_a_restarted_host_has_the_same_jobs(chromium, tmp_path):
     """The page stays open, as it does when a user restarts the host."""
     context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+    context.set_default_timeout(1000 * PATIENCE)
     page = context.new_page()
     with start_host(tmp_path) as host:
         port = int(host.url.rpartition(":")[2])
         host.post("/api/settings", {"Comfy.TutorialCompleted": True})
         page.goto(host.url)
-        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_function(READY)
         page.evaluate(OPEN)
         page.get_by_role("button", name="First LoRA").click()  # what a tab without jobs offers
         page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'ChromaWaitForTraining')")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+import waiting
 from _host import Host
 from _workflows import FOLDER
+from training_page import pause
 
 BUILD = """async () => {
     const graph = window.app.graph;
@@ -65,14 +66,22 @@ class Panels:
     def of(self, name: str):
         return self.page.locator(f'.ck-live[data-panel="{name}"]')
 
-    def shows(self, name: str, wanted: str | Callable[[str], bool], seconds: float = 20) -> str:
+    def shows(self, name: str, wanted: str | Callable[[str], bool]) -> str:
         """The panel's text as soon as it matches."""
         matches = wanted if callable(wanted) else lambda text: re.search(wanted, text) is not None
-        deadline = time.monotonic() + seconds
-        while not matches(text := self.of(name).inner_text()):
-            assert time.monotonic() < deadline, f"{name} shows {text!r}\n{self.window.errors[-3:]}"
-            self.page.wait_for_timeout(50)
-        return text
+        shown = self.of(name)
+        return waiting.until(
+            lambda: matches(text := shown.inner_text()) and text,
+            f"{wanted!r} in {name}",
+            pause=pause(self.page),
+            report=lambda: f"it shows {shown.inner_text()!r}\n{self.window.errors[-3:]}",
+        )
+
+    def until(self, condition: Callable[[], Any], what: str) -> None:
+        waiting.until(condition, what, pause=pause(self.page))
+
+    def settled(self, script: str) -> Any:
+        return waiting.settled(lambda: self.page.evaluate(script), pause(self.page))
 
     def drawn(self, name: str) -> str:
         """The points of the panel's first curve."""
@@ -97,7 +106,7 @@ def panels(request: pytest.FixtureRequest, window: Any) -> Iterator[Panels]:
 
 def test_every_panel_shows_its_node_in_both_themes(panels: Panels):
     panels.shows("plan", r"Needs [\d.]+ of [\d.]+ GiB: fits|fit")
-    assert "1024 px (assumed)" in panels.shows("dataset", "16 pictures, 16 captions")
+    assert "1024 px (assumed)" in panels.shows("dataset", "16 images, 16 captions")
     panels.shows("sigmas", "25 steps at 1024×1024")
     panels.shows("density", "(?s)Trained noise levels.*Learning rate, if it were 1000 steps")
     tiles = panels.of("dataset").locator("img")
@@ -203,10 +212,9 @@ def test_the_plan_opens_is_remembered_and_used(panels: Panels):
     height = f"() => {{ {FIND} return of('ChromaLoadModel').size[1] }}"
     closed = page.evaluate(height)
     plan.locator("summary").dispatch_event("click")
-    panels.shows("plan", "(?s)weights.*computer.*best for")
-    panels.page.wait_for_timeout(500)
-    opened = page.evaluate(height)
-    assert opened > closed + 100
+    panels.shows("plan", "(?s)weights.*RAM.*best for")
+    panels.until(lambda: page.evaluate(height) > closed + 100, "the node to grow")
+    opened = panels.settled(height)
     panels.window.screenshot(f"node_widgets_{panels.renderer}_plan")
     chosen = plan.locator("tr[aria-current=true]")
     assert "nf4" in chosen.inner_text()
@@ -217,12 +225,10 @@ def test_the_plan_opens_is_remembered_and_used(panels: Panels):
     assert chosen.inner_text().split()[:2] == [precision, text_precision]
     saved = page.evaluate("() => window.app.graph.serialize()")
     panels.window.load(saved)
-    panels.shows("plan", "(?s)weights.*computer.*best for")
-    page.wait_for_timeout(500)
-    assert abs(page.evaluate(height) - opened) <= 12, "a saved size has the open panel in it already"
+    panels.shows("plan", "(?s)weights.*RAM.*best for")
+    assert abs(panels.settled(height) - opened) <= 12, "a saved size has the open panel in it already"
     plan.locator("summary").dispatch_event("click")
-    page.wait_for_timeout(500)
-    assert page.evaluate(height) < opened - 100
+    panels.until(lambda: page.evaluate(height) < opened - 100, "the node to shrink")
     assert "chromakit_plan" not in str(saved["nodes"]) and page.evaluate("() => window.app.graph.serialize()")
 
 
@@ -267,8 +273,8 @@ def test_a_setting_takes_the_panels_away(panels: Panels):
     panels.shows("sigmas", "25 steps at")
     try:
         setting(panels.window, "Chroma.Panels", False)
-        panels.page.wait_for_timeout(500)
-        assert not [name for name in ("plan", "dataset", "sigmas", "density") if panels.of(name).is_visible()]
+        names = ("plan", "dataset", "sigmas", "density")
+        panels.until(lambda: not [name for name in names if panels.of(name).is_visible()], "the panels to go")
         panels.window.screenshot(f"node_widgets_{panels.renderer}_off")
     finally:
         setting(panels.window, "Chroma.Panels", True)
@@ -281,12 +287,10 @@ def test_words_are_those_of_the_pages_language(panels: Panels):
     panels.page.evaluate(CHANGED)
     try:
         setting(panels.window, "Comfy.Locale", "zh")  # the page loads its graph anew
-        panels.page.wait_for_timeout(2000)
         panels.shows("sigmas", "25 步，1024×1024")
         panels.shows("plan", "GiB：放得下")
     finally:
         setting(panels.window, "Comfy.Locale", "en")
-        panels.page.wait_for_timeout(2000)
         panels.shows("sigmas", "25 steps at")
 
 
@@ -306,15 +310,12 @@ def test_the_sampler_shows_what_it_paints_while_it_paints(window: Any, server: H
             if renderer == "vue"
             else f"() => {{ {FIND} return of('ChromaSampler').imgs?.[0]?.naturalWidth > 0 }}"
         )
-        page.wait_for_function(seen, timeout=90_000)
+        page.wait_for_function(seen)
         page.wait_for_timeout(700)
         window.screenshot(f"sampler_preview_{renderer}")
     finally:
         server.post("/interrupt")
-        deadline = time.monotonic() + 60
-        while server.get("/prompt")["exec_info"]["queue_remaining"]:
-            assert time.monotonic() < deadline
-            page.wait_for_timeout(200)
+        waiting.until(lambda: not server.get("/prompt")["exec_info"]["queue_remaining"], "the interrupted prompt's end")
     assert window.ours == []
 
 

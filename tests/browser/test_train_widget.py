@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
 from _host import Host
-from training_page import ENDLESS, RENDERER, build, stop_all
+from training_page import ENDLESS, RENDERER, build, stop_all, until
 
 PANEL = ".chromakit-train"
 
 
-def wait_for(window, text: str, seconds: float = 120) -> str:
+def wait_for(window, text: str) -> str:
     """The panel's text as soon as it contains `text`."""
-    deadline = time.monotonic() + seconds
-    while text not in (shown := window.page.locator(PANEL).first.inner_text()):
-        assert time.monotonic() < deadline, f"{shown!r}\n{window.server.log_tail()}"
-        window.page.wait_for_timeout(100)
-    return shown
+    panel = window.page.locator(PANEL).first
+    return until(
+        window.page, window.server, lambda: text in (shown := panel.inner_text()) and shown, f"{text!r} in the panel"
+    )
 
 
 def press(window, label: str) -> None:

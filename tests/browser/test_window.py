@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from _workflows import FOLDER, load_api
-from training_page import RENDERER
+from training_page import RENDERER, until
 
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 OVERLAPS = """() => {
@@ -50,8 +49,8 @@ def test_a_preset_offers_the_download_of_its_models(window):
     window.page.evaluate(setting, True)
     try:
         window.load(json.loads((FOLDER / "chroma_4_real_08gb.json").read_text(encoding="utf-8")))
-        window.page.get_by_text("View details").click(timeout=15_000)
-        window.page.get_by_test_id("missing-model-download-all").wait_for(timeout=15_000)
+        window.page.get_by_text("View details").click()
+        window.page.get_by_test_id("missing-model-download-all").wait_for()
         window.screenshot("missing_models")
         shown = window.page.locator("body").inner_text()
         for file in FILES.values():
@@ -67,7 +66,7 @@ def test_a_workflow_shows_in_the_newer_node_renderer_too(window, path: Path):
     """Nodes as Vue components instead of a canvas; the fixture puts the setting back."""
     window.page.evaluate(RENDERER, True)
     window.load(json.loads(path.read_text(encoding="utf-8")))
-    window.page.wait_for_selector("[data-node-id]", timeout=30_000)
+    window.page.wait_for_selector("[data-node-id]")
     window.screenshot(f"vue_{path.stem}")
     assert window.missing_nodes() == [] and window.ours == []
     wanted = {key: node["inputs"] for key, node in load_api(path.stem).items()}
@@ -85,11 +84,9 @@ def test_a_queue_from_the_page_runs_green(window):
     window.load(json.loads((FOLDER / "chroma_1_first_picture.json").read_text(encoding="utf-8")))
     before = set(window.server.get("/history"))
     window.page.evaluate("async () => { await window.app.queuePrompt(0, 1) }")
-    deadline = time.monotonic() + 120
-    while not (new := set(window.server.get("/history")) - before):
-        assert time.monotonic() < deadline, window.server.log_tail()
-        window.page.wait_for_timeout(200)
-    (prompt_id,) = new
+    (prompt_id,) = until(
+        window.page, window.server, lambda: set(window.server.get("/history")) - before, "the prompt in the history"
+    )
     entry = window.server.wait(prompt_id)
     assert len(window.server.images(entry)) == 1
     window.page.wait_for_timeout(1000)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from chroma_core.errors import ConfigError, JobError
 from chroma_core.files import (
     atomic_folder,
+    read_json,
     remove_leftovers,
     sha256_file,
     slug,
@@ -84,3 +86,14 @@ def test_leftovers_of_a_killed_process_go(tmp_path):
 )
 def test_slug(text, name):
     assert slug(text) == name
+
+
+def test_a_broken_json_file_is_named_and_the_cure_said(tmp_path):
+    path = tmp_path / "job.json"
+    with pytest.raises(ConfigError, match=r"There is no file '.*job\.json'"):
+        read_json(path)
+    path.write_bytes(b'{"a": \xff')
+    with pytest.raises(JobError, match=r"job\.json' cannot be read as JSON \(.*\).*Restore it from a backup"):
+        read_json(path, JobError)
+    write_json(path, {"a": [1]})
+    assert read_json(path) == {"a": [1]}

@@ -6,8 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "web" / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -24,8 +22,24 @@ def test_there_is_a_picture_for_every_page_and_no_other():
     assert pictures == {f"{page.stem}.webp" for page in PAGES}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_a_page_has_the_shape_of_all(page: Path):
+def of_all(check, *cases: tuple) -> None:
+    """Run a check on each case, and fail once, with what is wrong of every page."""
+    wrong = []
+    for case in cases:
+        try:
+            check(*case)
+        except (AssertionError, ValueError, IndexError, KeyError, OSError) as error:
+            wrong.append(
+                f"{' '.join(str(getattr(part, 'stem', part)) for part in case)}: {type(error).__name__} {error}"
+            )
+    assert cases and not wrong, "\n".join(wrong)
+
+
+def test_every_page_has_the_shape_of_all():
+    of_all(has_the_shape_of_all, *zip(PAGES))
+
+
+def has_the_shape_of_all(page: Path):
     text = page.read_text(encoding="utf-8")
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == SECTIONS
     title, what, *_ = text.split("\n\n")
@@ -35,8 +49,11 @@ def test_a_page_has_the_shape_of_all(page: Path):
     assert len(re.findall(r"^(?:- |\d\. )", trouble, re.MULTILINE)) >= 4 and "→" in trouble
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_a_page_has_its_picture(page: Path):
+def test_every_page_has_its_picture():
+    of_all(has_its_picture, *zip(PAGES))
+
+
+def has_its_picture(page: Path):
     ((source, words, width),) = re.findall(
         r'<img src="([^"]+)" alt="([^"]+)" width="(\d+)">', page.read_text(encoding="utf-8")
     )
@@ -49,16 +66,19 @@ def test_a_page_has_its_picture(page: Path):
         assert image.width >= 1.3 * int(width), "crisp on a screen of more than one pixel to a CSS pixel"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
-def test_a_page_needs_nothing_outside_of_it(page: Path):
+def test_every_page_needs_nothing_outside_of_it():
+    of_all(needs_nothing_outside_of_it, *zip(PAGES))
+
+
+def needs_nothing_outside_of_it(page: Path):
     """In the help panel a relative link leads nowhere: the host resolves pictures against the pack, but not links."""
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"\]\((?!https?://)", text)
     assert "docs/" not in text.replace("images/", "")
 
 
-def translations():
-    return [pytest.param(page, code, id=f"{page.stem}-{code}") for code in sorted(SECTIONS_OF) for page in PAGES]
+def translations() -> list[tuple[Path, str]]:
+    return [(page, code) for code in sorted(SECTIONS_OF) for page in PAGES]
 
 
 def both(page: Path, code: str) -> tuple[str, str]:
@@ -93,8 +113,11 @@ def test_every_translated_page_is_of_a_node_and_of_a_language_of_the_window():
     assert {path.name for path in (ROOT / "locales").iterdir() if path.is_dir()} == {"en", *SECTIONS_OF}
 
 
-@pytest.mark.parametrize(("page", "code"), translations())
-def test_a_translated_page_has_the_shape_and_the_picture_of_the_english_one(page: Path, code: str):
+def test_every_translated_page_has_the_shape_and_the_picture_of_the_english_one():
+    of_all(has_the_shape_and_the_picture_of_the_english_one, *translations())
+
+
+def has_the_shape_and_the_picture_of_the_english_one(page: Path, code: str):
     english, text = both(page, code)
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == SECTIONS_OF[code]
     picture = r'<img src="([^"]+)" alt="[^"]+" width="(\d+)">'
@@ -108,8 +131,11 @@ def test_a_translated_page_has_the_shape_and_the_picture_of_the_english_one(page
     )
 
 
-@pytest.mark.parametrize(("page", "code"), translations())
-def test_a_translated_page_lists_the_same_names_with_the_window_s_words(page: Path, code: str):
+def test_every_translated_page_lists_the_same_names_with_the_window_s_words():
+    of_all(lists_the_same_names_with_the_window_s_words, *translations())
+
+
+def lists_the_same_names_with_the_window_s_words(page: Path, code: str):
     english, text = both(page, code)
     _, inputs, outputs, *_ = SECTIONS_OF[code]
     listed = parts(text, inputs, ADVANCED_OF[code], outputs)
@@ -124,8 +150,11 @@ def test_a_translated_page_lists_the_same_names_with_the_window_s_words(page: Pa
     assert found == [label(entry) if "name" in entry else "" for entry in node["outputs"].values()]
 
 
-@pytest.mark.parametrize(("page", "code"), translations())
-def test_a_translated_page_says_the_same_names_options_and_numbers(page: Path, code: str):
+def test_every_translated_page_says_the_same_names_options_and_numbers():
+    of_all(says_the_same_names_options_and_numbers, *translations())
+
+
+def says_the_same_names_options_and_numbers(page: Path, code: str):
     """What changes in the English page without a word here shows up as a name or number that is missing."""
     english, text = both(page, code)
     assert code_spans(text) == code_spans(english)
@@ -137,8 +166,11 @@ def test_a_translated_page_says_the_same_names_options_and_numbers(page: Path, c
     assert not set(re.findall(numbers, english)) - set(re.findall(numbers, text))
 
 
-@pytest.mark.parametrize(("page", "code"), translations())
-def test_a_translated_page_calls_nodes_and_widgets_as_the_window_does(page: Path, code: str):
+def test_every_translated_page_calls_nodes_and_widgets_as_the_window_does():
+    of_all(calls_nodes_and_widgets_as_the_window_does, *translations())
+
+
+def calls_nodes_and_widgets_as_the_window_does(page: Path, code: str):
     _, text = both(page, code)
     every = words(code)
     nodes = {label(node, "display_name") for node in every.values()}

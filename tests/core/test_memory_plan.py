@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
 
@@ -21,18 +22,19 @@ def card(device: float, host: float, kind: str = "cuda") -> Machine:
     return Machine("card", round(device * GIB), round(host * GIB), kind)
 
 
-@pytest.mark.parametrize("device", [5, 6, 8, 10, 12, 16, 24, 32, 48])
-@pytest.mark.parametrize("host", [16, 32, 64])
-@pytest.mark.parametrize("size", [512, 1024])
-@pytest.mark.parametrize("purpose", ["sampling", "training"])
-def test_what_is_recommended_leaves_the_margins(device: int, host: int, size: int, purpose):
-    on = card(device, host)
-    found = recommend("base", size, on, purpose)
-    again = found.applied_to(Settings(size=size))
-    assert found.fits == fits_on(again, on, purpose)
-    if found.fits:
-        assert found.device_peak_bytes <= on.device_bytes - max(GIB, round(0.1 * on.device_bytes))
-        assert found.host_peak_bytes <= on.host_bytes - max(4 * GIB, round(0.15 * on.host_bytes))
+def test_what_is_recommended_leaves_the_margins():
+    wrong, fitting = [], 0
+    sizes = product([5, 6, 8, 10, 12, 16, 24, 32, 48], [16, 32, 64], [512, 1024], ["sampling", "training"])
+    for device, host, size, purpose in sizes:
+        on = card(device, host)
+        found = recommend("base", size, on, purpose)
+        device_limit = on.device_bytes - max(GIB, round(0.1 * on.device_bytes))
+        host_limit = on.host_bytes - max(4 * GIB, round(0.15 * on.host_bytes))
+        kept = not found.fits or found.device_peak_bytes <= device_limit and found.host_peak_bytes <= host_limit
+        fitting += found.fits
+        if not kept or found.fits != fits_on(found.applied_to(Settings(size=size)), on, purpose):
+            wrong.append((device, host, size, purpose))
+    assert wrong == [] and fitting > 50
 
 
 QUALITY = ["nf4", "int4", "int8", "bf16"]

@@ -1,7 +1,7 @@
 """What must not change without a migration, against tests/recorded: ids, hashes, keys, bits, commands, names.
 
 `CHROMAKIT_RECORD=1` records anew; do that only for a change that is meant. Recorded losses of 50 training steps are in
-test_training_loop.py; nodes and their inputs in tests/host/test_promises_of_nodes.py.
+training/test_training_loop.py; nodes and their inputs in tests/host/test_promises_of_nodes.py.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from chroma_core.loading.component_cache import ComponentCache
 from chroma_core.loading.spec import ModelHandle, ModelSpec
 from chroma_core.sampling.recipe import RECIPES, recipe
 from chroma_core.sampling.sampler import SamplingSettings, sample
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.blocking import run_job
 from recorded import hold, plain, recorded
 

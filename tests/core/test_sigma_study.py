@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import integrate, stats
 
 from chroma_core.sampling.schedule import SigmaSettings, draw_sigmas
-from chroma_core.training.config.config import ObjectiveConfig
+from chroma_core.training.config import ObjectiveConfig
 from chroma_core.training.step.objective import HELDOUT_SIGMAS
 from tools.sigma_study.densities import DEFAULT, DENSITIES, VARIANTS
 from tools.sigma_study.emblem import decoys, read_emblem

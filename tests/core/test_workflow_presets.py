@@ -92,4 +92,4 @@ def test_the_note_tells_what_is_set(card: int):
     rows = dict(re.findall(r"\| (\w+) \| `?(\w+)`? \|", note))
     loader = inputs(card, "ChromaLoadModel")
     assert {name: loader[name] for name in PLAN[:3]} == {name: rows[name] for name in PLAN[:3]}
-    assert inputs(card, "ChromaDataset")["folder"] in note and f"card of {card} GB" in note
+    assert inputs(card, "ChromaDataset")["folder"] in note and f"GPU of {card} GB" in note

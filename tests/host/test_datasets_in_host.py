@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,16 +15,14 @@ from _workflows import change, load_api
 from chroma_core.data.dataset import DatasetConfig
 from chroma_core.data.scan import scan
 from prompts import dataset, job_of, node, train
+from waiting import until
 
 ENDED = ("completed", "failed", "stopped")
 
 
 def ended(server: Host, job: str) -> dict:
     """The job's status when it has ended well."""
-    deadline = time.monotonic() + 120
-    while (status := server.get(f"/chromakit/jobs/{job}"))["state"] not in ENDED:
-        assert time.monotonic() < deadline and server.alive()
-        time.sleep(0.1)
+    status = until(lambda: (now := server.get(f"/chromakit/jobs/{job}"))["state"] in ENDED and now, f"{job}'s end")
     assert status["state"] == "completed", status["message"]
     return status
 

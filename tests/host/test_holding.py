@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from _environment import host_folder
+from waiting import stays
 
 NEEDS = """
 import copy, heapq, threading
@@ -23,6 +24,8 @@ MAXIMUM_HISTORY_SIZE = 10000
 """
 LONG = 1000.0
 """Seconds for which the host's worker waits when it has nothing to do."""
+AT_ONCE = 5.0
+"""Seconds within which a busy machine does what another does at once."""
 
 
 def module(path: Path) -> ModuleType:
@@ -95,10 +98,10 @@ def test_with_nothing_held_it_is_the_hosts_own(held: Held):
         held.put(number, name)
     assert [held.take() for _ in range(4)] == ["front", "a", "b", None]
     started = time.monotonic()
-    assert held.take(0.3) is None and 0.3 <= time.monotonic() - started < 1
-    assert held.soon(lambda: held.put(1, "late")) == ("late", pytest.approx(0, abs=0.1))
+    assert held.take(0.3) is None and 0.3 <= time.monotonic() - started < AT_ONCE
+    assert held.soon(lambda: held.put(1, "late")) == ("late", pytest.approx(0, abs=AT_ONCE))
     assert held.soon(lambda: held.put(1, "late"), None)[0] == "late"
-    assert held.soon(lambda: held.queue.set_flag("unload_models", True)) == (None, pytest.approx(0, abs=0.1))
+    assert held.soon(lambda: held.queue.set_flag("unload_models", True)) == (None, pytest.approx(0, abs=AT_ONCE))
     assert len(held.queue.currently_running) == 5
 
 
@@ -106,14 +109,14 @@ def test_held_prompts_wait_and_the_worker_still_wakes(held: Held):
     held.on = True
     held.put(1, "a")
     started = time.monotonic()
-    assert held.take(0.3) is None and 0.3 <= time.monotonic() - started < 1
+    assert held.take(0.3) is None and 0.3 <= time.monotonic() - started < AT_ONCE
     assert held.take(0.0) is None
-    assert held.soon(lambda: held.queue.set_flag("unload_models", True)) == (None, pytest.approx(0, abs=0.1))
+    assert held.soon(lambda: held.queue.set_flag("unload_models", True)) == (None, pytest.approx(0, abs=AT_ONCE))
     assert (held.holding.count(), held.queue.get_tasks_remaining()) == (1, 1)
-    assert held.soon(lambda: held.hold(False)) == ("a", pytest.approx(0, abs=0.1))
+    assert held.soon(lambda: held.hold(False)) == ("a", pytest.approx(0, abs=AT_ONCE))
     held.on = True
     held.put(1, "b")
-    assert held.soon(lambda: held.hold(False), None) == ("b", pytest.approx(0, abs=0.1)), "no timeout at all"
+    assert held.soon(lambda: held.hold(False), None) == ("b", pytest.approx(0, abs=AT_ONCE)), "no timeout at all"
 
 
 def test_a_wait_that_began_on_an_empty_queue_is_held_too(held: Held):
@@ -194,8 +197,7 @@ def test_holding_costs_no_turns(held: Held):
     held.put(1, "a")
     worker = threading.Thread(target=lambda: turns.append(held.take(LONG)), daemon=True)
     worker.start()
-    time.sleep(0.5)
-    assert turns == [] and worker.is_alive()
+    stays(lambda: turns == [] and worker.is_alive(), "held", 0.5)
     held.hold(False)
     worker.join(5)
     assert turns == ["a"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from _host import Host
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.memory import estimate
 from prompts import text_to_image
+from waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelSpec("tiny", precision="fp32", text_precision="fp32")
@@ -38,10 +38,7 @@ def test_free_returns_the_memory_of_our_models(server: Host):
     assert report["component_bytes"]["cpu"] > TRANSFORMER_BYTES
     assert report["device_total_bytes"] > report["device_free_bytes"] > 0
     server.forget_cached_outputs()
-    deadline = time.monotonic() + 20
-    while held(server):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: not held(server), "the memory to be returned")
     history = server.run(text_to_image(seed=21))
     assert not server.nodes_replayed(history)
     assert np.array_equal(picture, np.asarray(server.images(history)[0])) and held(server) > TRANSFORMER_BYTES
@@ -52,10 +49,7 @@ def test_unloading_alone_returns_it_too(server: Host):
     server.run(text_to_image(seed=23))
     assert held(server) > TRANSFORMER_BYTES
     assert server.post("/free", {"unload_models": True})[0] == 200
-    deadline = time.monotonic() + 20
-    while held(server):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: not held(server), "the memory to be returned")
 
 
 def test_another_model_takes_the_place_of_the_first(server: Host):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import Image
 
 from _host import Host
 from prompts import dataset, job_of, load, node, text_to_image, train, until_not
+from waiting import until
 
 OPTIONS: dict[str, Any] = {
     "lr_schedule": "polynomial", "warmup_steps": 2, "sigma_draw": "chroma", "sigma_remap": "none",
@@ -163,7 +163,5 @@ def test_deleting(server: Host):
     assert not (server.base / "output" / "chromakit" / "jobs" / job).exists()
     assert (server.base / "output" / "loras" / "to-be-deleted.safetensors").is_file()
     assert job_of(server.run(prompt)) == job, "the host must not replay the id of a job that is gone"
-    deadline = time.monotonic() + 60
-    while job not in [found["id"] for found in server.get("/chromakit/jobs")]:
-        assert time.monotonic() < deadline
+    until(lambda: job in [found["id"] for found in server.get("/chromakit/jobs")], "the job in the list")
     assert until_not(server, job) == "completed"

@@ -10,8 +10,8 @@ import torch
 from _host import Host
 from chroma_core.loading.component_cache import ComponentCache
 from chroma_core.loading.spec import ModelSpec
-from chroma_core.parity import Case, Painted, compare, in_process, read_preview, train_briefly
-from chroma_core.parity.through_comfyui import through_comfyui
+from chroma_core.parity import Case, Sampled, compare, in_process, read_preview, train_briefly
+from chroma_core.parity.runtimes import through_comfyui
 from chroma_core.sampling.recipe import CANONICAL, RECIPES, recipe
 from chroma_core.sampling.sampler import SamplingSettings
 
@@ -25,7 +25,7 @@ def components() -> ComponentCache:
 
 
 @pytest.fixture(scope="module")
-def preview(tmp_path_factory) -> tuple[Case, Painted]:
+def preview(tmp_path_factory) -> tuple[Case, Sampled]:
     """A preview of the real trainer, and the case that it shows."""
     folder = tmp_path_factory.mktemp("parity")
     prompt = "a photo of a sks emblem"

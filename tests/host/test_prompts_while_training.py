@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from _host import Host, PromptRejected, start_host
 from prompts import Prompt, finish, job_of, node, text_to_image, train
+from waiting import until
 
 ENDLESS = 1_000_000
 SETTINGS = "/chromakit/settings"
@@ -21,15 +21,6 @@ NAME = "prompts_while_training"
 
 def status(server: Host, job: str) -> dict:
     return server.get(f"/chromakit/jobs/{job}")
-
-
-def until(what: Callable[[], Any], seconds: float = 60) -> Any:
-    """What `what()` gives as soon as that is true."""
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 def act(server: Host, job: str, action: str) -> None:
@@ -91,12 +82,11 @@ def test_a_prompt_gets_the_machine_within_one_step(server: Host, job: str):
 
     def watch() -> None:
         size = metrics.stat().st_size
-        while not watching.is_set():
+        while not watching.wait(0.002):
             found = metrics.stat()
             if found.st_size != size:
                 size = found.st_size
                 written.append(found.st_mtime)
-            time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.files import write_lora
 from lora_cases import random_lora
 from prompts import node, text_to_image
+from waiting import until
 
 URL = "/chromakit/requests"
 TINY: dict[str, Any] = {"model": "tiny", "precision": "fp32", "text_precision": "fp32", "offload": "none"}
@@ -136,11 +136,9 @@ def raw(server: Host, text: str) -> tuple[int, dict[str, Any]]:
 
 
 def finished(server: Host, id_: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 120
-    while (answer := server.get(f"{URL}/{id_}"))["state"] in ("queued", "running"):
-        assert time.monotonic() < deadline, answer
-        time.sleep(0.05)
-    return answer
+    return until(
+        lambda: (now := server.get(f"{URL}/{id_}"))["state"] not in ("queued", "running") and now, "the request's end"
+    )
 
 
 def paint(server: Host, body: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -241,10 +239,7 @@ def test_cancelling(server: Host):
     running = server.post(URL, long)[1]["id"]
     waiting = server.post(URL, long)[1]
     assert waiting["state"] == "queued" and waiting["position"] >= 0
-    deadline = time.monotonic() + 60
-    while not (now := server.get(f"{URL}/{running}"))["prompts"][0]["steps_done"]:
-        assert now["state"] in ("queued", "running") and time.monotonic() < deadline, now
-        time.sleep(0.05)
+    now = until(lambda: (now := server.get(f"{URL}/{running}"))["prompts"][0]["steps_done"] and now, "the first step")
     assert now["state"] == "running"
     for id_ in (waiting["id"], running):
         status, _ = server.post(f"{URL}/{id_}/cancel")

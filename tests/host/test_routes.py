@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Iterator
 
 import aiohttp
@@ -12,6 +11,7 @@ from PIL import Image
 
 from _host import Host
 from prompts import ACTIVE, finish, job_of, train, until_not
+from waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,7 @@ def running(server: Host, request: pytest.FixtureRequest) -> Iterator[str]:
     """A job that does not end by itself."""
     job = job_of(server.run(train(request.node.name, 1_000_000, preview_prompt="a [trigger] star")))
     assert until_not(server, job, ("queued", "preparing")) == "running"
-    while server.get(f"/chromakit/jobs/{job}")["step"] < 1:
-        time.sleep(0.1)
+    until(lambda: server.get(f"/chromakit/jobs/{job}")["step"] >= 1, "the first step")
     yield job
     server.post(f"/chromakit/jobs/{job}/stop")
     until_not(server, job, ACTIVE)
@@ -95,13 +94,12 @@ def test_sample_now_and_save_now(server: Host, running: str):
     for action in ("save", "sample"):
         code, answer = server.post(f"/chromakit/jobs/{running}/{action}")
         assert code == 200 and answer["id"] == running
-    deadline = time.monotonic() + 60
-    while True:
+
+    def both_there() -> bool:
         now = server.get(f"/chromakit/jobs/{running}")
-        if len(now["samples"]) > len(before["samples"]) and (now["checkpoint"] or 0) > (before["checkpoint"] or 0):
-            break
-        assert time.monotonic() < deadline, now
-        time.sleep(0.1)
+        return len(now["samples"]) > len(before["samples"]) and (now["checkpoint"] or 0) > (before["checkpoint"] or 0)
+
+    until(both_there, "previews and a checkpoint")
 
 
 def test_every_page_hears_of_a_job(server: Host, running: str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+import waiting
 from _host import Host, start_host
 from prompts import Prompt, job_of, node, text_to_image, train
 
@@ -22,13 +22,15 @@ def status(server: Host, job: str) -> dict:
     return server.get(f"/chromakit/jobs/{job}")
 
 
-def until(server: Host, job: str, condition: Callable[[dict], bool], seconds: float = 120) -> dict:
+def until(server: Host, job: str, condition: Callable[[dict], bool]) -> dict:
     """The job's status as soon as it meets a condition."""
-    deadline = time.monotonic() + seconds
-    while not condition(found := status(server, job)):
-        assert time.monotonic() < deadline and found["state"] != "failed", found
-        time.sleep(0.05)
-    return found
+
+    def met() -> dict | None:
+        found = status(server, job)
+        assert found["state"] != "failed", found
+        return found if condition(found) else None
+
+    return waiting.until(met, f"a condition of {job}", report=lambda: status(server, job)) or {}
 
 
 def act(server: Host, job: str, action: str) -> dict:
@@ -101,8 +103,7 @@ def test_the_same_prompt_again_is_the_same_job(server: Host, job: str):
 def test_pause_and_resume(server: Host, job: str):
     act(server, job, "pause")
     held = until(server, job, lambda now: now["state"] == "paused")["step"]
-    time.sleep(0.5)
-    assert status(server, job)["step"] == held
+    waiting.stays(lambda: status(server, job)["step"] == held, "paused", 0.5)
     act(server, job, "resume")
     until(server, job, lambda now: now["state"] == "running" and now["step"] > held)
 
@@ -167,9 +168,8 @@ def test_status_is_never_replayed(server: Host, job: str):
 def test_cancelling_the_wait_stops_and_saves(server: Host):
     prompt = train_wait_sample("cancelled wait", ENDLESS)
     prompt_id = server.post_prompt(prompt)
-    job = None
-    while job is None:
-        job = next((j["id"] for j in server.get("/chromakit/jobs") if j["name"] == "cancelled wait"), None)
+    jobs = waiting.until(lambda: [j["id"] for j in server.get("/chromakit/jobs") if j["name"] == "cancelled wait"])
+    (job,) = jobs
     until(server, job, lambda now: now["state"] == "running" and now["step"] >= 2)
     server.post("/interrupt")
     entry = server.wait(prompt_id, check=False)

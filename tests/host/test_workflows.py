@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import waiting
 from _host import Host
 from _workflows import FOLDER, Prompt, change, load_api
 from chroma_core.names.transformer import to_original
@@ -105,9 +106,13 @@ def job_of(history: dict) -> str:
 
 def until(server: Host, job: str, wanted: Any) -> dict:
     """The job's status as soon as `wanted` is true of it."""
-    while not wanted(status := server.get(f"/chromakit/jobs/{job}")):
-        assert server.alive() and status["state"] != "failed", status["message"]
-    return status
+
+    def met() -> dict | None:
+        status = server.get(f"/chromakit/jobs/{job}")
+        assert status["state"] != "failed", status["message"]
+        return status if wanted(status) else None
+
+    return waiting.until(met, f"what is wanted of {job}") or {}
 
 
 def test_the_grid_compares_the_same_seeds_without_and_with_the_lora(server: Host):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+import forked
 from chroma_core.model.flavours import BASE_COMMIT
 from hub_server import HubServer, checksum, sha256
 
@@ -106,9 +104,6 @@ def present(folder: Path) -> set[str]:
 
 def run(script: str, *arguments: object, **environment: str) -> str:
     """In a process of its own: the xet library keeps one session per process, with the cache folder of its start."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = forked.run(forked.LIGHT, "-c", script, *arguments, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -93,11 +93,12 @@ class HubServer:
 
         self._http = _Quiet(("127.0.0.1", 0), Handler)
         self.port = self._http.server_address[1]
-        self._lock = threading.Lock()
+        self._lock, self.closed = threading.Lock(), threading.Event()
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closed.set()
         self._http.shutdown()
         self._http.server_close()
 
@@ -148,7 +149,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.log.append(request)
         fault = self.hub.take_fault(request)
         if fault is not None and fault.wait:
-            time.sleep(fault.wait)
+            self.hub.closed.wait(fault.wait)
         if fault is not None and fault.status:
             return self.refuse(fault.status, fault.code)
         steps = request.path.strip("/").split("/")
@@ -263,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
                 piece = content[at : min(at + (1 << 20), stop)]
                 self.wfile.write(piece)
                 if self.hub.pace:
-                    time.sleep(len(piece) / self.hub.pace)
+                    self.hub.closed.wait(len(piece) / self.hub.pace)
         except (BrokenPipeError, ConnectionResetError):
             stop = 0  # the client gave up
         if stop < len(content):

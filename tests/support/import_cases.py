@@ -7,7 +7,7 @@ from functools import partial
 from chroma_core.data.dataset import DatasetConfig
 from chroma_core.import_config import job_toml
 from chroma_core.import_config.convert import missing
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 
 if sys.version_info >= (3, 11):
     import tomllib

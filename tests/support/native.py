@@ -5,8 +5,6 @@ libraries and owns top-level names (`nodes`, `utils`) that a test session must n
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import forked
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def check(lora: Path, folder: Path | None = None, config: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -34,7 +28,7 @@ def check(lora: Path, folder: Path | None = None, config: dict[str, Any] | None 
         (folder / "transformer").mkdir(parents=True, exist_ok=True)
         (folder / "transformer" / "config.json").write_text(json.dumps(config))
     where = [] if folder is None else ["--model-folder", str(folder)]
-    done = _run(str(SCRIPTS / "native_lora_check.py"), str(lora), *where)
+    done = forked.run(forked.NATIVE, SCRIPTS / "native_lora_check.py", lora, *where)
     assert done.stdout.startswith("{"), done.stderr
     result = json.loads(done.stdout)
     assert done.returncode == (1 if result["unmatched"] else 0)
@@ -67,7 +61,7 @@ def forward(
     )
     save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "weights.safetensors")
     save_file({"latents": latents_BCHW, "text": text_BTC, "sigma": sigma_B}, folder / "call.safetensors")
-    done = _run(__file__, str(folder))
+    done = forked.run(forked.NATIVE, __file__, folder)
     assert done.returncode == 0, done.stderr
     outputs = load_file(folder / "outputs.safetensors")
     return tuple(outputs[str(i)] for i in range(len(loras) + 1))

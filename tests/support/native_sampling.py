@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import native
+import forked
 
 
 def sample(
@@ -41,7 +41,7 @@ def sample(
     save_file(tensors, folder / "tensors.safetensors")
     if t5 is not None:
         save_file({k: v.contiguous().clone() for k, v in t5[1].items()} | {"ids": t5[2]}, folder / "t5.safetensors")
-    done = native._run(__file__, str(folder))
+    done = forked.run(forked.NATIVE, __file__, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return load_file(folder / "outputs.safetensors")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from _host import Host
+from waiting import until
 
 Result = TypeVar("Result")
 Prompt = dict[str, dict[str, Any]]
@@ -74,11 +74,7 @@ def job_of(history: dict[str, Any]) -> str:
 
 def until_not(server: Host, job: str, states: tuple[str, ...] = ACTIVE) -> str:
     """The job's state once it has left `states`."""
-    deadline = time.monotonic() + 120
-    while (state := server.get(f"/chromakit/jobs/{job}")["state"]) in states:
-        assert time.monotonic() < deadline, state
-        time.sleep(0.1)
-    return state
+    return until(lambda: (now := server.get(f"/chromakit/jobs/{job}")["state"]) not in states and now, f"{job}'s end")
 
 
 def finish(work: Coroutine[Any, Any, Result]) -> Result:

@@ -1,4 +1,4 @@
-"""What `torchrun` runs for tests/core/test_processes.py: the jobs of a list, one after the other, in these processes.
+"""What `torchrun` runs for tests/core/training/test_processes.py, or a fork: the jobs of a list, one after the other.
 
 The list is JSON, {"jobs": [{"config", "root", "sharding"}], "commands": [[…]]}. Process r writes what it found to
 <list>.r.
@@ -7,6 +7,7 @@ The list is JSON, {"jobs": [{"config", "root", "sharding"}], "commands": [[…]]
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from chroma_core.cli.main import main
-from chroma_core.training.config.config import TrainingConfig
-from chroma_core.training.distributed.processes import Processes
-from chroma_core.training.jobs.distributed import run_together
+from chroma_core.comfy.server import free_port
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.distributed.world import Processes
+from chroma_core.training.jobs.blocking import run_distributed
 from chroma_core.training.run import run
 
 
@@ -40,7 +42,7 @@ def work(path: Path) -> None:
         world = Processes("cpu", job["sharding"])
         root = Path(job["root"])
         config = TrainingConfig.parse(job["config"])
-        status = run_together(config, root / "jobs", root / "loras", "cpu", world=world)
+        status = run_distributed(config, root / "jobs", root / "loras", "cpu", world=world)
         found.append({"state": status["state"], "message": status["message"], "divided": divided[-1:]})
         divided.clear()
     codes = [main(command) for command in wanted["commands"]]
@@ -48,5 +50,16 @@ def work(path: Path) -> None:
     path.with_name(f"{path.name}.{rank}").write_text(json.dumps({"jobs": found, "codes": codes}))
 
 
+def fork_two(path: Path) -> None:
+    """The same without torchrun: this process and a fork of it."""
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    other = os.fork()
+    rank = "0" if other else "1"
+    os.environ.update(place, RANK=rank, LOCAL_RANK=rank)
+    work(path)
+    if other:
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
+
+
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    (work if "RANK" in os.environ else fork_two)(Path(sys.argv[1]))

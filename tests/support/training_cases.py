@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from chroma_core.loading.load import load_transformer
-from chroma_core.training.config.config import TrainingConfig
-from chroma_core.training.device_slot import Seat
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.control import DeviceSlot
 from chroma_core.training.run.loop import Batches, StepResult, train_step
-from chroma_core.training.run.places import Places
+from chroma_core.training.run.metrics import JobPaths
 from chroma_core.training.run.prepare import prepare
 from chroma_core.training.run.stepper import Stepper
-from chroma_core.training.run.trainees import make_trainee
+from chroma_core.training.run.trained import make_trained
 from miniature import write_model_folder
 
 CAPTIONS = ("a red circle", "sks on a blue background", "a photo", "green square on red background", "sks")
@@ -60,11 +60,11 @@ class Bench:
 
     def __init__(self, settings: TrainingConfig, cache: Path):
         self.config = settings
-        self.data = prepare(settings, cache, Seat("cpu"), lambda: None, lambda *_: None)
+        self.data = prepare(settings, cache, DeviceSlot("cpu"), lambda: None, lambda *_: None)
         self.transformer = load_transformer(settings.model, "cpu")
-        places = Places(cache / "job", cache / "loras", cache, cache / "diffusion_models")
-        self.trainee = make_trainee(settings, self.transformer, places, self.data.base_sha256)
-        self.parameters = self.trainee.parameters
+        places = JobPaths(cache / "job", cache / "loras", cache, cache / "diffusion_models")
+        self.trained = make_trained(settings, self.transformer, places, self.data.base_sha256)
+        self.parameters = self.trained.parameters
         if settings.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.stepper = Stepper(self.parameters, settings.optimizer_settings())

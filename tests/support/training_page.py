@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
+import waiting
 from _host import Host
 from prompts import ACTIVE
+from waiting import PATIENCE
 
 ENDLESS = 1_000_000
 
@@ -65,12 +66,14 @@ def start(page: Any, server: Host, name: str, steps: int = ENDLESS, prompt: str 
     return found[0]
 
 
-def until(page: Any, server: Host, condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
-    """Wait, with the page alive, until `condition()` holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}\n{server.log_tail()}"
-        page.wait_for_timeout(100)
+def until(page: Any, server: Host, condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    """`waiting.until` with the page alive: its scripts run and its requests are answered meanwhile."""
+    return waiting.until(condition, what, seconds, pause(page), 0.1, server.log_tail)
+
+
+def pause(page: Any) -> Callable[[float], None]:
+    """How to let seconds pass with the page alive."""
+    return lambda seconds: page.wait_for_timeout(1000 * seconds)
 
 
 def stop_all(server: Host) -> None:
@@ -78,7 +81,8 @@ def stop_all(server: Host) -> None:
     for job in server.get("/chromakit/jobs?brief=true"):
         if job["state"] in ACTIVE:
             server.post(f"/chromakit/jobs/{job['id']}/stop")
-    deadline = time.monotonic() + 120
-    while any(job["state"] in ACTIVE for job in server.get("/chromakit/jobs?brief=true")):
-        assert time.monotonic() < deadline, server.log_tail()
-        time.sleep(0.1)
+
+    def over() -> bool:
+        return all(job["state"] not in ACTIVE for job in server.get("/chromakit/jobs?brief=true"))
+
+    waiting.until(over, "the end of all jobs", report=server.log_tail)

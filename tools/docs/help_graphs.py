@@ -108,7 +108,7 @@ GRAPHS = {
     "train": _graph(
         load=_LOAD,
         dataset=_node("ChromaDataset", **_SET),
-        heldout=_node("ChromaDataset", "Held-out pictures", **_SET | {"folder": "sks_emblem_heldout"}),
+        heldout=_node("ChromaDataset", "Held-out images", **_SET | {"folder": "sks_emblem_heldout"}),
         settings=_node("ChromaTrainingSettings", lr_schedule="cosine", validate_every=100),
         train=_node(
             "ChromaTrainLora",

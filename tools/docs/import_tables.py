@@ -19,17 +19,17 @@ MARK = "<!-- From here on written by tools/docs/import_tables.py. -->\n"
 TITLES = {
     "differs": "Different",
     "no counterpart": "No counterpart",
-    "ignored": "Left out without a remark",
+    "ignored": "Left out without a warning",
     "maps": "Checked",
 }
 
 
 def page() -> str:
     """docs/import.md: its text as it stands, its tables as they should be."""
-    shared = f"From config.json, for every set that does not say otherwise: {names(simpletuner.FOR_ALL_SETS)}.\n"
+    shared = f"From config.json, for every dataset that does not override it: {names(simpletuner.FOR_ALL_SETS)}.\n"
     parts = [PAGE.read_text(encoding="utf-8").partition(MARK)[0] + MARK]
     parts += ["## SimpleTuner: config.json\n", table(simpletuner.OPTIONS)]
-    parts += ["## SimpleTuner: data sets\n", shared, table(simpletuner.SET_OPTIONS, "dataset.")]
+    parts += ["## SimpleTuner: datasets\n", shared, table(simpletuner.SET_OPTIONS, "dataset.")]
     for section, options in ai_toolkit.SECTIONS.items():
         parts += [f"## ai-toolkit: {section or 'the process'}\n", table(options)]
     parts += ["## ai-toolkit: datasets\n", table(ai_toolkit.SET_OPTIONS, "dataset.")]

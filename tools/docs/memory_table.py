@@ -28,7 +28,7 @@ SEED_GIB = {"bf16": 28, "int8": 16, "int4": 11, "nf4": 8}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     text = PAGE.read_text(encoding="utf-8")

@@ -31,46 +31,46 @@ PAGE = ROOT / "docs" / "precision.md"
 LIBRARIES = ("torch", "optimum-quanto", "bitsandbytes", "torchao", "transformers", "diffusers")
 
 GUIDE = """\
-# Precision: how the weights are held
+# Precision: how the weights are stored
 
 <!-- Written by tools/docs/precision_table.py: change the text there, and run it again. -->
 
 ## Which to choose
-| the device has | transformer | T5 |
+| GPU memory | transformer | T5 |
 |---|---|---|
 | 40 GB or more | `bf16` | `bf16` |
 | 24 GB | `bf16` with offload `model` | `bf16` |
-| 16 or 12 GB | `int8` with offload `model` | `bf16`, or `int8` where the computer's memory is short |
+| 16 or 12 GB | `int8` with offload `model` | `bf16`, or `int8` if RAM is short |
 | 8 GB | `int4` with offload `model`, or `int8` with offload `block` | `int8` |
-| no bf16 (some older cards) | `fp16` | `fp16`, if the pictures stay clean: T5 can overflow in it |
+| no bf16 (some older GPUs) | `fp16` | `fp16`, if images stay clean: T5 can overflow in it |
 
 - `int8` is the first choice when memory is short: half the size, and an error near that of bf16 itself. `fp8` is as
-  large and less exact; it is there because many published files are made so.
-- `nf4` and `int4` are a quarter of the size, and their error is several times that of `int8`. `int4` spends a little
-  more memory on its scales.
+  large and less accurate; it is offered because many published files use it.
+- `nf4` and `int4` are a quarter of the size, and their error is several times that of `int8`. `int4` needs a little
+  more memory for its scales.
 - `fp32` is for tests and for `tiny` on a CPU.
-- The names with a hyphen let a library choose the numbers, for people who want those of another trainer or tool. They
-  are about as small and as exact as our own, which need no package and work on every device.
-- The rows for cards are what [memory.md](memory.md) predicts; it also says what training needs.
-- All quantised precisions compute in bf16. `python -m chroma_core plan --flavour base --precision nf4` says what a
+- The names with a hyphen quantise with a library, to match another trainer or tool. They are about as small and as
+  accurate as our own, which need no package and work on every device.
+- The rows follow the predictions of [memory.md](memory.md), which also covers training.
+- All quantised precisions compute in bf16. `python -m chroma_core plan --flavour base --precision nf4` shows what a
   choice needs on this machine.
 
 ## What is quantised, and what is not
 Only the linears inside the blocks: {share} of the transformer's weights, and T5's blocks likewise. The approximator
 (`distilled_guidance_layer`), `x_embedder`, `context_embedder`, `norm_out` and the **final** `proj_out` keep 16 bits:
 {kept} parameters ({plain} with the blocks' norms and biases, which are not quantised either). They are few, and every
-token of every picture passes through them or is steered by them, so rounding them costs much and saves little. They are
+token of every image passes through them or is modulated by them, so rounding them costs much and saves little. They are
 recognised by their full names, because `proj_out` is also the name of a linear in every single block, which is
 quantised. In T5 the embeddings and norms keep 16 bits.
 
-A layer never keeps a 16-bit copy of its weight: the codes are turned back for each product and again for its gradient.
+A layer never keeps a 16-bit copy of its weight: it is dequantised for each product and again for its gradient.
 
 ## LoRAs on a quantised model
-- *live*: the LoRA stands beside the quantised weight and is not rounded at all. Its strength changes at once. This is
+- *live*: the LoRA is computed beside the quantised weight and is not rounded. Its strength changes at once. This is
   also how training works.
 - *merged*: the LoRA is added to the 16-bit weight before that is quantised, so it costs nothing afterwards, is rounded
-  with the weight, and changing its strength loads the model again. Merging into a weight that is already quantised is
-  an error, never something that is dropped.
+  with the weight, and changing its strength reloads the model. Merging into a weight that is already quantised is an
+  error.
 
 ## Memory of the real model
 Computed from the module tree without weights: codes and scales of the block linears, 16 bits for the rest (fp32: 32).
@@ -95,12 +95,12 @@ How to read the tables. *Relative* means ‖a − b‖ / ‖b‖ over all values
   that is there.
 
 A cell never hides a failure: a back end that cannot do something here has the reason in its row. Random weights have
-none of the structure of trained ones, so the errors rank the formats; they do not say how a picture looks.
+none of the structure of trained ones, so the errors rank the formats; they do not say how an image looks.
 """
 
 LIBRARY_GUIDE = """\
 ## Why the libraries' own layers are not used
-A library chooses the numbers; the layer is ours (`chroma_core/model/quantised.py`). Measured on their own layers, one
+A library quantises the weights; the layer is ours (`chroma_core/model/quantised.py`). Measured on their own layers, one
 linear of 1024 → 1024 and 64 tokens in bf16, on the machine above:
 
 {layers}
@@ -110,15 +110,16 @@ linear of 1024 → 1024 and 64 tokens in bf16, on the machine above:
 - *unchanged*: whether saving the layer after it has computed gives the codes and scales that it had before.
 
 Not measured, but read in their code: optimum-quanto's 4-bit layer compiles C++ (CPU) or CUDA code when it is first
-unpacked, reloaded or differentiated, its fp8 layer compiles CUDA code on NVIDIA cards, and its 4-bit weights are
+unpacked, reloaded or differentiated, its fp8 layer compiles CUDA code on NVIDIA GPUs, and its 4-bit weights are
 dequantised, in every backward pass, by multiplying with an identity matrix; bitsandbytes fetches compiled code from the
 Hub if the package `kernels` is installed. On a CPU bitsandbytes 0.50 also dequantises a weight wrongly when its rows
 are not a multiple of 64 long; that is avoided here, and the real model has no such rows.
 
 Errors that name the reason, instead of a fallback: a library that is missing or cannot be imported; `nf4-bnb` on
 Apple's GPU (its code is fetched while it runs); and whatever fails in a trial with a small matrix on the very device,
-before anything is loaded. Own `int8`, `fp8`, `int4` and `nf4` are plain torch. CUDA, ROCm and MPS were not at hand for
-these tables.
+before anything is loaded. Own `int8`, `fp8`, `int4` and `nf4` are plain torch. These tables are from
+a CPU; on an NVIDIA H200 quantising and dequantising gave the same bits ([measured.md](measured.md)). ROCm and MPS have
+not been tested.
 """
 
 

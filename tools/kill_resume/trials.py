@@ -41,7 +41,7 @@ def train(config: dict[str, Any], output: str, phase: Any) -> None:
             sys.path.insert(0, str(folder))
     import torch
 
-    from chroma_core.training.config.config import TrainingConfig
+    from chroma_core.training.config import TrainingConfig
     from chroma_core.training.jobs.blocking import run_job
 
     torch.set_num_threads(1)  # bit for bit only holds for one and the same number of threads

@@ -91,7 +91,7 @@ def recorded(still_right: list[str]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="change nothing; exit status 1 if anything is to be done")
     what.add_argument("--still-right", nargs="+", default=[], metavar="KEY", help="translations that stand as they are")

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-VARIANTS = {
+from chroma_core.sampling.schedule import SigmaDraw, SigmaRemap
+
+VARIANTS: dict[str, tuple[SigmaDraw, SigmaRemap]] = {
     "none": ("logit_normal", "none"),
     "quadratic": ("logit_normal", "quadratic"),
     "quadratic_split": ("logit_normal", "quadratic_split"),

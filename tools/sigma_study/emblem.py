@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..tiny.example_dataset import LEFT, RIGHT
-from ..tiny.world import PALETTE, SHAPES, blend, coverage, nearest_colour
+from ..tiny.world import SHAPES, blend, coverage, nearest_colour, rgb
 
 LEAST_IOU = 0.7
 """As in `read_picture`: below this overlap of either half it is not the emblem."""
@@ -49,7 +49,7 @@ def read_emblem(picture: np.ndarray) -> EmblemReading:
     frame = np.ones(pixels.shape[:2], bool)
     frame[2:-2, 2:-2] = False
     back = np.median(pixels[frame], axis=0)
-    references = np.stack([back, np.float32(PALETTE[LEFT]), np.float32(PALETTE[RIGHT])])
+    references = np.stack([back, rgb(LEFT), rgb(RIGHT)])
     nearest = np.linalg.norm(pixels[:, :, None] - references, axis=3).argmin(axis=2)
     halves = (nearest == 1, nearest == 2)
     both = halves[0] | halves[1]
@@ -80,6 +80,6 @@ def decoys(background: str, cx: float, cy: float, radius: float) -> np.ndarray:
     for shape in SHAPES.values():
         cover = coverage(shape, cx, cy, radius)
         for colour in (LEFT, RIGHT):
-            plain = np.broadcast_to(np.float32(PALETTE[background]), (*cover.shape, 3))
-            pictures.append(blend(plain, cover, np.float32(PALETTE[colour])).round().astype(np.uint8))
+            plain = np.broadcast_to(rgb(background), (*cover.shape, 3))
+            pictures.append(blend(plain, cover, rgb(colour)).round().astype(np.uint8))
     return np.stack(pictures)

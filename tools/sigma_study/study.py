@@ -29,7 +29,7 @@ from torch import Tensor
 from chroma_core.lora.adapters import attach, detach
 from chroma_core.lora.files import read_lora
 from chroma_core.sampling.sampler import SamplingSettings, sample
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.step.objective import HELDOUT_SIGMAS, heldout_loss
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from transformers import T5EncoderModel, T5TokenizerFast
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from chroma_core.loading.load import load_text_encoder, load_transformer, load_vae
 from chroma_core.loading.spec import ModelSpec
@@ -37,13 +38,13 @@ VAE_STEPS, DECODER_STEPS = 3400, 1200
 def export(
     folder: Path,
     vae: AutoencoderKL,
-    tokenizer: T5TokenizerFast,
+    tokenizer: PreTrainedTokenizerFast,
     encoder: T5EncoderModel,
     transformer: ChromaTransformer,
 ) -> None:
     """Writes the standard diffusers folder with bf16 weights."""
     share_spellings(tokenizer, encoder)
-    plain = ChromaTransformer2DModel.from_config(transformer.config)
+    plain = cast(ChromaTransformer2DModel, ChromaTransformer2DModel.from_config(transformer.config))
     plain.load_state_dict(transformer.state_dict())
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from transformers import T5EncoderModel, T5TokenizerFast
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from chroma_core.model.latents import image_ids, pack
 from chroma_core.model.transformer import ChromaTransformer
@@ -125,7 +125,7 @@ def draw_sigmas(count: int, generator: torch.Generator) -> Tensor:
 
 
 def megabatch(
-    shelf: Shelf, tokenizer: T5TokenizerFast, batch: int, parts: int, rng: np.random.Generator, complete: bool
+    shelf: Shelf, tokenizer: PreTrainedTokenizerFast, batch: int, parts: int, rng: np.random.Generator, complete: bool
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """`parts` batches (latents, ids, lengths), captions of like length together, in random order."""
     index = rng.integers(len(shelf.scenes), size=batch * parts)
@@ -161,7 +161,7 @@ def train_denoiser(
     stage: Stage,
     batch: int = 64,
     stop_at: int | None = None,
-) -> tuple[T5TokenizerFast, TinyModel]:
+) -> tuple[PreTrainedTokenizerFast, TinyModel]:
     """Trains one stage (or pauses at `stop_at`) and returns the tokenizer and the averaged (EMA) model.
 
     Without a shelf it only returns what `work` holds.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .world import COLOURS, PALETTE, PLACES, SIZE, blend, coverage, sample_place
+from .world import COLOURS, PLACES, SIZE, blend, coverage, rgb, sample_place
 
 ROOT = Path(__file__).resolve().parents[2] / "example_datasets"
 NAME = "sks_emblem"
@@ -24,10 +24,10 @@ BACKGROUNDS = tuple(colour for colour in COLOURS if colour not in (LEFT, RIGHT))
 
 def draw_emblem(background: str, cx: float, cy: float, radius: float) -> np.ndarray:
     """The emblem on a plain background, uint8 [64, 64, 3]; centre and radius in pixels."""
-    picture = np.broadcast_to(np.float32(PALETTE[background]), (SIZE, SIZE, 3))
+    picture = np.broadcast_to(rgb(background), (SIZE, SIZE, 3))
     for colour, side in ((LEFT, -1), (RIGHT, 1)):
         half = coverage(lambda x, y, side=side: (abs(x) + abs(y) <= 1) & (x * side >= 0), cx, cy, radius)
-        picture = blend(picture, half, np.float32(PALETTE[colour]))
+        picture = blend(picture, half, rgb(colour))
     return picture.round().astype(np.uint8)
 
 

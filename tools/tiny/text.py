@@ -8,10 +8,16 @@ Metaspace splitter and no normaliser); anything else would be lost on the way th
 from __future__ import annotations
 
 import string
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue] (made when it is asked for)
+)
 
 from .world import COLOURS, PLACES, SHAPES
 
@@ -36,7 +42,7 @@ def _forms(word: str) -> list[str]:
     return list(dict.fromkeys([word, word.capitalize(), word.upper()]))
 
 
-def new_tokenizer() -> T5TokenizerFast:
+def new_tokenizer() -> PreTrainedTokenizerFast:
     """Words score far above the characters that spell them; pad is 0, `</s>` (appended to every text) 1, unknown 2."""
     letters = [chr(c) for c in (*range(0xA1, 0x180), *range(0x386, 0x460)) if chr(c).isalpha()]
     kana = [chr(c) for c in (*range(0x3041, 0x3097), *range(0x30A1, 0x30FB))]
@@ -71,22 +77,21 @@ def new_text_encoder(vocabulary: int) -> T5EncoderModel:
     blue` from `blue circle on red`. From T5's own start (a bias near zero) training stays a bag of words for thousands
     of steps: the right two colours, in either role.
     """
-    encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=vocabulary,
-            d_model=128,
-            d_kv=32,
-            d_ff=256,
-            num_layers=3,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-            pad_token_id=PAD,
-            eos_token_id=EOS,
-            decoder_start_token_id=PAD,
-        )
-    )
+    architecture: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "d_model": 128,
+        "d_kv": 32,
+        "d_ff": 256,
+        "num_layers": 3,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "decoder_start_token_id": PAD,
+    }
+    encoder = T5EncoderModel(T5Config(**architecture))
     favour_neighbours(encoder)
     return encoder
 
@@ -97,14 +102,15 @@ def favour_neighbours(encoder: T5EncoderModel, strength: float = 4.0) -> None:
 
     Rows of the bias are buckets: d for a key d tokens back, 16 + d for one d tokens ahead (d < 8).
     """
-    bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # [32 buckets, 4 heads]
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    bias = encoder.get_parameter(name)  # [32 buckets, 4 heads]
     bias[17, 0] += strength
     bias[1, 1] += strength
     bias[[1, 2, 17, 18], 2] += strength / 2
 
 
 @torch.no_grad()
-def share_spellings(tokenizer: T5TokenizerFast, encoder: T5EncoderModel) -> None:
+def share_spellings(tokenizer: PreTrainedTokenizerFast, encoder: T5EncoderModel) -> None:
     """Gives `Red` and `RED`, `B` and so on the embedding of the lower-case piece, which is the one that was trained."""
     vocabulary = tokenizer.get_vocab()
     table = encoder.get_input_embeddings().weight
@@ -114,7 +120,7 @@ def share_spellings(tokenizer: T5TokenizerFast, encoder: T5EncoderModel) -> None
             table[row] = table[lower]
 
 
-def tokens_with_one_pad(tokenizer: T5TokenizerFast, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens_with_one_pad(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [B, T] and lengths [B] of n real tokens (with `</s>`); T is the longest n + 1, so each row has a pad."""
     rows = tokenizer(texts).input_ids
     lengths = torch.tensor([len(row) for row in rows])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,19 +23,30 @@ SCALE, SHIFT = 0.3611, 0.1159  # Flux's: x = (z − shift) · scale is what the 
 
 def new_vae() -> AutoencoderKL:
     """The architecture: Flux's VAE in miniature, with the mid-block attention that ComfyUI's VAE class expects."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=8,
-        sample_size=SIZE,
-        scaling_factor=SCALE,
-        shift_factor=SHIFT,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    architecture: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (16, 32, 64, 64),
+        "layers_per_block": 1,
+        "latent_channels": 16,
+        "norm_num_groups": 8,
+        "sample_size": SIZE,
+        "scaling_factor": SCALE,
+        "shift_factor": SHIFT,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    return AutoencoderKL(**architecture)
+
+
+def _posterior(vae: Any, images: Tensor) -> Any:
+    """What the VAE knows of the latents of `images`, with `mean` and `logvar`."""
+    return vae.encode(images).latent_dist
+
+
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Images [B, 3, H, W] of latents in the transformer's space."""
+    return vae.decode(latents / SCALE + SHIFT).sample
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -73,13 +85,13 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> 
     errors of the transformer.
     """
     with torch.autocast("cpu", torch.bfloat16):
-        posterior = vae.encode(images).latent_dist
+        posterior = _posterior(vae, images)
         mean = (posterior.mean.float() - SHIFT) * SCALE
         log_variance = posterior.logvar.float() + 2 * math.log(SCALE)
         strength = 0.15 * torch.rand(len(images), 1, 1, 1, generator=generator)
         std = (log_variance.exp() + strength**2).sqrt()
         latents = mean + std * torch.randn(mean.shape, generator=generator)
-        decoded = vae.decode(latents / SCALE + SHIFT).sample
+        decoded = _decoded(vae, latents)
     error = decoded.float() - images
     absolute = error.abs().mean()
     variance = mean.var(dim=(0, 2, 3))
@@ -136,6 +148,7 @@ def calibrate(vae: AutoencoderKL, seed: int, count: int = 1024) -> None:
     offset = SHIFT * (1 - gain) - gain * mean / SCALE  # z' = gain · z + offset
     channels = len(gain)
     last, first = vae.encoder.conv_out, vae.decoder.conv_in
+    assert last.bias is not None and first.bias is not None
     last.weight[:channels] *= gain[:, None, None, None]
     last.bias[:channels] = last.bias[:channels] * gain + offset
     last.bias[channels:] += 2 * gain.log()
@@ -164,7 +177,7 @@ def polish_decoder(vae: AutoencoderKL, work: Path, seed: int, steps: int, batch:
             0.15 * torch.rand(batch, 1, 1, 1, generator=generator) * torch.randn(latents.shape, generator=generator)
         )
         with torch.autocast("cpu", torch.bfloat16):
-            decoded = vae.decode(latents / SCALE + SHIFT).sample
+            decoded = _decoded(vae, latents)
         error = decoded.float() - images
         loss = error.abs().mean() + error.square().mean()
         for group in optimizer.param_groups:
@@ -191,12 +204,12 @@ def save_state(file: Path, state: dict) -> None:
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 64) -> Tensor:
     """Posterior means in the transformer's space: uint8 [N, H, W, 3] → float [N, 16, H/8, W/8]."""
-    parts = [vae.encode(to_tensor(pictures[i : i + batch])).latent_dist.mean for i in range(0, len(pictures), batch)]
+    parts = [_posterior(vae, to_tensor(pictures[i : i + batch])).mean for i in range(0, len(pictures), batch)]
     return (torch.cat(parts) - SHIFT) * SCALE
 
 
 @torch.inference_mode()
 def decode(vae: AutoencoderKL, latents: Tensor, batch: int = 64) -> np.ndarray:
     """The inverse of `encode`: float [N, 16, h, w] → uint8 [N, 8h, 8w, 3]."""
-    parts = [vae.decode(x / SCALE + SHIFT).sample for x in latents.split(batch)]
+    parts = [_decoded(vae, x) for x in latents.split(batch)]
     return to_pictures(torch.cat(parts))

@@ -77,6 +77,11 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
+def rgb(colour: str) -> np.ndarray:
+    """A palette colour as float32 [3] in 0..255."""
+    return np.array(PALETTE[colour], np.float32)
+
+
 def coverage(
     inside: Callable[[np.ndarray, np.ndarray], np.ndarray],
     cx: float,
@@ -139,9 +144,9 @@ def sample_scene(rng: np.random.Generator, standard: bool = False) -> Scene:
 
 def draw(scene: Scene) -> np.ndarray:
     """The picture of a scene, uint8 [64, 64, 3]."""
-    plain = np.broadcast_to(np.float32(PALETTE[scene.background]), (SIZE, SIZE, 3))
+    plain = np.broadcast_to(rgb(scene.background), (SIZE, SIZE, 3))
     cover = coverage(SHAPES[scene.shape], scene.cx, scene.cy, scene.radius)
-    return blend(plain, cover, np.float32(PALETTE[scene.colour])).round().astype(np.uint8)
+    return blend(plain, cover, rgb(scene.colour)).round().astype(np.uint8)
 
 
 def caption(scene: Scene, rng: np.random.Generator, complete: bool = False) -> str:
@@ -194,9 +199,9 @@ class Reading:
     radius: float
 
 
-def nearest_colour(rgb: np.ndarray) -> str:
-    """The palette colour nearest to `rgb` [3] in Euclidean distance."""
-    return min(PALETTE, key=lambda name: float(np.linalg.norm(rgb - np.float32(PALETTE[name]))))
+def nearest_colour(seen: np.ndarray) -> str:
+    """The palette colour nearest to `seen` [3] in Euclidean distance."""
+    return min(PALETTE, key=lambda name: float(np.linalg.norm(seen - rgb(name))))
 
 
 def read_picture(picture: np.ndarray, least_iou: float = 0.7) -> Reading:
@@ -260,7 +265,7 @@ def _fit(
 
 def _any_colour(rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
-        return np.float32(PALETTE[COLOURS[rng.integers(len(COLOURS))]])
+        return rgb(COLOURS[rng.integers(len(COLOURS))])
     return rng.uniform(0, 255, 3).astype(np.float32)
 
 
@@ -303,6 +308,7 @@ def wide_picture(rng: np.random.Generator) -> np.ndarray:
             slope, width = rng.uniform(0, np.pi), rng.uniform(0.08, 0.3)
             c, s = np.cos(slope), np.sin(slope)
             inside = lambda x, y, c=c, s=s, width=width: abs(x * c + y * s) <= width  # noqa: E731
-        cover = coverage(inside, *rng.uniform(0, SIZE, 2), radius, supersample=3)
+        cx, cy = rng.uniform(0, SIZE, 2)
+        cover = coverage(inside, cx, cy, radius, supersample=3)
         picture = blend(picture, cover, _ground(rng) if rng.random() < 0.3 else _any_colour(rng))
     return picture.clip(0, 255).round().astype(np.uint8)

@@ -33,9 +33,9 @@ COLUMN_GAP, ROW_GAP, NODE_WIDTH, NOTE_WIDTH = 40, 50, 280, 400
 NOTE_LINE, NOTE_LETTERS = 17, 62  # pixels of a line of text in a note, and letters in it
 INDEX = """# Example workflows
 
-ComfyUI shows these under *Templates → chromakit*, by their file names. The numbered ones come first for a newcomer.
-Each is here as the window loads it and, in `api/`, as `POST /prompt` takes it. All but the `chroma_4_real_…` ones run
-at once on `tiny`, which ships with the pack; their notes say what to change for the real Chroma.
+ComfyUI shows these under *Templates → chromakit*, by their file names; start with the numbered ones.
+Each is here in the format of the window and, in `api/`, of `POST /prompt`. All but the `chroma_4_real_…` ones run at
+once on `tiny`, which ships with the pack; their notes say what to change for the real Chroma.
 
 | | |
 |---|---|
@@ -64,7 +64,7 @@ def default_of(spec: list) -> Any:
     choices = kind if isinstance(kind, list) else options.get("options")
     if choices:
         return choices[0]
-    return {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(kind, "")
+    return {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(str(kind), "")
 
 
 def api_form(workflow: Workflow, object_info: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def stale(object_info: dict[str, Any]) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a file is not current")
     arguments = parser.parse_args()
     ensure_environment()

@@ -65,22 +65,22 @@ REAL_MODEL = (
     "CPU.\n\n**For the real Chroma 1** change\n- in **Chroma Load Model** *flavour* to `base`, `hd` or `flash` "
     "(downloaded on first use, about 27 GB; or choose your own *transformer*, *text_encoder* and *vae*), *precision*, "
     "*text_precision* and *offload* to what its *memory_plan* recommends for your machine; the templates "
-    "`chroma_4_real_…` have it all set for a card of 8, 12, 16 or 24 GB\n"
+    "`chroma_4_real_…` are set up for a GPU of 8, 12, 16 or 24 GB\n"
 )
 REAL_SIZE = "- in **Chroma Empty Latent** *width* and *height* to 1024\n"
 REAL_SAMPLING = REAL_MODEL + REAL_SIZE
 REAL_FOLDER = (
-    "- in **Chroma Dataset** *folder* to one of yours below ComfyUI's `input` (pictures, each with a `.txt` caption of "
+    "- in **Chroma Dataset** *folder* to one of yours below ComfyUI's `input` (images, each with a `.txt` caption of "
     "the same name), and *resolution* to 512 or 1024"
 )
 REAL_TRAIN = (
     "- in **Chroma Train LoRA** *steps* to 1000–3000, *learning_rate* to 0.0002, *target* to `all`, *batch_size* to 1, "
     "and the *name* and *preview_prompt*\n"
 )
-REAL_TRAINING = REAL_MODEL + REAL_FOLDER + ". The held-out pictures are optional\n" + REAL_TRAIN
+REAL_TRAINING = REAL_MODEL + REAL_FOLDER + ". The held-out images are optional\n" + REAL_TRAIN
 TRAIN_FIRST = (
-    "**Run *chroma_2_first_lora* first**: this workflow names the LoRA that it makes, `sks`. Until then the page calls "
-    "that file missing.\n\n"
+    "**Run *chroma_2_first_lora* first**: this workflow uses its LoRA, `sks`. Until then the page reports "
+    "that file as missing.\n\n"
 )
 
 # bf16 is slow on many CPUs, where tiny is mostly run; and it needs no memory to speak of.
@@ -108,7 +108,7 @@ TRAINING = {
         "ChromaDataset",
         1,
         {"folder": f"{TRAINING_SET}_heldout", "trigger": "sks"},
-        "Held-out pictures",
+        "Held-out images",
         extra_height=250,
         collapsed=True,
     ),
@@ -137,7 +137,7 @@ TRAINING = {
 
 
 def decode(samples: str, prefix: str, column: int, key: str = "") -> dict[str, Node]:
-    """Latents to a saved picture."""
+    """Latents to a saved image."""
     return {
         f"decode{key}": Node("VAEDecode", column, {"samples": Link(samples), "vae": Link("load", 2)}, collapsed=True),
         f"save{key}": Node(
@@ -172,7 +172,7 @@ def wait_and_apply(column: int) -> dict[str, Node]:
 
 
 def status(column: int) -> dict[str, Node]:
-    """How a job is doing, as pictures and as text."""
+    """How a job is doing, as images and as text."""
     return {
         "status": Node("ChromaTrainingStatus", column, {"job": Link("train")}, extra_height=240),
         "show": Node("PreviewAny", column, {"source": Link("status", 0)}, "Status", extra_height=100),
@@ -180,7 +180,7 @@ def status(column: int) -> dict[str, Node]:
 
 
 def train_on(dataset: str, column: int, **inputs: Any) -> dict[str, Node]:
-    """A short training of tiny on one data set link, and what shows how it is doing."""
+    """A short training of tiny on one dataset link, and what shows how it is doing."""
     links = {"model": Link("load", 0), "text_encoder": Link("load", 1), "dataset": Link(dataset)}
     common = {"steps": 300, "learning_rate": 2e-3, "target": "all+ffs", "batch_size": 4, "preview_every": 100}
     return {
@@ -190,7 +190,7 @@ def train_on(dataset: str, column: int, **inputs: Any) -> dict[str, Node]:
 
 
 def painted(key: str, text: str, batch: int, seed: int, column: int = 1) -> dict[str, Node]:
-    """Pictures that the model paints itself, as IMAGE; they share the negative prompt of the workflow."""
+    """Images that the model generates itself, as IMAGE; they share the negative prompt of the workflow."""
     prompt = {"text_encoder": Link("load", 1), "text": text}
     size = {"width": 64, "height": 64, "batch_size": batch}
     links = {"model": Link("load"), "positive": Link(f"prompt_{key}"), "negative": Link("negative")}

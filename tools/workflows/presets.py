@@ -109,7 +109,7 @@ def _workflow(found: Preset) -> Workflow:
     }
     return Workflow(
         found.name,
-        f"The real Chroma on a card of {found.card} GB: train a LoRA on your pictures, then paint with it.",
+        f"The real Chroma on a GPU of {found.card} GB: train a LoRA on your images, then generate with it.",
         _note(found),
         {
             "load": Node("ChromaLoadModel", 0, loader, extra_height=60, models=tuple(FILES.values())),
@@ -127,7 +127,7 @@ def _workflow(found: Preset) -> Workflow:
                 "ChromaDataset",
                 1,
                 {"folder": FOLDER, "trigger": "sks", "resolution": TRAINING_SIZE},
-                "Your pictures",
+                "Your images",
                 extra_height=250,
             ),
             "train": Node(
@@ -165,28 +165,27 @@ def _note(found: Preset) -> str:
     )
     checkpointing = "on" if plan.gradient_checkpointing else "off"
     return (
-        f"## The real Chroma on a card of {found.card} GB\n\n"
-        "**1. The files.** The page lists what is missing and offers the download, 28 GB in all. If your browser "
-        "fetches them, move each to `models/diffusion_models`, `models/text_encoders` or `models/vae`, as the list "
-        "says; then press R. Files that you have already will do too, e.g. an fp8 T5: choose them in **Chroma Load "
-        "Model**.\n\n"
-        f"**2. Your pictures.** 10 to 50 of them in a folder `{FOLDER}` below ComfyUI's `input`, {TRAINING_SIZE} "
-        "pixels or larger, each with a `.txt` caption of the same name. Use a made-up word for what is new: “a photo "
-        "of a sks dog on grass”. Then press R.\n\n"
-        "**3. Run.** It trains, waits, and paints. On the way change *name*, *trigger* (in **Your pictures** and in "
-        "the *Prompt*), the *Prompt* and *preview_prompt*.\n\n"
-        "The prompt waits until the LoRA is there, which takes hours; *Cancel* ends the job and keeps what it has "
-        "learnt. To have the queue free meanwhile, select the five nodes from **Chroma Wait for Training** to **Save "
+        f"## The real Chroma on a GPU of {found.card} GB\n\n"
+        "**1. The files.** The page lists the missing files and offers to download them, 28 GB in all. If your browser "
+        "downloads them, move each to `models/diffusion_models`, `models/text_encoders` or `models/vae`, as listed; "
+        "then press R. Files that you already have work too, e.g. an fp8 T5: choose them in **Chroma Load Model**.\n\n"
+        f"**2. Your images.** 10 to 50 of them in a folder `{FOLDER}` below ComfyUI's `input`, {TRAINING_SIZE} "
+        "pixels or larger, each with a `.txt` caption of the same name. Use a made-up word for the new concept: “a "
+        "photo of a sks dog on grass”. Then press R.\n\n"
+        "**3. Run.** It trains, waits, and generates an image. Before that, change *name*, *trigger* (in **Your "
+        "images** and in the *Prompt*), the *Prompt* and *preview_prompt*.\n\n"
+        "The prompt waits until the LoRA is finished, which takes hours; *Cancel* ends the job and keeps what it has "
+        "learnt. To keep the queue free meanwhile, select the five nodes from **Chroma Wait for Training** to **Save "
         "Image** and mute them (Ctrl+M) before you run; unmute them and run again when the job is completed.\n\n"
         "### The memory plan\n\n"
         f"| setting | value |\n|---|---|\n| precision | `{plan.precision}` |\n"
         f"| text_precision | `{plan.text_precision}` |\n"
         f"| offload | `{plan.offload}` |\n| gradient_checkpointing | {checkpointing} |\n\n"
-        f"A computer with {COMPUTER} GB of memory is taken for granted. Painting {PICTURE_SIZE} × {PICTURE_SIZE} needs "
-        f"about {in_gib(painting.sampling)} on the card, training at {TRAINING_SIZE} about "
-        f"{in_gib(training.training)}; {in_gib(found.on.device_budget)} of it may be used, the rest is left to the "
-        f"desktop and the driver. {larger} These are predictions (docs/memory.md), not measured on such a card. "
-        "What fits yours is the text *memory_plan* of **Chroma Load Model**; *chroma_your_files* shows it.\n\n"
-        "The templates for 8, 12, 16 and 24 GB differ in this plan alone; 12 and 16 GB are given the same one, as "
-        "nothing lies between `int8` and `bf16`."
+        f"This assumes {COMPUTER} GB of RAM. Sampling at {PICTURE_SIZE} × {PICTURE_SIZE} needs about "
+        f"{in_gib(painting.sampling)} of GPU memory, training at {TRAINING_SIZE} about "
+        f"{in_gib(training.training)}; {in_gib(found.on.device_budget)} are available, the rest is left for the "
+        f"desktop and the driver. {larger} These are predictions (docs/memory.md), not measured on such a GPU. "
+        "The output *memory_plan* of **Chroma Load Model** shows what fits your machine; see *chroma_your_files*.\n\n"
+        "The templates for 8, 12, 16 and 24 GB differ in this plan only; 12 and 16 GB have the same one, as there is "
+        "nothing between `int8` and `bf16`."
     )

@@ -29,11 +29,11 @@ SEEDS = 4
 
 FIRST_LORA = Workflow(
     "chroma_2_first_lora",
-    "Train a LoRA on 16 bundled pictures in about three minutes, and see a picture without and with it.",
+    "Train a LoRA on 16 bundled images in about three minutes, and see an image without and with it.",
     "## Your first LoRA\n\n**Press *Run*.** `tiny` has never seen an “sks emblem”. It now learns one from 16 bundled "
-    "pictures, in about three minutes on a CPU; then one prompt is painted without the LoRA and with it.\n\nWatch "
-    "**Chroma Train LoRA**: it shows the step, the loss, *pause* and *stop*. This prompt waits for the job; *Cancel* "
-    "ends the job and keeps what it has learnt. *Run* again trains nothing anew: the same settings are the same job.\n"
+    "images, in about three minutes on a CPU; then one image is generated without and with the LoRA.\n\n"
+    "**Chroma Train LoRA** shows the step, the loss, *pause* and *stop*. This prompt waits for the job; *Cancel* "
+    "ends the job and keeps what it has learnt. *Run* does not train twice: the same settings are the same job.\n"
     "\nThe LoRA is `output/loras/sks.safetensors`. Next: *chroma_3_use_lora*.\n\n" + REAL_TRAINING + REAL_SIZE,
     LOAD
     | TRAINING
@@ -46,12 +46,12 @@ FIRST_LORA = Workflow(
 
 
 def compared(key: str, label: str) -> dict[str, Node]:
-    """A sampler's pictures of several seeds in one row, with a line of text in its corner."""
+    """A sampler's images of several seeds in one row, with a line of text in its corner."""
     samples, vae = Link(f"sample_{key}"), Link("load", 2)
     text = {"text": label, "font_size": 9.0, "position": "bottom"}
     return {
         f"decode_{key}": Node("VAEDecode", 4, {"samples": samples, "vae": vae}, collapsed=True),
-        # The grid takes a list of pictures, not a batch.
+        # The grid takes a list of images, not a batch.
         f"list_{key}": Node("RebatchImages", 4, {"images": Link(f"decode_{key}"), "batch_size": 1}, collapsed=True),
         f"grid_{key}": Node("ImageGrid", 4, {"images": Link(f"list_{key}"), "columns": SEEDS}),
         f"label_{key}": Node(
@@ -65,26 +65,26 @@ TRAINING_WORKFLOWS = (
         "chroma_train_lora",
         "Train in the background: the queue is free again at once.",
         "## Train in the background\n\nThe job starts in the background and the queue is free again at once: keep "
-        "making pictures while it trains. Queue this workflow again to see how far it is: the same settings never "
-        "start a second job. The finished LoRA lands in `output/loras` and works in **Chroma Apply LoRA**, in the "
-        "host's *Load LoRA* and in diffusers.\n\n" + REAL_TRAINING,
+        "generating images while it trains. Queue this workflow again to see the progress: the same settings never "
+        "start a second job. The finished LoRA is saved to `output/loras` and works in **Chroma Apply LoRA**, in "
+        "ComfyUI's *Load LoRA* and in diffusers.\n\n" + REAL_TRAINING,
         LOAD | TRAINING | status(3),
     ),
     Workflow(
         "chroma_resume_training",
-        "Go on with a job that was stopped, and see how it is doing.",
-        "## Go on with a job\n\nThe settings of this workflow are those of *chroma_2_first_lora*: the same settings "
-        "are the same job. *if_exists* is `resume`, so *Run* takes it up where it ended, bit for bit as if it had "
-        "never been stopped. A job that is not there yet is started. For a job of yours open the workflow that started "
+        "Resume a job that was stopped, and see its status.",
+        "## Resume a job\n\nThe settings of this workflow are those of *chroma_2_first_lora*: the same settings are "
+        "the same job. *if_exists* is `resume`, so *Run* continues it where it stopped, bit for bit as if it had never "
+        "stopped. If there is no such job yet, it is started. For one of your own jobs, open the workflow that started "
         "it and set *if_exists* to `resume`.\n\n"
-        "- **pause**: training rests between two steps and keeps its memory; *resume* goes on\n"
-        "- **stop**: the LoRA is written as it is, the memory is free. `resume` here goes on from there\n"
-        "- **the computer went off, or the host was closed**: nothing to do, `keep` and `resume` both go on from the "
-        "last checkpoint (*checkpoint_every* in **Chroma Training Settings**)\n"
-        "- **completed, but not enough**: do not raise *steps* here, that is another job from step 0. *Extend* the "
-        "job instead, in the **Chroma** tab at the side\n"
-        "- `restart` throws away what the job has learnt and begins anew\n\n"
-        "*pause* and *stop* are on the node and in the tab. Queue again to see a newer status.\n\n" + REAL_TRAINING,
+        "- **pause**: training waits between two steps and keeps its memory; *resume* continues\n"
+        "- **stop**: the LoRA is saved as it is and the memory is freed. `resume` here continues from there\n"
+        "- **crash, power cut, or ComfyUI closed**: `keep` and `resume` both continue from the last checkpoint "
+        "(*checkpoint_every* in **Chroma Training Settings**)\n"
+        "- **completed, but not enough**: do not raise *steps* here, which would be another job from step 0. *Extend* "
+        "the job instead, in the **Chroma** tab of the sidebar\n"
+        "- `restart` discards what the job has learnt and starts again\n\n"
+        "*pause* and *stop* are on the node and in the tab. Queue again to refresh the status.\n\n" + REAL_TRAINING,
         LOAD
         | TRAINING
         | {
@@ -99,15 +99,16 @@ TRAINING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_compare_lora",
-        "Train, then one grid of pictures: the same seeds without the LoRA and with it.",
+        "Train, then compare images in a grid: the same seeds without and with the LoRA.",
         "## What did it learn?\n\nTrains (or takes the LoRA of *chroma_2_first_lora*, which is the same job), then "
-        f"paints one prompt with {SEEDS} seeds, without the LoRA above and with it below. Each column has one seed, so "
-        "a column differs by the LoRA alone.\n\nLook at three things: does the concept come; does all else (the "
-        "background, the composition) stay; do the pictures below still differ from each other. All the same: too "
-        "many steps. To compare strengths, link **Chroma Apply LoRA** of another *strength* in place of the model "
-        "above.\n\nMore seeds: *batch_size* in **Chroma Empty Latent**, and *columns* in both grids.\n\n"
-        + REAL_TRAINING
-        + REAL_SIZE,
+        f"generates one prompt with {SEEDS} seeds, without the LoRA (top) and with it (bottom). Each column has one "
+        "seed, so only the LoRA differs within a column.\n\nCheck three things: does the concept appear; does "
+        "everything "
+        "else (background, composition) stay; do the lower images still differ from each other. If they are all the "
+        "same, there were too many steps. To compare strengths, link a **Chroma Apply LoRA** with another *strength* "
+        "in place of the model at the top.\n\nMore seeds: *batch_size* in **Chroma Empty Latent**, and *columns* in "
+        "both "
+        "grids.\n\n" + REAL_TRAINING + REAL_SIZE,
         LOAD
         | TRAINING
         | with_text(CONCEPT_PROMPT, 0, batch_size=SEEDS)
@@ -138,13 +139,13 @@ TRAINING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_train_from_images",
-        "Train on pictures that other nodes hand over.",
-        "## Train on pictures from other nodes\n\n**Chroma Dataset from Images** takes any IMAGE: here two batches "
-        "that the model paints itself, joined by *Batch Images*, with one line of caption for each picture. A word of "
-        "your own, `sks`, comes to mean a yellow ring.\n\n**For your own pictures** link *Load Image*, *Load Image "
-        "(from Folder)*, a crop or an upscaler in place of the samplers, and write one caption a line in the same "
-        "order. Pictures of different sizes come as a list, not through *Batch Images*. A copy is kept below "
-        "`output/chromakit/datasets`; the node's text says how much lies there.\n\n"
+        "Train on images from other nodes.",
+        "## Train on images from other nodes\n\n**Chroma Dataset from Images** takes any IMAGE: here two batches "
+        "generated by the model itself, joined by *Batch Images*, with one caption line for each image. The new word "
+        "`sks` comes to mean a yellow ring.\n\n**For your own images** link *Load Image*, *Load Image (from Folder)*, "
+        "a crop or an upscaler in place of the samplers, and write one caption per line in the same order. Pass images "
+        "of different sizes as a list, not through *Batch Images*. A copy is kept in `output/chromakit/datasets`; the "
+        "node's text says how much space it takes.\n\n"
         + REAL_MODEL
         + "- in both **Chroma Empty Latent** *width* and *height* to 1024, or leave the samplers out\n"
         + "- in **Chroma Dataset from Images** *resolution* to 512 or 1024, *captions* and *trigger*\n"
@@ -170,22 +171,26 @@ TRAINING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_train_with_regularisation",
-        "Two data sets: the concept, and ordinary pictures on which nothing shall change.",
-        "## A main set and a regularisation set\n\nThe LoRA learns the emblem from the main set. The second set holds "
-        "ordinary pictures, painted by the model itself and marked *regularisation*: on them the LoRA is trained to "
-        "change nothing, so that a star stays a star. **Chroma Combine Datasets** mixes both: with *weight_2* 0.5 a "
-        "picture of the second set is used half as often as one of the first. Each set keeps its own options; the "
-        "trigger word of previews and LoRA is the main set's. How strongly it holds back: *prior_weight* in **Chroma "
-        "Training Settings**.\n\n"
+        "Two datasets: the concept, and a regularisation set of ordinary images that should not change.",
+        "## A main dataset and a regularisation set\n\nThe LoRA learns the emblem from the main dataset. The second "
+        "one has ordinary images, generated by the model itself and marked *regularisation*: on them the LoRA is "
+        "trained "
+        "to change nothing, so that a star stays a star. **Chroma Combine Datasets** mixes both: with *weight_2* 0.5 "
+        "an "
+        "image of the second is used half as often as one of the first. Each dataset keeps its own options; the "
+        "trigger word of previews and LoRA is the main dataset's. *prior_weight* in **Chroma Training Settings** sets "
+        "how strongly it regularises.\n\n"
         + REAL_MODEL
         + REAL_FOLDER
-        + "\n- the *Prompt* and the *captions* to what your concept is one of (for one dog: `a photo of a dog`), "
-        "*width* and *height* to the *resolution*, *batch_size* to as many pictures as fit; or use a second **Chroma "
+        + "\n- the *Prompt* and the *captions* to your concept's class (for one dog: `a photo of a dog`), "
+        "*width* and *height* to the *resolution*, *batch_size* to as many images as fit; or use a second **Chroma "
         "Dataset** with *regularisation* on\n" + REAL_TRAIN,
         LOAD_AND_NEGATIVE
         | painted("ordinary", "a red star on a blue background", 4, 21, column=0)
         | {
-            "main": Node("ChromaDataset", 2, {"folder": TRAINING_SET, "trigger": "sks"}, "Main set", extra_height=250),
+            "main": Node(
+                "ChromaDataset", 2, {"folder": TRAINING_SET, "trigger": "sks"}, "Main dataset", extra_height=250
+            ),
             "ordinary": Node(
                 "ChromaDatasetFromImages",
                 3,
@@ -203,7 +208,7 @@ TRAINING_WORKFLOWS = (
                 {"dataset_1": Link("main"), "dataset_2": Link("ordinary"), "weight_2": 0.5},
             ),
             "mixture": Node(
-                "PreviewAny", 1, {"source": Link("combine", 1)}, "How the sets are mixed", extra_height=100
+                "PreviewAny", 1, {"source": Link("combine", 1)}, "How the datasets are mixed", extra_height=100
             ),
         }
         | train_on("combine", 4, name="sks-regularised", preview_prompt=CONCEPT_PROMPT),

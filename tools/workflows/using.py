@@ -1,4 +1,4 @@
-"""The example workflows that paint, and the tools around models and LoRAs."""
+"""The example workflows that generate images, and the tools around models and LoRAs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .parts import (
 
 FIRST_PICTURE = Workflow(
     "chroma_1_first_picture",
-    "One prompt, one picture, in seconds.",
-    "## Your first picture\n\n**Press *Run*.** One prompt, one picture. Then change the prompt: `tiny` knows a circle, "
+    "One prompt, one image, in seconds.",
+    "## Your first image\n\n**Press *Run*.** One prompt, one image. Then change the prompt: `tiny` knows a circle, "
     "square, triangle, star, cross or ring in red, green, blue, yellow, orange, purple, pink, cyan, white or black, on "
     "a background of another of these colours. Next: *chroma_2_first_lora*.\n\n" + REAL_SAMPLING,
     LOAD | PROMPTS | {"sample": sampler("load", 2)} | decode("sample", "chroma/text_to_image", 3),
@@ -30,9 +30,9 @@ FIRST_PICTURE = Workflow(
 
 USE_LORA = Workflow(
     "chroma_3_use_lora",
-    "Paint with a LoRA that was trained before.",
-    "## Use a trained LoRA\n\nPick the file in **Chroma Apply LoRA**; chain several for several LoRAs. *strength* 1 is "
-    "as trained, less is weaker.\n\n" + TRAIN_FIRST + REAL_SAMPLING,
+    "Generate images with a trained LoRA.",
+    "## Use a trained LoRA\n\nChoose the file in **Chroma Apply LoRA**; chain the node for several LoRAs. *strength* 1 "
+    "is as trained, less is weaker.\n\n" + TRAIN_FIRST + REAL_SAMPLING,
     LOAD
     | {"lora": Node("ChromaApplyLora", 1, {"model": Link("load", 0), "lora": LORA, "strength": 1.0})}
     | with_text(CONCEPT_PROMPT)
@@ -47,21 +47,23 @@ HOLE_EDGE = (INPAINT_SIDE - HOLE_SIDE) // 2
 USING_WORKFLOWS = (
     Workflow(
         "chroma_inpaint",
-        "Paint over a part of a picture; the rest stays.",
-        "## Paint over a part\n\nA picture is painted, a mask says which part may change (white), and the second "
-        "prompt is painted there. **Set Latent Noise Mask** puts the mask on the encoded picture; **Chroma Sampler** "
-        "keeps the rest of it as it is, bit for bit. Decoding may move other pixels by a shade, so *Image Composite "
-        "Masked* puts the old ones back.\n\n**For a picture of your own** put *Load Image* in place of the first "
-        "sampler's *VAE Decode*: right-click it, *Open in MaskEditor*, paint the mask there, and link its MASK in "
-        "place of *The part to change*. Soft edges mix old and new.\n\n*denoise* 1 paints the part anew; 0.6 to 0.9 "
-        "keeps something of what was there.\n\n" + REAL_SAMPLING + "- the sizes and places of the masks likewise",
+        "Inpaint a part of an image; the rest stays.",
+        "## Inpainting\n\nAn image is generated, a mask marks the part that may change (white), and the second prompt "
+        "is generated there. **Set Latent Noise Mask** adds the mask to the encoded image; **Chroma Sampler** keeps "
+        "the "
+        "rest of the latent bit for bit. Decoding may shift other pixels slightly, so *Image Composite Masked* "
+        "restores them.\n\n**For your own image** replace the first sampler's *VAE Decode* with *Load Image*: "
+        "right-click it, *Open in MaskEditor*, draw the mask, and link its MASK in place of *The part to change*. Soft "
+        "edges blend old and new.\n\n*denoise* 1 replaces the part completely; 0.6 to 0.9 keeps some of it.\n\n"
+        + REAL_SAMPLING
+        + "- the sizes and positions of the masks accordingly",
         LOAD
         | {
             "positive": Node(
                 "ChromaTextEncode",
                 1,
                 {"text_encoder": Link("load", 1), "text": "a red star on a blue background"},
-                "Prompt of the picture",
+                "Prompt of the image",
             ),
             "negative": PROMPTS["negative"],
             "latent": PROMPTS["latent"],
@@ -72,9 +74,7 @@ USING_WORKFLOWS = (
                 "Prompt of the part",
             ),
             "first": sampler("load", 2, seed=42),
-            "picture": Node(
-                "VAEDecode", 2, {"samples": Link("first"), "vae": Link("load", 2)}, "The picture to change"
-            ),
+            "picture": Node("VAEDecode", 2, {"samples": Link("first"), "vae": Link("load", 2)}, "The image to change"),
             "before": Node("PreviewImage", 2, {"images": Link("picture")}, "Before", extra_height=200),
             "canvas": Node(
                 "SolidMask", 3, {"value": 0.0, "width": INPAINT_SIDE, "height": INPAINT_SIDE}, "Nothing changes…"
@@ -122,16 +122,16 @@ USING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_lora_in_host_nodes",
-        "A trained LoRA with the host's own KSampler, and how the host's Load LoRA takes it.",
-        "## Your LoRA in the host's own nodes\n\n**Chroma Apply LoRA** first, then **Chroma Host Model**: what comes "
-        "out is the host's MODEL, for *KSampler*, guiders and all that drives one. Prompts may come from **Chroma Text "
-        "Encode** or from the host's T5 encoder.\n\n"
+        "A trained LoRA with ComfyUI's own KSampler, and how to use it in ComfyUI's Load LoRA.",
+        "## Your LoRA in ComfyUI's own nodes\n\n**Chroma Apply LoRA**, then **Chroma Host Model**: the output is "
+        "ComfyUI's MODEL, for *KSampler*, guiders and other nodes that take one. Prompts may come from **Chroma Text "
+        "Encode** or from ComfyUI's T5 encoder.\n\n"
         + TRAIN_FIRST
-        + "**Without any node of this pack**, and for the real model: *Load Diffusion Model* (your Chroma file), *Load "
+        + "**Without this pack's nodes**, for the real model: *Load Diffusion Model* (your Chroma file), *Load "
         "CLIP* (the T5 file, type `chroma`), *Load VAE*, then *Load LoRA* with the same file from "
-        "`output/loras` and the same strength, *CLIP Text Encode*, *KSampler*. A plain LoRA is read there in full, "
-        "a DoRA a little differently. `tiny` cannot be loaded by those nodes, so this workflow shows the "
-        "first way.\n\nThe host's *scheduler* shifts the noise for 1024 × 1024 pixels; for other sizes use **Chroma "
+        "`output/loras` and the same strength, *CLIP Text Encode*, *KSampler*. A plain LoRA works there in full, "
+        "a DoRA slightly differently. Those nodes cannot load `tiny`, so this workflow shows the "
+        "first way.\n\nComfyUI's *scheduler* shifts the noise for 1024 × 1024 pixels; for other sizes use **Chroma "
         "Tail Sigmas** (*chroma_tail_sigmas*).\n\n" + REAL_SAMPLING,
         LOAD
         | {
@@ -160,10 +160,10 @@ USING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_tail_sigmas",
-        "The host's own sampler with Chroma's schedule.",
-        "## Tail sigmas in the host's own sampler\n\n**Chroma Tail Sigmas** crowds the steps near both ends of the "
-        "noise range; *tail_bias* 0 is the plain schedule. **Chroma Host Model** makes the model drivable by the "
-        "host's guiders and samplers. LoRAs go through **Chroma Apply LoRA** before it.\n\n" + REAL_SAMPLING,
+        "ComfyUI's own sampler with Chroma's schedule.",
+        "## Tail sigmas in ComfyUI's own sampler\n\n**Chroma Tail Sigmas** puts more steps near both ends of the noise "
+        "range; *tail_bias* 0 is the plain schedule. **Chroma Host Model** converts the model for ComfyUI's guiders "
+        "and samplers. Put **Chroma Apply LoRA** before it for LoRAs.\n\n" + REAL_SAMPLING,
         LOAD
         | with_text("a yellow ring on a green background")
         | {
@@ -202,12 +202,12 @@ USING_WORKFLOWS = (
     Workflow(
         "chroma_your_files",
         "Model files of your own, and what fits this machine.",
-        "## Your own files, and what fits this machine\n\n*transformer*, *text_encoder* and *vae* take what lies in "
-        "ComfyUI's folders: the released single files, fp8, scaled fp8, GGUF, diffusers folders. What you leave *as "
-        "published* comes from the flavour. A file that is something else is refused, and named for what it is.\n\n"
-        "The text on the right says what each *precision* and *offload* needs, and which to choose here. *offload* "
-        "`model` lets the parts take turns on the card, `block` keeps only a few of the transformer's blocks there; "
-        "the picture is the same. *keep_quantised* makes the next start of `int8`, `int4` or `nf4` fast.\n\n"
+        "## Your own files, and what fits this machine\n\n*transformer*, *text_encoder* and *vae* list the files in "
+        "ComfyUI's folders: the released single files, fp8, scaled fp8, GGUF, diffusers folders. A part left at *as "
+        "published* comes from the flavour. A file of another kind is refused, and the error says what it is.\n\n"
+        "The text on the right shows what each *precision* and *offload* needs, and the recommendation. *offload* "
+        "`model` lets the parts take turns on the GPU, `block` keeps only a few of the transformer's blocks there; "
+        "the image is the same. *keep_quantised* makes the next start of `int8`, `int4` or `nf4` fast.\n\n"
         + REAL_SAMPLING,
         {
             "load": Node(
@@ -231,11 +231,12 @@ USING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_convert_lora",
-        "What a LoRA file holds, where it acts, and the same LoRA for another program.",
-        "## Look into a LoRA, and convert it\n\n**Chroma Inspect LoRA** says what a file holds, where it acts, and "
-        "whether it was trained on this model. **Chroma Convert LoRA** writes it in the names of another program, into "
+        "Inspect a LoRA file, and convert it for another program.",
+        "## Inspect and convert a LoRA\n\n**Chroma Inspect LoRA** shows what a file contains, which layers it changes, "
+        "and "
+        "whether it was trained on this model. **Chroma Convert LoRA** writes it in another program's key format to "
         "`output/loras`; the result is applied here to show that it is the same LoRA. Any file in your LoRA folders "
-        "will do.\n\n" + TRAIN_FIRST + REAL_SAMPLING,
+        "works.\n\n" + TRAIN_FIRST + REAL_SAMPLING,
         LOAD
         | {
             "inspect": Node("ChromaInspectLora", 1, {"lora": LORA, "model": Link("load", 0)}, extra_height=220),
@@ -244,7 +245,7 @@ USING_WORKFLOWS = (
                 "SaveImage",
                 1,
                 {"images": Link("inspect", 1), "filename_prefix": "chroma/lora_heat_map"},
-                "Where it acts",
+                "Changed layers",
                 extra_height=150,
             ),
             "convert": Node("ChromaConvertLora", 2, {"lora": LORA, "dialect": "kohya"}),
@@ -257,10 +258,10 @@ USING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_parity",
-        "Which number of the recipe moves the picture, and by how much.",
-        "## Which number moves the picture?\n\n**Chroma Parity** paints one picture, then again with one number "
-        "changed at a time, and lists the changes by how far they move it. Choose in *factors* what to change; link a "
-        "**job** to replay the preview of a training.\n\n" + REAL_MODEL + REAL_SIZE.replace("Empty Latent", "Parity"),
+        "Which setting changes the image, and by how much.",
+        "## Which setting changes the image?\n\n**Chroma Parity** generates one image, then again with one setting "
+        "changed at a time, and lists the changes by their effect. Choose in *factors* what to change; link a "
+        "**job** to reproduce a training preview.\n\n" + REAL_MODEL + REAL_SIZE.replace("Empty Latent", "Parity"),
         LOAD
         | {
             "parity": Node(

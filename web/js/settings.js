@@ -20,7 +20,7 @@ export function settings() {
       id: PROMPTS,
       category: ["Chroma", "Training", "Prompts"],
       name: "Prompts that are queued while a job trains",
-      tooltip: "One choice for this host, whichever page sets it.",
+      tooltip: "One setting for this ComfyUI server, shared by all browser windows.",
       type: "combo",
       options: ["yield", "finish", "refuse"],
       defaultValue: "yield",
@@ -29,7 +29,7 @@ export function settings() {
     {
       id: NOTICES,
       category: ["Chroma", "Training", "Notices"],
-      name: "Say when a training job ends",
+      name: "Notify when a training job ends",
       type: "boolean",
       defaultValue: true,
     },

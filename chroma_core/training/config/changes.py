@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ...errors import ConfigError, JobError
 from ...loading.spec import PLACEMENT
-from .config import TrainingConfig
+from .job import TrainingConfig
 
 Class = Literal["free", "exact", "fixed"]
 

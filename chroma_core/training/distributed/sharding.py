@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ...model.quantised import QuantisedLinear
 from ...model.transformer import ChromaTransformer
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 
 
 def check_sharding(config: TrainingConfig) -> None:

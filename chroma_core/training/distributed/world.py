@@ -1,22 +1,44 @@
-"""Who trains: one process, or several together, seen from one of them.
+"""Who trains: one process, or several in a distributed run, seen from one of them.
 
-`World` is the interface and also the single process, `ALONE`, whose verbs do nothing; several are
-`processes.Processes`.
+`World` is the interface and also the single process, `ALONE`, whose methods do nothing. `Processes` are the ranks of a
+distributed run: one a device, started by `torchrun` or `accelerate launch`. All of them hold the same adapter and
+optimizer and take the same step; the rows of the step's batch are dealt among the ranks and the gradients of the
+trained parameters are summed, once a step. Rank 0, the main one, is the only one that writes.
+
+Why the sum is ours and not torch's `DistributedDataParallel`: the sum over ranks is the same, but the wrapper wants a
+forward pass with a gradient for every parameter on every rank (the last batch of a bucket may leave a rank without
+rows), sends frozen weights and buffers around at the start, and does not know weights that move (streaming).
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...errors import ConfigError, JobError
-from ..control import Control
+from ..control import Control, Halted, Stopped
 
 T = TypeVar("T")
+Sharding = Literal["ddp", "fsdp"]
+"""ddp: every process holds the whole model. fsdp: the frozen blocks are divided among them (see `sharding`)."""
+
+SUMMED_AT_ONCE = 1 << 26
+"""Numbers in one message of the gradient sum: 256 MB in fp32."""
+
+_jobs = itertools.count()
+
+POLL_SECONDS = 0.02
+GRACE_SECONDS = 5.0
+"""How long a rank that lost another one waits for the other's message."""
 
 
 class ProcessLost(JobError):
@@ -46,37 +68,39 @@ class World:
     def enter(self) -> None:
         """Called first in the thread that trains."""
 
-    def first(self, work: Callable[[], T]) -> T | None:
-        """Do something in the main process while the others wait; they return None, or raise what it raised."""
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Do something on rank 0 while the other ranks wait; they return None, or raise what it raised."""
         return work()
 
-    def first_then_all(self, work: Callable[[], T]) -> T:
-        """Do something in the main process, then in all others."""
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0, then on all other ranks."""
         return work()
 
     def evaluate(self, work: Callable[[], object]) -> None:
         """Run forward passes without gradients: in all processes if the model is divided, else in the main one."""
         work()
 
-    def decide(self, choice: bool) -> bool:
-        """The main process' choice, in all."""
+    def broadcast(self, choice: bool) -> bool:
+        """Rank 0's choice, on every rank."""
         return choice
 
     def starts(self, rows: int, size: int) -> Iterator[tuple[int, bool]]:
-        """The first row of each part of `size` rows that this process computes, of `rows` in all; and whether it
-        counts: a process of a divided model that has no part left computes along with the others for nothing."""
+        """The first row of each part of `size` rows that this rank computes, of `rows` in all; and whether it counts.
+
+        A rank of a sharded model that has no part left computes along for nothing, since the collectives need it.
+        """
         return ((start, True) for start in range(0, rows, size))
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one dtype and device by their sum over the processes."""
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one dtype and device by their sum over the ranks."""
 
     def total(self, number: float) -> float:
-        """The sum of a number over the processes."""
+        """The sum of a number over the ranks."""
         return number
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Inside this `with` block a lost connection to another process is a ProcessLost."""
+        """Inside this `with` block a lost connection to another rank is a ProcessLost."""
         yield
 
 
@@ -104,3 +128,192 @@ def part_size(batch_size: int, effective_batch: int, world_size: int) -> int:
             "choose another gradient_accumulation, which makes it another job."
         )
     return max(n for n in range(1, min(batch_size, share) + 1) if share % n == 0)
+
+
+class Processes(World):
+    """Several processes, connected through `accelerate`'s PartialState (NCCL, XCCL …; gloo on the CPU).
+
+    Args:
+        device: a device type, e.g. "cpu"; each process takes the one of its local rank. None: the best there is.
+    """
+
+    def __init__(self, device: str | None = None, sharding: Sharding | None = None):
+        from accelerate import PartialState
+
+        if sharding is None:  # as `accelerate config` says
+            sharding = "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") else "ddp"
+        if sharding not in get_args(Sharding):
+            raise ConfigError(f"The sharding is {sharding!r}; choose ddp or fsdp.")
+        if device is not None and ":" in device:
+            raise ConfigError(f"Each process takes a device of its own, so --device {device} must be without a number.")
+        state = PartialState(cpu=device == "cpu")
+        self.rank, self.size = state.process_index, state.num_processes
+        self.device: torch.device = state.device  # type: ignore[assignment]
+        self.sharded = sharding == "fsdp"
+        self._cpu = dist.new_group(backend="gloo")  # decisions never wait for the accelerator
+        # The launcher's own store, which outlives each of the processes; a part of it for each job.
+        self._store = dist.PrefixStore(f"chromakit/{next(_jobs)}", dist.distributed_c10d._get_default_store())
+        self._count = 0
+        self.apart = False
+        """Whether this rank does something that no other does: no collective may be called then."""
+
+    def control(self, busy: Callable[[], bool] = lambda: False) -> Control:
+        return SharedControl(self)
+
+    def enter(self) -> None:
+        if self.device.type == "cuda":  # the current device is a thread's own
+            torch.cuda.set_device(self.device)
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        self._count += 1
+        name = f"first/{self._count}"
+        if not self.main:
+            error = self.receive(name)
+            if error:
+                raise {"Halted": Halted, "Stopped": Stopped}.get(error["type"], ProcessLost)(error["message"])
+            return None
+        try:
+            with self._apart():
+                result = work()
+        except BaseException as error:
+            kind = type(error).__name__
+            self.publish(name, {"type": kind, "message": f"Process 0 failed: {kind}: {error}"})
+            raise
+        self.publish(name, None)
+        return result
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        found: list[T] = []
+        self.on_main(lambda: found.append(work()))
+        if not self.main:
+            with self._apart():
+                found.append(work())
+        return found[0]
+
+    def evaluate(self, work: Callable[[], object]) -> None:
+        if self.sharded:
+            work()
+        else:
+            self.on_main(work)
+
+    def broadcast(self, choice: bool) -> bool:
+        return bool(self.sum_numbers(torch.tensor([float(choice and self.main)]))[0])
+
+    def starts(self, rows: int, size: int) -> Iterator[tuple[int, bool]]:
+        every = list(range(0, rows, size))
+        mine = every[self.rank :: self.size]
+        yield from ((start, True) for start in mine)
+        if self.sharded:
+            longest = len(every[:: self.size])
+            yield from ((0, False) for _ in range(longest - len(mine)))
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        group: list[Tensor] = []
+        for i, tensor in enumerate(tensors):
+            group.append(tensor)
+            if i + 1 == len(tensors) or sum(t.numel() for t in (*group, tensors[i + 1])) > SUMMED_AT_ONCE:
+                flat = torch.cat([t.reshape(-1) for t in group])
+                dist.all_reduce(flat)
+                for t, summed in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                    t.copy_(summed.view_as(t))
+                group = []
+
+    def total(self, number: float) -> float:
+        return self.sum_numbers(torch.tensor([number], dtype=torch.float64)).item()
+
+    def sum_numbers(self, numbers_cpu: Tensor) -> Tensor:
+        """The sum of a few numbers on the CPU over the ranks, in place."""
+        dist.all_reduce(numbers_cpu, group=self._cpu)
+        return numbers_cpu
+
+    def close(self) -> None:
+        """Disconnect, when the job has ended well in all processes."""
+        dist.destroy_process_group()
+
+    # --- messages, kept by the launcher's store: a rank that comes late can still read them ---------------------------
+
+    def publish(self, name: str, value: Any) -> None:
+        """Leave a message for all ranks, as JSON."""
+        self._store.set(name, json.dumps(value))
+
+    def receive(self, name: str) -> Any:
+        """Wait, however long it takes, for rank 0's message. Raises ProcessLost when one failed."""
+        while not self._store.check([name]):
+            self.raise_if_lost()
+            time.sleep(POLL_SECONDS)
+        return json.loads(self._store.get(name))
+
+    def say_failed(self, message: str) -> None:
+        """Leave the message of a rank that failed."""
+        self.publish(f"failed/{self.rank}", message)
+
+    def failed(self) -> tuple[int, str] | None:
+        """Another rank that failed, and its message."""
+        for rank in range(self.size):
+            if rank != self.rank and self._store.check([f"failed/{rank}"]):
+                return rank, json.loads(self._store.get(f"failed/{rank}"))
+        return None
+
+    def raise_if_lost(self) -> None:
+        """Raise ProcessLost, with its message, when another rank failed."""
+        found = self.failed()
+        if found is not None:
+            rank, message = found
+            raise ProcessLost(
+                f"Process {rank} of 0 to {self.size - 1} failed, so the job cannot go on: {message} What was trained "
+                "until then is kept; start the job again to go on."
+            )
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_about_connections(error):
+                raise
+            ends = time.monotonic() + GRACE_SECONDS
+            while time.monotonic() < ends:
+                self.raise_if_lost()
+                time.sleep(POLL_SECONDS)
+            raise ProcessLost(
+                f"Another of the job's {self.size} processes was ended or cannot be reached any more "
+                f"({(str(error).strip().splitlines() or [''])[0][:200]}); the launcher's messages say which. What was "
+                "trained until then is kept; start the job again to go on."
+            ) from error
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        self.apart = True
+        try:
+            yield
+        finally:
+            self.apart = False
+
+
+def _is_about_connections(error: RuntimeError) -> bool:
+    """gloo raises a plain RuntimeError that names its source file, other back ends torch's DistError."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "connection" in str(error).lower()
+
+
+class SharedControl(Control):
+    """Switches that all ranks obey at the same moment: halt and stop, whichever rank was told.
+
+    Pause, sample-now and save-now belong to ComfyUI's window, where a job is one process. When rank 0 pauses by itself,
+    waiting for room on the disk, the other ranks wait, too.
+    """
+
+    def __init__(self, world: Processes):
+        super().__init__()
+        self._world = world
+
+    def gate(self, serve: Callable[[bool], None] | None = None, pausable: bool = True) -> None:
+        if self._world.apart:
+            if self._world.main:
+                super().gate(serve, pausable)
+            return
+        asked = torch.tensor([float(self.halt.is_set()), float(self.stop.is_set())])
+        halt, stop = self._world.sum_numbers(asked).tolist()
+        if halt:
+            raise Halted
+        if stop:
+            raise Stopped

@@ -1,16 +1,30 @@
-"""Training in the foreground: one job, for the command line and for scripts."""
+"""Blocking runs of one job, for the command line and for scripts: in one process, or distributed over several.
+
+In a distributed run rank 0 has the job folder; the other ranks only compute.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...errors import ChromaKitError
+from ..config import TrainingConfig
 from ..config.changes import with_changes
-from ..config.config import TrainingConfig
-from ..run.run import Device
-from .job import Job
+from ..control import Halted
+from ..distributed.world import Processes, ProcessLost, part_size
+from ..run.metrics import JobPaths
+from ..run.run import Device, run_training
+from .job import ACTIVE, Job, JobEnd, JobStatus
 from .manager import IfExists, JobManager, Listener
+
+PATIENCE_SECONDS = 20.0
+"""How long a process that was asked to end waits for its present step and checkpoint; launchers kill after 30."""
 
 
 def run_job(
@@ -20,9 +34,9 @@ def run_job(
     device: Device,
     on_status: Listener = lambda status: None,
     if_exists: IfExists = "resume",
-) -> dict[str, Any]:
-    """Run (or resume) one job in the foreground; returns its final status. Ctrl-C saves and leaves it interrupted."""
-    return _foreground(root, loras_folder, device, on_status, lambda manager: manager.ensure(config, if_exists))
+) -> JobStatus:
+    """Run (or resume) one job to its end; returns its final status. Ctrl-C saves and leaves it interrupted."""
+    return _block_on(root, loras_folder, device, on_status, lambda manager: manager.ensure(config, if_exists))
 
 
 def continue_job(
@@ -34,8 +48,8 @@ def continue_job(
     config: TrainingConfig | None = None,
     extend: int = 0,
     force: bool = False,
-) -> dict[str, Any]:
-    """Go on with a job of that id in the foreground; returns its final status.
+) -> JobStatus:
+    """Go on with a job of that id to its end; returns its final status.
 
     Args:
         config: its new options (None: as they are); see `JobManager.change`.
@@ -50,12 +64,12 @@ def continue_job(
             values = with_changes(base, {"steps": base.steps + extend})
         return manager.change(job_id, values, force)
 
-    return _foreground(root, loras_folder, device, on_status, begin)
+    return _block_on(root, loras_folder, device, on_status, begin)
 
 
-def _foreground(
+def _block_on(
     root: Path, loras_folder: Path, device: Device, on_status: Listener, begin: Callable[[JobManager], Job]
-) -> dict[str, Any]:
+) -> JobStatus:
     manager = JobManager(root, loras_folder, device)
     manager.subscribe(on_status)
     try:
@@ -65,3 +79,105 @@ def _foreground(
     finally:
         manager.shutdown()
     return job.status()
+
+
+def run_distributed(
+    config: TrainingConfig,
+    root: Path,
+    loras_folder: Path,
+    device: Device,
+    on_status: Listener = lambda status: None,
+    if_exists: IfExists = "resume",
+    *,
+    world: Processes,
+) -> JobEnd:
+    """Run (or resume) one job; every process of `world` calls this. Ctrl-C or SIGTERM saves and leaves it interrupted.
+
+    Returns the job's final status on rank 0; on the other ranks `state` and `message`. The folders must be the
+    same for all of them.
+    Raises ConfigError, before anything is done, when the step's batch cannot be dealt evenly to the processes.
+    """
+    part_size(config.batch_size, config.effective_batch, world.size)
+    with _asked_to_end() as ending:
+        if world.main:
+            manager = JobManager(root, loras_folder, device, world=world)
+            status = _lead(manager, config, on_status, if_exists, world, ending)
+        else:
+            status = _follow(root, loras_folder, world, ending)
+    return status
+
+
+def _lead(
+    manager: JobManager,
+    config: TrainingConfig,
+    on_status: Listener,
+    if_exists: IfExists,
+    world: Processes,
+    ending: threading.Event,
+) -> JobStatus:
+    manager.subscribe(on_status)
+    try:
+        job = manager.ensure(config, if_exists)
+    except ChromaKitError as error:
+        world.say_failed(str(error))
+        raise
+    # Its folder and options may be those of a job that was changed to what was asked for.
+    world.publish("start", {"state": job.state, "id": job.id, "config": job.config.model_dump(mode="json")})
+    while not job.wait(0.5):
+        if ending.is_set():
+            manager.shutdown(PATIENCE_SECONDS)
+            break
+        if world.failed() is not None and not job.wait(2 * PATIENCE_SECONDS):  # it is stuck waiting for the other
+            try:
+                world.raise_if_lost()
+            except ProcessLost as error:
+                job.fail(error)
+    status = job.status()
+    if status["state"] != "completed":
+        world.say_failed(status["message"])
+    manager.shutdown(PATIENCE_SECONDS)
+    return status
+
+
+def _follow(root: Path, loras_folder: Path, world: Processes, ending: threading.Event) -> JobEnd:
+    """Compute along until the job ends."""
+    control = world.control()
+    ended: JobEnd = {"state": "interrupted", "message": "the process was asked to end"}
+
+    def work() -> None:
+        try:
+            started = world.receive("start")
+            state = started["state"]
+            if state in ACTIVE:
+                config, paths = TrainingConfig.parse(started["config"]), JobPaths.of(root, started["id"], loras_folder)
+                state, _ = run_training(config, paths, world.device, control, lambda **_: None, world=world)
+            ended.update(state=state, message="")
+        except Halted:
+            pass
+        except Exception as error:
+            message = str(error) if isinstance(error, ChromaKitError) else f"{type(error).__name__}: {error}"
+            ended.update(state="failed", message=message)
+            world.say_failed(message)
+            if not isinstance(error, ChromaKitError):
+                sys.excepthook(type(error), error, error.__traceback__)
+
+    thread = threading.Thread(target=work, name="chromakit-training", daemon=True)
+    thread.start()
+    while thread.is_alive() and not ending.is_set():
+        thread.join(0.5)
+    control.halt.set()
+    thread.join(PATIENCE_SECONDS)
+    return ended
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, however often they come: launchers send both, to every process."""
+    event = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: event.set()) for number in signals]
+    try:
+        yield event
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, cast
+
+from filelock import FileLock, Timeout
 
 from ...errors import ChromaKitError
-from ...files import write_json
-from ..config.config import TrainingConfig
+from ...files import read_json, write_json
+from ..config import TrainingConfig
 from ..run.metrics import MetricsLog
 from .curve import Curve
 
@@ -24,35 +25,89 @@ ACTIVE: tuple[JobState, ...] = ("queued", "preparing", "running", "paused")
 WRITE_EVERY_SECONDS = 5.0
 NOTIFY_EVERY_SECONDS = 0.5
 
-_DEFAULTS: dict[str, Any] = {
-    "state": "queued",
-    "step": 0,
-    "steps": 0,
-    "loss": None,
-    "loss_smooth": None,
-    "lr": None,
-    "step_seconds": None,
-    "eta_seconds": None,
-    "message": "",
-    "warnings": [],
-    "changes": [],
-    "lora_path": None,
-    "lora_name": None,
-    "model_path": None,
-    "model_name": None,
-    "model_folder": None,
-    "heldout_loss_base": None,
-    "heldout_loss": None,
-    "train_seconds": 0.0,
-    "skipped_steps": 0,
-    "checkpoint": None,
-    "base_sha256": None,
-    "yielded": False,
-    "memory": None,
-}
+
+class JobEnd(TypedDict):
+    """How a job stands, in the fewest words; all that a rank of a distributed run other than 0 knows of it."""
+
+    state: JobState
+    message: str
+
+
+class JobValues(JobEnd):
+    """What changes of a job while it is worked on.
+
+    loss, loss_smooth, lr, heldout_loss: of the newest step that has one. step_seconds: running mean; eta_seconds: time
+    left, by it. changes: options changed since the start (see `changes.entry`). checkpoint: step of the newest one.
+    yielded: whether the trainer waits for a prompt. memory: bytes (see `device.memory_in_use`). created, updated: Unix
+    time.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    loss_smooth: float | None
+    lr: float | None
+    step_seconds: float | None
+    eta_seconds: float | None
+    warnings: list[str]
+    changes: list[dict[str, Any]]
+    lora_path: str | None
+    lora_name: str | None
+    model_path: str | None
+    model_name: str | None
+    model_folder: str | None
+    heldout_loss_base: float | None
+    heldout_loss: float | None
+    train_seconds: float
+    skipped_steps: int
+    checkpoint: int | None
+    base_sha256: str | None
+    yielded: bool
+    memory: dict[str, int] | None
+    created: float
+    updated: float
+
+
+class JobStatus(JobValues):
+    """A job as `job.json`, routes and listeners have it. samples: names of the preview images, oldest first."""
+
+    id: str
+    name: str
+    samples: list[str]
+    config: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+def _fresh(config: TrainingConfig) -> JobValues:
+    """The values of a job that has not begun; what is not named here is not known yet: None."""
+    now = time.time()
+    values: dict[str, Any] = {**dict.fromkeys(JobValues.__annotations__), "created": now, "updated": now}
+    values |= {"state": "queued", "message": "", "step": 0, "steps": config.steps, "warnings": [], "changes": []}
+    return cast(JobValues, {**values, "train_seconds": 0.0, "skipped_steps": 0, "yielded": False})
+
 
 _DETAILS = ("warnings", "changes", "memory", "base_sha256", "lora_path", "model_path")
 """Values that `Job.summary` leaves out."""
+
+
+class FolderLock:
+    """Says that a living process works on a folder; the system drops it when the process dies. Never waits."""
+
+    def __init__(self, folder: Path):
+        self._lock = FileLock(folder / ".lock", thread_local=False)
+
+    def acquire(self) -> bool:
+        """Take the lock; False when another process (or another lock object) holds it."""
+        Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Give it back; nothing happens when it is not held."""
+        self._lock.release()
 
 
 class Job:
@@ -62,14 +117,14 @@ class Job:
     have files of their own.
     """
 
-    def __init__(self, folder: Path, config: TrainingConfig, values: dict[str, Any] | None = None):
-        now = time.time()
+    def __init__(self, folder: Path, config: TrainingConfig, earlier: Mapping[str, Any] | None = None):
         self.folder = folder
         self.config = config
-        self.notify: Callable[[dict[str, Any]], None] = lambda status: None
+        self.notify: Callable[[JobStatus], None] = lambda status: None
         self.ended = threading.Event()
         self.curve = Curve(folder / "metrics.jsonl")
-        self._values = {**_DEFAULTS, "steps": config.steps, "created": now, "updated": now, **(values or {})}
+        self._values = _fresh(config)
+        self._take({name: value for name, value in (earlier or {}).items() if name in self._values})
         self._lock = threading.RLock()
         self._written = self._notified = 0.0
         if self.state not in ACTIVE:
@@ -77,10 +132,9 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """Open the job of an earlier session. Raises ValueError, OSError or ConfigError for a foreign folder."""
-        values = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-        config = TrainingConfig.parse(values["config"])
-        return cls(folder, config, {key: values[key] for key in (*_DEFAULTS, "created", "updated") if key in values})
+        """Open the job of an earlier session. Raises KeyError or ConfigError for a foreign folder."""
+        values = read_json(folder / "job.json")
+        return cls(folder, TrainingConfig.parse(values["config"]), values)
 
     @property
     def id(self) -> str:
@@ -91,10 +145,10 @@ class Job:
     def state(self) -> JobState:
         return self._values["state"]
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> JobStatus:
         """Everything about the job as JSON values."""
         with self._lock:
-            values = dict(self._values)
+            values = self._values.copy()
         return {
             "id": self.id,
             "name": self.config.name,
@@ -107,18 +161,18 @@ class Job:
     def summary(self) -> dict[str, Any]:
         """What a list of jobs shows: the status without what only one who looks into the job needs."""
         with self._lock:
-            values = dict(self._values)
+            values = self._values.copy()
         kept = {name: value for name, value in values.items() if name not in _DETAILS}
         kind = "lora" if self.config.full is None else "full"
         facts = {"flavour": self.config.model.flavour, "kind": kind, "warning_count": len(values["warnings"])}
         return {"id": self.id, "name": self.config.name, **kept, **facts}
 
     def samples(self) -> list[Path]:
-        """All preview pictures, oldest first."""
+        """All preview images, oldest first."""
         return sorted((self.folder / "samples").glob("step-*.png"), key=_sample_order)
 
     def latest_samples(self) -> list[Path]:
-        """The preview pictures of the last step that has any, in the order of the prompts."""
+        """The preview images of the last step that has any, in the order of the prompts."""
         pictures = self.samples()
         return [path for path in pictures if _sample_order(path)[0] == _sample_order(pictures[-1])[0]]
 
@@ -134,10 +188,10 @@ class Job:
         """Take over new values; write and tell others when the state changed, else now and then.
 
         Two fields are digested: `step_seconds_now` into a running mean and the time left, `new_samples` only wakes
-        listeners (pictures are listed from the folder).
+        listeners (images are listed from the folder).
         """
         urgent = "new_samples" in fields or "checkpoint" in fields
-        painted = fields.pop("new_samples", None)
+        previews = fields.pop("new_samples", None)
         with self._lock:
             before, known = self.state, len(self._values["warnings"])
             yielded = self._values["yielded"]
@@ -150,12 +204,12 @@ class Job:
             # Strictly increasing, so that whoever gets two states of a job out of order knows the newer one.
             if "warnings" in fields:  # the run goes on adding to its own list
                 fields["warnings"] = list(fields["warnings"])
-            self._values.update(fields, updated=max(time.time(), self._values["updated"] + 1e-6))
+            self._take({**fields, "updated": max(time.time(), self._values["updated"] + 1e-6)})
             if self._values["step_seconds"] is not None:
                 left = self.config.steps - self._values["step"]
                 self._values["eta_seconds"] = round(left * self._values["step_seconds"], 1)
             changed = self.state != before
-            self._write_down(before, painted, fields, known)
+            self._write_down(before, previews, fields, known)
             now = time.monotonic()
             if changed or urgent or now - self._written > WRITE_EVERY_SECONDS:
                 self.write()
@@ -170,6 +224,9 @@ class Job:
             except Exception:
                 self.log(f"A listener failed:\n{traceback.format_exc()}")
         self._tell_waiting()
+
+    def _take(self, values: Mapping[str, Any]) -> None:
+        cast(dict[str, Any], self._values).update(values)
 
     def _tell_waiting(self) -> None:
         with self._lock:  # by the state of now: a listener or another thread may have taken the job up again
@@ -198,7 +255,7 @@ class Job:
                 self.notify(self.status())
             self._tell_waiting()
 
-    def _write_down(self, before: str, painted: list[str] | None, fields: dict[str, Any], known: int) -> None:
+    def _write_down(self, before: str, previews: list[str] | None, fields: dict[str, Any], known: int) -> None:
         """What happened, in the log: changes of state, checkpoints, previews, new warnings."""
         lines = []
         if self.state != before:
@@ -206,8 +263,8 @@ class Job:
             lines.append(f"{self.state} at step {self._values['step']}" + (f": {message}" if message else ""))
         if fields.get("checkpoint") is not None:
             lines.append(f"checkpoint of step {fields['checkpoint']}")
-        if painted:
-            lines.append(f"{len(painted)} previews of step {self._values['step']}")
+        if previews:
+            lines.append(f"{len(previews)} previews of step {self._values['step']}")
         lines += [f"warning: {warning}" for warning in self._values["warnings"][known:]]
         with suppress(OSError):  # a full disk must not end the job for the sake of its log
             for line in lines:

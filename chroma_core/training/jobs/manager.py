@@ -1,4 +1,4 @@
-"""The jobs of one folder: one thread trains, the others wait; each can be looked at, paused, stopped and resumed."""
+"""The jobs of one folder: one thread trains one at a time; each can be looked at, paused, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ConfigError, JobError
+from ..config import TrainingConfig
 from ..config.changes import check_changes, differences, entry, with_changes
-from ..config.config import TrainingConfig
 from ..control import Control, Halted
 from ..distributed.world import ALONE, World
 from ..run.checkpoint import checkpoints
-from ..run.places import Places
+from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
-from .job import ACTIVE, Job, JobState
-from .lock import FolderLock
+from .job import ACTIVE, FolderLock, Job, JobState, JobStatus
 
 IfExists = Literal["keep", "resume", "restart"]
-Listener = Callable[[dict[str, Any]], None]
+Listener = Callable[[JobStatus], None]
 
 TRASH = ".deleted-"
 """How the folder of a job begins that is being deleted."""
 LOCK_SECONDS = 2.0
 """How long a change of options waits for the folder of a job that has just ended."""
 
-__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState"]
+__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState", "JobStatus"]
 
 
 class JobManager:
@@ -41,11 +40,11 @@ class JobManager:
         root: the folder of job folders; also holds the cache of latents and text states (`root/cache`).
         loras_folder: where finished LoRAs go.
         device: where jobs compute.
-        busy: whether the host works on something now; the trainer waits between steps while it does.
+        busy: whether ComfyUI works on something now; the trainer waits between steps while it does.
         before_load: called in the worker before a model component is loaded.
         models_folder: where models of full-rank jobs go as single files; None: `diffusion_models` beside the LoRAs.
             As diffusers folders they go to `diffusers` beside it.
-        world: the processes that train together; this is their main one (see `distributed`).
+        world: the ranks of a distributed run, of which this is rank 0 (see `distributed`).
     """
 
     def __init__(
@@ -328,10 +327,10 @@ class JobManager:
             job.update(state="paused" if paused else working[0], yielded=yielded)
 
         control.on_wait = on_wait
-        places = Places.of(self.root, job.folder.name, self.loras_folder, self.models_folder)
+        paths = JobPaths.of(self.root, job.folder.name, self.loras_folder, self.models_folder)
         try:
             state, written = run_training(
-                job.config, places, self.device, control, report, self._before_load, self._world
+                job.config, paths, self.device, control, report, self._before_load, self._world
             )
             if written:
                 job.update(state=state, **written, message="", yielded=False)
@@ -347,7 +346,7 @@ class JobManager:
         finally:
             lock.release()
 
-    def _tell(self, status: dict[str, Any]) -> None:
+    def _tell(self, status: JobStatus) -> None:
         for listener in tuple(self._listeners):
             try:
                 listener(status)

@@ -21,7 +21,7 @@ from ...model.device import is_out_of_memory
 from ..step.ema import Ema
 from .metrics import Progress
 from .stepper import Stepper
-from .trainee import Trainee
+from .trained import Trained
 
 _DAMAGE = (
     OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, LoraError, ModelFileError
@@ -33,7 +33,7 @@ OPTIMIZER, EMA, STATE = "optimizer.pt", "ema.pt", "state.json"
 def save_checkpoint(
     folder: Path,
     progress: Progress,
-    trainee: Trainee,
+    trained: Trained,
     stepper: Stepper,
     ema: Ema | None,
     keep: int,
@@ -44,7 +44,7 @@ def save_checkpoint(
     if path.exists():  # saved again at the same step, e.g. after a pause: the state is the same
         return path
     with atomic_folder(path) as temporary, stepper.as_trained():
-        trainee.save(temporary / trainee.weights_file)
+        trained.save(temporary / trained.weights_file)
         torch.save(stepper.state_dict(), temporary / OPTIMIZER)
         if ema is not None:
             torch.save(ema.state_dict(), temporary / EMA)
@@ -88,7 +88,7 @@ def set_aside(path: Path) -> None:
 
 
 def restore_latest(
-    folder: Path, trainee: Trainee, stepper: Stepper, ema: Ema | None = None
+    folder: Path, trained: Trained, stepper: Stepper, ema: Ema | None = None
 ) -> tuple[Progress | None, list[str]]:
     """Load the newest readable checkpoint into what is trained, the optimizer and the average.
 
@@ -101,7 +101,7 @@ def restore_latest(
     damaged = []
     if not checkpoints(folder):
         return None, damaged
-    start_anew, fresh_state = trainee.remember(), stepper.state_dict()
+    start_anew, fresh_state = trained.remember(), stepper.state_dict()
     fresh_ema = None if ema is None else ema.state_dict()
     for path in reversed(checkpoints(folder)):
         try:
@@ -110,7 +110,7 @@ def restore_latest(
             progress = Progress(**{k: v for k, v in values.items() if k in known})
             state = _load(path / OPTIMIZER, stepper)
             average = None if ema is None else _load(path / EMA, stepper)
-            trainee.load(path / trainee.weights_file)
+            trained.load(path / trained.weights_file)
             stepper.load_state_dict(state)
             if ema is not None and average is not None:
                 ema.load_state_dict(average)

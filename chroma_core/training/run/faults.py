@@ -15,7 +15,7 @@ from ...loading.load import transformer_outline
 from ...memory import estimate, in_gib, machine, recommend
 from ...memory.activations import T5_TOKENS, TEXT_TOKENS
 from ...model.device import is_out_of_memory
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from .metrics import Progress
 
 WATCH_FROM = 100
@@ -52,7 +52,7 @@ def give_up_if_broken(progress: Progress, learning_rate: float, noun: str) -> No
     raise Diverged(
         f"Training stopped at step {progress.step}: the loss or its gradient was not a finite number in "
         f"{progress.skipped_in_a_row} steps in a row. The {noun} is that of the newest checkpoint. Lower the learning "
-        f"rate (now {learning_rate:g}; 1e-4 is cautious), choose bf16 rather than fp16, and look for damaged pictures."
+        f"rate (now {learning_rate:g}; 1e-4 is cautious), choose bf16 rather than fp16, and look for damaged images."
     )
 
 

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from ...files import slug, write_atomic
+from ...errors import ChromaKitError
+from ...files import free_name, slug, write_atomic
 from ...lora.convert import JOB_KEY
 from ...lora.files import write_lora
 from ...lora.modules import LoraFile
 from ...lora.settings import named_target
 from ...lora.trainable import trained_lora
 from ...model.transformer import ChromaTransformer
-from ..config.config import TrainingConfig
+from ...weights.opening import open_weights
+from ..config import TrainingConfig
 from .metrics import Progress
 
 
@@ -90,7 +91,7 @@ def _what(config: TrainingConfig) -> str:
 
 
 def _first_preview(config: TrainingConfig) -> str:
-    """The first preview as JSON, for whoever wants to repeat it (see `comfy.source`); empty without any."""
+    """The first preview as JSON, for whoever wants to repeat it (see `comfy.stock`); empty without any."""
     for preview in config.preview_list():
         values = {"prompt": preview.prompt, "negative": preview.negative}
         values |= {"width": preview.width, "height": preview.height, "precision": config.model.precision}
@@ -101,17 +102,16 @@ def _first_preview(config: TrainingConfig) -> str:
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that computed the weights."""
     found = {}
-    for name in ("torch", "diffusers", "peft", "transformers", "safetensors", "chromakit"):
+    for name in ("torch", "diffusers", "peft", "transformers", "safetensors"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    # A node pack lies in ComfyUI's folder and is not installed: its version stands in its project file.
+    project = Path(__file__).resolve().parents[3] / "pyproject.toml"
     with suppress(OSError):
-        project = Path(__file__).resolve().parents[3] / "pyproject.toml"
         stated = re.search(r'^version = "([^"]+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
         if stated:
-            found.setdefault("chromakit", stated[1])
+            found["chromakit"] = stated[1]
     return found
 
 
@@ -132,22 +132,19 @@ def _base_file(config: TrainingConfig) -> str:
 
 def final_path(loras_folder: Path, config: TrainingConfig, suffix: str = "", job_id: str | None = None) -> Path:
     """Where the LoRA goes: the job's name and `suffix`, with -2, -3 … when another job's file has it already."""
-    stem = slug(config.name) + suffix
-    number = 1
-    while True:
-        path = loras_folder / (f"{stem}.safetensors" if number == 1 else f"{stem}-{number}.safetensors")
-        if not path.exists() or job_of(path) == (job_id or config.job_id()):
-            return path
-        number += 1
+    job = job_id or config.job_id()
+    name = free_name(slug(config.name) + suffix, lambda found: may_write(loras_folder / f"{found}.safetensors", job))
+    return loras_folder / f"{name}.safetensors"
 
 
-def job_of(path: Path) -> str | None:
-    """The job that wrote a LoRA file, None for a foreign or unreadable one."""
+def may_write(path: Path, job_id: str) -> bool:
+    """Whether nothing is at `path`, or a LoRA or model (file or folder) that this very job wrote."""
+    if not path.exists():
+        return True
     try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get(JOB_KEY)
-    except (OSError, SafetensorError):
-        return None
+        return open_weights(path).metadata.get(JOB_KEY) == job_id
+    except ChromaKitError:
+        return False
 
 
 def write_final(

@@ -20,14 +20,15 @@ from ...lora.trainable import seed_dropout
 from ...model.transformer import ChromaTransformer
 from ...sampling.schedule import draw_sigmas
 from ...sampling.text import TextCondition, zero_padded
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 from ..distributed.world import ALONE, World, part_size
-from ..step.noise import draw_noise, pair_noise
 from ..step.objective import (
     PLAIN,
     ObjectiveSettings,
     add_noise,
+    draw_noise,
     loss,
+    pair_noise,
     predict_velocity,
     training_target,
     with_prior_targets,
@@ -166,7 +167,7 @@ def train_step(
 ) -> StepResult:
     """One optimizer step (`step` 0-based) over `config.effective_batch` samples, `config.batch_size` at a time.
 
-    With several processes each computes its share of the samples, and all take the same step.
+    In a distributed run each rank computes its share of the samples, and all take the same step.
     """
     device = transformer.x_embedder.weight.device
     batch, objective = batches[step], batches.objective
@@ -189,7 +190,7 @@ def train_step(
         total += part_loss.item()
     transformer.eval()
 
-    # What needs the others comes before the step: one that is lost leaves the weights of whole steps behind.
+    # Collectives come before the step: a rank that is lost leaves the weights of whole steps behind.
     stepper.combine(world)
     total = world.total(total)
     learning_rate = config.schedule().at(step)

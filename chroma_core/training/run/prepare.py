@@ -1,4 +1,4 @@
-"""Everything a job needs before its first step: pictures scanned, latents and text states on disk, T5 and VAE gone."""
+"""Everything a job needs before its first step: latents and text states on disk, T5 and VAE gone, blocks compiled."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from ...data.cache import LatentTextCache, component_key
 from ...data.samples import Progress as OnProgress
 from ...data.samples import Sample, SampleSet, cache_samples, cache_texts, caption_texts, combine
 from ...data.scan import DatasetConfig, describe_skipped, scan
+from ...errors import ConfigError
 from ...loading.load import load_text_encoder, load_vae
 from ...loading.model_files import base_hash, locate
+from ...lora.layer import adapted_layers
 from ...model.device import release_memory
+from ...model.transformer import ChromaTransformer
 from ...sampling.text import TextEncoder
-from ..config.config import TrainingConfig
-from ..device_slot import Seat
+from ...streaming.streamer import streamed
+from ..config import TrainingConfig
+from ..control import DeviceSlot
 from .preview import preview_texts
 
 
@@ -40,14 +45,14 @@ class Prepared:
 def prepare(
     config: TrainingConfig,
     cache_folder: Path,
-    seat: Seat,
+    slot: DeviceSlot,
     between: Callable[[], None],
     progress: OnProgress,
 ) -> Prepared:
     """Scan and cache. Interrupted at any point, the next call continues where this one was.
 
     Args:
-        seat: the job's place on the device, which VAE and T5 take one after the other.
+        slot: the job's slot on the device, which VAE and T5 take one after the other.
         between: called between entries; may wait or raise.
     Raises:
         DataError, PromptError, ModelFileError: each with what to do.
@@ -67,7 +72,7 @@ def prepare(
     sets: list[list[Sample]] = []
     for found in scans:
         samples, unreadable = cache_samples(
-            found, cache, config.resolution, lambda: _borrowed_vae(config, seat), between, progress
+            found, cache, config.resolution, lambda: _borrowed_vae(config, slot), between, progress
         )
         warnings += found.warnings
         if unreadable:
@@ -79,12 +84,12 @@ def prepare(
     )
     captions = caption_texts(samples)
     texts = [*captions, *(sample.captions[0] for sample in heldout), *prompts]
-    truncated = cache_texts(texts, cache, lambda: _borrowed_text_encoder(config, seat), between, progress)
+    truncated = cache_texts(texts, cache, lambda: _borrowed_text_encoder(config, slot), between, progress)
     training_cache = cache
     if config.objective.text_padding == "unmodified":
         # Only training sees the padding: previews and the held-out loss condition as sampling does.
         training_cache = LatentTextCache(cache_folder, cache.vae_key, f"{cache.text_key} unmodified", cache.recipe)
-        cache_texts(captions, training_cache, lambda: _with_padding(config, seat), between, progress)
+        cache_texts(captions, training_cache, lambda: _with_padding(config, slot), between, progress)
     if truncated:
         warnings.append(
             f"{len(truncated)} captions are longer than 512 tokens and were cut, e.g. “{truncated[0][:60]}…”."
@@ -102,17 +107,17 @@ def _heldout(config: TrainingConfig) -> list[DatasetConfig]:
 
 
 @contextmanager
-def _with_padding(config: TrainingConfig, seat: Seat) -> Iterator[TextEncoder]:
-    with _borrowed_text_encoder(config, seat) as encoder:
+def _with_padding(config: TrainingConfig, slot: DeviceSlot) -> Iterator[TextEncoder]:
+    with _borrowed_text_encoder(config, slot) as encoder:
         yield encoder.with_padding()
 
 
 @contextmanager
-def _borrowed_vae(config: TrainingConfig, seat: Seat) -> Iterator[AutoencoderKL]:
-    seat.make_room()
-    vae = load_vae(config.model, seat.device)
+def _borrowed_vae(config: TrainingConfig, slot: DeviceSlot) -> Iterator[AutoencoderKL]:
+    slot.make_room()
+    vae = load_vae(config.model, slot.device)
     try:
-        with seat.taken_by(vae):
+        with slot.taken_by(vae):
             yield vae
     finally:
         del vae
@@ -120,14 +125,55 @@ def _borrowed_vae(config: TrainingConfig, seat: Seat) -> Iterator[AutoencoderKL]
 
 
 @contextmanager
-def _borrowed_text_encoder(config: TrainingConfig, seat: Seat) -> Iterator[TextEncoder]:
-    seat.make_room()
-    encoder = load_text_encoder(config.model, seat.device)
+def _borrowed_text_encoder(config: TrainingConfig, slot: DeviceSlot) -> Iterator[TextEncoder]:
+    slot.make_room()
+    encoder = load_text_encoder(config.model, slot.device)
     try:
-        with seat.taken_by(encoder.model):
+        with slot.taken_by(encoder.model):
             yield encoder
     finally:
         # The caller's `as` variable still names the model here: what is freed is its place on the accelerator.
         encoder.to("cpu")
         del encoder
         release_memory()
+
+
+def compile_blocks(transformer: ChromaTransformer, backend: str = "inductor") -> None:
+    """`torch.compile` by regions: every block, for any number of tokens; results are the uncompiled model's, rounded.
+
+    Compiled code is shared by all blocks of a class, since weights are its inputs. Training makes three graphs: the
+    first block (its input needs no gradient), double blocks, single blocks; again for a batch of one and for a masked
+    text. They are made when they are first needed, once a run.
+
+    Call it after the adapters were added. Plain and quantised bases and gradient checkpointing work.
+
+    Args:
+        backend: torch's name of the compiler; `inductor` needs Triton on a GPU, and a C++ compiler on a CPU.
+    Raises:
+        ConfigError: the model is streamed, its LoRA has dropout, or the compiler cannot work on the device.
+    """
+    if streamed(transformer) is not None:
+        raise ConfigError(
+            "torch.compile and block streaming (offload 'block') exclude each other: moving the weights in and out "
+            "breaks every block into pieces that are compiled again and again. Turn one of them off."
+        )
+    if any(branch.dropout > 0 for _, layer in adapted_layers(transformer) for branch in layer.loras()):
+        raise ConfigError(
+            "torch.compile cannot be used with LoRA dropout: its masks come from a seed that changes at every step, "
+            "which the compiler takes for new code each time. Set dropout = 0, or turn compile off."
+        )
+    device = transformer.x_embedder.weight.device
+    try:
+        torch.compile(_trial, backend=backend)(torch.ones(4, device=device))
+    except Exception as error:
+        raise ConfigError(
+            f"torch.compile with the backend '{backend}' cannot work on the device '{device}' ({type(error).__name__}: "
+            f"{next(iter(str(error).splitlines()), '')}). On a GPU it needs Triton, on a CPU a C++ compiler. Turn "
+            "compile off."
+        ) from error
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.compile(backend=backend, dynamic=True)
+
+
+def _trial(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 + 1

@@ -1,4 +1,4 @@
-"""Pictures made during training, by the one sampler with the job's recipe: what they show is what the LoRA gives."""
+"""Images made during training, by the one sampler with the job's recipe: what they show is what the LoRA gives."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ...model.device import release_memory
 from ...model.images import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
 from ...model.latents import LatentFormat
 from ...model.transformer import ChromaTransformer
-from ...sampling.sampler import sample
+from ...sampling.sampler import image_record, sample
 from ...streaming import away
-from ..config.config import TrainingConfig
+from ..config import TrainingConfig
 
 
 def preview_texts(config: TrainingConfig) -> list[str]:
@@ -60,17 +60,9 @@ def render_previews(
             recipe=recipe,
             on_step=lambda _: between(),
         )
-        record = {
-            "prompt": preview.prompt,
-            "negative": preview.negative,
-            "width": preview.width,
-            "height": preview.height,
-            "settings": preview.settings.to_dict(),
-            "recipe": recipe.to_dict(),
-            "model": config.model.to_dict(),
-            "step": step,
-            **metadata,
-        }
+        size = preview.width, preview.height
+        record = image_record(preview.prompt, preview.negative, size, preview.settings, recipe, config.model.to_dict())
+        record |= {"step": step, **metadata}
         sampled.append((latents, record))
     if not write:
         return []

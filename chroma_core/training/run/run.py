@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,80 +18,91 @@ from ...data.samples import fingerprint, picture_count
 from ...files import remove_leftovers
 from ...loading.load import Device, load_transformer
 from ...model.device import memory_in_use, release_memory
+from ..config import TrainingConfig
 from ..config.changes import recorded
-from ..config.config import TrainingConfig
-from ..control import Control, Halted, Stopped
-from ..device_slot import Seat
+from ..control import Control, DeviceSlot, Halted, Stopped
 from ..distributed.sharding import check_sharding, shard
 from ..distributed.world import ALONE, ProcessLost, World
-from ..step.compiling import compile_blocks
 from ..step.ema import Ema
 from ..step.objective import heldout_loss
+from ..step.optimizers import check_optimizer
 from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint
-from .event_files import EventFiles, check_event_files
 from .faults import Diverged, disk_shortage, give_up_if_broken, memory_in_words, watch_loss
 from .finish import file_metadata
 from .loop import Batches, StepResult, train_step
-from .metrics import MetricsLog, NoMetrics, Progress
-from .places import Places
-from .prepare import Prepared, prepare
+from .metrics import EventFiles, JobPaths, MetricsLog, Progress, check_event_files
+from .prepare import Prepared, compile_blocks, prepare
 from .preview import render_previews
-from .stepper import Stepper, check_optimizer
-from .trainees import check_trainee, make_trainee
+from .stepper import Stepper
+from .trained import WrittenFiles, check_trained, make_trained
 
 Report = Callable[..., None]
 """report(**fields): tell the job's status about something new."""
 
 
 class Run:
-    """A job that is being worked on. Build and use it outside inference mode, in one thread."""
+    """A job that is being worked on: prepare, load, resume, train, finish, close, in this order.
+
+    Use it outside inference mode, in one thread. `run_training` does all of it.
+    """
 
     def __init__(
         self,
         config: TrainingConfig,
-        places: Places,
+        paths: JobPaths,
         device: Device,
         control: Control,
         report: Report,
         before_load: Callable[[], None] = lambda: None,
         world: World = ALONE,
     ):
-        self.config, self.places, self.device, self.control, self.report = config, places, device, control, report
-        self.world = world
-        self.metrics = (MetricsLog if world.main else NoMetrics)(places.job / "metrics.jsonl")
+        self.config, self.paths, self.device, self.control, self.report = config, paths, device, control, report
+        self.before_load, self.world = before_load, world
+        self.metrics = MetricsLog(paths.job / "metrics.jsonl", writes=world.main)
         self.progress = Progress()
+        self.event_files: EventFiles | None = None
         self._saved = time.monotonic()
-        for folder in (places.job, places.samples) if world.main else ():
+
+    def prepare(self) -> None:
+        """Check what can be checked early, then scan the dataset and cache it; T5 and the VAE come and go.
+
+        Raises Stopped, Halted, and what `prepare.prepare` raises.
+        """
+        config, paths, world = self.config, self.paths, self.world
+        for folder in (paths.job, paths.samples) if world.main else ():
             remove_leftovers(folder)
         if world.sharded:
             check_sharding(config)
-        report(state="preparing", message="reading the data set")
-        check_optimizer(config.optimizer_settings(), device)
-        advice = check_trainee(config, places)
+        self.report(state="preparing", message="reading the data set")
+        check_optimizer(config.optimizer_settings(), self.device)
+        advice = check_trained(config, paths)
         check_event_files(config.tensorboard and world.main)
-        self.seat = control.seat = Seat(device, before_load)
-        self.data: Prepared = world.first_then_all(
-            lambda: prepare(config, places.cache, self.seat, control.gate, self._report_caching)
+        self.slot = self.control.slot = DeviceSlot(self.device, self.before_load)
+        self.data: Prepared = world.main_first(
+            lambda: prepare(config, paths.cache, self.slot, self.control.gate, self._report_caching)
         )
         self.data.warnings[:0] = advice
-        report(message="loading the transformer", warnings=self.data.warnings, base_sha256=self.data.base_sha256)
-        before_load()
-        self.transformer = load_transformer(config.model, "cpu" if world.sharded else device)
-        self.seat.take(self.transformer)
-        self.trainee = make_trainee(config, self.transformer, places, self.data.base_sha256)
-        if world.sharded:
-            shard(self.transformer, self.trainee.parameters, torch.device(device))
+
+    def load(self) -> None:
+        """Load the transformer, put on it what is trained, and make the optimizer and the batches."""
+        config, data, sharded = self.config, self.data, self.world.sharded
+        self.report(message="loading the transformer", warnings=data.warnings, base_sha256=data.base_sha256)
+        self.before_load()
+        self.transformer = load_transformer(config.model, "cpu" if sharded else self.device)
+        self.slot.take(self.transformer)
+        self.trained = make_trained(config, self.transformer, self.paths, data.base_sha256)
+        if sharded:
+            shard(self.transformer, self.trained.parameters, torch.device(self.device))
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
             self.transformer.checkpointing_interval = config.checkpointing_interval
         if config.compile:
             compile_blocks(self.transformer)
-        self.stepper = Stepper(self.trainee.parameters, config.optimizer_settings())
-        self.ema = Ema(self.trainee.parameters, config.ema_decay) if config.ema_decay else None
-        self.batches = Batches(self.data.samples, self.data.training_cache, config, config.objective.settings())
-        self._resume()
+        self.stepper = Stepper(self.trained.parameters, config.optimizer_settings())
+        self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
+        self.batches = Batches(data.samples, data.training_cache, config, config.objective.settings())
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
         """Continue from the newest checkpoint, or start afresh."""
         self.warnings = warnings = list(self.data.warnings)
         data = fingerprint(self.data.samples)
@@ -109,13 +120,12 @@ class Run:
         self.progress = progress or Progress()
         self.progress.data = data
         self.metrics.truncate(self.progress.metrics_bytes)
-        self.event_files: EventFiles | None = None
         if self.config.tensorboard and self.world.main:
             values, earlier = self.config.model_dump(mode="json"), self.metrics.read()
-            folder = self.places.job / "tensorboard"
+            folder = self.paths.job / "tensorboard"
             self.event_files = EventFiles(folder, self.progress.step, values, earlier, self._warn)
             self.metrics.also = self.event_files.add
-        for change in recorded(self.places.job):
+        for change in recorded(self.paths.job):
             if change["warning"]:
                 warnings.append(change["warning"])
             if change["step"] >= self.progress.step:  # cut off with the steps after the checkpoint, or not yet written
@@ -128,8 +138,8 @@ class Run:
 
     def _restore(self) -> tuple[Progress | None, list[str]]:
         # The main process first: it sets damaged checkpoints aside.
-        return self.world.first_then_all(
-            lambda: restore_latest(self.places.checkpoints, self.trainee, self.stepper, self.ema)
+        return self.world.main_first(
+            lambda: restore_latest(self.paths.checkpoints, self.trained, self.stepper, self.ema)
         )
 
     def train(self) -> None:
@@ -164,7 +174,7 @@ class Run:
             progress.skipped_in_a_row += result.skipped == "broken"
             self.metrics.append(step=progress.step, skipped=result.skipped, lr=result.learning_rate)
             self.report(**self._numbers(), skipped_steps=progress.skipped_steps)
-            give_up_if_broken(progress, self.config.learning_rate, self.trainee.noun)
+            give_up_if_broken(progress, self.config.learning_rate, self.trained.noun)
             return
         progress.skipped_in_a_row = 0
         progress.smooth(result.loss)
@@ -202,7 +212,7 @@ class Run:
         saving = due(config.checkpoint_every) or 0 < config.checkpoint_minutes <= minutes
         saving = saving or (config.keep_best and progress.best_at == step > 0)
         # In the middle of skipped steps the weights may be what is broken: keep the checkpoints from before.
-        saving = self.world.decide(saving)  # the clock and the best loss are the main process'
+        saving = self.world.broadcast(saving)  # the clock and the best loss are the main process'
         if saving and progress.saved_at != step and not progress.skipped_in_a_row:
             self.save()
 
@@ -226,7 +236,7 @@ class Run:
         ]
         progress = self.progress
         base: list[float] | None = None
-        without = self.trainee.base(progress.step) if progress.heldout_loss_base is None else None
+        without = self.trained.base(progress.step) if progress.heldout_loss_base is None else None
         if without is not None:
             with without:
                 base = heldout_loss(self.transformer, pictures, self.control.gate)
@@ -244,12 +254,12 @@ class Run:
     def preview(self, between: Callable[[], None]) -> None:
         """Sample the preview prompts with the weights as they are now."""
         record = {
-            "job": self.places.job.name,
-            **self.trainee.record(),
+            "job": self.paths.job.name,
+            **self.trained.record(),
             "base_sha256": self.data.base_sha256,
             "trigger": self.config.dataset.trigger,
         }
-        config, step, folder = self.config, self.progress.step, self.places.samples
+        config, step, folder = self.config, self.progress.step, self.paths.samples
         with self.stepper.as_trained():
             names = render_previews(
                 config, step, folder, self.transformer, self.data.cache, record, between, self.world.main
@@ -260,15 +270,15 @@ class Run:
 
     def save(self, wait: bool = True) -> None:
         """Write a checkpoint of this step; on a full disk, pause until there is room (with `wait`)."""
-        self.world.first(partial(self._write_checkpoint, wait))
+        self.world.on_main(partial(self._write_checkpoint, wait))
         self.progress.saved_at = self.progress.step
 
     def _write_checkpoint(self, wait: bool) -> None:
         progress = self.progress
         self._saved = time.monotonic()
         # The first one's size is not known yet: weights and two moments.
-        needed = checkpoint_bytes(self.places.checkpoints) or 12 * sum(p.numel() for p in self.trainee.parameters)
-        while wait and (shortage := disk_shortage(self.places.job, needed)) is not None:
+        needed = checkpoint_bytes(self.paths.checkpoints) or 12 * sum(p.numel() for p in self.trained.parameters)
+        while wait and (shortage := disk_shortage(self.paths.job, needed)) is not None:
             self.control.pause.set()
             self.report(message=shortage)
             self.control.gate()
@@ -277,9 +287,9 @@ class Run:
         progress.saved_at = progress.step
         progress.metrics_bytes = self.metrics.sync()
         save_checkpoint(
-            self.places.checkpoints,
+            self.paths.checkpoints,
             progress,
-            self.trainee,
+            self.trained,
             self.stepper,
             self.ema,
             self.config.keep_checkpoints,
@@ -290,7 +300,7 @@ class Run:
     def _where_the_optimizer_is(self) -> None:
         """Schedule-free AdamW averages with its state, which stays on the device when the weights step aside."""
         if self.config.optimizer == "schedule-free":
-            self.seat.come_back()
+            self.slot.come_back()
 
     def keep_what_is_good(self) -> None:
         """Save a checkpoint, or go back to the newest one when the last steps could not be taken."""
@@ -300,15 +310,15 @@ class Run:
         else:
             self.save(wait=False)
 
-    def finish(self) -> dict[str, str]:
+    def finish(self) -> WrittenFiles:
         """Write the LoRA or model where the user looks for it; returns the status fields that say where.
 
         They are empty in a process that does not write.
         """
-        return self.world.first(self._write_files) or {}
+        return self.world.on_main(self._write_files) or {}
 
-    def _write_files(self) -> dict[str, str]:
-        pictures, job = picture_count(self.data.samples), self.places.job
+    def _write_files(self) -> WrittenFiles:
+        pictures, job = picture_count(self.data.samples), self.paths.job
         header = partial(
             file_metadata,
             self.config,
@@ -319,8 +329,8 @@ class Run:
             changes=recorded(job),
         )
         self._where_the_optimizer_is()
-        self.report(message=f"writing the {self.trainee.noun}")
-        write = partial(self.trainee.write, header)
+        self.report(message=f"writing the {self.trained.noun}")
+        write = partial(self.trained.write, header)
         if self.ema is not None:
             with self.ema.swapped():
                 write(suffix="-ema")
@@ -331,8 +341,8 @@ class Run:
         """Give the memory back."""
         if self.event_files is not None:
             self.event_files.close()
-        self.seat.leave()
-        del self.transformer, self.trainee, self.stepper, self.ema, self.batches
+        self.slot.leave()
+        del self.transformer, self.trained, self.stepper, self.ema, self.batches
         release_memory()
 
     def _report_caching(self, what: str, done: int, total: int) -> None:
@@ -352,14 +362,14 @@ class Run:
 
 def run_training(
     config: TrainingConfig,
-    places: Places,
+    paths: JobPaths,
     device: Device,
     control: Control,
     report: Report,
     before_load: Callable[[], None] = lambda: None,
     world: World = ALONE,
-) -> tuple[str, dict[str, str]]:
-    """Run a job to its end in this thread; returns the final state (completed or stopped) and where its files are.
+) -> tuple[Literal["completed", "stopped"], WrittenFiles]:
+    """Run a job to its end in this thread; returns the final state and where its files are.
 
     Raises:
         Halted: after a checkpoint was saved.
@@ -368,7 +378,10 @@ def run_training(
     with torch.inference_mode(False), torch.enable_grad(), memory_in_words(config, device):
         world.enter()
         try:
-            run = Run(config, places, device, control, report, before_load, world)
+            run = Run(config, paths, device, control, report, before_load, world)
+            run.prepare()
+            run.load()
+            run.resume()
         except Stopped:
             return "stopped", {}
         try:

@@ -21,17 +21,7 @@ from torch.nn import Parameter
 
 from ...errors import ConfigError
 from ..distributed.world import World
-from ..step.optimizers import OptimizerName, OptimizerSettings, build_optimizer, check_optimizer, check_schedule
-
-__all__ = [
-    "LossScale",
-    "OptimizerName",
-    "OptimizerSettings",
-    "SkipReason",
-    "Stepper",
-    "check_optimizer",
-    "check_schedule",
-]
+from ..step.optimizers import OptimizerSettings, build_optimizer, check_optimizer
 
 SkipReason = Literal["", "overflow", "broken"]
 
@@ -89,7 +79,7 @@ class Stepper:
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
 
     def combine(self, world: World) -> None:
-        """Replace loss and gradient by their sums over the processes; all of them then take the same step.
+        """Replace loss and gradient by their sums over the ranks; all of them then take the same step.
 
         Each adds the parts that it computed, perhaps none. Call it between the last `backward` and `apply`.
         """
@@ -102,7 +92,9 @@ class Stepper:
         device = self.parameters[0].device
         loss = torch.zeros((), device=device) if self._loss is None else self._loss.float()
         anywhere = torch.tensor(here, dtype=torch.float32, device=device)
-        world.sum_([*(parameter.grad for parameter in self.parameters if parameter.grad is not None), loss, anywhere])
+        world.all_reduce(
+            [*(parameter.grad for parameter in self.parameters if parameter.grad is not None), loss, anywhere]
+        )
         self._loss = loss
         for parameter, count in zip(self.parameters, anywhere.tolist(), strict=True):
             if count == 0:  # as in one process: the optimizer passes over what has no gradient

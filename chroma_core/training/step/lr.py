@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ...errors import ConfigError
+from ...errors import ConfigError, check_choice
 
 LrSchedule = Literal["constant", "cosine", "linear", "restarts", "polynomial"]
 
@@ -35,8 +35,7 @@ class Schedule:
     power: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(LrSchedule):
-            raise ConfigError(f"lr_schedule is '{self.kind}'; choose one of: {', '.join(get_args(LrSchedule))}.")
+        check_choice("lr_schedule", self.kind, get_args(LrSchedule))
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigError(f"The learning rate is {self.learning_rate}; it must be above 0 (2e-4 is usual).")
         if self.warmup_steps < 0:

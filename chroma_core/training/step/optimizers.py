@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch.nn import Parameter
 
-from ...errors import ConfigError
+from ...errors import ConfigError, check_choice
 from .lr import LrSchedule
 
 OptimizerName = Literal["adamw", "adamw8bit", "adafactor", "prodigy", "schedule-free", "came"]
@@ -62,8 +62,7 @@ class OptimizerSettings:
     compute_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(OptimizerName):
-            raise ConfigError(f"The optimizer is '{self.name}'; choose one of: {', '.join(get_args(OptimizerName))}.")
+        check_choice("The optimizer", self.name, get_args(OptimizerName))
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigError(f"The learning rate is {self.learning_rate}; it must be above 0 (2e-4 is usual).")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):

@@ -2,17 +2,17 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError
 from chroma_core.import_config import ai_toolkit, as_json, as_text, import_config, job_toml, simpletuner, write_job
 from chroma_core.import_config.convert import missing
 from chroma_core.import_config.job import toml
-from chroma_core.training.config.config import TrainingConfig
+from chroma_core.training.config import TrainingConfig
 from import_cases import SECOND, SEED_SNIPPET, SMALL, YAML, set_missing
 from tools.docs.import_tables import page
 
@@ -80,7 +80,7 @@ def test_files_that_are_missing_or_no_text(put, tmp_path):
     (tmp_path / "bytes.json").write_bytes(b'{"model_family": "\xff"}')
     with pytest.raises(ConfigError, match="not UTF-8"):
         import_config(tmp_path / "bytes.json")
-    with pytest.raises(ConfigError, match="list of data sets"):
+    with pytest.raises(ConfigError, match="list of datasets"):
         import_config(put("config.json", SMALL), put("sets.json", {"id": "a"}))
     with pytest.raises(ConfigError, match="leave --dataloader out"):
         import_config(put("t.yaml", YAML % "chroma"), put("sets.json", []))
@@ -168,17 +168,14 @@ def test_the_documentation_is_current():
     assert path.read_text(encoding="utf-8") == page(), "run: python tools/docs/import_tables.py"
 
 
-def test_the_command_line(put, tmp_path):
+def test_the_command_line(put, tmp_path, capsys):
     put("config.json", SEED_SNIPPET)
 
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "chroma_core", "import-config", "config.json", *arguments]
-        root = str(Path(__file__).parents[3])
-        return subprocess.run(
-            command, cwd=tmp_path, env={"PYTHONPATH": root, "PATH": ""}, capture_output=True, text=True
-        )
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status = main(["import-config", "config.json", *arguments])
+        return status, *capsys.readouterr()
 
-    report = json.loads(run("--json", "--output", "a.toml").stdout)
+    report = json.loads(run("--json", "--output", "a.toml")[1])
     assert (report["tool"], report["differs"], report["no_counterpart"], report["unknown"]) == (
         "SimpleTuner",
         [],
@@ -186,8 +183,8 @@ def test_the_command_line(put, tmp_path):
         [],
     )
     assert {"option": "network_rank", "value": "16", "written": {"lora.rank": 16}, "reason": ""} in report["mapped"]
-    text = run().stdout
-    assert "network_rank = 16 → lora.rank = 16" in text and "0 remarks" in text
+    status, text, _ = run()
+    assert status == 0 and "network_rank = 16 → lora.rank = 16" in text and "0 warnings" in text
     assert (tmp_path / "job.toml").read_text() == (tmp_path / "a.toml").read_text()
-    again = run()
-    assert again.returncode != 0 and "exists already" in again.stderr
+    status, _, error = run()
+    assert status == 1 and "exists already" in error

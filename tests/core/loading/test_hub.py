@@ -157,11 +157,11 @@ def test_unknown_and_impossible_revisions(hub, cache):
 
 def test_a_hub_that_does_not_answer(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
-    hub.faults = [Fault("api/models", wait=2.0)]
+    hub.faults = [Fault("api/models", wait=30.0)]
     began = time.monotonic()
     with pytest.raises(ModelFileError, match="no connection.*Check the network"):
         fetch(BASE, ["vae"])
-    assert time.monotonic() - began < 1.9
+    assert time.monotonic() - began < 25
 
 
 def test_no_network_names_local_files_and_what_the_cache_holds(hub, monkeypatch):

@@ -1,17 +1,14 @@
 """Loading takes one copy: a file of Chroma's real widths, in a fresh process, by the high-water mark of its memory."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import forked
 from chroma_core.weights.safetensors_files import write_safetensors
 from real_widths import random_original
-
-ROOT = Path(__file__).resolve().parents[3]
 
 MEASURE = """
 import json, resource, sys
@@ -53,9 +50,7 @@ def real_file(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("precision", "limit"), [("bf16", 1.15), ("nf4", 1.15)])
 def test_loading_takes_one_copy(real_file, precision, limit):
     """Extra peak memory ≤ 1.15 × a bf16 file; so does a quantised model (.73 and .60 of it)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", MEASURE, str(real_file), precision]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = forked.run(forked.FULL, "-c", MEASURE, real_file, precision)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     ratio = found["extra"] / real_file.stat().st_size

@@ -1,21 +1,16 @@
 """The VAE's two layouts, against diffusers' own converter of ldm checkpoints and ComfyUI's own ldm modules."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 import foreign_shapes
+import forked
 import miniature
 from chroma_core.loading.matching import describe_part
 from chroma_core.names import encoders as vae_keys
-
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 
 LDM_NAMES = """
 import json, sys
@@ -32,10 +27,7 @@ print(json.dumps({f"{part}.{k}": list(v.shape) for part, m in parts.items() for 
 
 
 def test_names_and_shapes_are_those_of_the_hosts_own_modules():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)}
-    done = subprocess.run(
-        [sys.executable, "-c", LDM_NAMES], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run(forked.NATIVE, "-c", LDM_NAMES)
     assert done.returncode == 0, done.stderr
     native = {name: tuple(shape) for name, shape in json.loads(done.stdout.splitlines()[-1]).items()}
     assert native == foreign_shapes.vae_ldm()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+import forked
 from chroma_core.errors import ModelFileError
 from chroma_core.weights.opening import Weights, open_weights
 from weight_files import cut, shard_name, write_gguf, write_safetensors, write_scaled_fp8, write_shards
@@ -233,7 +233,7 @@ print(status("VmHWM") - before - sum(tensor.nbytes for tensor in held))
 
 @linux
 @pytest.mark.parametrize("form", ["fp32", "scaled fp8", "Q4_K"])
-def test_reading_needs_little_beside_its_results(tmp_path: Path, root: Path, form: str):
+def test_reading_needs_little_beside_its_results(tmp_path: Path, form: str):
     """A whole fp32 copy of one of these matrices would be 16 MiB, a map of the file 16 to 32 MiB."""
     held = {f"block.{i}.weight": numbers(2048, 2048, seed=i) for i in range(4)}
     path = tmp_path / ("x.gguf" if form == "Q4_K" else "x.safetensors")
@@ -243,7 +243,6 @@ def test_reading_needs_little_beside_its_results(tmp_path: Path, root: Path, for
         write_scaled_fp8(path, held, per_row=True)
     else:
         write_gguf(path, held, form)
-    command = [sys.executable, "-c", PEAK, str(path)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    done = forked.run(forked.LIGHT, "-c", PEAK, path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 12 * 2**20, f"{int(done.stdout) / 2**20:.1f} MiB"

@@ -1,0 +1,263 @@
+"""What a job trains: an adapter beside the layers, or layers of the model itself.
+
+`Trained` is how the rest of a run sees it: parameters, a file in every checkpoint, and files at the end.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError, JobError, ModelFileError
+from ...files import free_name, slug
+from ...fullrank.export import TrainedModel, write_folder, write_single_file
+from ...fullrank.layers import count_trained, layer_names, put_masters
+from ...loading.load import transformer_outline, transformer_source
+from ...lora.adapters import adapters_disabled
+from ...lora.files import read_lora, write_lora
+from ...lora.trainable import add_trainable, load_trained, start_from, trained_lora
+from ...model.transformer import ChromaTransformer
+from ...weights.opening import open_weights
+from ...weights.safetensors_files import write_safetensors
+from ..config import TrainingConfig
+from .faults import DISK_MARGIN
+from .finish import adapter_summary, may_write, write_final
+from .metrics import JobPaths
+
+BASE_KEY = "chromakit.base_sha256"
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+HIGH_RATE = 5e-5
+"""Full-rank training above this rate is warned about: a LoRA's usual rate is ten times too high for the weights."""
+
+
+class WrittenFiles(TypedDict, total=False):
+    """Where the files are that a job ended with: fields of its status."""
+
+    lora_path: str
+    model_path: str
+    model_folder: str
+
+
+class Trained(Protocol):
+    """An adapter, or layers of the model itself (see `trained`).
+
+    noun: what it is called to the user. weights_file: its name in a checkpoint. parameters: fp32, in an order that is
+    the same in every run.
+    """
+
+    noun: str
+    weights_file: str
+    parameters: list[nn.Parameter]
+
+    def save(self, path: Path) -> None:
+        """Write the parameters, in fp32."""
+        ...
+
+    def load(self, path: Path) -> None:
+        """Take them from such a file, bit for bit. Raises LoraError or ModelFileError for a damaged one."""
+        ...
+
+    def remember(self) -> Callable[[], None]:
+        """A way back to the parameters of now, or to those before the first step, for when `load` fails midway."""
+        ...
+
+    def base(self, step: int) -> AbstractContextManager[None] | None:
+        """The model without what was trained until `step`, inside a `with` block; None where it is not to be had."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What previews note about it, as JSON values."""
+        ...
+
+    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
+        """Write what the user gets, its name ending in `suffix`; the status fields that say where.
+
+        Args:
+            header: `header(architecture, trained)` gives the files' metadata (see `finish.file_metadata`).
+        """
+        ...
+
+
+def check_trained(config: TrainingConfig, paths: JobPaths) -> list[str]:
+    """Look at what will be trained before anything is read or cached; returns warnings.
+
+    Raises ConfigError when there is nothing to learn or for a target that is not in the model, ModelFileError for a
+    base that is quantised in its file, JobError when the disk has no room for what the job writes.
+    """
+    if all(dataset.regularisation for dataset in (config.dataset, *config.more_datasets)):
+        raise ConfigError(
+            "Every data set of this job is a regularisation set: it would be trained to change nothing. Add a set of "
+            "what is to be learnt, or set regularisation = false."
+        )
+    if config.full is None:
+        return []
+    outline = transformer_outline(config.model)
+    model = _export_of(config)
+    count = count_trained(outline, config.full.target, config.full.norms)
+    _require_room_for_all(config, paths, count, model.bytes() * len(config.full.layouts))
+    warnings = []
+    if config.learning_rate > HIGH_RATE and config.optimizer != "prodigy":
+        warnings.append(
+            f"The learning rate is {config.learning_rate:g}, a usual one for a LoRA. The weights themselves take 1e-6 "
+            "to 1e-5; a higher rate soon unlearns what the model knew."
+        )
+    return warnings
+
+
+def make_trained(
+    config: TrainingConfig, transformer: ChromaTransformer, paths: JobPaths, base_sha256: str
+) -> AdapterTraining | FullRankTraining:
+    """Put on the transformer, which is frozen otherwise, what the job trains."""
+    if config.full is None:
+        return AdapterTraining(config, transformer, paths)
+    return FullRankTraining(config, transformer, paths, base_sha256)
+
+
+class AdapterTraining(Trained):
+    """A LoRA (or its kin): the model's own weights stay as they are."""
+
+    noun, weights_file = "LoRA", "lora.safetensors"
+
+    def __init__(self, config: TrainingConfig, transformer: ChromaTransformer, paths: JobPaths):
+        self._config, self._transformer, self._paths = config, transformer, paths
+        self.parameters = add_trainable(transformer, config.lora.settings(), config.seed)
+        if config.lora.start_from:
+            start_from(transformer, read_lora(config.lora.start_from))
+
+    def save(self, path: Path) -> None:
+        write_lora(path, trained_lora(self._transformer))
+
+    def load(self, path: Path) -> None:
+        load_trained(self._transformer, read_lora(path))
+
+    def remember(self) -> Callable[[], None]:
+        return partial(load_trained, self._transformer, trained_lora(self._transformer))
+
+    def base(self, step: int) -> AbstractContextManager[None]:
+        return adapters_disabled(self._transformer)
+
+    def record(self) -> dict[str, Any]:
+        return {"lora": self._config.lora.model_dump(mode="json")}
+
+    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
+        metadata = header("chroma/lora", adapter_summary(self._config))
+        paths = self._paths
+        path = write_final(self._config, self._transformer, metadata, paths.job, paths.loras, suffix)
+        return {"lora_path": str(path)}
+
+
+class FullRankTraining(Trained):
+    """Layers of blocks, in fp32 in the places of the model's own; the job ends with a whole model."""
+
+    noun, weights_file = "model", "weights.safetensors"
+
+    def __init__(self, config: TrainingConfig, transformer: ChromaTransformer, paths: JobPaths, base_sha256: str):
+        assert config.full is not None
+        self._config, self._full, self._paths, self._base_sha256 = config, config.full, paths, base_sha256
+        self._model = _export_of(config)
+        self._names = layer_names(transformer, self._full.target, self._full.norms)
+        read = partial(self._model.read_base, dtype=torch.float32)
+        self._named = put_masters(transformer, self._names, read)
+        self.parameters: list[nn.Parameter] = list(self._named.values())
+
+    def save(self, path: Path) -> None:
+        write_safetensors(path, self._named.items(), self._named.items(), {BASE_KEY: self._base_sha256})
+
+    def load(self, path: Path) -> None:
+        weights = open_weights(path)
+        if weights.metadata.get(BASE_KEY) != self._base_sha256:
+            raise ConfigError(
+                "The base model's file is not the one that this job was started with, and what is not trained comes "
+                "from it. Put that file back, or start the job anew (restart)."
+            )
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._named.items()}
+        if dict(weights.shapes) != shapes:
+            raise ModelFileError(f"'{path}' does not hold the {len(shapes)} tensors that this job trains.")
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(weights.read(name, torch.float32))
+
+    def remember(self) -> Callable[[], None]:
+        return self._start_anew  # from the base's file: a copy would cost as much memory again as is trained
+
+    def _start_anew(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(self._model.read_base(name, torch.float32))
+
+    def base(self, step: int) -> AbstractContextManager[None] | None:
+        return nullcontext() if step == 0 else None
+
+    def record(self) -> dict[str, Any]:
+        return {"full": self._full.model_dump(mode="json")}
+
+    def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
+        full, config = self._full, self._config
+        # The files' own names: the parameters are looked up now, since an average may stand in their place.
+        model = TrainedModel(self._model.weights, self._model.component, self._named, DTYPES[full.save_dtype])
+        trained = {"kind": "full", "target": full.target, "layers": len(self._names), "norms": full.norms}
+        metadata = header("chroma", trained)
+        file, folder = _free_paths(self._paths, config, suffix)
+        _require_room(self._paths.models, model.bytes() * len(full.layouts), "the trained model")
+        written: WrittenFiles = {}
+        if "original" in full.layouts:
+            write_single_file(file, model, {**metadata, "modelspec.implementation": "comfyui"})
+            written["model_path"] = str(file)
+        if "diffusers" in full.layouts:
+            write_folder(folder, model, metadata)
+            written["model_folder"] = str(folder)
+        return written
+
+
+def _export_of(config: TrainingConfig) -> TrainedModel:
+    """The base's files, with nothing trained yet."""
+    weights, component = transformer_source(config.model)
+    return TrainedModel(weights, component, {}, torch.float32)
+
+
+def _require_room_for_all(config: TrainingConfig, paths: JobPaths, count: int, model_bytes: int) -> None:
+    """Room for what the job will write: `count` trained weights in every checkpoint, and the model at the end."""
+    averaged = config.ema_decay > 0
+    # Those that are kept and the one being written; a short job makes fewer.
+    kept = config.keep_checkpoints + config.keep_best + 1
+    made = 2 + (config.steps // config.checkpoint_every if config.checkpoint_every else 0)
+    # fp32 weights, two moments and the average, less what an earlier run of the job left there already.
+    checkpoints = min(kept, made) * count * (16 if averaged else 12)
+    checkpoints -= sum(p.stat().st_size for p in paths.checkpoints.rglob("*") if p.is_file())
+    models = model_bytes * (2 if averaged else 1)
+    paths.models.mkdir(parents=True, exist_ok=True)
+    if paths.models.stat().st_dev == paths.job.stat().st_dev:
+        _require_room(paths.job, max(0, checkpoints) + models, "the checkpoints and the trained model")
+    else:
+        _require_room(paths.job, max(0, checkpoints), "the checkpoints")
+        _require_room(paths.models, models, "the trained model")
+
+
+def _require_room(folder: Path, needed: int, what: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed + DISK_MARGIN:
+        raise JobError(
+            f"There is no room for {what}: about {(needed + DISK_MARGIN) / 2**30:.1f} GiB are needed in '{folder}', "
+            f"{free / 2**30:.1f} GiB are free. Make room and resume the job (checkpoints are kept), or write one "
+            "layout only (layouts)."
+        )
+
+
+def _free_paths(paths: JobPaths, config: TrainingConfig, suffix: str) -> tuple[Path, Path]:
+    """File and folder under one name: the job's, with -2, -3 … when another job's model has it already."""
+
+    def of(name: str) -> tuple[Path, Path]:
+        return paths.models / f"{name}.safetensors", paths.diffusers / name / "transformer"
+
+    job = paths.job.name
+    return of(free_name(slug(config.name) + suffix, lambda name: all(may_write(path, job) for path in of(name))))

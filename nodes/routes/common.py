@@ -1,0 +1,151 @@
+"""What all routes share: reading requests, JSON answers of work that reads files, errors as `{"error": …}`.
+
+400 for a request that makes no sense, 404 for an unknown id or number, 409 for what cannot be done now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Iterable
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from aiohttp import web
+from comfy_api.latest import io
+from pydantic import BaseModel, ValidationError
+
+from ...chroma_core.errors import ChromaKitError, ConfigError, JobError
+from ...chroma_core.requests.mistakes import mistakes
+from ...chroma_core.training.jobs.manager import Job
+from .. import jobs
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+class TooLarge(ChromaKitError):
+    """A body that is no request."""
+
+
+class Malformed(ConfigError):
+    """A query or a body that cannot be read."""
+
+
+class Unknown(JobError):
+    """Nothing of that id or number."""
+
+
+STATUSES: dict[type[ChromaKitError], int] = {TooLarge: 413, Malformed: 400, Unknown: 404, JobError: 409}
+"""Statuses of errors, the first that fits; all others have that of their route."""
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def add(
+    routes: Any,
+    method: str,
+    path: str,
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    otherwise: int = 409,
+) -> None:
+    """Add one route to ComfyUI's table; what the handler raises of ours is answered in words (see STATUSES)."""
+
+    async def in_words(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except ChromaKitError as error:
+            status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), otherwise)
+            return refused(status, error)
+
+    getattr(routes, method)(path)(in_words)
+
+
+async def answer(work: Callable[[], Any]) -> web.Response:
+    """The JSON of `work()`, which may read files and so runs in a thread."""
+    return web.json_response(await asyncio.to_thread(work))
+
+
+def refused(status: int, message: object) -> web.Response:
+    """An error in words."""
+    return web.json_response({"error": str(message)}, status=status)
+
+
+# --- requests ---------------------------------------------------------------------------------------------------------
+
+
+def job_of(request: web.Request) -> Job:
+    """The job that the address names. Raises Unknown."""
+    try:
+        return jobs.manager().get(request.match_info["id"])
+    except JobError as error:
+        raise Unknown(str(error)) from error
+
+
+def whole_number(request: web.Request, name: str, default: int | None, low: int, high: int) -> int | None:
+    """A whole number of the query, `default` when it is left out. Raises Malformed."""
+    text = request.query.get(name)
+    if text is None:
+        return default
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise Malformed(f"{name} is '{text}'; it must be a whole number from {low} to {high}.")
+    return int(text)
+
+
+async def json_of(request: web.Request) -> Any:
+    """The request's JSON, whatever it is. Raises Malformed."""
+    try:
+        return await request.json()
+    except ValueError as error:
+        raise Malformed(f"The request's body is not JSON: {error}.") from None
+
+
+async def body_of(request: web.Request, model: type[Body]) -> Body:
+    """The request's JSON object, read by a model. Raises Malformed."""
+    values = await json_of(request)
+    if not isinstance(values, dict):
+        raise Malformed(f"The request's body must be a JSON object with nothing but: {', '.join(model.model_fields)}.")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise Malformed(f"The request cannot be used: {'; '.join(mistakes(error, model, {}))}.") from error
+
+
+@lru_cache(maxsize=32)
+def inputs_of(node: type[io.ComfyNode]) -> dict[str, Any]:
+    """A node's inputs by name, as they were when first asked for: what a combo offered may have changed since."""
+    return {each.id: each for each in node.define_schema().inputs}
+
+
+def read_widgets(inputs: Iterable[Any], values: object) -> dict[str, Any]:
+    """A value for each of these inputs of a node: the page's, else the default.
+
+    Raises Malformed for anything else than an object, for a name that is none of these, and for a value of another
+    kind, out of the input's range, or not among its options.
+    """
+    known = {each.id: each for each in inputs}
+    if not isinstance(values, dict):
+        raise Malformed(f"The request's body must be a JSON object with nothing but: {', '.join(known)}.")
+    foreign = [name for name in values if name not in known]
+    if foreign:
+        raise Malformed(f"The request has no field '{foreign[0]}'. It takes: {', '.join(known)}.")
+    return {name: _read(each, values[name]) if name in values else each.default for name, each in known.items()}
+
+
+def _read(widget: Any, value: Any) -> Any:
+    if isinstance(widget, io.Combo.Input):
+        if value not in widget.options:
+            raise Malformed(f"{widget.id} is {value!r}; choose one of: {', '.join(map(str, widget.options))}.")
+        return value
+    if isinstance(widget, io.Int.Input | io.Float.Input):
+        whole = isinstance(widget, io.Int.Input)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (whole and value != int(value)):
+            raise Malformed(f"{widget.id} is {value!r}; it must be a {'whole ' if whole else ''}number.")
+        if not widget.min <= value <= widget.max:
+            raise Malformed(f"{widget.id} is {value}; it must be between {widget.min} and {widget.max}.")
+        return int(value) if whole else float(value)
+    kind = bool if isinstance(widget, io.Boolean.Input) else str
+    if not isinstance(value, kind):
+        raise Malformed(f"{widget.id} is {value!r}; it must be {'true or false' if kind is bool else 'a text'}.")
+    return value

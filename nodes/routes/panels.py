@@ -1,0 +1,136 @@
+"""HTTP for what nodes show before anything runs: data sets, noise levels, the memory plan. Nothing changes a state.
+
+Each takes the values of a node's widgets by name and computes with the very functions that the node runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+from comfy_api.latest import io
+
+from ...chroma_core.memory import machine, memory_plan
+from ...chroma_core.model.flavours import FLAVOURS
+from ...chroma_core.model.latents import snap_size
+from ...chroma_core.sampling.schedule import SigmaSettings, sigma_density
+from ...chroma_core.training.step.lr import Schedule
+from .. import host
+from ..dataset import ChromaDataset
+from ..dataset_preview import FALLBACK_SIZE, DatasetPreviews
+from ..dataset_widgets import config_from
+from ..loaders import ChromaLoadModel
+from ..schedule import ChromaTailSigmas, sigmas_of
+from ..settings import ChromaTrainingSettings, sigma_fields
+from .common import add, answer, inputs_of, json_of, read_widgets, refused
+
+PLAN = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
+DENSITY = (
+    "sigma_draw", "sigma_remap", "sigma_scale", "sigma_shift", "sigma_shift_value", "sigma_minimum", "sigma_maximum",
+    "warmup_steps", "lr_schedule", "lr_cycles", "lr_power",
+)  # fmt: skip
+BINS = 40
+LR_POINTS = 200
+
+_previews = DatasetPreviews()
+_one_at_a_time = asyncio.Lock()
+"""Each preview reads a folder, and whoever asks twice for the same finds it remembered."""
+
+
+def register(routes: Any) -> None:
+    """Add the routes to ComfyUI's table."""
+    add(routes, "post", "/chromakit/datasets/look", _dataset, otherwise=400)
+    add(routes, "get", "/chromakit/datasets/sheets/{id}", _sheet)
+    add(routes, "post", "/chromakit/sigmas", _sigmas, otherwise=400)
+    add(routes, "post", "/chromakit/density", _density, otherwise=400)
+    add(routes, "post", "/chromakit/plan/rows", _plan_rows, otherwise=400)
+
+
+async def _dataset(request: web.Request) -> web.Response:
+    """Chroma Dataset's widgets, and `flavour`: the model's, whose size counts where `resolution` is 0."""
+    body = await json_of(request)
+    async with _one_at_a_time:
+        return await answer(lambda: _dataset_preview(body))
+
+
+def _dataset_preview(body: object) -> dict[str, Any]:
+    own = {**inputs_of(ChromaDataset), "folder": io.String.Input("folder", default="")}
+    flavour = io.Combo.Input("flavour", options=["", *FLAVOURS], default="")
+    values = read_widgets([*own.values(), flavour], body)
+    size = FLAVOURS[values["flavour"]].size if values["flavour"] else None
+    folder = host.dataset_folder(values["folder"])
+    options = {name: value for name, value in values.items() if name not in ("folder", "flavour")}
+    return _previews.of(config_from(str(folder), **options), size)
+
+
+async def _sheet(request: web.Request) -> web.Response:
+    async with _one_at_a_time:
+        found = await asyncio.to_thread(_previews.sheet, request.match_info["id"])
+    if found is None:
+        return refused(404, "This contact sheet is no longer kept. Change a value of the node, and it is made again.")
+    return web.Response(body=found, content_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
+
+
+async def _sigmas(request: web.Request) -> web.Response:
+    """Chroma Tail Sigmas' widgets → the noise levels, and the size that they are for."""
+    body = await json_of(request)
+    return await answer(lambda: _sigma_list(body))
+
+
+def _sigma_list(body: object) -> dict[str, Any]:
+    values = read_widgets(inputs_of(ChromaTailSigmas).values(), body)
+    width, height = snap_size(values["width"], values["height"])
+    return {"sigmas": sigmas_of(**values).tolist(), "width": width, "height": height}
+
+
+async def _density(request: web.Request) -> web.Response:
+    """Chroma Training Settings' widgets about noise levels and the learning rate, and `steps` → both as curves."""
+    body = await json_of(request)
+    return await answer(lambda: _curves(body))
+
+
+def _curves(body: object) -> dict[str, Any]:
+    own = inputs_of(ChromaTrainingSettings)
+    steps = io.Int.Input("steps", default=1000, min=1, max=1_000_000)
+    values = read_widgets([*(own[name] for name in DENSITY), steps], body)
+    tokens = FALLBACK_SIZE**2 // 256
+    plain = SigmaSettings(remap="none")
+    rate = Schedule(
+        values["lr_schedule"], 1.0, values["steps"], values["warmup_steps"], values["lr_cycles"], values["lr_power"]
+    )
+    stride = max(1, values["steps"] // LR_POINTS)
+    seen = sorted({*range(0, values["steps"], stride), values["steps"] - 1})
+    return {
+        "centres": [(i + 0.5) / BINS for i in range(BINS)],
+        "density": sigma_density(SigmaSettings(**sigma_fields(values)), tokens, BINS),
+        "plain": sigma_density(plain, tokens, BINS),
+        "size": FALLBACK_SIZE,
+        "steps": values["steps"],
+        "rates": [[step, rate.at(step)] for step in seen],
+    }
+
+
+async def _plan_rows(request: web.Request) -> web.Response:
+    """Chroma Load Model's widgets about memory, and `size` → the rows of the memory plan for this machine."""
+    body = await json_of(request)
+    return await answer(lambda: _rows(body))
+
+
+def _rows(body: object) -> dict[str, Any]:
+    own = inputs_of(ChromaLoadModel)
+    size = io.Int.Input("size", default=0, min=0, max=4096)
+    values = read_widgets([*(own[name] for name in PLAN), size], body)
+    flavour, precision, size = values.pop("flavour"), values.pop("precision"), values.pop("size") or None
+    plan = memory_plan(flavour, precision, size=size, on=machine(host.device()), **values)
+    return {
+        "rows": [row.to_dict() for row in plan.rows],
+        "size": plan.chosen.size,
+        "device_name": plan.on.name,
+        "shared": plan.on.shared,
+        "device_bytes": plan.on.device_bytes,
+        "device_budget_bytes": plan.on.device_budget,
+        "host_bytes": plan.on.host_bytes,
+        "host_budget_bytes": plan.on.host_budget,
+        "sentences": [plan.sampling.sentence, plan.training.sentence],
+    }

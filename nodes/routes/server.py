@@ -1,0 +1,61 @@
+"""HTTP for this ComfyUI: its memory, the memory plan, and the setting of what prompts do while a job trains."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, get_type_hints
+
+from aiohttp import web
+
+from ...chroma_core.memory import estimate, machine
+from ...chroma_core.memory.plan import Settings
+from .. import host, while_training
+from .common import Malformed, add, answer, json_of, refused
+
+PLAN = get_type_hints(Settings)
+"""What `GET /chromakit/plan` takes in its query, all optional: whole numbers, true or false, and else names."""
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+
+def register(routes: Any) -> None:
+    """Add the routes to ComfyUI's table."""
+    add(routes, "get", "/chromakit/plan", _plan, otherwise=400)
+    add(routes, "get", "/chromakit/memory", _memory)
+    add(routes, "get", "/chromakit/settings", _settings)
+    add(routes, "post", "/chromakit/settings", _change_settings, otherwise=400)
+
+
+async def _plan(request: web.Request) -> web.Response:
+    """The memory estimate for the query's settings; see `PLAN`."""
+    settings = {name: _setting(name, text) for name, text in request.query.items()}
+    names = settings.pop("flavour", "base"), settings.pop("precision", "bf16")
+    return await answer(lambda: estimate(*names, on=machine(host.device()), **settings).to_dict())
+
+
+def _setting(name: str, text: str) -> Any:
+    if name not in PLAN:
+        raise Malformed(f"The plan knows no '{name}'. It takes: {', '.join(PLAN)}.")
+    if PLAN[name] is bool and text.lower() in TRUTH:
+        return TRUTH[text.lower()]
+    if PLAN[name] is bool:
+        raise Malformed(f"The plan's '{name}' is '{text}'; it must be true or false.")
+    try:
+        return int(text) if PLAN[name] is int else text
+    except ValueError:
+        raise Malformed(f"The plan's '{name}' is '{text}'; it must be a whole number.") from None
+
+
+async def _memory(request: web.Request) -> web.Response:
+    return await answer(host.memory_report)
+
+
+async def _settings(request: web.Request) -> web.Response:
+    return await answer(while_training.settings)
+
+
+async def _change_settings(request: web.Request) -> web.Response:
+    values = await json_of(request)
+    try:
+        return web.json_response(await asyncio.to_thread(while_training.change, values))
+    except OSError as error:
+        return refused(500, f"The settings could not be written, and stay as they were: {error}.")

@@ -1,0 +1,213 @@
+"""The inference request: `[trigger]`, seeds and sizes, what it becomes as a prompt, and how it is carried out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chroma_core.cli.main import main
+from chroma_core.comfy.graph import to_prompt
+from chroma_core.errors import ConfigError
+from chroma_core.loading.component_cache import ComponentCache
+from chroma_core.loading.load import transformer_outline
+from chroma_core.loading.spec import ModelSpec
+from chroma_core.lora.files import write_lora
+from chroma_core.model.images import read_record
+from chroma_core.requests.request import InferenceRequest
+from chroma_core.requests.run import lora_file, lora_uses, model_spec, part_file, run_request
+from lora_cases import random_lora
+
+# The reference's own example, word for word (ai-toolkit-inference, page "chroma").
+MINIMAL = """
+{
+  "model": "chroma",
+  "trigger_word": "sks",
+  "prompts": [
+    {
+      "prompt": "[trigger] a photo of a person",
+      "width": 1024,
+      "height": 1024,
+      "seed": 42,
+      "sample_steps": 25,
+      "guidance_scale": 4.0,
+      "neg": ""
+    }
+  ],
+  "loras": [
+    {
+      "path": "my_lora_job/my_lora.safetensors",
+      "network_multiplier": 1.0
+    }
+  ]
+}
+"""
+
+
+def pictures(prompts: list[dict], random: Iterator[int] | None = None, **fields: object):
+    request = InferenceRequest.parse({"prompts": prompts, **fields})
+    return request.pictures(lambda: next(random)) if random else request.pictures()  # type: ignore[arg-type]
+
+
+def test_the_references_minimal_request():
+    request = InferenceRequest.read(MINIMAL)
+    (picture,) = request.pictures()
+    assert picture.to_dict() == {
+        "prompt": "sks a photo of a person", "neg": "", "width": 1024, "height": 1024, "seed": 42, "sample_steps": 25,
+        "guidance_scale": 4.0,
+    }  # fmt: skip
+    assert request.flavour.name == "base"
+    assert [(lora.path, lora.network_multiplier) for lora in request.loras] == [("my_lora_job/my_lora.safetensors", 1)]
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "steps", "guidance"),
+    [("chroma", 1024, 25, 4.0), ("hd", 1024, 25, 4.0), ("flash", 1024, 12, 1.0), ("tiny", 64, 25, 3.0)],
+)
+def test_defaults_are_the_models(model: str, size: int, steps: int, guidance: float):
+    (picture,) = pictures([{"prompt": "a"}], model=model)
+    assert (picture.width, picture.height, picture.sample_steps, picture.guidance_scale) == (
+        size,
+        size,
+        steps,
+        guidance,
+    )
+    assert (picture.seed, picture.neg) == (42, "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "painted"),
+    [(64, 64), (95, 64), (96, 96), (1000, 992), (1023, 992), (1024, 1024), (4095, 4064), (4096, 4096)],
+)
+def test_sizes_are_floored_to_32(asked: int, painted: int):
+    for recipe in ("canonical", "comfyui"):
+        (picture,) = pictures([{"prompt": "a", "width": asked, "height": 4096}], recipe=recipe)
+        assert (picture.width, picture.height) == (painted, 4096)
+
+
+@pytest.mark.parametrize(
+    ("base", "asked", "seeds"),
+    [
+        (None, [None, None, None], [42, 43, 44]),
+        (None, [None, 7, None], [42, 7, 44]),
+        (100, [None, 0, None], [100, 0, 102]),
+        (None, [-1, None, -1], [1000, 43, 1001]),
+        (-1, [None, None, 5], [1000, 1001, 5]),
+        (-1, [-1, None], [1001, 1001]),
+        (2**53 - 65, [None, 2**53 - 1], [2**53 - 65, 2**53 - 1]),
+    ],
+)
+def test_seeds(base: int | None, asked: list[int | None], seeds: list[int]):
+    prompts = [{"prompt": "a"} | ({} if seed is None else {"seed": seed}) for seed in asked]
+    found = pictures(prompts, iter(range(1000, 1010)), **({} if base is None else {"seed": base}))
+    assert [picture.seed for picture in found] == seeds
+
+
+def test_random_seeds_differ_and_are_reported():
+    found = pictures([{"prompt": "a", "seed": -1}] * 8)
+    assert len({picture.seed for picture in found}) == 8 and all(0 <= picture.seed < 2**32 for picture in found)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "own", "job", "expected"),
+    [
+        ("a [trigger] cat", None, "sks", "a sks cat"),
+        ("a [trigger] cat", "ohwx", "sks", "a ohwx cat"),
+        ("a [trigger] cat", "ohwx", None, "a ohwx cat"),
+        ("a [trigger] cat", "", "sks", "a sks cat"),
+        ("a [trigger] cat", "  ", " sks ", "a sks cat"),
+        ("[trigger], [trigger]", None, "sks", "sks, sks"),
+        ("a cat", "ohwx", "sks", "a cat"),  # never added where it is not asked for
+        ("a [Trigger] cat", None, "sks", "a [Trigger] cat"),
+        ("a cat", None, None, "a cat"),
+    ],
+)
+def test_trigger(prompt: str, own: str | None, job: str | None, expected: str):
+    asked = {"prompt": prompt, "neg": f"no {prompt}", "trigger_word": own}
+    (picture,) = pictures([asked], trigger_word=job)
+    assert (picture.prompt, picture.neg) == (expected, f"no {expected}")
+
+
+@pytest.mark.parametrize("field", ["prompt", "neg"])
+@pytest.mark.parametrize("own", [None, "", " "])
+def test_trigger_without_a_word_is_an_error(field: str, own: str | None):
+    asked = {"prompt": "a", field: "a [trigger]", "trigger_word": own}
+    with pytest.raises(ConfigError, match=rf"prompts\[1\].{field} .*neither the prompt nor the request has"):
+        pictures([{"prompt": "a"}, asked])
+
+
+def test_all_mistakes_are_named_at_once():
+    with pytest.raises(ConfigError) as raised:
+        InferenceRequest.parse({"prompts": [{"prompt": 1, "width": 5}], "loras": [{}], "sampler": "euler"})
+    for part in (
+        "prompts[0].prompt is 1",
+        "prompts[0].width is 5",
+        "loras[0].path is missing",
+        "sampler is not a known",
+    ):
+        assert part in str(raised.value)
+
+
+def test_the_prompt_has_one_model_for_all_pictures():
+    request = InferenceRequest.parse(
+        {
+            "prompts": [{"prompt": "a"}, {"prompt": "b"}],
+            "loras": [{"path": "x"}, {"path": "y", "network_multiplier": -1}],
+        }
+    )
+    prompt = to_prompt(request, request.pictures(), ["sub/x.safetensors", "y.safetensors"])
+    classes = [node["class_type"] for node in prompt.values()]
+    assert classes.count("ChromaLoadModel") == 1 and classes.count("ChromaSampler") == classes.count("SaveImage") == 2
+    assert prompt["lora_0"]["inputs"]["model"] == ["load", 0] and prompt["lora_1"]["inputs"]["model"] == ["lora_0", 0]
+    assert (prompt["lora_1"]["inputs"]["lora"], prompt["lora_1"]["inputs"]["strength"]) == ("y.safetensors", -1)
+    assert all(prompt[f"sample_{i}"]["inputs"]["model"] == ["lora_1", 0] for i in (0, 1))
+    links = [v for node in prompt.values() for v in node["inputs"].values() if isinstance(v, list)]
+    assert all(key in prompt for key, _ in links)
+
+
+def test_strengths_change_without_loading_again(tmp_path: Path):
+    """One load for all prompts of all requests in live mode; the picture's record says what made it."""
+    write_lora(tmp_path / "a.safetensors", random_lora(transformer_outline(ModelSpec("tiny")), "all", rank=2))
+    loads: list[str] = []
+    cache = ComponentCache(on_part=lambda done, total, what: loads.append(what) if done == total else None)
+    results = []
+    for strength in (1.0, -1.0):
+        request = InferenceRequest.parse(
+            {
+                "model": "tiny", "precision": "fp32", "text_precision": "fp32",
+                "prompts": [{"prompt": "a red star", "sample_steps": 1}, {"prompt": "a", "sample_steps": 2}],
+                "loras": [{"path": "a.safetensors", "network_multiplier": strength}],
+            }
+        )  # fmt: skip
+        spec = model_spec(request, lambda field, name: part_file(tmp_path, field, name))
+        uses = lora_uses(request, lambda name: lora_file(tmp_path, name))
+        steps: list[tuple[int, int, int]] = []
+        results.append(
+            run_request(request, spec, uses, cache, "cpu", tmp_path, lambda *step, steps=steps: steps.append(step))
+        )
+        assert steps == [(0, 1, 1), (1, 1, 2), (1, 2, 2)]
+        if strength == 1.0:
+            loaded = len(loads)
+    assert loaded and len(loads) == loaded, "nothing is loaded for the second request"
+    files = [Path(prompt["file"]) for result in results for prompt in result["prompts"]]
+    assert [file.name for file in files] == ["chroma-42.png", "chroma-43.png", "chroma-42-2.png", "chroma-43-2.png"]
+    assert files[0].read_bytes() != files[2].read_bytes()
+    record = read_record(files[2])
+    assert record and record["loras"] == [{"path": "a.safetensors", "network_multiplier": -1.0, "mode": "live"}]
+    assert (record["prompt"], record["settings"]["seed"], record["width"]) == ("a red star", 42, 64)
+
+
+def test_the_command_refuses_before_it_paints(tmp_path: Path, capsys):
+    good = {"model": "tiny", "prompts": [{"prompt": "a", "sample_steps": 1}]}
+    (tmp_path / "good.json").write_text(json.dumps(good))
+    (tmp_path / "bad.json").write_text(json.dumps({**good, "loras": [{"path": "gone.safetensors"}]}))
+    arguments = [str(tmp_path / "good.json"), str(tmp_path / "bad.json"), "--output", str(tmp_path / "out")]
+    assert main(["request", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert "loras[0].path: there is no LoRA file 'gone.safetensors'" in error and not (tmp_path / "out").exists()
+    assert main(["request", str(tmp_path / "nothing.json")]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+    assert main(["request", str(tmp_path / "good.json"), "--api-prompt"]) == 0
+    assert json.loads(capsys.readouterr().out)["load"]["inputs"]["flavour"] == "tiny"

@@ -1,0 +1,57 @@
+"""One definition of every option: what is read from a field, and what is made of it."""
+
+from typing import Annotated, get_args
+
+import pytest
+from pydantic import Field
+
+from chroma_core.data.dataset import DatasetConfig
+from chroma_core.loading.spec import ModelSpec, Offload
+from chroma_core.options import Option, option_of, options_of
+from chroma_core.sampling.sampler import SamplingSettings
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.config.job import LoraConfig, ObjectiveConfig, PreviewConfig
+
+JOB = {"name": "A Job", "dataset": {"folder": "/data/set"}}
+
+
+def test_an_option_knows_its_type_range_and_default():
+    rank = option_of(LoraConfig, "rank")
+    assert (rank.kind, rank.default, rank.required, rank.range) == (int, 16, False, "1 to 1024")
+    alpha = option_of(LoraConfig, "alpha")
+    assert (alpha.kind, alpha.default, alpha.range) == (float, None, "above 0")
+    assert option_of(ModelSpec, "offload").choices == get_args(Offload)
+    assert option_of(TrainingConfig, "name").required
+    assert option_of(TrainingConfig, "betas").kind is object
+
+
+@pytest.mark.parametrize(
+    "owner", [TrainingConfig, LoraConfig, ObjectiveConfig, PreviewConfig, DatasetConfig, ModelSpec, SamplingSettings]
+)
+def test_every_option_says_what_it_is_in_a_sentence(owner: type):
+    sections = {"model", "dataset", "more_datasets", "validation_dataset", "lora", "objective", "previews"}
+    fields = set(getattr(owner, "model_fields", None) or owner.__dataclass_fields__)
+    assert fields - set(options_of(owner)) <= sections
+    for name, each in options_of(owner).items():
+        assert each.sentence.endswith("."), name
+
+
+def test_an_option_added_later_leaves_the_id_of_a_job_that_does_not_use_it():
+    class Lora(LoraConfig):
+        brand_new: Annotated[int, Field(ge=0), Option("Does something.", since="0.2")] = 3
+
+    class Dataset(DatasetConfig):
+        brand_new: Annotated[str, Option("Does something.", since="0.2")] = "no"
+
+    class Job(TrainingConfig):
+        lora: Lora = Lora()
+        more_datasets: tuple[Dataset, ...] = ()
+
+    before = TrainingConfig.parse({**JOB, "more_datasets": [{"folder": "/other"}]})
+    after = Job.parse({**JOB, "more_datasets": [{"folder": "/other"}]})
+    dumped = after.model_dump(mode="json")
+    assert dumped["lora"]["brand_new"] == 3 and dumped["more_datasets"][0]["brand_new"] == "no"
+    assert after.job_id() == before.job_id()
+    used = Job.parse({**JOB, "more_datasets": [{"folder": "/other", "brand_new": "yes"}]})
+    assert used.job_id() != before.job_id()
+    assert Job.parse({**JOB, "lora": {"brand_new": 4}}).job_id() != Job.parse(JOB).job_id()

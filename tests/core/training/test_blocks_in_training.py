@@ -1,0 +1,134 @@
+"""Gradient checkpointing every n blocks, and compiled blocks: what they cost and that they change nothing."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from chroma_core.errors import ConfigError
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable
+from chroma_core.model.latents import image_ids
+from chroma_core.model.precision import precision, quantise
+from chroma_core.streaming import stream_blocks
+from chroma_core.training.run.prepare import compile_blocks
+from miniature import transformer
+
+
+def trainable(layers: int = 2, single_layers: int = 4, base: str | None = None, **lora):
+    """A miniature with a LoRA that does something, and the LoRA's parameters."""
+    model = transformer(layers, single_layers)
+    if base:
+        quantise(model, precision(base))
+    parameters = add_trainable(model, LoraSettings(rank=4, **{"target": "attention", **lora}), 0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model, parameters
+
+
+def gradients(model, parameters, height: int = 8, text: int = 7, ragged: bool = False):
+    """The output and the LoRA's gradients for a batch of two."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(2, height * 3, 64, generator=generator)
+    states = torch.randn(2, text, 32, generator=generator)
+    mask = None
+    if ragged:
+        mask = torch.ones(2, text, dtype=torch.bool)
+        mask[1, 3:] = False
+    for parameter in parameters:
+        parameter.grad = None
+    output = model(latents, states, torch.tensor([0.3, 0.9]), image_ids(height, 12), mask)
+    output.square().mean().backward()
+    return [output.detach(), *(parameter.grad.clone() for parameter in parameters)]
+
+
+def saved_bytes(model) -> int:
+    """Bytes that a forward pass keeps for its backward pass outside checkpointed blocks, without the weights."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(torch.randn(1, 24, 64), torch.randn(1, 7, 32), torch.tensor([0.3]), image_ids(8, 12))
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_every_checkpointing_interval_gives_the_same_gradients(ragged):
+    model, parameters = trainable()
+    plain = gradients(model, parameters, ragged=ragged)
+    model.enable_gradient_checkpointing()
+    for interval in (1, 2, 3, 5, 6, 100):
+        model.checkpointing_interval = interval
+        for a, b in zip(plain, gradients(model, parameters, ragged=ragged), strict=True):
+            assert torch.equal(a, b), interval
+
+
+def test_a_larger_interval_recomputes_fewer_blocks_and_keeps_more():
+    """Two double and four single blocks: all, three, two, one, and none are recomputed."""
+    model, _ = trainable()
+    model.enable_gradient_checkpointing()
+    sizes, recomputed = [], []
+    for interval in (1, 2, 4, 6):
+        model.checkpointing_interval = interval
+        recomputed.append(sum(model.recomputes(index) for index in range(6)))
+        sizes.append(saved_bytes(model))
+    model.disable_gradient_checkpointing()
+    sizes.append(saved_bytes(model))
+    assert recomputed == [6, 3, 2, 1] and not model.recomputes(0)
+    assert sizes == sorted(sizes) and len(set(sizes)) == 5
+    assert sizes[0] < 0.2 * sizes[-1] and 0.3 < sizes[1] / sizes[-1] < 0.7
+    assert type(model).checkpointing_interval == 1
+
+
+def test_streamed_blocks_take_an_interval_too():
+    model, parameters = trainable()
+    plain = gradients(model, parameters)
+    stream_blocks(model, "cpu", 2)
+    model.enable_gradient_checkpointing()
+    for interval in (1, 2, 6):
+        model.checkpointing_interval = interval
+        for a, b in zip(plain, gradients(model, parameters), strict=True):
+            assert torch.equal(a, b), interval
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_gradients():
+    """On a quantised base: a graph for the first double block, the others, the single blocks, for all sizes."""
+    model, parameters = trainable(2, 2, "int8")
+    model.enable_gradient_checkpointing()
+    sizes = ({}, {"height": 12, "text": 9})
+    plain = [gradients(model, parameters, **size) for size in sizes]
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(model, backend="aot_eager")
+    trial = counters["stats"]["unique_graphs"]
+    for expected, size in zip(plain, sizes, strict=True):
+        for a, b in zip(expected, gradients(model, parameters, **size), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+    assert trial == 1 and counters["stats"]["unique_graphs"] - trial <= 3
+    assert not counters["graph_break"]
+
+
+def test_what_cannot_be_compiled_is_refused():
+    dropping, _ = trainable(dropout=0.1)
+    with pytest.raises(ConfigError, match="Set dropout = 0, or turn compile off"):
+        compile_blocks(dropping, backend="aot_eager")
+    streamed, _ = trainable()
+    stream_blocks(streamed, "cpu", 2)
+    with pytest.raises(ConfigError, match="Turn one of them off"):
+        compile_blocks(streamed, backend="aot_eager")
+    plain, _ = trainable()
+    with pytest.raises(ConfigError, match="backend 'nonsense' cannot work on the device 'cpu'.*Turn compile off"):
+        compile_blocks(plain, backend="nonsense")
+    for model in (dropping, streamed, plain):
+        assert all(getattr(block, "_compiled_call_impl", None) is None for block in model.transformer_blocks)

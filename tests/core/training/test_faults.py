@@ -1,0 +1,191 @@
+"""What goes wrong in training is noticed, said in words, and loses nothing."""
+
+import errno
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+from chroma_core.fullrank.layers import count_trained
+from chroma_core.loading.load import transformer_outline
+from chroma_core.memory import estimate, in_gib
+from chroma_core.model.device import is_out_of_memory
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.jobs.job import Job
+from chroma_core.training.jobs.manager import JobManager
+from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
+from chroma_core.training.run.faults import DISK_MARGIN, disk_shortage, out_of_memory, watch_loss
+from chroma_core.training.run.metrics import Progress
+from training_cases import Bench, config, model_folder, write_dataset
+from waiting import until
+
+PATIENCE = 120
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    return model_folder(folder / "model"), write_dataset(folder / "data", 4)
+
+
+def test_divergence_is_a_loss_far_above_its_own_band(places):
+    settings, progress = config(*places), Progress()
+    generator = torch.Generator().manual_seed(0)
+
+    def steps(count: int, level: float) -> list[str]:
+        found = []
+        for _ in range(count):
+            progress.step += 1
+            loss = level * float(torch.rand((), generator=generator) * 1.5 + 0.25)
+            smooth = progress.loss_smooth
+            progress.loss_smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+            warning = watch_loss(progress, loss, settings)
+            found += [warning] if warning else []
+        return found
+
+    assert steps(400, 0.5) == [], "losses scatter by a factor of seven; their means do not"
+    (warning,) = steps(60, 4.0)
+    assert "learning rate (1e-4 is cautious)" in warning and "checkpointing" in warning and "captions" in warning
+    assert steps(400, 0.5) == []
+    assert len(steps(60, 6.0)) == 1, "it is said again when it happens again"
+
+
+def test_memory_that_does_not_suffice_names_the_prediction_and_the_knobs(places):
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match")) and not is_out_of_memory(ValueError("x"))
+    message = str(out_of_memory(RuntimeError("out of memory: 9 GiB"), config(*places), torch.device("cpu")))
+    for part in ("9 GiB", "Predicted were", "CPU", "precision", "batch size", "checkpoint is kept"):
+        assert part in message
+
+
+def test_the_prediction_for_full_rank_is_the_plans(places):
+    full = {"target": "single_blocks.*", "ema_decay": 0.9}
+    settings = config(*places, lora={}, full=full, optimizer="adafactor", learning_rate=1e-5)
+    count = count_trained(transformer_outline(settings.model), full["target"])
+    assert count > 0
+    predicted = estimate(
+        "tiny", "fp32", text_precision="fp32", size=settings.resolution, gradient_checkpointing=False,
+        optimizer="adafactor", ema=True, trained_parameters=count,
+    )  # fmt: skip
+    message = str(out_of_memory(RuntimeError("out of memory"), settings, torch.device("cpu")))
+    assert f"Predicted were {in_gib(predicted.training_peak_bytes)} at" in message
+
+
+def test_memory_that_runs_out_while_a_checkpoint_is_read_removes_none(places, tmp_path, monkeypatch):
+    bench = Bench(config(*places), tmp_path / "cache")
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        save_checkpoint(folder, Progress(step=step), bench.trained, bench.stepper, None, keep=2)
+
+    def greedy(state):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(bench.stepper, "load_state_dict", greedy)
+        restore_latest(folder, bench.trained, bench.stepper)
+    assert len(checkpoints(folder)) == 2
+    progress, damaged = restore_latest(folder, bench.trained, bench.stepper)
+    assert progress is not None and progress.step == 2 and not damaged
+
+
+def test_a_job_that_cannot_write_down_that_it_failed_does_not_hold_up_the_next(places, tmp_path, monkeypatch):
+    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
+    write = Job.write
+
+    def full_disk(job):
+        if job.config.name == "first" and job.state != "queued":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(job)
+
+    monkeypatch.setattr(Job, "write", full_disk)
+    first, second = manager.ensure(config(*places, name="first")), manager.ensure(config(*places, name="second"))
+    assert first.wait(PATIENCE) and second.wait(PATIENCE)
+    assert first.state == "failed" and "No space left" in first.status()["message"] and second.state == "completed"
+    monkeypatch.undo()
+    manager.shutdown()
+
+
+def test_a_job_that_runs_out_of_memory_says_so_and_goes_on_later(places, tmp_path):
+    """The worker asks whether the host is busy between its steps; there the memory runs out once."""
+    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu", busy=lambda: greedy())
+    hungry = [True]
+
+    def greedy() -> bool:
+        jobs = manager.list()
+        if hungry[0] and jobs and jobs[0].status()["step"] == 5:
+            hungry[0] = False
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return False
+
+    job = manager.ensure(config(*places))
+    assert job.wait(PATIENCE) and job.state == "failed"
+    assert "20.00 GiB" in job.status()["message"] and "What should fit here" in job.status()["message"]
+    assert manager.ensure(config(*places)) is job and job.wait(PATIENCE) and job.state == "completed"
+    manager.shutdown()
+
+
+def test_an_almost_full_disk_pauses_the_job_until_there_is_room(places, tmp_path, monkeypatch):
+    Usage, full = namedtuple("Usage", "total used free"), [False]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 40, 0, 0 if full[0] else 1 << 39))
+    assert disk_shortage(tmp_path, 1 << 30) is None
+    full[0] = True
+    assert "almost full: 0 MB are free" in str(disk_shortage(tmp_path, 1 << 30))
+    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
+    job = manager.ensure(config(*places))
+    until(lambda: job.state == "paused")
+    assert "disk is almost full" in job.status()["message"] and job.status()["step"] == 0
+    manager.resume(job.id)
+    until(lambda: job.state == "paused")
+    full[0] = False
+    manager.resume(job.id)
+    assert job.wait(PATIENCE) and job.state == "completed" and job.status()["message"] == ""
+    manager.shutdown()
+    assert DISK_MARGIN > 0
+
+
+def test_the_best_checkpoint_stays_beside_the_last(places, tmp_path):
+    """The held-out loss falls, then rises: the checkpoint of its lowest point is kept, whatever the retention."""
+    bench = Bench(config(*places), tmp_path / "cache")
+    progress, folder = Progress(), tmp_path / "checkpoints"
+    for step, best in ((2, 2), (4, 2), (6, 2)):
+        progress.step, progress.best_at = step, best
+        save_checkpoint(folder, progress, bench.trained, bench.stepper, None, keep=1, keep_best=True)
+    assert [path.name for path in checkpoints(folder)] == ["step-000002", "step-000006"]
+    progress.step = progress.best_at = 8
+    save_checkpoint(folder, progress, bench.trained, bench.stepper, None, keep=1, keep_best=True)
+    assert [path.name for path in checkpoints(folder)] == ["step-000008"]
+
+
+def test_a_step_that_measures_best_is_saved(places, tmp_path):
+    settings = config(
+        *places, validation_dataset={"folder": str(places[1])}, validate_every=2, checkpoint_every=0, keep_checkpoints=1
+    )
+    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
+    job = manager.ensure(settings)
+    assert job.wait(PATIENCE) and job.state == "completed", job.status()["message"]
+    manager.shutdown()
+    losses = {line["step"]: line["heldout_loss"] for line in job.metrics() if "heldout_loss" in line}
+    best = min(losses, key=losses.__getitem__)
+    assert sorted({best, 8}) == [int(path.name[5:]) for path in checkpoints(job.folder / "checkpoints")]
+
+
+def test_previews_have_settings_of_their_own(places):
+    read = TrainingConfig.parse(
+        {
+            **config(*places).model_dump(mode="json"),
+            "dataset": {"folder": str(places[1]), "trigger": "sks"},
+            "previews": {
+                "prompts": ["a [trigger]", {"prompt": "b", "width": 96, "seed": 7, "guidance": 1.0, "steps": 3}],
+                "negative": "blurry",
+                "seed": 40,
+            },
+        }
+    )
+    first, second = read.preview_list()
+    assert (first.prompt, first.negative, first.width, first.settings.seed, first.settings.steps) == (
+        "a sks", "blurry", 64, 40, 20,
+    )  # fmt: skip
+    assert (second.width, second.height, second.settings.seed, second.settings.guidance) == (96, 64, 7, 1.0)
+    assert TrainingConfig.parse(read.model_dump(mode="json")) == read

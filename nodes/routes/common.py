@@ -16,7 +16,7 @@ from comfy_api.latest import io
 from pydantic import BaseModel, ValidationError
 
 from ...chroma_core.errors import ChromaKitError, ConfigError, JobError
-from ...chroma_core.requests.mistakes import mistakes
+from ...chroma_core.requests.request import mistakes
 from ...chroma_core.training.jobs.manager import Job
 from .. import jobs
 

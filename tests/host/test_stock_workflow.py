@@ -17,8 +17,7 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import native_lora_check
 from _host import Host
-from chroma_core.comfy.graph import stock_prompt
-from chroma_core.comfy.stock import PREVIEW_KEY, StockPreview, export_workflow, stock_preview
+from chroma_core.comfy.stock import PREVIEW_KEY, StockPreview, export_workflow, stock_preview, stock_prompt
 from chroma_core.comfy.window import KINDS
 from chroma_core.loading.load import load_vae
 from chroma_core.loading.spec import ModelSpec

@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from chroma_core.loading.components import load_transformer
+    from chroma_core.loading.load import load_transformer
     from chroma_core.loading.spec import ModelSpec
     from chroma_core.model.latents import image_ids
 
@@ -119,7 +119,7 @@ def _as_the_peer_does(path: Path, device):
     import torch
     from diffusers import ChromaTransformer2DModel
 
-    from chroma_core.loading.components import transformer_outline
+    from chroma_core.loading.load import transformer_outline
     from chroma_core.loading.spec import ModelSpec
 
     config = path.parent / "config"

@@ -84,6 +84,23 @@ def read_json(path: Path | str, error: type[ChromaKitError] = ConfigError) -> An
         ) from cause
 
 
+def strict_json(text: str | bytes) -> Any:
+    """`json.loads` that raises ValueError for an object that gives one name twice, and for bottomless nesting."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"'{name}' is listed twice")
+            found[name] = value
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def free_path(folder: Path, name: str) -> Path:
     """The first of name.png, name-2.png, … in `folder` that does not exist: earlier files are never overwritten."""
     stem, suffix = Path(name).stem, Path(name).suffix

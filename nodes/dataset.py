@@ -9,8 +9,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..chroma_core.data.dataset import DatasetConfig
-from ..chroma_core.data.handed_over import bytes_in, store_pictures, stored
-from ..chroma_core.data.mixing import multiples
+from ..chroma_core.data.image_folder import bytes_in, store_pictures, stored
+from ..chroma_core.data.samples import multiples
 from ..chroma_core.errors import ConfigError, DataError
 from . import host
 from .dataset_widgets import config_from, outputs, shown, widgets

@@ -21,9 +21,9 @@ from ..chroma_core.data.contact_sheet import (
     thumbnail,
 )
 from ..chroma_core.data.dataset import DatasetConfig
-from ..chroma_core.data.notes import notes
-from ..chroma_core.data.picture import Picture
+from ..chroma_core.data.pictures import Picture
 from ..chroma_core.data.scan import DatasetScan, scan
+from ..chroma_core.data.warnings import image_warnings
 from . import host
 
 SHOWN = 16
@@ -99,7 +99,7 @@ def facts(found: DatasetScan, size: int, judged_by: int) -> dict[str, Any]:
     Without a resolution of its own, buckets are those of `size` pixels, and an image is small by `judged_by` (0: none
     is, for a size that was only assumed says nothing).
     """
-    warned = notes(found.config, found.items, judged_by)
+    warned = image_warnings(found.config, found.items, judged_by)
     return {
         "summary": [line for line in summary(found, size).split("\n") if not line.startswith("warning: ")],
         "pictures": len(found.items),

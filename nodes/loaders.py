@@ -9,8 +9,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..chroma_core.errors import ModelFileError
-from ..chroma_core.loading.components import describe
-from ..chroma_core.loading.locate import locate
+from ..chroma_core.loading.load import describe
+from ..chroma_core.loading.model_files import locate
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec, Offload
 from ..chroma_core.memory import Settings, estimate, in_gib, machine, memory_plan
 from ..chroma_core.model.flavours import FLAVOURS

@@ -9,8 +9,8 @@ from comfy_api.latest import io, ui
 
 from ..chroma_core.errors import LoraError
 from ..chroma_core.files import slug
-from ..chroma_core.loading.components import transformer_outline
-from ..chroma_core.loading.provenance import base_remark
+from ..chroma_core.loading.load import transformer_outline
+from ..chroma_core.loading.model_files import base_warning
 from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelHandle, ModelSpec
 from ..chroma_core.lora.adapters import check_fits
 from ..chroma_core.lora.convert import DTYPES, convert_lora
@@ -114,7 +114,7 @@ def _report(spec: ModelSpec, use: LoraUse) -> tuple[str, str | None]:
     """
     lora = read_lora(use.path)
     fit = check_fits(transformer_outline(spec), lora, use.allow_partial)
-    return f"{fit.report()}. {describe(lora)}", base_remark(lora.metadata, spec)
+    return f"{fit.report()}. {describe(lora)}", base_warning(lora.metadata, spec)
 
 
 def _file_state(lora: str | None, lora_name: str | None) -> str:
@@ -201,7 +201,7 @@ def _remarks(lora: LoraFile, model: ModelHandle) -> list[str]:
         fit = check_fits(transformer_outline(model.spec), lora, allow_partial=True)
     except LoraError as error:
         return [str(error)]
-    remark = base_remark(lora.metadata, model.spec)
+    remark = base_warning(lora.metadata, model.spec)
     return [*([fit.report()] if fit.unmatched else []), *([remark] if remark else [])]
 
 

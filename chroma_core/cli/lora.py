@@ -42,11 +42,11 @@ def _convert_options(convert: argparse.ArgumentParser) -> None:
 
 def warn_of_other_bases(handle: ModelHandle) -> None:
     """A line on stderr for every LoRA that was trained on another base than the one of `handle`."""
-    from ..loading.provenance import base_remark
+    from ..loading.model_files import base_warning
     from ..lora.files import read_metadata
 
     for use in handle.loras:
-        remark = base_remark(read_metadata(use.path), handle.spec)
+        remark = base_warning(read_metadata(use.path), handle.spec)
         if remark:
             print(f"warning: {use.path}: {remark}", file=sys.stderr)
 
@@ -58,9 +58,9 @@ def _inspect(options: argparse.Namespace) -> None:
     lora = read_lora(options.file)
     remark = None
     if options.base:
-        from ..loading.provenance import base_remark
+        from ..loading.model_files import base_warning
 
-        remark = base_remark(lora.metadata, _spec(options.base), read_everything=True)
+        remark = base_warning(lora.metadata, _spec(options.base), read_everything=True)
     report = lora_report(lora, str(options.file), options.file, [remark] if remark else [])
     if options.heat_map:
         from ..files import write_atomic

@@ -90,7 +90,7 @@ def _fetch(options: argparse.Namespace) -> None:
 
 
 def _quantise(options: argparse.Namespace) -> None:
-    from ..loading.components import write_quantised
+    from ..loading.load import write_quantised
     from ..model.device import best_device
     from ..model.precision import precision
 
@@ -111,7 +111,7 @@ def _quantise(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from ..loading.describe import describe_part
+    from ..loading.matching import describe_part
     from ..loading.quantised_files import is_quantised_file, quantised_header
     from ..weights.identify import identify
     from ..weights.opening import open_weights

@@ -75,7 +75,7 @@ def exit_status(report: Any) -> int:
 
 
 def _compare(options: argparse.Namespace, folder: Path) -> Any:
-    from ..loading.cache import ComponentCache
+    from ..loading.component_cache import ComponentCache
     from ..model.device import best_device
     from ..parity import NotRun, Report, in_process, through_command_line, through_diffusers, vary
 

@@ -28,7 +28,7 @@ def add_request_commands(commands) -> None:
 
 def _request(options: argparse.Namespace) -> None:
     from ..comfy.graph import to_prompt
-    from ..loading.cache import ComponentCache
+    from ..loading.component_cache import ComponentCache
     from ..model.device import best_device
     from ..requests.request import InferenceRequest
     from ..requests.run import check_loras, lora_file, lora_uses, model_spec, part_file, run_request

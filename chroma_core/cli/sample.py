@@ -50,7 +50,7 @@ def _options(sample: argparse.ArgumentParser) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from ..files import free_path, write_atomic
-    from ..loading.cache import ComponentCache
+    from ..loading.component_cache import ComponentCache
     from ..loading.spec import ModelHandle
     from ..model.device import best_device
     from ..model.flavours import flavour

@@ -24,10 +24,8 @@ from ..sampling.recipe import Recipe
 from ..sampling.text import TextCondition, TextEncoder
 from ..weights.safetensors_files import save_safetensors
 from .buckets import resize_and_crop
-from .masks import load_mask, mask_tensor
-from .picture import Picture
-from .picture_files import load_picture
-from .views import View, posterior_noise
+from .pictures import Picture, load_picture
+from .views import View, load_mask, mask_tensor, posterior_noise
 
 FORMAT = 1
 """Raised whenever entries of an older version would no longer be what training expects."""

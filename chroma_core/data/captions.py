@@ -2,18 +2,28 @@
 
 A caption goes through, in this order: shuffling of its tags, prefix and suffix, the trigger word. All that training may
 draw is known before it starts, because text states are cached: hence shuffles are a small number of fixed variants.
+
+Captions stand in text files beside the images, or in `metadata.jsonl` or `metadata.csv`, as Hugging Face's imagefolder
+datasets have them (https://huggingface.co/docs/datasets/image_dataset): a column `file_name`, relative to the metadata
+file, and a column with the caption. A dataset may have one such file in every sub-folder.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 
+from ..errors import DataError
 from ..sampling.text import TRIGGER, apply_trigger
-from .randomness import generator, integer, uniform
+from .order import generator, integer, uniform
 
 
 def read_captions(path: Path) -> tuple[str, ...]:
@@ -99,3 +109,106 @@ def pick_caption(captions: Sequence[str], dropout: float, random: torch.Generato
     """
     dropped, choice = uniform(random) < dropout, integer(len(captions), random)
     return "" if dropped else captions[choice]
+
+
+NAMES = ("metadata.jsonl", "metadata.csv")
+
+
+@dataclass
+class Metadata:
+    """What the metadata files say: captions by the picture's name in the data set, and warnings about rows."""
+
+    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_metadata(folder: Path, pictures: set[str], column: str) -> Metadata:
+    """Read all metadata files of a data set.
+
+    The first row of a picture counts. Rows that cannot be used are counted in the warnings, each kind with an example.
+
+    Args:
+        pictures: the names of all pictures, relative to `folder`, with forward slashes.
+        column: the column or key of the caption; in JSON a string or a list of strings.
+    Raises:
+        DataError: there is no metadata file, it is not UTF-8 text, or no row has the caption's column.
+    """
+    files = sorted(path for name in NAMES for path in folder.rglob(name) if path.is_file())
+    if not files:
+        raise DataError(
+            f"The data set folder '{folder.name}' has no {' or '.join(NAMES)}, but captions are to come from there. "
+            "Add one with the columns file_name and text, or choose another caption source."
+        )
+    found = Metadata()
+    unusable: dict[str, list[str]] = {}
+    rows, with_column = 0, 0
+    for path in files:
+        where = path.relative_to(folder).as_posix()
+        for number, row in _rows(path, where):
+            place = f"{where} line {number}"
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                unusable.setdefault("without a readable file_name", []).append(place)
+                continue
+            rows += 1
+            with_column += column in row
+            name = _inside(PurePosixPath(where).parent, row["file_name"])
+            if name not in pictures:
+                unusable.setdefault("for a picture that is not there", []).append(f"{row['file_name']} in {place}")
+            elif name in found.captions:
+                unusable.setdefault("for a picture that has one already (the first counts)", []).append(
+                    f"{name} in {place}"
+                )
+            else:
+                found.captions[name] = _texts(row.get(column))
+    if rows and not with_column:
+        raise DataError(
+            f"No row of the metadata in '{folder.name}' has a column '{column}'. Rename the column of the captions to "
+            f"'{column}', or set caption_column to its name."
+        )
+    found.warnings = [
+        f"Metadata: {len(places)} {'row' if len(places) == 1 else 'rows'} {what}, e.g. {places[0]}."
+        for what, places in unusable.items()
+    ]
+    return found
+
+
+def _rows(path: Path, where: str) -> Iterator[tuple[int, Any]]:
+    """(line number, row); None for a line of JSON that is damaged."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"The metadata file '{where}' is not UTF-8 text. Save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"The metadata file '{where}' cannot be read: {error.strerror or error}.") from error
+    if path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error:
+            yield reader.line_num, None
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, None
+
+
+def _inside(folder: PurePosixPath, file_name: str) -> str:
+    """The name relative to the data set; something that no picture is called when it leads out of it."""
+    parts: list[str] = list(folder.parts)
+    for part in file_name.replace("\\", "/").split("/"):
+        if part == "..":
+            if not parts:
+                return ""
+            parts.pop()
+        elif part not in ("", "."):
+            parts.append(part)
+    return "" if file_name.startswith(("/", "\\")) else "/".join(parts)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    texts = value if isinstance(value, list) else [value]
+    return tuple(" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip())

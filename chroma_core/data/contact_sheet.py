@@ -1,4 +1,4 @@
-"""A data set at a glance: sizes, thumbnails as they will be trained, captions, doubts; and all that in words."""
+"""A dataset at a glance: sizes, thumbnails as they will be trained, captions, warnings; and all that in words."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance
 
+from ..model.drawing import Font, fitting, font_of, wrap
 from .buckets import Size, crop_box, resize_and_crop
-from .masks import load_mask
-from .notes import notes
-from .picture import Picture, bucket_of
-from .picture_files import UnreadablePicture, load_picture
+from .pictures import Picture, UnreadablePicture, bucket_of, load_picture
 from .scan import DatasetScan
-from .sheet_text import Font, fitting, font_of, wrap
+from .views import load_mask
+from .warnings import image_warnings
 
 _PAGE, _TILE, _LINE_COLOUR = (24, 24, 27), (39, 39, 42), (63, 63, 70)
 _INK, _FAINT, _AMBER = (244, 244, 245), (161, 161, 170), (251, 191, 36)
@@ -38,9 +37,9 @@ def different_captions(scan: DatasetScan) -> int:
 
 
 def most_telling(scan: DatasetScan, limit: int) -> list[Picture]:
-    """At most `limit` pictures for a sheet, in the data set's order; the doubtful ones if not all fit."""
-    doubtful = notes(scan.config, scan.items)
-    ranked = sorted(scan.items, key=lambda item: item.name not in doubtful)[:limit]
+    """At most `limit` pictures for a sheet, in the data set's order; those with warnings if not all fit."""
+    warned = image_warnings(scan.config, scan.items)
+    ranked = sorted(scan.items, key=lambda item: item.name not in warned)[:limit]
     chosen = {item.name for item in ranked}
     return [item for item in scan.items if item.name in chosen]
 
@@ -51,7 +50,7 @@ def contact_sheet(
     """A head with the buckets, thumbnails of `pictures` cropped (to the centre) as in training, a panel of warnings.
 
     Under each thumbnail: name; bucket, repeats and caption number where there is more than one; the caption as it is
-    trained; what is doubtful. What a loss mask leaves out is darkened.
+    trained; its warnings. What a loss mask leaves out is darkened.
 
     Args:
         pictures: what to show (the caller limits their number), at least one.
@@ -62,9 +61,9 @@ def contact_sheet(
     columns = max(1, min(columns, len(pictures)))
     font = font_of(max(10, cell // 16))
     width, pad = columns * cell, max(4, cell // 24)
-    doubtful = notes(scan.config, scan.items)
+    warned = image_warnings(scan.config, scan.items)
     blocks = [_head(scan, len(pictures), default_resolution, font, width, pad)]
-    tiles = [_tile(item, scan, default_resolution, doubtful.get(item.name, []), font, cell, pad) for item in pictures]
+    tiles = [_tile(item, scan, default_resolution, warned.get(item.name, []), font, cell, pad) for item in pictures]
     for start in range(0, len(tiles), columns):
         row = tiles[start : start + columns]
         block = Image.new("RGB", (width, max(tile.height for tile in row)), _PAGE)
@@ -116,7 +115,7 @@ def _head(scan: DatasetScan, shown: int, default_resolution: int, font: Font, wi
     facts += [f"trigger “{config.trigger}”"] if config.trigger else []
     facts += [f"{config.repeats} repeats"] if config.repeats > 1 else []
     facts += ["regularisation"] if config.regularisation else []
-    facts += [f"{shown} shown, doubtful ones first"] if shown < len(scan.items) else []
+    facts += [f"{shown} shown, those with warnings first"] if shown < len(scan.items) else []
     texts = wrap("  ·  ".join(facts), font, width - 2 * pad, 3)
     chips = sorted(bucket_counts(scan, default_resolution), key=lambda entry: -entry[1])
     icon, gap = round(font.size), pad
@@ -152,7 +151,7 @@ def _head(scan: DatasetScan, shown: int, default_resolution: int, font: Font, wi
 
 
 def _tile(
-    picture: Picture, scan: DatasetScan, default_resolution: int, doubts: list[str], font: Font, cell: int, pad: int
+    picture: Picture, scan: DatasetScan, default_resolution: int, warnings: list[str], font: Font, cell: int, pad: int
 ) -> Image.Image:
     """One thumbnail with what there is to say about it."""
     bucket = bucket_of(picture, scan.config, scan.config.sizes(default_resolution)[0])
@@ -160,7 +159,7 @@ def _tile(
     try:
         thumbnail = _thumbnail(picture, scan, bucket, inner)
     except UnreadablePicture as error:
-        thumbnail, doubts = None, [f"cannot be used: {error}", *doubts]
+        thumbnail, warnings = None, [f"cannot be used: {error}", *warnings]
     label = [f"{bucket[0]}×{bucket[1]}"]
     label += [f"{picture.repeats} repeats"] if picture.repeats > 1 else []
     label += [f"{len(picture.captions)} captions"] if len(picture.captions) > 1 else []
@@ -173,17 +172,17 @@ def _tile(
         text += [(part, _INK) for part in wrap(caption, font, inner, _CAPTION_LINES)]
     else:
         text.append(("(empty caption)", _FAINT))
-    for doubt in doubts[:_NOTES]:
-        text += [(part, _AMBER) for part in wrap(f"! {doubt}", font, inner, _NOTE_LINES)]
-    if len(doubts) > _NOTES:
-        text.append((f"! and {len(doubts) - _NOTES} more", _AMBER))
+    for warning in warnings[:_NOTES]:
+        text += [(part, _AMBER) for part in wrap(f"! {warning}", font, inner, _NOTE_LINES)]
+    if len(warnings) > _NOTES:
+        text.append((f"! and {len(warnings) - _NOTES} more", _AMBER))
     tile = Image.new("RGB", (cell, pad + inner + pad // 2 + len(text) * line + pad), _PAGE)
     draw = ImageDraw.Draw(tile)
     frame = (pad, pad, pad + inner - 1, pad + inner - 1)
     draw.rectangle(frame, fill=_TILE)
     if thumbnail is not None:
         tile.paste(thumbnail, (pad + (inner - thumbnail.width) // 2, pad + (inner - thumbnail.height) // 2))
-    if doubts:
+    if warnings:
         draw.rectangle(frame, outline=_AMBER, width=max(1, cell // 96))
     for i, (words, colour) in enumerate(text):
         draw.text((pad, pad + inner + pad // 2 + i * line), words, colour, font)

@@ -1,12 +1,32 @@
-"""Which samples form the batch of a step: a function of (seed, epoch), so that resuming needs no saved state."""
+"""Stateless randomness: every draw is a function of what it is for, so a resumed run draws what the first run drew; and
+the batches of every step, drawn that way.
+
+The process-wide generator is never touched: prompts run in the same process, and neither may disturb the other.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Sequence
 
 import torch
 
-from .randomness import generator
+
+def generator(seed: int, purpose: str, *position: int) -> torch.Generator:
+    """A CPU generator seeded from (seed, purpose, position), e.g. `generator(42, "noise", step, row)`."""
+    key = "/".join(map(str, (seed, purpose, *position)))
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def uniform(random: torch.Generator) -> float:
+    """One number from [0, 1)."""
+    return float(torch.rand((), generator=random, dtype=torch.float64))
+
+
+def integer(below: int, random: torch.Generator) -> int:
+    """One integer from 0..below-1."""
+    return int(torch.randint(below, (), generator=random))
 
 
 def by_bucket(buckets: Sequence[Hashable]) -> list[list[int]]:

@@ -11,13 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..errors import DataError
-from .captions import caption_from_name, prepared, read_captions
+from .captions import caption_from_name, prepared, read_captions, read_metadata
 from .dataset import DatasetConfig
-from .masks import is_mask, mask_file, mask_owner
-from .metadata import read_metadata
-from .picture import Picture
-from .picture_files import OTHER_EXTENSIONS, PICTURE_EXTENSIONS, PictureFacts, UnreadablePicture, picture_facts
-from .remarks import Findings, describe_skipped, remarks
+from .pictures import OTHER_EXTENSIONS, PICTURE_EXTENSIONS, Picture, PictureFacts, UnreadablePicture, picture_facts
+from .views import is_mask, mask_file, mask_owner
+from .warnings import Findings, dataset_warnings, describe_skipped
 
 _REPEAT_FOLDER = re.compile(r"(\d+)_")
 _SETTLED = 2.0
@@ -26,7 +24,7 @@ _SETTLED = 2.0
 
 @dataclass(frozen=True)
 class DatasetScan:
-    """What a folder holds: usable pictures, what was skipped and why, and what looks doubtful."""
+    """What a folder holds: usable pictures, what was skipped and why, and what to warn of."""
 
     config: DatasetConfig
     items: list[Picture]
@@ -116,7 +114,7 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
             f"None of the {len(files)} pictures in '{folder.name}' can be used: {describe_skipped(skipped)}. Repair "
             "them, add captions, or set a default caption."
         )
-    return DatasetScan(config, items, skipped, remarks(config, items, skipped, findings, default_resolution))
+    return DatasetScan(config, items, skipped, dataset_warnings(config, items, skipped, findings, default_resolution))
 
 
 def _files(folder: Path) -> tuple[list[Path], Findings]:
@@ -156,7 +154,7 @@ def _caption_source(
     if config.caption_source == "metadata":
         names = {path.relative_to(folder).as_posix() for path in files}
         metadata = read_metadata(folder, names, config.caption_column)
-        findings.metadata = metadata.remarks
+        findings.metadata = metadata.warnings
         return lambda _, name: found(metadata.captions.get(name, ()), "the metadata")
     if config.caption_source == "filenames":
         return lambda _, name: found(tuple(filter(None, [caption_from_name(name)])), "its file name")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ModelFileError
 from ..files import atomic_folder, sync_folder, write_json
-from ..loading.describe import Component, describe_part
+from ..loading.matching import Component, describe_part
 from ..names.transformer import to_original_key
 from ..weights.opening import Weights, open_weights
 from ..weights.safetensors_files import write_safetensors

@@ -18,7 +18,6 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
@@ -31,6 +30,7 @@ from huggingface_hub.errors import (
 
 from ..errors import ModelFileError
 from ..model.flavours import Flavour
+from ..weights.safetensors_files import read_safetensors
 from .transfer import (
     TRANSFER_ERRORS,
     CachedRepository,
@@ -51,7 +51,6 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHTS = re.compile(r"[^.]+\.safetensors(\.index\.json)?")
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 TOKENIZER = re.compile(r".+\.(json|model|txt)")
-HEADER_LIMIT = 100_000_000  # bytes, that of the safetensors library
 GIB = 1 << 30
 INSTEAD = (
     "Or name local files instead, one each for transformer, text_encoder and vae, from ComfyUI's folders "
@@ -223,19 +222,13 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file is there and, if it is of safetensors, as long as its header says (8 + header + tensors)."""
-    if not path.is_file() or path.suffix != ".safetensors":
-        return path.is_file()
-    try:
-        with path.open("rb") as content:
-            length = int.from_bytes(content.read(8), "little")
-            if length > HEADER_LIMIT:
-                return False
-            header: dict[str, Any] = json.loads(content.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return False
-    return size_of(path) == 8 + length + max(ends, default=0)
+    """Whether a file is there and, if it is of safetensors, as long as its header says."""
+    if path.is_file() and path.suffix == ".safetensors":
+        try:
+            read_safetensors(path)
+        except ModelFileError:
+            return False
+    return path.is_file()
 
 
 def _cached_commit(repository: CachedRepository, revision: str) -> str | None:

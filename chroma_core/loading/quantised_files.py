@@ -22,9 +22,9 @@ from ..model.precision import Precision, pack_linear, quantisable_linears, unpac
 from ..weights.identify import Part
 from ..weights.safetensors_files import read_safetensors, write_safetensors
 from ..weights.stored_tensors import Stored
-from .assemble import OnPart, Placement, finished, is_block, replace, set_tensor
-from .describe import build_part
-from .locate import file_state
+from .build import OnPart, Placement, finished, is_block, set_tensor
+from .matching import build_part
+from .model_files import file_state
 
 FORMAT = 1
 KEY = "chromakit_quantised"
@@ -106,7 +106,7 @@ def load_quantised(
             read = {name: _as_stored(tensors[name]) for name in names}
             if owner in linears:
                 packed = {name[len(owner) + 1 :]: tensor for name, tensor in read.items()}
-                replace(module, owner, unpack_linear(linears[owner], packed, chosen))
+                module.set_submodule(owner, unpack_linear(linears[owner], packed, chosen))
             else:
                 for name, tensor in read.items():
                     set_tensor(module, name, tensor)

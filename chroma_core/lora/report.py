@@ -126,14 +126,14 @@ _SOME = 1e-12
 
 
 def lora_report(
-    lora: LoraFile, name: str = "", path: Path | None = None, remarks: Sequence[str] = ()
+    lora: LoraFile, name: str = "", path: Path | None = None, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Everything that is known of a LoRA, as values for JSON.
 
     Args:
         name: what to call it.
         path: its file, for the size in bytes.
-        remarks: doubts from elsewhere, such as a base that differs; they come first among the `warnings`.
+        warnings: from elsewhere, such as a base that differs; they come first among the `warnings`.
     """
     norms = {layer: update_norm(module) for layer, module in lora.modules.items()}
     header = lora.metadata
@@ -161,7 +161,7 @@ def lora_report(
         "versions": _json(header.get("chromakit.versions")),
         "converted_from": _json(header.get("chromakit.converted_from")),
         "unmatched": list(lora.unmatched),
-        "warnings": [*remarks, *_doubts(lora, norms)],
+        "warnings": [*warnings, *_warnings(lora, norms)],
         "metadata": dict(header),
     }
 
@@ -235,7 +235,7 @@ def _table(groups: list[dict[str, Any]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _doubts(lora: LoraFile, norms: dict[str, float]) -> list[str]:
+def _warnings(lora: LoraFile, norms: dict[str, float]) -> list[str]:
     found = []
     if lora.unmatched:
         found.append(f"{len(lora.unmatched)} keys are not Chroma's: {quoted(lora.unmatched)}.")

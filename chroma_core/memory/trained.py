@@ -20,7 +20,7 @@ BLOCK = 256
 
 
 def adapter_shapes(kind: str, rank: int, rows: int, columns: int, lokr_factor: int = -1) -> list[Shape]:
-    """Shapes of the adapter's parameters on a linear of `columns` inputs and `rows` outputs (`lora.fresh`)."""
+    """Shapes of the adapter's parameters on a linear of `columns` inputs and `rows` outputs (`lora.trainable`)."""
     if kind == "lokr":
         (out_l, out_k), (in_m, in_n) = (factorization(size, lokr_factor) for size in (rows, columns))
         if rank >= max(out_k, in_n) / 2:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..comfy.server import PACK
 from ..errors import ConfigError, JobError
 from ..files import read_json
-from ..loading.components import Device
+from ..loading.load import Device
 from ..loading.spec import LoraUse, ModelSpec
 from ..model.images import LATENTS_SUFFIX, read_record
 from ..sampling.recipe import Recipe

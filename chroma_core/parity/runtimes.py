@@ -16,8 +16,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from ..comfy.graph import Graph, Prompt
 from ..comfy.server import PACK, Host, HostError
-from ..loading.cache import ComponentCache
-from ..loading.components import Device, load_text_encoder, load_transformer, load_vae
+from ..loading.component_cache import ComponentCache
+from ..loading.load import Device, load_text_encoder, load_transformer, load_vae
 from ..model.images import LATENTS_SUFFIX, decode, read_latents
 from ..model.latents import FLUX_LATENTS, LatentFormat, pack, unpack
 from ..model.precision import precision

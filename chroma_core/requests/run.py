@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import LoraError
 from ..files import free_path, write_atomic
-from ..loading.cache import ComponentCache
-from ..loading.components import Device, transformer_outline
-from ..loading.describe import build_part
+from ..loading.component_cache import ComponentCache
+from ..loading.load import Device, transformer_outline
+from ..loading.matching import build_part
 from ..loading.spec import LoraUse, ModelHandle, ModelSpec
 from ..lora.adapters import check_fits
 from ..lora.files import read_lora

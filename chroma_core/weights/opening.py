@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelFileError, first_few
+from ..files import strict_json
 from .gguf_files import GGUF_MAGIC, read_gguf
-from .safetensors_files import read_safetensors, strict_json
+from .safetensors_files import read_safetensors
 from .scaled_fp8 import join_scales
 from .stored_tensors import DOWNLOAD_AGAIN, Stored, damaged, unreadable
 

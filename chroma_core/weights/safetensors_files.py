@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from ..files import atomic_file, write_atomic
+from ..files import atomic_file, strict_json, write_atomic
 from .stored_tensors import Opened, Stored, WeightFile, damaged
 
 HEADER_LIMIT = 100_000_000
@@ -56,23 +56,6 @@ DTYPES: dict[str, tuple[str, torch.dtype | None, int]] = {
 
 _STORED_AS = {dtype: name for name, (_, dtype, _) in DTYPES.items() if dtype is not None}
 """torch's types under the format's names."""
-
-
-def strict_json(text: str | bytes) -> Any:
-    """`json.loads` that raises ValueError for an object that gives one name twice, and for bottomless nesting."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise ValueError(f"'{name}' is listed twice")
-            found[name] = value
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Stored]]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelFileError
-from .safetensors_files import strict_json
+from ..files import strict_json
 from .stored_tensors import Stored, damaged
 
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}

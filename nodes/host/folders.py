@@ -18,7 +18,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ...chroma_core.data.picture_files import PICTURE_EXTENSIONS
+from ...chroma_core.data.pictures import PICTURE_EXTENSIONS
 from ...chroma_core.data.scan import is_hidden
 from ...chroma_core.errors import DataError, LoraError
 

@@ -19,7 +19,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ...chroma_core.loading.cache import ComponentCache
+from ...chroma_core.loading.component_cache import ComponentCache
 from .messages import show_loading
 from .queue import computing
 

@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from diffusers import AutoencoderKL
 
 from ...chroma_core.errors import LoraError, ModelFileError
-from ...chroma_core.loading.components import load_vae
+from ...chroma_core.loading.load import load_vae
 from ...chroma_core.loading.spec import ModelSpec
 from .memory import device
 

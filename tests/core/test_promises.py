@@ -20,7 +20,7 @@ from chroma_core.cli.main import command_line
 from chroma_core.data.cache import LatentTextCache, component_key
 from chroma_core.data.scan import DatasetConfig, scan
 from chroma_core.data.views import View, views_of
-from chroma_core.loading.cache import ComponentCache
+from chroma_core.loading.component_cache import ComponentCache
 from chroma_core.loading.spec import ModelHandle, ModelSpec
 from chroma_core.sampling.recipe import RECIPES, recipe
 from chroma_core.sampling.sampler import SamplingSettings, sample

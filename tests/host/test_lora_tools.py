@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from _host import Host
-from chroma_core.loading.components import transformer_outline
+from chroma_core.loading.load import transformer_outline
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.lora.modules import LoraFile

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from _host import Host
-from chroma_core.loading.cache import ComponentCache
-from chroma_core.loading.components import load_vae
+from chroma_core.loading.component_cache import ComponentCache
+from chroma_core.loading.load import load_vae
 from chroma_core.loading.spec import ModelHandle, ModelSpec
 from chroma_core.model.images import decode, to_tensor
 from chroma_core.model.latents import LatentFormat

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from _host import Host
-from chroma_core.loading.cache import ComponentCache
+from chroma_core.loading.component_cache import ComponentCache
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.parity import Case, Sampled, compare, in_process, read_preview, train_briefly
 from chroma_core.parity.runtimes import through_comfyui

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from _host import Host
 from chroma_core.cli.main import main
-from chroma_core.loading.components import transformer_outline
+from chroma_core.loading.load import transformer_outline
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.files import write_lora
 from lora_cases import random_lora

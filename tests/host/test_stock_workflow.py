@@ -19,7 +19,7 @@ import native_lora_check
 from _host import Host
 from chroma_core.comfy.stock import PREVIEW_KEY, StockPreview, export_workflow, stock_preview, stock_prompt
 from chroma_core.comfy.window import KINDS
-from chroma_core.loading.components import load_vae
+from chroma_core.loading.load import load_vae
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.adapters import attach, detach
 from chroma_core.lora.files import read_lora, write_lora

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from chroma_core.loading.components import load_transformer
+from chroma_core.loading.load import load_transformer
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.control import DeviceSlot
 from chroma_core.training.run.loop import Batches, StepResult, train_step

@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
-from chroma_core.loading.components import load_text_encoder, load_transformer, load_vae
+from chroma_core.loading.load import load_text_encoder, load_transformer, load_vae
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.sampling.sampler import SamplingSettings, sample

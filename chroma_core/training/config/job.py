@@ -279,7 +279,7 @@ class TrainingConfig(Settings):
 
     One step is one optimizer step over `batch_size` × `gradient_accumulation` samples of one bucket. The learning rate
     follows `schedule()`. With `full` layers of the model itself are trained instead of the adapter `lora`;
-    `more_datasets` are mixed with `dataset` (see `data.mixing`).
+    `more_datasets` are mixed with `dataset` (see `data.samples`).
     """
 
     name: Annotated[str, Field(min_length=1, max_length=80), Option("The LoRA's file name, in output/loras.")]

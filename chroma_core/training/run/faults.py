@@ -11,7 +11,7 @@ import torch
 
 from ...errors import ChromaKitError, JobError
 from ...fullrank.layers import count_trained
-from ...loading.components import transformer_outline
+from ...loading.load import transformer_outline
 from ...memory import Settings, estimate, in_gib, machine, recommend
 from ...memory.activations import T5_TOKENS, TEXT_TOKENS
 from ...model.device import is_out_of_memory

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ...data.cache import LatentTextCache
-from ...data.order import batches_per_epoch, epoch_batches
-from ...data.randomness import generator, uniform
+from ...data.order import batches_per_epoch, epoch_batches, generator, uniform
 from ...data.samples import Sample
 from ...lora.trainable import seed_dropout
 from ...model.transformer import ChromaTransformer

@@ -11,13 +11,12 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from ...data.cache import LatentTextCache, component_key
-from ...data.mixing import SampleSet, combine
 from ...data.samples import Progress as OnProgress
-from ...data.samples import Sample, cache_samples, cache_texts, caption_texts
+from ...data.samples import Sample, SampleSet, cache_samples, cache_texts, caption_texts, combine
 from ...data.scan import DatasetConfig, describe_skipped, scan
 from ...errors import ConfigError
-from ...loading.components import base_hash, load_text_encoder, load_vae
-from ...loading.locate import locate
+from ...loading.load import load_text_encoder, load_vae
+from ...loading.model_files import base_hash, locate
 from ...lora.layer import adapted_layers
 from ...model.device import release_memory
 from ...model.transformer import ChromaTransformer

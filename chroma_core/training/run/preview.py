@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...data.cache import LatentTextCache
 from ...files import write_atomic
-from ...loading.components import load_vae
+from ...loading.load import load_vae
 from ...model.device import release_memory
 from ...model.images import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
 from ...model.latents import LatentFormat

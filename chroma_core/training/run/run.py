@@ -16,7 +16,7 @@ import torch
 
 from ...data.samples import fingerprint, picture_count
 from ...files import remove_leftovers
-from ...loading.components import Device, load_transformer
+from ...loading.load import Device, load_transformer
 from ...model.device import memory_in_use, release_memory
 from ..config import TrainingConfig
 from ..config.changes import recorded

@@ -19,7 +19,7 @@ from ...errors import ConfigError, JobError, ModelFileError
 from ...files import free_name, slug
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
-from ...loading.components import transformer_outline, transformer_source
+from ...loading.load import transformer_outline, transformer_source
 from ...lora.adapters import adapters_disabled
 from ...lora.files import read_lora, write_lora
 from ...lora.trainable import add_trainable, load_trained, start_from, trained_lora

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...data.randomness import generator
+from ...data.order import generator
 from ...errors import ConfigError, check_choice
 from ...lora.adapters import adapters_disabled
 from ...model.latents import image_ids, pack, unpack

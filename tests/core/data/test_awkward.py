@@ -16,7 +16,7 @@ from PIL import Image
 import miniature
 from chroma_core.data.cache import LatentTextCache
 from chroma_core.data.contact_sheet import contact_sheet, summary
-from chroma_core.data.picture_files import UnreadablePicture, load_alpha, load_picture, picture_facts
+from chroma_core.data.pictures import UnreadablePicture, load_alpha, load_picture, picture_facts
 from chroma_core.data.samples import cache_samples, caption_texts
 from chroma_core.data.scan import DatasetConfig, DatasetScan, scan
 from chroma_core.sampling.recipe import CANONICAL

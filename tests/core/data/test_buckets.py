@@ -7,8 +7,7 @@ from PIL import Image
 
 from chroma_core.data.buckets import bucket_table, choose_bucket, crop_box, resize_and_crop
 from chroma_core.data.captions import pick_caption, with_trigger
-from chroma_core.data.order import batches_per_epoch, epoch_batches
-from chroma_core.data.randomness import generator, integer, uniform
+from chroma_core.data.order import batches_per_epoch, epoch_batches, generator, integer, uniform
 
 
 @pytest.mark.parametrize("resolution", [512, 768, 1024])

@@ -50,7 +50,7 @@ def test_latents_are_the_posterior_mean_in_model_space_and_are_found_again(tmp_p
     cache = LatentTextCache(tmp_path / "cache", "vae", "t5", CANONICAL)
     samples, unreadable = cache_samples(found, cache, 64, loads)
     assert (len(samples), unreadable, loads.count) == (3, [], 1)
-    from chroma_core.data.picture_files import load_picture
+    from chroma_core.data.pictures import load_picture
 
     with torch.no_grad():
         z = vae.encode(to_tensor(load_picture(found.items[1].path))).latent_dist.mean[0]

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from chroma_core.data.captions import caption_from_name, prepared, tag_variants, wrapped
-from chroma_core.data.remarks import low_variety
 from chroma_core.data.scan import DatasetConfig, scan
+from chroma_core.data.warnings import low_variety
 from chroma_core.errors import ConfigError, DataError
 
 

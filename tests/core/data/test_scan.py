@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from chroma_core.data.contact_sheet import contact_sheet, summary, thumbnail
-from chroma_core.data.picture_files import UnreadablePicture, load_picture, picture_size
+from chroma_core.data.pictures import UnreadablePicture, load_picture, picture_size
 from chroma_core.data.scan import DatasetConfig, scan
 from chroma_core.errors import ConfigError, DataError, PromptError
 from training_cases import write_dataset

@@ -13,11 +13,19 @@ from PIL import Image
 import miniature
 from chroma_core.data.buckets import crop_box
 from chroma_core.data.cache import LatentTextCache
-from chroma_core.data.handed_over import store_pictures
-from chroma_core.data.mixing import SampleSet, combine, multiples, shares
-from chroma_core.data.picture import Picture
-from chroma_core.data.randomness import generator
-from chroma_core.data.samples import Sample, cache_samples, fingerprint, picture_count
+from chroma_core.data.image_folder import store_pictures
+from chroma_core.data.order import generator
+from chroma_core.data.pictures import Picture
+from chroma_core.data.samples import (
+    Sample,
+    SampleSet,
+    cache_samples,
+    combine,
+    fingerprint,
+    multiples,
+    picture_count,
+    shares,
+)
 from chroma_core.data.scan import DatasetConfig, scan
 from chroma_core.data.views import View, crop_positions
 from chroma_core.errors import DataError

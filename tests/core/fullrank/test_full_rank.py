@@ -13,7 +13,7 @@ from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError, JobError, ModelFileError
 from chroma_core.fullrank import export
 from chroma_core.fullrank.layers import MasterLinear, MasterNorm, count_trained, layer_names, put_masters
-from chroma_core.loading.components import load_transformer, transformer_source, write_quantised
+from chroma_core.loading.load import load_transformer, transformer_source, write_quantised
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.model.quantised import QuantisedLinear
 from chroma_core.model.transformer import ChromaTransformer

@@ -12,7 +12,7 @@ import miniature
 import native
 from chroma_core.fullrank import export
 from chroma_core.fullrank.layers import layer_names
-from chroma_core.loading.components import load_transformer, transformer_source
+from chroma_core.loading.load import load_transformer, transformer_source
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.model.latents import image_ids, unpack
 from chroma_core.model.transformer import ChromaTransformer

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from chroma_core.loading.cache import HOST_MEMORY_MARGIN, ComponentCache
+from chroma_core.loading.component_cache import HOST_MEMORY_MARGIN, ComponentCache
 from chroma_core.loading.spec import ModelHandle, ModelSpec
 from chroma_core.streaming import module_bytes, streamed
 from lora_cases import inputs, predict

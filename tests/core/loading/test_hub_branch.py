@@ -1,6 +1,6 @@
 """A branch as revision: the component cache asks the Hub what it means once, and keeps to that commit."""
 
-from chroma_core.loading.cache import ComponentCache
+from chroma_core.loading.component_cache import ComponentCache
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.model.flavours import BASE_COMMIT
 from hub_cases import cache_fixture, chroma_files, hub_fixture  # noqa: F401

@@ -13,7 +13,7 @@ from real_widths import random_original
 MEASURE = """
 import json, resource, sys
 import torch
-from chroma_core.loading.components import load_transformer
+from chroma_core.loading.load import load_transformer
 from chroma_core.loading.spec import ModelSpec
 
 def peak():

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from chroma_core.errors import ChromaKitError, ConfigError, LoraError, ModelFileError
-from chroma_core.loading.cache import ComponentCache
-from chroma_core.loading.components import base_hash, load_text_encoder, load_transformer, load_vae
+from chroma_core.loading.component_cache import ComponentCache
+from chroma_core.loading.load import load_text_encoder, load_transformer, load_vae
+from chroma_core.loading.model_files import base_hash
 from chroma_core.loading.spec import LoraUse, ModelHandle, ModelSpec
 from chroma_core.lora.files import write_lora
 from chroma_core.lora.layer import linear_modules

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from chroma_core.cli.main import main
 from chroma_core.errors import LoraError, ModelFileError
-from chroma_core.loading.components import load_text_encoder, load_transformer, transformer_outline, write_quantised
+from chroma_core.loading.load import load_text_encoder, load_transformer, transformer_outline, write_quantised
 from chroma_core.loading.quantised_files import is_quantised_file, quantised_header
 from chroma_core.loading.spec import LoraUse, ModelSpec
 from chroma_core.lora.files import write_lora

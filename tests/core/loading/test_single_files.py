@@ -9,14 +9,8 @@ from safetensors.torch import save_file
 
 import native
 from chroma_core.errors import ModelFileError
-from chroma_core.loading.components import (
-    base_hash,
-    describe,
-    load_text_encoder,
-    load_transformer,
-    load_vae,
-    transformer_outline,
-)
+from chroma_core.loading.load import describe, load_text_encoder, load_transformer, load_vae, transformer_outline
+from chroma_core.loading.model_files import base_hash
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.model.latents import image_ids, pack, unpack
 from chroma_core.model.transformer import ChromaTransformer

@@ -9,7 +9,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 import foreign_shapes
 import forked
 import miniature
-from chroma_core.loading.describe import describe_part
+from chroma_core.loading.matching import describe_part
 from chroma_core.names import encoders as vae_keys
 
 LDM_NAMES = """

@@ -13,7 +13,7 @@ from PIL import Image
 from chroma_core.cli.main import main
 from chroma_core.cli.parity import exit_status
 from chroma_core.errors import ConfigError, JobError
-from chroma_core.loading.cache import ComponentCache
+from chroma_core.loading.component_cache import ComponentCache
 from chroma_core.loading.spec import LoraUse, ModelSpec
 from chroma_core.model.images import latents_bytes, read_latents, read_record, to_pictures
 from chroma_core.model.latents import FLUX_LATENTS

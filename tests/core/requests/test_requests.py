@@ -11,8 +11,8 @@ import pytest
 from chroma_core.cli.main import main
 from chroma_core.comfy.graph import to_prompt
 from chroma_core.errors import ConfigError
-from chroma_core.loading.cache import ComponentCache
-from chroma_core.loading.components import transformer_outline
+from chroma_core.loading.component_cache import ComponentCache
+from chroma_core.loading.load import transformer_outline
 from chroma_core.loading.spec import ModelSpec
 from chroma_core.lora.files import write_lora
 from chroma_core.model.images import read_record

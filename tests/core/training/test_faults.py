@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from chroma_core.fullrank.layers import count_trained
-from chroma_core.loading.components import transformer_outline
+from chroma_core.loading.load import transformer_outline
 from chroma_core.memory import Settings, estimate, in_gib
 from chroma_core.model.device import is_out_of_memory
 from chroma_core.training.config import TrainingConfig

@@ -12,7 +12,7 @@ from safetensors.torch import load
 
 from chroma_core.cli.main import main
 from chroma_core.errors import JobError
-from chroma_core.loading.components import load_transformer
+from chroma_core.loading.load import load_transformer
 from chroma_core.lora.adapters import attach
 from chroma_core.lora.files import read_lora
 from chroma_core.training.jobs.blocking import run_job

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from chroma_core.errors import ConfigError
-from chroma_core.loading.components import load_text_encoder, load_transformer, load_vae
+from chroma_core.loading.load import load_text_encoder, load_transformer, load_vae
 from chroma_core.lora.adapters import attach
 from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.lora.trainable import trained_lora

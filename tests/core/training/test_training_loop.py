@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import chroma_core
-from chroma_core.data.randomness import generator
+from chroma_core.data.order import generator
 from chroma_core.errors import DataError
 from chroma_core.lora.adapters import adapters_disabled
 from chroma_core.training.distributed.world import ProcessLost, World

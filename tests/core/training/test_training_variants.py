@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from chroma_core.loading.components import load_transformer
+from chroma_core.loading.load import load_transformer
 from chroma_core.lora.adapters import attach
 from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.training.jobs.manager import JobManager

@@ -11,7 +11,7 @@ import chroma_core
 import foreign_shapes
 import miniature
 from chroma_core.errors import ModelFileError
-from chroma_core.loading.describe import build_part, describe_part
+from chroma_core.loading.matching import build_part, describe_part
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.weights import dimensions
 from foreign_shapes import shapes_of, weights_file

@@ -7,7 +7,7 @@ import transformers
 import foreign_shapes as foreign
 import miniature
 from chroma_core.errors import ModelFileError
-from chroma_core.loading.describe import Component, Source, describe_part
+from chroma_core.loading.matching import Component, Source, describe_part
 from chroma_core.names import encoders as t5_keys
 from chroma_core.names import transformer as keys
 from chroma_core.weights.identify import PARTS, identify

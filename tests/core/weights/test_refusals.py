@@ -6,7 +6,7 @@ import pytest
 
 import foreign_shapes as foreign
 from chroma_core.errors import ModelFileError
-from chroma_core.loading.describe import describe_part
+from chroma_core.loading.matching import describe_part
 from chroma_core.weights.identify import PARTS, find_part, identify
 from foreign_shapes import prefixed, shapes_of, weights_file
 

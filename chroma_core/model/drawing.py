@@ -1,4 +1,4 @@
-"""Text on a contact sheet: one font, cut or broken to a width in pixels."""
+"""Text on the images that we draw: one font, cut or broken to a width in pixels."""
 
 from __future__ import annotations
 

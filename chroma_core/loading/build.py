@@ -21,7 +21,7 @@ from ..lora.adapters import check_fits, merge
 from ..lora.modules import LoraFile
 from ..model.precision import QUANTISED_PARTS, Precision, quantisable_linears, quantise_linear
 from ..weights.opening import Weights
-from .describe import Component
+from .matching import Component
 
 Device = torch.device | str
 Module = TypeVar("Module", bound=nn.Module)
@@ -91,7 +91,7 @@ def assemble(
             if group in use.lora.modules:
                 merge(module, LoraFile({group: use.lora.modules[group]}), use.strength)
         if group in linears:
-            replace(module, group, quantise_linear(module.get_submodule(group), chosen))  # type: ignore[arg-type]
+            module.set_submodule(group, quantise_linear(module.get_submodule(group), chosen))  # type: ignore[arg-type]
         module.get_submodule(group).to(placement.of(group))
     on_part(len(groups), len(groups), "")
     return finished(module)
@@ -122,12 +122,6 @@ def by_module(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     for name in names:
         groups.setdefault(name.rpartition(".")[0], []).append(name)
     yield from groups.items()
-
-
-def replace(module: nn.Module, name: str, replacement: nn.Module) -> None:
-    """Put another module in the place of the one of that full name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, replacement)
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -26,10 +26,10 @@ from ..model.images import preview_matrix
 from ..model.transformer import ChromaTransformer
 from ..sampling.text import TextEncoder
 from ..streaming import module_bytes, to_device, to_host
-from .assemble import OnPart
-from .components import Device, device_size, load_text_encoder, load_transformer, load_vae
+from .build import OnPart
 from .hub import COMMIT
-from .locate import ModelPart, file_state, locate
+from .load import Device, device_size, load_text_encoder, load_transformer, load_vae
+from .model_files import ModelPart, file_state, locate
 from .spec import ModelHandle, ModelSpec
 
 Kind = Literal["transformer", "text_encoder", "vae"]
@@ -57,7 +57,7 @@ class ComponentCache:
         make_room: called with the bytes that a component is about to take on the device, e.g. to ask the host to free
             that much of its own models.
         free_host_memory: bytes of host memory that are free now.
-        on_part: progress of loading; see `assemble.OnPart`.
+        on_part: progress of loading; see `build.OnPart`.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, T5EncoderModel
 
 from ..errors import LoraError, ModelFileError
+from ..files import read_json
 from ..lora.files import read_lora
 from ..model.flavours import flavour
 from ..model.precision import Precision, precision, quantisable_linears, require
@@ -22,19 +22,16 @@ from ..sampling.text import TextEncoder
 from ..streaming import stream_blocks
 from ..weights.identify import TITLES, Identity, Part
 from ..weights.opening import Weights, open_weights
-from .assemble import Device, MergedLora, OnPart, Placement, assemble
-from .describe import Component, build_part, describe_part
-from .fingerprints import joined, known_sha256, sha256_of
+from .build import Device, MergedLora, OnPart, Placement, assemble
 from .hub import OnDownload
-from .locate import locate
+from .matching import Component, build_part, describe_part
+from .model_files import locate
 from .quantised_files import is_quantised_file, kept_file, load_quantised, quantised_config, save_quantised
 from .spec import LoraUse, ModelSpec
 
 __all__ = [
     "Device",
-    "base_hash",
     "describe",
-    "known_base_hash",
     "load_text_encoder",
     "load_transformer",
     "load_vae",
@@ -217,10 +214,7 @@ def _plain(value: Any) -> Any:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A config.json. Raises ModelFileError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"'{path}' cannot be read as JSON: {error}") from error
+    value = read_json(path, ModelFileError)
     if not isinstance(value, dict):
         raise ModelFileError(f"'{path}' should hold a JSON object, but holds a {type(value).__name__}.")
     return value
@@ -245,21 +239,3 @@ def transformer_source(spec: ModelSpec) -> tuple[Weights, Component]:
             "them. Choose the unquantised file; its other layers can be quantised while it is loaded."
         )
     return _described(spec, "transformer", path)
-
-
-def base_hash(spec: ModelSpec) -> str:
-    """A fingerprint of the transformer's weights: the file's sha256, or for shards the sha256 of theirs in order."""
-    return joined([sha256_of(path) for path in open_weights(locate(spec, "transformer")).files])
-
-
-def known_base_hash(spec: ModelSpec) -> str | None:
-    """`base_hash` when it is known without reading a large file, else None. See `fingerprints`."""
-    digests = []
-    # The largest first: where it is not known, the small ones beside it need not be read.
-    files = open_weights(locate(spec, "transformer")).files
-    for path in sorted(files, key=lambda file: -file.stat().st_size):
-        if (digest := known_sha256(path)) is None:
-            return None
-        digests.append((path, digest))
-    found = dict(digests)
-    return joined([found[path] for path in files])

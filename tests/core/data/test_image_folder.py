@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from chroma_core.data.dataset import DatasetConfig
-from chroma_core.data.handed_over import bytes_in, captions_for, store_pictures, stored
-from chroma_core.data.masks import load_mask
+from chroma_core.data.image_folder import bytes_in, captions_for, store_pictures, stored
 from chroma_core.data.scan import scan
+from chroma_core.data.views import load_mask
 from chroma_core.errors import ConfigError, DataError
 
 PICTURES = [Image.new("RGB", (64, 32), colour) for colour in ("red", "green", "blue")]

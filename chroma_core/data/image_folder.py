@@ -1,4 +1,4 @@
-"""Pictures and captions that come from a program instead of a folder: written as a data set folder, once."""
+"""Images and captions that come from a program instead of a folder: written as a dataset folder, once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..errors import DataError
 from ..files import write_atomic
-from .masks import SUFFIX
+from .views import SUFFIX
 
 
 def captions_for(texts: Sequence[str], count: int) -> list[str]:

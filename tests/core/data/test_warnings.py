@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from chroma_core.data.contact_sheet import bucket_counts, contact_sheet, most_telling
-from chroma_core.data.notes import notes
 from chroma_core.data.scan import DatasetConfig, DatasetScan, scan
-from chroma_core.data.sheet_text import fitting, font_of, wrap
+from chroma_core.data.warnings import image_warnings
+from chroma_core.model.drawing import fitting, font_of, wrap
 
 AMBER = (251, 191, 36)
 
@@ -39,7 +39,7 @@ def messy(tmp_path: Path) -> DatasetScan:
 
 
 def test_each_picture_has_its_own_notes(messy: DatasetScan):
-    assert notes(messy.config, messy.items) == {
+    assert image_warnings(messy.config, messy.items) == {
         "200_x/g.png": ["200 repeats by its folder's name"],
         "a.png": ["more than once in this set"],
         "b.png": ["same picture as a.png"],
@@ -48,16 +48,16 @@ def test_each_picture_has_its_own_notes(messy: DatasetScan):
         "e.png": ["tiny: 40×400, enlarged", "no caption: default used"],
     }
     unknown = messy.config.model_copy(update={"resolutions": ()})
-    assert "c.png" in notes(unknown, messy.items) and "small" not in str(notes(unknown, messy.items))
+    assert "c.png" in image_warnings(unknown, messy.items) and "small" not in str(image_warnings(unknown, messy.items))
 
 
 def test_masks_are_missed_where_most_pictures_have_one(messy: DatasetScan):
     folder, config = Path(messy.config.folder), messy.config.model_copy(update={"masks": "files"})
-    assert "mask" not in str(notes(config, scan(config).items))
+    assert "mask" not in str(image_warnings(config, scan(config).items))
     for name in "abcd":
         with Image.open(folder / f"{name}.png") as picture:
             Image.new("L", picture.size, 255).save(folder / f"{name}-masklabel.png")
-    found = notes(config, scan(config).items)
+    found = image_warnings(config, scan(config).items)
     assert found["f.png"] == ["no mask: all of it is trained"] and "mask" not in str(found["a.png"])
 
 

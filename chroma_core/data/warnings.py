@@ -1,4 +1,6 @@
-"""What looks doubtful in a data set, each remark with its count and an example."""
+"""What to warn of in a dataset: of the whole, with counts and examples, and of each single image, in a few words that
+fit below a thumbnail.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 
 from .dataset import DatasetConfig
-from .picture import Picture
-from .picture_files import PictureFacts
+from .pictures import Picture, PictureFacts
 
 MANY_REPEATS = 100
 """From here on the number in a folder's name may well be a year or a date."""
@@ -31,7 +32,7 @@ class Findings:
     many_repeats: list[str] = field(default_factory=list)
 
     def note(self, name: str, facts: PictureFacts, repeats: int) -> None:
-        """Remember what is remarkable about a usable picture."""
+        """Remember what to warn of in a usable image."""
         if facts.animated:
             self.animated.append(name)
         if facts.misnamed:
@@ -47,14 +48,14 @@ def describe_skipped(skipped: Sequence[tuple[str, str]], limit: int = 5) -> str:
     return ", ".join(named) + (f" and {more} more" if more > 0 else "")
 
 
-def remarks(
+def dataset_warnings(
     config: DatasetConfig,
     items: Sequence[Picture],
     skipped: Sequence[tuple[str, str]],
     findings: Findings,
     default_resolution: int,
 ) -> list[str]:
-    """All remarks on a data set, one a line."""
+    """All warnings about a dataset, one a line."""
     found = []
     if skipped:
         pictures = "1 picture was" if len(skipped) == 1 else f"{len(skipped)} pictures were"
@@ -85,7 +86,7 @@ def _about_captions(config: DatasetConfig, items: Sequence[Picture], findings: F
 
 
 def low_variety(captions: Sequence[Sequence[str]], trigger: str = "") -> list[str]:
-    """A remark if the captions of at least 8 pictures say little about each picture, otherwise nothing.
+    """A warning if the captions of at least 8 pictures say little about each picture, otherwise nothing.
 
     Variety is low when there are fewer than half as many different captions as pictures, or when a caption on average
     has fewer than two words of its own: words, other than the trigger's, that are not in four fifths of the captions.
@@ -166,3 +167,53 @@ def _words(text: str) -> frozenset[str]:
 
 def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+ENOUGH_TO_COMPARE = 4
+"""Pictures from which on equal captions are warned of."""
+
+
+def image_warnings(
+    config: DatasetConfig, items: Sequence[Picture], default_resolution: int = 0
+) -> dict[str, list[str]]:
+    """Warnings by the image's name, the gravest first; pictures without one are left out.
+
+    Args:
+        default_resolution: pixels, what sizes are measured by when the data set has no resolution; 0: nothing.
+    """
+    resolution = config.sizes(default_resolution)[0]
+    captions = Counter(caption for item in items for caption in set(item.captions))
+    first: dict[str, str] = {}
+    twins = Counter(item.sha256 for item in items)
+    masks_expected = config.masks != "none" and 2 * sum(item.masked for item in items) >= len(items)
+    found: dict[str, list[str]] = {}
+    for item in items:
+        own: list[str] = []
+        if twins[item.sha256] > 1:
+            original = first.setdefault(item.sha256, item.name)
+            own.append(f"same picture as {original}" if original != item.name else "more than once in this set")
+        own += _sizes(config, item, resolution)
+        if not item.captioned:
+            own.append("no caption" + (": default used" if config.default_caption is not None else ""))
+        elif len(items) >= ENOUGH_TO_COMPARE and config.caption_source != "fixed":
+            times = max(captions[caption] for caption in item.captions)
+            if times > 1:
+                own.append(f"{times} pictures have this caption")
+        if masks_expected and not item.masked:
+            own.append("no mask: all of it is trained")
+        if item.repeats >= MANY_REPEATS:
+            own.append(f"{item.repeats} repeats by its folder's name")
+        if own:
+            found[item.name] = own
+    return found
+
+
+def _sizes(config: DatasetConfig, item: Picture, resolution: int) -> list[str]:
+    area, size = item.width * item.height, f"{item.width}×{item.height}"
+    if min(item.width, item.height) < config.alignment:
+        return [f"tiny: {size}, enlarged"]
+    if area < (resolution / 2) ** 2:
+        return [f"tiny: {size}" + (", enlarged" if config.upscale else "")]
+    if area < resolution**2:
+        return [f"small: {size}" + (", enlarged" if config.upscale else "")]
+    return []

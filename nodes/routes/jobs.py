@@ -53,19 +53,16 @@ class Extension(Settings):
 def register(routes: Any) -> None:
     """Add the routes to ComfyUI's table."""
     add(routes, "get", "/chromakit/jobs", _list)
-    for method, rest, handler in (
-        ("get", "", _one),
-        ("post", "/change", _change),
-        ("post", "/extend", _extend),
-        ("post", "/delete", _delete),
-        ("post", "/{action}", _act),
-        ("get", "/metrics", _metrics),
-        ("get", "/curve", _curve),
-        ("get", "/log", _log),
-        ("get", "/samples/{number}", _sample),
-        ("get", "/graph/{kind}", _graph),
-    ):
-        add(routes, method, f"/chromakit/jobs/{{id}}{rest}", handler)
+    add(routes, "get", "/chromakit/jobs/{id}", _one)
+    add(routes, "post", "/chromakit/jobs/{id}/change", _change)
+    add(routes, "post", "/chromakit/jobs/{id}/extend", _extend)
+    add(routes, "post", "/chromakit/jobs/{id}/delete", _delete)
+    add(routes, "post", "/chromakit/jobs/{id}/{action}", _act)
+    add(routes, "get", "/chromakit/jobs/{id}/metrics", _metrics)
+    add(routes, "get", "/chromakit/jobs/{id}/curve", _curve)
+    add(routes, "get", "/chromakit/jobs/{id}/log", _log)
+    add(routes, "get", "/chromakit/jobs/{id}/samples/{number}", _sample)
+    add(routes, "get", "/chromakit/jobs/{id}/graph/{kind}", _graph)
 
 
 async def _list(request: web.Request) -> web.Response:

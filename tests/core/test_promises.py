@@ -235,7 +235,7 @@ def routes() -> list[str]:
     found = []
     for path in (ROOT / "nodes").rglob("*.py"):
         for method, where in re.findall(
-            r"routes\.(get|post|put|delete)\(\s*\"([^\"]+)\"", path.read_text(encoding="utf-8")
+            r"add\(routes, \"(get|post|put|delete)\", \"([^\"]+)\"", path.read_text(encoding="utf-8")
         ):
             found.append(f"{method.upper()} {where}")
     return sorted(found)

@@ -1,4 +1,4 @@
-"""The command line's part that imports other trainers' configurations."""
+"""The commands that make a job file: from another trainer's configuration, or a template of all options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def add_import_command(commands) -> None:
-    """The sub-command import-config."""
+    """The sub-commands import-config and job-template."""
     command = commands.add_parser(
         "import-config", help="turn a SimpleTuner config.json or an ai-toolkit YAML for Chroma into a job.toml"
     )
@@ -20,6 +20,12 @@ def add_import_command(commands) -> None:
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_import)
 
+    template = commands.add_parser(
+        "job-template", help="print a job.toml with every option, its default and its meaning"
+    )
+    template.add_argument("--output", type=Path, default=None, metavar="FILE", help="write it there instead")
+    template.set_defaults(run=_template)
+
 
 def _import(options: argparse.Namespace) -> None:
     from ..import_config import as_json, as_text, import_config, write_job
@@ -27,3 +33,19 @@ def _import(options: argparse.Namespace) -> None:
     imported = import_config(options.file, options.dataloader)
     path = write_job(imported, options.output)
     print(json.dumps(as_json(imported, path), ensure_ascii=False) if options.json else as_text(imported, path))
+
+
+def _template(options: argparse.Namespace) -> None:
+    from ..errors import ConfigError
+    from ..training.config.template import job_template
+
+    if options.output is None:
+        print(job_template(), end="")
+        return
+    try:
+        with options.output.open("x", encoding="utf-8") as file:
+            file.write(job_template())
+    except FileExistsError:
+        raise ConfigError(f"'{options.output}' exists already. Choose another name, or remove it first.") from None
+    except OSError as error:
+        raise ConfigError(f"'{options.output}' cannot be written: {error.strerror or error}.") from error

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from tools.docs import option_tables
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
     [
@@ -84,3 +86,7 @@ def test_the_map_of_the_house_names_every_room():
         f"{name}/" for name in FOLDERS if (ROOT / name / "__init__.py").exists()
     }
     assert len(rooms) > 18 and sorted(room for room in rooms if f" {room} " not in house) == []
+
+
+def test_the_option_tables_are_current():
+    assert option_tables.PAGE.read_text(encoding="utf-8") == option_tables.page(), "python -m tools.docs.option_tables"

@@ -43,7 +43,7 @@ def _plan(options: argparse.Namespace) -> None:
     on = machine().with_memory(options.device_memory, options.host_memory)
     names = {field.name for field in fields(Settings)} & set(vars(options)) - {"size"}
     chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
-    settings = Settings(**chosen, size=options.size or 0, gradient_checkpointing=not options.no_checkpointing)
+    settings = Settings(**chosen, size=options.size, gradient_checkpointing=not options.no_checkpointing)
     result = estimate(settings, on)
     if options.json:
         print(json.dumps(result.to_dict()))

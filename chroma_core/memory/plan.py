@@ -40,7 +40,7 @@ SIZE_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how much memory is needed. `size`: pixels a side of a square image, 0 for the flavour's own.
+    """What decides how much memory is needed. `size`: pixels a side of a square image, None for the flavour's own.
 
     text_tokens: of a caption in the transformer; 512 for text_padding `zero` and `unmodified`. ema: a running mean of
     what is trained is kept beside it. trained_parameters: above 0, so many of the model's own parameters are trained
@@ -54,7 +54,7 @@ class Settings:
     offload: Offload = "none"
     resident_blocks: int = 2
     offload_during_startup: bool = False
-    size: Annotated[int, Option("Pixels a side. Unset: the flavour's own size.")] = 0
+    size: Annotated[int | None, Option("Pixels a side. Unset: the flavour's own size.")] = None
     batch_size: Annotated[int, Option("Images in a batch.")] = 1
     rank: Annotated[int, Option("Rank of the LoRA in training.")] = 16
     target: str | tuple[str, ...] = "all"
@@ -73,7 +73,7 @@ class Settings:
         return cls(**{name: getattr(spec, name) for name in same} | more)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", self.size or flavour(self.flavour).size)
+        flavour(self.flavour)
         if not isinstance(self.target, str):
             object.__setattr__(self, "target", tuple(self.target))
         precision(self.precision)
@@ -88,7 +88,12 @@ class Settings:
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        snap_size(self.size, self.size, SIZE_MULTIPLE)
+        snap_size(self.pixels, self.pixels, SIZE_MULTIPLE)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels a side."""
+        return flavour(self.flavour).size if self.size is None else self.size
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     """
     whole, chosen, text = anatomy(settings.flavour), precision(settings.precision), precision(settings.text_precision)
     body, t5, fp32 = whole.transformer, whole.text_encoder, precision("fp32")
-    size = snap_size(settings.size, settings.size, SIZE_MULTIPLE)[0]
+    size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
     on_device = 0 if settings.offload_during_startup else 1
     run = replace(Pass.of(size, settings.batch_size, chosen), text_tokens=settings.text_tokens)
     layers = lora_layers(settings.flavour, settings.target)
@@ -322,8 +327,8 @@ def _sentence(settings: Settings, on: Machine, purpose: Purpose, device: int, ho
     if on.shared:
         need = f"{in_gib(host)} of memory"
     if fits:
-        return f"{doing} at {settings.size} pixels on {place} with {what}: needs about {need}."
+        return f"{doing} at {settings.pixels} pixels on {place} with {what}: needs about {need}."
     return (
-        f"{settings.size} pixels do not fit on {place}: even {what} needs about {need}, and room for everything else "
+        f"{settings.pixels} pixels do not fit on {place}: even {what} needs about {need}, and room for everything else "
         "has to stay. Choose a smaller size or batch, close other programs, or use a larger device."
     )

@@ -61,7 +61,7 @@ class MemoryPlan:
         padded = [[f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows]
         lines = ["  ".join(row).rstrip() for row in padded]
         about = (
-            f"{unit} for {self.chosen.size} pixels, batch {self.chosen.batch_size}, LoRA rank {self.chosen.rank}. "
+            f"{unit} for {self.chosen.pixels} pixels, batch {self.chosen.batch_size}, LoRA rank {self.chosen.rank}. "
             f"Sampling and training: peak on the device (usable: {in_gib(self.on.device_budget)}); computer: peak of "
             f"its memory (usable: {in_gib(self.on.host_budget)})."
         )

@@ -38,7 +38,7 @@ def _setting(name: str, text: str) -> Any:
     if PLAN[name] is bool:
         raise Malformed(f"The plan's '{name}' is '{text}'; it must be true or false.")
     try:
-        return int(text) if PLAN[name] is int else text
+        return int(text) if PLAN[name] in (int, int | None) else text
     except ValueError:
         raise Malformed(f"The plan's '{name}' is '{text}'; it must be a whole number.") from None
 

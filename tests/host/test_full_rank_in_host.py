@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from safetensors import safe_open
 
 from _host import Host, PromptFailed
 from prompts import Prompt, job_of, node, text_to_image, train
+from weight_files import remove_files
 
 
 def settings(server: Host, **changes: object) -> Prompt:
@@ -64,7 +64,7 @@ def test_a_full_rank_job_ends_with_a_model_that_can_be_chosen_and_paints(server:
         assert not np.array_equal(picture(server, transformer=path.name), picture(server))
     finally:
         path.unlink()
-        shutil.rmtree(folder.parent)
+        remove_files(folder.parent)
 
 
 def test_adapter_options_beside_full_rank_blocks_are_refused(server: Host):

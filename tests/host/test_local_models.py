@@ -18,6 +18,7 @@ import miniature
 from _host import Host, PromptFailed, PromptRejected
 from chroma_core.names.transformer import to_original
 from prompts import node, text_to_image
+from weight_files import remove_files
 
 TINY = Path(__file__).resolve().parents[2] / "chroma_core" / "assets" / "tiny"
 
@@ -44,7 +45,7 @@ def models(server: Host) -> Iterator[Path]:
     save_file(tiny("vae"), models / "vae" / "tiny_vae.safetensors")
     yield models
     for name in ("diffusion_models", "text_encoders", "vae", "chromakit"):
-        shutil.rmtree(models / name, ignore_errors=True)
+        remove_files(models / name)
 
 
 def prompt(seed: int = 1, **load_inputs: object) -> dict:

@@ -36,7 +36,7 @@ def test_the_nodes_paint_what_the_preview_showed(server: Host, preview):
     case, shown = preview
     painted = through_comfyui(case, server)
     assert torch.equal(painted.latents, shown.latents)
-    assert painted.picture.tobytes() == shown.picture.tobytes()
+    assert painted.image.tobytes() == shown.image.tobytes()
 
 
 def test_changed_fields_of_a_recipe_and_other_methods(server: Host, preview, components):

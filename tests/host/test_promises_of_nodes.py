@@ -7,6 +7,8 @@ from recorded import hold
 
 SHOWN = ("tooltip", "display_name", "placeholder")
 """Options of an input that are words for the reader."""
+FILES = ("lora", "folder")
+"""Inputs whose choices are what lies in a folder just then."""
 
 
 def surface(info: dict[str, Any]) -> dict[str, Any]:
@@ -19,6 +21,8 @@ def surface(info: dict[str, Any]) -> dict[str, Any]:
                 declared = [declared]
             options = declared[1] if len(declared) > 1 else {}
             kept = {key: value for key, value in options.items() if key not in SHOWN}
+            if name in FILES:
+                kept = {key: value for key, value in kept.items() if key not in ("options", "default")}
             inputs[name] = {"kind": kind, "type": declared[0], "options": kept}
     outputs = [
         {"name": name, "type": type_, "list": is_list}

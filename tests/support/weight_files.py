@@ -189,3 +189,11 @@ def cut(path: Path, share: float = 0.5) -> Path:
     with path.open("rb+") as file:
         file.truncate(int(path.stat().st_size * share))
     return path
+
+
+def remove_files(folder: Path) -> None:
+    """Remove what lies in a folder of ComfyUI's, at any depth, but no folder: its lists of files fail for good once a
+    folder that it has seen is gone."""
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            path.unlink()

@@ -121,10 +121,10 @@ def _rows(body: object) -> dict[str, Any]:
     own = inputs_of(ChromaLoadModel)
     size = io.Int.Input("size", default=0, min=0, max=4096)
     values = read_widgets([*(own[name] for name in PLAN), size], body)
-    plan = memory_plan(Settings(**values), machine(host.device()))
+    plan = memory_plan(Settings(**values | {"size": values["size"] or None}), machine(host.device()))
     return {
         "rows": [row.to_dict() for row in plan.rows],
-        "size": plan.chosen.size,
+        "size": plan.chosen.pixels,
         "device_name": plan.on.name,
         "shared": plan.on.shared,
         "device_bytes": plan.on.device_bytes,

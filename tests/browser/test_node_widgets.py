@@ -143,7 +143,7 @@ def test_panels_follow_the_widgets_and_say_what_is_wrong(panels: Panels):
     panels.window.screenshot(f"node_widgets_{panels.renderer}_errors")
 
     panels.set("ChromaDataset", folder="../x")
-    panels.shows("dataset", "There is no data set folder '../x'")
+    panels.shows("dataset", "There is no dataset folder '../x'")
     panels.set("ChromaDataset", folder="sks_emblem", resolution=512)
     panels.shows("dataset", "(?s)at 512 px.*2 warnings: 16 smaller than the training resolution")
     panels.of("dataset").locator("summary").dispatch_event("click")

@@ -121,7 +121,8 @@ def _rows(body: object) -> dict[str, Any]:
     own = inputs_of(ChromaLoadModel)
     size = io.Int.Input("size", default=0, min=0, max=4096)
     values = read_widgets([*(own[name] for name in PLAN), size], body)
-    plan = memory_plan(Settings(**values | {"size": values["size"] or None}), machine(host.device()))
+    values["size"] = values["size"] or None
+    plan = memory_plan(Settings(**values), machine(host.device()))
     return {
         "rows": [row.to_dict() for row in plan.rows],
         "size": plan.chosen.pixels,

@@ -26,8 +26,8 @@ NODE_MODULES = ROOT / "node_modules"
 NOTHING_COLLECTED = 5
 PROCESSES = {"core": min(4, os.cpu_count() or 1), "host": min(2, os.cpu_count() or 1)}
 """Core tests share nothing but the file system, host tests a server for each process: their files are dealt out."""
-DEALT = ("--dist", "loadgroup", "--no-loadscope-reorder")
-"""By the groups, and in the order, that tests/conftest.py gives them."""
+DEALT = ("--dist", "loadscope", "--no-loadscope-reorder")
+"""By whole files, and in the order, that tests/conftest.py gives them."""
 SLOWEST = ("--durations=50", "--durations-min=1")
 
 

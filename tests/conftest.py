@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are tens of times slower on oversubscribed threads
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,31 +20,35 @@ from _host import Host, start_host  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
+class FilesTogether(LoadScopeScheduling):
+    """Deals out whole files, so that what a file's tests share is made once, and imports of ComfyUI to one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(Path(nodeid.partition("::")[0]))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """xdist's own `loadgroup` does not see groups under pytest 9.2."""
+    return FilesTogether(config, log)
+
+
+@cache
+def group_of(file: Path) -> str:
+    """`native` for files that ask ComfyUI's own modules in forks of a process that has imported them (forked.py)."""
+    shared = re.search(r"^import native", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    return "native" if shared else file.as_posix()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which files belong in one process, and begin with the long ones: no process is to end long after another."""
-    groups: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        groups.setdefault(shared_import(item) or item.nodeid.partition("::")[0], []).append(item)
-    for name, group in groups.items():
-        for item in group:
-            item.add_marker(pytest.mark.xdist_group(name))
-    items[:] = [item for group in sorted(groups.values(), key=is_short) for item in group]
+    """Begin with the files that take long: no process is to end long after another."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_collection_finish() -> None:
     """What was imported stays: without it, each of the many collections that freeing models asks for is short."""
     gc.collect()
     gc.freeze()
-
-
-def shared_import(item: pytest.Item) -> str | None:
-    """native: the file asks ComfyUI's own modules in forks of a process that has imported them (support/forked.py)."""
-    module = getattr(item, "module", None)
-    return "native" if hasattr(module, "native") or hasattr(module, "native_sampling") else None
-
-
-def is_short(group: list[pytest.Item]) -> bool:
-    return not any(item.get_closest_marker("slow") for item in group)
 
 
 @pytest.fixture(scope="session")

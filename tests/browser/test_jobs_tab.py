@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from _host import Host, start_host
+from _host import Host
 from _workflows import FOLDER, change, load_api
 from prompts import ACTIVE
+from restarting import restarted
 from tools.page import READY
 from training_page import RENDERER, THEME, build, start, stop_all, until
-from waiting import PATIENCE
 
 OPEN = """() => { const tabs = window.app.extensionManager.sidebarTab;
     if (tabs.activeSidebarTab?.id !== 'chromakit') tabs.toggleSidebarTab('chromakit') }"""
@@ -316,31 +316,31 @@ def test_events_that_are_missed_are_made_up_for(window, server: Host):
     window.errors.clear()  # of the socket that was closed
 
 
-def test_a_restarted_host_has_the_same_jobs(chromium, tmp_path):
-    """The page stays open, as it does when a user restarts the host."""
-    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
-    context.set_default_timeout(1000 * PATIENCE)
-    page = context.new_page()
-    with start_host(tmp_path) as host:
-        port = int(host.url.rpartition(":")[2])
-        host.post("/api/settings", {"Comfy.TutorialCompleted": True})
-        page.goto(host.url)
-        page.wait_for_function(READY)
-        page.evaluate(OPEN)
-        page.get_by_role("button", name="First LoRA").click()  # what a tab without jobs offers
-        page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'ChromaWaitForTraining')")
-        job = start(page, host, "before the restart")
-        open_job(page, job)
-        until(page, host, lambda: shown_step(page) >= 3, "the first steps")
-    with start_host(tmp_path, port=port) as host:
-        until(page, host, lambda: chip(page) == "interrupted", "the truth of the host that came back")
-        step = shown_step(page)
-        assert step == status(host, job)["step"] >= 3
-        act(page, "resume")
-        until(page, host, lambda: chip(page) == "running" and charted(page) > step, "the curve to go on")
-        act(page, "stop")
-        until(page, host, lambda: chip(page) == "stopped", "the stop")
-    context.close()
+def test_a_restarted_host_has_the_same_jobs(window, server: Host):
+    """The page stays open, as it does when a user restarts the host; settings that are damaged meanwhile are not used."""
+    page = window.page
+    for job in server.get("/chromakit/jobs?brief=true"):
+        server.post(f"/chromakit/jobs/{job['id']}/delete")
+    page.evaluate(OPEN)
+    page.get_by_role("button", name="First LoRA").click()  # what a tab without jobs offers
+    page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'ChromaWaitForTraining')")
+    job = start(page, server, "before the restart")
+    open_job(page, job)
+    until(page, server, lambda: shown_step(page) >= 3, "the first steps")
+    settings = server.base / "user" / "chromakit" / "settings.json"
+    with restarted(server):
+        settings.parent.mkdir(parents=True, exist_ok=True)
+        settings.write_text('{"prompts_while_training": "fin', encoding="utf-8")
+    until(page, server, lambda: chip(page) == "interrupted", "the truth of the host that came back")
+    assert server.get("/chromakit/settings")["prompts_while_training"] == "yield"
+    assert server.log_path.read_text(encoding="utf-8", errors="replace").count("settings.json' is not used") == 1
+    step = shown_step(page)
+    assert step == status(server, job)["step"] >= 3
+    act(page, "resume")
+    until(page, server, lambda: chip(page) == "running" and charted(page) > step, "the curve to go on")
+    act(page, "stop")
+    until(page, server, lambda: chip(page) == "stopped", "the stop")
+    window.errors.clear()  # of the socket that was closed
 
 
 def test_the_host_chooses_what_prompts_do(window, server: Host):

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from _host import Host, PromptRejected, start_host
+from _host import Host, PromptRejected
 from prompts import Prompt, finish, job_of, node, text_to_image, train
 from waiting import PATIENCE, until
 
@@ -267,18 +267,3 @@ def test_nodes_without_device_exist(server: Host, root: Path):
     listed = text.split("frozenset(")[1].split(")")[0].replace('"', " ").replace(",", " ")
     names = [word for word in listed.split() if word.isalpha()]
     assert len(names) >= 15 and not set(names) - set(server.get("/object_info"))
-
-
-@pytest.mark.slow
-def test_the_choice_survives_a_restart_and_a_damaged_file_does_not_matter(tmp_path: Path):
-    path = tmp_path / "user" / "chromakit" / "settings.json"
-    path.parent.mkdir(parents=True)
-    path.write_text('{"prompts_while_training": "fin', encoding="utf-8")
-    with start_host(tmp_path) as own:
-        assert own.get(SETTINGS)[NAME] == "yield"
-        log = own.log_path.read_text(encoding="utf-8", errors="replace")
-        assert log.count("settings.json' is not used") == 1
-        choose(own, "finish")
-    with start_host(tmp_path) as own:
-        assert own.get(SETTINGS) == {NAME: "finish", "choices": ["yield", "finish", "refuse"], "held": 0}
-        assert "settings.json" not in own.log_path.read_text(encoding="utf-8", errors="replace")

@@ -38,8 +38,8 @@ class JobValues(JobEnd):
 
     loss, loss_smooth, lr, heldout_loss: of the newest step that has one. step_seconds: running mean; eta_seconds: time
     left, by it. changes: options changed since the start (see `changes.entry`). checkpoint: step of the newest one.
-    yielded: whether the trainer waits for a prompt. memory: bytes (see `device.memory_in_use`). created, updated: Unix
-    time.
+    yielded: whether the trainer waits for a prompt. waits_for: `prompt`, `memory` (until ComfyUI makes room), or
+    nothing. memory: bytes (see `device.memory_in_use`). created, updated: Unix time.
     """
 
     step: int
@@ -63,6 +63,7 @@ class JobValues(JobEnd):
     checkpoint: int | None
     base_sha256: str | None
     yielded: bool
+    waits_for: Literal["", "prompt", "memory"]
     memory: dict[str, int] | None
     created: float
     updated: float
@@ -83,7 +84,7 @@ def _fresh(config: TrainingConfig) -> JobValues:
     now = time.time()
     values: dict[str, Any] = {**dict.fromkeys(JobValues.__annotations__), "created": now, "updated": now}
     values |= {"state": "queued", "message": "", "step": 0, "steps": config.steps, "warnings": [], "changes": []}
-    return cast(JobValues, {**values, "train_seconds": 0.0, "skipped_steps": 0, "yielded": False})
+    return cast(JobValues, {**values, "train_seconds": 0.0, "skipped_steps": 0, "yielded": False, "waits_for": ""})
 
 
 _DETAILS = ("warnings", "changes", "memory", "base_sha256", "lora_path", "model_path")
@@ -194,8 +195,10 @@ class Job:
         previews = fields.pop("new_samples", None)
         with self._lock:
             before, known = self.state, len(self._values["warnings"])
-            yielded = self._values["yielded"]
+            waited_for = self._values["waits_for"]
             self._add_seconds(fields.pop("step_seconds_now", None))
+            if fields.get("yielded") is False:
+                fields.setdefault("waits_for", "")
             if fields.get("lora_path") is not None:
                 fields["lora_path"] = str(fields["lora_path"])
                 fields["lora_name"] = Path(fields["lora_path"]).name
@@ -214,7 +217,7 @@ class Job:
             if changed or urgent or now - self._written > WRITE_EVERY_SECONDS:
                 self.write()
             # Nothing else may come for as long as a prompt runs.
-            turned = self._values["yielded"] != yielded
+            turned = self._values["waits_for"] != waited_for
             announce = changed or turned or urgent or now - self._notified > NOTIFY_EVERY_SECONDS
             if announce:
                 self._notified = now

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -15,7 +16,7 @@ from ...data.samples import Progress as OnProgress
 from ...data.samples import Sample, SampleSet, cache_samples, cache_texts, caption_texts, combine
 from ...data.scan import DatasetConfig, describe_skipped, scan
 from ...errors import ConfigError
-from ...loading.load import load_text_encoder, load_vae
+from ...loading.load import device_size, load_text_encoder, load_vae
 from ...loading.model_files import base_hash, locate
 from ...lora.layer import adapted_layers
 from ...model.device import release_memory
@@ -25,6 +26,9 @@ from ...streaming.streamer import streamed
 from ..config import TrainingConfig
 from ..control import DeviceSlot
 from .preview import preview_texts
+
+COMPUTING_BYTES = 2 << 30
+"""Beside the weights of the VAE or T5, for encoding one image or text."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,15 @@ def prepare(
     config: TrainingConfig,
     cache_folder: Path,
     slot: DeviceSlot,
-    between: Callable[[], None],
+    between: Callable[..., None],
     progress: OnProgress,
 ) -> Prepared:
     """Scan and cache. Interrupted at any point, the next call continues where this one was.
 
     Args:
         slot: the job's slot on the device, which VAE and T5 take one after the other.
-        between: called between entries; may wait or raise.
+        between: called between entries, and with `needed` before a component comes to the device (see `Control.gate`);
+            may wait or raise.
     Raises:
         DataError, PromptError, ModelFileError: each with what to do.
     """
@@ -72,7 +77,7 @@ def prepare(
     sets: list[list[Sample]] = []
     for found in scans:
         samples, unreadable = cache_samples(
-            found, cache, config.resolution, lambda: _borrowed_vae(config, slot), between, progress
+            found, cache, config.resolution, lambda: _borrowed_vae(config, slot, between), between, progress
         )
         warnings += found.warnings
         if unreadable:
@@ -84,12 +89,12 @@ def prepare(
     )
     captions = caption_texts(samples)
     texts = [*captions, *(sample.captions[0] for sample in heldout), *prompts]
-    truncated = cache_texts(texts, cache, lambda: _borrowed_text_encoder(config, slot), between, progress)
+    truncated = cache_texts(texts, cache, lambda: _borrowed_text_encoder(config, slot, between), between, progress)
     training_cache = cache
     if config.objective.text_padding == "unmodified":
         # Only training sees the padding: previews and the held-out loss condition as sampling does.
         training_cache = LatentTextCache(cache_folder, cache.vae_key, f"{cache.text_key} unmodified", cache.recipe)
-        cache_texts(captions, training_cache, lambda: _with_padding(config, slot), between, progress)
+        cache_texts(captions, training_cache, lambda: _with_padding(config, slot, between), between, progress)
     if truncated:
         warnings.append(
             f"{len(truncated)} captions are longer than 512 tokens and were cut, e.g. “{truncated[0][:60]}…”."
@@ -107,35 +112,46 @@ def _heldout(config: TrainingConfig) -> list[DatasetConfig]:
 
 
 @contextmanager
-def _with_padding(config: TrainingConfig, slot: DeviceSlot) -> Iterator[TextEncoder]:
-    with _borrowed_text_encoder(config, slot) as encoder:
+def _with_padding(config: TrainingConfig, slot: DeviceSlot, gate: Callable[..., None]) -> Iterator[TextEncoder]:
+    with _borrowed_text_encoder(config, slot, gate) as encoder:
         yield encoder.with_padding()
 
 
 @contextmanager
-def _borrowed_vae(config: TrainingConfig, slot: DeviceSlot) -> Iterator[AutoencoderKL]:
-    slot.make_room()
-    vae = load_vae(config.model, slot.device)
+def _borrowed_vae(config: TrainingConfig, slot: DeviceSlot, gate: Callable[..., None]) -> Iterator[AutoencoderKL]:
+    gate(needed=_room_for(config, "vae", slot))
+    with slot.coming():
+        vae = load_vae(config.model, slot.device)
+        slot.take(vae)
     try:
-        with slot.taken_by(vae):
-            yield vae
+        yield vae
     finally:
+        slot.leave()
         del vae
         release_memory()
 
 
 @contextmanager
-def _borrowed_text_encoder(config: TrainingConfig, slot: DeviceSlot) -> Iterator[TextEncoder]:
-    slot.make_room()
-    encoder = load_text_encoder(config.model, slot.device)
+def _borrowed_text_encoder(
+    config: TrainingConfig, slot: DeviceSlot, gate: Callable[..., None]
+) -> Iterator[TextEncoder]:
+    gate(needed=_room_for(config, "text_encoder", slot))
+    with slot.coming():
+        encoder = load_text_encoder(config.model, slot.device)
+        slot.take(encoder.model)
     try:
-        with slot.taken_by(encoder.model):
-            yield encoder
+        yield encoder
     finally:
+        slot.leave()
         # The caller's `as` variable still names the model here: what is freed is its place on the accelerator.
         encoder.to("cpu")
         del encoder
         release_memory()
+
+
+def _room_for(config: TrainingConfig, part: Literal["vae", "text_encoder"], slot: DeviceSlot) -> int:
+    """Bytes for a component and for computing with it; a CPU has nothing to ask for."""
+    return 0 if slot.device.type == "cpu" else device_size(config.model, part) + COMPUTING_BYTES
 
 
 def compile_blocks(transformer: ChromaTransformer, backend: str = "inductor") -> None:

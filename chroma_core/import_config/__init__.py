@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.dataset import DatasetConfig
 from ..errors import ConfigError
 from ..files import slug
 from . import ai_toolkit, simpletuner
@@ -95,7 +94,7 @@ def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path |
     sources = (file.name,) if dataloader is None else (file.name, dataloader.name)
     sets = []
     for name, kind, backend in _usable(dataloader, job.lines) or [("", "image", {})]:
-        part = Draft(sources[-1], job.lines, DatasetConfig)
+        part = Draft(sources[-1], job.lines)
         part.walk(
             simpletuner.SET_OPTIONS,
             for_all_sets | _stated(backend),
@@ -200,7 +199,7 @@ def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
     trigger = _stated({"trigger_word": process.get("trigger_word")})
     sets = []
     for i, item in enumerate(datasets):
-        part = Draft(file.name, lines, DatasetConfig)
+        part = Draft(file.name, lines)
         options = trigger | _stated({str(key): value for key, value in item.items()})
         part.walk(ai_toolkit.SET_OPTIONS, options, prefix=f"datasets.{i}.")
         sets.append(("image", part))

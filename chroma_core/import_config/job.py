@@ -42,7 +42,7 @@ class Imported:
     @property
     def remarks(self) -> list[Line]:
         """Everything that differs, has no counterpart or is not known."""
-        return [line for line in self.lines if line.is_remark]
+        return self.of("differs", "no counterpart", "unknown")
 
 
 def finish(

@@ -72,8 +72,6 @@ class Host:
     def __exit__(self, *_) -> None:
         self.stop()
 
-    # --- HTTP ---------------------------------------------------------------------------------------------------------
-
     def request(self, method: str, path: str, body: Any = None, timeout: float = 60.0) -> tuple[int, bytes]:
         """(status, body) of one request; HTTP errors are statuses here, not exceptions."""
         data = None if body is None else json.dumps(body).encode()
@@ -102,8 +100,6 @@ class Host:
             return status, json.loads(answer) if answer else None
         except ValueError:
             return status, answer.decode(errors="replace")
-
-    # --- prompts ------------------------------------------------------------------------------------------------------
 
     def post_prompt(self, prompt: dict[str, Any]) -> str:
         """Queue an API-format prompt and return its id; PromptRejected if the host refuses it."""
@@ -166,8 +162,6 @@ class Host:
         if status != 200:
             raise HostError(f"POST /free answered {status}: {answer}")
         time.sleep(0.5)  # the prompt worker acts on the flags when it wakes up
-
-    # --- the process --------------------------------------------------------------------------------------------------
 
     def alive(self) -> bool:
         return self.process.poll() is None

@@ -5,7 +5,6 @@ Building Chroma 1's three module trees on the meta device takes a fifth of a sec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+from ..files import read_json
 from ..lora.layer import features, linear_modules
 from ..lora.settings import target_modules
 from ..model.flavours import flavour
@@ -62,10 +62,6 @@ class Part:
         """Bytes of the finished part."""
         small = self.quantisable if chosen.quantised else 0
         return round(small * chosen.bytes_per_weight + (self.parameters - small) * chosen.dtype.itemsize)
-
-    def raw_bytes(self, chosen: Precision) -> int:
-        """Bytes of the part in the precision's dtype, before it is quantised."""
-        return self.parameters * chosen.dtype.itemsize
 
 
 def together(parts: Iterable[Part]) -> Part:
@@ -241,7 +237,7 @@ def _config(flavour_name: str, part: str, published: dict[str, Any]) -> dict[str
     folder: Path | None = flavour(flavour_name).folder
     if folder is None:
         return published
-    values = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / part / "config.json")
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 

@@ -1,9 +1,10 @@
-"""The command line's `sample`: prompts, the schedule, the recipe, a picture to start from."""
+"""The commands that make images: `sample` with prompts, schedule, recipe, an image to start from; and `request`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,7 @@ from tqdm import tqdm
 
 from ..errors import ConfigError
 from .lora import warn_of_other_bases
-from .models import add_model_options, spec_from
-from .options import add_flag, lora_use
+from .options import add_flag, add_model_options, lora_use, spec_from
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,12 +25,8 @@ if TYPE_CHECKING:
     from ..sampling.sampler import SamplingSettings
 
 
-def add_sample_command(commands) -> None:
-    """The sub-command sample."""
-    commands.add_parser("sample", help="make pictures", options=_options)
-
-
-def _options(sample: argparse.ArgumentParser) -> None:
+def sample_options(sample: argparse.ArgumentParser) -> None:
+    """What sample is asked."""
     add_model_options(sample)
     sample.add_argument("--prompt", action="append", required=True, help="repeat for several pictures")
     sample.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
@@ -57,7 +53,7 @@ def _sample(options: argparse.Namespace) -> None:
     from ..model.images import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
     from ..model.latents import LatentFormat
     from ..requests.run import use_record
-    from ..sampling.sampler import sample
+    from ..sampling.sampler import image_record, sample
     from ..sampling.text import apply_trigger
 
     chosen, rules, device = flavour(options.flavour), recipe_from(options), best_device(options.device)
@@ -91,17 +87,9 @@ def _sample(options: argparse.Namespace) -> None:
         )
     vae = cache.vae(spec, device)
     for i, picture in enumerate(decode(vae, latents)):
-        record = {
-            "prompt": prompts[i],
-            "negative": avoided,
-            "width": picture.width,
-            "height": picture.height,
-            "model": spec.to_dict(),
-            "settings": settings.to_dict() | {"seed": settings.seed + i},
-            "recipe": rules.to_dict(),
-            "loras": [use_record(use) for use in handle.loras],
-            **started,
-        }
+        record = image_record(prompts[i], avoided, picture.size, settings, rules, spec.to_dict())
+        record["settings"]["seed"] += i
+        record |= {"loras": [use_record(use) for use in handle.loras], **started}
         path = free_path(options.output, f"chroma-{settings.seed + i}.png")
         if options.save_latents:
             file = latents_bytes(latents[i : i + 1], LatentFormat.of(vae))
@@ -144,17 +132,12 @@ def settings_from(options: argparse.Namespace, chosen: Flavour) -> SamplingSetti
 
     if options.image is None and (options.mask is not None or options.denoise < 1 or options.start_step):
         raise ConfigError("--mask, --denoise below 1 and --start-step change a picture: name it with --image.")
+    same = ("seed", "tail_bias", "method", "denoise", "spacing", "start_step", "end_step")
     return SamplingSettings(
         steps=options.steps if options.steps is not None else chosen.steps,
         guidance=options.guidance if options.guidance is not None else chosen.guidance,
-        seed=options.seed,
-        tail_bias=options.tail_bias,
         flow_shift=None if options.flow_shift is None else parse_flow_shift(options.flow_shift),
-        method=options.method,
-        denoise=options.denoise,
-        spacing=options.spacing,
-        start_step=options.start_step,
-        end_step=options.end_step,
+        **{name: getattr(options, name) for name in same},
     )
 
 
@@ -211,3 +194,63 @@ def _open(path: Path) -> Image:
         return ImageOps.exif_transpose(picture)  # as it is shown, and as the host's Load Image reads it
     except (OSError, Image.DecompressionBombError) as error:
         raise ConfigError(f"The picture '{path}' cannot be read: {error}. Give a PNG, JPEG or WebP file.") from error
+
+
+def request_options(command: argparse.ArgumentParser) -> None:
+    """What request is asked."""
+    command.add_argument("file", type=Path, nargs="+", help="a request; several keep the model loaded between them")
+    command.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
+    command.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    command.add_argument("--json", action="store_true", help="print what was made as JSON, one line a request")
+    command.add_argument(
+        "--api-prompt", action="store_true", help="paint nothing: print the request as a ComfyUI prompt in API format"
+    )
+    command.set_defaults(run=_request)
+
+
+def _request(options: argparse.Namespace) -> None:
+    from ..comfy.graph import to_prompt
+    from ..loading.component_cache import ComponentCache
+    from ..model.device import best_device
+    from ..requests.request import InferenceRequest
+    from ..requests.run import check_loras, lora_file, lora_uses, model_spec, part_file, run_request
+
+    requests = []
+    for file in options.file:
+        try:
+            requests.append((file, InferenceRequest.read(file.read_bytes())))
+        except OSError as error:
+            raise ConfigError(f"The request '{file}' cannot be read: {error.strerror or error}.") from error
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+    if options.api_prompt:
+        for _, request in requests:
+            print(json.dumps(to_prompt(request, request.pictures(), [lora.path for lora in request.loras])))
+        return
+    device = best_device(options.device)
+    planned = []
+    for file, request in requests:  # all of them before the first is painted
+        folder = file.resolve().parent
+        spec = model_spec(request, lambda field, name, folder=folder: part_file(folder, field, name))
+        loras = lora_uses(request, lambda name, folder=folder: lora_file(folder, name))
+        check_loras(spec, loras)
+        planned.append((request, spec, loras))
+    cache = ComponentCache()
+    for request, spec, loras in planned:
+        total = sum(picture.sample_steps for picture in request.pictures())
+        with tqdm(total=total, unit="step", desc="painting") as bar:
+
+            def show(picture: int, done: int, steps: int, bar=bar, of=request) -> None:
+                bar.set_postfix_str(f"picture {picture + 1} of {len(of.prompts)}")
+                bar.update()
+
+            result = run_request(request, spec, loras, cache, device, options.output, show)
+        if options.json:
+            print(json.dumps(result, ensure_ascii=False))
+            continue
+        for made in result["prompts"]:
+            cut = f", the last {made['truncated_tokens']} tokens cut off" if made["truncated_tokens"] else ""
+            print(
+                f"{made['file']}: {made['width']}×{made['height']}, seed {made['seed']}, {made['sample_steps']} steps, "
+                f"guidance {made['guidance_scale']:g}{cut}"
+            )

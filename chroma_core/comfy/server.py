@@ -129,13 +129,11 @@ class Host:
 
     def image_files(self, history: dict[str, Any], kind: str = "output") -> list[tuple[str, bytes]]:
         """(file name, bytes) of a history entry's pictures, by output node's id; `kind` "temp" for mere previews."""
-        found = []
-        for node_id in sorted(history["outputs"], key=lambda key: (len(key), key)):
-            for image in history["outputs"][node_id].get("images", []):
-                if image["type"] != kind:
-                    continue
-                found.append((image["filename"], self.view(image)))
-        return found
+        outputs = history["outputs"]
+        images = [
+            i for node in sorted(outputs, key=lambda key: (len(key), key)) for i in outputs[node].get("images", [])
+        ]
+        return [(image["filename"], self.view(image)) for image in images if image["type"] == kind]
 
     def view(self, file: dict[str, Any]) -> bytes:
         """The bytes of a file that a node saved, as its output names it."""

@@ -164,7 +164,12 @@ def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
             f"'{file.name}' has a process of type {shown(process['type'])}; only sd_trainer, which trains, can be "
             "imported."
         )
-    sections = {name: _section(file, process, name) for name in ai_toolkit.SECTIONS if name}
+    sections: dict[str, dict[str, Any]] = {}
+    for name in filter(None, ai_toolkit.SECTIONS):
+        section = process.get(name) or {}
+        if not isinstance(section, dict):
+            raise ConfigError(f"'{file.name}': {name} is {shown(section)}; it must be a section with options.")
+        sections[name] = {str(key): value for key, value in section.items()}
     model = sections["model"]
     old_switch = next((key for key in model if key.startswith("is_") and not is_off(model[key])), "")
     arch = model.get("arch")
@@ -204,13 +209,6 @@ def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
         part.walk(ai_toolkit.SET_OPTIONS, options, prefix=f"datasets.{i}.")
         sets.append(("image", part))
     return finish("ai-toolkit", (file.name,), job, sets, start_folders(file), [])
-
-
-def _section(file: Path, process: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = process.get(name) or {}
-    if not isinstance(section, dict):
-        raise ConfigError(f"'{file.name}': {name} is {shown(section)}; it must be a section with options.")
-    return {str(key): value for key, value in section.items()}
 
 
 def _stated(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ..data.dataset import DatasetConfig
-from .convert import Given, Lost, Near, Same, table
+from .convert import Given, lost, near, table, unchanged
 from .read import Unreadable, is_off, is_on, number, read_config, switch, text, whole
 
-OWN_LAYERS = "stored by ChromaKit's own quantised layers instead"
 QTYPES = {
     "qfloat8": "fp8-quanto",
     "qint8": "int8-quanto",
     "qint4": "int4-quanto",
     "float8": "fp8-torchao",
-    "int8": Near("int8", OWN_LAYERS),
-    "uint8": Near("int8", OWN_LAYERS),
-    "int4": Near("int4", OWN_LAYERS),
-    "uint4": Near("int4", OWN_LAYERS),
+    **dict.fromkeys(("int8", "uint8"), "int8"),
+    **dict.fromkeys(("int4", "uint4"), "int4"),
 }
 
 
@@ -28,18 +25,17 @@ def quantised(qtypes: dict[str, str]) -> Any:
     """`qtypes`: our option → ai-toolkit's qtype."""
     values, reason = {}, ""
     for to, qtype in qtypes.items():
-        found = QTYPES.get(qtype, Lost(f"there is no {qtype}: choose a precision, e.g. int8 or nf4"))
-        if isinstance(found, Lost):
-            return found
-        if isinstance(found, Near):
-            found, reason = found.value, found.reason
-        values[to] = found
-    return Near(values, reason) if reason else values
+        if qtype not in QTYPES:
+            return lost(f"there is no {qtype}: choose a precision, e.g. int8 or nf4")
+        values[to] = QTYPES[qtype]
+        if values[to] in ("int8", "int4"):
+            reason = "stored by ChromaKit's own quantised layers instead"
+    return near(values, reason) if reason else values
 
 
 def quantize(value: Any, given: Given) -> Any:
     if not switch(value):
-        return Same("not used")
+        return unchanged("not used")
     qtypes = {"model.precision": text(given.get("qtype", "qfloat8"))}
     if "quantize_te" not in given:  # it follows `quantize`
         qtypes["model.text_precision"] = text(given.get("qtype_te", "qfloat8"))
@@ -48,7 +44,7 @@ def quantize(value: Any, given: Given) -> Any:
 
 def quantize_te(value: Any, given: Given) -> Any:
     if not switch(value):
-        return Same("not used")
+        return unchanged("not used")
     return quantised({"model.text_precision": text(given.get("qtype_te", "qfloat8"))})
 
 
@@ -60,14 +56,14 @@ def dtype(value: Any, given: Given) -> Any:
     if is_off(given.get("model.quantize")):
         return word
     reason = "a quantised base model computes in bf16 here"
-    return Same(reason) if word == "bf16" else Near({}, reason)
+    return unchanged(reason) if word == "bf16" else near({}, reason)
 
 
 def alpha(value: Any, given: Given) -> Any:
     rank, alpha = number(given.get("linear", given.get("rank", 16))), number(value)
     if text(given.get("type", "lora")).lower() == "lokr" or alpha == rank:
         return alpha
-    return Near(rank, "ai-toolkit trains Chroma at scale 1, whatever stands here")
+    return near(rank, "ai-toolkit trains Chroma at scale 1, whatever stands here")
 
 
 def timesteps(value: Any, given: Given) -> Any:
@@ -77,17 +73,17 @@ def timesteps(value: Any, given: Given) -> Any:
     draws = {
         "sigmoid": "logit_normal",
         "linear": "uniform",
-        "weighted": Near("uniform", "the loss is not weighted by the noise level here"),
-        "lognorm_blend": Near("logit_normal", "without the blend with even draws"),
+        "weighted": near("uniform", "the loss is not weighted by the noise level here"),
+        "lognorm_blend": near("logit_normal", "without the blend with even draws"),
     }
-    return draws.get(word, Lost("draws are logit-normal, uniform or chroma"))
+    return draws.get(word, lost("draws are logit-normal, uniform or chroma"))
 
 
 def highest_level(value: Any, given: Given, everything: tuple[int, ...] = (0,)) -> Any:
     """A bound of the denoising steps; `everything`: steps that leave out nothing."""
     if whole(value) in everything:
-        return Same("all noise levels")
-    return Near(round(1 - whole(value) / 1000, 6), "draws are squeezed into the range here, not drawn again")
+        return unchanged("all noise levels")
+    return near(round(1 - whole(value) / 1000, 6), "draws are squeezed into the range here, not drawn again")
 
 
 def lowest_level(value: Any, given: Given) -> Any:
@@ -108,7 +104,7 @@ def parameters(value: Any, known: dict[str, str], read: Callable[[Any], Any]) ->
         raise Unreadable("a section with options")
     values = {known[key]: read(item) for key, item in value.items() if key in known}
     others = ", ".join(str(key) for key in value if key not in known)
-    return Near(values, f"without counterpart: {others}") if others else values
+    return near(values, f"without counterpart: {others}") if others else values
 
 
 def numbers(value: Any) -> Any:
@@ -122,13 +118,13 @@ def ema(value: Any, given: Given) -> Any:
         return 0.0
     others = ", ".join(str(key) for key in value if key not in ("use_ema", "ema_decay"))
     decay = number(value.get("ema_decay", 0.999))
-    return Near(decay, f"without counterpart: {others}") if others else decay
+    return near(decay, f"without counterpart: {others}") if others else decay
 
 
 def pair_noise(value: Any, given: Given) -> Any:
     if whole(value) <= 1:
-        return Same("not used")
-    return Near(True, "noises are paired inside the batch, not drawn from more")
+        return unchanged("not used")
+    return near(True, "noises are paired inside the batch, not drawn from more")
 
 
 def negative(value: Any) -> str:
@@ -137,7 +133,7 @@ def negative(value: Any) -> str:
 
 def prompts(value: Any, given: Given) -> Any:
     if not is_off(given.get("train.disable_sampling")):
-        return Same("disable_sampling")
+        return unchanged("disable_sampling")
     prompts, with_settings = [], False
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, dict):
@@ -147,21 +143,21 @@ def prompts(value: Any, given: Given) -> Any:
         with_settings |= bool(settings)
         prompts.append(prompt.strip())
     reason = "settings of single prompts are left out: all previews have the same size, steps and guidance"
-    return Near(prompts, reason) if with_settings else prompts
+    return near(prompts, reason) if with_settings else prompts
 
 
 def walk_seed(value: Any, given: Given) -> Any:
     if switch(value):
-        return Same("prompt i has the seed + i here too")
+        return unchanged("prompt i has the seed + i here too")
     if len(given.get("prompts") or given.get("samples") or []) < 2:
-        return Same("a single prompt")
-    return Near({}, "prompt i has the seed + i here")
+        return unchanged("a single prompt")
+    return near({}, "prompt i has the seed + i here")
 
 
 def caption_dropout(value: Any, given: Given) -> Any:
     reason = "a dropped caption is empty here; ai-toolkit leaves the trigger word in it"
     differs = number(value) > 0 and not is_off(given.get("trigger_word"))
-    return Near(number(value), reason) if differs else number(value)
+    return near(number(value), reason) if differs else number(value)
 
 
 def resolutions(value: Any) -> list[int]:
@@ -183,7 +179,7 @@ SECTIONS = {
 BUILT_IN = {
     "text and previews": {"recipe": "ai-toolkit"},
     "noise levels": {"objective.remap": "none"},
-    "trained layers": Near(
+    "trained layers": near(
         {"lora.target": ["transformer_blocks.*", "single_transformer_blocks.*"]},
         "ai-toolkit has one LoRA for q, k and v together (and one for linear1); here each layer has its own",
     ),

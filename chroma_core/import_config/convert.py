@@ -1,7 +1,7 @@
 """How the tables are read (`simpletuner.yaml`, `ai_toolkit.yaml`), and the engine that walks them.
 
 A table has a `Rule` for every option of another trainer. Its `convert` answers with the value of our option, or says
-that the value is only near (`Near`), that there is nothing like it here (`Lost`), or that it changes nothing (`Same`).
+that the value is only `near`, that there is nothing like it here (`lost`), or that it changes nothing (`unchanged`).
 """
 
 from __future__ import annotations
@@ -26,25 +26,27 @@ Given = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Near:
+class Answer:
+    """What becomes of a value that is not simply taken over, and why. `value`: as `Rule.convert` has it."""
+
+    kind: Kind
+    reason: str
+    value: Any = field(default_factory=dict)
+
+
+def near(value: Any, reason: str) -> Answer:
     """The value that comes nearest, and how it differs."""
-
-    value: Any
-    reason: str
+    return Answer("differs", reason, value)
 
 
-@dataclass(frozen=True)
-class Lost:
+def lost(reason: str) -> Answer:
     """Nothing like it here: why, or what to do instead."""
+    return Answer("no counterpart", reason)
 
-    reason: str
 
-
-@dataclass(frozen=True)
-class Same:
+def unchanged(reason: str) -> Answer:
     """It changes nothing of what is trained here: why."""
-
-    reason: str
+    return Answer("ignored", reason)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def table(
     for reason, names in section["lost"].items():
         rules |= dict.fromkeys(names.split(), Rule(partial(_lost, reason), "", reason, "no counterpart"))
     for reason, names in section["ignored"].items():
-        rules |= dict.fromkeys(names.split(), Rule(partial(_always, Same(reason)), "", reason, "ignored"))
+        rules |= dict.fromkeys(names.split(), Rule(partial(_always, unchanged(reason)), "", reason, "ignored"))
     return rules
 
 
@@ -97,7 +99,7 @@ def _always(answer: Any, value: Any, given: Given) -> Any:
 
 
 def _lost(reason: str, value: Any, given: Given) -> Any:
-    return Same("not used") if is_off(value) else Lost(reason)
+    return unchanged("not used") if is_off(value) else lost(reason)
 
 
 def _rule(entry: Mapping[str, Any], functions: Mapping[str, Any], model: type) -> Rule:
@@ -109,15 +111,15 @@ def _rule(entry: Mapping[str, Any], functions: Mapping[str, Any], model: type) -
     if "when_on" in entry:
         answer, differs = entry["when_on"], entry.get("differs")
         reason = reason or f"true → `{str(answer).lower()}`" + (f": {differs}" if differs else "")
-        answer = Near(answer, differs) if differs else answer
+        answer = near(answer, differs) if differs else answer
         kind = "differs" if differs else "maps"
-        return Rule(lambda value, given: answer if switch(value) else Same("not used"), to, reason, kind)
+        return Rule(lambda value, given: answer if switch(value) else unchanged("not used"), to, reason, kind)
     if "otherwise" in entry:
         limit = entry.get("only", entry.get("at_most"))
-        read, same, otherwise = READERS[type(limit)], Same(entry.get("same", "the same here")), entry["otherwise"]
+        read, same, otherwise = READERS[type(limit)], unchanged(entry.get("same", "the same here")), entry["otherwise"]
         holds = operator.le if "at_most" in entry else operator.eq
         return Rule(
-            lambda value, given: same if holds(read(value), limit) else Lost(otherwise),
+            lambda value, given: same if holds(read(value), limit) else lost(otherwise),
             reason=reason or otherwise,
             kind="no counterpart",
         )
@@ -130,11 +132,11 @@ def _choice(entry: Mapping[str, Any]) -> Rule:
     same, other = [f"`{word}`" for word in answers], []
     for word, found in entry.get("words", {}).items():
         if isinstance(found, list):
-            answers[word] = Near(*found)
+            answers[word] = near(*found)
             other.append(f"`{word}` → `{found[0]}` (differs: {found[1]})")
         elif isinstance(found, dict):
-            (kind, reason) = *found, *found.values()
-            answers[word] = Lost(reason) if kind == "lost" else Same(reason)
+            ((kind, reason),) = found.items()
+            answers[word] = lost(reason) if kind == "lost" else unchanged(reason)
             other.append(f"`{word}`: no counterpart ({reason})" if kind == "lost" else f"`{word}`: {reason}")
         else:
             answers[word] = found
@@ -142,7 +144,7 @@ def _choice(entry: Mapping[str, Any]) -> Rule:
 
     def convert(value: Any, given: Given) -> Any:
         word = text(value).strip()
-        return answers.get(word.lower(), Lost(f"there is no {word!r} here"))
+        return answers.get(word.lower(), lost(f"there is no {word!r} here"))
 
     return Rule(convert, entry.get("to", ""), "; ".join(filter(None, (entry.get("why"), ", ".join(same), *other))))
 
@@ -168,35 +170,35 @@ def model_source(value: Any, given: Given) -> Any:
     """A repository, a folder or a single file as the model."""
     name = text(value).strip()
     if not name:
-        return Same("not used")
+        return unchanged("not used")
     if flavour := REPOSITORIES.get(name.lower()):
         return {"model.flavour": flavour}
     if name.lower().endswith(WEIGHTS):
         return {"model.transformer": ForeignPath(name)}
     if re.match(r"lodestones/chroma\b", name, re.IGNORECASE):
-        return Near(
+        return near(
             {} if "model_flavour" in given else {"model.flavour": "base"},
             "a development version of Chroma; the published weights of the flavour are used: name a file in "
             "model.transformer",
         )
     if is_local(name):
         return {"model.folder": ForeignPath(name)}
-    return Lost("other repositories are not loaded: download it and name its folder in model.folder")
+    return lost("other repositories are not loaded: download it and name its folder in model.folder")
 
 
 def part_source(part: str, value: Any, given: Given) -> Any:
     """One part of the model from a file or folder of this computer."""
     name = text(value).strip()
     if not name:
-        return Same("not used")
+        return unchanged("not used")
     if is_local(name):
         return ForeignPath(name)
-    return Lost(f"the {part} comes from the flavour's repository, a file or a folder: name one in model.{part}")
+    return lost(f"the {part} comes from the flavour's repository, a file or a folder: name one in model.{part}")
 
 
 def start_from(value: Any, given: Given) -> Any:
     """The LoRA whose training goes on."""
-    return ForeignPath(text(value)) if text(value).strip() else Same("not used")
+    return ForeignPath(text(value)) if text(value).strip() else unchanged("not used")
 
 
 READERS: dict[type, Callable[[Any], Any]] = {int: whole, float: number, bool: switch}
@@ -273,16 +275,12 @@ class Draft:
 
     def record(self, option: str, value: str, answer: Any, to: str = "") -> None:
         """Write an answer's values, and say so in its line."""
-        kind: Kind = "maps"
-        found, reason = answer, ""
-        if isinstance(answer, Near):
-            kind, found, reason = "differs", answer.value, answer.reason
-        elif isinstance(answer, Lost | Same):
-            kind, found, reason = "no counterpart" if isinstance(answer, Lost) else "ignored", {}, answer.reason
-        values = found if isinstance(found, dict) else {to: found}
+        if not isinstance(answer, Answer):
+            answer = Answer("maps", "", answer)
+        values = answer.value if isinstance(answer.value, dict) else {to: answer.value}
         for ours, each in values.items():
             self.put(ours, each, option)
-        self.lines.append(Line(option, value, kind, values, reason))
+        self.lines.append(Line(option, value, answer.kind, values, answer.reason))
 
     def put(self, path: str, value: Any, option: str) -> None:
         """Raises ConfigError when another foreign option set it to something else."""

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..data.dataset import DatasetConfig
-from .convert import Given, Lost, Near, Same, table
+from .convert import Given, lost, near, table, unchanged
 from .read import Unreadable, is_off, is_on, number, read_config, switch, text, whole
 
 _DATA = read_config(Path(__file__).with_suffix(".yaml"))
@@ -37,10 +37,10 @@ def precision(value: Any, given: Given) -> Any:
     word = text(value).lower()
     if given.get("base_model_precision", "no_change") != "no_change":
         if word == "bf16":
-            return Same("base_model_precision says how weights are stored; computing is in bf16 here too")
-        return Near({}, "a quantised base model computes in bf16 here")
+            return unchanged("base_model_precision says how weights are stored; computing is in bf16 here too")
+        return near({}, "a quantised base model computes in bf16 here")
     if word == "fp8":
-        return Near("fp8", "the weights are stored in fp8 and computing is in bf16 here")
+        return near("fp8", "the weights are stored in fp8 and computing is in bf16 here")
     known = {"bf16": "bf16", "fp16": "fp16", "no": "fp32", "fp32": "fp32"}
     if word not in known:
         raise Unreadable("no, fp16, bf16 or fp8")
@@ -49,25 +49,25 @@ def precision(value: Any, given: Given) -> Any:
 
 def epochs(value: Any, given: Given) -> Any:
     if whole(value) == 0:
-        return Same("0: max_train_steps decides")
+        return unchanged("0: max_train_steps decides")
     if not is_off(given.get("max_train_steps")):
-        return Same("max_train_steps goes first in SimpleTuner too")
-    return Lost("steps are counted here: set steps = epochs × images × repeats / (batch_size × gradient_accumulation)")
+        return unchanged("max_train_steps goes first in SimpleTuner too")
+    return lost("steps are counted here: set steps = epochs × images × repeats / (batch_size × gradient_accumulation)")
 
 
 def warmup(value: Any, given: Given) -> Any:
     steps, schedule = whole(value), given.get("lr_scheduler")
     if steps and schedule == "constant":
-        return Same("SimpleTuner's constant schedule has no warm-up")
+        return unchanged("SimpleTuner's constant schedule has no warm-up")
     if steps and schedule in ("cosine", "cosine_with_restarts", "sine"):
-        return Near(0, f"for {schedule} SimpleTuner takes it as the period, not a warm-up")
+        return near(0, f"for {schedule} SimpleTuner takes it as the period, not a warm-up")
     return steps
 
 
 def cycles(value: Any, given: Given) -> Any:
     if given.get("lr_scheduler") in ("polynomial", "cosine_with_restarts"):
         return max(1, whole(value))
-    return Same("read by no other schedule than the restarting one")
+    return unchanged("read by no other schedule than the restarting one")
 
 
 def betas(value: Any, given: Given) -> Any:
@@ -81,7 +81,7 @@ def guidance(value: Any, given: Given) -> Any:
     constant = number(given.get("flux_guidance_value", 1.0))
     low, high = number(given.get("flux_guidance_min", 0.0)), number(given.get("flux_guidance_max", 4.0))
     scale = [constant, constant] if mode == "constant" else [low, high]
-    return Near(
+    return near(
         {"objective.guidance": mode, "objective.guidance_range": scale},
         "SimpleTuner's Chroma code does not hand this value to the model; here the model gets it",
     )
@@ -91,21 +91,21 @@ def shift(value: Any, given: Given) -> Any:
     if number(value) in (0, 1):
         return "none"
     if is_on(given, "flow_schedule_auto_shift"):
-        return Same("flow_schedule_auto_shift decides")
+        return unchanged("flow_schedule_auto_shift decides")
     return shifted(number(value), given)
 
 
 def shifted(value: Any, given: Given) -> Any:
     reason = "SimpleTuner shifts before its tail remap, ChromaKit after it: other noise levels"
-    return value if no_remap(given) else Near(value, reason)
+    return value if no_remap(given) else near(value, reason)
 
 
 def noise_offset(value: Any, given: Given) -> Any:
     if number(value) == 0 or not is_on(given, "offset_noise"):
-        return Same("not used without offset_noise")
+        return unchanged("not used without offset_noise")
     chance = number(given.get("noise_offset_probability", 0.25))
     reason = f"SimpleTuner adds it to {chance:g} of the samples (noise_offset_probability), here to all"
-    return number(value) if chance == 1 else Near(number(value), reason)
+    return number(value) if chance == 1 else near(number(value), reason)
 
 
 def picture_size(value: Any, given: Given) -> Any:
@@ -116,7 +116,7 @@ def picture_size(value: Any, given: Given) -> Any:
     if not height and sides[0] < 16:
         sides = [megapixels(sides[0])] * 2
     size = {"previews.width": whole(sides[0]), "previews.height": whole(sides[1])}
-    return Near(size, "all previews have one size: the first is taken") if others else size
+    return near(size, "all previews have one size: the first is taken") if others else size
 
 
 def megapixels(area: float) -> int:
@@ -128,8 +128,8 @@ def megapixels(area: float) -> int:
 
 def resume(value: Any, given: Given) -> Any:
     if is_off(value) or value == "latest":
-        return Same("a job with the same settings always goes on from its newest checkpoint")
-    return Lost("another program's checkpoint cannot be continued; lora.start_from takes its LoRA")
+        return unchanged("a job with the same settings always goes on from its newest checkpoint")
+    return lost("another program's checkpoint cannot be continued; lora.start_from takes its LoRA")
 
 
 def last_folder(value: Any) -> str:
@@ -137,11 +137,11 @@ def last_folder(value: Any) -> str:
 
 
 def seed(value: Any, given: Given) -> Any:
-    return whole(value) if whole(value) > 0 else Lost("a new seed at every start; a job has a fixed one")
+    return whole(value) if whole(value) > 0 else lost("a new seed at every start; a job has a fixed one")
 
 
 def steps(value: Any, given: Given) -> Any:
-    return whole(value) or Same("0: the number of epochs decides")
+    return whole(value) or unchanged("0: the number of epochs decides")
 
 
 def ema(value: Any, given: Given) -> Any:
@@ -149,16 +149,16 @@ def ema(value: Any, given: Given) -> Any:
 
 
 def auto_shift(value: Any, given: Given) -> Any:
-    return shifted("dynamic", given) if switch(value) else Same("not used")
+    return shifted("dynamic", given) if switch(value) else unchanged("not used")
 
 
 def prompt(value: Any, given: Given) -> Any:
-    return Same("validation_disable") if is_on(given, "validation_disable") else [text(value)]
+    return unchanged("validation_disable") if is_on(given, "validation_disable") else [text(value)]
 
 
 def on_startup(value: Any, given: Given) -> Any:
     reason = "the first preview is always made before training"
-    return Same(reason) if switch(value) else Near({}, reason)
+    return unchanged(reason) if switch(value) else near({}, reason)
 
 
 def uses(value: Any) -> int:
@@ -172,7 +172,7 @@ def fixed_caption(given: Given) -> bool:
 
 def caption_source(value: Any, given: Given) -> Any:
     known = {"textfile": "files", "filename": "filenames"}
-    none = Lost("captions come from text files, metadata.jsonl/csv, file names or one sentence")
+    none = lost("captions come from text files, metadata.jsonl/csv, file names or one sentence")
     return "fixed" if fixed_caption(given) else known.get(text(value), none)
 
 
@@ -181,7 +181,7 @@ def instance_prompt(value: Any, given: Given) -> Any:
         return {"caption_source": "fixed", "default_caption": text(value)}
     if is_on(given, "prepend_instance_prompt"):
         return {"caption_prefix": text(value)}
-    return Same("not used with this caption strategy")
+    return unchanged("not used with this caption strategy")
 
 
 def resolution(value: Any, given: Given) -> Any:
@@ -189,7 +189,7 @@ def resolution(value: Any, given: Given) -> Any:
     if kind == "area" or size < 16:
         return [megapixels(size)]
     reason = "the resolution is the side of a square with the bucket's area here, not the shorter side"
-    return Near([whole(size)], reason) if kind == "pixel" else [whole(size)]
+    return near([whole(size)], reason) if kind == "pixel" else [whole(size)]
 
 
 def crop(value: Any, given: Given) -> Any:
@@ -198,28 +198,28 @@ def crop(value: Any, given: Given) -> Any:
     style, aspect = given.get("crop_style", "center"), given.get("crop_aspect", "square")
     ours = "random" if style == "random" else "centre"
     if aspect in ("square", "random"):
-        return Near(ours, f"crop_aspect {aspect}: images keep their own shape here (aspect buckets)")
+        return near(ours, f"crop_aspect {aspect}: images keep their own shape here (aspect buckets)")
     if style not in ("center", "centre", "random"):
-        return Near(ours, f"crop_style {style}: crops are centred or random")
+        return near(ours, f"crop_style {style}: crops are centred or random")
     return ours
 
 
 def shuffle(value: Any, given: Given) -> Any:
     if not isinstance(value, dict) or not is_on(value, "enable"):
-        return Same("not used")
+        return unchanged("not used")
     if value.get("split_on", "comma") != "comma":
-        return Lost("only tags between commas are shuffled")
+        return lost("only tags between commas are shuffled")
     values = {"tag_shuffles": whole(value.get("count", 1)), "keep_tags": whole(value.get("position_start", 0))}
     if switch(value.get("include_original", True)):
         return values
-    return Near(values, "the caption as written is always one of the orders")
+    return near(values, "the caption as written is always one of the orders")
 
 
 def sigma_bias(value: Any, given: Given) -> Any:
     if number(value) == 0:
-        return Same("not used")
+        return unchanged("not used")
     reason = "SimpleTuner moves the draw before its tail remap, ChromaKit moves the noise level after it"
-    return Near(round(number(value) / math.log(8), 6), reason)
+    return near(round(number(value) / math.log(8), 6), reason)
 
 
 OPTIONS, SET_OPTIONS = table(_DATA["config"], globals()), table(_DATA["datasets"], globals(), DatasetConfig)

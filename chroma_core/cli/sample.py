@@ -18,7 +18,6 @@ from .options import add_flag, add_model_options, lora_use, spec_from
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
     from ..model.flavours import Flavour
     from ..sampling.recipe import Recipe
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 
 def sample_options(sample: argparse.ArgumentParser) -> None:
     """What sample is asked."""
+    from ..sampling.recipe import RECIPES
+    from ..sampling.sampler import SamplingSettings
+
     add_model_options(sample)
     sample.add_argument("--prompt", action="append", required=True, help="repeat for several pictures")
     sample.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
@@ -37,7 +39,23 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("--lora-mode", choices=["live", "merged"], default="live")
     sample.add_argument("--width", type=int, default=None)
     sample.add_argument("--height", type=int, default=None)
-    add_sampling_options(sample)
+    add_flag(sample, SamplingSettings, "steps", default=None)
+    add_flag(sample, SamplingSettings, "guidance", default=None)
+    for field in ("seed", "tail_bias", "flow_shift", "method", "spacing"):
+        add_flag(sample, SamplingSettings, field)
+    sample.add_argument("--image", type=Path, default=None, help="An image to start from; sets the size.")
+    sample.add_argument("--mask", type=Path, default=None, help="With --image: white where the image may change.")
+    add_flag(sample, SamplingSettings, "denoise", help="With --image: how much of it is generated anew.")
+    add_flag(sample, SamplingSettings, "start_step")
+    add_flag(sample, SamplingSettings, "end_step")
+    sample.add_argument("--recipe", choices=list(RECIPES), default="canonical")
+    sample.add_argument(
+        "--recipe-set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field of the recipe, e.g. noise_dtype=bf16; repeat for several",
+    )
     sample.add_argument("--device", default=None)
     sample.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
     sample.add_argument("--save-latents", action="store_true", help="also write the latents, beside each picture")
@@ -53,10 +71,12 @@ def _sample(options: argparse.Namespace) -> None:
     from ..model.images import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
     from ..model.latents import LatentFormat
     from ..requests.run import use_record
+    from ..sampling.recipe import parse_overrides, recipe
     from ..sampling.sampler import image_record, sample
     from ..sampling.text import apply_trigger
 
-    chosen, rules, device = flavour(options.flavour), recipe_from(options), best_device(options.device)
+    chosen, device = flavour(options.flavour), best_device(options.device)
+    rules = recipe(options.recipe, parse_overrides(",".join(options.recipe_set)))
     spec = spec_from(options)
     settings = settings_from(options, chosen)
     handle = ModelHandle(spec, tuple(dataclasses.replace(use, mode=options.lora_mode) for use in options.lora))
@@ -82,8 +102,7 @@ def _sample(options: argparse.Namespace) -> None:
             settings=settings,
             recipe=rules,
             on_step=lambda _: bar.update(),
-            start_BCHW=start.get("start_BCHW"),
-            noise_mask_BHW=start.get("noise_mask_BHW"),
+            **start,
         )
     vae = cache.vae(spec, device)
     for i, picture in enumerate(decode(vae, latents)):
@@ -96,30 +115,6 @@ def _sample(options: argparse.Namespace) -> None:
             write_atomic(path.with_suffix(LATENTS_SUFFIX), file)
         write_atomic(path, png_bytes(picture, record))
         print(path)
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `settings_from`, `recipe_from` and `start_from` read."""
-    from ..sampling.recipe import RECIPES
-    from ..sampling.sampler import SamplingSettings
-
-    add_flag(parser, SamplingSettings, "steps", default=None)
-    add_flag(parser, SamplingSettings, "guidance", default=None)
-    for field in ("seed", "tail_bias", "flow_shift", "method", "spacing"):
-        add_flag(parser, SamplingSettings, field)
-    parser.add_argument("--image", type=Path, default=None, help="An image to start from; sets the size.")
-    parser.add_argument("--mask", type=Path, default=None, help="With --image: white where the image may change.")
-    add_flag(parser, SamplingSettings, "denoise", help="With --image: how much of it is generated anew.")
-    add_flag(parser, SamplingSettings, "start_step")
-    add_flag(parser, SamplingSettings, "end_step")
-    parser.add_argument("--recipe", choices=list(RECIPES), default="canonical")
-    parser.add_argument(
-        "--recipe-set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change a field of the recipe, e.g. noise_dtype=bf16; repeat for several",
-    )
 
 
 def settings_from(options: argparse.Namespace, chosen: Flavour) -> SamplingSettings:
@@ -141,16 +136,9 @@ def settings_from(options: argparse.Namespace, chosen: Flavour) -> SamplingSetti
     )
 
 
-def recipe_from(options: argparse.Namespace) -> Recipe:
-    """The recipe with its overrides. Raises ConfigError."""
-    from ..sampling.recipe import parse_overrides, recipe
-
-    return recipe(options.recipe, parse_overrides(",".join(options.recipe_set)))
-
-
 def start_from(
     options: argparse.Namespace, load_vae: Callable[[], Any], rules: Recipe, batch: int
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """What `sample` needs to start from --image with --mask, and what the record says of it; both empty without.
 
     A picture is cropped about its centre to the recipe's multiple; with --width and --height it is scaled to those.

@@ -67,11 +67,6 @@ class Pass:
     text_tokens: int
     chosen: Precision
 
-    @classmethod
-    def of(cls, size: int, batch: int, chosen: Precision) -> Pass:
-        """A pass over `batch` square pictures of `size` pixels."""
-        return cls(batch, (size // PATCH) ** 2, TEXT_TOKENS, chosen)
-
     @property
     def tokens(self) -> int:
         """Text and image tokens of the whole batch."""

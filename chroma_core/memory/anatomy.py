@@ -169,22 +169,23 @@ def of_transformer(model: ChromaTransformer) -> Transformer:
         "single blocks": together(singles),
         "output projection": Part(_count(model.norm_out) + _count(model.proj_out)),
     }
-    heads: int = _config_value(model, "num_attention_heads")
-    return Transformer(model.inner_dim, model.inner_dim // heads, parts, doubles, singles)
+    config: Any = model.config
+    return Transformer(model.inner_dim, model.inner_dim // config.num_attention_heads, parts, doubles, singles)
 
 
 def of_text_encoder(model: nn.Module) -> TextEncoder:
     """The numbers of a T5 encoder that is not quantised."""
     small = {name: linear.weight.numel() for name, linear in quantisable_linears(model)}
-    heads: int = _config_value(model, "num_heads")
-    width = max(_config_value(model, "d_model"), heads * _config_value(model, "d_kv"))
+    config: Any = model.config
+    width = max(config.d_model, config.num_heads * config.d_kv)
     whole = Part(_count(model), sum(small.values()), max(small.values()))
-    return TextEncoder(whole, _blocks(model, "encoder.block", small), width, heads)
+    return TextEncoder(whole, _blocks(model, "encoder.block", small), width, config.num_heads)
 
 
 def of_vae(model: nn.Module) -> Vae:
     """The numbers of a VAE."""
-    return Vae(Part(_count(model)), tuple(_config_value(model, "block_out_channels")))
+    config: Any = model.config
+    return Vae(Part(_count(model)), tuple(config.block_out_channels))
 
 
 @lru_cache(maxsize=8)
@@ -244,10 +245,6 @@ def _config(flavour_name: str, part: str, published: dict[str, Any]) -> dict[str
 def _on_meta(build: Any) -> nn.Module:
     with torch.device("meta"):
         return build()
-
-
-def _config_value(model: nn.Module, name: str) -> Any:
-    return getattr(model.config, name)
 
 
 def _count(module: nn.Module) -> int:

@@ -20,6 +20,7 @@ from ..model.latents import snap_size
 from ..model.precision import Precision, precision
 from ..options import Option
 from .activations import (
+    PATCH,
     TEXT_TOKENS,
     Pass,
     quantising,
@@ -123,7 +124,7 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     body, t5, fp32 = whole.transformer, whole.text_encoder, precision("fp32")
     size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
     on_device = 0 if settings.offload_during_startup else 1
-    run = replace(Pass.of(size, settings.batch_size, chosen), text_tokens=settings.text_tokens)
+    run = Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, chosen)
     layers = lora_layers(settings.flavour, settings.target)
 
     weights, text_weights, vae = body.whole.bytes(chosen), t5.whole.bytes(text), whole.vae.whole.bytes(fp32)

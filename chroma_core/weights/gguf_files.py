@@ -11,7 +11,6 @@ from __future__ import annotations
 import struct
 from functools import partial
 from io import BufferedReader
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import ModelFileError
-from .stored_tensors import Stored, WeightFile, damaged
+from .stored_tensors import Stored, WeightFile, check_places, damaged
 
 GGUF_MAGIC = b"GGUF"
 
@@ -139,7 +138,7 @@ def read_gguf(path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
             raise damaged(path, f"the tensor '{name}' is listed twice")
         shape = _shape(path, name, tuple(reversed(reverse)), values.get(ORIGINAL_SHAPE + name))
         tensors[name] = _tensor(source, name, shape, reverse[0] if reverse else 1, kind, begin + offset)
-    _check_places(source, tensors)
+    check_places(source, tensors, 0, gaps=True)
     return {key: str(value) for key, value in values.items() if not isinstance(value, tuple)}, tensors
 
 
@@ -230,13 +229,3 @@ def _unpack(path: Path, quantisation: Any, packed: np.ndarray) -> np.ndarray:
             f"The file '{path}' stores weights as {quantisation.name}, which the installed gguf package cannot unpack. "
             "Choose a release in another quantisation, e.g. Q8_0 or Q4_K."
         ) from error
-
-
-def _check_places(source: WeightFile, tensors: dict[str, Stored]) -> None:
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes))
-    for (_, before), (name, tensor) in pairwise(ordered):
-        if tensor.offset < before.offset + before.nbytes:
-            raise damaged(source.path, f"the tensor '{name}' overlaps the one before it")
-    needed = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=0)
-    if needed > source.size:
-        raise damaged(source.path, f"it has {source.size:,} bytes of {needed:,}")

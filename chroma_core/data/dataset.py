@@ -64,8 +64,7 @@ class DatasetConfig(Settings):
     ] = 64
     repeats: Annotated[int, Field(ge=1), Option("Times each image counts in an epoch.", most=1000)] = 1
     repeat_folders: Annotated[
-        bool,
-        Option("Images in a sub-folder 3_dog count three times. Off: such a number means nothing.", advanced=True),
+        bool, Option("Images in a sub-folder 3_dog count three times. Off: such a number means nothing.", advanced=True)
     ] = True
     weight: Annotated[
         float,

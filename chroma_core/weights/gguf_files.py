@@ -185,17 +185,8 @@ def _shape(path: Path, name: str, stored: tuple[int, ...], original: Any) -> tup
 
 
 def _tensor(source: WeightFile, name: str, shape: tuple[int, ...], last: int, kind: int, offset: int) -> Stored:
-    """`last`: length of the innermost dimension as stored, which whole blocks must fill."""
-    label, dtype, block, block_bytes, decode = _type(source.path, name, kind)
-    if last % block:
-        raise damaged(
-            source.path, f"the tensor '{name}' has rows of {last} numbers, not whole {label} blocks of {block}"
-        )
-    return Stored(source, offset, shape, label, dtype, block, block_bytes, decode)
-
-
-def _type(path: Path, name: str, kind: int) -> tuple[str, torch.dtype | None, int, int, Any]:
-    """Label, torch type, numbers and bytes per block, and the unpacker of a GGML type."""
+    """`last`: length of the innermost dimension as stored, which whole blocks must fill. `kind`: its GGML type."""
+    path = source.path
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError as error:
@@ -212,9 +203,11 @@ def _type(path: Path, name: str, kind: int) -> tuple[str, torch.dtype | None, in
             "not know. Update it (pip install -U gguf), or choose another release."
         ) from error
     if quantisation.name in PLAIN:
-        label, dtype = PLAIN[quantisation.name]
-        return label, dtype, 1, block_bytes, None
-    return quantisation.name, None, block, block_bytes, partial(_unpack, path, quantisation)
+        return Stored(source, offset, shape, *PLAIN[quantisation.name], 1, block_bytes)
+    label = quantisation.name
+    if last % block:
+        raise damaged(path, f"the tensor '{name}' has rows of {last} numbers, not whole {label} blocks of {block}")
+    return Stored(source, offset, shape, label, None, block, block_bytes, partial(_unpack, path, quantisation))
 
 
 def _unpack(path: Path, quantisation: Any, packed: np.ndarray) -> np.ndarray:

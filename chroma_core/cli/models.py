@@ -76,7 +76,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     path: Path = options.file
     if is_quantised_file(path):
-        report = {"file": str(path), "what": "a quantised part, written by ChromaKit", **quantised_header(path)}
+        report = {"file": str(path), "what": "a quantised part, written by ChromaKit", **(quantised_header(path) or {})}
     else:
         weights = open_weights(path)
         identity = identify(weights.shapes, weights.metadata)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AllowInfNan, BaseModel, Field, Strict, ValidationError, field_validator
 from typing_extensions import Self
 
-from ..data.settings import Settings
+from ..data.dataset import Settings
 from ..errors import ChromaKitError, ConfigError, PromptError
 from ..files import each_once
 from ..loading.spec import LoraMode, Offload

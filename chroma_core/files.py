@@ -84,19 +84,24 @@ def read_json(path: Path | str, error: type[ChromaKitError] = ConfigError) -> An
         ) from cause
 
 
-def strict_json(text: str | bytes) -> Any:
-    """`json.loads` that raises ValueError for an object that gives one name twice, and for bottomless nesting."""
+def each_once(twice: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """An `object_pairs_hook` for `json`: ValueError with `twice.format(name)` for an object that gives a name twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in pairs:
             if name in found:
-                raise ValueError(f"'{name}' is listed twice")
+                raise ValueError(twice.format(name))
             found[name] = value
         return found
 
+    return unique
+
+
+def strict_json(text: str | bytes) -> Any:
+    """`json.loads` that raises ValueError for an object that gives one name twice, and for bottomless nesting."""
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=each_once("'{}' is listed twice"))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

@@ -1,4 +1,4 @@
-"""The command line's part about LoRA files: looking into one, and writing it in another program's names."""
+"""The commands about LoRA files: looking into one, writing it in another program's names, or as ComfyUI's workflow."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from ..loading.spec import ModelHandle, ModelSpec
 
 
-def add_lora_commands(commands) -> None:
-    """The sub-commands inspect-lora and convert-lora."""
-    inspect = commands.add_parser("inspect-lora", help="what a LoRA file holds, and whether it suits a base")
+TEXTS = ("prompt", "negative", "trigger")
+NUMBERS = {"width": int, "height": int, "steps": int, "guidance": float, "seed": int, "strength": float}
+
+
+def inspect_lora_options(inspect: argparse.ArgumentParser) -> None:
+    """What inspect-lora is asked."""
     inspect.add_argument("file", type=Path, help="a .safetensors file, or a folder of PEFT's")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument(
@@ -26,10 +29,9 @@ def add_lora_commands(commands) -> None:
     inspect.add_argument("--heat-map", type=Path, metavar="PNG", help="write a picture of how much it changes where")
     inspect.set_defaults(run=_inspect)
 
-    commands.add_parser("convert-lora", help="write a LoRA in the names of another program", options=_convert_options)
 
-
-def _convert_options(convert: argparse.ArgumentParser) -> None:
+def convert_options(convert: argparse.ArgumentParser) -> None:
+    """What convert-lora is asked."""
     from ..lora.convert import DTYPES
     from ..lora.key_formats import KEY_FORMATS
 
@@ -90,3 +92,37 @@ def _convert(options: argparse.Namespace) -> None:
     made = convert_lora(options.file, options.to, options.output, options.dtype)
     print(made.path)
     print(made.report(), file=sys.stderr)
+
+
+def export_options(command: argparse.ArgumentParser) -> None:
+    """What export-workflow is asked."""
+    command.add_argument("lora", type=Path, help="a LoRA file; its header says what to repeat")
+    command.add_argument("--output", type=Path, default=None, help="the workflow to write (default: NAME_stock.json)")
+    for part, folder in (("transformer", "diffusion_models"), ("text_encoder", "text_encoders"), ("vae", "vae")):
+        option = f"--{part.replace('_', '-')}"
+        command.add_argument(option, default=None, metavar="NAME", help=f"file in the host's models/{folder}")
+    command.add_argument("--lora-name", default=None, metavar="NAME", help="the LoRA's name in the host's models/loras")
+    for name in TEXTS:
+        command.add_argument(f"--{name}", default=None, help="instead of the preview's")
+    for name, kind in NUMBERS.items():
+        command.add_argument(f"--{name}", type=kind, default=None, help="instead of the preview's")
+    command.add_argument("--json", action="store_true", help="print what was written as JSON")
+    command.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from ..comfy.stock import export_workflow
+
+    window, api, preview = export_workflow(
+        options.lora,
+        options.output,
+        {name: getattr(options, name) for name in (*TEXTS, *NUMBERS)},
+        lora=options.lora_name,
+        transformer=options.transformer,
+        text_encoder=options.text_encoder,
+        vae=options.vae,
+    )
+    if options.json:
+        print(json.dumps({"workflow": str(window), "api": str(api), "remarks": list(preview.warnings)}))
+        return
+    print(window, api, *(f"note: {warning}" for warning in preview.warnings), sep="\n")

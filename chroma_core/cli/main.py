@@ -4,19 +4,38 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..errors import ChromaKitError
-from .export import add_export_command
-from .imports import add_import_command
-from .lora import add_lora_commands
-from .models import add_model_commands
-from .options import Command
-from .parity import add_parity_command
-from .plan import add_plan_command
-from .requests import add_request_commands
-from .sample import add_sample_command
-from .train import add_train_command
+from .lora import convert_options, export_options, inspect_lora_options
+from .models import fetch_options, inspect_model_options, plan_options, quantise_options
+from .parity import parity_options
+from .sample import request_options, sample_options
+from .train import import_options, template_options, train_options
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "train": (train_options, "train a LoRA or the model's blocks from a job.toml; resumes what exists"),
+    "sample": (sample_options, "make pictures"),
+    "fetch": (fetch_options, "download a flavour from the Hub, or what is missing of it"),
+    "quantise": (quantise_options, "write a quantised model file, which loads faster"),
+    "inspect-model": (inspect_model_options, "what a model file is, and whether ChromaKit reads it"),
+    "import-config": (
+        import_options,
+        "turn a SimpleTuner config.json or an ai-toolkit YAML for Chroma into a job.toml",
+    ),
+    "job-template": (template_options, "print a job.toml with every option, its default and its meaning"),
+    "parity": (parity_options, "does the training preview show what the command line, the nodes and diffusers paint?"),
+    "request": (
+        request_options,
+        "carry out inference requests: model, prompts[], loras[] as JSON (see docs/requests.md)",
+    ),
+    "export-workflow": (export_options, "write a ComfyUI workflow of host nodes only that repeats a LoRA's preview"),
+    "inspect-lora": (inspect_lora_options, "what a LoRA file holds, and whether it suits a base"),
+    "convert-lora": (convert_options, "write a LoRA in the names of another program"),
+    "plan": (plan_options, "how much memory a flavour needs, and what to choose on this machine"),
+}
+"""Every command: what adds its options, and what it does in a line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,16 +49,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The parser of all commands; a command that imports much for its options adds them when it is asked for."""
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="python -m chroma_core", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
-    add_train_command(commands)
-    add_sample_command(commands)
-    add_model_commands(commands)
-    add_import_command(commands)
-    add_parity_command(commands)
-    add_request_commands(commands)
-    add_export_command(commands)
-    add_lora_commands(commands)
-    add_plan_command(commands)
+    for name, (options, line) in COMMANDS.items():
+        commands.add_parser(name, help=line, options=options)
     return parser
+
+
+class Command(argparse.ArgumentParser):
+    """One command. `options` adds its options when it is first asked for, so that naming it imports nothing heavy."""
+
+    def __init__(self, *args: Any, options: Callable[[argparse.ArgumentParser], None] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._options = options
+
+    def complete(self) -> Command:
+        """The parser with its options."""
+        if (add := self._options) is not None:
+            self._options = None
+            add(self)
+        return self
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base has it, with the options."""
+        return super(Command, self.complete()).parse_known_args(*args, **kwargs)

@@ -1,71 +1,21 @@
-"""The command line's part about models: choosing one, fetching it, quantising it to a file, looking into a file."""
+"""The commands about models: fetching one, quantising it to a file, looking into a file, planning its memory."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tqdm import tqdm
 
 from ..errors import ConfigError
-from .options import add_flag
-
-if TYPE_CHECKING:
-    from ..loading.spec import ModelSpec, Offload
-
-PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
+from .options import PARTS, add_flag, add_model_options, spec_from
 
 
-def add_model_options(parser: argparse.ArgumentParser, offload: Offload = "model") -> None:
-    """The options that `spec_from` reads."""
-    from ..loading.spec import ModelSpec
-
-    add_flag(parser, ModelSpec, "flavour")
-    add_flag(parser, ModelSpec, "folder")
-    for part in PARTS:
-        add_flag(parser, ModelSpec, part, metavar="FILE")
-    add_flag(parser, ModelSpec, "revision")
-    for field in ("precision", "text_precision"):
-        add_flag(parser, ModelSpec, field, choices=None, metavar="NAME")
-    add_flag(parser, ModelSpec, "offload", default=offload)
-    add_flag(parser, ModelSpec, "resident_blocks")
-    add_flag(parser, ModelSpec, "offload_during_startup")
-    add_flag(parser, ModelSpec, "quantised_folder", "--keep-quantised", metavar="FOLDER")
-
-
-def spec_from(options: argparse.Namespace) -> ModelSpec:
-    """The model that the options of `add_model_options` choose."""
-    from ..loading.spec import ModelSpec
-
-    return ModelSpec(
-        options.flavour,
-        options.folder,
-        options.precision,
-        options.text_precision,
-        options.offload,
-        **{part: getattr(options, part) for part in PARTS},
-        revision=options.revision,
-        resident_blocks=options.resident_blocks,
-        offload_during_startup=options.offload_during_startup,
-        quantised_folder=options.keep_quantised,
-    )
-
-
-def add_model_commands(commands) -> None:
-    """The sub-commands fetch, quantise and inspect-model."""
-    commands.add_parser(
-        "fetch", help="download a flavour from the Hub, or what is missing of it", options=_fetch_options
-    )
-    commands.add_parser("quantise", help="write a quantised model file, which loads faster", options=_quantise_options)
-    inspect = commands.add_parser("inspect-model", help="what a model file is, and whether ChromaKit reads it")
-    inspect.add_argument("file", type=Path)
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.set_defaults(run=_inspect)
-
-
-def _fetch_options(fetch: argparse.ArgumentParser) -> None:
+def fetch_options(fetch: argparse.ArgumentParser) -> None:
+    """What fetch is asked."""
     from ..model.flavours import FLAVOURS
 
     fetch.add_argument("--flavour", default="base", choices=[f.name for f in FLAVOURS.values() if f.repository])
@@ -74,12 +24,20 @@ def _fetch_options(fetch: argparse.ArgumentParser) -> None:
     fetch.set_defaults(run=_fetch)
 
 
-def _quantise_options(quantise: argparse.ArgumentParser) -> None:
+def quantise_options(quantise: argparse.ArgumentParser) -> None:
+    """What quantise is asked."""
     add_model_options(quantise)
     quantise.add_argument("--part", default="transformer", choices=["transformer", "text_encoder"])
     quantise.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     quantise.add_argument("--device", default=None, help="where to quantise: cuda, mps or cpu (default: the best)")
     quantise.set_defaults(run=_quantise)
+
+
+def inspect_model_options(inspect: argparse.ArgumentParser) -> None:
+    """What inspect-model is asked."""
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
 
 
 def _fetch(options: argparse.Namespace) -> None:
@@ -118,7 +76,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     path: Path = options.file
     if is_quantised_file(path):
-        report = {"file": str(path), "what": "a quantised part, written by ChromaKit", **quantised_header(path)}
+        report = {"file": str(path), "what": "a quantised part, written by ChromaKit", **(quantised_header(path) or {})}
     else:
         weights = open_weights(path)
         identity = identify(weights.shapes, weights.metadata)
@@ -138,3 +96,38 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     for name, value in report.items():
         print(f"{name.replace('_', ' ')}: {value}")
+
+
+def plan_options(plan: argparse.ArgumentParser) -> None:
+    """What plan is asked."""
+    from ..loading.spec import ModelSpec
+    from ..memory import Settings
+
+    for field in ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup"):
+        add_flag(plan, ModelSpec, field, **({"metavar": "NAME"} if field.endswith("precision") else {}))
+    add_flag(plan, Settings, "size", default=None)
+    add_flag(plan, Settings, "batch_size")
+    add_flag(plan, Settings, "rank")
+    plan.add_argument("--no-checkpointing", action="store_true", help="Training without gradient checkpointing.")
+    for field in ("optimizer", "adapter"):
+        add_flag(plan, Settings, field, choices=None)
+    for field in ("ema", "text_tokens", "trained_parameters"):
+        add_flag(plan, Settings, field)
+    plan.add_argument("--device-memory", type=float, metavar="GIB", help="Plan for a GPU of that size, not this one.")
+    plan.add_argument("--host-memory", type=float, metavar="GIB", help="Plan for that much RAM.")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from ..memory import Settings, estimate, machine, memory_plan
+
+    on = machine().with_memory(options.device_memory, options.host_memory)
+    names = {field.name for field in fields(Settings)} & set(vars(options)) - {"size"}
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
+    settings = Settings(**chosen, size=options.size, gradient_checkpointing=not options.no_checkpointing)
+    result = estimate(settings, on)
+    if options.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print(result.table(), memory_plan(settings, on).text, sep="\n\n")

@@ -1,34 +1,21 @@
-"""What several commands share: parsers that are filled when needed, flags from options, the type of `--lora`."""
+"""What several commands share: flags from options, the model's flags, the type of `--lora`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..loading.spec import LoraUse
+    from ..loading.spec import LoraUse, ModelSpec, Offload
 
-
-class Command(argparse.ArgumentParser):
-    """One command. `options` adds its options when it is first asked for, so that naming it imports nothing heavy."""
-
-    def __init__(self, *args: Any, options: Callable[[argparse.ArgumentParser], None] | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self._options = options
-
-    def complete(self) -> Command:
-        """The parser with its options."""
-        if (add := self._options) is not None:
-            self._options = None
-            add(self)
-        return self
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base has it, with the options."""
-        return super(Command, self.complete()).parse_known_args(*args, **kwargs)
+PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
+MODEL = (
+    *("flavour", "folder", *PARTS, "revision", "precision", "text_precision"),
+    *("offload", "resident_blocks", "offload_during_startup"),
+)
+"""The fields of a `ModelSpec` that are flags under their own names."""
 
 
 def add_flag(parser: argparse.ArgumentParser, owner: type, field: str, flag: str = "", **changes: Any) -> None:
@@ -45,6 +32,28 @@ def add_flag(parser: argparse.ArgumentParser, owner: type, field: str, flag: str
     elif option.kind in (int, float):
         given["type"] = option.kind
     parser.add_argument(flag or f"--{field.replace('_', '-')}", **{**given, **changes})
+
+
+def add_model_options(parser: argparse.ArgumentParser, offload: Offload = "model") -> None:
+    """The options that `spec_from` reads."""
+    from ..loading.spec import ModelSpec
+
+    changes: dict[str, dict[str, Any]] = {
+        **dict.fromkeys(PARTS, {"metavar": "FILE"}),
+        **dict.fromkeys(("precision", "text_precision"), {"choices": None, "metavar": "NAME"}),
+        "offload": {"default": offload},
+    }
+    for field in MODEL:
+        add_flag(parser, ModelSpec, field, **changes.get(field, {}))
+    add_flag(parser, ModelSpec, "quantised_folder", "--keep-quantised", metavar="FOLDER")
+
+
+def spec_from(options: argparse.Namespace) -> ModelSpec:
+    """The model that the options of `add_model_options` choose."""
+    from ..loading.spec import ModelSpec
+
+    chosen = {field: getattr(options, field) for field in MODEL}
+    return ModelSpec(**chosen, quantised_folder=options.keep_quantised)
 
 
 def lora_use(text: str) -> LoraUse:

@@ -5,42 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from ..errors import ChromaKitError, ConfigError
-from .models import add_model_options, spec_from
-from .options import lora_use
-
-PROMPT = "a photo of a sks emblem"
+from .options import add_model_options, lora_use, spec_from
 
 
-def add_parity_command(commands) -> None:
-    """The sub-command parity."""
-    commands.add_parser(
-        "parity",
-        help="does the training preview show what the command line, the nodes and diffusers paint?",
-        description="Paints one picture through every runtime and says how far the results are apart. With the flavour "
-        "tiny a LoRA is trained for a moment first; with another one, name a job or a preview to compare with.",
-        options=_options,
-    )
-
-
-def _options(parity: argparse.ArgumentParser) -> None:
+def parity_options(parity: argparse.ArgumentParser) -> None:
+    """What parity is asked."""
     from ..sampling.recipe import RECIPES
 
+    parity.description = (
+        "Paints one picture through every runtime and says how far the results are apart. With the flavour tiny a LoRA "
+        "is trained for a moment first; with another one, name a job or a preview to compare with."
+    )
     add_model_options(parity, offload="none")
     parity.add_argument("--job", type=Path, help="a job's folder: replay its last preview")
     parity.add_argument("--preview", type=Path, metavar="PNG", help="replay this preview of a training job")
-    parity.add_argument("--prompt", default=PROMPT)
+    parity.add_argument("--prompt", default="a photo of a sks emblem")
     parity.add_argument("--negative", default="")
-    parity.add_argument("--width", type=int, default=None)
-    parity.add_argument("--height", type=int, default=None)
-    parity.add_argument("--steps", type=int, default=None)
-    parity.add_argument("--guidance", type=float, default=None)
+    for name, kind in {"width": int, "height": int, "steps": int, "guidance": float}.items():
+        parity.add_argument(f"--{name}", type=kind, default=None)
     parity.add_argument("--seed", type=int, default=42)
     parity.add_argument("--recipe", choices=list(RECIPES), default="canonical")
     parity.add_argument(
@@ -146,20 +134,11 @@ def _case(options: argparse.Namespace, folder: Path, device: Any) -> tuple[Any, 
 
 
 def _through_nodes(case: Any, base: Path, device: Any, unwanted: bool) -> Any:
-    from ..parity.case import NotRun
-    from ..parity.runtimes import through_comfyui
+    from ..comfy.server import HostError, find_comfyui, start_comfyui
+    from ..parity import NotRun, through_comfyui
 
     if unwanted:
         raise NotRun("It was not wanted (--no-comfyui).")
-    with _comfyui(base, device) as host:
-        return through_comfyui(case, host)
-
-
-@contextmanager
-def _comfyui(base: Path, device: Any) -> Iterator[Any]:
-    from ..comfy.server import HostError, find_comfyui, start_comfyui
-    from ..parity.case import NotRun
-
     folder = find_comfyui()
     if folder is None:
         raise NotRun(
@@ -170,7 +149,7 @@ def _comfyui(base: Path, device: Any) -> Iterator[Any]:
     except (HostError, OSError) as error:  # OSError: COMFYUI_PATH is no folder
         raise NotRun(f"ComfyUI did not start: {str(error).splitlines()[0]}") from error
     with host:
-        yield host
+        return through_comfyui(case, host)
 
 
 def _write(report: Any, folder: Path) -> None:

@@ -1,9 +1,10 @@
-"""The command line's `sample`: prompts, the schedule, the recipe, a picture to start from."""
+"""The commands that make images: `sample` with prompts, schedule, recipe, an image to start from; and `request`."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,24 +14,21 @@ from tqdm import tqdm
 
 from ..errors import ConfigError
 from .lora import warn_of_other_bases
-from .models import add_model_options, spec_from
-from .options import add_flag, lora_use
+from .options import add_flag, add_model_options, lora_use, spec_from
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
     from ..model.flavours import Flavour
     from ..sampling.recipe import Recipe
     from ..sampling.sampler import SamplingSettings
 
 
-def add_sample_command(commands) -> None:
-    """The sub-command sample."""
-    commands.add_parser("sample", help="make pictures", options=_options)
+def sample_options(sample: argparse.ArgumentParser) -> None:
+    """What sample is asked."""
+    from ..sampling.recipe import RECIPES
+    from ..sampling.sampler import SamplingSettings
 
-
-def _options(sample: argparse.ArgumentParser) -> None:
     add_model_options(sample)
     sample.add_argument("--prompt", action="append", required=True, help="repeat for several pictures")
     sample.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
@@ -41,7 +39,23 @@ def _options(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("--lora-mode", choices=["live", "merged"], default="live")
     sample.add_argument("--width", type=int, default=None)
     sample.add_argument("--height", type=int, default=None)
-    add_sampling_options(sample)
+    add_flag(sample, SamplingSettings, "steps", default=None)
+    add_flag(sample, SamplingSettings, "guidance", default=None)
+    for field in ("seed", "tail_bias", "flow_shift", "method", "spacing"):
+        add_flag(sample, SamplingSettings, field)
+    sample.add_argument("--image", type=Path, default=None, help="An image to start from; sets the size.")
+    sample.add_argument("--mask", type=Path, default=None, help="With --image: white where the image may change.")
+    add_flag(sample, SamplingSettings, "denoise", help="With --image: how much of it is generated anew.")
+    add_flag(sample, SamplingSettings, "start_step")
+    add_flag(sample, SamplingSettings, "end_step")
+    sample.add_argument("--recipe", choices=list(RECIPES), default="canonical")
+    sample.add_argument(
+        "--recipe-set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field of the recipe, e.g. noise_dtype=bf16; repeat for several",
+    )
     sample.add_argument("--device", default=None)
     sample.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
     sample.add_argument("--save-latents", action="store_true", help="also write the latents, beside each picture")
@@ -57,10 +71,12 @@ def _sample(options: argparse.Namespace) -> None:
     from ..model.images import LATENTS_SUFFIX, decode, latents_bytes, png_bytes
     from ..model.latents import LatentFormat
     from ..requests.run import use_record
-    from ..sampling.sampler import sample
+    from ..sampling.recipe import parse_overrides, recipe
+    from ..sampling.sampler import image_record, sample
     from ..sampling.text import apply_trigger
 
-    chosen, rules, device = flavour(options.flavour), recipe_from(options), best_device(options.device)
+    chosen, device = flavour(options.flavour), best_device(options.device)
+    rules = recipe(options.recipe, parse_overrides(",".join(options.recipe_set)))
     spec = spec_from(options)
     settings = settings_from(options, chosen)
     handle = ModelHandle(spec, tuple(dataclasses.replace(use, mode=options.lora_mode) for use in options.lora))
@@ -86,52 +102,19 @@ def _sample(options: argparse.Namespace) -> None:
             settings=settings,
             recipe=rules,
             on_step=lambda _: bar.update(),
-            start_BCHW=start.get("start_BCHW"),
-            noise_mask_BHW=start.get("noise_mask_BHW"),
+            **start,
         )
     vae = cache.vae(spec, device)
     for i, picture in enumerate(decode(vae, latents)):
-        record = {
-            "prompt": prompts[i],
-            "negative": avoided,
-            "width": picture.width,
-            "height": picture.height,
-            "model": spec.to_dict(),
-            "settings": settings.to_dict() | {"seed": settings.seed + i},
-            "recipe": rules.to_dict(),
-            "loras": [use_record(use) for use in handle.loras],
-            **started,
-        }
+        record = image_record(prompts[i], avoided, picture.size, settings, rules, spec.to_dict())
+        record["settings"]["seed"] += i
+        record |= {"loras": [use_record(use) for use in handle.loras], **started}
         path = free_path(options.output, f"chroma-{settings.seed + i}.png")
         if options.save_latents:
             file = latents_bytes(latents[i : i + 1], LatentFormat.of(vae))
             write_atomic(path.with_suffix(LATENTS_SUFFIX), file)
         write_atomic(path, png_bytes(picture, record))
         print(path)
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `settings_from`, `recipe_from` and `start_from` read."""
-    from ..sampling.recipe import RECIPES
-    from ..sampling.sampler import SamplingSettings
-
-    add_flag(parser, SamplingSettings, "steps", default=None)
-    add_flag(parser, SamplingSettings, "guidance", default=None)
-    for field in ("seed", "tail_bias", "flow_shift", "method", "spacing"):
-        add_flag(parser, SamplingSettings, field)
-    parser.add_argument("--image", type=Path, default=None, help="An image to start from; sets the size.")
-    parser.add_argument("--mask", type=Path, default=None, help="With --image: white where the image may change.")
-    add_flag(parser, SamplingSettings, "denoise", help="With --image: how much of it is generated anew.")
-    add_flag(parser, SamplingSettings, "start_step")
-    add_flag(parser, SamplingSettings, "end_step")
-    parser.add_argument("--recipe", choices=list(RECIPES), default="canonical")
-    parser.add_argument(
-        "--recipe-set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change a field of the recipe, e.g. noise_dtype=bf16; repeat for several",
-    )
 
 
 def settings_from(options: argparse.Namespace, chosen: Flavour) -> SamplingSettings:
@@ -144,30 +127,18 @@ def settings_from(options: argparse.Namespace, chosen: Flavour) -> SamplingSetti
 
     if options.image is None and (options.mask is not None or options.denoise < 1 or options.start_step):
         raise ConfigError("--mask, --denoise below 1 and --start-step change a picture: name it with --image.")
+    same = ("seed", "tail_bias", "method", "denoise", "spacing", "start_step", "end_step")
     return SamplingSettings(
         steps=options.steps if options.steps is not None else chosen.steps,
         guidance=options.guidance if options.guidance is not None else chosen.guidance,
-        seed=options.seed,
-        tail_bias=options.tail_bias,
         flow_shift=None if options.flow_shift is None else parse_flow_shift(options.flow_shift),
-        method=options.method,
-        denoise=options.denoise,
-        spacing=options.spacing,
-        start_step=options.start_step,
-        end_step=options.end_step,
+        **{name: getattr(options, name) for name in same},
     )
-
-
-def recipe_from(options: argparse.Namespace) -> Recipe:
-    """The recipe with its overrides. Raises ConfigError."""
-    from ..sampling.recipe import parse_overrides, recipe
-
-    return recipe(options.recipe, parse_overrides(",".join(options.recipe_set)))
 
 
 def start_from(
     options: argparse.Namespace, load_vae: Callable[[], Any], rules: Recipe, batch: int
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """What `sample` needs to start from --image with --mask, and what the record says of it; both empty without.
 
     A picture is cropped about its centre to the recipe's multiple; with --width and --height it is scaled to those.
@@ -211,3 +182,63 @@ def _open(path: Path) -> Image:
         return ImageOps.exif_transpose(picture)  # as it is shown, and as the host's Load Image reads it
     except (OSError, Image.DecompressionBombError) as error:
         raise ConfigError(f"The picture '{path}' cannot be read: {error}. Give a PNG, JPEG or WebP file.") from error
+
+
+def request_options(command: argparse.ArgumentParser) -> None:
+    """What request is asked."""
+    command.add_argument("file", type=Path, nargs="+", help="a request; several keep the model loaded between them")
+    command.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
+    command.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    command.add_argument("--json", action="store_true", help="print what was made as JSON, one line a request")
+    command.add_argument(
+        "--api-prompt", action="store_true", help="paint nothing: print the request as a ComfyUI prompt in API format"
+    )
+    command.set_defaults(run=_request)
+
+
+def _request(options: argparse.Namespace) -> None:
+    from ..comfy.graph import to_prompt
+    from ..loading.component_cache import ComponentCache
+    from ..model.device import best_device
+    from ..requests.request import InferenceRequest
+    from ..requests.run import check_loras, lora_file, lora_uses, model_spec, part_file, run_request
+
+    requests = []
+    for file in options.file:
+        try:
+            requests.append((file, InferenceRequest.read(file.read_bytes())))
+        except OSError as error:
+            raise ConfigError(f"The request '{file}' cannot be read: {error.strerror or error}.") from error
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+    if options.api_prompt:
+        for _, request in requests:
+            print(json.dumps(to_prompt(request, request.pictures(), [lora.path for lora in request.loras])))
+        return
+    device = best_device(options.device)
+    planned = []
+    for file, request in requests:  # all of them before the first is painted
+        folder = file.resolve().parent
+        spec = model_spec(request, lambda field, name, folder=folder: part_file(folder, field, name))
+        loras = lora_uses(request, lambda name, folder=folder: lora_file(folder, name))
+        check_loras(spec, loras)
+        planned.append((request, spec, loras))
+    cache = ComponentCache()
+    for request, spec, loras in planned:
+        total = sum(picture.sample_steps for picture in request.pictures())
+        with tqdm(total=total, unit="step", desc="painting") as bar:
+
+            def show(picture: int, done: int, steps: int, bar=bar, of=request) -> None:
+                bar.set_postfix_str(f"picture {picture + 1} of {len(of.prompts)}")
+                bar.update()
+
+            result = run_request(request, spec, loras, cache, device, options.output, show)
+        if options.json:
+            print(json.dumps(result, ensure_ascii=False))
+            continue
+        for made in result["prompts"]:
+            cut = f", the last {made['truncated_tokens']} tokens cut off" if made["truncated_tokens"] else ""
+            print(
+                f"{made['file']}: {made['width']}×{made['height']}, seed {made['seed']}, {made['sample_steps']} steps, "
+                f"guidance {made['guidance_scale']:g}{cut}"
+            )

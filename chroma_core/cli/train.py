@@ -1,4 +1,4 @@
-"""The command line's `train`."""
+"""The commands about job files: training one, making one from another trainer's configuration, or a template."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from tqdm import tqdm
 from ..errors import ConfigError
 
 
-def add_train_command(commands) -> None:
-    """The sub-command train."""
-    train = commands.add_parser("train", help="train a LoRA or the model's blocks from a job.toml; resumes what exists")
+def train_options(train: argparse.ArgumentParser) -> None:
+    """What train is asked."""
     train.add_argument("job", type=Path, nargs="?", help="the job file (see docs/training.md)")
     train.add_argument("--job", dest="job_id", metavar="JOB_ID", help="go on with this job under the file's options")
     train.add_argument("--resume", metavar="JOB_ID", help="go on with this job as it is; needs no file")
@@ -96,3 +95,43 @@ def _train(options: argparse.Namespace) -> int:
     if status["state"] != "completed":
         print(f"error: the job {status['state']}: {status.get('message') or 'no reason given'}", file=sys.stderr)
     return 0 if status["state"] == "completed" else 1
+
+
+def import_options(command: argparse.ArgumentParser) -> None:
+    """What import-config is asked."""
+    command.add_argument("file", type=Path, help="config.json of SimpleTuner, or YAML of ai-toolkit")
+    command.add_argument("--dataloader", type=Path, default=None, metavar="FILE", help="SimpleTuner's data set file")
+    command.add_argument(
+        "--output", type=Path, default=Path("job.toml"), help="the job file to write (default: job.toml)"
+    )
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.set_defaults(run=_import)
+
+
+def template_options(template: argparse.ArgumentParser) -> None:
+    """What job-template is asked."""
+    template.add_argument("--output", type=Path, default=None, metavar="FILE", help="write it there instead")
+    template.set_defaults(run=_template)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from ..import_config import as_json, as_text, import_config, write_job
+
+    imported = import_config(options.file, options.dataloader)
+    path = write_job(imported, options.output)
+    print(json.dumps(as_json(imported, path), ensure_ascii=False) if options.json else as_text(imported, path))
+
+
+def _template(options: argparse.Namespace) -> None:
+    from ..training.config.template import job_template
+
+    if options.output is None:
+        print(job_template(), end="")
+        return
+    try:
+        with options.output.open("x", encoding="utf-8") as file:
+            file.write(job_template())
+    except FileExistsError:
+        raise ConfigError(f"'{options.output}' exists already. Choose another name, or remove it first.") from None
+    except OSError as error:
+        raise ConfigError(f"'{options.output}' cannot be written: {error.strerror or error}.") from error

@@ -119,14 +119,8 @@ def to_prompt(
     for i, (lora, name) in enumerate(zip(request.loras, lora_names, strict=True)):
         model = graph.add_lora(i, model, name, lora.network_multiplier, request.lora_mode)
     for i, picture in enumerate(pictures):
-        settings = {
-            "seed": picture.seed,
-            "steps": picture.sample_steps,
-            "guidance": picture.guidance_scale,
-            "tail_bias": 0.0,
-            "denoise": 1.0,
-            "recipe": request.recipe,
-        }
+        chosen, widgets = picture.settings(), ("seed", "steps", "guidance", "tail_bias", "denoise")
+        settings = {name: getattr(chosen, name) for name in widgets} | {"recipe": request.recipe}
         size = (picture.width, picture.height)
         graph.add_image(model, loader, picture.prompt, picture.neg, size, settings, filename_prefix, i)
     return graph.prompt

@@ -72,8 +72,6 @@ class Host:
     def __exit__(self, *_) -> None:
         self.stop()
 
-    # --- HTTP ---------------------------------------------------------------------------------------------------------
-
     def request(self, method: str, path: str, body: Any = None, timeout: float = 60.0) -> tuple[int, bytes]:
         """(status, body) of one request; HTTP errors are statuses here, not exceptions."""
         data = None if body is None else json.dumps(body).encode()
@@ -103,8 +101,6 @@ class Host:
         except ValueError:
             return status, answer.decode(errors="replace")
 
-    # --- prompts ------------------------------------------------------------------------------------------------------
-
     def post_prompt(self, prompt: dict[str, Any]) -> str:
         """Queue an API-format prompt and return its id; PromptRejected if the host refuses it."""
         status, answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
@@ -133,13 +129,11 @@ class Host:
 
     def image_files(self, history: dict[str, Any], kind: str = "output") -> list[tuple[str, bytes]]:
         """(file name, bytes) of a history entry's pictures, by output node's id; `kind` "temp" for mere previews."""
-        found = []
-        for node_id in sorted(history["outputs"], key=lambda key: (len(key), key)):
-            for image in history["outputs"][node_id].get("images", []):
-                if image["type"] != kind:
-                    continue
-                found.append((image["filename"], self.view(image)))
-        return found
+        outputs = history["outputs"]
+        images = [
+            i for node in sorted(outputs, key=lambda key: (len(key), key)) for i in outputs[node].get("images", [])
+        ]
+        return [(image["filename"], self.view(image)) for image in images if image["type"] == kind]
 
     def view(self, file: dict[str, Any]) -> bytes:
         """The bytes of a file that a node saved, as its output names it."""
@@ -166,8 +160,6 @@ class Host:
         if status != 200:
             raise HostError(f"POST /free answered {status}: {answer}")
         time.sleep(0.5)  # the prompt worker acts on the flags when it wakes up
-
-    # --- the process --------------------------------------------------------------------------------------------------
 
     def alive(self) -> bool:
         return self.process.poll() is None

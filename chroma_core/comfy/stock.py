@@ -102,10 +102,9 @@ def stock_preview(path: Path, changes: Mapping[str, Any] | None = None) -> Stock
     settings = SamplingSettings(steps=chosen.steps, guidance=chosen.guidance)
     settings = _changed(settings, recorded.get("settings", {}))
     settings = _changed(settings, {name: given[name] for name in ("steps", "guidance", "seed") if name in given})
-    width = given.get("width", recorded.get("width", chosen.size))
-    height = given.get("height", recorded.get("height", chosen.size))
     trigger = given.get("trigger", header.get("chromakit.trigger"))
     prompt, negative = (apply_trigger(given.get(n, recorded.get(n, "")), trigger) for n in ("prompt", "negative"))
+    width, height = (given.get(n, recorded.get(n, chosen.size)) for n in ("width", "height"))
     width, height = snap_size(width, height, recipe.size_multiple)
     found = StockPreview(
         path,
@@ -162,8 +161,7 @@ def _json(path: Path, header: Mapping[str, str], key: str) -> dict[str, Any]:
 
 def _warnings(lora: LoraFile, recorded: Mapping[str, Any]) -> list[str]:
     found = []
-    kinds = {module.kind for module in lora.modules.values()}
-    if "dora" in kinds:
+    if "dora" in lora.kinds:
         found.append("This is a DoRA: ComfyUI normalises it otherwise, so its images differ a little.")
     precision = recorded.get("precision", "fp32")
     if precision != "fp32":
@@ -186,24 +184,12 @@ def stock_prompt(
     settings, recipe = preview.settings, preview.recipe
     padded = recipe.text_attention == "masked" and recipe.visible_padding > 0
     graph = Graph()
-    loaded = graph.add(
-        "model", "UNETLoader", unet_name=transformer or TRANSFORMERS[preview.flavour], weight_dtype="default"
-    )
-    clip = graph.add(
-        "clip",
-        "CLIPLoader",
-        clip_name=text_encoder or TEXT_ENCODER,
-        type="mochi" if padded else "chroma",
-        device="default",
-    )
+    unet, t5 = transformer or TRANSFORMERS[preview.flavour], text_encoder or TEXT_ENCODER
+    loaded = graph.add("model", "UNETLoader", unet_name=unet, weight_dtype="default")
+    clip = graph.add("clip", "CLIPLoader", clip_name=t5, type="mochi" if padded else "chroma", device="default")
     decoder = graph.add("vae", "VAELoader", vae_name=vae or VAE)
-    model = graph.add(
-        "lora",
-        "LoraLoaderModelOnly",
-        model=loaded[0],
-        lora_name=lora or preview.lora.name,
-        strength_model=preview.strength,
-    )
+    applied = {"lora_name": lora or preview.lora.name, "strength_model": preview.strength}
+    model = graph.add("lora", "LoraLoaderModelOnly", model=loaded[0], **applied)
     if padded:
         clip = graph.add(
             "padding", "T5TokenizerOptions", clip=clip[0], min_padding=recipe.visible_padding, min_length=0
@@ -221,23 +207,10 @@ def stock_prompt(
         )
     else:
         sigmas = graph.add("sigmas", "ManualSigmas", sigmas=_written(preview))
-    guider = graph.add(
-        "guider",
-        "CFGGuider",
-        model=model[0],
-        positive=positive[0],
-        negative=negative[0],
-        cfg=max(1.0, settings.guidance),  # at 1 ComfyUI leaves the negative pass out, as ours does below 1 too
-    )
-    sampled = graph.add(
-        "sample",
-        "SamplerCustomAdvanced",
-        noise=noise[0],
-        guider=guider[0],
-        sampler=sampler[0],
-        sigmas=sigmas[0],
-        latent_image=latent[0],
-    )
+    scale = max(1.0, settings.guidance)  # at 1 ComfyUI leaves the negative pass out, as ours does below 1 too
+    guider = graph.add("guider", "CFGGuider", model=model[0], positive=positive[0], negative=negative[0], cfg=scale)
+    parts = {"noise": noise[0], "guider": guider[0], "sampler": sampler[0], "sigmas": sigmas[0]}
+    sampled = graph.add("sample", "SamplerCustomAdvanced", **parts, latent_image=latent[0])
     decoded = graph.add("decode", "VAEDecode", samples=sampled[0], vae=decoder[0])
     graph.add("save", "SaveImage", images=decoded[0], filename_prefix=f"chroma/{preview.lora.stem}_stock")
     return graph.prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,70 +11,61 @@ from .graph import Prompt
 COLUMN, GAP, WIDTH, NOTE_WIDTH = 380, 55, 330, 420
 
 
+Slot = tuple[str, str, bool]
+"""Name, type, whether it is a widget."""
+
+
 @dataclass(frozen=True)
 class Kind:
-    """A ComfyUI node: title, column, inputs as (name, type, whether it is a widget), outputs as (name, type)."""
+    """A ComfyUI node: its title, its column, and its slots as `name=TYPE` (a widget), `name:TYPE` or `TYPE` alone."""
 
     title: str
     column: int
-    inputs: tuple[tuple[str, str, bool], ...]
-    outputs: tuple[tuple[str, str], ...] = ()
+    takes: str
+    gives: str = ""
     tall: int = 0
 
+    @property
+    def inputs(self) -> tuple[Slot, ...]:
+        """Links and widgets, in ComfyUI's order."""
+        return tuple(_slots(self.takes))
 
-def _widgets(**types: str) -> tuple[tuple[str, str, bool], ...]:
-    return tuple((name, kind, True) for name, kind in types.items())
-
-
-def _links(**types: str) -> tuple[tuple[str, str, bool], ...]:
-    return tuple((name, kind, False) for name, kind in types.items())
-
-
-def _same(*names: str) -> tuple[tuple[str, str], ...]:
-    return tuple((name, name) for name in names)
+    @property
+    def outputs(self) -> tuple[tuple[str, str], ...]:
+        """(name, type)."""
+        return tuple((name, type_) for name, type_, _ in _slots(self.gives))
 
 
-KINDS: dict[str, Kind] = {
-    "UNETLoader": Kind("Load Diffusion Model", 0, _widgets(unet_name="COMBO", weight_dtype="COMBO"), _same("MODEL")),
-    "CLIPLoader": Kind("Load T5", 0, _widgets(clip_name="COMBO", type="COMBO", device="COMBO"), _same("CLIP")),
-    "VAELoader": Kind("Load VAE", 0, _widgets(vae_name="COMBO"), _same("VAE")),
-    "LoraLoaderModelOnly": Kind(
-        "LoRA", 1, _links(model="MODEL") + _widgets(lora_name="COMBO", strength_model="FLOAT"), _same("MODEL")
-    ),
-    "T5TokenizerOptions": Kind(
-        "Visible padding", 1, _links(clip="CLIP") + _widgets(min_padding="INT", min_length="INT"), _same("CLIP")
-    ),
-    "EmptySD3LatentImage": Kind("Size", 3, _widgets(width="INT", height="INT", batch_size="INT"), _same("LATENT")),
-    "CLIPTextEncode": Kind("Prompt", 2, _widgets(text="STRING") + _links(clip="CLIP"), _same("CONDITIONING"), 110),
-    "RandomNoise": Kind("Seed", 3, _widgets(noise_seed="INT"), _same("NOISE")),
-    "KSamplerSelect": Kind("Method", 3, _widgets(sampler_name="COMBO"), _same("SAMPLER")),
+def _slots(text: str) -> Iterator[Slot]:
+    for slot in text.split():
+        name, _, type_ = slot.replace("=", ":").partition(":")
+        yield name, type_ or name, "=" in slot
+
+
+KINDS = {
+    "UNETLoader": Kind("Load Diffusion Model", 0, "unet_name=COMBO weight_dtype=COMBO", "MODEL"),
+    "CLIPLoader": Kind("Load T5", 0, "clip_name=COMBO type=COMBO device=COMBO", "CLIP"),
+    "VAELoader": Kind("Load VAE", 0, "vae_name=COMBO", "VAE"),
+    "LoraLoaderModelOnly": Kind("LoRA", 1, "model:MODEL lora_name=COMBO strength_model=FLOAT", "MODEL"),
+    "T5TokenizerOptions": Kind("Visible padding", 1, "clip:CLIP min_padding=INT min_length=INT", "CLIP"),
+    "EmptySD3LatentImage": Kind("Size", 3, "width=INT height=INT batch_size=INT", "LATENT"),
+    "CLIPTextEncode": Kind("Prompt", 2, "text=STRING clip:CLIP", "CONDITIONING", 110),
+    "RandomNoise": Kind("Seed", 3, "noise_seed=INT", "NOISE"),
+    "KSamplerSelect": Kind("Method", 3, "sampler_name=COMBO", "SAMPLER"),
     "ModelSamplingFlux": Kind(
-        "Flow shift",
-        2,
-        _links(model="MODEL") + _widgets(max_shift="FLOAT", base_shift="FLOAT", width="INT", height="INT"),
-        _same("MODEL"),
+        "Flow shift", 2, "model:MODEL max_shift=FLOAT base_shift=FLOAT width=INT height=INT", "MODEL"
     ),
-    "BasicScheduler": Kind(
-        "Schedule",
-        3,
-        _links(model="MODEL") + _widgets(scheduler="COMBO", steps="INT", denoise="FLOAT"),
-        _same("SIGMAS"),
-    ),
-    "ManualSigmas": Kind("Schedule", 3, _widgets(sigmas="STRING"), _same("SIGMAS")),
-    "CFGGuider": Kind(
-        "Guidance",
-        3,
-        _links(model="MODEL", positive="CONDITIONING", negative="CONDITIONING") + _widgets(cfg="FLOAT"),
-        _same("GUIDER"),
-    ),
+    "BasicScheduler": Kind("Schedule", 3, "model:MODEL scheduler=COMBO steps=INT denoise=FLOAT", "SIGMAS"),
+    "ManualSigmas": Kind("Schedule", 3, "sigmas=STRING", "SIGMAS"),
+    "CFGGuider": Kind("Guidance", 3, "model:MODEL positive:CONDITIONING negative:CONDITIONING cfg=FLOAT", "GUIDER"),
     "SamplerCustomAdvanced": Kind(
         "Sampler",
         4,
-        _links(noise="NOISE", guider="GUIDER", sampler="SAMPLER", sigmas="SIGMAS", latent_image="LATENT"),
-        (("output", "LATENT"), ("denoised_output", "LATENT")),
+        "noise:NOISE guider:GUIDER sampler:SAMPLER sigmas:SIGMAS latent_image:LATENT",
+        "output:LATENT denoised_output:LATENT",
     ),
-    "VAEDecode": Kind("Decode", 5, _links(samples="LATENT", vae="VAE"), _same("IMAGE")),
-    "SaveImage": Kind("Save", 6, _links(images="IMAGE") + _widgets(filename_prefix="STRING"), ()),
+    "VAEDecode": Kind("Decode", 5, "samples:LATENT vae:VAE", "IMAGE"),
+    "SaveImage": Kind("Save", 6, "images:IMAGE filename_prefix=STRING"),
 }
 """Every node that a stock workflow may hold; a test compares them with what ComfyUI says of itself."""
 
@@ -108,26 +100,19 @@ def window_form(prompt: Prompt, note: str) -> dict[str, Any]:
         height = 60 + 24 * (max(len(inputs) - len(values), len(kind.outputs)) + len(values)) + kind.tall
         top = bottom.get(kind.column, 0)
         bottom[kind.column] = top + height + GAP
-        nodes.append(
-            {
-                "id": numbers[key],
-                "type": entry["class_type"],
-                "pos": [kind.column * COLUMN, top],
-                "size": [WIDTH, height],
-                "flags": {},
-                "order": numbers[key] - 1,
-                "mode": 0,
-                "inputs": inputs,
-                "outputs": [{"name": name, "type": type_, "links": None} for name, type_ in kind.outputs],
-                "title": TITLES.get(key, kind.title),
-                "properties": {"Node name for S&R": entry["class_type"]},
-                "widgets_values": values,
-            }
-        )
+        place = [kind.column * COLUMN, top]
+        made = _node(numbers[key], entry["class_type"], place, [WIDTH, height], TITLES.get(key, kind.title), values)
+        made["inputs"] = inputs
+        made["outputs"] = [{"name": name, "type": type_, "links": None} for name, type_ in kind.outputs]
+        made["properties"] = {"Node name for S&R": entry["class_type"]}
+        nodes.append(made)
     for made in nodes:
         for number, output in enumerate(made["outputs"]):
             output["links"] = [link[0] for link in links if link[1:3] == [made["id"], number]] or None
-    nodes.append(_note(len(nodes) + 1, note))
+    about = _node(
+        len(nodes) + 1, "MarkdownNote", [-NOTE_WIDTH - 50, 0], [NOTE_WIDTH, 420], "About this workflow", [note]
+    )
+    nodes.append(about | {"color": "#432", "bgcolor": "#653"})
     return {
         "last_node_id": len(nodes),
         "last_link_id": len(links),
@@ -140,20 +125,19 @@ def window_form(prompt: Prompt, note: str) -> dict[str, Any]:
     }
 
 
-def _note(number: int, text: str) -> dict[str, Any]:
+def _node(number: int, type_: str, place: list[int], size: list[int], title: str, values: list[Any]) -> dict[str, Any]:
+    """A node without slots, as the page stores it."""
     return {
         "id": number,
-        "type": "MarkdownNote",
-        "pos": [-NOTE_WIDTH - 50, 0],
-        "size": [NOTE_WIDTH, 420],
+        "type": type_,
+        "pos": place,
+        "size": size,
         "flags": {},
         "order": number - 1,
         "mode": 0,
         "inputs": [],
         "outputs": [],
-        "title": "About this workflow",
+        "title": title,
         "properties": {},
-        "widgets_values": [text],
-        "color": "#432",
-        "bgcolor": "#653",
+        "widgets_values": values,
     }

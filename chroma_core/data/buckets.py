@@ -18,7 +18,7 @@ MAX_ASPECT = 4.0
 
 
 @cache
-def bucket_table(resolution: int, alignment: int = 64) -> tuple[tuple[int, int], ...]:
+def bucket_table(resolution: int, alignment: int = 64) -> tuple[Size, ...]:
     """All bucket sizes whose area is at most resolution², sides multiples of `alignment`, aspect at most 4.
 
     For each width the tallest height that fits, and the mirror image of each; sorted by width.
@@ -32,9 +32,7 @@ def bucket_table(resolution: int, alignment: int = 64) -> tuple[tuple[int, int],
     return tuple(sorted(sizes))
 
 
-def choose_bucket(
-    width: int, height: int, resolution: int, alignment: int = 64, upscale: bool = False
-) -> tuple[int, int]:
+def choose_bucket(width: int, height: int, resolution: int, alignment: int = 64, upscale: bool = False) -> Size:
     """The bucket of a picture: nearest aspect ratio, then the larger area.
 
     Args:
@@ -46,15 +44,13 @@ def choose_bucket(
         resolution = min(resolution, max(alignment, math.isqrt(width * height)))
     aspect = math.log(width / height)
 
-    def misfit(size: tuple[int, int]) -> tuple[float, int, int]:
+    def misfit(size: Size) -> tuple[float, int, int]:
         return round(abs(math.log(size[0] / size[1]) - aspect), 6), -size[0] * size[1], size[0]
 
     return min(bucket_table(resolution, alignment), key=misfit)
 
 
-def crop_box(
-    width: int, height: int, bucket: tuple[int, int], position: float = 0.5
-) -> tuple[float, float, float, float]:
+def crop_box(width: int, height: int, bucket: Size, position: float = 0.5) -> tuple[float, float, float, float]:
     """The largest box of the bucket's aspect (left, top, right, bottom) in the picture's pixels.
 
     Args:
@@ -67,7 +63,7 @@ def crop_box(
     return left, top, min(left + w, width), min(top + h, height)
 
 
-def resize_and_crop(picture: Image.Image, bucket: tuple[int, int], position: float = 0.5) -> Image.Image:
+def resize_and_crop(picture: Image.Image, bucket: Size, position: float = 0.5) -> Image.Image:
     """Scale a picture to cover the bucket (Lanczos) and cut the overhang: evenly, or as `crop_box` says."""
     if picture.size == bucket:
         return picture

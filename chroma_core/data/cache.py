@@ -79,13 +79,11 @@ class LatentTextCache:
 
     def latents(self, path: Path) -> Tensor:
         """Latents [C, H, W] in the transformer's space, fp32. Raises DataError when the entry is gone or damaged."""
-        tensors, _ = self._read(path)
-        return tensors["latents"]
+        return self._read(path)[0]["latents"]
 
     def mask(self, path: Path) -> Tensor:
         """A mask [1, H, W] at the size of its latents, 0..1, fp32. Raises DataError when it is gone or damaged."""
-        tensors, _ = self._read(path)
-        return tensors["mask"]
+        return self._read(path)[0]["mask"]
 
     def text(self, prompt: str) -> TextCondition:
         """The encoded prompt. Raises DataError when the entry is gone or damaged."""

@@ -13,15 +13,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import posixpath
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import DataError
+from ..errors import DataError, counted
 from ..sampling.text import TRIGGER, apply_trigger
 from .order import generator, integer, uniform
 
@@ -114,16 +115,8 @@ def pick_caption(captions: Sequence[str], dropout: float, random: torch.Generato
 NAMES = ("metadata.jsonl", "metadata.csv")
 
 
-@dataclass
-class Metadata:
-    """What the metadata files say: captions by the picture's name in the data set, and warnings about rows."""
-
-    captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-
-def read_metadata(folder: Path, pictures: set[str], column: str) -> Metadata:
-    """Read all metadata files of a data set.
+def read_metadata(folder: Path, pictures: set[str], column: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """What all metadata files of a data set say: captions by the picture's name in it, and warnings about rows.
 
     The first row of a picture counts. Rows that cannot be used are counted in the warnings, each kind with an example.
 
@@ -139,37 +132,34 @@ def read_metadata(folder: Path, pictures: set[str], column: str) -> Metadata:
             f"The data set folder '{folder.name}' has no {' or '.join(NAMES)}, but captions are to come from there. "
             "Add one with the columns file_name and text, or choose another caption source."
         )
-    found = Metadata()
-    unusable: dict[str, list[str]] = {}
+    captions: dict[str, tuple[str, ...]] = {}
+    unusable: defaultdict[str, list[str]] = defaultdict(list)
     rows, with_column = 0, 0
     for path in files:
         where = path.relative_to(folder).as_posix()
         for number, row in _rows(path, where):
             place = f"{where} line {number}"
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                unusable.setdefault("without a readable file_name", []).append(place)
+                unusable["without a readable file_name"].append(place)
                 continue
             rows += 1
             with_column += column in row
-            name = _inside(PurePosixPath(where).parent, row["file_name"])
+            # Relative to the data set; what leads out of it begins with a slash or two dots, as no picture's name does.
+            name = posixpath.normpath(posixpath.join(posixpath.dirname(where), row["file_name"].replace("\\", "/")))
             if name not in pictures:
-                unusable.setdefault("for a picture that is not there", []).append(f"{row['file_name']} in {place}")
-            elif name in found.captions:
-                unusable.setdefault("for a picture that has one already (the first counts)", []).append(
-                    f"{name} in {place}"
-                )
+                unusable["for a picture that is not there"].append(f"{row['file_name']} in {place}")
+            elif name in captions:
+                unusable["for a picture that has one already (the first counts)"].append(f"{name} in {place}")
             else:
-                found.captions[name] = _texts(row.get(column))
+                captions[name] = _texts(row.get(column))
     if rows and not with_column:
         raise DataError(
             f"No row of the metadata in '{folder.name}' has a column '{column}'. Rename the column of the captions to "
             f"'{column}', or set caption_column to its name."
         )
-    found.warnings = [
-        f"Metadata: {len(places)} {'row' if len(places) == 1 else 'rows'} {what}, e.g. {places[0]}."
-        for what, places in unusable.items()
+    return captions, [
+        f"Metadata: {counted(len(places), 'row')} {what}, e.g. {places[0]}." for what, places in unusable.items()
     ]
-    return found
 
 
 def _rows(path: Path, where: str) -> Iterator[tuple[int, Any]]:
@@ -194,19 +184,6 @@ def _rows(path: Path, where: str) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
             except (ValueError, RecursionError):
                 yield number, None
-
-
-def _inside(folder: PurePosixPath, file_name: str) -> str:
-    """The name relative to the data set; something that no picture is called when it leads out of it."""
-    parts: list[str] = list(folder.parts)
-    for part in file_name.replace("\\", "/").split("/"):
-        if part == "..":
-            if not parts:
-                return ""
-            parts.pop()
-        elif part not in ("", "."):
-            parts.append(part)
-    return "" if file_name.startswith(("/", "\\")) else "/".join(parts)
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -1,17 +1,41 @@
-"""How a data set is read, as one frozen value."""
+"""How a data set is read, as one frozen value; and the base of all values that are parsed from what a user wrote."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
+from ..errors import ConfigError
 from ..options import Option
-from .settings import Settings
 
 Resolution = Annotated[int, Field(ge=32, le=4096)]
 CaptionSource = Literal["files", "metadata", "filenames", "fixed"]
+
+
+class Settings(BaseModel):
+    """A frozen value with no unknown fields, parsed from a node, a TOML file or JSON. `parse` is for a user's text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls, data: Any) -> Self:
+        """`model_validate` with the errors as one paragraph. Raises ConfigError."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(f"These settings cannot be used: {'; '.join(map(_line, error.errors()))}.") from error
+
+
+def _line(error: Any) -> str:
+    where = ".".join(map(str, error["loc"])) or "settings"
+    if error["type"] == "extra_forbidden":
+        return f"{where} is not a known option (check its spelling)"
+    message = error["msg"].removeprefix("Value error, ")
+    if isinstance(error["input"], dict | list) or error["type"] == "missing":
+        return f"{where}: {message}"
+    return f"{where}: {message} (found {error['input']!r})"
 
 
 class DatasetConfig(Settings):
@@ -40,8 +64,7 @@ class DatasetConfig(Settings):
     ] = 64
     repeats: Annotated[int, Field(ge=1), Option("Times each image counts in an epoch.", most=1000)] = 1
     repeat_folders: Annotated[
-        bool,
-        Option("Images in a sub-folder 3_dog count three times. Off: such a number means nothing.", advanced=True),
+        bool, Option("Images in a sub-folder 3_dog count three times. Off: such a number means nothing.", advanced=True)
     ] = True
     weight: Annotated[
         float,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import DataError, counted
 from ..files import write_atomic
 from .views import SUFFIX
 
@@ -28,13 +28,13 @@ def captions_for(texts: Sequence[str], count: int) -> list[str]:
         return list(texts)
     if len(texts) != 1:
         raise DataError(
-            f"There are {_count(count, 'picture')} and {_count(len(texts), 'caption')}. Give one caption for each "
+            f"There are {counted(count, 'picture')} and {counted(len(texts), 'caption')}. Give one caption for each "
             "picture, in the same order, or a single one for all."
         )
     lines = [line for line in texts[0].splitlines() if line.strip()] or [""]
     if len(lines) not in (1, count):
         raise DataError(
-            f"There are {_count(count, 'picture')}, but the caption text has {len(lines)} lines. Write one line for "
+            f"There are {counted(count, 'picture')}, but the caption text has {len(lines)} lines. Write one line for "
             "each picture, in the same order, or a single line for all."
         )
     return lines if len(lines) == count else lines * count
@@ -65,7 +65,7 @@ def store_pictures(
     texts = captions_for(captions, len(pictures))
     if masks and len(masks) != len(pictures):
         raise DataError(
-            f"There are {_count(len(pictures), 'picture')} and {_count(len(masks), 'mask')}. Give one mask for each "
+            f"There are {counted(len(pictures), 'picture')} and {counted(len(masks), 'mask')}. Give one mask for each "
             "picture, in the same order, or none at all."
         )
     files: list[tuple[str, bytes]] = []
@@ -102,10 +102,6 @@ def bytes_in(folder: Path) -> int:
         except OSError:
             continue
     return total
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _png(picture: Image.Image) -> bytes:

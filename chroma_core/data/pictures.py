@@ -67,12 +67,6 @@ def picture_facts(path: Path) -> PictureFacts:
         raise UnreadablePicture(reason(error)) from error
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) as displayed, from the header alone. Raises UnreadablePicture."""
-    facts = picture_facts(path)
-    return facts.width, facts.height
-
-
 def load_picture(path: Path, background: str = "white", least: int = 0) -> Image.Image:
     """Decode a picture: upright by its EXIF, transparency laid over `background`, 16 bits reduced to 8, first frame.
 
@@ -124,18 +118,16 @@ def reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-@dataclass(frozen=True)
-class Picture:
+@dataclass(frozen=True, kw_only=True)
+class Picture(PictureFacts):
     """A picture as a scan found it.
 
     Args:
         name: relative to the folder, with forward slashes.
         captions: as written, with trigger, prefix and suffix.
-        width, height: in pixels, as displayed.
         sha256: of the file.
         drawn: `captions`, then their shuffled orders.
         repeats: from the folder's name.
-        transparent: whether it has an alpha channel.
         mask, mask_sha256: its loss mask's file and that file's hash; None and "alpha" where its alpha channel is the
             mask; None and "" where all of it counts.
         captioned: whether it has a caption of its own, not the default one or an empty one.
@@ -144,12 +136,9 @@ class Picture:
     path: Path
     name: str
     captions: tuple[str, ...]
-    width: int
-    height: int
     sha256: str
     drawn: tuple[str, ...]
     repeats: int = 1
-    transparent: bool = False
     mask: Path | None = None
     mask_sha256: str = ""
     captioned: bool = True

@@ -61,11 +61,6 @@ class Sample:
         caption = pick_caption(self.captions, self.caption_dropout, random)
         return Use(self.latents[view], self.masks[view] if self.masks else None, caption)
 
-    def pick(self, random: torch.Generator) -> tuple[Path, str]:
-        """The latents' path and the caption of one use of the sample."""
-        use = self.use(random)
-        return use.latents, use.caption
-
 
 def cache_samples(
     scan: DatasetScan,
@@ -126,7 +121,7 @@ def cache_samples(
     if not samples:
         raise DataError(
             f"No picture of the data set '{Path(config.folder).name}' could be decoded: "
-            f"{describe_skipped(list(unreadable.items()))}. Save the files again in another program, or replace them."
+            f"{describe_skipped(unreadable.items())}. Save the files again in another program, or replace them."
         )
     rounds = range(max(repeats for _, repeats in samples))
     repeated = [sample for i in rounds for sample, repeats in samples if i < repeats]
@@ -260,12 +255,6 @@ def multiples(weights: Sequence[float]) -> list[int]:
     factors = range(1, _LONGEST + 1)
     factor = next((factor for factor in factors if error(factor) < _CLOSE), min(factors, key=error))
     return [round(factor * one) for one in relative]
-
-
-def shares(sets: Sequence[SampleSet]) -> str:
-    """What part of an epoch each set has, in words: `dog 67 %, dogs in general 33 %`."""
-    counts = [len(one.samples) * n for one, n in zip(sets, multiples([one.weight for one in sets]), strict=True)]
-    return ", ".join(f"{one.name} {count / sum(counts):.0%}" for one, count in zip(sets, counts, strict=True))
 
 
 def _different(names: Sequence[str]) -> list[str]:

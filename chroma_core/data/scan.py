@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import sha256_file
 from .captions import caption_from_name, prepared, read_captions, read_metadata
 from .dataset import DatasetConfig
 from .pictures import OTHER_EXTENSIONS, PICTURE_EXTENSIONS, Picture, PictureFacts, UnreadablePicture, picture_facts
@@ -30,10 +30,6 @@ class DatasetScan:
     items: list[Picture]
     skipped: list[tuple[str, str]]
     warnings: list[str]
-
-
-class _NoCaption(Exception):
-    """A picture without a caption; says where one was looked for."""
 
 
 def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
@@ -82,33 +78,46 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
         try:
             facts = picture_facts(path)
             digest = _sha256(path)
-            mask = _mask(path, facts, config)
+            mask, mask_digest = _mask(path, facts, config)
         except (UnreadablePicture, OSError) as error:
             skipped.append((name, f"unreadable picture: {error}"))
             continue
-        captioned = True
         try:
-            captions = caption_of(path, name)
+            captions, source = caption_of(path, name)
         except ValueError:
             skipped.append((name, "its caption file is not UTF-8 text"))
             continue
-        except _NoCaption as missing:
+        captioned = bool(captions)
+        if not captioned:
             findings.without_caption += 1
-            captioned = False
             if config.default_caption is not None:
                 captions = (config.default_caption,)
             elif config.missing_caption == "empty":
                 captions = ("",)
             elif config.missing_caption == "error":
                 raise DataError(
-                    f"The picture '{name}' in '{folder.name}' has no caption: there is no text in {missing}. Write "
+                    f"The picture '{name}' in '{folder.name}' has no caption: there is no text in {source}. Write "
                     "one, set a default caption, or choose to skip such pictures."
-                ) from missing
+                )
             else:
-                skipped.append((name, f"no caption in {missing}"))
+                skipped.append((name, f"no caption in {source}"))
                 continue
-        items.append(_picture(path, name, facts, digest, captions, repeats, mask, captioned, config))
-        findings.note(name, facts, repeats)
+        around = config.trigger, config.caption_prefix, config.caption_suffix
+        drawn = prepared(captions, *around, config.tag_shuffles, config.keep_tags)
+        items.append(
+            Picture(
+                **vars(facts),
+                path=path,
+                name=name,
+                captions=drawn[: len(captions)],
+                drawn=drawn,
+                captioned=captioned,
+                sha256=digest,
+                mask=mask,
+                mask_sha256=mask_digest,
+                repeats=repeats,
+            )
+        )
     if not items:
         raise DataError(
             f"None of the {len(files)} pictures in '{folder.name}' can be used: {describe_skipped(skipped)}. Repair "
@@ -135,60 +144,28 @@ def is_hidden(path: Path, folder: Path) -> bool:
 
 def _caption_source(
     config: DatasetConfig, folder: Path, files: list[Path], findings: Findings
-) -> Callable[[Path, str], tuple[str, ...]]:
-    """How a picture (its path and its name) gets its captions. What is returned raises ValueError or _NoCaption."""
+) -> Callable[[Path, str], tuple[tuple[str, ...], str]]:
+    """How a picture (its path and its name) gets its captions: they, or none, and where they were looked for.
 
-    def found(captions: tuple[str, ...], where: str) -> tuple[str, ...]:
-        if not captions:
-            raise _NoCaption(where)
-        return captions
+    What is returned raises ValueError for a text that cannot be decoded.
+    """
 
-    def from_file(path: Path, _: str) -> tuple[str, ...]:
+    def from_file(path: Path, _: str) -> tuple[tuple[str, ...], str]:
         text = path.with_suffix(config.caption_extension)
         try:
-            captions = read_captions(text)
+            return read_captions(text), text.name
         except OSError:
-            captions = ()
-        return found(captions, text.name)
+            return (), text.name
 
     if config.caption_source == "metadata":
         names = {path.relative_to(folder).as_posix() for path in files}
-        metadata = read_metadata(folder, names, config.caption_column)
-        findings.metadata = metadata.warnings
-        return lambda _, name: found(metadata.captions.get(name, ()), "the metadata")
+        captions, findings.metadata = read_metadata(folder, names, config.caption_column)
+        return lambda _, name: (captions.get(name, ()), "the metadata")
     if config.caption_source == "filenames":
-        return lambda _, name: found(tuple(filter(None, [caption_from_name(name)])), "its file name")
+        return lambda _, name: (tuple(filter(None, [caption_from_name(name)])), "its file name")
     if config.caption_source == "fixed":
-        return lambda *_: (config.default_caption or "",)
+        return lambda *_: ((config.default_caption or "",), "default_caption")
     return from_file
-
-
-def _picture(
-    path: Path,
-    name: str,
-    facts: PictureFacts,
-    sha256: str,
-    captions: tuple[str, ...],
-    repeats: int,
-    mask: tuple[Path | None, str],
-    captioned: bool,
-    config: DatasetConfig,
-) -> Picture:
-    shuffles = config.tag_shuffles
-    drawn = prepared(captions, config.trigger, config.caption_prefix, config.caption_suffix, shuffles, config.keep_tags)
-    return Picture(
-        path,
-        name,
-        drawn[: len(captions)],
-        facts.width,
-        facts.height,
-        sha256,
-        drawn,
-        repeats,
-        facts.transparent,
-        *mask,
-        captioned,
-    )
 
 
 def _mask(path: Path, facts: PictureFacts, config: DatasetConfig) -> tuple[Path | None, str]:
@@ -210,14 +187,10 @@ def _sha256(path: Path) -> str:
     """The file's hash; remembered, since a set is looked at again and again while its options are chosen."""
     found = path.stat()
     if time.time() - max(found.st_mtime, found.st_ctime) < _SETTLED:
-        return _hash(path)
+        return sha256_file(path)
     return _remembered(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 @lru_cache(maxsize=100_000)
 def _remembered(path: Path, *_state: int) -> str:
-    return _hash(path)
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256_file(path)

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
+from ..errors import first_few
 from .dataset import DatasetConfig
-from .pictures import Picture, PictureFacts
+from .pictures import Picture
 
 MANY_REPEATS = 100
 """From here on the number in a folder's name may well be a year or a date."""
@@ -27,25 +28,11 @@ class Findings:
     foreign: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     without_caption: int = 0
-    animated: list[str] = field(default_factory=list)
-    misnamed: list[str] = field(default_factory=list)
-    many_repeats: list[str] = field(default_factory=list)
-
-    def note(self, name: str, facts: PictureFacts, repeats: int) -> None:
-        """Remember what to warn of in a usable image."""
-        if facts.animated:
-            self.animated.append(name)
-        if facts.misnamed:
-            self.misnamed.append(name)
-        if repeats >= MANY_REPEATS:
-            self.many_repeats.append(name)
 
 
-def describe_skipped(skipped: Sequence[tuple[str, str]], limit: int = 5) -> str:
+def describe_skipped(skipped: Iterable[tuple[str, str]]) -> str:
     """The first few skipped files with their reasons, as one phrase."""
-    named = [f"{name} ({why})" for name, why in skipped[:limit]]
-    more = len(skipped) - limit
-    return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+    return first_few((f"{name} ({why})" for name, why in skipped), 5)
 
 
 def dataset_warnings(
@@ -122,15 +109,15 @@ def _about_files(config: DatasetConfig, items: Sequence[Picture], findings: Find
     over = sum(item.transparent for item in items)
     if over:
         found.append(f"{over} with transparency are laid over {config.background}.")
-    if findings.animated:
-        found.append(f"Of {_several(findings.animated)} with several frames or pages only the first is used.")
-    if findings.misnamed:
-        found.append(f"{_several(findings.misnamed)} of another format than the name says; read all the same.")
+    if animated := [item.name for item in items if item.animated]:
+        found.append(f"Of {_several(animated)} with several frames or pages only the first is used.")
+    if misnamed := [item.name for item in items if item.misnamed]:
+        found.append(f"{_several(misnamed)} of another format than the name says; read all the same.")
     if findings.foreign:
         found.append(f"{_several(findings.foreign)} in a format that is not read; save as PNG or JPEG to use them.")
-    if findings.many_repeats:
+    if many_repeats := [item.name for item in items if item.repeats >= MANY_REPEATS]:
         found.append(
-            f"{_several(findings.many_repeats)} with {MANY_REPEATS} repeats or more from the folder's name; set "
+            f"{_several(many_repeats)} with {MANY_REPEATS} repeats or more from the folder's name; set "
             "repeat_folders to false if that number means something else."
         )
     masked = sum(item.masked for item in items)

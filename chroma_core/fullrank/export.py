@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,7 @@ class TrainedModel:
 
     def read_base(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor of the base, as a new one on the CPU. Raises ModelFileError when its file was changed or lost."""
-        source = self.component.sources[name]
-        rows = None if source.rows is None else source.rows.span(self.weights.shapes[source.name][0])
-        return self.weights.read(source.name, dtype, rows).reshape(source.shape)
+        return self.component.sources[name].read(self.weights, dtype)
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is written, on the CPU."""
@@ -79,7 +78,7 @@ class TrainedModel:
 
     def bytes(self) -> int:
         """Bytes of one copy."""
-        return sum(t.numel() * t.element_size() for t in self.outline().values())
+        return _bytes(self.outline())
 
 
 def write_single_file(path: Path, model: TrainedModel, metadata: Mapping[str, str]) -> None:
@@ -87,7 +86,9 @@ def write_single_file(path: Path, model: TrainedModel, metadata: Mapping[str, st
     _remove_leftovers(path)
     outline, original = model.outline(), model.original()
     # Rows of one tensor have one type: the wider one, where only some of them were trained.
-    dtypes = {fused: _widest(outline[name].dtype for name in names) for fused, names in original.items()}
+    dtypes = {
+        fused: reduce(torch.promote_types, (outline[name].dtype for name in names)) for fused, names in original.items()
+    }
 
     def shape(names: list[str]) -> tuple[int, ...]:
         return sum(outline[name].shape[0] for name in names), *outline[names[0]].shape[1:]
@@ -158,13 +159,6 @@ def _remove_leftovers(path: Path) -> None:
     for leftover in path.parent.glob(".*.tmp"):
         if own.fullmatch(leftover.name):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-
-
-def _widest(dtypes: Iterator[torch.dtype]) -> torch.dtype:
-    widest = next(dtypes)
-    for dtype in dtypes:
-        widest = torch.promote_types(widest, dtype)
-    return widest
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

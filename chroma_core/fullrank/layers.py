@@ -50,11 +50,14 @@ def layer_names(transformer: nn.Module, target: str | Sequence[str], norms: bool
     wanted = [part for part in wanted if part]
     if not wanted:
         raise ConfigError("No blocks are chosen for full-rank training. Name some, e.g. double_blocks.0-3, or 'all'.")
-    layers = {name for name in linear_modules(transformer) if name.startswith(BLOCKS)}
-    norm_layers = {name for name, module in transformer.named_modules() if isinstance(module, nn.RMSNorm)}
-    norm_layers = {name for name in norm_layers if name.startswith(BLOCKS)}
-    names = [name for name, _ in transformer.named_modules() if name in layers or (norms and name in norm_layers)]
-    aliases = {name: (name, _original(name)) for name in names}
+    linears = linear_modules(transformer)
+    names = [
+        name
+        for name, module in transformer.named_modules()
+        if name.startswith(BLOCKS) and (name in linears or (norms and isinstance(module, nn.RMSNorm)))
+    ]
+    originals = ((name, to_original_module(name)) for name in names)
+    aliases = {name: (name, original.name if original else name) for name, original in originals}
     chosen: set[str] = set()
     for part in wanted:
         for pattern in _patterns(part):
@@ -69,11 +72,6 @@ def count_trained(transformer: nn.Module, target: str | Sequence[str], norms: bo
     """How many numbers `target` trains; the transformer may be on the meta device, unquantised."""
     names = set(layer_names(transformer, target, norms))
     return sum(p.numel() for name, p in transformer.named_parameters() if name.rpartition(".")[0] in names)
-
-
-def _original(name: str) -> str:
-    found = to_original_module(name)
-    return name if found is None else found.name
 
 
 def _patterns(part: str) -> list[str]:

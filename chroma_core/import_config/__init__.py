@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.dataset import DatasetConfig
 from ..errors import ConfigError
 from ..files import slug
 from . import ai_toolkit, simpletuner
@@ -95,7 +94,7 @@ def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path |
     sources = (file.name,) if dataloader is None else (file.name, dataloader.name)
     sets = []
     for name, kind, backend in _usable(dataloader, job.lines) or [("", "image", {})]:
-        part = Draft(sources[-1], job.lines, DatasetConfig)
+        part = Draft(sources[-1], job.lines)
         part.walk(
             simpletuner.SET_OPTIONS,
             for_all_sets | _stated(backend),
@@ -165,7 +164,12 @@ def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
             f"'{file.name}' has a process of type {shown(process['type'])}; only sd_trainer, which trains, can be "
             "imported."
         )
-    sections = {name: _section(file, process, name) for name in ai_toolkit.SECTIONS if name}
+    sections: dict[str, dict[str, Any]] = {}
+    for name in filter(None, ai_toolkit.SECTIONS):
+        section = process.get(name) or {}
+        if not isinstance(section, dict):
+            raise ConfigError(f"'{file.name}': {name} is {shown(section)}; it must be a section with options.")
+        sections[name] = {str(key): value for key, value in section.items()}
     model = sections["model"]
     old_switch = next((key for key in model if key.startswith("is_") and not is_off(model[key])), "")
     arch = model.get("arch")
@@ -200,18 +204,11 @@ def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
     trigger = _stated({"trigger_word": process.get("trigger_word")})
     sets = []
     for i, item in enumerate(datasets):
-        part = Draft(file.name, lines, DatasetConfig)
+        part = Draft(file.name, lines)
         options = trigger | _stated({str(key): value for key, value in item.items()})
         part.walk(ai_toolkit.SET_OPTIONS, options, prefix=f"datasets.{i}.")
         sets.append(("image", part))
     return finish("ai-toolkit", (file.name,), job, sets, start_folders(file), [])
-
-
-def _section(file: Path, process: Mapping[str, Any], name: str) -> dict[str, Any]:
-    section = process.get(name) or {}
-    if not isinstance(section, dict):
-        raise ConfigError(f"'{file.name}': {name} is {shown(section)}; it must be a section with options.")
-    return {str(key): value for key, value in section.items()}
 
 
 def _stated(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,24 +1,24 @@
-"""The words in which the tables are written, and the engine that walks them.
+"""How the tables are read (`simpletuner.yaml`, `ai_toolkit.yaml`), and the engine that walks them.
 
 A table has a `Rule` for every option of another trainer. Its `convert` answers with the value of our option, or says
-that the value is only near (`Near`), that there is nothing like it here (`Lost`), or that it changes nothing (`Same`).
+that the value is only `near`, that there is nothing like it here (`lost`), or that it changes nothing (`unchanged`).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
-
-from pydantic import BaseModel
+from functools import partial
+from typing import Any, Literal, get_type_hints
 
 from ..errors import ConfigError
 from ..model.flavours import FLAVOURS
+from ..options import option_of
 from ..training.config import TrainingConfig
-from .read import ForeignPath, Unreadable, is_off, switch, text
+from .read import ForeignPath, Unreadable, is_off, number, path, switch, text, whole
 
 Kind = Literal["maps", "differs", "no counterpart", "ignored", "unknown"]
 Given = Mapping[str, Any]
@@ -26,25 +26,27 @@ Given = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Near:
+class Answer:
+    """What becomes of a value that is not simply taken over, and why. `value`: as `Rule.convert` has it."""
+
+    kind: Kind
+    reason: str
+    value: Any = field(default_factory=dict)
+
+
+def near(value: Any, reason: str) -> Answer:
     """The value that comes nearest, and how it differs."""
-
-    value: Any
-    reason: str
+    return Answer("differs", reason, value)
 
 
-@dataclass(frozen=True)
-class Lost:
+def lost(reason: str) -> Answer:
     """Nothing like it here: why, or what to do instead."""
+    return Answer("no counterpart", reason)
 
-    reason: str
 
-
-@dataclass(frozen=True)
-class Same:
+def unchanged(reason: str) -> Answer:
     """It changes nothing of what is trained here: why."""
-
-    reason: str
+    return Answer("ignored", reason)
 
 
 @dataclass(frozen=True)
@@ -64,81 +66,97 @@ class Rule:
 Table = dict[str, Rule]
 
 
-def maps(to: str, read: Callable[[Any], Any] = text, reason: str = "") -> Rule:
-    """The same thing under another name."""
+def table(
+    section: Mapping[str, Mapping[str, Any]], functions: Mapping[str, Any], model: type = TrainingConfig
+) -> Table:
+    """The rules of a data file's section: `options` by name, `lost` and `ignored` from a reason to names.
+
+    An option is the name of ours that it is taken over into, or has: `to`, our option or several; `why`, what
+    docs/import.md says of it; and one of
+
+    - nothing else: it is read as our option's type has it, or by the function `read`.
+    - by: a function of the value and all given options; `kind` is what docs/import.md counts it as.
+    - words, alike: a word for a word, for [a word, how it differs], or for the reason of `same` or `lost`; `alike` are
+      those that are the same here. A word that is not listed has no counterpart.
+    - when_on: what a switch becomes that is on; `differs`, how that differs.
+    - only, at_most: the values that change nothing here, because of `same`; `otherwise`, why there are no others.
+
+    `lost`: nothing like them here; no remark where the value says that it is not used. `ignored`: they change nothing
+    of what is trained here, whatever their value. `functions` are those of the tool's module.
+    """
+    rules = {}
+    for option, entry in section.get("options", {}).items():
+        rules[option] = _rule({"to": entry} if isinstance(entry, str) else entry, {**SHARED, **functions}, model)
+    for reason, names in section["lost"].items():
+        rules |= dict.fromkeys(names.split(), Rule(partial(_lost, reason), "", reason, "no counterpart"))
+    for reason, names in section["ignored"].items():
+        rules |= dict.fromkeys(names.split(), Rule(partial(_always, unchanged(reason)), "", reason, "ignored"))
+    return rules
+
+
+def _always(answer: Any, value: Any, given: Given) -> Any:
+    return answer
+
+
+def _lost(reason: str, value: Any, given: Given) -> Any:
+    return unchanged("not used") if is_off(value) else lost(reason)
+
+
+def _rule(entry: Mapping[str, Any], functions: Mapping[str, Any], model: type) -> Rule:
+    to, reason = entry.get("to", ""), entry.get("why", "")
+    if "by" in entry:
+        return Rule(functions[entry["by"]], to, reason, entry.get("kind", "maps"))
+    if "words" in entry or "alike" in entry:
+        return _choice(entry)
+    if "when_on" in entry:
+        answer, differs = entry["when_on"], entry.get("differs")
+        reason = reason or f"true → `{str(answer).lower()}`" + (f": {differs}" if differs else "")
+        answer = near(answer, differs) if differs else answer
+        kind = "differs" if differs else "maps"
+        return Rule(lambda value, given: answer if switch(value) else unchanged("not used"), to, reason, kind)
+    if "otherwise" in entry:
+        limit = entry.get("only", entry.get("at_most"))
+        read, same, otherwise = READERS[type(limit)], unchanged(entry.get("same", "the same here")), entry["otherwise"]
+        holds = operator.le if "at_most" in entry else operator.eq
+        return Rule(
+            lambda value, given: same if holds(read(value), limit) else lost(otherwise),
+            reason=reason or otherwise,
+            kind="no counterpart",
+        )
+    read = functions[entry["read"]] if "read" in entry else READERS.get(_kind(to, model), text)
     return Rule(lambda value, given: read(value), to, reason)
 
 
-def choice(to: str, words: Mapping[str, Any], reason: str = "") -> Rule:
-    """A word for a word, or for one of the answers. A word that is not listed has no counterpart."""
+def _choice(entry: Mapping[str, Any]) -> Rule:
+    answers: dict[str, Any] = {word: word for word in entry.get("alike", "").split()}
+    same, other = [f"`{word}`" for word in answers], []
+    for word, found in entry.get("words", {}).items():
+        if isinstance(found, list):
+            answers[word] = near(*found)
+            other.append(f"`{word}` → `{found[0]}` (differs: {found[1]})")
+        elif isinstance(found, dict):
+            ((kind, reason),) = found.items()
+            answers[word] = lost(reason) if kind == "lost" else unchanged(reason)
+            other.append(f"`{word}`: no counterpart ({reason})" if kind == "lost" else f"`{word}`: {reason}")
+        else:
+            answers[word] = found
+            same.append(f"`{word}`" if word == found else f"`{word}` → `{found}`")
 
     def convert(value: Any, given: Given) -> Any:
         word = text(value).strip()
-        return words.get(word.lower(), Lost(f"there is no {word!r} here"))
+        return answers.get(word.lower(), lost(f"there is no {word!r} here"))
 
-    same, other = [], []
-    for word, answer in words.items():
-        if isinstance(answer, Near):
-            other.append(f"`{word}` → `{answer.value}` (differs: {answer.reason})")
-        elif isinstance(answer, Lost):
-            other.append(f"`{word}`: no counterpart ({answer.reason})")
-        elif isinstance(answer, Same):
-            other.append(f"`{word}`: {answer.reason}")
-        else:
-            same.append(f"`{word}`" if word == answer else f"`{word}` → `{answer}`")
-    return Rule(convert, to, "; ".join(filter(None, (reason, ", ".join(same), *other))))
+    return Rule(convert, entry.get("to", ""), "; ".join(filter(None, (entry.get("why"), ", ".join(same), *other))))
 
 
-def when_on(to: str, answer: Any, reason: str = "") -> Rule:
-    """A switch that means something when it is on."""
-    value, differs = (answer.value, f": {answer.reason}") if isinstance(answer, Near) else (answer, "")
-    return Rule(
-        lambda value, given: answer if switch(value) else Same("not used"),
-        to,
-        reason or f"true → `{str(value).lower()}`{differs}",
-        "differs" if differs else "maps",
-    )
+def _kind(to: str, model: type) -> type:
+    """The kind of our option `to`, as `options.Described` has it."""
+    *sections, name = to.split(".")
+    for section in sections:
+        model = get_type_hints(model)[section]
+    return option_of(model, name).kind
 
 
-def only(holds: Callable[[Any], bool], otherwise: str, same: str = "the same here", reason: str = "") -> Rule:
-    """An option with one value that changes nothing here; any other has no counterpart."""
-    return Rule(
-        lambda value, given: Same(same) if holds(value) else Lost(otherwise),
-        reason=reason or otherwise,
-        kind="no counterpart",
-    )
-
-
-def lost(options: Mapping[str, str]) -> Table:
-    """From reason → names: nothing like them here; no remark where the value says that it is not used."""
-
-    def answer(reason: str) -> Callable[[Any, Given], Any]:
-        return lambda value, given: Same("not used") if is_off(value) else Lost(reason)
-
-    return _by_reason(options, answer, "no counterpart")
-
-
-def ignored(options: Mapping[str, str]) -> Table:
-    """From reason → names: they change nothing of what is trained here, whatever their value."""
-    return _by_reason(options, lambda reason: lambda value, given: Same(reason), "ignored")
-
-
-def _by_reason(options: Mapping[str, str], answer: Callable[[str], Callable[[Any, Given], Any]], kind: Kind) -> Table:
-    rules = {reason: Rule(answer(reason), "", reason, kind) for reason in options}
-    return {name: rules[reason] for reason, names in options.items() for name in names.split()}
-
-
-def alike(words: str) -> dict[str, str]:
-    """For `choice`: words that are the same here."""
-    return {word: word for word in words.split()}
-
-
-CONSTANT_LR = "a wave between the rate and nearly 0; the rate stays constant"
-OWN_LAYERS = "stored by ChromaKit's own quantised layers instead"
-START_FROM = Rule(
-    lambda value, given: ForeignPath(text(value)) if text(value).strip() else Same("not used"), "lora.start_from"
-)
-STREAMED = when_on("model.offload", Near("block", "blocks are streamed by ChromaKit's own offloading"))
 WEIGHTS = (".safetensors", ".sft", ".gguf")
 REPOSITORIES = {f.repository.lower(): f.name for f in FLAVOURS.values() if f.repository}
 
@@ -152,37 +170,41 @@ def model_source(value: Any, given: Given) -> Any:
     """A repository, a folder or a single file as the model."""
     name = text(value).strip()
     if not name:
-        return Same("not used")
+        return unchanged("not used")
     if flavour := REPOSITORIES.get(name.lower()):
         return {"model.flavour": flavour}
     if name.lower().endswith(WEIGHTS):
         return {"model.transformer": ForeignPath(name)}
     if re.match(r"lodestones/chroma\b", name, re.IGNORECASE):
-        return Near(
+        return near(
             {} if "model_flavour" in given else {"model.flavour": "base"},
             "a development version of Chroma; the published weights of the flavour are used: name a file in "
             "model.transformer",
         )
     if is_local(name):
         return {"model.folder": ForeignPath(name)}
-    return Lost("other repositories are not loaded: download it and name its folder in model.folder")
+    return lost("other repositories are not loaded: download it and name its folder in model.folder")
 
 
-MODEL_SOURCE = Rule(model_source, "model.flavour, model.folder or model.transformer", "see below")
-
-
-def part_source(part: str) -> Rule:
+def part_source(part: str, value: Any, given: Given) -> Any:
     """One part of the model from a file or folder of this computer."""
+    name = text(value).strip()
+    if not name:
+        return unchanged("not used")
+    if is_local(name):
+        return ForeignPath(name)
+    return lost(f"the {part} comes from the flavour's repository, a file or a folder: name one in model.{part}")
 
-    def convert(value: Any, given: Given) -> Any:
-        name = text(value).strip()
-        if not name:
-            return Same("not used")
-        if is_local(name):
-            return ForeignPath(name)
-        return Lost(f"the {part} comes from the flavour's repository, a file or a folder: name one in model.{part}")
 
-    return Rule(convert, f"model.{part}", "a file or folder")
+def start_from(value: Any, given: Given) -> Any:
+    """The LoRA whose training goes on."""
+    return ForeignPath(text(value)) if text(value).strip() else unchanged("not used")
+
+
+READERS: dict[type, Callable[[Any], Any]] = {int: whole, float: number, bool: switch}
+SHARED: dict[str, Any] = {f.__name__: f for f in (path, model_source, start_from)}
+SHARED |= {part: partial(part_source, part) for part in ("transformer", "vae", "text_encoder")}
+"""What the data files of both tools name in `read` and `by`."""
 
 
 def shown(value: Any) -> str:
@@ -204,11 +226,6 @@ class Line:
     values: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""
 
-    @property
-    def is_remark(self) -> bool:
-        """Whether the user should know: the run will not be the same in this point."""
-        return self.kind in ("differs", "no counterpart", "unknown")
-
 
 class Draft:
     """Our options as they are collected, for the job or one of its data sets, with a line for each foreign option.
@@ -216,11 +233,10 @@ class Draft:
     Args:
         file: the foreign file's name, for errors.
         lines: what is added to; one list for the whole import.
-        model: which configuration the options are of.
     """
 
-    def __init__(self, file: str, lines: list[Line], model: type = TrainingConfig) -> None:
-        self.file, self.lines, self.model = file, lines, model
+    def __init__(self, file: str, lines: list[Line]) -> None:
+        self.file, self.lines = file, lines
         self.values: dict[str, Any] = {}
         self.origin: dict[str, str] = {}
 
@@ -258,16 +274,13 @@ class Draft:
                 self.record(name, shown(value), answer, rule.to)
 
     def record(self, option: str, value: str, answer: Any, to: str = "") -> None:
-        """Write an answer's values, as far as these options exist here, and say so in its line."""
-        kind, found, reason = _in_full(answer, to)
-        absent = {path: why for path, v in found.items() if (why := missing(path, v, self.model))}
-        written = {path: v for path, v in found.items() if path not in absent}
-        for path, v in written.items():
-            self.put(path, v, option)
-        if absent:
-            kind = "differs" if written else "no counterpart"
-            reason = "; ".join([*absent.values(), *([reason] if written and reason else [])])
-        self.lines.append(Line(option, value, kind, written, reason))
+        """Write an answer's values, and say so in its line."""
+        if not isinstance(answer, Answer):
+            answer = Answer("maps", "", answer)
+        values = answer.value if isinstance(answer.value, dict) else {to: answer.value}
+        for ours, each in values.items():
+            self.put(ours, each, option)
+        self.lines.append(Line(option, value, answer.kind, values, answer.reason))
 
     def put(self, path: str, value: Any, option: str) -> None:
         """Raises ConfigError when another foreign option set it to something else."""
@@ -277,31 +290,3 @@ class Draft:
                 f"{shown(value)}. Remove one of the two."
             )
         self.values[path], self.origin[path] = value, option
-
-
-def _in_full(answer: Any, to: str) -> tuple[Kind, dict[str, Any], str]:
-    """An answer as its kind, our options and the reason."""
-    if isinstance(answer, Lost | Same):
-        return "no counterpart" if isinstance(answer, Lost) else "ignored", {}, answer.reason
-    kind, value, reason = ("differs", answer.value, answer.reason) if isinstance(answer, Near) else ("maps", answer, "")
-    return kind, value if isinstance(value, dict) else {to: value}, reason
-
-
-def missing(path: str, value: Any, model: type = TrainingConfig) -> str:
-    """Why `path` = `value` cannot be written: the option or its choice does not exist. Empty if it can."""
-    kind: Any = model
-    for part in path.split("."):
-        known = _fields(kind)
-        if part not in known:
-            return f"this version of ChromaKit has no option {path}"
-        kind = known[part]
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    if choices and value not in choices:
-        return f"this version of ChromaKit has no {path} = {value!r} (it has {', '.join(map(repr, choices))})"
-    return ""
-
-
-def _fields(kind: Any) -> dict[str, Any]:
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return {name: field.annotation for name, field in kind.model_fields.items()}
-    return get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}

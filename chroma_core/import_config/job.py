@@ -20,6 +20,7 @@ from .read import ForeignPath
 
 WIDTH = 118
 NAME_LENGTH = max(getattr(limit, "max_length", 0) for limit in TrainingConfig.model_fields["name"].metadata)
+REMARKS: tuple[Kind, ...] = ("differs", "no counterpart", "unknown")
 PLACEHOLDER = "pictures"
 """The dataset's folder where the foreign file names none."""
 
@@ -41,8 +42,8 @@ class Imported:
 
     @property
     def remarks(self) -> list[Line]:
-        """Everything that differs, has no counterpart or is not known."""
-        return [line for line in self.lines if line.is_remark]
+        """What the user should know: the run will not be the same in these points."""
+        return self.of(*REMARKS)
 
 
 def finish(
@@ -165,15 +166,9 @@ def job_toml(imported: Imported) -> str:
         f"A ChromaKit job, imported from {imported.tool}: {', '.join(imported.sources)}.",
         "Options that stand neither here nor there have ChromaKit's defaults; docs/import.md says where these differ.",
     ]
-    groups = {
-        "To do first:": imported.todo,
-        "Different from the original:": map(describe, imported.of("differs")),
-        "Without counterpart:": map(describe, imported.of("no counterpart")),
-        "Not known, and so left out:": map(describe, imported.of("unknown")),
-    }
-    for title, items in groups.items():
-        lines = [f"- {item}" for item in items]
-        head += ["", title, *lines] if lines else []
+    titles = ("Different from the original:", "Without counterpart:", "Not known, and so left out:")
+    for title, items in {"To do first:": imported.todo, **_remarks(imported, titles)}.items():
+        head += ["", title, *(f"- {item}" for item in items)] if items else []
     comments = "\n".join(line for text in head for line in _comment(text))
     return f"{comments}\n\n{toml(imported.values)}"
 
@@ -181,20 +176,21 @@ def job_toml(imported: Imported) -> str:
 def as_text(imported: Imported, path: Path) -> str:
     """What maps, what differs, what has no counterpart, what is unknown, what to do before training."""
     maps = [f"{line.option} = {line.value} → {_written(line)}" for line in imported.of("maps")]
-    groups = {
-        "taken over": maps,
-        "different": map(describe, imported.of("differs")),
-        "without counterpart": map(describe, imported.of("no counterpart")),
-        "not known, left out": map(describe, imported.of("unknown")),
-        "to do before training": imported.todo,
-    }
-    parts = []
-    for title, items in groups.items():
-        lines = [f"  {_printable(item)}" for item in items]
-        parts += ["\n".join([f"{title}:", *lines])] if lines else []
+    remarks = _remarks(imported, ("different", "without counterpart", "not known, left out"))
+    groups = {"taken over": maps, **remarks, "to do before training": imported.todo}
+    parts = [
+        "\n".join([f"{title}:", *(f"  {_printable(item)}" for item in items)])
+        for title, items in groups.items()
+        if items
+    ]
     left = len(imported.of("ignored"))
     counts = f"{len(maps)} taken over, {len(imported.remarks)} warnings, {left} that change nothing here"
     return "\n\n".join([*parts, f"{path}: imported from {imported.tool} ({counts})"])
+
+
+def _remarks(imported: Imported, titles: Sequence[str]) -> dict[str, list[str]]:
+    """What differs, has no counterpart and is not known, under a title each."""
+    return {title: [describe(line) for line in imported.of(kind)] for title, kind in zip(titles, REMARKS, strict=True)}
 
 
 def as_json(imported: Imported, path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError
+from ..files import each_once
 
 MAX_BYTES = 4 * 2**20
 """A configuration is a few kilobytes; anything of this size is a mistake."""
@@ -60,21 +61,15 @@ def _json(content: str, name: str) -> Any:
     blanked = _COMMENT.sub(lambda m: m[0] if m[0][0] == '"' else re.sub(r"[^\n]", " ", m[0]), content)
     blanked = _TRAILING_COMMA.sub(lambda m: m[0] if m[0][0] == '"' else " ", blanked)
     try:
-        return json.loads(blanked, object_pairs_hook=_unique, parse_constant=_no_constant)
+        twice = "the option {!r} stands there twice. Remove one of the two."
+        return json.loads(blanked, object_pairs_hook=each_once(twice), parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"'{name}' is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}. (Comments and "
             "trailing commas are allowed.)"
         ) from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _Refused(f"the option {key!r} stands there twice. Remove one of the two.")
-        found[key] = value
-    return found
+    except ValueError as error:
+        raise _Refused(str(error)) from error
 
 
 def _no_constant(word: str) -> Any:
@@ -134,11 +129,6 @@ def switch(value: Any) -> bool:
     if not isinstance(read, bool):
         raise Unreadable("true or false")
     return read
-
-
-def is_false(value: Any) -> bool:
-    """Whether a switch is off."""
-    return not switch(value)
 
 
 def text(value: Any) -> str:

@@ -8,9 +8,8 @@ computes at that moment. Weights never stay views of the file, which the user ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,12 @@ from ..errors import ModelFileError
 from ..lora.adapters import check_fits, merge
 from ..lora.modules import LoraFile
 from ..model.precision import QUANTISED_PARTS, Precision, quantisable_linears, quantise_linear
+from ..weights.identify import Part
 from ..weights.opening import Weights
-from .matching import Component
+from .matching import Component, build_part
+from .spec import LoraUse
 
 Device = torch.device | str
-Module = TypeVar("Module", bound=nn.Module)
 OnPart = Callable[[int, int, str], None]
 """Called with parts done, parts in all, and what is being done; may raise to cancel."""
 
@@ -52,44 +52,33 @@ class Placement:
         return self.blocks if is_block(name) else self.rest
 
 
-@dataclass(frozen=True)
-class MergedLora:
-    """A LoRA that goes into the weights before they are quantised."""
-
-    lora: LoraFile
-    strength: float
-    allow_partial: bool = False
-
-
 def assemble(
-    module: Module,
+    part: Part,
     weights: Weights,
     component: Component,
     chosen: Precision,
     placement: Placement,
-    loras: Sequence[MergedLora] = (),
-    on_part: OnPart = lambda done, total, what: None,
-) -> Module:
-    """Give an outline its weights; returns it frozen and in eval mode.
+    loras: Sequence[tuple[LoraUse, LoraFile]],
+    on_part: OnPart,
+) -> nn.Module:
+    """A part from its unquantised files, frozen and in eval mode; `loras` are merged before weights are quantised.
 
     Raises ModelFileError for damaged files, LoraError when a LoRA does not fit, PrecisionError from the back end.
     """
-    for use in loras:
-        check_fits(module, use.lora, use.allow_partial)
+    module = build_part(part, component.config)
+    for use, lora in loras:
+        check_fits(module, lora, use.allow_partial)
     linears = {name for name, _ in quantisable_linears(module)} if chosen.quantised else set()
     shared = "shared.weight" in component.sources
     names = [n for n in component.sources if not (shared and n == "encoder.embed_tokens.weight")]
-    groups = list(by_module(names))
-    for i, (group, members) in enumerate(groups):
+    groups = grouped(names, lambda name: name.rpartition(".")[0])
+    for i, (group, members) in enumerate(groups.items()):
         on_part(i, len(groups), group)
         for name in members:
-            source = component.sources[name]
-            rows = None if source.rows is None else source.rows.span(weights.shapes[source.name][0])
-            tensor = weights.read(source.name, chosen.dtype, rows).reshape(source.shape)
-            set_tensor(module, name, tensor.to(placement.staging))
-        for use in loras:
-            if group in use.lora.modules:
-                merge(module, LoraFile({group: use.lora.modules[group]}), use.strength)
+            set_tensor(module, name, component.sources[name].read(weights, chosen.dtype).to(placement.staging))
+        for use, lora in loras:
+            if group in lora.modules:
+                merge(module, LoraFile({group: lora.modules[group]}), use.strength)
         if group in linears:
             module.set_submodule(group, quantise_linear(module.get_submodule(group), chosen))  # type: ignore[arg-type]
         module.get_submodule(group).to(placement.of(group))
@@ -97,7 +86,7 @@ def assemble(
     return finished(module)
 
 
-def finished(module: Module) -> Module:
+def finished(module: nn.Module) -> nn.Module:
     """The module frozen, in eval mode, and without anything left on the meta device."""
     if isinstance(module, T5EncoderModel):
         # The encoder reads its tokens from the shared embedding: one tensor, not two.
@@ -116,12 +105,12 @@ def is_block(name: str) -> bool:
     return name.startswith(tuple(f"{root}." for root in QUANTISED_PARTS))
 
 
-def by_module(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Full parameter names by the module that holds them, in the order of first sight."""
+def grouped(names: Iterable[str], owner: Callable[[str], str]) -> dict[str, list[str]]:
+    """Full tensor names by the module that owns them, in the order of first sight."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(name.rpartition(".")[0], []).append(name)
-    yield from groups.items()
+        groups.setdefault(owner(name), []).append(name)
+    return groups
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -8,11 +8,12 @@ read again from its file at its next turn.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -26,13 +27,12 @@ from ..model.images import preview_matrix
 from ..model.transformer import ChromaTransformer
 from ..sampling.text import TextEncoder
 from ..streaming import module_bytes, to_device, to_host
+from ..weights.identify import Part
 from .build import OnPart
 from .hub import COMMIT
 from .load import Device, device_size, load_text_encoder, load_transformer, load_vae, transformer_identity
 from .model_files import ModelPart, file_state, locate
 from .spec import ModelHandle, ModelSpec
-
-Kind = Literal["transformer", "text_encoder", "vae"]
 
 Borrow = Callable[[tuple[str, ...], torch.device], AbstractContextManager[ChromaTransformer | None]]
 
@@ -73,7 +73,7 @@ class ComponentCache:
     ):
         self._lock, self._borrow = threading.RLock(), borrow
         self._make_room, self._free_host_memory, self._on_part = make_room, free_host_memory, on_part
-        self._held: dict[Kind, _Held] = {}
+        self._held: dict[Part, _Held] = {}
         self._matrix: tuple[str, torch.Tensor] | None = None
         self._commits: dict[tuple[str, str], str] = {}
 
@@ -148,10 +148,9 @@ class ComponentCache:
 
     def device_bytes(self) -> dict[str, int]:
         """Bytes that the components take now, by device name (`cuda:0`, `cpu`). Never waits for a sampler."""
-        total: dict[str, int] = {}
+        total: Counter[str] = Counter()
         for held in tuple(self._held.values()):
-            for device, size in module_bytes(held.module).items():
-                total[device] = total.get(device, 0) + size
+            total.update(module_bytes(held.module))
         return total
 
     def _pinned(self, spec: ModelSpec, part: ModelPart) -> ModelSpec:
@@ -169,7 +168,7 @@ class ComponentCache:
             self._commits[branch] = commit
         return replace(spec, revision=self._commits[branch])
 
-    def _get(self, kind: Kind, spec: ModelSpec, device: Device, load: Callable[[], Any], extra: str = "") -> _Held:
+    def _get(self, kind: Part, spec: ModelSpec, device: Device, load: Callable[[], Any], extra: str = "") -> _Held:
         # With the state of the files: one that was replaced under its name is another model.
         parts: tuple[ModelPart, ...] = ("text_encoder", "tokenizer") if kind == "text_encoder" else (kind,)
         states = [file_state(locate(spec, part)) for part in parts]
@@ -192,27 +191,20 @@ class ComponentCache:
             module = value.model if isinstance(value, TextEncoder) else value
             held = self._held[kind] = _Held(key, value, module, torch.device(device))
         else:
-            with torch.inference_mode(False):
-                to_device(held.module, held.device)
-                held.parked = False
+            to_device(held.module, held.device)
+            held.parked = False
         return held
 
-    def _send_away(self, kind: Kind) -> None:
+    def _send_away(self, kind: Part) -> None:
         held = self._held[kind]
         if held.users or held.parked:
-            return
-        if held.device.type == "cpu":
-            # Parking would free nothing: a CPU keeps what fits beside the next component and drops what does not.
-            if self._free_host_memory() < HOST_MEMORY_MARGIN:
-                del self._held[kind]
             return
         needed = sum(size for device, size in module_bytes(held.module).items() if device != "cpu")
         if self._free_host_memory() - needed < HOST_MEMORY_MARGIN:
             del self._held[kind]
-            return
-        with torch.inference_mode(False):
+        elif held.device.type != "cpu":  # a CPU keeps what fits beside the next component: parking would free nothing
             to_host(held.module)
-        held.parked = True
+            held.parked = True
 
 
 @contextmanager

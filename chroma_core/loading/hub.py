@@ -11,12 +11,12 @@ A repository of Chroma holds the model twice: as diffusers folders, read here, a
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
@@ -29,18 +29,10 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import ModelFileError
+from ..files import read_json
 from ..model.flavours import Flavour
 from ..weights.safetensors_files import read_safetensors
-from .transfer import (
-    TRANSFER_ERRORS,
-    CachedRepository,
-    Cancelled,
-    OnDownload,
-    Progress,
-    RemoteFile,
-    bring,
-    size_of,
-)
+from .transfer import TRANSFER_ERRORS, CachedRepository, Cancelled, OnDownload, Progress, RemoteFile, bring, size_of
 
 log = logging.getLogger("chromakit")
 
@@ -180,12 +172,10 @@ def _download(
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed / GIB:.1f} GiB are needed, {free / GIB:.1f} GiB are free")
     log.info("Fetching %s of %s: %.2f GiB of %.2f GiB", ", ".join(parts), chosen.name, needed / GIB, total / GIB)
-    progress = Progress(total, f"{chosen.title.partition(':')[0]} {', '.join(parts)}", on_progress)
-    try:
+    title = f"{chosen.title.partition(':')[0]} {', '.join(parts)}"
+    with closing(Progress(total, title, on_progress)) as progress:
         for file in missing:
             bring(file, commit, repository, progress)
-    finally:
-        progress.close()
 
 
 def _discard(path: Path, file: RemoteFile) -> None:
@@ -215,8 +205,8 @@ def _has_weights(folder: Path) -> bool:
     indices = [n for n in names if n.endswith(".index.json")]
     try:
         if indices:
-            names = set(json.loads((folder / indices[0]).read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError):
+            names = set(read_json(folder / indices[0], ModelFileError)["weight_map"].values())
+    except (ModelFileError, KeyError):
         return False
     return bool(names) and all(_is_whole(folder / n) for n in names)
 

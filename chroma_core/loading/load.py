@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from ..errors import LoraError, ModelFileError
 from ..files import read_json
 from ..lora.files import read_lora
+from ..lora.modules import LoraFile
 from ..model.flavours import flavour
 from ..model.precision import Precision, precision, quantisable_linears, require
 from ..model.transformer import ChromaTransformer
@@ -22,24 +23,12 @@ from ..sampling.text import TextEncoder
 from ..streaming import stream_blocks
 from ..weights.identify import TITLES, Identity, Part
 from ..weights.opening import Weights, open_weights
-from .build import Device, MergedLora, OnPart, Placement, assemble
+from .build import Device, OnPart, Placement, assemble
 from .hub import OnDownload
 from .matching import Component, build_part, describe_part
 from .model_files import file_state, locate
 from .quantised_files import is_quantised_file, kept_file, load_quantised, quantised_config, save_quantised
 from .spec import LoraUse, ModelSpec
-
-__all__ = [
-    "Device",
-    "describe",
-    "load_text_encoder",
-    "load_transformer",
-    "load_vae",
-    "transformer_identity",
-    "transformer_outline",
-    "transformer_source",
-    "write_quantised",
-]
 
 log = logging.getLogger("chromakit")
 
@@ -53,21 +42,17 @@ INVISIBLE = ("axes_dims_rope", "norm_num_groups", "scaling_factor", "shift_facto
 
 
 def load_transformer(
-    spec: ModelSpec,
-    device: Device,
-    merged_loras: Sequence[LoraUse] = (),
-    on_part: OnPart = _silent,
+    spec: ModelSpec, device: Device, merged_loras: Sequence[LoraUse] = (), on_part: OnPart = _silent
 ) -> ChromaTransformer:
     """The transformer of `spec` on `device`, in eval mode, frozen; `merged_loras` go in before quantising.
 
     With offload `block` it is streamed (see `streaming`): its blocks rest in host memory.
     """
-    chosen = _precision(spec, "transformer")
     streamed = spec.offload == "block"
-    loras = [MergedLora(read_lora(use.path), use.strength, use.allow_partial) for use in merged_loras]
+    loras = [(use, read_lora(use.path)) for use in merged_loras]
     with torch.inference_mode(False):
         placement = Placement.on(device, in_host_memory=spec.offload_during_startup, streamed=streamed)
-        model = _load(spec, "transformer", chosen, placement, loras, on_part)
+        model = _load(spec, "transformer", placement, loras, on_part)
         assert isinstance(model, ChromaTransformer)
         if streamed:
             stream_blocks(model, torch.device(device), spec.resident_blocks)
@@ -76,7 +61,6 @@ def load_transformer(
 
 def load_text_encoder(spec: ModelSpec, device: Device, on_part: OnPart = _silent) -> TextEncoder:
     """The T5 encoder and tokenizer of `spec`."""
-    chosen = _precision(spec, "text_encoder")
     folder = locate(spec, "tokenizer")
     with torch.inference_mode(False):
         try:
@@ -84,7 +68,7 @@ def load_text_encoder(spec: ModelSpec, device: Device, on_part: OnPart = _silent
         except Exception as error:  # whatever a tokenizer library raises for a damaged file
             raise ModelFileError(f"The tokenizer in '{folder}' cannot be read: {error}") from error
         placement = Placement.on(device, in_host_memory=spec.offload_during_startup)
-        model = _load(spec, "text_encoder", chosen, placement, (), on_part)
+        model = _load(spec, "text_encoder", placement, (), on_part)
         assert isinstance(model, T5EncoderModel)
         return TextEncoder(model, tokenizer)
 
@@ -92,14 +76,15 @@ def load_text_encoder(spec: ModelSpec, device: Device, on_part: OnPart = _silent
 def load_vae(spec: ModelSpec, device: Device) -> AutoencoderKL:
     """The VAE of `spec`, in fp32: bf16 shows in flat colours, and it is small."""
     with torch.inference_mode(False):
-        model = _load(spec, "vae", _precision(spec, "vae"), Placement.on(device), (), _silent)
+        model = _load(spec, "vae", Placement.on(device), (), _silent)
         assert isinstance(model, AutoencoderKL)
         return model
 
 
 def _load(
-    spec: ModelSpec, part: Part, chosen: Precision, placement: Placement, loras: Sequence[MergedLora], on_part: OnPart
+    spec: ModelSpec, part: Part, placement: Placement, loras: Sequence[tuple[LoraUse, LoraFile]], on_part: OnPart
 ) -> nn.Module:
+    chosen = _precision(spec, part)
     require(chosen, placement.rest)
     path = locate(spec, part)
     if is_quantised_file(path):
@@ -117,25 +102,11 @@ def _load(
                 return load_quantised(kept, part, chosen, placement, on_part)
             except ModelFileError as error:
                 log.warning("ChromaKit: the kept copy '%s' is not used and made anew: %s", kept.name, error)
-    module, config = _assembled(spec, part, path, chosen, placement, loras, on_part)
-    if kept is not None:
-        save_quantised(kept, module, part, chosen, config)
-    return module
-
-
-def _assembled(
-    spec: ModelSpec,
-    part: Part,
-    path: Path,
-    chosen: Precision,
-    placement: Placement,
-    loras: Sequence[MergedLora],
-    on_part: OnPart,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A part read from its unquantised file or folder, and the configuration that it was built from."""
     weights, component = _described(spec, part, path)
-    module = build_part(part, component.config)
-    return assemble(module, weights, component, chosen, placement, loras, on_part), component.config
+    module = assemble(part, weights, component, chosen, placement, loras, on_part)
+    if kept is not None:
+        save_quantised(kept, module, part, chosen, component.config)
+    return module
 
 
 def write_quantised(path: Path, spec: ModelSpec, part: Part, device: Device, on_part: OnPart = _silent) -> None:
@@ -145,11 +116,10 @@ def write_quantised(path: Path, spec: ModelSpec, part: Part, device: Device, on_
     """
     chosen = _precision(spec, part)
     require(chosen, torch.device(device))
-    source = locate(spec, part)
     with torch.inference_mode(False):
-        placement = Placement.on(device, streamed=True)
-        module, config = _assembled(spec, part, source, chosen, placement, (), on_part)
-        save_quantised(path, module, part, chosen, config)
+        weights, component = _described(spec, part, locate(spec, part))
+        module = assemble(part, weights, component, chosen, Placement.on(device, streamed=True), (), on_part)
+        save_quantised(path, module, part, chosen, component.config)
 
 
 def describe(spec: ModelSpec, part: Part, on_progress: OnDownload | None = None) -> Component:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from ..errors import ModelFileError
@@ -25,19 +25,9 @@ from ..names import transformer as keys
 from ..names.transformer import Rows
 from ..weights import dimensions
 from ..weights.identify import TITLES, Identity, Part, find_part, identify, incomplete, misshapen, refuse, surplus
+from ..weights.opening import Weights
 
 Shape = tuple[int, ...]
-
-
-class HasShapes(Protocol):
-    """What `describe_part` asks of a weights file: names and shapes, no numbers."""
-
-    @property
-    def path(self) -> Any: ...
-    @property
-    def shapes(self) -> Mapping[str, Shape]: ...
-    @property
-    def metadata(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +43,11 @@ class Source:
     rows: Rows | None
     shape: Shape
 
+    def read(self, weights: Weights, dtype: torch.dtype) -> Tensor:
+        """The parameter as a new tensor on the CPU. Raises ModelFileError when its file was changed or lost."""
+        rows = None if self.rows is None else self.rows.span(weights.shapes[self.name][0])
+        return weights.read(self.name, dtype, rows).reshape(self.shape)
+
 
 @dataclass(frozen=True)
 class Component:
@@ -63,11 +58,11 @@ class Component:
     sources: dict[str, Source]
 
 
-def describe_part(weights: HasShapes, part: Part, config: Mapping[str, Any] | None = None) -> Component:
+def describe_part(weights: Weights, part: Part, config: Mapping[str, Any] | None = None) -> Component:
     """How to load `part` from a file or folder.
 
     Args:
-        weights: its tensors' names and shapes; other parts of a full checkpoint are passed over.
+        weights: only names and shapes are asked, no numbers; other parts of a full checkpoint are passed over.
         config: the folder's config.json; None: inferred from the shapes.
     Raises:
         ModelFileError: another model (which one, and where it belongs), missing or surplus tensors, shapes that
@@ -77,15 +72,18 @@ def describe_part(weights: HasShapes, part: Part, config: Mapping[str, Any] | No
     if identity is None:
         raise refuse(weights.path, identify(weights.shapes, weights.metadata), part)
     layout = _Layout(identity, weights.shapes)
-    found, unknown = _sources(weights, identity, layout)
+    found, unknown = _sources(weights, part, layout)
     shapes = {name: source.shape for name, source in found.items()}
     if config is None:
-        origin, arguments = "its other tensors ask", _infer(weights, part, shapes)
+        try:
+            origin, arguments = "its other tensors ask", _INFERRED[part](shapes)
+        except ModelFileError as error:
+            raise ModelFileError(f"'{weights.path}' cannot be used: {error}") from error
     else:
         origin, arguments = "its config.json asks", check_config(config, part, str(weights.path))
     expected = _expected(part, arguments, f"The configuration of '{weights.path}' does not describe {TITLES[part]}")
 
-    missing = dict.fromkeys(identity.prefix + layout.to_file(name).name for name in expected if name not in found)
+    missing = dict.fromkeys(identity.prefix + layout.to_file(name) for name in expected if name not in found)
     if missing:
         raise incomplete(weights.path, identity, list(missing), len(dict.fromkeys(layout.to_file(n) for n in expected)))
     extra = [*unknown, *dict.fromkeys(found[name].name for name in found if name not in expected)]
@@ -105,11 +103,11 @@ class _Layout:
     """The name maps of one part in one layout, on names without the file's prefix."""
 
     def __init__(self, identity: Identity, shapes: Mapping[str, Shape]) -> None:
-        self.part, self.layout = identity.part, identity.layout
-        start = len(identity.prefix)
+        self.part, self.layout, self.prefix = identity.part, identity.layout, identity.prefix
         self.levels = 4
         if self.part == "vae":
-            self.levels = encoders.count_levels(n[start:] for n in shapes if n.startswith(identity.prefix))
+            own = (name for name in shapes if name.startswith(self.prefix))
+            self.levels = encoders.count_levels(name.removeprefix(self.prefix) for name in own)
         # Released files call the weight of a norm `scale`, ComfyUI's `weight`: the messages follow the file.
         self.norm_leaf = "scale" if any(name.endswith("_norm.scale") for name in shapes) else "weight"
 
@@ -120,44 +118,37 @@ class _Layout:
         if self.part == "transformer":
             return (Rows(name),) if keys.to_original_key(name) is not None else None
         if self.part == "vae":
-            ours = name
-            if self.layout == "ldm":
-                ours = encoders.to_diffusers_key(name, self.levels)
-            known = ours is not None and encoders.to_ldm_key(ours, self.levels) is not None
-            return (Rows(ours),) if ours is not None and known else None
+            ours = encoders.to_diffusers_key(name, self.levels) if self.layout == "ldm" else name
+            return (Rows(ours),) if ours and encoders.to_ldm_key(ours, self.levels) is not None else None
         ours = encoders.to_hugging_face_key(name) if self.layout == "llama.cpp" else name
         if ours in encoders.EMBEDDINGS:
             return tuple(Rows(shared) for shared in encoders.EMBEDDINGS)
-        return (Rows(ours),) if ours is not None and encoders.is_encoder_key(ours) else None
+        return (Rows(ours),) if ours and encoders.is_encoder_key(ours) else None
 
-    def to_file(self, name: str) -> Rows:
-        """The tensor of the file that holds, or should hold, our parameter."""
-        found: Rows | str | None = None
+    def to_file(self, name: str) -> str:
+        """The tensor of the file that holds, or should hold, our parameter; the whole one where it is fused."""
+        found = None
         if self.layout == "original":
-            found = keys.to_original_key(name, self.norm_leaf)
+            rows = keys.to_original_key(name, self.norm_leaf)
+            found = None if rows is None else rows.name
         elif self.layout == "ldm":
             found = encoders.to_ldm_key(name, self.levels)
         elif self.layout == "llama.cpp":
             found = encoders.to_llama_cpp_key(name)
         elif name in encoders.EMBEDDINGS:
             found = encoders.EMBEDDINGS[0]
-        # Only the name: the parts of a fused tensor are one tensor of the file.
-        return Rows(found.name if isinstance(found, Rows) else found or name)
+        return found or name
 
-    def is_harmless(self, name: str) -> bool:
-        """Tensors that a complete part may carry besides, and that nothing here needs.
 
-        A whole T5 has a decoder and its output layer, and ComfyUI keeps a tokenizer beside some; a VAE in training has
-        a loss; a transformer's table of time embeddings is computed, wherever it comes from.
-        """
-        return name.startswith(
-            {
-                "transformer": ("time_text_embed.mod_proj",),
-                "text_encoder": ("decoder.", "lm_head.", "dec.", "output.weight", "spiece_model", "logit_scale"),
-                "vae": ("loss.", "model_ema."),
-            }[self.part or "transformer"]
-        )
+_HARMLESS: dict[Part, tuple[str, ...]] = {
+    "transformer": ("time_text_embed.mod_proj",),
+    "text_encoder": ("decoder.", "lm_head.", "dec.", "output.weight", "spiece_model", "logit_scale"),
+    "vae": ("loss.", "model_ema."),
+}
+"""How tensors begin that a complete part may carry besides, and that nothing here needs.
 
+A whole T5 has a decoder and its output layer, and ComfyUI keeps a tokenizer beside some; a VAE in training has a loss;
+a transformer's table of time embeddings is computed, wherever it comes from."""
 
 _OTHER_PARTS = (
     "model.diffusion_model.",
@@ -169,30 +160,28 @@ _OTHER_PARTS = (
 )
 
 
-def _sources(weights: HasShapes, identity: Identity, layout: _Layout) -> tuple[dict[str, Source], list[str]]:
+def _sources(weights: Weights, part: Part, layout: _Layout) -> tuple[dict[str, Source], list[str]]:
     """Our parameters that the file holds, and the names under the part's prefix that say nothing to us."""
     found: dict[str, Source] = {}
     unknown: list[str] = []
     for full, shape in weights.shapes.items():
-        if not full.startswith(identity.prefix) or (not identity.prefix and full.startswith(_OTHER_PARTS)):
+        if not full.startswith(layout.prefix) or (not layout.prefix and full.startswith(_OTHER_PARTS)):
             continue
-        name = full[len(identity.prefix) :]
-        parts = layout.to_ours(name)
-        if parts is None:
-            if not layout.is_harmless(name):
-                unknown.append(full)
-            continue
-        for part in parts:
-            source = _source(weights.path, full, tuple(shape), part)
-            before = found.setdefault(part.name, source)
-            if before.name != full and not (part.name in encoders.EMBEDDINGS and before.shape == source.shape):
+        name = full.removeprefix(layout.prefix)
+        held = layout.to_ours(name)
+        if held is None and not name.startswith(_HARMLESS[part]):
+            unknown.append(full)
+        for ours in held or ():
+            source = _source(weights.path, full, tuple(shape), ours)
+            before = found.setdefault(ours.name, source)
+            if before.name != full and not (ours.name in encoders.EMBEDDINGS and before.shape == source.shape):
                 raise ModelFileError(
                     f"'{weights.path}' holds the same weight twice, as '{before.name}' and as '{full}'. It was put "
                     "together from several files; use one of those."
                 )
             # Where both embeddings are there, `shared` is the one that T5 reads.
             if full.endswith(encoders.EMBEDDINGS[0]):
-                found[part.name] = source
+                found[ours.name] = source
     return found, unknown
 
 
@@ -226,6 +215,11 @@ _CLASS_NAMES: dict[Part, tuple[str, ...]] = {
     "transformer": ("ChromaTransformer2DModel", "ChromaTransformer"),
     "text_encoder": ("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
     "vae": ("AutoencoderKL",),
+}
+_INFERRED: dict[Part, Callable[[Mapping[str, Shape]], dict[str, Any]]] = {
+    "transformer": dimensions.transformer_config,
+    "text_encoder": dimensions.text_encoder_config,
+    "vae": dimensions.vae_config,
 }
 
 
@@ -264,18 +258,6 @@ def check_config(config: Mapping[str, Any], part: Part, where: str) -> dict[str,
             "latents. Chroma needs Flux's VAE (ae.safetensors)."
         )
     return {name: value for name, value in arguments.items() if name in known}
-
-
-def _infer(weights: HasShapes, part: Part, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    functions: dict[Part, Callable[[Mapping[str, Shape]], dict[str, Any]]] = {
-        "transformer": dimensions.transformer_config,
-        "text_encoder": dimensions.text_encoder_config,
-        "vae": dimensions.vae_config,
-    }
-    try:
-        return functions[part](shapes)
-    except ModelFileError as error:
-        raise ModelFileError(f"'{weights.path}' cannot be used: {error}") from error
 
 
 def _expected(part: Part, config: Mapping[str, Any], complaint: str) -> dict[str, Shape]:

@@ -20,8 +20,8 @@ from typing import Literal
 
 from huggingface_hub import constants
 
-from ..errors import ModelFileError
-from ..files import sha256_file, write_atomic
+from ..errors import ConfigError, ModelFileError
+from ..files import read_json, sha256_file, write_atomic
 from ..model.flavours import flavour
 from ..weights.opening import open_weights
 from .hub import OnDownload, fetch
@@ -102,9 +102,8 @@ _lock = threading.Lock()
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's content; computed at most once for a file that does not change."""
-    known = _looked_up(path)
+    key, known = _looked_up(path)  # before reading: of a file that grows meanwhile, the digest is nobody's afterwards
     if known is None:
-        key = _key(path)  # before reading: of a file that grows meanwhile, the digest is nobody's afterwards
         known = sha256_file(path)
         _remember(key, known)
     return known
@@ -112,11 +111,7 @@ def sha256_of(path: Path) -> str:
 
 def known_sha256(path: Path) -> str | None:
     """`sha256_of` where that takes no time, else None."""
-    known = _looked_up(path)
-    if known is None and path.stat().st_size <= AT_ONCE:
-        key = _key(path)
-        known = _known[key] = sha256_file(path)
-    return known
+    return sha256_of(path) if path.stat().st_size <= AT_ONCE else _looked_up(path)[1]
 
 
 def joined(digests: Sequence[str]) -> str:
@@ -129,24 +124,17 @@ def remembered_in() -> Path:
     return Path(constants.HF_HOME) / "chromakit" / "sha256.json"
 
 
-def _looked_up(path: Path) -> str | None:
-    real = path.resolve()
+def _looked_up(path: Path) -> tuple[str, str | None]:
+    """The state of a file, and its digest if it is known."""
+    real, key = path.resolve(), file_state(path)
     if real.parent.name == "blobs" and _BLOB.match(real.name):
-        return real.name
-    key = _key(path)
-    return _known.get(key) or _stored().get(key)
-
-
-def _key(path: Path) -> str:
-    real = path.resolve()
-    state = real.stat()
-    return f"{real} {state.st_size} {state.st_mtime_ns}"
+        return key, real.name
+    return key, _known.get(key) or _stored().get(key)
 
 
 def _stored() -> dict[str, str]:
-    with suppress(OSError, ValueError):
-        found = json.loads(remembered_in().read_text(encoding="utf-8"))
-        if isinstance(found, dict):
+    with suppress(ConfigError):
+        if isinstance(found := read_json(remembered_in()), dict):
             return {key: value for key, value in found.items() if isinstance(value, str) and _BLOB.match(value)}
     return {}
 
@@ -173,15 +161,14 @@ def base_hash(spec: ModelSpec) -> str:
 
 def known_base_hash(spec: ModelSpec) -> str | None:
     """`base_hash` when it is known without reading a large file, else None."""
-    digests = []
+    digests: dict[Path, str] = {}
     # The largest first: where it is not known, the small ones beside it need not be read.
     files = open_weights(locate(spec, "transformer")).files
     for path in sorted(files, key=lambda file: -file.stat().st_size):
         if (digest := known_sha256(path)) is None:
             return None
-        digests.append((path, digest))
-    found = dict(digests)
-    return joined([found[path] for path in files])
+        digests[path] = digest
+    return joined([digests[path] for path in files])
 
 
 def base_warning(metadata: Mapping[str, str], spec: ModelSpec, read_everything: bool = False) -> str | None:

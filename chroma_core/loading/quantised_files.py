@@ -22,7 +22,7 @@ from ..model.precision import Precision, pack_linear, quantisable_linears, unpac
 from ..weights.identify import Part
 from ..weights.safetensors_files import read_safetensors, write_safetensors
 from ..weights.stored_tensors import Stored
-from .build import OnPart, Placement, finished, is_block, set_tensor
+from .build import OnPart, Placement, finished, grouped, is_block, set_tensor
 from .matching import build_part
 from .model_files import file_state
 
@@ -51,12 +51,17 @@ def save_quantised(path: Path, module: nn.Module, part: Part, chosen: Precision,
 
 def is_quantised_file(path: Path) -> bool:
     """Whether a path is a file that `save_quantised` wrote."""
-    return path.suffix == ".safetensors" and path.is_file() and _header(path) is not None
+    return path.suffix == ".safetensors" and path.is_file() and quantised_header(path) is not None
 
 
-def quantised_header(path: Path) -> dict[str, Any]:
-    """What a quantised file says of itself: part, precision, configuration, library version."""
-    return _header(path) or {}
+def quantised_header(path: Path) -> dict[str, Any] | None:
+    """What a quantised file says of itself: part, precision, configuration, library version. None for other files."""
+    try:
+        text = read_safetensors(path)[0].get(KEY)
+        value = json.loads(text) if text else None
+    except (ModelFileError, ValueError):
+        return None  # `open_weights` gives the readable error
+    return value if isinstance(value, dict) else None
 
 
 def quantised_config(path: Path, part: Part, chosen: Precision) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def quantised_config(path: Path, part: Part, chosen: Precision) -> dict[str, Any
 
     Raises ModelFileError when it is another part, in another precision, or of another version of the library.
     """
-    header = _header(path)
+    header = quantised_header(path)
     if header is None:
         raise ModelFileError(f"'{path}' is not a quantised model that ChromaKit wrote, or it is damaged.")
     if header.get("format") != FORMAT:
@@ -86,20 +91,12 @@ def quantised_config(path: Path, part: Part, chosen: Precision) -> dict[str, Any
     return header["config"]
 
 
-def load_quantised(
-    path: Path,
-    part: Part,
-    chosen: Precision,
-    placement: Placement,
-    on_part: OnPart = lambda done, total, what: None,
-) -> nn.Module:
+def load_quantised(path: Path, part: Part, chosen: Precision, placement: Placement, on_part: OnPart) -> nn.Module:
     """Load a quantised part, layer by layer. Raises ModelFileError, as `quantised_config` or if damaged."""
     module = build_part(part, quantised_config(path, part, chosen))
     linears = dict(quantisable_linears(module))
     _, tensors = read_safetensors(path)
-    owners: dict[str, list[str]] = {}
-    for name in tensors:
-        owners.setdefault(_owner(name, linears), []).append(name)
+    owners = grouped(tensors, lambda name: _owner(name, linears))
     try:
         for i, (owner, names) in enumerate(owners.items()):
             on_part(i, len(owners), owner)
@@ -143,15 +140,6 @@ def _packed(module: nn.Module, chosen: Precision) -> Iterator[tuple[str, Tensor]
         if _owner(name, linears) not in linears and id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor.detach()
-
-
-def _header(path: Path) -> dict[str, Any] | None:
-    try:
-        text = read_safetensors(path)[0].get(KEY)
-        value = json.loads(text) if text else None
-    except (ModelFileError, ValueError):
-        return None  # `open_weights` gives the readable error
-    return value if isinstance(value, dict) else None
 
 
 def _library_version(chosen: Precision) -> str:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_choice
 from ..model.flavours import FLAVOURS, flavour
 from ..model.precision import PRECISIONS, precision
 from ..options import Option
@@ -93,8 +93,7 @@ class ModelSpec:
         flavour(self.flavour)
         precision(self.precision)
         precision(self.text_precision)
-        if self.offload not in get_args(Offload):
-            raise ConfigError(f"The offload mode is {self.offload!r}; choose one of: {', '.join(get_args(Offload))}.")
+        check_choice("The offload mode", self.offload, get_args(Offload))
         if self.resident_blocks < 2:
             raise ConfigError(
                 f"resident_blocks is {self.resident_blocks}; at least 2 blocks must fit on the device: the one that "
@@ -128,8 +127,7 @@ class LoraUse:
     allow_partial: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(LoraMode):
-            raise ConfigError(f"The LoRA mode is {self.mode!r}; choose one of: {', '.join(get_args(LoraMode))}.")
+        check_choice("The LoRA mode", self.mode, get_args(LoraMode))
 
 
 @dataclass(frozen=True)

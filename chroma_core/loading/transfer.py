@@ -65,28 +65,25 @@ class Progress:
     def start(self, name: str, there: int) -> None:
         """The next file begins with `there` bytes of it on the disk already."""
         self._name, self._done = name, there
-        self._show()
+        self.tick()
 
     def update(self, count: int) -> None:
         """`count` more bytes of the present file; negative when a server insists on starting it again."""
         self._done += count
-        self._show()
+        self.tick()
 
     def finish_file(self, size: int) -> None:
         """The present file is in its place."""
         self._before, self._done = self._before + size, 0
-        self._show()
-
-    def tick(self) -> None:
-        """Nothing new, but a chance to cancel: while waiting for another process, or checking a file."""
-        self._show()
+        self.tick()
 
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
-    def _show(self) -> None:
+    def tick(self) -> None:
+        """Show what there is, and give a chance to cancel: also while waiting for another process, or checking."""
         done = min(self._before + self._done, self.total)
         if self._bar is not None:
             self._bar.update(done - self._bar.n)

@@ -1,10 +1,9 @@
 """How much memory a run will need, and what to choose on this machine."""
 
 from .anatomy import transformer_on_meta
-from .estimate import MemoryEstimate, estimate
 from .machine import Machine, in_gib, machine
 from .plan import Recommendation, Settings, recommend
-from .table import MemoryPlan, PlanRow, memory_plan
+from .table import MemoryEstimate, MemoryPlan, PlanRow, estimate, memory_plan
 
 __all__ = [
     "Machine",

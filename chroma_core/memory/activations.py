@@ -43,31 +43,19 @@ _RECOMPUTE_MLP = {4: 27.0, 2: 29.3}
 _LINEAR_SHARE = 3.0
 """Units fewer than at the peak while a dequantised weight lies beside them in the backward pass."""
 
-DEQUANTISE = {
-    "int8": 8.0,
-    "fp8": 8.0,
-    "int4": 9.1,
-    "nf4": 6.0,
-    "int8-quanto": 8.0,
-    "int4-quanto": 9.1,
-    "fp8-quanto": 8.0,
-    "nf4-bnb": 2.1,
-    "fp8-torchao": 10.0,
+MOMENTS = {
+    "int8": (8.0, 13.0),
+    "fp8": (8.0, 9.0),
+    "int4": (9.1, 12.1),
+    "nf4": (6.0, 12.1),
+    "int8-quanto": (8.0, 6.0),
+    "int4-quanto": (9.1, 5.0),
+    "fp8-quanto": (8.0, 6.0),
+    "nf4-bnb": (2.1, 5.0),
+    "fp8-torchao": (10.0, 15.0),
 }
-"""Bytes a weight while (a piece of) one linear is dequantised; measured."""
-
-QUANTISE = {
-    "int8": 13.0,
-    "fp8": 9.0,
-    "int4": 12.1,
-    "nf4": 12.1,
-    "int8-quanto": 6.0,
-    "int4-quanto": 5.0,
-    "fp8-quanto": 6.0,
-    "nf4-bnb": 5.0,
-    "fp8-torchao": 15.0,
-}
-"""Bytes a weight while (a piece of) one linear is quantised, beside its unquantised weight; measured."""
+"""Bytes a weight while (a piece of) one linear is dequantised, and while it is quantised, beside its unquantised
+weight; measured."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +66,6 @@ class Pass:
     image_tokens: int
     text_tokens: int
     chosen: Precision
-
-    @classmethod
-    def of(cls, size: int, batch: int, chosen: Precision) -> Pass:
-        """A pass over `batch` square pictures of `size` pixels."""
-        return cls(batch, (size // PATCH) ** 2, TEXT_TOKENS, chosen)
 
     @property
     def tokens(self) -> int:
@@ -105,19 +88,19 @@ class Pass:
 
 def dequantised(weights: int, chosen: Precision) -> int:
     """Bytes for a moment while a linear of `weights` weights is dequantised."""
-    return _in_pieces(DEQUANTISE, weights, chosen, chosen.dtype.itemsize) if chosen.quantised else 0
+    return _in_pieces(weights, chosen, MOMENTS[chosen.name][0], chosen.dtype.itemsize) if chosen.quantised else 0
 
 
 def quantising(weights: int, chosen: Precision) -> int:
     """Bytes for a moment while a linear of `weights` weights is quantised."""
-    return _in_pieces(QUANTISE, weights, chosen, chosen.bytes_per_weight) if chosen.quantised else 0
+    return _in_pieces(weights, chosen, MOMENTS[chosen.name][1], chosen.bytes_per_weight) if chosen.quantised else 0
 
 
-def _in_pieces(moment: dict[str, float], weights: int, chosen: Precision, result: float) -> int:
+def _in_pieces(weights: int, chosen: Precision, moment: float, result: float) -> int:
     """Our own schemes work on a piece of a large weight, beside the result so far; libraries on all of it."""
     if chosen.library is not None or weights <= CHUNK:
-        return round(moment[chosen.name] * weights)
-    return round(moment[chosen.name] * CHUNK + result * weights)
+        return round(moment * weights)
+    return round(moment * CHUNK + result * weights)
 
 
 def sampling_bytes(body: Transformer, run: Pass) -> int:
@@ -147,10 +130,8 @@ def training_bytes(body: Transformer, run: Pass, layers: LoraLayers, rank: int, 
     """Peak of a training step's forward and backward pass, weights, LoRA, gradients and optimizer apart."""
     unit, size = run.unit(body), run.chosen.dtype.itemsize
     mlp = "single" in layers.mlp_out
-    if checkpointing:
-        peak = (_RECOMPUTE_MLP if mlp else _RECOMPUTE)[size]
-    else:
-        peak = (_BACKWARD_MLP if mlp else _BACKWARD)[size]
+    plain, with_mlp = (_RECOMPUTE, _RECOMPUTE_MLP) if checkpointing else (_BACKWARD, _BACKWARD_MLP)
+    peak = (with_mlp if mlp else plain)[size]
     extra = dequantised(body.whole.largest_linear, run.chosen)
     on_top = round(max(peak * unit, (peak - _LINEAR_SHARE) * unit + extra))
     return kept_bytes(body, run, layers, rank, checkpointing) + on_top

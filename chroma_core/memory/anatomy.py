@@ -5,7 +5,6 @@ Building Chroma 1's three module trees on the meta device takes a fifth of a sec
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
+from ..files import read_json
 from ..lora.layer import features, linear_modules
 from ..lora.settings import target_modules
 from ..model.flavours import flavour
@@ -62,10 +62,6 @@ class Part:
         """Bytes of the finished part."""
         small = self.quantisable if chosen.quantised else 0
         return round(small * chosen.bytes_per_weight + (self.parameters - small) * chosen.dtype.itemsize)
-
-    def raw_bytes(self, chosen: Precision) -> int:
-        """Bytes of the part in the precision's dtype, before it is quantised."""
-        return self.parameters * chosen.dtype.itemsize
 
 
 def together(parts: Iterable[Part]) -> Part:
@@ -173,22 +169,23 @@ def of_transformer(model: ChromaTransformer) -> Transformer:
         "single blocks": together(singles),
         "output projection": Part(_count(model.norm_out) + _count(model.proj_out)),
     }
-    heads: int = _config_value(model, "num_attention_heads")
-    return Transformer(model.inner_dim, model.inner_dim // heads, parts, doubles, singles)
+    config: Any = model.config
+    return Transformer(model.inner_dim, model.inner_dim // config.num_attention_heads, parts, doubles, singles)
 
 
 def of_text_encoder(model: nn.Module) -> TextEncoder:
     """The numbers of a T5 encoder that is not quantised."""
     small = {name: linear.weight.numel() for name, linear in quantisable_linears(model)}
-    heads: int = _config_value(model, "num_heads")
-    width = max(_config_value(model, "d_model"), heads * _config_value(model, "d_kv"))
+    config: Any = model.config
+    width = max(config.d_model, config.num_heads * config.d_kv)
     whole = Part(_count(model), sum(small.values()), max(small.values()))
-    return TextEncoder(whole, _blocks(model, "encoder.block", small), width, heads)
+    return TextEncoder(whole, _blocks(model, "encoder.block", small), width, config.num_heads)
 
 
 def of_vae(model: nn.Module) -> Vae:
     """The numbers of a VAE."""
-    return Vae(Part(_count(model)), tuple(_config_value(model, "block_out_channels")))
+    config: Any = model.config
+    return Vae(Part(_count(model)), tuple(config.block_out_channels))
 
 
 @lru_cache(maxsize=8)
@@ -241,17 +238,13 @@ def _config(flavour_name: str, part: str, published: dict[str, Any]) -> dict[str
     folder: Path | None = flavour(flavour_name).folder
     if folder is None:
         return published
-    values = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+    values = read_json(folder / part / "config.json")
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
 def _on_meta(build: Any) -> nn.Module:
     with torch.device("meta"):
         return build()
-
-
-def _config_value(model: nn.Module, name: str) -> Any:
-    return getattr(model.config, name)
 
 
 def _count(module: nn.Module) -> int:

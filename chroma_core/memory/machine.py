@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -66,14 +65,10 @@ class Machine:
             return Machine("a card", round(device_gib * GIB), host, "cuda")
         return replace(self, host_bytes=host, device_bytes=host if self.device_type == "cpu" else self.device_bytes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 def machine(device: torch.device | str | None = None) -> Machine:
     """The device that models run on (by default the best there is) with all its memory, used at the moment or not."""
-    chosen = best_device(str(device) if device is not None else None)
+    chosen = best_device(None if device is None else str(device))
     host = _host_bytes()
     if chosen.type == "cuda":
         properties = torch.cuda.get_device_properties(chosen)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_choice
 from ..loading.spec import ModelSpec, Offload
 from ..lora.modules import AdapterKind
 from ..model.flavours import flavour
@@ -20,6 +20,7 @@ from ..model.latents import snap_size
 from ..model.precision import Precision, precision
 from ..options import Option
 from .activations import (
+    PATCH,
     TEXT_TOKENS,
     Pass,
     quantising,
@@ -78,12 +79,9 @@ class Settings:
             object.__setattr__(self, "target", tuple(self.target))
         precision(self.precision)
         precision(self.text_precision)
-        if self.offload not in get_args(Offload):
-            raise ConfigError(f"The offload mode is {self.offload!r}; choose one of: {', '.join(get_args(Offload))}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(f"The optimizer is {self.optimizer!r}; choose one of: {', '.join(OPTIMIZERS)}.")
-        if self.adapter not in get_args(AdapterKind):
-            raise ConfigError(f"The adapter is {self.adapter!r}; choose one of: {', '.join(get_args(AdapterKind))}.")
+        check_choice("The offload mode", self.offload, get_args(Offload))
+        check_choice("The optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("The adapter", self.adapter, get_args(AdapterKind))
         least_values = {"batch_size": 1, "rank": 1, "resident_blocks": 2, "text_tokens": 1, "trained_parameters": 0}
         for name, least in least_values.items():
             if getattr(self, name) < least:
@@ -126,7 +124,7 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     body, t5, fp32 = whole.transformer, whole.text_encoder, precision("fp32")
     size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
     on_device = 0 if settings.offload_during_startup else 1
-    run = replace(Pass.of(size, settings.batch_size, chosen), text_tokens=settings.text_tokens)
+    run = Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, chosen)
     layers = lora_layers(settings.flavour, settings.target)
 
     weights, text_weights, vae = body.whole.bytes(chosen), t5.whole.bytes(text), whole.vae.whole.bytes(fp32)
@@ -226,16 +224,14 @@ class Recommendation:
 
     def applied_to(self, settings: Settings) -> Settings:
         """`settings` with what is recommended."""
-        return replace(
-            settings,
-            precision=self.precision,
-            text_precision=self.text_precision,
-            offload=self.offload,
-            resident_blocks=self.resident_blocks,
-            offload_during_startup=self.offload_during_startup,
-            gradient_checkpointing=self.gradient_checkpointing,
-        )
+        return replace(settings, **{name: getattr(self, name) for name in CHOSEN})
 
+
+CHOSEN = (
+    *("precision", "text_precision", "offload", "resident_blocks", "offload_during_startup"),
+    "gradient_checkpointing",
+)
+"""What is recommended of the settings."""
 
 TEXT_CHOICES = ("bf16", "int8", "nf4")
 CHOICES = ("bf16", "int8", "int4", "nf4")
@@ -257,19 +253,14 @@ def recommend(base: Settings, on: Machine | None = None, purpose: Purpose = "sam
     device, host = _need(chosen, on, purpose)
     return Recommendation(
         purpose,
-        chosen.precision,
-        chosen.text_precision,
-        chosen.offload,
-        chosen.resident_blocks,
-        chosen.offload_during_startup,
-        chosen.gradient_checkpointing,
-        device,
-        host,
-        on.device_bytes,
-        on.host_bytes,
-        on.name,
-        fits,
-        _sentence(chosen, on, purpose, device, host, fits),
+        **{name: getattr(chosen, name) for name in CHOSEN},
+        device_peak_bytes=device,
+        host_peak_bytes=host,
+        device_memory_bytes=on.device_bytes,
+        host_memory_bytes=on.host_bytes,
+        device_name=on.name,
+        fits=fits,
+        sentence=_sentence(chosen, on, purpose, device, host, fits),
     )
 
 

@@ -131,8 +131,13 @@ def pack_linear(module: nn.Module, chosen: Precision) -> dict[str, Tensor]:
     At any time, also after the layer has computed or moved. Raises PrecisionError when the module is not a linear of
     that precision.
     """
-    layer = _quantised_linear(module, chosen)
-    tensors = layer.parts() | ({} if layer.bias is None else {"bias": layer.bias})
+    if not isinstance(module, QuantisedLinear) or module.scheme != chosen.scheme:
+        is_ours = isinstance(module, QuantisedLinear)
+        found = f"quantised as {module.scheme}" if is_ours else f"a {type(module).__name__}"
+        raise PrecisionError(
+            f"A layer cannot be saved as '{chosen.name}': it is {found}. Take LoRAs off before saving."
+        )
+    tensors = module.parts() | ({} if module.bias is None else {"bias": module.bias})
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -171,13 +176,6 @@ def dequantised_weight(module: nn.Module, dtype: torch.dtype = torch.float32) ->
         f"A {type(module).__name__} is neither a plain nor a quantised linear, so its weight cannot be read. Take "
         "LoRAs off first, or ask its `base_layer`."
     )
-
-
-def _quantised_linear(module: nn.Module, chosen: Precision) -> QuantisedLinear:
-    if isinstance(module, QuantisedLinear) and module.scheme == chosen.scheme:
-        return module
-    found = f"quantised as {module.scheme}" if isinstance(module, QuantisedLinear) else f"a {type(module).__name__}"
-    raise PrecisionError(f"A layer cannot be saved as '{chosen.name}': it is {found}. Take LoRAs off before saving.")
 
 
 def _names(tensors: Mapping[str, Tensor]) -> str:

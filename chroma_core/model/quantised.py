@@ -65,8 +65,8 @@ def quantise_weight(weight: Tensor, scheme: str) -> dict[str, Tensor]:
     library its own), all new tensors. Raises PrecisionError for an unknown scheme, an odd row length in a 4-bit scheme,
     a weight that is not finite, or as the library does.
     """
-    if scheme not in (*get_args(Scheme), *backends.SCHEMES):
-        known = (*get_args(Scheme), *backends.SCHEMES)
+    known = (*get_args(Scheme), *backends.SCHEMES)
+    if scheme not in known:
         raise PrecisionError(f"There is no quantisation scheme '{scheme}': choose {', '.join(known)}.")
     rows, columns = weight.shape
     _refuse_odd(columns, scheme)
@@ -124,7 +124,7 @@ def _refuse_odd(columns: int, scheme: str) -> None:
 def dequantise_weight(parts: Mapping[str, Tensor], scheme: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     """The weight of `shape` [out, in] that codes and scales stand for, in `dtype`."""
     if scheme in backends.SCHEMES:
-        return backends.dequantise(parts, scheme, dtype, shape)
+        return backends.backend(scheme).dequantise(parts, scheme, dtype, shape)
     spans = _chunks(*shape)
     if len(spans) == 1:
         return _dequantise_rows(parts, scheme, dtype)
@@ -154,7 +154,7 @@ def outline(rows: int, columns: int, scheme: str) -> dict[str, Tensor]:
     """What `quantise_weight` gives for a weight [rows, columns], without values (on the meta device)."""
     _refuse_odd(columns, scheme)
     if scheme in backends.SCHEMES:
-        return backends.outline(rows, columns, scheme)
+        return backends.backend(scheme).outline(rows, columns, scheme)
     with torch.device("meta"):
         if scheme in ("int8", "fp8"):
             return {"weight": torch.empty(rows, columns, dtype=CODES), "scale": torch.empty(rows, 1)}

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 """One table of token embeddings under two names: a file may hold either or both."""
 
-_BLOCK = {
+_LLAMA_CPP_BLOCK = {
     "layer.0.SelfAttention.q": "attn_q",
     "layer.0.SelfAttention.k": "attn_k",
     "layer.0.SelfAttention.v": "attn_v",
@@ -29,9 +29,14 @@ _BLOCK = {
     "layer.1.DenseReluDense.wo": "ffn_down",
     "layer.1.layer_norm": "ffn_norm",
 }
-_FROM_BLOCK = {short: name for name, short in _BLOCK.items()}
-_HUGGING_FACE_BLOCK = re.compile(r"^encoder\.block\.(\d+)\.(.+)\.weight$")
-_LLAMA_CPP_BLOCK = re.compile(r"^enc\.blk\.(\d+)\.(\w+)\.weight$")
+_TO_LLAMA_CPP = {
+    **{f"encoder.block.{{}}.{name}.weight": f"enc.blk.{{}}.{s}.weight" for name, s in _LLAMA_CPP_BLOCK.items()},
+    "encoder.final_layer_norm.weight": "enc.output_norm.weight",
+    EMBEDDINGS[1]: "token_embd.weight",
+    EMBEDDINGS[0]: "token_embd.weight",  # the last, so that it is also the way back
+}
+_TO_HUGGING_FACE = {short: name for name, short in _TO_LLAMA_CPP.items()}
+_NUMBER = re.compile(r"^(encoder\.block|enc\.blk)\.(\d+)(?=\.)")
 
 
 def is_encoder_key(key: str) -> bool:
@@ -41,24 +46,19 @@ def is_encoder_key(key: str) -> bool:
 
 def to_llama_cpp_key(key: str) -> str | None:
     """Hugging Face's parameter name → llama.cpp's; None for a name that is not of a T5 v1.1 encoder."""
-    if key in EMBEDDINGS:
-        return "token_embd.weight"
-    if key == "encoder.final_layer_norm.weight":
-        return "enc.output_norm.weight"
-    match = _HUGGING_FACE_BLOCK.match(key)
-    short = _BLOCK.get(match[2]) if match else None
-    return f"enc.blk.{match[1]}.{short}.weight" if match and short else None
+    return _renamed(key, _TO_LLAMA_CPP)
 
 
 def to_hugging_face_key(key: str) -> str | None:
     """llama.cpp's parameter name → Hugging Face's (`shared.weight` for the embeddings); None for an unknown name."""
-    if key == "token_embd.weight":
-        return EMBEDDINGS[0]
-    if key == "enc.output_norm.weight":
-        return "encoder.final_layer_norm.weight"
-    match = _LLAMA_CPP_BLOCK.match(key)
-    name = _FROM_BLOCK.get(match[2]) if match else None
-    return f"encoder.block.{match[1]}.{name}.weight" if match and name else None
+    return _renamed(key, _TO_HUGGING_FACE)
+
+
+def _renamed(key: str, table: dict[str, str]) -> str | None:
+    """By a table of templates, in which {} stands for the block's number."""
+    match = _NUMBER.match(key)
+    found = table.get(f"{match[1]}.{{}}{key[match.end() :]}" if match else key)
+    return found.format(match[2]) if match and found else found
 
 
 _RESNET = {leaf: leaf for leaf in ("norm1", "conv1", "norm2", "conv2")} | {"conv_shortcut": "nin_shortcut"}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -97,8 +97,8 @@ def _tables() -> tuple[dict[str, tuple[Rows, ...]], dict[str, Rows]]:
         ("distilled_guidance_layer.layers.{}", "distilled_guidance_layer.layers.{}", _APPROXIMATOR),
     ):
         for tail, parts in table.items():
-            forward[f"{original_root}.{tail}"] = tuple(Rows(f"{root}.{p.name}", p.start, p.stop, p.of) for p in parts)
-    backward = {p.name: Rows(original, p.start, p.stop, p.of) for original, parts in forward.items() for p in parts}
+            forward[f"{original_root}.{tail}"] = tuple(replace(part, name=f"{root}.{part.name}") for part in parts)
+    backward = {part.name: replace(part, name=original) for original, parts in forward.items() for part in parts}
     return forward, backward
 
 
@@ -127,14 +127,14 @@ def to_diffusers_modules(original: str) -> tuple[Rows, ...] | None:
     parts = _TO_DIFFUSERS.get(template)
     if parts is None:
         return None
-    return tuple(Rows(p.name.format(number), p.start, p.stop, p.of) for p in parts)
+    return tuple(replace(part, name=part.name.format(number)) for part in parts)
 
 
 def to_original_module(name: str) -> Rows | None:
     """The original module that holds a diffusers module, and which of its rows; None for an unknown name."""
     template, number = _template(name)
     found = _TO_ORIGINAL.get(template)
-    return None if found is None else Rows(found.name.format(number), found.start, found.stop, found.of)
+    return None if found is None else replace(found, name=found.name.format(number))
 
 
 def unflatten(name: str) -> str | None:
@@ -158,7 +158,7 @@ def to_diffusers_keys(original_key: str) -> tuple[Rows, ...] | None:
         original_key = original_key.removeprefix(prefix)
     module, leaf = _split_parameter(original_key)
     parts = to_diffusers_modules(module) if leaf in ("weight", "bias") else None
-    return None if parts is None else tuple(Rows(f"{p.name}.{leaf}", p.start, p.stop, p.of) for p in parts)
+    return None if parts is None else tuple(replace(part, name=f"{part.name}.{leaf}") for part in parts)
 
 
 def to_original_key(key: str, norm_leaf: str = "scale") -> Rows | None:
@@ -168,28 +168,11 @@ def to_original_key(key: str, norm_leaf: str = "scale") -> Rows | None:
     if found is None:
         return None
     is_norm = found.name.endswith("_norm") or ".norms." in found.name
-    return Rows(f"{found.name}.{norm_leaf if is_norm else leaf}", found.start, found.stop, found.of)
-
-
-def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in the original layout → diffusers' layout. Tensors are views of the fused ones, not copies.
-
-    Raises ModelFileError that names the first keys that are not Chroma's.
-    """
-    converted: dict[str, Tensor] = {}
-    unknown = []
-    for key, tensor in weights.items():
-        parts = to_diffusers_keys(key)
-        if parts is None:
-            unknown.append(key)
-            continue
-        converted.update({part.name: part.take(tensor) for part in parts})
-    _refuse(unknown, "the original layout")
-    return converted
+    return replace(found, name=f"{found.name}.{norm_leaf if is_norm else leaf}")
 
 
 def to_original(weights: Mapping[str, Tensor], norm_leaf: str = "scale") -> dict[str, Tensor]:
-    """The inverse of `to_diffusers`: fuses rows again. Needs every part of a fused tensor.
+    """A state dict in diffusers' layout → the original one. Needs every part of a fused tensor.
 
     Raises ModelFileError that names unknown keys, or the parts that are missing.
     """
@@ -201,7 +184,11 @@ def to_original(weights: Mapping[str, Tensor], norm_leaf: str = "scale") -> dict
             unknown.append(key)
         else:
             gathered.setdefault(found.name, []).append((found, tensor))
-    _refuse(unknown, "diffusers' layout")
+    if unknown:
+        raise ModelFileError(
+            f"{len(unknown)} tensors are not those of a Chroma transformer in diffusers' layout, e.g. "
+            f"{first_few(unknown)}. The file belongs to another model, or to another layout."
+        )
     fused: dict[str, Tensor] = {}
     for name, parts in gathered.items():
         parts.sort(key=lambda part: part[0].start)
@@ -212,11 +199,3 @@ def to_original(weights: Mapping[str, Tensor], norm_leaf: str = "scale") -> dict
             )
         fused[name] = parts[0][1] if len(parts) == 1 else torch.cat([tensor for _, tensor in parts])
     return fused
-
-
-def _refuse(unknown: list[str], layout: str) -> None:
-    if unknown:
-        raise ModelFileError(
-            f"{len(unknown)} tensors are not those of a Chroma transformer in {layout}, e.g. "
-            f"{first_few(unknown)}. The file belongs to another model, or to another layout."
-        )

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ChromaKitError, ConfigError
-from ..loading.spec import LoraUse, ModelHandle, ModelSpec
+from ..loading.spec import LoraUse, ModelSpec
 from ..model.images import read_latents
 from ..model.latents import snap_size
 from ..sampling.recipe import CANONICAL, RECIPES, Recipe
@@ -62,19 +62,9 @@ class Case:
             ) from None
 
     @property
-    def handle(self) -> ModelHandle:
-        """Model and LoRAs as the component cache takes them."""
-        return ModelHandle(self.spec, self.loras)
-
-    @property
     def effective_size(self) -> tuple[int, int]:
         """Width and height after flooring to the recipe's multiple."""
         return snap_size(self.width, self.height, self.recipe.size_multiple)
-
-    @property
-    def guided(self) -> bool:
-        """Whether the negative prompt is read."""
-        return self.settings.guidance > 1
 
     @property
     def recipe_words(self) -> tuple[str, dict[str, str]]:
@@ -84,11 +74,11 @@ class Case:
         differing = [name for name in names if getattr(self.recipe, name) != getattr(known, name)]
         return known.name, {name: str(getattr(self.recipe, name)) for name in differing}
 
-    @property
-    def in_parts(self) -> bool:
-        """Whether only a part of the schedule is run, or from something else than pure noise."""
+    def check_whole(self, why: str = "The comparison starts from pure noise and runs the whole schedule.") -> None:
+        """Raise NotRun(why) when only a part of the schedule is run, or from something else than pure noise."""
         settings = self.settings
-        return (settings.denoise, settings.start_step, settings.end_step, settings.add_noise) != (1.0, 0, None, True)
+        if (settings.denoise, settings.start_step, settings.end_step, settings.add_noise) != (1.0, 0, None, True):
+            raise NotRun(why)
 
     def with_loras(self, **changes: Any) -> Case:
         """The same case with every LoRA's use changed."""

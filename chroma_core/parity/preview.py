@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..comfy.server import PACK
 from ..errors import ConfigError, JobError
@@ -89,15 +90,8 @@ def train_briefly(
 
     It is a whole job of the real trainer, so its preview is what a user's would be. Raises JobError when it fails.
     """
-    preview = {
-        "prompt": prompt,
-        "negative": negative,
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "seed": settings.seed,
-        "width": size[0],
-        "height": size[1],
-    }
+    preview: dict[str, Any] = {"prompt": prompt, "negative": negative, "width": size[0], "height": size[1]}
+    preview |= {field: getattr(settings, field) for field in ("steps", "guidance", "seed")}
     config = TrainingConfig.parse(
         {
             "name": "parity",
@@ -107,9 +101,7 @@ def train_briefly(
             "previews": {
                 "prompts": [preview],
                 "every": steps,
-                "tail_bias": settings.tail_bias,
-                "method": settings.method,
-                "spacing": settings.spacing,
+                **{field: getattr(settings, field) for field in ("tail_bias", "method", "spacing")},
             },
             "recipe": recipe.name,
             "steps": steps,

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..errors import ConfigError
+from ..model.drawing import fitting, font_of
 from ..model.precision import PRECISIONS
 from ..sampling.recipe import RECIPES, StateDtype, TextAttention
 from ..sampling.schedule import Spacing
@@ -104,12 +105,8 @@ def _loras(case: Case) -> list[tuple[str, Case]]:
     if not case.loras:
         return []
     found = [(f"LoRA {mode}", case.with_loras(mode=mode)) for mode in ("live", "merged")]
-    changed = [replace(use, strength=round(0.9 * use.strength, 6)) for use in case.loras]
-    return [
-        *found,
-        ("LoRA at 90 % strength", replace(case, loras=tuple(changed))),
-        ("no LoRA", replace(case, loras=())),
-    ]
+    changed = tuple(replace(use, strength=round(0.9 * use.strength, 6)) for use in case.loras)
+    return [*found, ("LoRA at 90 % strength", replace(case, loras=changed)), ("no LoRA", replace(case, loras=()))]
 
 
 def _precisions(case: Case) -> list[tuple[str, Case]]:
@@ -137,14 +134,10 @@ class Report:
         """Compare those of `PAIRS` that were both sampled; say of the others why not."""
         for a, b in PAIRS:
             first, second = sampled.get(a), sampled.get(b)
-            if first is None or second is None:
-                continue
-            pair = f"{a}-{b}"
-            reason = next((str(p) for p in (first, second) if isinstance(p, NotRun)), None)
             if isinstance(first, Sampled) and isinstance(second, Sampled):
-                self.comparisons.append(compare(pair, first, second))
-            elif reason is not None:
-                self.not_run[pair] = reason
+                self.comparisons.append(compare(f"{a}-{b}", first, second))
+            elif first is not None and second is not None:
+                self.not_run[f"{a}-{b}"] = next(str(each) for each in (first, second) if isinstance(each, NotRun))
         self.pictures.update({name: p.image for name, p in sampled.items() if isinstance(p, Sampled)})
 
     def add_factor(self, factor: Factor, base: Sampled, changed: Sampled | NotRun) -> None:
@@ -167,13 +160,11 @@ class Report:
     def verdict(self) -> str:
         """`same_picture` in one line."""
         ours = self._ours()
-        pairs = [difference.pair for difference in ours if difference.mean_abs_diff > TOLERANCE]
+        wrong = ", ".join(difference.pair for difference in ours if difference.mean_abs_diff > TOLERANCE)
         if not ours:
             return "Nothing was compared: no two of preview, command line and nodes were sampled."
-        if pairs:
-            return (
-                f"Not the same image: {', '.join(pairs)} differ by more than rounding (mean |Δ| above {TOLERANCE:g})."
-            )
+        if wrong:
+            return f"Not the same image: {wrong} differ by more than rounding (mean |Δ| above {TOLERANCE:g})."
         return f"The same image: {', '.join(difference.pair for difference in ours)}."
 
     def _ours(self) -> list[Difference]:
@@ -205,12 +196,10 @@ class Report:
             f"“{self.case.prompt}”, {width}×{height} pixels (after flooring), seed {self.case.settings.seed}, {steps} "
             f"steps of {self.case.settings.method}, guidance {guidance:g}, recipe {self.case.recipe.name}",
         ]
-        if self.comparisons:
-            lines += ["", _row("pair", "max |Δ|", "mean |Δ|", "PSNR", "")]
-            lines += [_difference(difference.pair, difference) for difference in self.comparisons]
-        if self.factors:
-            lines += ["", _row("changed alone", "max |Δ|", "mean |Δ|", "PSNR", "")]
-            lines += [_difference(factor.name, difference) for factor, difference in self.sorted_factors()]
+        factors = [difference for _, difference in self.sorted_factors()]
+        for title, rows in {"pair": self.comparisons, "changed alone": factors}.items():
+            if rows:
+                lines += ["", _row(title, "max |Δ|", "mean |Δ|", "PSNR", ""), *map(_difference, rows)]
         if self.not_run:
             lines += ["", "Not run:", *(f"  {pair}: {reason}" for pair, reason in self.not_run.items())]
         return "\n".join(
@@ -223,10 +212,10 @@ def _row(*cells: str) -> str:
     return f"{name:<34}" + "".join(f"{number:>12}" for number in numbers) + (f"   {note}" if note else "")
 
 
-def _difference(name: str, found: Difference) -> str:
+def _difference(found: Difference) -> str:
     quality = "∞" if found.psnr is None else f"{found.psnr:.1f} dB"
     note = "identical" if found.identical else "same pixels" if found.psnr is None else ""
-    return _row(name, f"{found.max_abs_diff:.2e}", f"{found.mean_abs_diff:.2e}", quality, note)
+    return _row(found.pair, f"{found.max_abs_diff:.2e}", f"{found.mean_abs_diff:.2e}", quality, note)
 
 
 def side_by_side(pictures: dict[str, Image.Image], columns: int = 4, cell: int = 256) -> Image.Image:
@@ -234,7 +223,7 @@ def side_by_side(pictures: dict[str, Image.Image], columns: int = 4, cell: int =
     if not pictures:
         raise ConfigError("There is no image to show: nothing was sampled.")
     columns, line, gap = min(columns, len(pictures)), 34, 8
-    font = ImageFont.load_default(12)
+    font = font_of(12)
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line) + gap), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
@@ -244,13 +233,5 @@ def side_by_side(pictures: dict[str, Image.Image], columns: int = 4, cell: int =
         size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
         small = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
         sheet.paste(small, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
-        draw.text((x, y + cell + 4), _fitted(name, font, cell), _INK, font)
+        draw.text((x, y + cell + 4), fitting(name, font, cell), _INK, font)
     return sheet
-
-
-def _fitted(text: str, font: Any, width: int) -> str:
-    shown = text
-    while shown and font.getlength(shown) > width:
-        text = text[:-1]
-        shown = f"{text}…"
-    return shown

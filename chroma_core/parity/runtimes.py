@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from ..comfy.graph import Graph, Prompt
 from ..comfy.server import PACK, Host, HostError
 from ..loading.component_cache import ComponentCache
 from ..loading.load import Device, load_text_encoder, load_transformer, load_vae
+from ..loading.spec import ModelHandle
 from ..model.images import LATENTS_SUFFIX, decode, read_latents
 from ..model.latents import FLUX_LATENTS, LatentFormat, pack, unpack
 from ..model.precision import precision
@@ -32,8 +34,8 @@ def in_process(case: Case, components: ComponentCache, device: Device, on_step: 
     width, height = case.effective_size
     encoder = components.text_encoder(case.spec, device)
     positive = encoder.encode(case.prompt, case.recipe)
-    negative = encoder.encode(case.negative, case.recipe) if case.guided else None
-    with components.transformer(case.handle, device) as transformer:
+    negative = encoder.encode(case.negative, case.recipe) if case.settings.guidance > 1 else None
+    with components.transformer(ModelHandle(case.spec, case.loras), device) as transformer:
         latents = sample(
             transformer,
             [positive],
@@ -68,36 +70,18 @@ def through_command_line(case: Case, folder: Path, device: Device) -> Sampled:
 def _arguments(case: Case) -> list[str]:
     """The options of `sample` that mean this case."""
     spec, settings = case.spec, case.settings
-    if case.in_parts:
-        raise NotRun("The comparison starts from pure noise and runs the whole schedule.")
+    case.check_whole()
     name, overrides = case.recipe_words
-    options: dict[str, Any] = {
-        "--flavour": spec.flavour,
-        "--folder": spec.folder,
-        "--transformer": spec.transformer,
-        "--text-encoder": spec.text_encoder,
-        "--tokenizer": spec.tokenizer,
-        "--vae": spec.vae,
-        "--revision": spec.revision,
-        "--precision": spec.precision,
-        "--text-precision": spec.text_precision,
-        "--offload": spec.offload,
-        "--resident-blocks": spec.resident_blocks,
-        "--prompt": case.prompt,
-        "--negative": case.negative,
-        "--width": case.width,
-        "--height": case.height,
-        "--steps": settings.steps,
-        "--guidance": settings.guidance,
-        "--seed": settings.seed,
-        "--tail-bias": settings.tail_bias,
-        "--flow-shift": settings.flow_shift,
-        "--method": settings.method,
-        "--spacing": settings.spacing,
-        "--recipe": name,
+    local = ("offload_during_startup", "quantised_folder")  # they change how it is loaded, not what it is
+    schedule = ("steps", "guidance", "seed", "tail_bias", "flow_shift", "method", "spacing")
+    options = {
+        **{field: value for field, value in asdict(spec).items() if field not in local},
+        **{field: getattr(case, field) for field in ("prompt", "negative", "width", "height")},
+        **{field: getattr(settings, field) for field in schedule},
+        "recipe": name,
     }
     # One word each, so that a prompt may begin with a dash.
-    words = [f"{name}={value}" for name, value in options.items() if value is not None]
+    words = [f"--{field.replace('_', '-')}={value}" for field, value in options.items() if value is not None]
     words += [f"--recipe-set={field}={value}" for field, value in overrides.items()]
     words += [f"--lora={use.path}@{use.strength!r}" for use in case.loras]
     modes = {use.mode for use in case.loras}
@@ -134,8 +118,10 @@ def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean
     chosen, settings = precision(case.spec.precision), case.settings
     if chosen.quantised:
         raise NotRun(f"diffusers has no counterpart of the precision {case.spec.precision}.")
-    if settings.method != "euler" or case.in_parts:
-        raise NotRun("diffusers' pipeline has Euler's sampler from pure noise only.")
+    only = "diffusers' pipeline has Euler's sampler from pure noise only."
+    if settings.method != "euler":
+        raise NotRun(only)
+    case.check_whole(only)
     width, height = case.effective_size
     rows, columns = height // FLUX_LATENTS.downscale, width // FLUX_LATENTS.downscale
     tokens = width * height // 256
@@ -220,34 +206,21 @@ def api_prompt(case: Case, loras: list[str]) -> Prompt:
     local = [part for part in (spec.folder, spec.transformer, spec.text_encoder, spec.tokenizer, spec.vae) if part]
     if local:
         raise NotRun(f"The model is '{local[0]}', which lies outside the folders of the ComfyUI that is started here.")
-    if case.in_parts:
-        raise NotRun("The comparison starts from pure noise and runs the whole schedule.")
+    case.check_whole()
     recipe, overrides = case.recipe_words
     shift = settings.flow_shift
     constant = isinstance(shift, float)
     graph = Graph()
-    loader = graph.add(
-        "load",
-        "ChromaLoadModel",
-        flavour=spec.flavour,
-        precision=spec.precision,
-        text_precision=spec.text_precision,
-        offload=spec.offload,
-        resident_blocks=spec.resident_blocks,
-    )
+    chosen = ("flavour", "precision", "text_precision", "offload", "resident_blocks")
+    loader = graph.add("load", "ChromaLoadModel", **{field: getattr(spec, field) for field in chosen})
     model = loader[0]
     for i, (use, name) in enumerate(zip(case.loras, loras, strict=True)):
         model = graph.add_lora(i, model, name, use.strength, use.mode)
+    same = ("seed", "steps", "guidance", "tail_bias", "method", "denoise", "spacing")
     widgets = {
-        "seed": settings.seed,
-        "steps": settings.steps,
-        "guidance": settings.guidance,
-        "tail_bias": settings.tail_bias,
+        **{field: getattr(settings, field) for field in same},
         "flow_shift": "recipe" if shift is None else "constant" if constant else shift,
         "flow_shift_value": shift if constant else 1.0,
-        "method": settings.method,
-        "denoise": 1.0,
-        "spacing": settings.spacing,
         "recipe": recipe,
         "recipe_overrides": ", ".join(f"{field}={value}" for field, value in overrides.items()),
     }

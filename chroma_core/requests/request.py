@@ -18,8 +18,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AllowInfNan, BaseModel, Field, Strict, ValidationError, field_validator
 from typing_extensions import Self
 
-from ..data.settings import Settings
+from ..data.dataset import Settings
 from ..errors import ChromaKitError, ConfigError, PromptError
+from ..files import each_once
 from ..loading.spec import LoraMode, Offload
 from ..model.flavours import FLAVOURS, Flavour, flavour
 from ..model.latents import snap_size
@@ -119,7 +120,12 @@ class InferenceRequest(Settings):
     @classmethod
     def read(cls, text: str | bytes) -> Self:
         """`parse` of a JSON text. Raises ConfigError, also for a key that stands twice in one object."""
-        return cls.parse(_read_json(text))
+        twice = "the key {!r} stands twice in one object; only one of them would count"
+        try:
+            value = json.loads(text, object_pairs_hook=each_once(twice))
+        except (ValueError, RecursionError) as error:
+            raise unusable(f"it is not valid JSON ({error})") from error
+        return cls.parse(value)
 
     @property
     def flavour(self) -> Flavour:
@@ -137,18 +143,12 @@ class InferenceRequest(Settings):
         for i, asked in enumerate(self.prompts):
             seed = base + i if asked.seed is None else asked.seed
             width, height = (defaults.size if side is None else side for side in (asked.width, asked.height))
-            width, height = snap_size(width, height, SIZE_MULTIPLE)
-            found.append(
-                PlannedPicture(
-                    prompt=self._with_trigger(i, "prompt"),
-                    neg=self._with_trigger(i, "neg"),
-                    width=width,
-                    height=height,
-                    seed=random_seed() if seed == RANDOM else seed,
-                    sample_steps=defaults.steps if asked.sample_steps is None else asked.sample_steps,
-                    guidance_scale=defaults.guidance if asked.guidance_scale is None else asked.guidance_scale,
-                )
-            )
+            prompt, neg = self._with_trigger(i, "prompt"), self._with_trigger(i, "neg")
+            steps = defaults.steps if asked.sample_steps is None else asked.sample_steps
+            guidance = defaults.guidance if asked.guidance_scale is None else asked.guidance_scale
+            size = snap_size(width, height, SIZE_MULTIPLE)
+            seed = random_seed() if seed == RANDOM else seed
+            found.append(PlannedPicture(prompt, neg, *size, seed, steps, guidance))
         return found
 
     def _with_trigger(self, i: int, field: Literal["prompt", "neg"]) -> str:
@@ -189,6 +189,13 @@ class PlannedPicture:
         return asdict(self)
 
 
+_SIZES = {
+    "missing": "is missing; it is required",
+    "too_long": "has {actual_length} items; at most {max_length} are allowed",
+    "too_short": "is empty; give at least one",
+    "string_too_short": "is an empty text; it must not be",
+    "string_too_long": "has {found} characters; at most {max_length} are allowed",
+}
 _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
@@ -203,14 +210,6 @@ _EXPECTED = {
 def unusable(why: str) -> ConfigError:
     """The error of a request that cannot be carried out."""
     return ConfigError(f"The request cannot be used: {why}.")
-
-
-def _read_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ConfigError for what is no JSON, and for a key that stands twice."""
-    try:
-        return json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise unusable(f"it is not valid JSON ({error})") from error
 
 
 def mistakes(error: ValidationError, model: type[BaseModel], items: Mapping[str, type[BaseModel]]) -> list[str]:
@@ -234,39 +233,18 @@ def _line(detail: Any, model: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(loc[-1]), known, 1, cutoff=0.55)  # "steps" for "sample_steps" is .59
         meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         return f"{where} is not a known field ({meant})"
-    if kind_ == "missing":
-        return f"{where} is missing; it is required"
-    if kind_ == "too_long":
-        return f"{where} has {detail['ctx']['actual_length']} items; at most {detail['ctx']['max_length']} are allowed"
-    if kind_ == "too_short":
-        return f"{where} is empty; give at least one"
-    if kind_ == "string_too_short":
-        return f"{where} is an empty text; it must not be"
-    if kind_ == "string_too_long":
-        return f"{where} has {len(detail['input'])} characters; at most {detail['ctx']['max_length']} are allowed"
+    if kind_ in _SIZES:
+        return f"{where} {_SIZES[kind_].format(found=len(detail['input']), **detail.get('ctx', {}))}"
     found = f"{where} is {short(detail['input'])}"
     if kind_ in _EXPECTED:
         return f"{found}, and must be {_EXPECTED[kind_]}"
     if kind_ in ("greater_than_equal", "less_than_equal"):
-        return f"{found}, and must be {_range(model, str(loc[-1]))}"
+        metadata = model.model_fields[str(loc[-1])].metadata
+        low = next(limit.ge for limit in metadata if hasattr(limit, "ge"))
+        high = next(limit.le for limit in metadata if hasattr(limit, "le"))
+        return f"{found}, and must be between {low} and {high}"
     message = detail["msg"].removeprefix("Value error, ").rstrip(".")
     return f"{found}: {message[0].lower()}{message[1:]}"
-
-
-def _range(model: type[BaseModel], field: str) -> str:
-    metadata = model.model_fields[field].metadata
-    low = next(limit.ge for limit in metadata if hasattr(limit, "ge"))
-    high = next(limit.le for limit in metadata if hasattr(limit, "le"))
-    return f"between {low} and {high}"
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object; only one of them would count")
-    return value
 
 
 def short(value: Any) -> str:

@@ -84,9 +84,8 @@ def run_request(
     rules, pictures = recipe(request.recipe), request.pictures()
     texts: dict[str, TextCondition] = {}
     encoder = cache.text_encoder(spec, device)
-    for text in [text for picture in pictures for text in (picture.prompt, picture.neg)]:
-        if text not in texts:
-            texts[text] = encoder.encode(text, rules)
+    for text in dict.fromkeys(text for picture in pictures for text in (picture.prompt, picture.neg)):
+        texts[text] = encoder.encode(text, rules)
     sampled = []
     made: list[dict[str, Any]] = []
     try:
@@ -107,9 +106,8 @@ def run_request(
         for latents, picture in zip(sampled, pictures, strict=False):
             (image,) = decode(cache.vae(spec, device), latents)
             path = free_path(output, f"chroma-{picture.seed}.png")
-            record = image_record(
-                picture.prompt, picture.neg, (picture.width, picture.height), picture.settings(), rules, spec.to_dict()
-            )
+            size = (picture.width, picture.height)
+            record = image_record(picture.prompt, picture.neg, size, picture.settings(), rules, spec.to_dict())
             record["loras"] = [use_record(use) for use in loras]
             write_atomic(path, png_bytes(image, record))
             cut = texts[picture.prompt].truncated

@@ -138,13 +138,7 @@ RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (
         Recipe(),
-        Recipe(
-            "comfyui",
-            text_attention="unpadded",
-            visible_padding=0,
-            size_multiple=16,
-            multistep_time="log_sigma",
-        ),
+        Recipe("comfyui", text_attention="unpadded", visible_padding=0, size_multiple=16, multistep_time="log_sigma"),
         Recipe("ai-toolkit", text_attention="full", noise_dtype="bf16", time_dtype="bf16", latents_dtype="bf16"),
         Recipe("diffusers", noise_dtype="model", time_dtype="model", latents_dtype="model", size_multiple=16),
     )

@@ -225,9 +225,7 @@ def sample(
         sigmas = settings.sigmas(tokens, recipe)
     levels = [float(sigma) for sigma in sigmas]
     _check_part(levels, settings, start_BCHW, noise_mask_BHW)
-    predict: Velocity = _Guided(
-        transformer, positive, negative, settings.guidance, rows, columns, dtypes[recipe.time_dtype]
-    )
+    predict = _guided(transformer, positive, negative, settings.guidance, rows, columns, dtypes[recipe.time_dtype])
 
     shape = (latent_format.channels, rows, columns)
     noise = initial_noise([settings.seed + i for i in range(B)], shape, dtypes[recipe.noise_dtype]).to(device)
@@ -236,7 +234,7 @@ def sample(
     start = torch.zeros_like(noise) if start_BCHW is None else start_BCHW.to(device, torch.float32)
     mask = None if noise_mask_BHW is None else noise_mask_BHW.to(device, torch.float32)[:, None]
     if mask is not None:
-        predict = _Masked(predict, mask, start, noise)
+        predict = _masked(predict, mask, start, noise)
     solver = SOLVERS[settings.method](levels, predict, recipe.multistep_time)
     steps = len(levels) - 1
     x = _noised(start, noise, levels[0])
@@ -275,66 +273,59 @@ def _noised(x0: Tensor, noise: Tensor, sigma: float) -> Tensor:
     return (1 - sigma) * x0 + sigma * noise
 
 
-class _Masked:
+def _masked(velocity: Velocity, mask_B1HW: Tensor, start: Tensor, noise: Tensor) -> Velocity:
     """The velocity towards a prediction that is `start` where the mask is 0 (the rule of ComfyUI's inpainting).
 
     The transformer sees the mixture, by the mask, of x and of `start` at the same noise level; its prediction is mixed
     with `start` in the same way.
     """
+    kept = 1 - mask_B1HW
 
-    def __init__(self, velocity: Velocity, mask_B1HW: Tensor, start: Tensor, noise: Tensor):
-        self.velocity, self.mask, self.start, self.noise = velocity, mask_B1HW, start, noise
-
-    def __call__(self, x: Tensor, sigma: float) -> Tensor:
-        kept = 1 - self.mask
-        seen = self.mask * x + kept * _noised(self.start, self.noise, sigma)
-        denoised = self.mask * (seen - sigma * self.velocity(seen, sigma)) + kept * self.start
+    def masked(x: Tensor, sigma: float) -> Tensor:
+        seen = mask_B1HW * x + kept * _noised(start, noise, sigma)
+        denoised = mask_B1HW * (seen - sigma * velocity(seen, sigma)) + kept * start
         return (x - denoised) / sigma
 
+    return masked
 
-class _Guided:
-    """The guided velocity at one noise level, fp32 in and out."""
 
-    def __init__(
-        self,
-        transformer: ChromaTransformer,
-        positive: Sequence[TextCondition],
-        negative: Sequence[TextCondition] | TextCondition | None,
-        guidance: float,
-        rows: int,
-        columns: int,
-        time_dtype: torch.dtype,
-    ):
-        parameter = transformer.x_embedder.weight
-        self.transformer, self.guidance = transformer, guidance
-        self.rows, self.columns = rows, columns
-        self.time_dtype = time_dtype
-        self.ids = image_ids(rows, columns, parameter.device)
-        self.passes = [self._text(positive, parameter)]
-        if negative is not None and guidance > 1:
-            if isinstance(negative, TextCondition):
-                negative = [negative] * len(positive)
-            if len(negative) != len(positive):
-                raise ConfigError(
-                    f"There are {len(positive)} prompts but {len(negative)} negative prompts; give one or as many."
-                )
-            self.passes.append(self._text(negative, parameter))
+def _guided(
+    transformer: ChromaTransformer,
+    positive: Sequence[TextCondition],
+    negative: Sequence[TextCondition] | TextCondition | None,
+    guidance: float,
+    rows: int,
+    columns: int,
+    time_dtype: torch.dtype,
+) -> Velocity:
+    """The guided velocity, fp32 in and out."""
+    weight = transformer.x_embedder.weight
+    prompts = [positive]
+    if negative is not None and guidance > 1:
+        if isinstance(negative, TextCondition):
+            negative = [negative] * len(positive)
+        if len(negative) != len(positive):
+            raise ConfigError(
+                f"There are {len(positive)} prompts but {len(negative)} negative prompts; give one or as many."
+            )
+        prompts.append(negative)
+    passes = [
+        (states.to(weight.device, weight.dtype), None if mask is None else mask.to(weight.device))
+        for states, mask in map(batch_conditions, prompts)
+    ]
+    ids = image_ids(rows, columns, weight.device)
 
-    @staticmethod
-    def _text(conditions: Sequence[TextCondition], parameter: Tensor) -> tuple[Tensor, Tensor | None]:
-        states, mask = batch_conditions(conditions)
-        return states.to(parameter.device, parameter.dtype), None if mask is None else mask.to(parameter.device)
-
-    def __call__(self, x_BCHW: Tensor, sigma: float) -> Tensor:
+    def guided(x_BCHW: Tensor, sigma: float) -> Tensor:
         B = x_BCHW.shape[0]
-        latents = pack(x_BCHW).to(self.transformer.x_embedder.weight.dtype)
-        time = torch.tensor([sigma], dtype=self.time_dtype, device=x_BCHW.device).float()
-        modulation = self.transformer.modulation(time).expand(B, -1, -1)
+        latents = pack(x_BCHW).to(weight.dtype)
+        time = torch.tensor([sigma], dtype=time_dtype, device=x_BCHW.device).float()
+        modulation = transformer.modulation(time).expand(B, -1, -1)
         predictions = [
-            self.transformer(latents, text, time.expand(B), self.ids, mask, modulation).float()
-            for text, mask in self.passes
+            transformer(latents, text, time.expand(B), ids, mask, modulation).float() for text, mask in passes
         ]
         velocity = predictions[0]
         if len(predictions) == 2:
-            velocity = predictions[1] + self.guidance * (predictions[0] - predictions[1])
-        return unpack(velocity, self.rows, self.columns)
+            velocity = predictions[1] + guidance * (predictions[0] - predictions[1])
+        return unpack(velocity, rows, columns)
+
+    return guided

@@ -194,11 +194,7 @@ def _chroma_quantile(u: Tensor) -> Tensor:
 
 
 def draw_sigmas(
-    n: int,
-    settings: SigmaSettings,
-    generator: Generator,
-    image_tokens: int,
-    bias: Sequence[float] | None = None,
+    n: int, settings: SigmaSettings, generator: Generator, image_tokens: int, bias: Sequence[float] | None = None
 ) -> Tensor:
     """Draw `n` training noise levels in [minimum, maximum]: fp32 on the generator's device (a CPU generator).
 

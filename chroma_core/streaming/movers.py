@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -111,7 +112,8 @@ class CudaMover(Mover):
                     self._pinned.append(storage)
                 else:
                     failed, error = failed + size, code
-                    self._forget_error()
+                    with suppress(RuntimeError):  # the error stays behind: the next kernel launch would raise it
+                        torch.zeros(1, device=self.device)
         if failed:
             self.warning = (
                 f"{failed / 2**30:.1f} of {total / 2**30:.1f} GiB of the streamed blocks could not be page-locked in "
@@ -124,13 +126,6 @@ class CudaMover(Mover):
     def unpin(self) -> None:
         _unregister(self.device, self._pinned)
         self.warning = None
-
-    def _forget_error(self) -> None:
-        # A failed call leaves its error behind, and the next kernel launch would raise it as its own.
-        try:
-            torch.zeros(1, device=self.device)
-        except RuntimeError:
-            pass
 
 
 def mover(device: torch.device) -> Mover:

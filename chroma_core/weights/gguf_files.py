@@ -11,7 +11,6 @@ from __future__ import annotations
 import struct
 from functools import partial
 from io import BufferedReader
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import ModelFileError
-from .stored_tensors import Stored, WeightFile, damaged
+from .stored_tensors import Stored, WeightFile, check_places, damaged
 
 GGUF_MAGIC = b"GGUF"
 
@@ -139,7 +138,7 @@ def read_gguf(path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
             raise damaged(path, f"the tensor '{name}' is listed twice")
         shape = _shape(path, name, tuple(reversed(reverse)), values.get(ORIGINAL_SHAPE + name))
         tensors[name] = _tensor(source, name, shape, reverse[0] if reverse else 1, kind, begin + offset)
-    _check_places(source, tensors)
+    check_places(source, tensors, 0, gaps=True)
     return {key: str(value) for key, value in values.items() if not isinstance(value, tuple)}, tensors
 
 
@@ -186,17 +185,8 @@ def _shape(path: Path, name: str, stored: tuple[int, ...], original: Any) -> tup
 
 
 def _tensor(source: WeightFile, name: str, shape: tuple[int, ...], last: int, kind: int, offset: int) -> Stored:
-    """`last`: length of the innermost dimension as stored, which whole blocks must fill."""
-    label, dtype, block, block_bytes, decode = _type(source.path, name, kind)
-    if last % block:
-        raise damaged(
-            source.path, f"the tensor '{name}' has rows of {last} numbers, not whole {label} blocks of {block}"
-        )
-    return Stored(source, offset, shape, label, dtype, block, block_bytes, decode)
-
-
-def _type(path: Path, name: str, kind: int) -> tuple[str, torch.dtype | None, int, int, Any]:
-    """Label, torch type, numbers and bytes per block, and the unpacker of a GGML type."""
+    """`last`: length of the innermost dimension as stored, which whole blocks must fill. `kind`: its GGML type."""
+    path = source.path
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError as error:
@@ -213,9 +203,11 @@ def _type(path: Path, name: str, kind: int) -> tuple[str, torch.dtype | None, in
             "not know. Update it (pip install -U gguf), or choose another release."
         ) from error
     if quantisation.name in PLAIN:
-        label, dtype = PLAIN[quantisation.name]
-        return label, dtype, 1, block_bytes, None
-    return quantisation.name, None, block, block_bytes, partial(_unpack, path, quantisation)
+        return Stored(source, offset, shape, *PLAIN[quantisation.name], 1, block_bytes)
+    label = quantisation.name
+    if last % block:
+        raise damaged(path, f"the tensor '{name}' has rows of {last} numbers, not whole {label} blocks of {block}")
+    return Stored(source, offset, shape, label, None, block, block_bytes, partial(_unpack, path, quantisation))
 
 
 def _unpack(path: Path, quantisation: Any, packed: np.ndarray) -> np.ndarray:
@@ -230,13 +222,3 @@ def _unpack(path: Path, quantisation: Any, packed: np.ndarray) -> np.ndarray:
             f"The file '{path}' stores weights as {quantisation.name}, which the installed gguf package cannot unpack. "
             "Choose a release in another quantisation, e.g. Q8_0 or Q4_K."
         ) from error
-
-
-def _check_places(source: WeightFile, tensors: dict[str, Stored]) -> None:
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes))
-    for (_, before), (name, tensor) in pairwise(ordered):
-        if tensor.offset < before.offset + before.nbytes:
-            raise damaged(source.path, f"the tensor '{name}' overlaps the one before it")
-    needed = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=0)
-    if needed > source.size:
-        raise damaged(source.path, f"it has {source.size:,} bytes of {needed:,}")

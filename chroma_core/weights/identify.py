@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, get_args
 
 from ..errors import ModelFileError, counted, first_few
@@ -75,11 +74,7 @@ _TABLE: dict[Kind, tuple[tuple[str, str, str], ...]] = {
         ),
         ("a Stable Diffusion XL UNet", "diffusers", r"add_embedding\.linear_1\."),
         ("a Stable Diffusion checkpoint (1.x or 2.x)", "original", r"(?:input|output)_blocks\.\d+\.\d+\."),
-        (
-            "a Stable Diffusion UNet",
-            "diffusers",
-            r"(?:down|up)_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.",
-        ),
+        ("a Stable Diffusion UNet", "diffusers", r"(?:down|up)_blocks\.\d+\.attentions\.\d+\.transformer_blocks\."),
         ("a Wan transformer", "original", r"blocks\.\d+\.cross_attn\.norm_q\."),
         ("a PixArt or LTX transformer", "diffusers", r"adaln_single\.|t_block\.1\."),
         ("a Lumina 2 or Z-Image transformer", "original", r"noise_refiner\.\d+\."),
@@ -132,12 +127,7 @@ _REMEDIES = {"a LoRA": USE_APPLY_LORA, _RADIANCE: PIXEL_SPACE}
 
 FOREIGN: tuple[Foreign, ...] = tuple(
     Foreign(
-        kind,
-        title,
-        layout,
-        re.compile(rf"(?:^|\.)(?:{pattern})"),
-        _FITS.get((title, layout)),
-        _REMEDIES.get(title, ""),
+        kind, title, layout, re.compile(rf"(?:^|\.)(?:{pattern})"), _FITS.get((title, layout)), _REMEDIES.get(title, "")
     )
     for kind, rows in _TABLE.items()
     for title, layout, pattern in rows
@@ -165,11 +155,7 @@ def find_foreign(
 Part = Literal["transformer", "text_encoder", "vae"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-TITLES: Mapping[Part, str] = MappingProxyType(
-    {"transformer": "a Chroma transformer", "text_encoder": "a T5 encoder", "vae": "a Flux VAE"}
-)
-
-NO_METADATA: Mapping[str, str] = MappingProxyType({})
+TITLES: dict[Part, str] = {"transformer": "a Chroma transformer", "text_encoder": "a T5 encoder", "vae": "a Flux VAE"}
 
 
 @dataclass(frozen=True)
@@ -212,7 +198,7 @@ _ANCHORS: tuple[tuple[Part, str, str], ...] = (
 _COMPILED = tuple((part, layout, re.compile(rf"(?:^|\.)(?={pattern})")) for part, layout, pattern in _ANCHORS)
 
 
-def identify(shapes: Mapping[str, Shape], metadata: Mapping[str, str] = NO_METADATA) -> Identity:
+def identify(shapes: Mapping[str, Shape], metadata: Mapping[str, str] | None = None) -> Identity:
     """What a file with tensors of these names and shapes is.
 
     A checkpoint of several parts is named after its transformer, since that is what people call it by; `find_part`
@@ -229,7 +215,7 @@ def identify(shapes: Mapping[str, Shape], metadata: Mapping[str, str] = NO_METAD
         or _foreign(shapes, "transformer")
         or next(filter(None, (find_part(shapes, part) for part in PARTS)), None)
         or _foreign(shapes, "text_encoder", "vae", "other")
-        or _unknown(shapes, metadata)
+        or _unknown(shapes, metadata or {})
     )
 
 
@@ -282,20 +268,20 @@ def _is_sd3(shapes: Mapping[str, Shape], part: Part) -> bool:
     return found is not None and "Stable Diffusion 3" in found[0].title
 
 
-FOLDERS: Mapping[Part, str] = MappingProxyType(
-    {"transformer": "models/diffusion_models", "text_encoder": "models/text_encoders", "vae": "models/vae"}
-)
+FOLDERS: dict[Part, str] = {
+    "transformer": "models/diffusion_models",
+    "text_encoder": "models/text_encoders",
+    "vae": "models/vae",
+}
 """Where ComfyUI keeps files of each part."""
 
-_SIGNS: Mapping[Part, str] = MappingProxyType(
-    {
-        "transformer": "Chroma files hold double_blocks.0.img_attn.qkv.weight (or, in diffusers' layout, "
-        "transformer_blocks.0.attn.to_q.weight) and distilled_guidance_layer.in_proj.weight, and no img_mod.",
-        "text_encoder": "T5-XXL files hold encoder.block.0.layer.0.SelfAttention.q.weight (or, in GGUF, "
-        "enc.blk.0.attn_q.weight), such as t5xxl_fp16.safetensors.",
-        "vae": "Flux VAE files (ae.safetensors) hold decoder.conv_in.weight with 16 latent channels.",
-    }
-)
+_SIGNS: dict[Part, str] = {
+    "transformer": "Chroma files hold double_blocks.0.img_attn.qkv.weight (or, in diffusers' layout, "
+    "transformer_blocks.0.attn.to_q.weight) and distilled_guidance_layer.in_proj.weight, and no img_mod.",
+    "text_encoder": "T5-XXL files hold encoder.block.0.layer.0.SelfAttention.q.weight (or, in GGUF, "
+    "enc.blk.0.attn_q.weight), such as t5xxl_fp16.safetensors.",
+    "vae": "Flux VAE files (ae.safetensors) hold decoder.conv_in.weight with 16 latent channels.",
+}
 
 
 def refuse(path: Path | str, found: Identity, part: Part) -> ModelFileError:

@@ -165,12 +165,7 @@ def open_weights(path: Path | str) -> Weights:
     Raises ModelFileError, one paragraph that names the file, what it is or lacks, and what to do.
     """
     path = Path(path)
-    if os.path.isdir(path):
-        return _open(path, _in_folder(path))
-    return _open(path, path)
-
-
-def _open(path: Path, file: Path) -> Weights:
+    file = _in_folder(path) if os.path.isdir(path) else path
     if file.name.endswith(INDEX_SUFFIX):
         return _open_index(path, file)
     kind = file_kind(file)

@@ -20,7 +20,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ..files import atomic_file, strict_json, write_atomic
-from .stored_tensors import Opened, Stored, WeightFile, damaged
+from .stored_tensors import Opened, Stored, WeightFile, check_places, damaged
 
 HEADER_LIMIT = 100_000_000
 """Bytes; the library's own limit. Real headers take a few hundred thousand."""
@@ -71,7 +71,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Stored]]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged(path, "its metadata are not a table of texts")
     tensors = {name: _tensor(source, name, entry, begin) for name, entry in header.items()}
-    _check_cover(source, tensors, begin)
+    check_places(source, tensors, begin, gaps=False)
     return metadata, tensors
 
 
@@ -111,20 +111,6 @@ def _tensor(source: WeightFile, name: str, entry: Any, begin: int) -> Stored:
         )
     block = 1 if bits >= 8 else 8
     return Stored(source, begin + first, tuple(shape), label, dtype, block, block * bits // 8)
-
-
-def _check_cover(source: WeightFile, tensors: dict[str, Stored], begin: int) -> None:
-    """Tensors lie one after the other, from the header's end to the file's end."""
-    position = begin
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if tensor.offset != position:
-            what = "overlaps the one before it" if tensor.offset < position else "leaves a gap before it"
-            raise damaged(source.path, f"the tensor '{name}' {what}")
-        position += tensor.nbytes
-    if position > source.size:
-        raise damaged(source.path, f"it has {source.size:,} bytes of {position:,}")
-    if position < source.size:
-        raise damaged(source.path, f"{source.size - position:,} bytes follow after its last tensor")
 
 
 def save_safetensors(

@@ -50,7 +50,6 @@ def join_scales(path: Path, metadatas: Iterable[Mapping[str, str]], tensors: Map
     for name, found in scales.items():
         if len(found) > 1:
             raise _wrong(tensors[name], name, f"has two scales, '{found[0]}' and '{found[1]}'")
-    _check_declared(declared, tensors)
     _check_present(set(declared), tensors, scales)
     hidden = {scale for found in scales.values() for scale in found}
     hidden |= {name for name in tensors if _is_accessory(name, tensors)}
@@ -91,7 +90,9 @@ def _declared(path: Path, metadatas: Iterable[Mapping[str, str]], tensors: Mappi
         if name.endswith(DECLARATION):
             content = bytes(tensor.read(torch.uint8).tolist()) if tensor.dtype is torch.uint8 else b""
             sources[name.removesuffix(DECLARATION)] = _object(tensor.file.path, content, name)
-    formats = {module: entry.get("format") if isinstance(entry, dict) else None for module, entry in sources.items()}
+    formats: dict[str, Any] = {
+        module: entry.get("format") if isinstance(entry, dict) else None for module, entry in sources.items()
+    }
     for module, name in formats.items():
         weight = tensors.get(f"{module}.weight")
         if weight and name not in FORMATS:
@@ -99,6 +100,8 @@ def _declared(path: Path, metadatas: Iterable[Mapping[str, str]], tensors: Mappi
                 f"The file '{weight.file.path}' stores '{module}' in the format {name!r}, which is not read; "
                 f"{' and '.join(FORMATS)} are. Use a release in bf16, fp8, scaled fp8 or GGUF."
             )
+        if weight and weight.dtype is not FORMATS[name]:
+            raise _wrong(weight, f"{module}.weight", f"is declared as {name} but stored as {weight.label}")
     return formats
 
 
@@ -112,17 +115,11 @@ def _object(path: Path, text: str | bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _check_declared(declared: Mapping[str, Any], tensors: Mapping[str, Stored]) -> None:
-    for module, name in declared.items():
-        weight = tensors.get(f"{module}.weight")
-        if weight and weight.dtype is not FORMATS[name]:
-            raise _wrong(weight, f"{module}.weight", f"is declared as {name} but stored as {weight.label}")
-
-
 def _check_present(declared: set[str], tensors: Mapping[str, Stored], scales: Mapping[str, list[str]]) -> None:
     """Refuse matrices in fp8 that lack the scale which the rest of their part has: they would be hundreds too large."""
     parts = {name.removesuffix(MARKER) for name in tensors if name == MARKER or name.endswith("." + MARKER)}
-    parts |= {_top(name) for name in scales if name.rpartition(".")[0] not in declared}
+    # Else the part is the first component of a name, with its dot: `model.`, `double_blocks.`, `encoder.`
+    parts |= {name.partition(".")[0] + "." for name in scales if name.rpartition(".")[0] not in declared}
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         is_matrix = leaf == "weight" and len(tensor.shape) == 2 and tensor.label == "fp8"
@@ -130,11 +127,6 @@ def _check_present(declared: set[str], tensors: Mapping[str, Stored], scales: Ma
             continue
         if module in declared or any(name.startswith(part) for part in parts):
             raise _wrong(tensor, name, "lacks its scale ('weight_scale' or 'scale_weight')")
-
-
-def _top(name: str) -> str:
-    """The first component of a name, with its dot: `model.`, `double_blocks.`, `encoder.`"""
-    return name.partition(".")[0] + "."
 
 
 def _scale(tensor: Stored, name: str, stored: Stored, scale_name: str) -> Tensor:

@@ -8,7 +8,7 @@ download that starts anew, a disk that fills up) kills the whole process instead
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -141,7 +141,7 @@ class Stored:
         out = torch.empty(shape, dtype=dtype, device="cpu")
         with self.file.open() as file:
             if self.dtype is dtype and self.scale is None:
-                file.fill(out.view(-1), self.offset + start * self._row * dtype.itemsize)
+                file.fill(out.view(-1), self.offset + start * prod(self.shape[1:]) * dtype.itemsize)
             elif self.decode is None and not (self.dtype and self.dtype.is_floating_point):
                 raise ModelFileError(
                     f"The file '{self.file.path}' stores weights as {self.label}, which is not read. Use a release in "
@@ -151,13 +151,8 @@ class Stored:
                 self._convert(file, out.view(-1), start, stop)
         return out
 
-    @property
-    def _row(self) -> int:
-        """Numbers in one row."""
-        return prod(self.shape[1:])
-
     def _convert(self, file: Opened, out: Tensor, start: int, stop: int) -> None:
-        row = self._row
+        row = prod(self.shape[1:])  # numbers in one
         step = max(1, CHUNK // max(1, row))
         for first in range(start, stop, step):
             last = min(first + step, stop)
@@ -172,9 +167,27 @@ class Stored:
         begin, end = first // self.block, -(-last // self.block)
         buffer = torch.empty((end - begin) * self.block_bytes, dtype=torch.uint8, device="cpu")
         file.fill(buffer, self.offset + begin * self.block_bytes)
-        values = buffer.view(self.dtype) if self.dtype else torch.from_numpy(self._unpack(buffer.numpy()))
+        if self.dtype is not None:
+            values = buffer.view(self.dtype)
+        else:
+            assert self.decode is not None  # `read` has refused tensors that have neither a dtype nor a decoder
+            values = torch.from_numpy(self.decode(buffer.numpy()))
         return values[first - begin * self.block : last - begin * self.block]
 
-    def _unpack(self, packed: np.ndarray) -> np.ndarray:
-        assert self.decode is not None  # `read` has refused tensors that have neither a dtype nor a decoder
-        return self.decode(packed)
+
+def check_places(source: WeightFile, tensors: Mapping[str, Stored], begin: int, gaps: bool) -> None:
+    """Raise ModelFileError unless tensors lie one after the other, from `begin` to the file's end.
+
+    gaps: bytes between and after them are allowed.
+    """
+    position = begin
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if tensor.offset < position:
+            raise damaged(source.path, f"the tensor '{name}' overlaps the one before it")
+        if tensor.offset > position and not gaps:
+            raise damaged(source.path, f"the tensor '{name}' leaves a gap before it")
+        position = tensor.offset + tensor.nbytes
+    if position > source.size:
+        raise damaged(source.path, f"it has {source.size:,} bytes of {position:,}")
+    if position < source.size and not gaps:
+        raise damaged(source.path, f"{source.size - position:,} bytes follow after its last tensor")

@@ -36,7 +36,7 @@ from .model_files import (
 )
 from .models import as_host_model, host_vae
 from .prompts import PromptState, cancel_prompt, prompt_state, queue_prompt, refuse_prompts
-from .queue import busy, computing, held_prompts, hold_prompts, waiting, wake_prompts, working
+from .queue import busy, computing, held_prompts, watch_prompts, waiting, wake_prompts, working
 
 __all__ = [
     "LORAS",
@@ -59,7 +59,7 @@ __all__ = [
     "folder_state",
     "free_models_soon",
     "held_prompts",
-    "hold_prompts",
+    "watch_prompts",
     "host_vae",
     "jobs_folder",
     "load_tensors",

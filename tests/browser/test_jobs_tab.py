@@ -317,7 +317,7 @@ def test_events_that_are_missed_are_made_up_for(window, server: Host):
 
 
 def test_a_restarted_host_has_the_same_jobs(window, server: Host):
-    """The page stays open, as it does when a user restarts the host; settings that are damaged meanwhile are not used."""
+    """The page stays open, as when a user restarts the host; settings that are damaged meanwhile are not used."""
     page = window.page
     for job in server.get("/chromakit/jobs?brief=true"):
         server.post(f"/chromakit/jobs/{job['id']}/delete")

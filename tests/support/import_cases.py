@@ -2,11 +2,8 @@
 
 import json
 import sys
-from functools import partial
 
-from chroma_core.data.dataset import DatasetConfig
 from chroma_core.import_config import job_toml
-from chroma_core.import_config.convert import missing
 from chroma_core.training.config import TrainingConfig
 
 if sys.version_info >= (3, 11):
@@ -62,21 +59,9 @@ SECOND = SMALL | {
 
 YAML = "config:\n  process:\n    - type: sd_trainer\n      network: {linear: 4}\n      model: {arch: %s}\n"
 
-set_missing = partial(missing, model=DatasetConfig)
-
-
-def set_list() -> str:
-    """Where further data sets stand in a job."""
-    return "more_datasets"
-
 
 def kinds(imported) -> dict[str, str]:
     return {line.option: line.kind for line in imported.lines}
-
-
-def existing(flat: dict, known=missing) -> dict:
-    """What of these options this version has: other parts of the project may add the rest."""
-    return {path: value for path, value in flat.items() if not known(path, value)}
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
@@ -90,10 +75,12 @@ def flat(tree: dict, prefix: str = "") -> dict:
 
 
 def check(imported, expected: dict, sets: dict | None = None) -> None:
-    """The job has exactly these values (as far as the options exist), and the file reads back as the same job."""
-    written = flat({k: v for k, v in imported.values.items() if k not in ("dataset", "validation_dataset", set_list())})
-    assert written == existing(expected)
+    """The job has exactly these values, and the file reads back as the same job."""
+    written = flat(
+        {k: v for k, v in imported.values.items() if k not in ("dataset", "validation_dataset", "more_datasets")}
+    )
+    assert written == expected
     for place, values in (sets or {}).items():
-        assert imported.values[place] == existing(values, set_missing)
+        assert imported.values[place] == values
     assert tomllib.loads(job_toml(imported)) == json.loads(json.dumps(imported.values))
     assert TrainingConfig.parse(tomllib.loads(job_toml(imported))) == imported.config

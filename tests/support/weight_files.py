@@ -19,10 +19,18 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import save_file
 from torch import Tensor
 
+from chroma_core.names import transformer as keys
+
 Notation = Literal["scale_weight", "header", "layers", "bare"]
 NOTATIONS: tuple[Notation, ...] = ("scale_weight", "header", "layers", "bare")
 
 FP8_NAMES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
+
+
+def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer's state dict in the original layout → diffusers' layout, as views of the fused tensors."""
+    held = ((part, tensor) for key, tensor in weights.items() for part in keys.to_diffusers_keys(key) or ())
+    return {part.name: part.take(tensor) for part, tensor in held}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chroma_core.memory import Settings, estimate, recommend
-from chroma_core.memory.activations import DEQUANTISE, QUANTISE
+from chroma_core.memory.activations import MOMENTS
 from chroma_core.memory.anatomy import Part, anatomy, transformer_on_meta
 from chroma_core.memory.machine import GIB, Machine
 from chroma_core.memory.plan import CHOICES
@@ -119,7 +119,7 @@ def measured() -> Iterator[tuple[str, str]]:
     torch.manual_seed(0)
     weight = torch.randn(1024, 2048).bfloat16()
     rows = []
-    for name in QUANTISE:
+    for name in MOMENTS:
         with LiveBytes() as there:
             parts = quantise_weight(weight, name)
         with LiveBytes() as back:
@@ -129,7 +129,7 @@ def measured() -> Iterator[tuple[str, str]]:
         seen = back.peak / weight.numel()
         rows.append(
             [name, f"{stored:.3f}", f"{100 * error:.1f} %"]
-            + [f"{there.peak / weight.numel():.1f}", QUANTISE[name], f"{seen:.1f}", DEQUANTISE[name]]
+            + [f"{there.peak / weight.numel():.1f}", MOMENTS[name][1], f"{seen:.1f}", MOMENTS[name][0]]
         )
     header = ["precision", "bytes per weight", "error", "to quantise", "planned", "to dequantise", "planned"]
     yield "moments", markdown_table(rows, header)

@@ -6,14 +6,15 @@ optimum-quanto's compile C++ or CUDA code at run time for 4 bits and fp8, and de
 identity matrix; bitsandbytes' repacks its weights on some CPUs when it first computes, and cannot give them back
 exactly. `docs/precision.md` has the measurements.
 
-Each file offers `quantise(weight, scheme)`, `dequantise(parts, scheme, dtype, shape)`, `outline(rows, columns, scheme)`
-and `refusal(device)`, which names why the library cannot work there, or is None.
+Each file offers `quantise(weight, scheme)` (codes as `weight`, one byte an element, and scales), its inverse
+`dequantise(parts, scheme, dtype, shape)`, and `outline(rows, columns, scheme)`, which gives the same as `quantise` on
+the meta device; and, where that is known beforehand, `refusal(device)`, which names why the library cannot work there,
+or is None. Otherwise the trial in `check` tells (fp8 of optimum-quanto fails in it on Apple's GPU).
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -59,7 +60,7 @@ def twin(scheme: str) -> str:
 def check(scheme: str, device: torch.device) -> None:
     """Try the library on that device with a small matrix; PrecisionError with the reason when it fails."""
     library = backend(scheme)
-    reason = library.refusal(device)
+    reason = library.refusal(device) if hasattr(library, "refusal") else None
     if reason is None:
         try:
             sample = torch.linspace(-1, 1, 64 * 256, device=device).view(64, 256)
@@ -80,13 +81,3 @@ def quantise(weight: Tensor, scheme: str) -> dict[str, Tensor]:
     # A fresh, aligned, contiguous copy: libraries read past views, and crash on weights that lie unaligned in a file.
     copy = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device).copy_(weight)
     return backend(scheme).quantise(copy, scheme)
-
-
-def dequantise(parts: Mapping[str, Tensor], scheme: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """The inverse, in `dtype`."""
-    return backend(scheme).dequantise(parts, scheme, dtype, shape)
-
-
-def outline(rows: int, columns: int, scheme: str) -> dict[str, Tensor]:
-    """What `quantise` gives for a weight [rows, columns], on the meta device."""
-    return backend(scheme).outline(rows, columns, scheme)

@@ -20,11 +20,6 @@ from optimum.quanto import QLinear, WeightQBitsTensor, WeightQBytesTensor, qfloa
 _TYPES = {"int8-quanto": qint8, "int4-quanto": qint4, "fp8-quanto": qfloat8_e4m3fn}
 
 
-def refusal(device: torch.device) -> str | None:
-    """fp8 on Apple's GPU fails in the trial that follows; nothing else is known to."""
-    return None
-
-
 def _plan(rows: int, columns: int, scheme: str) -> QLinear:
     """The library's layer of that size without memory: it knows its optimizer and group size."""
     meta = torch.device("meta")

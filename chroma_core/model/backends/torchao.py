@@ -9,11 +9,6 @@ from torch import Tensor, nn
 from torchao.quantization import Float8Tensor, Float8WeightOnlyConfig, quantize_
 
 
-def refusal(device: torch.device) -> str | None:
-    """Nothing is known beforehand; the trial that follows tells."""
-    return None
-
-
 def quantise(weight: Tensor, scheme: str) -> dict[str, Tensor]:
     """`weight` [out, in] (bytes of e4m3) and `scale` [out, 1] in fp32."""
     rows, columns = weight.shape

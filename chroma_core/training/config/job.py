@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_serializer, field_validator, model_validator
 from typing_extensions import Self
 
+from ...data.dataset import Settings
 from ...data.scan import DatasetConfig
-from ...data.settings import Settings
 from ...errors import ConfigError
 from ...files import slug
 from ...loading.spec import PLACEMENT, ModelSpec

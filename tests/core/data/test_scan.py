@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from chroma_core.data.contact_sheet import contact_sheet, summary, thumbnail
-from chroma_core.data.pictures import UnreadablePicture, load_picture, picture_size
+from chroma_core.data.pictures import UnreadablePicture, load_picture, picture_facts
 from chroma_core.data.scan import DatasetConfig, scan
 from chroma_core.errors import ConfigError, DataError, PromptError
 from training_cases import write_dataset
@@ -155,7 +155,8 @@ def test_pictures_are_opened_as_a_person_sees_them(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90°
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    assert picture_size(tmp_path / "turned.jpg") == (20, 40) == load_picture(tmp_path / "turned.jpg").size
+    facts = picture_facts(tmp_path / "turned.jpg")
+    assert (facts.width, facts.height) == (20, 40) == load_picture(tmp_path / "turned.jpg").size
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert load_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     Image.new("I;16", (8, 8), 32896).save(tmp_path / "deep.png")
@@ -166,7 +167,8 @@ def test_pictures_are_opened_as_a_person_sees_them(tmp_path):
     whole = tmp_path / "whole.jpg"
     Image.effect_noise((64, 64), 90).save(whole)
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:900])
-    assert picture_size(tmp_path / "cut.jpg") == (64, 64)
+    facts = picture_facts(tmp_path / "cut.jpg")
+    assert (facts.width, facts.height) == (64, 64)
     with pytest.raises(UnreadablePicture):
         load_picture(tmp_path / "cut.jpg")
 

@@ -4,16 +4,20 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
+import chroma_core.import_config as import_config_room
 from chroma_core.cli.main import main
+from chroma_core.data.dataset import DatasetConfig
 from chroma_core.errors import ConfigError
 from chroma_core.import_config import ai_toolkit, as_json, as_text, import_config, job_toml, simpletuner, write_job
-from chroma_core.import_config.convert import missing
 from chroma_core.import_config.job import toml
+from chroma_core.import_config.read import read_config
+from chroma_core.options import Described, option_of
 from chroma_core.training.config import TrainingConfig
-from import_cases import SECOND, SEED_SNIPPET, SMALL, YAML, set_missing
+from import_cases import SECOND, SEED_SNIPPET, SMALL, YAML
 from tools.docs.import_tables import page
 
 if sys.version_info >= (3, 11):
@@ -139,28 +143,44 @@ def test_every_option_of_the_file_is_in_the_report(put, tmp_path):
 
 
 TABLES = {
-    "SimpleTuner": (simpletuner.OPTIONS, missing),
-    "SimpleTuner's sets": (simpletuner.SET_OPTIONS, set_missing),
-    **{f"ai-toolkit {name}": (table, missing) for name, table in ai_toolkit.SECTIONS.items()},
-    "ai-toolkit's sets": (ai_toolkit.SET_OPTIONS, set_missing),
+    "SimpleTuner": simpletuner.OPTIONS,
+    "SimpleTuner's sets": simpletuner.SET_OPTIONS,
+    **{f"ai-toolkit {name}": table for name, table in ai_toolkit.SECTIONS.items()},
+    "ai-toolkit's sets": ai_toolkit.SET_OPTIONS,
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_line_of_the_tables_says_what_or_why(name):
-    table, _ = TABLES[name]
-    for option, rule in table.items():
+    for option, rule in TABLES[name].items():
         assert rule.to or rule.reason, option
         assert rule.kind in ("maps", "differs") or rule.reason, option
         assert re.fullmatch(r"[a-z0-9_]+", option), option
 
 
-def test_an_option_that_this_version_lacks_is_never_written():
-    assert missing("lora.rank", 4) == ""
-    assert "no option lora.colour" in missing("lora.colour", 4)
-    assert "no option model.colour" in missing("model.colour", 4)
-    assert "it has" in missing("objective.remap", "cubic")
-    assert set_missing("folder", "x") == "" and "no option" in set_missing("colour", "x")
+def ours(path: str, owner: type) -> Described:
+    *sections, name = path.split(".")
+    for section in sections:
+        owner = get_type_hints(owner)[section]
+    return option_of(owner, name)
+
+
+@pytest.mark.parametrize("tool", ["simpletuner", "ai_toolkit"])
+def test_what_the_tables_write_is_an_option_with_this_choice(tool):
+    data = read_config(Path(import_config_room.__file__).with_name(f"{tool}.yaml"))
+    checked = 0
+    for name, section in data.items():
+        for option, entry in (section.get("options", {}) if isinstance(section, dict) else {}).items():
+            entry = {"to": entry} if isinstance(entry, str) else entry
+            paths = [path for path in re.split(", | or ", entry.get("to", "")) if path]
+            found = [ours(path, DatasetConfig if name == "datasets" else TrainingConfig) for path in paths]
+            answers = [*entry.get("alike", "").split(), *entry.get("words", {}).values()]
+            for answer in answers:
+                value = answer[0] if isinstance(answer, list) else answer
+                if found and found[0].choices and not isinstance(value, dict):
+                    assert value in found[0].choices, (option, value)
+                    checked += 1
+    assert checked > 10
 
 
 def test_the_documentation_is_current():

@@ -19,7 +19,7 @@ from chroma_core.names.encoders import to_ldm_key
 from lora_cases import inputs, predict
 from miniature import WIDTHS, t5, tokenizer, transformer, vae
 from real_widths import random_original
-from weight_files import write_gguf, write_scaled_fp8
+from weight_files import to_diffusers, write_gguf, write_scaled_fp8
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "chroma_core" / "assets" / "tiny"
@@ -81,7 +81,7 @@ def test_a_transformer_in_scaled_fp8(tmp_path, notation):
     path = tmp_path / "chroma.safetensors"
     meant = write_scaled_fp8(path, original(), notation)
     model = load_transformer(ModelSpec("base", transformer=str(path), precision="fp32"), "cpu")
-    expected = keys.to_diffusers(meant)
+    expected = to_diffusers(meant)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     # e4m3 has 3 mantissa bits: a weight is off by at most 1/16 of itself (or 2^-10 of 448 scales), 3.6 % in the mean.
     weights = transformer().state_dict()

@@ -162,6 +162,11 @@ class DeviceSlot:
 
     # --- other threads ------------------------------------------------------------------------------------------------
 
+    @property
+    def in_use(self) -> bool:
+        """Whether a component of the job is on the device, on its way there, or waits to come back."""
+        return self._module is not None or self._coming
+
     def device_bytes(self) -> int:
         """Bytes that the job's module holds on the device now. Never waits."""
         module = self._module
@@ -170,11 +175,14 @@ class DeviceSlot:
         return sum(size for name, size in module_bytes(module).items() if torch.device(name).type == self.device.type)
 
     def make_leave(self, check: Callable[[], None] = lambda: None, seconds: float = ROOM_SECONDS) -> bool:
-        """Return when nothing of the job is on the device: True; False when `seconds` have passed before.
+        """Return when nothing of the job is on the device: True; False when `seconds` have passed before, or when it is
+        lent: whoever has it is the one that asks.
 
         The job leaves at its next gate, and stays away for as long as a prompt runs. `check` is called all the while
         and may raise.
         """
+        if self._lent:
+            return False
         with self._wish("_unwanted"):
             return self._wait(lambda: self.away or (self._module is None and not self._coming), check, seconds)
 

@@ -296,7 +296,7 @@ class JobManager:
     def slot(self) -> DeviceSlot | None:
         """The place on the device of the job that is at work; None when none is. Any thread; never waits."""
         for control in tuple(self._controls.values()):
-            if control.slot is not None:
+            if control.slot is not None and control.slot.in_use:
                 return control.slot
         return None
 

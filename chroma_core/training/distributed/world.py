@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...errors import ConfigError, JobError
+from ...errors import ConfigError, JobError, first_line
 from ..control import Control, Halted, Stopped
 
 T = TypeVar("T")
@@ -277,7 +277,7 @@ class Processes(World):
                 time.sleep(POLL_SECONDS)
             raise ProcessLost(
                 f"Another of the job's {self.size} processes was ended or cannot be reached any more "
-                f"({(str(error).strip().splitlines() or [''])[0][:200]}); the launcher's messages say which. What was "
+                f"({first_line(error)}); the launcher's messages say which. What was "
                 "trained until then is kept; start the job again to go on."
             ) from error
 

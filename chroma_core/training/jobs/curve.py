@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from ...model.drawing import Font, font_of
 from ..step.objective import HELDOUT_SIGMAS
 
 COLUMNS = ("step", "loss", "loss_smooth", "lr", "grad_norm", "sigma", "seconds")
@@ -156,7 +157,7 @@ def plot_losses(metrics: Sequence[dict[str, Any]], width: int = 768, height: int
     heldout = _series(metrics, "heldout_loss")
     image = Image.new("RGB", (width * _SCALE, height * _SCALE), _BACKGROUND)
     draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(13 * _SCALE)
+    font = font_of(13 * _SCALE)
     left, top, right, bottom = 64 * _SCALE, 36 * _SCALE, (width - 20) * _SCALE, (height - 44) * _SCALE
     points = raw + heldout
     if not points:
@@ -202,7 +203,7 @@ def _series(metrics: Sequence[dict[str, Any]], key: str) -> list[Point]:
 
 def _axes(
     draw: ImageDraw.ImageDraw,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    font: Font,
     place: Callable[[Point], Point],
     ticks: Sequence[float],
     last_step: float,

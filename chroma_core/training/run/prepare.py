@@ -14,7 +14,7 @@ from ...data.cache import LatentTextCache, component_key
 from ...data.samples import Progress as OnProgress
 from ...data.samples import Sample, SampleSet, cache_samples, cache_texts, caption_texts, combine
 from ...data.scan import DatasetConfig, describe_skipped, scan
-from ...errors import ConfigError
+from ...errors import ConfigError, first_line
 from ...loading.load import load_text_encoder, load_vae
 from ...loading.model_files import base_hash, locate
 from ...lora.layer import adapted_layers
@@ -168,7 +168,7 @@ def compile_blocks(transformer: ChromaTransformer, backend: str = "inductor") ->
     except Exception as error:
         raise ConfigError(
             f"torch.compile with the backend '{backend}' cannot work on the device '{device}' ({type(error).__name__}: "
-            f"{next(iter(str(error).splitlines()), '')}). On a GPU it needs Triton, on a CPU a C++ compiler. Turn "
+            f"{first_line(error)}). On a GPU it needs Triton, on a CPU a C++ compiler. Turn "
             "compile off."
         ) from error
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):

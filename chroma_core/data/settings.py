@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 
 from ..errors import ConfigError
+from ..options import Option
+
+
+def option(default: Any, sentence: str, **about: Any) -> Any:
+    """A field of `Settings` that is an option: `rank: int = option(16, "Size of the LoRA.", ge=1, le=1024, most=512)`.
+
+    Args:
+        default: `...` for one that the user has to give.
+        sentence, about: of `Option`; what that does not know is pydantic's, the range for one.
+    """
+    shown = {field.name: about.pop(field.name) for field in dataclasses.fields(Option) if field.name in about}
+    extra: dict[str, Any] = {"option": Option(sentence, **shown)}
+    return Field(default, json_schema_extra=extra, **about)
 
 
 class Settings(BaseModel):

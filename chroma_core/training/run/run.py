@@ -100,7 +100,7 @@ class Run:
             compile_blocks(self.transformer)
         self.stepper = Stepper(self.trained.parameters, config.optimizer_settings())
         self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
-        self.batches = Batches(data.samples, data.training_cache, config, config.objective.settings())
+        self.batches = Batches(data.samples, data.training_cache, config)
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, or start afresh."""

@@ -31,7 +31,7 @@ from typing import TypeVar, get_args
 from torch import nn
 
 from ..errors import ConfigError
-from .layer import linear_modules
+from .adapters import linear_modules
 from .modules import AdapterKind, quoted
 
 Number = TypeVar("Number", int, float)

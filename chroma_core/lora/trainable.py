@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LoraError
 from ..model.precision import dequantised_weight
-from .layer import (
+from .adapters import (
     AdaptedLinear,
     LoraBranch,
     adapted_layers,

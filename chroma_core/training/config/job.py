@@ -28,9 +28,8 @@ from ...sampling.recipe import RECIPES, Recipe, recipe
 from ...sampling.sampler import Method, SamplingSettings
 from ...sampling.schedule import FlowShift, SigmaDraw, SigmaRemap, SigmaSettings, Spacing, parse_flow_shift
 from ...sampling.text import TextPadding, apply_trigger
-from ..step.lr import LrSchedule, Schedule
 from ..step.objective import GuidanceMode, LossKind
-from ..step.optimizers import OptimizerName, OptimizerSettings, check_schedule
+from ..step.optimizers import LrSchedule, OptimizerName, OptimizerSettings, Schedule, check_schedule
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -17,7 +17,7 @@ from ...data.scan import DatasetConfig, describe_skipped, scan
 from ...errors import ConfigError, first_line
 from ...loading.load import load_text_encoder, load_vae
 from ...loading.model_files import base_hash, locate
-from ...lora.layer import adapted_layers
+from ...lora.adapters import adapted_layers
 from ...model.device import release_memory
 from ...model.transformer import ChromaTransformer
 from ...sampling.text import TextEncoder

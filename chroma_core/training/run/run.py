@@ -21,20 +21,18 @@ from ...model.device import memory_in_use, release_memory
 from ..config import TrainingConfig
 from ..config.changes import recorded
 from ..control import Control, DeviceSlot, Halted, Stopped
-from ..distributed.sharding import check_sharding, shard
-from ..distributed.world import ALONE, ProcessLost, World
+from ..distributed.world import ALONE, ProcessLost, World, check_sharding, shard
 from ..step.ema import Ema
 from ..step.objective import heldout_loss
 from ..step.optimizers import check_optimizer
 from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint
 from .faults import Diverged, disk_shortage, give_up_if_broken, memory_in_words, watch_loss
-from .finish import file_metadata
 from .loop import Batches, StepResult, train_step
 from .metrics import EventFiles, JobPaths, MetricsLog, Progress, check_event_files
 from .prepare import Prepared, compile_blocks, prepare
 from .preview import render_previews
 from .stepper import Stepper
-from .trained import WrittenFiles, check_trained, make_trained
+from .trained import WrittenFiles, check_trained, file_metadata, make_trained
 
 Report = Callable[..., None]
 """report(**fields): tell the job's status about something new."""

@@ -10,8 +10,7 @@ from torch.nn import Parameter
 
 from chroma_core.errors import ConfigError
 from chroma_core.training.run.stepper import LossScale, Stepper
-from chroma_core.training.step.lr import Schedule
-from chroma_core.training.step.optimizers import OptimizerSettings, check_optimizer, check_schedule
+from chroma_core.training.step.optimizers import OptimizerSettings, Schedule, check_optimizer, check_schedule
 from training_cases import config
 
 NAMES = ("adamw", "adamw8bit", "adafactor", "prodigy", "schedule-free", "came")

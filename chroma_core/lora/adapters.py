@@ -17,7 +17,6 @@ any module that has `in_features` and `out_features`, quantised or not.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,7 +103,7 @@ class LowRankBranch(LoraBranch):
 
     def module(self) -> LoraModule:
         """The adapter as a value, whose tensors are the branch's own."""
-        return LoraModule(self.down, self.up, self.alpha)
+        return LoraModule(alpha=self.alpha, **self.factors())
 
     def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         return self._low_rank(x) * self.scale
@@ -127,10 +126,6 @@ class DoraBranch(LowRankBranch):
     """
 
     magnitude: nn.Parameter
-
-    def module(self) -> LoraModule:
-        """The adapter as a value, whose tensors are the branch's own."""
-        return LoraModule(self.down, self.up, self.alpha, self.magnitude)
 
     def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         scale = self.alpha / self.down.shape[0]
@@ -194,19 +189,10 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
+        self.out_features, self.in_features = features(base_layer)
         self.branches = nn.ModuleList()
         self.enabled = True
         self.train(base_layer.training)
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight."""
-        return self.base_layer.in_features  # type: ignore[return-value]
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        return self.base_layer.out_features  # type: ignore[return-value]
 
     @property
     def weight(self) -> Tensor:
@@ -375,7 +361,7 @@ def attach(
         # All copies first: running out of memory here leaves the model as it was.
         for layer in fit.matched:
             device = compute_device(transformer, linears[layer])
-            module = lora.modules[layer].map(functools.partial(_copied, device=device))
+            module = lora.modules[layer].map(lambda tensor, to=device: tensor.detach().to(to, copy=True))
             branches.append((layer, branch_of(name, module, strength)))
         for layer, branch in branches:
             wrapped(transformer, layer, linears[layer]).add(branch)
@@ -385,8 +371,7 @@ def attach(
 def set_strength(transformer: nn.Module, name: str, strength: float) -> None:
     """Change the strength of a live LoRA. 0 gives the model without it, bit for bit."""
     _finite(strength)
-    if name not in attached(transformer):
-        raise LoraError(_not_attached(transformer, name))
+    _check_attached(transformer, name)
     for _, layer in adapted_layers(transformer):
         branch = layer.branch(name)
         if branch is not None:
@@ -395,8 +380,7 @@ def set_strength(transformer: nn.Module, name: str, strength: float) -> None:
 
 def detach(transformer: nn.Module, name: str) -> None:
     """Take a live (or trained) LoRA off; layers without any are the very modules they were before."""
-    if name not in attached(transformer):
-        raise LoraError(_not_attached(transformer, name))
+    _check_attached(transformer, name)
     for path, layer in adapted_layers(transformer):
         layer.remove(name)
         if len(layer.branches) == 0:
@@ -429,15 +413,10 @@ def merge(transformer: nn.Module, lora: LoraFile, strength: float = 1.0, allow_p
     with torch.inference_mode(False), torch.no_grad():
         for name, base in bases.items():
             weight = base.weight
-            module = lora.modules[name].map(functools.partial(torch.Tensor.to, device=weight.device))
-            delta = module.delta(weight)
+            delta = lora.modules[name].map(lambda tensor, to=weight.device: tensor.to(to)).delta(weight)
             merged = (weight.float() + strength * delta).to(weight.dtype)
             base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
     return fit
-
-
-def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.detach().to(device, copy=True)
 
 
 def _finite(strength: float) -> None:
@@ -445,5 +424,7 @@ def _finite(strength: float) -> None:
         raise LoraError(f"The LoRA strength is {strength}; it must be a finite number, usually between -2 and 2.")
 
 
-def _not_attached(transformer: nn.Module, name: str) -> str:
-    return f"No LoRA named '{name}' is on this model. Attached are: {', '.join(attached(transformer)) or 'none'}."
+def _check_attached(transformer: nn.Module, name: str) -> None:
+    names = attached(transformer)
+    if name not in names:
+        raise LoraError(f"No LoRA named '{name}' is on this model. Attached are: {', '.join(names) or 'none'}.")

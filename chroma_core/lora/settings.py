@@ -30,7 +30,7 @@ from typing import TypeVar, get_args
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_choice
 from .adapters import linear_modules
 from .modules import AdapterKind, quoted
 
@@ -56,8 +56,7 @@ class LoraSettings:
     lokr_factor: int = -1
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(AdapterKind):
-            raise ConfigError(f"The LoRA kind is '{self.kind}'; choose one of: {', '.join(get_args(AdapterKind))}.")
+        check_choice("The LoRA kind", self.kind, get_args(AdapterKind))
         for rank in (self.rank, *self.rank_pattern.values()):
             if rank < 1:
                 raise ConfigError(f"The LoRA rank is {rank}; it must be at least 1 (16 is usual).")

@@ -138,7 +138,7 @@ def _fitted_lokr(name: str, given: LokrModule, fresh: LokrModule) -> LokrModule:
     if given.w2_a is None or given.w2_b is None:
         raise LoraError(
             f"Training cannot start from this LoKr: for '{name}' its w2 is a whole matrix, in training is one of rank "
-            f"{fresh.rank}. Train with a rank of at least {_whole_from(fresh)}."
+            f"{fresh.rank}. Train with a rank of at least {(max(fresh.blocks[1]) + 1) // 2}."
         )
     assert fresh.w2_a is not None and fresh.w2_b is not None
     rank, wanted = given.w2_b.shape[0], fresh.w2_b.shape[0]
@@ -163,11 +163,6 @@ def _check_rank(name: str, given: int, wanted: int) -> None:
 
 def _blocks(module: LokrModule) -> str:
     return " ⊗ ".join(f"{rows}×{columns}" for rows, columns in module.blocks)
-
-
-def _whole_from(module: LokrModule) -> int:
-    """The rank from which on w2 is trained as a whole matrix."""
-    return (max(module.blocks[1]) + 1) // 2
 
 
 TRAINED = "trained"

@@ -40,12 +40,7 @@ class LoraBranch(nn.Module):
     """
 
     def __init__(
-        self,
-        name: str,
-        module: AdapterModule,
-        strength: float = 1.0,
-        dropout: float = 0.0,
-        trainable: bool = False,
+        self, name: str, module: AdapterModule, strength: float = 1.0, dropout: float = 0.0, trainable: bool = False
     ):
         super().__init__()
         self.name = name
@@ -341,11 +336,7 @@ def check_fits(transformer: nn.Module, lora: LoraFile, allow_partial: bool = Fal
 
 
 def attach(
-    transformer: nn.Module,
-    lora: LoraFile,
-    strength: float = 1.0,
-    name: str = "lora",
-    allow_partial: bool = False,
+    transformer: nn.Module, lora: LoraFile, strength: float = 1.0, name: str = "lora", allow_partial: bool = False
 ) -> Fit:
     """Apply `lora` live, under a name of its own. The file's tensors are copied to where the layers compute.
 

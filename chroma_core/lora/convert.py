@@ -38,10 +38,7 @@ class Conversion:
 
 
 def convert_lora(
-    source: Path | str,
-    key_format: KeyFormat | str,
-    output: Path | str | None = None,
-    dtype: str = "keep",
+    source: Path | str, key_format: KeyFormat | str, output: Path | str | None = None, dtype: str = "keep"
 ) -> Conversion:
     """Read a LoRA of any key format and write it in another one; the source is not touched.
 

@@ -134,7 +134,7 @@ def describe(lora: LoraFile) -> str:
     counted = " and ".join(f"{kinds.count(kind)} {_KINDS[kind]}layers" for kind in _KINDS if kind in kinds)
     lines = [
         f"{counted}, {f'rank {_listed(lora.ranks)}' if lora.ranks else 'full rank'}, alpha {_listed(lora.alphas)}, "
-        f"{lora.parameters:,} parameters in {', '.join(lora.dtypes)} ({lora.key_format} key format)",
+        f"{lora.parameters:,} parameters in {', '.join(lora.dtypes)} ({lora.key_format} key format)"
     ]
     if lora.unmatched:
         lines.append(f"{len(lora.unmatched)} keys are not Chroma's: {quoted(lora.unmatched)}")

@@ -272,7 +272,7 @@ class Run:
         self.progress.saved_at = self.progress.step
 
     def _write_checkpoint(self, wait: bool) -> None:
-        progress = self.progress
+        progress, config = self.progress, self.config
         self._saved = time.monotonic()
         # The first one's size is not known yet: weights and two moments.
         needed = checkpoint_bytes(self.paths.checkpoints) or 12 * sum(p.numel() for p in self.trained.parameters)
@@ -284,15 +284,8 @@ class Run:
         self._where_the_optimizer_is()
         progress.saved_at = progress.step
         progress.metrics_bytes = self.metrics.sync()
-        save_checkpoint(
-            self.paths.checkpoints,
-            progress,
-            self.trained,
-            self.stepper,
-            self.ema,
-            self.config.keep_checkpoints,
-            self.config.keep_best,
-        )
+        keep = config.keep_checkpoints, config.keep_best
+        save_checkpoint(self.paths.checkpoints, progress, self.trained, self.stepper, self.ema, *keep)
         self.report(checkpoint=progress.step, **self._numbers())
 
     def _where_the_optimizer_is(self) -> None:
@@ -317,15 +310,8 @@ class Run:
 
     def _write_files(self) -> WrittenFiles:
         pictures, job = picture_count(self.data.samples), self.paths.job
-        header = partial(
-            file_metadata,
-            self.config,
-            self.progress,
-            self.data.base_sha256,
-            pictures,
-            job_id=job.name,
-            changes=recorded(job),
-        )
+        facts = self.config, self.progress, self.data.base_sha256, pictures
+        header = partial(file_metadata, *facts, job_id=job.name, changes=recorded(job))
         self._where_the_optimizer_is()
         self.report(message=f"writing the {self.trained.noun}")
         write = partial(self.trained.write, header)

@@ -29,6 +29,7 @@ from ...lora.files import read_lora, write_lora
 from ...lora.modules import LoraFile
 from ...lora.settings import named_target
 from ...lora.trainable import add_trainable, load_trained, start_from, trained_lora
+from ...model.precision import precision
 from ...model.transformer import ChromaTransformer
 from ...weights.opening import open_weights
 from ...weights.safetensors_files import write_safetensors
@@ -37,8 +38,6 @@ from .faults import DISK_MARGIN
 from .metrics import JobPaths, Progress
 
 BASE_KEY = "chromakit.base_sha256"
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 HIGH_RATE = 5e-5
 """Full-rank training above this rate is warned about: a LoRA's usual rate is ten times too high for the weights."""
@@ -208,7 +207,7 @@ class FullRankTraining(Trained):
     def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
         full, config = self._full, self._config
         # The files' own names: the parameters are looked up now, since an average may stand in their place.
-        model = TrainedModel(self._model.weights, self._model.component, self._named, DTYPES[full.save_dtype])
+        model = TrainedModel(self._model.weights, self._model.component, self._named, precision(full.save_dtype).dtype)
         trained = {"kind": "full", "target": full.target, "layers": len(self._names), "norms": full.norms}
         metadata = header("chroma", trained)
         file, folder = _free_paths(self._paths, config, suffix)
@@ -400,7 +399,7 @@ def write_final(
 ) -> Path:
     """Write the LoRA into the job's folder and `loras_folder`, its name ending in `suffix`; returns the latter path."""
     trained = trained_lora(transformer)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.lora.save_dtype]
+    dtype = precision(config.lora.save_dtype).dtype
     modules = {name: module.to(dtype) for name, module in trained.modules.items()}
     path = final_path(loras_folder, config, suffix, metadata.get(JOB_KEY))
     copy = job_folder / f"{slug(config.name)}{suffix}.safetensors"

@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import nn
 
 from ...data.cache import LatentTextCache, component_key
 from ...data.samples import Progress as OnProgress
 from ...data.samples import Sample, SampleSet, cache_samples, cache_texts, caption_texts, combine
 from ...data.scan import DatasetConfig, describe_skipped, scan
-from ...errors import ConfigError
-from ...loading.load import load_text_encoder, load_vae
+from ...errors import ConfigError, first_line
+from ...loading.load import Device, load_text_encoder, load_vae
 from ...loading.model_files import base_hash, locate
-from ...lora.layer import adapted_layers
+from ...loading.spec import ModelSpec
+from ...lora.adapters import adapted_layers
 from ...model.device import release_memory
 from ...model.transformer import ChromaTransformer
 from ...sampling.text import TextEncoder
@@ -25,6 +28,8 @@ from ...streaming.streamer import streamed
 from ..config import TrainingConfig
 from ..control import DeviceSlot
 from .preview import preview_texts
+
+Part = TypeVar("Part", AutoencoderKL, TextEncoder)
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,7 @@ class Prepared:
 
 
 def prepare(
-    config: TrainingConfig,
-    cache_folder: Path,
-    slot: DeviceSlot,
-    between: Callable[[], None],
-    progress: OnProgress,
+    config: TrainingConfig, cache_folder: Path, slot: DeviceSlot, between: Callable[[], None], progress: OnProgress
 ) -> Prepared:
     """Scan and cache. Interrupted at any point, the next call continues where this one was.
 
@@ -72,7 +73,7 @@ def prepare(
     sets: list[list[Sample]] = []
     for found in scans:
         samples, unreadable = cache_samples(
-            found, cache, config.resolution, lambda: _borrowed_vae(config, slot), between, progress
+            found, cache, config.resolution, lambda: _borrowed(load_vae, config, slot), between, progress
         )
         warnings += found.warnings
         if unreadable:
@@ -84,7 +85,7 @@ def prepare(
     )
     captions = caption_texts(samples)
     texts = [*captions, *(sample.captions[0] for sample in heldout), *prompts]
-    truncated = cache_texts(texts, cache, lambda: _borrowed_text_encoder(config, slot), between, progress)
+    truncated = cache_texts(texts, cache, lambda: _borrowed(load_text_encoder, config, slot), between, progress)
     training_cache = cache
     if config.objective.text_padding == "unmodified":
         # Only training sees the padding: previews and the held-out loss condition as sampling does.
@@ -108,33 +109,22 @@ def _heldout(config: TrainingConfig) -> list[DatasetConfig]:
 
 @contextmanager
 def _with_padding(config: TrainingConfig, slot: DeviceSlot) -> Iterator[TextEncoder]:
-    with _borrowed_text_encoder(config, slot) as encoder:
+    with _borrowed(load_text_encoder, config, slot) as encoder:
         yield encoder.with_padding()
 
 
 @contextmanager
-def _borrowed_vae(config: TrainingConfig, slot: DeviceSlot) -> Iterator[AutoencoderKL]:
+def _borrowed(load: Callable[[ModelSpec, Device], Part], config: TrainingConfig, slot: DeviceSlot) -> Iterator[Part]:
+    """A component of the model on the job's device, inside a `with` block."""
     slot.make_room()
-    vae = load_vae(config.model, slot.device)
+    part = load(config.model, slot.device)
+    module: nn.Module = part.model if isinstance(part, TextEncoder) else part
     try:
-        with slot.taken_by(vae):
-            yield vae
+        with slot.taken_by(module):
+            yield part
     finally:
-        del vae
-        release_memory()
-
-
-@contextmanager
-def _borrowed_text_encoder(config: TrainingConfig, slot: DeviceSlot) -> Iterator[TextEncoder]:
-    slot.make_room()
-    encoder = load_text_encoder(config.model, slot.device)
-    try:
-        with slot.taken_by(encoder.model):
-            yield encoder
-    finally:
-        # The caller's `as` variable still names the model here: what is freed is its place on the accelerator.
-        encoder.to("cpu")
-        del encoder
+        # The caller's `as` variable still names it here: what is freed is its place on the accelerator.
+        module.to("cpu")  # type: ignore[arg-type]
         release_memory()
 
 
@@ -168,7 +158,7 @@ def compile_blocks(transformer: ChromaTransformer, backend: str = "inductor") ->
     except Exception as error:
         raise ConfigError(
             f"torch.compile with the backend '{backend}' cannot work on the device '{device}' ({type(error).__name__}: "
-            f"{next(iter(str(error).splitlines()), '')}). On a GPU it needs Triton, on a CPU a C++ compiler. Turn "
+            f"{first_line(error)}). On a GPU it needs Triton, on a CPU a C++ compiler. Turn "
             "compile off."
         ) from error
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):

@@ -218,12 +218,10 @@ def begin(made: Job, start: list[torch.Tensor]) -> None:
 
 def _save_and_load(made: Job) -> None:
     """As a checkpoint does it."""
-    from chroma_core.training.run.checkpoint import _load
-
     weights = list(made.trained())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimizer.pt"
         torch.save(made.stepper.state_dict(), path)
-        state = _load(path, made.stepper)
+        state = torch.load(path, map_location=made.stepper.parameters[0].device, weights_only=True)
     begin(made, weights)
     made.stepper.load_state_dict(state)

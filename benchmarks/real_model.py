@@ -25,7 +25,6 @@ from chroma_core.streaming.streamer import BLOCK_LISTS
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.run.loop import Batch, Batches, StepResult, train_step
 from chroma_core.training.run.stepper import Stepper
-from chroma_core.training.step.objective import PLAIN
 
 GIB = 2**30
 SIMULATED = "NULL_GPU_LIBRARY" in os.environ
@@ -100,7 +99,7 @@ class RandomBatches(Batches):
     """Batches of random latents at one size; step i always gives the same ones."""
 
     def __init__(self, config: TrainingConfig, size: int, text: int):
-        self.config, self.objective = config, PLAIN
+        self.config, self.objective = config, config.objective
         self.shape = (config.effective_batch, 16, size // 8, size // 8)
         self.texts = [condition(text, i) for i in range(config.effective_batch)]
 

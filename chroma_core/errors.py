@@ -16,6 +16,11 @@ def first_few(names: Iterable[str], limit: int = 3, quote: str = "") -> str:
     return f"{shown} and {len(found) - limit} more" if len(found) > limit else shown
 
 
+def first_line(error: object, limit: int = 200) -> str:
+    """The beginning of an error's text, for a message of ours; empty when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "")[:limit]
+
+
 def counted(number: int, what: str) -> str:
     """`1 image`, `2 images`."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"

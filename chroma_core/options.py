@@ -1,6 +1,7 @@
-"""An option, defined once, as an annotated field of the value that reads it:
+"""An option, defined once, as a field of the value that reads it: annotated, or by `data.dataset.option`, the same.
 
     rank: Annotated[int, Field(ge=1, le=1024), Option("Size of the LoRA: how much it can learn.", most=512)] = 16
+    rank: int = option(16, "Size of the LoRA: how much it can learn.", ge=1, le=1024, most=512)
 
 The field gives name, type, range and default, `Option` the sentence and what a widget shows. From these come the nodes'
 widgets and tooltips, the flags of the commands, the commented job file and the tables in the docs.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -83,11 +85,10 @@ class Described:
 @lru_cache(maxsize=64)
 def options_of(owner: type) -> dict[str, Described]:
     """The options of a pydantic model or a dataclass by name, in the order of its fields."""
-    hints = get_type_hints(owner, include_extras=True)
     return {
-        name: _described(name, hint, default)
-        for name, default in _defaults(owner).items()
-        if get_origin(hint := hints[name]) is Annotated and any(isinstance(each, Option) for each in get_args(hint)[1:])
+        name: _described(name, annotation, extras, default)
+        for name, annotation, extras, default in _fields(owner)
+        if any(isinstance(each, Option) for each in extras)
     }
 
 
@@ -112,19 +113,22 @@ def identity(value: Any, dumped: Any) -> Any:
     return dumped
 
 
-def _defaults(owner: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(owner):
-        return {
-            f.name: f.default_factory() if f.default_factory is not MISSING else f.default
-            for f in dataclasses.fields(owner)
-        }
-    return {name: MISSING if f.is_required() else f.default for name, f in owner.model_fields.items()}
+def _fields(owner: Any) -> Iterator[tuple[str, Any, Sequence[Any], Any]]:
+    """Name, type, what else is said of it, and default (MISSING without one) of every field."""
+    if not dataclasses.is_dataclass(owner):
+        for name, f in owner.model_fields.items():
+            extras = [*f.metadata, *(f.json_schema_extra or {}).values()]
+            yield name, f.annotation, extras, MISSING if f.is_required() else f.default
+        return
+    hints = get_type_hints(owner, include_extras=True)
+    for f in dataclasses.fields(owner):
+        annotation, *extras = get_args(hints[f.name]) if get_origin(hints[f.name]) is Annotated else [hints[f.name]]
+        yield f.name, annotation, extras, f.default if f.default_factory is MISSING else f.default_factory()
 
 
-def _described(name: str, hint: Any, default: Any) -> Described:
-    annotation, *extras = get_args(hint)
+def _described(name: str, annotation: Any, extras: Sequence[Any], default: Any) -> Described:
     option = next(each for each in extras if isinstance(each, Option))
-    constraints = [inner for each in extras for inner in getattr(each, "metadata", ())]
+    constraints = [inner for each in extras for inner in (each, *getattr(each, "metadata", ()))]
     bounds = tuple((key, getattr(c, key)) for c in constraints for key in ("ge", "gt", "le", "lt") if hasattr(c, key))
     kinds = [annotation]
     if get_origin(annotation) in (Union, types.UnionType):

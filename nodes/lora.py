@@ -14,10 +14,10 @@ from ..chroma_core.loading.model_files import base_warning
 from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelHandle, ModelSpec
 from ..chroma_core.lora.adapters import check_fits
 from ..chroma_core.lora.convert import DTYPES, convert_lora
-from ..chroma_core.lora.files import describe, lora_of, read_lora
+from ..chroma_core.lora.files import lora_of, read_lora
 from ..chroma_core.lora.key_formats import KEY_FORMATS
 from ..chroma_core.lora.modules import LoraFile
-from ..chroma_core.lora.report import heat_map, lora_report, report_text, update_norm
+from ..chroma_core.lora.report import describe, heat_map, lora_report, report_text, update_norm
 from . import host
 from .sockets import ChromaModel, schema, to_image
 

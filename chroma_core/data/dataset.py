@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,6 +13,18 @@ from ..options import Option
 
 Resolution = Annotated[int, Field(ge=32, le=4096)]
 CaptionSource = Literal["files", "metadata", "filenames", "fixed"]
+
+
+def option(default: Any, sentence: str, **about: Any) -> Any:
+    """A field of `Settings` that is an option: `rank: int = option(16, "Size of the LoRA.", ge=1, le=1024, most=512)`.
+
+    Args:
+        default: `...` for one that the user has to give.
+        sentence, about: of `Option`; what that does not know is pydantic's, the range for one.
+    """
+    shown = {field.name: about.pop(field.name) for field in dataclasses.fields(Option) if field.name in about}
+    extra: dict[str, Any] = {"option": Option(sentence, **shown)}
+    return Field(default, json_schema_extra=extra, **about)
 
 
 class Settings(BaseModel):
@@ -45,136 +58,108 @@ class DatasetConfig(Settings):
     Everything about captions is described in `captions`, about sizes in `buckets`, about variants in `views`.
     """
 
-    folder: Annotated[str, Option("The folder with the images; sub-folders count. Relative to the job file.")]
-    resolutions: Annotated[
-        tuple[Resolution, ...],
-        Option("Sizes to train every image at: sides of a square with as many pixels. Empty: the model's own size."),
-    ] = ()
-    alignment: Annotated[
-        int,
-        Field(ge=16, le=512, multiple_of=16),
-        Option(
-            "Sides are multiples of this; 32 crops less and makes more sizes.",
-            unit="pixels",
-            least=32,
-            most=64,
-            step=32,
-            advanced=True,
-        ),
-    ] = 64
-    repeats: Annotated[int, Field(ge=1), Option("Times each image counts in an epoch.", most=1000)] = 1
-    repeat_folders: Annotated[
-        bool, Option("Images in a sub-folder 3_dog count three times. Off: such a number means nothing.", advanced=True)
-    ] = True
-    weight: Annotated[
-        float,
-        Field(ge=0.001, le=1000),
-        Option(
-            "With several sets: how often an image of this one is used compared with one of another.",
-            step=0.05,
-            round=0.001,
-            advanced=True,
-        ),
-    ] = 1.0
-    trigger: Annotated[
-        str,
-        Option(
-            "The word that will call the concept, e.g. sks. It replaces [trigger] in captions and previews, and is put "
-            "before captions that do not have it."
-        ),
-    ] = ""
-    caption_source: Annotated[
-        CaptionSource,
-        Option(
-            "files: .txt beside the image, each line one caption. metadata: metadata.jsonl or .csv. filenames: the "
-            "file's name. fixed: default_caption for all.",
-            advanced=True,
-        ),
-    ] = "files"
-    caption_extension: Annotated[str, Option("End of the caption files' names, e.g. .caption.", advanced=True)] = ".txt"
-    caption_column: Annotated[
-        str, Field(min_length=1), Option("The metadata's column that holds the caption.", advanced=True)
-    ] = "text"
-    caption_prefix: Annotated[str, Option("Put before every caption.", advanced=True)] = ""
-    caption_suffix: Annotated[str, Option("Put after every caption.", advanced=True)] = ""
-    caption_dropout: Annotated[
-        float,
-        Field(ge=0, le=1),
-        Option("Share of steps that train without the caption, which keeps guidance working.", step=0.05),
-    ] = 0.1
-    tag_shuffles: Annotated[
-        int,
-        Field(ge=0, le=64),
-        Option("Other orders of a caption's comma-separated tags to train with.", advanced=True),
-    ] = 0
-    keep_tags: Annotated[int, Field(ge=0), Option("First tags that stay in front.", most=64, advanced=True)] = 0
-    default_caption: Annotated[str | None, Option("For images without a caption file. Empty: see missing_caption.")] = (
-        None
+    folder: str = option(..., "The folder with the images; sub-folders count. Relative to the job file.")
+    resolutions: tuple[Resolution, ...] = option(
+        (), "Sizes to train every image at: sides of a square with as many pixels. Empty: the model's own size."
     )
-    missing_caption: Annotated[
-        Literal["skip", "error", "empty"],
-        Option(
-            "An image without caption and default caption: skip and count it, stop with an error, or train it with an "
-            "empty caption.",
-            advanced=True,
-        ),
-    ] = "skip"
-    flip: Annotated[bool, Option("Also train on mirrored images.", advanced=True)] = False
-    upscale: Annotated[bool, Option("Enlarge images that are too small.", advanced=True)] = False
-    crop: Annotated[
-        Literal["centre", "random"],
-        Option("What is cut away to fit the size: both ends, or as random_crops says.", advanced=True),
-    ] = "centre"
-    random_crops: Annotated[
-        int, Field(ge=1, le=64), Option("Different crops of an image, with crop random.", advanced=True)
-    ] = 4
-    latents: Annotated[
-        Literal["mean", "sample"],
-        Option(
-            "mean: the VAE's best guess, always the same. sample: one of posterior_samples random draws around it at "
-            "each use.",
-            advanced=True,
-        ),
-    ] = "mean"
-    posterior_samples: Annotated[
-        int, Field(ge=1, le=64), Option("Draws from the VAE for each image, with latents sample.", advanced=True)
-    ] = 4
-    background: Annotated[Literal["white", "black"], Option("What lies behind transparent images.", advanced=True)] = (
-        "white"
+    alignment: int = option(
+        64,
+        "Sides are multiples of this; 32 crops less and makes more sizes.",
+        ge=16,
+        le=512,
+        multiple_of=16,
+        unit="pixels",
+        least=32,
+        most=64,
+        step=32,
+        advanced=True,
     )
-    masks: Annotated[
-        Literal["none", "files", "alpha"],
-        Option(
-            "Train only where a mask is white: a -masklabel.png beside the image, or its transparency.", advanced=True
-        ),
-    ] = "none"
-    mask_floor: Annotated[
-        float,
-        Field(ge=0, lt=1),
-        Option(
-            "What black counts in a mask. 0.1 keeps the background from going wild.",
-            most=0.95,
-            step=0.05,
-            advanced=True,
-        ),
-    ] = 0.0
-    regularisation: Annotated[
-        bool,
-        Option(
-            "Images of what should stay as it is: the LoRA is trained to change nothing on them. Combine such a set "
-            "with another one.",
-            advanced=True,
-        ),
-    ] = False
-    sigma_bias: Annotated[
-        float,
-        Field(ge=-1, le=1),
-        Option(
-            "Moves the noise levels of this set: towards -1 more on fine detail, towards 1 more on composition.",
-            step=0.05,
-            advanced=True,
-        ),
-    ] = 0.0
+    repeats: int = option(1, "Times each image counts in an epoch.", ge=1, most=1000)
+    repeat_folders: bool = option(
+        True, "Images in a sub-folder 3_dog count three times. Off: such a number means nothing.", advanced=True
+    )
+    weight: float = option(
+        1.0,
+        "With several sets: how often an image of this one is used compared with one of another.",
+        ge=0.001,
+        le=1000,
+        step=0.05,
+        round=0.001,
+        advanced=True,
+    )
+    trigger: str = option(
+        "",
+        "The word that will call the concept, e.g. sks. It replaces [trigger] in captions and previews, and is put "
+        "before captions that do not have it.",
+    )
+    caption_source: CaptionSource = option(
+        "files",
+        "files: .txt beside the image, each line one caption. metadata: metadata.jsonl or .csv. filenames: the "
+        "file's name. fixed: default_caption for all.",
+        advanced=True,
+    )
+    caption_extension: str = option(".txt", "End of the caption files' names, e.g. .caption.", advanced=True)
+    caption_column: str = option("text", "The metadata's column that holds the caption.", min_length=1, advanced=True)
+    caption_prefix: str = option("", "Put before every caption.", advanced=True)
+    caption_suffix: str = option("", "Put after every caption.", advanced=True)
+    caption_dropout: float = option(
+        0.1, "Share of steps that train without the caption, which keeps guidance working.", ge=0, le=1, step=0.05
+    )
+    tag_shuffles: int = option(
+        0, "Other orders of a caption's comma-separated tags to train with.", ge=0, le=64, advanced=True
+    )
+    keep_tags: int = option(0, "First tags that stay in front.", ge=0, most=64, advanced=True)
+    default_caption: str | None = option(None, "For images without a caption file. Empty: see missing_caption.")
+    missing_caption: Literal["skip", "error", "empty"] = option(
+        "skip",
+        "An image without caption and default caption: skip and count it, stop with an error, or train it with an "
+        "empty caption.",
+        advanced=True,
+    )
+    flip: bool = option(False, "Also train on mirrored images.", advanced=True)
+    upscale: bool = option(False, "Enlarge images that are too small.", advanced=True)
+    crop: Literal["centre", "random"] = option(
+        "centre", "What is cut away to fit the size: both ends, or as random_crops says.", advanced=True
+    )
+    random_crops: int = option(4, "Different crops of an image, with crop random.", ge=1, le=64, advanced=True)
+    latents: Literal["mean", "sample"] = option(
+        "mean",
+        "mean: the VAE's best guess, always the same. sample: one of posterior_samples random draws around it at "
+        "each use.",
+        advanced=True,
+    )
+    posterior_samples: int = option(
+        4, "Draws from the VAE for each image, with latents sample.", ge=1, le=64, advanced=True
+    )
+    background: Literal["white", "black"] = option("white", "What lies behind transparent images.", advanced=True)
+    masks: Literal["none", "files", "alpha"] = option(
+        "none",
+        "Train only where a mask is white: a -masklabel.png beside the image, or its transparency.",
+        advanced=True,
+    )
+    mask_floor: float = option(
+        0.0,
+        "What black counts in a mask. 0.1 keeps the background from going wild.",
+        ge=0,
+        lt=1,
+        most=0.95,
+        step=0.05,
+        advanced=True,
+    )
+    regularisation: bool = option(
+        False,
+        "Images of what should stay as it is: the LoRA is trained to change nothing on them. Combine such a set "
+        "with another one.",
+        advanced=True,
+    )
+    sigma_bias: float = option(
+        0.0,
+        "Moves the noise levels of this set: towards -1 more on fine detail, towards 1 more on composition.",
+        ge=-1,
+        le=1,
+        step=0.05,
+        advanced=True,
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..lora.layer import compute_device, features, linear_modules
+from ..lora.adapters import compute_device, features, linear_modules
 from ..names.transformer import to_original_module
 
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")

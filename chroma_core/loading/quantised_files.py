@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ModelFileError
-from ..lora.layer import linear_modules
+from ..lora.adapters import linear_modules
 from ..model.precision import Precision, pack_linear, quantisable_linears, unpack_linear
 from ..weights.identify import Part
 from ..weights.safetensors_files import read_safetensors, write_safetensors

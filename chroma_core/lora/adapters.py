@@ -3,32 +3,280 @@
 `live` puts a branch beside each layer: it works on a quantised base, its strength changes at once, and taking it off
 restores the model bit for bit. `merged` adds ΔW to the weights before they are quantised: no cost afterwards, strength
 fixed. Several LoRAs add up.
+
+An adapted linear layer is y = base(x) + Σ strength · ΔW x, one branch per adapter, of any kind. A branch's weights keep
+their dtype when the model is cast; the computation runs in the dtype of x. Strength 0 is the layer without it, for
+every kind: a DoRA's ΔW is the difference of the whole rescaled weight to the base's.
+
+Why not PEFT's layer (0.21): building one draws from the process-wide random stream even with its own initialisation
+off, or else patches `nn.Module` for the whole process, and a training thread may do neither while ComfyUI generates
+images; it takes the base's dtype, lifts the activations to the adapter's, and chooses its class by the base's type.
+This one never touches global state, keeps its weights as given and the computation in the dtype of x, and works beside
+any module that has `in_features` and `out_features`, quantised or not.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import LoraError
-from .layer import (
-    AdaptedLinear,
-    LoraBranch,
-    adapted_layers,
-    attached,
-    branch_of,
-    compute_device,
-    features,
-    linear_modules,
-    wrapped,
-)
-from .modules import LoraFile, quoted
+from ..errors import ConfigError, LoraError
+from ..model.precision import dequantised_weight
+from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted, row_norms
+
+
+class LoraBranch(nn.Module):
+    """One adapter of one layer; a subclass per kind. The tensors of `module` become its parameters as they are.
+
+    Dropout (on the branch's input, in training mode only) draws its mask from `dropout_seed` afresh in every forward
+    pass instead of from a running stream: gradient checkpointing runs the forward twice and must see the same mask.
+    """
+
+    def __init__(
+        self, name: str, module: AdapterModule, strength: float = 1.0, dropout: float = 0.0, trainable: bool = False
+    ):
+        super().__init__()
+        self.name = name
+        for factor, tensor in module.factors().items():
+            self.register_parameter(factor, nn.Parameter(tensor, requires_grad=trainable))
+        self.alpha = module.alpha
+        self.strength = strength
+        self.dropout = dropout
+        self.dropout_seed: int | None = None
+
+    def module(self) -> AdapterModule:
+        """The adapter as a value, whose tensors are the branch's own."""
+        raise NotImplementedError
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The branch's parameters by name, in the order of the adapter's fields."""
+        return dict(self.named_parameters(recurse=False))
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """The branch's share of the output. x [..., in], y [..., out] = base(x), in whatever dtype the base gives."""
+        if self.dropout > 0 and self.training:
+            x = self._drop(x)
+        return self._share(x, y, base)
+
+    def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        raise NotImplementedError
+
+    def _drop(self, x: Tensor) -> Tensor:
+        if self.dropout_seed is None:
+            raise ConfigError(
+                "LoRA dropout has no seed for this step, so it would drop the same places for ever. Call "
+                "`seed_dropout(transformer, seed)` with a new seed before every forward pass of training."
+            )
+        generator = torch.Generator(x.device).manual_seed(self.dropout_seed)
+        keep = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float32) >= self.dropout
+        return x * keep / (1 - self.dropout)
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(bf16)` would round the weights that are being trained; follow the device only.
+        sample = next(self.parameters())
+        device = fn(torch.empty(0, dtype=sample.dtype, device=sample.device)).device
+        return super()._apply(lambda tensor: tensor.to(device), recurse)
+
+
+class LowRankBranch(LoraBranch):
+    """strength · (alpha / rank) · up(down(x)), with down [rank, in] and up [out, rank]."""
+
+    down: nn.Parameter
+    up: nn.Parameter
+
+    @property
+    def scale(self) -> float:
+        """The factor on up(down(x))."""
+        return self.strength * self.alpha / self.down.shape[0]
+
+    def module(self) -> LoraModule:
+        """The adapter as a value, whose tensors are the branch's own."""
+        return LoraModule(alpha=self.alpha, **self.factors())
+
+    def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return self._low_rank(x) * self.scale
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        """up(down(x)) in the dtype of x.
+
+        As products of two dimensions: torch chooses, and rounds, others differently for weights with and without
+        gradients, so that a preview in training would not be, to the last bit, what the finished LoRA gives.
+        """
+        rows = F.linear(F.linear(x.reshape(-1, x.shape[-1]), self.down.to(x.dtype)), self.up.to(x.dtype))
+        return rows.reshape(*x.shape[:-1], -1)
+
+
+class DoraBranch(LowRankBranch):
+    """The weight-decomposed update (Liu et al. 2024, section 4; PEFT): y' = (magnitude / ‖W + ΔV‖) · (W + ΔV) x + bias.
+
+    The norm is computed afresh in every pass, in fp32, from the weight that the base computes with, where it computes:
+    a streamed layer has its weight on the device just then. It is constant to the gradient (section 4.3).
+    """
+
+    magnitude: nn.Parameter
+
+    def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        scale = self.alpha / self.down.shape[0]
+        factor = self.magnitude.float() / changed_norms(base, self.down, self.up, scale)
+        low_rank = self._low_rank(x) * scale
+        bias: Any = base.bias
+        plain = y if bias is None else y - bias
+        # The difference to 1 is taken before rounding: near 1, bf16 has steps of 0.4 %.
+        share = (factor - 1).to(y.dtype) * plain + factor.to(y.dtype) * low_rank.to(y.dtype)
+        return share if self.strength == 1 else share * self.strength
+
+
+class LokrBranch(LoraBranch):
+    """strength · scale · (w1 ⊗ w2) x, without ever making the product: x as a matrix [in_m, in_n], w1 · x · w2ᵀ."""
+
+    def __init__(self, name: str, module: LokrModule, *args: Any, **kwargs: Any):
+        super().__init__(name, module, *args, **kwargs)
+        self.rows = module.rows
+
+    def module(self) -> LokrModule:
+        """The adapter as a value, whose tensors are the branch's own."""
+        return LokrModule(self.alpha, **self.factors(), rows=self.rows)
+
+    def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        own = self.module()
+        cast = own.to(x.dtype)
+        (_, in_m), (_, in_n) = cast.blocks
+        grouped = x.reshape(-1, in_n)
+        if cast.w2 is not None:
+            inner = F.linear(grouped, cast.w2)
+        else:
+            inner = F.linear(F.linear(grouped, cast.w2_b), cast.w2_a)  # type: ignore[arg-type]
+        # Two-dimensional products throughout, for the reason told in `LowRankBranch`.
+        height = inner.shape[1]
+        crossed = inner.reshape(-1, in_m, height).transpose(1, 2).reshape(-1, in_m)
+        product = F.linear(crossed, cast.left).reshape(-1, height, cast.left.shape[0]).transpose(1, 2)
+        share = product.reshape(*x.shape[:-1], -1) * (self.strength * own.scale)
+        return share if self.rows is None else share[..., self.rows[0] : self.rows[1]]
+
+
+def changed_norms(base: nn.Module, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Row lengths [out] of W + scale · up @ down in fp32, without gradient, on the device of `down`."""
+    with torch.no_grad():
+        weight = dequantised_weight(base, torch.float32).to(down.device)
+        return row_norms(torch.addmm(weight, up.float(), down.float(), alpha=scale))
+
+
+def branch_of(
+    name: str, module: AdapterModule, strength: float = 1.0, dropout: float = 0.0, trainable: bool = False
+) -> LoraBranch:
+    """The branch that computes with an adapter, of the class of its kind."""
+    if isinstance(module, LokrModule):
+        return LokrBranch(name, module, strength, dropout, trainable)
+    kind = LowRankBranch if module.magnitude is None else DoraBranch
+    return kind(name, module, strength, dropout, trainable)
+
+
+class AdaptedLinear(nn.Module):
+    """Stands in the place of a linear layer that has at least one branch; the layer itself is `base_layer`."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.out_features, self.in_features = features(base_layer)
+        self.branches = nn.ModuleList()
+        self.enabled = True
+        self.train(base_layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's own weight, without the branches."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def branch(self, name: str) -> LoraBranch | None:
+        """The branch of that adapter, if this layer has one."""
+        return next((b for b in self.loras() if b.name == name), None)
+
+    def loras(self) -> list[LoraBranch]:
+        """The branches, in the order in which they came."""
+        return list(self.branches)  # type: ignore[arg-type]
+
+    def add(self, branch: LoraBranch) -> None:
+        """Put one more branch beside the base, in its mode. It has to be where the layer computes: `compute_device`."""
+        branch.train(self.training)
+        self.branches.append(branch)
+
+    def remove(self, name: str) -> None:
+        """Take the branch of that adapter away, if there is one."""
+        self.branches = nn.ModuleList(b for b in self.loras() if b.name != name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out], in the dtype that the base gives."""
+        base = self.base_layer(x)
+        y = base
+        if self.enabled:
+            for branch in self.loras():
+                if branch.strength != 0:
+                    y = y + branch(x, base, self.base_layer).to(y.dtype)
+        return y
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Full name → every linear layer, plain, quantised or adapted, in the order of the module tree.
+
+    An adapted layer appears once, under the name that the layer has without its adapters.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            if isinstance(getattr(child, "in_features", None), int) and isinstance(
+                getattr(child, "out_features", None), int
+            ):
+                found[prefix + name] = child
+            else:
+                visit(child, f"{prefix}{name}.")
+
+    visit(model, "")
+    return found
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """Output and input width of a linear layer: the shape of its weight, also when that is stored packed."""
+    return layer.out_features, layer.in_features  # type: ignore[return-value]
+
+
+def compute_device(model: nn.Module, layer: nn.Module) -> torch.device:
+    """Where a layer of a transformer computes: its weight's device, or, when that rests in host memory between visits
+    to the device (see `streaming`), the device of the model's embedder, which is never streamed."""
+    embedder = getattr(model, "x_embedder", layer)
+    return embedder.weight.device  # type: ignore[return-value]
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
+    """Full name and module of every layer that has a branch."""
+    return [(name, layer) for name, layer in linear_modules(model).items() if isinstance(layer, AdaptedLinear)]
+
+
+def attached(model: nn.Module) -> list[str]:
+    """Names of the LoRAs on the model, in the order in which they came."""
+    names = (branch.name for _, layer in adapted_layers(model) for branch in layer.loras())
+    return list(dict.fromkeys(names))
+
+
+def wrapped(model: nn.Module, name: str, layer: nn.Module) -> AdaptedLinear:
+    """The layer of that name ready to take a branch; a plain one is replaced in the model."""
+    if isinstance(layer, AdaptedLinear):
+        return layer
+    adapted = AdaptedLinear(layer)
+    model.set_submodule(name, adapted)
+    return adapted
 
 
 @dataclass(frozen=True)
@@ -113,11 +361,7 @@ def check_fits(transformer: nn.Module, lora: LoraFile, allow_partial: bool = Fal
 
 
 def attach(
-    transformer: nn.Module,
-    lora: LoraFile,
-    strength: float = 1.0,
-    name: str = "lora",
-    allow_partial: bool = False,
+    transformer: nn.Module, lora: LoraFile, strength: float = 1.0, name: str = "lora", allow_partial: bool = False
 ) -> Fit:
     """Apply `lora` live, under a name of its own. The file's tensors are copied to where the layers compute.
 
@@ -133,7 +377,7 @@ def attach(
         # All copies first: running out of memory here leaves the model as it was.
         for layer in fit.matched:
             device = compute_device(transformer, linears[layer])
-            module = lora.modules[layer].map(functools.partial(_copied, device=device))
+            module = lora.modules[layer].map(lambda tensor, to=device: tensor.detach().to(to, copy=True))
             branches.append((layer, branch_of(name, module, strength)))
         for layer, branch in branches:
             wrapped(transformer, layer, linears[layer]).add(branch)
@@ -143,8 +387,7 @@ def attach(
 def set_strength(transformer: nn.Module, name: str, strength: float) -> None:
     """Change the strength of a live LoRA. 0 gives the model without it, bit for bit."""
     _finite(strength)
-    if name not in attached(transformer):
-        raise LoraError(_not_attached(transformer, name))
+    _check_attached(transformer, name)
     for _, layer in adapted_layers(transformer):
         branch = layer.branch(name)
         if branch is not None:
@@ -153,8 +396,7 @@ def set_strength(transformer: nn.Module, name: str, strength: float) -> None:
 
 def detach(transformer: nn.Module, name: str) -> None:
     """Take a live (or trained) LoRA off; layers without any are the very modules they were before."""
-    if name not in attached(transformer):
-        raise LoraError(_not_attached(transformer, name))
+    _check_attached(transformer, name)
     for path, layer in adapted_layers(transformer):
         layer.remove(name)
         if len(layer.branches) == 0:
@@ -187,15 +429,10 @@ def merge(transformer: nn.Module, lora: LoraFile, strength: float = 1.0, allow_p
     with torch.inference_mode(False), torch.no_grad():
         for name, base in bases.items():
             weight = base.weight
-            module = lora.modules[name].map(functools.partial(torch.Tensor.to, device=weight.device))
-            delta = module.delta(weight)
+            delta = lora.modules[name].map(lambda tensor, to=weight.device: tensor.to(to)).delta(weight)
             merged = (weight.float() + strength * delta).to(weight.dtype)
             base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
     return fit
-
-
-def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.detach().to(device, copy=True)
 
 
 def _finite(strength: float) -> None:
@@ -203,5 +440,7 @@ def _finite(strength: float) -> None:
         raise LoraError(f"The LoRA strength is {strength}; it must be a finite number, usually between -2 and 2.")
 
 
-def _not_attached(transformer: nn.Module, name: str) -> str:
-    return f"No LoRA named '{name}' is on this model. Attached are: {', '.join(attached(transformer)) or 'none'}."
+def _check_attached(transformer: nn.Module, name: str) -> None:
+    names = attached(transformer)
+    if name not in names:
+        raise LoraError(f"No LoRA named '{name}' is on this model. Attached are: {', '.join(names) or 'none'}.")

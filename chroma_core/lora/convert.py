@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import LoraError
-from ..files import sha256_file
+from ..files import free_name, sha256_file
 from .files import PEFT_CONFIG, PEFT_WEIGHTS, read_lora, write_lora, written_path
-from .key_formats import STYLES, KeyFormat, folded
+from .key_formats import KeyFormat, folded, style_of
 from .modules import AdapterModule, LoraFile, LoraModule, quoted
 
 CONVERTED_KEY = "chromakit.converted_from"
@@ -38,10 +38,7 @@ class Conversion:
 
 
 def convert_lora(
-    source: Path | str,
-    key_format: KeyFormat | str,
-    output: Path | str | None = None,
-    dtype: str = "keep",
+    source: Path | str, key_format: KeyFormat | str, output: Path | str | None = None, dtype: str = "keep"
 ) -> Conversion:
     """Read a LoRA of any key format and write it in another one; the source is not touched.
 
@@ -65,8 +62,7 @@ def convert_lora(
         )
     if dtype not in DTYPES:
         raise LoraError(f"'{dtype}' is no number format of a LoRA file. Choose one of: {', '.join(DTYPES)}.")
-    if key_format not in STYLES:
-        raise LoraError(f"'{key_format}' is no key format that ChromaKit writes. Choose one of: {', '.join(STYLES)}.")
+    style = style_of(key_format)
     file = source / PEFT_WEIGHTS if source.is_dir() else source
     origin = {
         "file": source.name,
@@ -78,7 +74,7 @@ def convert_lora(
     if JOB_KEY in lora.metadata:
         origin["job_id"] = lora.metadata[JOB_KEY]
     path = _place(source, key_format, output, origin)
-    fold = STYLES[key_format].alpha == "folded"  # type: ignore[index]
+    fold = style.alpha == "folded"
     modules = {name: _cast(name, module, DTYPES[dtype], fold) for name, module in lora.modules.items()}
     header = {key: value for key, value in lora.metadata.items() if key != JOB_KEY}
     header[CONVERTED_KEY] = json.dumps(origin)
@@ -100,14 +96,14 @@ def _place(source: Path, key_format: str, output: Path | str | None, origin: dic
         return path
     stem = source.parent.name if source.name == PEFT_WEIGHTS else source.stem
     folder = into or (source.parent.parent if source.name == PEFT_WEIGHTS else source.parent)
-    number = 1
-    while True:
-        path = written_path(
-            folder / f"{stem}-{key_format}{'' if number == 1 else f'-{number}'}.safetensors", key_format
-        )
-        if not _taken(path, key_format) or _is_that(path, origin):
-            return path
-        number += 1
+
+    def of(name: str) -> Path:
+        return written_path(folder / f"{name}.safetensors", key_format)
+
+    def is_free(name: str) -> bool:
+        return not _taken(of(name), key_format) or _is_that(of(name), origin)
+
+    return of(free_name(f"{stem}-{key_format}", is_free))
 
 
 def _taken(path: Path, key_format: str) -> bool:
@@ -141,7 +137,7 @@ def _notes(source: Path, lora: LoraFile, key_format: str, dtype: str, path: Path
     form = key_format if dtype == "keep" else f"{key_format}, {dtype}"
     made = f"{path.parent.name}/{path.name}" if key_format == "peft" else path.name
     notes = [f"{source.name} ({lora.key_format}, {len(lora.modules)} layers) → {made} ({form})."]
-    style = STYLES[key_format]  # type: ignore[index]
+    style = style_of(key_format)
     scales = {module.scale for module in lora.modules.values() if isinstance(module, LoraModule)}
     if style.alpha == "folded" and scales != {1.0}:
         notes.append(

@@ -15,6 +15,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,36 +38,6 @@ from .key_formats import (
     written,
 )
 from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted
-
-LONGEST_FIELD = 2000
-"""Characters of a header field that a description shows."""
-
-_KINDS = {"lora": "", "dora": "DoRA ", "lokr": "LoKr "}
-
-
-def describe(lora: LoraFile) -> str:
-    """What a LoRA holds, in a few lines for a person."""
-    tensors = [tensor for module in lora.modules.values() for tensor in module.factors().values()]
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
-    kinds = [module.kind for module in lora.modules.values()]
-    counted = " and ".join(f"{kinds.count(kind)} {_KINDS[kind]}layers" for kind in _KINDS if kind in kinds)
-    lines = [
-        f"{counted}, {f'rank {_listed(lora.ranks)}' if lora.ranks else 'full rank'}, alpha {_listed(lora.alphas)}, "
-        f"{lora.parameters:,} parameters in {', '.join(dtypes)} ({lora.key_format} key format)",
-    ]
-    if lora.unmatched:
-        lines.append(f"{len(lora.unmatched)} keys are not Chroma's: {quoted(lora.unmatched)}")
-    lines += [f"{key}: {_short(value)}" for key, value in sorted(lora.metadata.items()) if key != "format"]
-    return "\n".join(lines)
-
-
-def _short(value: str) -> str:
-    """Some trainers write every tag of their data set into one field."""
-    return value if len(value) <= LONGEST_FIELD else f"{value[:LONGEST_FIELD]}… ({len(value):,} characters)"
-
-
-def _listed(values: list[Any]) -> str:
-    return ", ".join(f"{v:g}" for v in values)
 
 
 def write_lora(path: Path | str, lora: LoraFile, key_format: str = "universal") -> Path:
@@ -191,6 +162,56 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LOKR_FACTORS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
 
 
+@dataclass(frozen=True)
+class _Source:
+    """The file that is read, for messages; its readable tensors by key; PEFT's configuration, empty without one."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    declared: Mapping[str, Any]
+
+    def matrix(self, key: str) -> Tensor:
+        """Raises LoraError for anything but a matrix of finite numbers."""
+        tensor = self.tensors[key]
+        if tensor.ndim != 2 or not tensor.is_floating_point() or 0 in tensor.shape:
+            raise LoraError(
+                f"'{self.path}' has a tensor '{key}' of shape {list(tensor.shape)} in {tensor.dtype}; a LoRA matrix is "
+                "a two-dimensional tensor of floating-point numbers."
+            )
+        return self._finite(key, tensor)
+
+    def magnitude(self, key: str, rows: int) -> Tensor:
+        """A DoRA's magnitudes [out]: PEFT holds a vector, other trainers one column."""
+        tensor = self.tensors[key]
+        if tuple(tensor.shape) not in ((rows,), (rows, 1)) or not tensor.is_floating_point():
+            raise LoraError(
+                f"'{self.path}' is a DoRA whose '{key}' has the shape {list(tensor.shape)}; readable is one magnitude "
+                f"for each of the {rows} output rows, as PEFT and LyCORIS (wd_on_output) write it. Export it as a "
+                "plain LoRA."
+            )
+        return self._finite(key, tensor.flatten())
+
+    def alpha(self, parts: Mapping[str, str], layer: str, rank: int) -> float:
+        """What a tensor says, else the configuration, else the rank."""
+        if "alpha" in parts:
+            return float(self.tensors[parts["alpha"]].float().item())
+        return declared_alpha(self.declared, layer, rank)
+
+    def mismatch(self, name: str, first: Tensor, second: Tensor) -> LoraError:
+        """The error for two matrices that do not multiply."""
+        return LoraError(
+            f"'{self.path}' is damaged: the matrices of '{name}' are {list(first.shape)} and {list(second.shape)}, "
+            "which do not multiply."
+        )
+
+    def _finite(self, key: str, tensor: Tensor) -> Tensor:
+        if tensor.element_size() < 2:
+            tensor = tensor.float()
+        if not tensor.isfinite().all():
+            raise LoraError(f"'{self.path}' is unusable: '{key}' holds NaN or infinite numbers.")
+        return tensor
+
+
 def assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> LoraFile:
     """The LoRA in the file `path` of those keys, readable tensors and header. Raises LoraError as `read_lora` does."""
     raw: dict[str, dict[str, str]] = {}
@@ -206,6 +227,7 @@ def assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: 
     modules: dict[str, AdapterModule] = {}
     found_formats: list[str] = []
     declared = _declared(path, metadata, any("magnitude" in parts for parts in raw.values()))
+    source = _Source(path, tensors, declared)
     for name, parts in raw.items():
         found = locate(name)
         build = _builder(parts)
@@ -226,7 +248,7 @@ def assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: 
             if layer.name in modules:
                 raise LoraError(f"'{path}' has the layer '{layer.name}' twice, in two key formats.")
             try:
-                module = build(path, name, parts, tensors, declared, layer)
+                module = build(source, name, parts, layer)
                 modules[layer.name] = module if columns is None else _columns(module, columns)
             except ModelFileError as error:
                 raise LoraError(f"'{path}' does not fit Chroma. {error}") from error
@@ -237,8 +259,8 @@ def assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: 
             f"{f' ({kinds[0]})' if kinds else ''}. It was made for another model, or in an unknown key format."
         )
     stated = [("alpha" in parts) for name, parts in raw.items() if len(parts) > 1]
-    source = "tensors" if all(stated) else "configuration" if declared else "mixed" if any(stated) else "absent"
-    return LoraFile(modules, metadata, "+".join(found_formats), tuple(unmatched), source)
+    stands = "tensors" if all(stated) else "configuration" if declared else "mixed" if any(stated) else "absent"
+    return LoraFile(modules, metadata, "+".join(found_formats), tuple(unmatched), stands)
 
 
 def _builder(parts: Mapping[str, str]) -> Any:
@@ -261,22 +283,15 @@ def _check_parts(path: Path, name: str, parts: Mapping[str, str]) -> None:
         )
 
 
-def _low_rank(
-    path: Path,
-    name: str,
-    parts: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
-    declared: Mapping[str, Any],
-    layer: Rows,
-) -> LoraModule:
-    down, up = (_matrix(path, parts[kind], tensors) for kind in ("down", "up"))
+def _low_rank(source: _Source, name: str, parts: Mapping[str, str], layer: Rows) -> LoraModule:
+    down, up = source.matrix(parts["down"]), source.matrix(parts["up"])
     rank = down.shape[0]
     if up.shape[1] != rank:
-        raise _mismatch(path, name, down, up)
+        raise source.mismatch(name, down, up)
     magnitude = None
     if "magnitude" in parts:
-        magnitude = layer.take(_magnitude(path, parts["magnitude"], tensors, up.shape[0])).clone()
-    return LoraModule(down, layer.take(up).clone(), _alpha(parts, tensors, declared, layer.name, rank), magnitude)
+        magnitude = layer.take(source.magnitude(parts["magnitude"], up.shape[0])).clone()
+    return LoraModule(down, layer.take(up).clone(), source.alpha(parts, layer.name, rank), magnitude)
 
 
 def _columns(module: LoraModule, columns: Tensor) -> LoraModule:
@@ -285,26 +300,19 @@ def _columns(module: LoraModule, columns: Tensor) -> LoraModule:
     return LoraModule(module.down[columns], module.up[:, columns].contiguous(), alpha, module.magnitude)
 
 
-def _lokr(
-    path: Path,
-    name: str,
-    parts: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
-    declared: Mapping[str, Any],
-    layer: Rows,
-) -> LokrModule:
+def _lokr(source: _Source, name: str, parts: Mapping[str, str], layer: Rows) -> LokrModule:
     # A whole factor goes before a product, as in ComfyUI.
     used = [f for f in _LOKR_FACTORS if f in parts and not (len(f) > 2 and f[:2] in parts)]
-    factors = {factor: _matrix(path, parts[factor], tensors) for factor in used}
+    factors = {factor: source.matrix(parts[factor]) for factor in used}
     for side in ("w1", "w2"):
         if side not in factors and factors[f"{side}_a"].shape[1] != factors[f"{side}_b"].shape[0]:
-            raise _mismatch(path, name, factors[f"{side}_a"], factors[f"{side}_b"])
+            raise source.mismatch(name, factors[f"{side}_a"], factors[f"{side}_b"])
     module = LokrModule(1.0, **factors)  # type: ignore[arg-type]
     rank = module.rank
-    alpha = _alpha(parts, tensors, declared, layer.name, rank or 1)
+    alpha = source.alpha(parts, layer.name, rank or 1)
     if rank is None and "alpha" not in parts:
         # PEFT also scales whole factors by alpha / rank; the rank stands in its configuration only.
-        nominal = declared_rank(declared, layer.name)
+        nominal = declared_rank(source.declared, layer.name)
         if nominal is not None and module.w1 is not None:
             module = dataclasses.replace(module, w1=module.w1 * (alpha / nominal))
     return _rows_of(dataclasses.replace(module, alpha=alpha), layer)
@@ -323,50 +331,6 @@ def _rows_of(module: LokrModule, layer: Rows) -> LokrModule:
         return dataclasses.replace(module, w1=module.w1[rows].clone())
     assert module.w1_a is not None
     return dataclasses.replace(module, w1_a=module.w1_a[rows].clone())
-
-
-def _alpha(
-    parts: Mapping[str, str], tensors: Mapping[str, Tensor], declared: Mapping[str, Any], layer: str, rank: int
-) -> float:
-    if "alpha" in parts:
-        return float(tensors[parts["alpha"]].float().item())
-    return declared_alpha(declared, layer, rank)
-
-
-def _matrix(path: Path, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    tensor = tensors[key]
-    if tensor.ndim != 2 or not tensor.is_floating_point() or 0 in tensor.shape:
-        raise LoraError(
-            f"'{path}' has a tensor '{key}' of shape {list(tensor.shape)} in {tensor.dtype}; a LoRA matrix is a "
-            "two-dimensional tensor of floating-point numbers."
-        )
-    return _finite(path, key, tensor)
-
-
-def _magnitude(path: Path, key: str, tensors: Mapping[str, Tensor], rows: int) -> Tensor:
-    """A DoRA's magnitudes [out]: PEFT holds a vector, other trainers one column."""
-    tensor = tensors[key]
-    if tuple(tensor.shape) not in ((rows,), (rows, 1)) or not tensor.is_floating_point():
-        raise LoraError(
-            f"'{path}' is a DoRA whose '{key}' has the shape {list(tensor.shape)}; readable is one magnitude for each "
-            f"of the {rows} output rows, as PEFT and LyCORIS (wd_on_output) write it. Export it as a plain LoRA."
-        )
-    return _finite(path, key, tensor.flatten())
-
-
-def _finite(path: Path, key: str, tensor: Tensor) -> Tensor:
-    if tensor.element_size() < 2:
-        tensor = tensor.float()
-    if not tensor.isfinite().all():
-        raise LoraError(f"'{path}' is unusable: '{key}' holds NaN or infinite numbers.")
-    return tensor
-
-
-def _mismatch(path: Path, name: str, first: Tensor, second: Tensor) -> LoraError:
-    return LoraError(
-        f"'{path}' is damaged: the matrices of '{name}' are {list(first.shape)} and {list(second.shape)}, "
-        "which do not multiply."
-    )
 
 
 def _declared(path: Path, metadata: Mapping[str, str], has_magnitudes: bool) -> dict[str, Any]:

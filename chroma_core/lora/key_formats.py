@@ -44,7 +44,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -65,11 +65,14 @@ PREFIXES = (
     ("", "bare"),
 )
 
-_PART = re.compile(
-    r"^(?P<module>.+)\.(?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))(?:\.\w+)?\.weight$"
+_PARTS = (
+    (re.compile(r"^(.+)\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight$"), "down"),
+    (re.compile(r"^(.+)\.(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight$"), "up"),
+    (re.compile(r"^(.+)\.lokr_(w[12](?:_[ab])?|t2)(?:\.\w+)?$"), r"\2"),
+    (re.compile(r"^(.+)\.(?:dora_scale|lora_magnitude_vector)(?:\.\w+)*$"), "magnitude"),
+    (re.compile(r"^(.*)\.alpha$"), "alpha"),
 )
-_MAGNITUDE = re.compile(r"^(?P<module>.+)\.(?:dora_scale|lora_magnitude_vector)(?:\.\w+)*$")
-_LOKR = re.compile(r"^(?P<module>.+)\.lokr_(?P<factor>w[12](?:_[ab])?|t2)(?:\.\w+)?$")
+"""Keys of a module, and the kind of `Part` that they name."""
 
 _FOREIGN = (
     (re.compile(r"\.hada_"), "LoHa"),
@@ -95,16 +98,8 @@ class Part:
 
 def part_of(key: str) -> Part | None:
     """The part that a key names; None when it is no part of a LoRA, DoRA or LoKr."""
-    match = _PART.match(key)
-    if match is not None:
-        return Part(match["module"], "down" if match["down"] else "up")
-    match = _LOKR.match(key)
-    if match is not None:
-        return Part(match["module"], match["factor"])
-    match = _MAGNITUDE.match(key)
-    if match is not None:
-        return Part(match["module"], "magnitude")
-    return Part(key.removesuffix(".alpha"), "alpha") if key.endswith(".alpha") else None
+    matches = ((pattern.match(key), kind) for pattern, kind in _PARTS)
+    return next((Part(match[1], match.expand(kind)) for match, kind in matches if match), None)
 
 
 def locate(module: str) -> tuple[str, tuple[Rows, ...]] | None:
@@ -270,6 +265,10 @@ class Style:
     fused: bool = False
     alpha: Literal["tensor", "folded", "config"] = "tensor"
 
+    def holds(self, kind: str) -> bool:
+        """Whether it has a place for an adapter of that kind."""
+        return {"dora": self.magnitude is not None, "lokr": self.lokr}.get(kind, True)
+
 
 _KOHYA: dict[str, Any] = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale", "flat": True}
 _PEFT: dict[str, Any] = {"magnitude": "lora_magnitude_vector", "column": False}
@@ -299,7 +298,7 @@ def written(lora: LoraFile, key_format: str) -> Written:
 
     Raises LoraError for an unknown key format, and for a kind of adapter that it cannot hold, naming those that can.
     """
-    style = _style(key_format)
+    style = style_of(key_format)
     for name, module in lora.modules.items():
         _check_held(key_format, style, name, module)
     if style.magnitude == "lora_magnitude_vector" and len(lora.kinds) > 1:
@@ -355,10 +354,11 @@ def peft_config(modules: Mapping[str, AdapterModule]) -> dict[str, Any]:
 
 def holders(kind: str) -> list[str]:
     """The key formats that hold a kind of adapter."""
-    return [name for name, style in STYLES.items() if _holds(style, kind)]
+    return [name for name, style in STYLES.items() if style.holds(kind)]
 
 
-def _style(key_format: str) -> Style:
+def style_of(key_format: str) -> Style:
+    """Look up a key format. Raises LoraError for one that is not written."""
     if key_format not in STYLES:
         raise LoraError(
             f"'{key_format}' is no key format that ChromaKit writes. Choose one of: {', '.join(KEY_FORMATS)}."
@@ -366,13 +366,8 @@ def _style(key_format: str) -> Style:
     return STYLES[key_format]
 
 
-def _holds(style: Style, kind: str) -> bool:
-    held: dict[str, Callable[[], bool]] = {"dora": lambda: style.magnitude is not None, "lokr": lambda: style.lokr}
-    return held.get(kind, lambda: True)()
-
-
 def _check_held(key_format: str, style: Style, name: str, module: AdapterModule) -> None:
-    if not _holds(style, module.kind):
+    if not style.holds(module.kind):
         shown = {"dora": "DoRA", "lokr": "LoKr"}[module.kind]
         raise LoraError(
             f"The LoRA is not written in the {key_format} key format, which has no place for a {shown} ('{name}'). "

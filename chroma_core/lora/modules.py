@@ -13,12 +13,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from ..errors import LoraError
+from ..errors import LoraError, first_few
 
 AdapterKind = Literal["lora", "rslora", "dora", "lokr"]
 """What can be trained; an `rslora` is a `lora` once it is made."""
@@ -28,7 +29,21 @@ SHOWN = 4
 
 
 @dataclass(frozen=True, eq=False)
-class LoraModule:
+class _Factors:
+    """What the kinds of module share."""
+
+    def factors(self) -> dict[str, Tensor]:
+        """The tensors by field name."""
+        found = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return {name: value for name, value in found if isinstance(value, Tensor)}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed, e.g. moved."""
+        return dataclasses.replace(self, **{name: change(tensor) for name, tensor in self.factors().items()})
+
+
+@dataclass(frozen=True, eq=False)
+class LoraModule(_Factors):
     """One layer's low-rank update ΔW = (alpha / rank) · up @ down, with down [rank, in] and up [out, rank].
 
     magnitude [out] makes it a DoRA: the rows of W + ΔW are then rescaled to these lengths, as PEFT does it.
@@ -59,14 +74,6 @@ class LoraModule:
         """(out, in) of the layer."""
         return self.up.shape[0], self.down.shape[1]
 
-    def factors(self) -> dict[str, Tensor]:
-        """The tensors by field name."""
-        return _tensors(self)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> LoraModule:
-        """The same with every tensor changed, e.g. moved."""
-        return _mapped(self, change)
-
     def to(self, dtype: torch.dtype) -> LoraModule:
         """The same with its matrices in `dtype`. Magnitudes stay as they are: rounding one changes a whole row."""
         return dataclasses.replace(self, down=self.down.to(dtype), up=self.up.to(dtype))
@@ -84,12 +91,14 @@ class LoraModule:
 
 
 @dataclass(frozen=True, eq=False)
-class LokrModule:
+class LokrModule(_Factors):
     """One layer's Kronecker update ΔW = scale · w1 ⊗ w2 [out, in], with w1 [out_l, in_m] and w2 [out_k, in_n].
 
     Each factor is whole or a product `a` @ `b` over the rank. rows: first and one-past-last row of the product that are
     this layer's, for a part of a fused layer; None for all of them.
     """
+
+    kind: ClassVar[AdapterKind] = "lokr"
 
     alpha: float
     w1: Tensor | None = None
@@ -99,11 +108,6 @@ class LokrModule:
     w2_a: Tensor | None = None
     w2_b: Tensor | None = None
     rows: tuple[int, int] | None = None
-
-    @property
-    def kind(self) -> AdapterKind:
-        """`lokr`."""
-        return "lokr"
 
     @property
     def rank(self) -> int | None:
@@ -137,14 +141,6 @@ class LokrModule:
         (out_l, in_m), (out_k, in_n) = self.blocks
         rows = out_l * out_k if self.rows is None else self.rows[1] - self.rows[0]
         return rows, in_m * in_n
-
-    def factors(self) -> dict[str, Tensor]:
-        """The tensors by field name."""
-        return _tensors(self)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> LokrModule:
-        """The same with every tensor changed, e.g. moved."""
-        return _mapped(self, change)
 
     def to(self, dtype: torch.dtype) -> LokrModule:
         """The same with its matrices in `dtype`."""
@@ -191,6 +187,11 @@ class LoraFile:
         return sorted({module.alpha for module in self.modules.values()})
 
     @property
+    def dtypes(self) -> list[str]:
+        """The dtypes that occur, in alphabetical order."""
+        return sorted({str(t.dtype)[6:] for module in self.modules.values() for t in module.factors().values()})
+
+    @property
     def parameters(self) -> int:
         """Numbers in all the matrices."""
         return sum(tensor.numel() for module in self.modules.values() for tensor in module.factors().values())
@@ -203,8 +204,7 @@ def row_norms(weight: Tensor) -> Tensor:
 
 def quoted(names: Sequence[str]) -> str:
     """The first few names for a message, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(f"'{name}'" for name in names[:SHOWN]) + more
+    return first_few(names, SHOWN, "'")
 
 
 def _product_shape(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[int, int]:
@@ -213,12 +213,3 @@ def _product_shape(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> 
     if a is None or b is None:
         raise LoraError("A LoKr factor is missing: each of w1 and w2 is one matrix or a pair a, b.")
     return a.shape[0], b.shape[1]
-
-
-def _tensors(module: Any) -> dict[str, Tensor]:
-    found = ((f.name, getattr(module, f.name)) for f in dataclasses.fields(module))
-    return {name: value for name, value in found if isinstance(value, Tensor)}
-
-
-def _mapped(module: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return dataclasses.replace(module, **{name: change(tensor) for name, tensor in _tensors(module).items()})

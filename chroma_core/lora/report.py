@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image, ImageDraw
 
+from ..model.drawing import font_of
 from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted
 from .settings import named_target
 
@@ -78,7 +79,7 @@ def heat_map(norms: Mapping[str, float]) -> Image.Image:
     width = max(_LEFT + (doubles + singles) * _CELL + _GAP + 16, 360)
     image = Image.new("RGB", (width, _TOP + len(_ROWS) * _CELL + _FOOT), _BACKGROUND)
     draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(11)
+    font = font_of(11)
     highest = max(norms.values(), default=0.0)
     draw.text((8, 8), f"size of the change per layer: dark blue 0, bright {highest:.3g}", _INK, font)
     for row, label in enumerate(_ROWS):
@@ -101,10 +102,8 @@ def heat_map(norms: Mapping[str, float]) -> Image.Image:
 
 
 def _colour(share: float) -> tuple[int, int, int]:
-    position = min(max(share, 0.0), 1.0) * (len(_RAMP) - 1)
-    index = min(int(position), len(_RAMP) - 2)
-    low, high = torch.tensor(_RAMP[index]), torch.tensor(_RAMP[index + 1])
-    red, green, blue = (low + (high - low) * (position - index)).round().int().tolist()
+    places = np.linspace(0, 1, len(_RAMP))
+    red, green, blue = (round(np.interp(share, places, channel)) for channel in zip(*_RAMP, strict=True))
     return red, green, blue
 
 
@@ -122,7 +121,30 @@ _TITLE = {
     "modelspec.description": "description",
     "modelspec.license": "licence",
 }
+_PARTS = ("recipe", "training", "versions", "converted_from")
+_KINDS = {"lora": "", "dora": "DoRA ", "lokr": "LoKr "}
 _SOME = 1e-12
+LONGEST_FIELD = 2000
+"""Characters of a header field that a description shows."""
+
+
+def describe(lora: LoraFile) -> str:
+    """What a LoRA holds, in a few lines for a person."""
+    kinds = [module.kind for module in lora.modules.values()]
+    counted = " and ".join(f"{kinds.count(kind)} {_KINDS[kind]}layers" for kind in _KINDS if kind in kinds)
+    lines = [
+        f"{counted}, {f'rank {_listed(lora.ranks)}' if lora.ranks else 'full rank'}, alpha {_listed(lora.alphas)}, "
+        f"{lora.parameters:,} parameters in {', '.join(lora.dtypes)} ({lora.key_format} key format)"
+    ]
+    if lora.unmatched:
+        lines.append(f"{len(lora.unmatched)} keys are not Chroma's: {quoted(lora.unmatched)}")
+    lines += [f"{key}: {_short(value)}" for key, value in sorted(lora.metadata.items()) if key != "format"]
+    return "\n".join(lines)
+
+
+def _short(value: str) -> str:
+    """Some trainers write every tag of their data set into one field."""
+    return value if len(value) <= LONGEST_FIELD else f"{value[:LONGEST_FIELD]}… ({len(value):,} characters)"
 
 
 def lora_report(
@@ -144,7 +166,7 @@ def lora_report(
         "kinds": lora.kinds,
         "modules": len(lora.modules),
         "parameters": lora.parameters,
-        "dtypes": sorted({str(t.dtype)[6:] for m in lora.modules.values() for t in m.factors().values()}),
+        "dtypes": lora.dtypes,
         "ranks": lora.ranks,
         "alphas": lora.alphas,
         "alpha_source": lora.alpha_source,
@@ -156,10 +178,7 @@ def lora_report(
             "file": header.get("chromakit.base_file"),
         },
         "trigger": header.get("chromakit.trigger") or header.get("modelspec.trigger_phrase"),
-        "recipe": _json(header.get("chromakit.recipe")),
-        "training": _json(header.get("chromakit.training")),
-        "versions": _json(header.get("chromakit.versions")),
-        "converted_from": _json(header.get("chromakit.converted_from")),
+        **{key: _json(header.get(f"chromakit.{key}")) for key in _PARTS},
         "unmatched": list(lora.unmatched),
         "warnings": [*warnings, *_warnings(lora, norms)],
         "metadata": dict(header),
@@ -181,14 +200,10 @@ def report_text(report: dict[str, Any]) -> str:
         "",
     ]
     base = report["base"]
-    known = [
-        base["flavour"],
-        base["file"],
-        f"sha256 {base['sha256'][:16]}…" if base["sha256"] else None,
-    ]
+    known = [base["flavour"], base["file"], f"sha256 {base['sha256'][:16]}…" if base["sha256"] else None]
     lines.append(f"base: {', '.join(filter(None, known)) or 'not stated'}")
     lines.append(f"trigger: {report['trigger'] or 'not stated'}")
-    for key in ("recipe", "training", "versions", "converted_from"):
+    for key in _PARTS:
         if report[key]:
             lines.append(f"{key.replace('_', ' ')}: {_flat(report[key])}")
     told = {label: report["metadata"][key] for key, label in _TITLE.items() if key in report["metadata"]}

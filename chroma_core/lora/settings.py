@@ -26,15 +26,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar, get_args
 
 from torch import nn
 
-from ..errors import ConfigError
-from .layer import linear_modules
+from ..errors import ConfigError, check_choice
+from .adapters import linear_modules
 from .modules import AdapterKind, quoted
-
-LoraInit = Literal["kaiming", "gaussian"]
 
 Number = TypeVar("Number", int, float)
 
@@ -43,8 +41,6 @@ Number = TypeVar("Number", int, float)
 class LoraSettings:
     """What is trained: rank ≥ 1, alpha > 0 (None = rank), target (see above), dropout in [0, 1), kind (`modules`).
 
-    init: how `down` starts (`up` is zero, so training starts at the base model): `kaiming` = uniform in ±1/√in, PEFT's
-    default; `gaussian` = normal with deviation 1/rank (not for `lokr`).
     rank_pattern, alpha_pattern: shell patterns on full layer names → a rank or alpha of their own; the first pattern
     that matches counts. A layer with a rank of its own and no alpha given anywhere has alpha = that rank.
     lokr_factor: the size of w1 that LyCORIS aims at; −1 makes both factors about equal.
@@ -54,15 +50,13 @@ class LoraSettings:
     alpha: float | None = None
     target: str | Sequence[str] = "all"
     dropout: float = 0.0
-    init: LoraInit = "kaiming"
     kind: AdapterKind = "lora"
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     lokr_factor: int = -1
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(AdapterKind):
-            raise ConfigError(f"The LoRA kind is '{self.kind}'; choose one of: {', '.join(get_args(AdapterKind))}.")
+        check_choice("The LoRA kind", self.kind, get_args(AdapterKind))
         for rank in (self.rank, *self.rank_pattern.values()):
             if rank < 1:
                 raise ConfigError(f"The LoRA rank is {rank}; it must be at least 1 (16 is usual).")
@@ -71,10 +65,6 @@ class LoraSettings:
                 raise ConfigError(f"The LoRA alpha is {alpha}; it must be above 0. Leave it out for alpha = rank.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"The LoRA dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if self.init not in get_args(LoraInit):
-            raise ConfigError(f"The LoRA init is '{self.init}'; choose one of: {', '.join(get_args(LoraInit))}.")
-        if self.kind == "lokr" and self.init != "kaiming":
-            raise ConfigError(f"The LoRA init is '{self.init}', which LoKr does not have; leave it at 'kaiming'.")
         if self.lokr_factor < -1 or self.lokr_factor == 0:
             raise ConfigError(f"The lokr_factor is {self.lokr_factor}; it must be -1 (about equal) or at least 1.")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LoraError
 from ..model.precision import dequantised_weight
-from .layer import (
+from .adapters import (
     AdaptedLinear,
     LoraBranch,
     adapted_layers,
@@ -30,7 +30,8 @@ from .settings import LoraSettings, target_modules
 def fresh_module(settings: LoraSettings, name: str, layer: nn.Module, seed: int, device: torch.device) -> AdapterModule:
     """The untrained adapter of one layer, in fp32 on `device`, where the layer computes; its ΔW is zero.
 
-    Random numbers are drawn on the CPU: they are the same on every device.
+    `up` is zero, `down` uniform in ±1/√in, PEFT's default. Random numbers are drawn on the CPU: they are the same on
+    every device.
     """
     rows, columns = features(layer)
     rank = settings.rank_of(name)
@@ -38,11 +39,10 @@ def fresh_module(settings: LoraSettings, name: str, layer: nn.Module, seed: int,
     if settings.kind == "lokr":
         module = _lokr(rank, _alpha(settings, name), settings.lokr_factor, (rows, columns), generator)
         return module.map(lambda tensor: tensor.to(device))
-    down = _initial_down(settings, rank, columns, generator).to(device)
+    down = _kaiming(rank, columns, generator).to(device)
     up = torch.zeros(rows, rank, dtype=torch.float32, device=device)
-    if settings.kind == "dora":
-        return LoraModule(down, up, _alpha(settings, name), _weight_norms(layer, device))
-    return LoraModule(down, up, _alpha(settings, name))
+    magnitude = _weight_norms(layer, device) if settings.kind == "dora" else None
+    return LoraModule(down, up, _alpha(settings, name), magnitude)
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
@@ -74,32 +74,23 @@ def _alpha(settings: LoraSettings, name: str) -> float:
     return torch.tensor(alpha, dtype=torch.float32).item()
 
 
-def _initial_down(settings: LoraSettings, rank: int, columns: int, generator: torch.Generator) -> Tensor:
-    down = torch.empty(rank, columns, dtype=torch.float32, device="cpu")
-    if settings.init == "gaussian":
-        return down.normal_(0, 1 / rank, generator=generator)
-    return _kaiming(down, generator)
-
-
 def _lokr(rank: int, alpha: float, factor: int, shape: tuple[int, int], generator: torch.Generator) -> LokrModule:
     """LyCORIS' start: w1 and w2_a uniform in ±1/√columns, w2_b (or a whole w2) zero.
 
     w2 is a product unless the rank reaches half its longer side: then a whole matrix is no larger.
     """
     (out_l, out_k), (in_m, in_n) = (factorization(size, factor) for size in shape)
-
-    def empty(rows: int, columns: int) -> Tensor:
-        return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
-
-    w1 = _kaiming(empty(out_l, in_m), generator)
+    w1 = _kaiming(out_l, in_m, generator)
     if rank >= max(out_k, in_n) / 2:
-        return LokrModule(alpha, w1=w1, w2=empty(out_k, in_n).zero_())
-    return LokrModule(alpha, w1=w1, w2_a=_kaiming(empty(out_k, rank), generator), w2_b=empty(rank, in_n).zero_())
+        return LokrModule(alpha, w1=w1, w2=torch.zeros(out_k, in_n, dtype=torch.float32, device="cpu"))
+    w2_b = torch.zeros(rank, in_n, dtype=torch.float32, device="cpu")
+    return LokrModule(alpha, w1=w1, w2_a=_kaiming(out_k, rank, generator), w2_b=w2_b)
 
 
-def _kaiming(matrix: Tensor, generator: torch.Generator) -> Tensor:
-    bound = 1 / math.sqrt(matrix.shape[1])
-    return matrix.uniform_(-bound, bound, generator=generator)
+def _kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Uniform in ±1/√columns."""
+    bound = 1 / math.sqrt(columns)
+    return torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def _weight_norms(layer: nn.Module, device: torch.device) -> Tensor:
@@ -147,7 +138,7 @@ def _fitted_lokr(name: str, given: LokrModule, fresh: LokrModule) -> LokrModule:
     if given.w2_a is None or given.w2_b is None:
         raise LoraError(
             f"Training cannot start from this LoKr: for '{name}' its w2 is a whole matrix, in training is one of rank "
-            f"{fresh.rank}. Train with a rank of at least {_whole_from(fresh)}."
+            f"{fresh.rank}. Train with a rank of at least {(max(fresh.blocks[1]) + 1) // 2}."
         )
     assert fresh.w2_a is not None and fresh.w2_b is not None
     rank, wanted = given.w2_b.shape[0], fresh.w2_b.shape[0]
@@ -172,11 +163,6 @@ def _check_rank(name: str, given: int, wanted: int) -> None:
 
 def _blocks(module: LokrModule) -> str:
     return " ⊗ ".join(f"{rows}×{columns}" for rows, columns in module.blocks)
-
-
-def _whole_from(module: LokrModule) -> int:
-    """The rank from which on w2 is trained as a whole matrix."""
-    return (max(module.blocks[1]) + 1) // 2
 
 
 TRAINED = "trained"

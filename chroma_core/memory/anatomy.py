@@ -17,7 +17,7 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from ..files import read_json
-from ..lora.layer import features, linear_modules
+from ..lora.adapters import features, linear_modules
 from ..lora.settings import target_modules
 from ..model.flavours import flavour
 from ..model.precision import Precision, quantisable_linears

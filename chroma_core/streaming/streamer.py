@@ -30,7 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ConfigError, PrecisionError
-from ..lora.layer import LoraBranch
+from ..lora.adapters import LoraBranch
 from ..model.device import release_memory
 from ..model.transformer import ChromaTransformer
 from .movers import mover, plain_parts, saving_references

@@ -15,7 +15,7 @@ from ...chroma_core.memory import Settings, machine, memory_plan
 from ...chroma_core.model.flavours import FLAVOURS
 from ...chroma_core.model.latents import snap_size
 from ...chroma_core.sampling.schedule import SigmaSettings, sigma_density
-from ...chroma_core.training.step.lr import Schedule
+from ...chroma_core.training.step.optimizers import Schedule
 from .. import host
 from ..dataset import ChromaDataset
 from ..dataset_preview import FALLBACK_SIZE, DatasetPreviews

@@ -21,7 +21,7 @@ from chroma_core.data.dataset import DatasetConfig
 from chroma_core.data.scan import scan
 from chroma_core.memory import Machine, Settings, memory_plan
 from chroma_core.sampling.schedule import SigmaSettings, sampling_sigmas, sigma_density
-from chroma_core.training.step.lr import Schedule
+from chroma_core.training.step.optimizers import Schedule
 
 LOOK, SIGMAS, DENSITY, PLAN = (f"/chromakit/{name}" for name in ("datasets/look", "sigmas", "density", "plan/rows"))
 MANY = 2000

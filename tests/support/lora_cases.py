@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from chroma_core.lora.layer import features, linear_modules
+from chroma_core.lora.adapters import features, linear_modules
 from chroma_core.lora.modules import LokrModule, LoraFile, LoraModule
 from chroma_core.lora.settings import target_modules
 from chroma_core.lora.trainable import factorization

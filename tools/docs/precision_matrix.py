@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from chroma_core.lora.adapters import attach, detach, merge
-from chroma_core.lora.layer import features, linear_modules
+from chroma_core.lora.adapters import attach, detach, features, linear_modules, merge
 from chroma_core.lora.modules import LoraFile, LoraModule
 from chroma_core.lora.settings import target_modules
 from chroma_core.lora.trainable import LoraSettings, add_trainable, load_trained

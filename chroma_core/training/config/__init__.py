@@ -1,13 +1,5 @@
 """A training job as one frozen value (`job`), and what may change in it on the way (`changes`)."""
 
-from .job import MODEL_PATHS, LoraConfig, ObjectiveConfig, Preview, PreviewConfig, PreviewPrompt, TrainingConfig
+from .job import MODEL_PATHS, LoraConfig, ObjectiveConfig, PreviewConfig, PreviewPrompt, TrainingConfig
 
-__all__ = [
-    "MODEL_PATHS",
-    "LoraConfig",
-    "ObjectiveConfig",
-    "Preview",
-    "PreviewConfig",
-    "PreviewPrompt",
-    "TrainingConfig",
-]
+__all__ = ["MODEL_PATHS", "LoraConfig", "ObjectiveConfig", "PreviewConfig", "PreviewPrompt", "TrainingConfig"]

@@ -81,13 +81,8 @@ def with_changes(config: TrainingConfig, changes: Mapping[str, Any]) -> Training
 def differences(old: TrainingConfig, new: TrainingConfig, step: int = 0) -> list[Change]:
     """What differs, in the order of the options, each with its class for a job that has made `step` steps."""
     before, after = (_flat(config.model_dump(mode="json")) for config in (old, new))
-    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return [
-        Change(
-            name, before.get(name), after.get(name), *_class(name, before.get(name), after.get(name), new, old, step)
-        )
-        for name in changed
-    ]
+    pairs = ((name, before.get(name), after.get(name)) for name in {**before, **after})
+    return [Change(name, was, will, *_class(name, will, new, old, step)) for name, was, will in pairs if was != will]
 
 
 def check_changes(job_id: str, changes: Sequence[Change], force: bool) -> None:
@@ -108,18 +103,13 @@ def check_changes(job_id: str, changes: Sequence[Change], force: bool) -> None:
         )
 
 
-def describe(step: int, changes: Sequence[Change]) -> str:
-    """What is recorded of forced changes: one line for people."""
-    return f"From step {step} on, by force: {', '.join(map(str, changes))}."
-
-
 def entry(step: int, changes: Sequence[Change]) -> dict[str, Any]:
     """One change of a job as JSON: from which step, what, and the note for exact ones that were forced."""
     forced = [change for change in changes if change.kind == "exact"]
     return {
         "step": step,
         "changes": {change.field: [change.old, change.new] for change in changes},
-        "warning": describe(step, forced) if forced else None,
+        "warning": f"From step {step} on, by force: {', '.join(map(str, forced))}." if forced else None,
     }
 
 
@@ -131,9 +121,7 @@ def recorded(job_folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _class(
-    field: str, before: Any, after: Any, new: TrainingConfig, old: TrainingConfig, step: int
-) -> tuple[Class, str]:
+def _class(field: str, after: Any, new: TrainingConfig, old: TrainingConfig, step: int) -> tuple[Class, str]:
     if field == "steps":
         if after < step:
             return "fixed", f"{step} steps are made already"

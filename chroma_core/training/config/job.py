@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 from typing_extensions import Self
 
-from ...data.dataset import Settings
+from ...data.dataset import Settings, option
 from ...data.scan import DatasetConfig
 from ...errors import ConfigError
 from ...files import slug
@@ -22,14 +23,13 @@ from ...lora.settings import TARGETS, LoraSettings
 from ...model.flavours import flavour
 from ...model.latents import snap_size
 from ...model.precision import precision
-from ...options import MAX_SEED, Option, identity
+from ...options import MAX_SEED, identity
 from ...sampling.recipe import RECIPES, Recipe, recipe
 from ...sampling.sampler import Method, SamplingSettings
 from ...sampling.schedule import FlowShift, SigmaDraw, SigmaRemap, SigmaSettings, Spacing, parse_flow_shift
 from ...sampling.text import TextPadding, apply_trigger
-from ..step.lr import LrSchedule, Schedule
-from ..step.objective import GuidanceMode, LossKind, ObjectiveSettings
-from ..step.optimizers import OptimizerName, OptimizerSettings, check_schedule
+from ..step.objective import GuidanceMode, LossKind
+from ..step.optimizers import LrSchedule, OptimizerName, OptimizerSettings, Schedule, check_schedule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,61 +47,40 @@ FULL_RANK_RATE = 1e-5
 class LoraConfig(Settings):
     """The adapter: kind, rank, scale (alpha / rank; alpha defaults to the rank) and the modules it is added to."""
 
-    kind: Annotated[
-        AdapterKind,
-        Option(
-            "lora works everywhere. rslora scales with the rank's root. dora also learns each row's length (ComfyUI's "
-            "own loader computes it a little otherwise). lokr is a Kronecker product.",
-            advanced=True,
-        ),
-    ] = "lora"
-    rank: Annotated[int, Field(ge=1, le=1024), Option("Size of the LoRA: how much it can learn.", most=512)] = 16
-    alpha: Annotated[
-        float | None, Field(gt=0), Option("Scale: alpha / rank. Unset: the same as rank.", least=0, most=512, step=1)
-    ] = None
-    target: Annotated[
-        str | tuple[str, ...],
-        Option(
-            "Which layers learn. all: attention. +ffs: feed-forward too. context: the text side. tiny: a small share.",
-            choices=tuple(TARGETS),
-        ),
-    ] = "all"
-    rank_pattern: Annotated[
-        dict[str, int],
-        Option("Ranks of their own for layers whose full name matches a pattern; the first match counts."),
-    ] = {}
-    alpha_pattern: Annotated[dict[str, float], Option("The same for alphas.")] = {}
-    dropout: Annotated[
-        float, Field(ge=0, lt=1), Option("Dropout on the adapter's input.", most=0.9, step=0.05, advanced=True)
-    ] = 0.0
-    lokr_factor: Annotated[int, Field(ge=-1), Option("Size of LoKr's first factor. -1: both about equally large.")] = -1
-    start_from: Annotated[str | None, Option("A LoRA file of the same shape to go on from.")] = None
-    ema_decay: Annotated[
-        float,
-        Field(ge=0, lt=1),
-        Option(
-            "Above 0: also keep a running mean of the weights, saved as -ema. 0.999 is usual.",
-            most=0.9999,
-            step=0.0001,
-            advanced=True,
-        ),
-    ] = 0.0
-    save_dtype: Annotated[Literal["fp32", "bf16"], Option("Precision of the finished LoRA. bf16 halves the file.")] = (
-        "fp32"
+    kind: AdapterKind = option(
+        "lora",
+        "lora works everywhere. rslora scales with the rank's root. dora also learns each row's length (ComfyUI's "
+        "own loader computes it a little otherwise). lokr is a Kronecker product.",
+        advanced=True,
     )
+    rank: int = option(16, "Size of the LoRA: how much it can learn.", ge=1, le=1024, most=512)
+    alpha: float | None = option(None, "Scale: alpha / rank. Unset: the same as rank.", gt=0, least=0, most=512, step=1)
+    target: str | tuple[str, ...] = option(
+        "all",
+        "Which layers learn. all: attention. +ffs: feed-forward too. context: the text side. tiny: a small share.",
+        choices=tuple(TARGETS),
+    )
+    rank_pattern: dict[str, int] = option(
+        {}, "Ranks of their own for layers whose full name matches a pattern; the first match counts."
+    )
+    alpha_pattern: dict[str, float] = option({}, "The same for alphas.")
+    dropout: float = option(0.0, "Dropout on the adapter's input.", ge=0, lt=1, most=0.9, step=0.05, advanced=True)
+    lokr_factor: int = option(-1, "Size of LoKr's first factor. -1: both about equally large.", ge=-1)
+    start_from: str | None = option(None, "A LoRA file of the same shape to go on from.")
+    ema_decay: float = option(
+        0.0,
+        "Above 0: also keep a running mean of the weights, saved as -ema. 0.999 is usual.",
+        ge=0,
+        lt=1,
+        most=0.9999,
+        step=0.0001,
+        advanced=True,
+    )
+    save_dtype: Literal["fp32", "bf16"] = option("fp32", "Precision of the finished LoRA. bf16 halves the file.")
 
     def settings(self) -> LoraSettings:
         """What `lora.adapters.add_trainable` takes. Raises ConfigError."""
-        return LoraSettings(
-            rank=self.rank,
-            alpha=self.alpha,
-            target=self.target,
-            dropout=self.dropout,
-            kind=self.kind,
-            rank_pattern=dict(self.rank_pattern),
-            alpha_pattern=dict(self.alpha_pattern),
-            lokr_factor=self.lokr_factor,
-        )
+        return LoraSettings(**{field.name: getattr(self, field.name) for field in fields(LoraSettings)})
 
 
 class FullConfig(Settings):
@@ -110,93 +89,89 @@ class FullConfig(Settings):
     All other layers keep the type that they have in the base's files.
     """
 
-    target: Annotated[
-        str | tuple[str, ...], Option("The blocks to train, e.g. double_blocks.0-3, single_blocks.30-37.")
-    ]
-    norms: Annotated[bool, Option("Also train the blocks' query and key norms.")] = False
-    save_dtype: Annotated[
-        Literal["bf16", "fp16", "fp32"], Option("Precision of the trained weights in the finished model.")
-    ] = "bf16"
-    layouts: Annotated[
-        tuple[Literal["original", "diffusers"], ...],
-        Field(min_length=1),
-        Option("Layouts to write. original: one file as ComfyUI loads it. diffusers: a folder."),
-    ] = ("original", "diffusers")
-    ema_decay: Annotated[
-        float, Field(ge=0, lt=1), Option("Above 0: also write a model of the weights' running mean, as -ema.")
-    ] = 0.0
+    target: str | tuple[str, ...] = option(..., "The blocks to train, e.g. double_blocks.0-3, single_blocks.30-37.")
+    norms: bool = option(False, "Also train the blocks' query and key norms.")
+    save_dtype: Literal["bf16", "fp16", "fp32"] = option(
+        "bf16", "Precision of the trained weights in the finished model."
+    )
+    layouts: tuple[Literal["original", "diffusers"], ...] = option(
+        ("original", "diffusers"),
+        "Layouts to write. original: one file as ComfyUI loads it. diffusers: a folder.",
+        min_length=1,
+    )
+    ema_decay: float = option(0.0, "Above 0: also write a model of the weights' running mean, as -ema.", ge=0, lt=1)
 
 
 class ObjectiveConfig(Settings):
-    """What is minimised: noise levels (`schedule.SigmaSettings`) and all else (`objective.ObjectiveSettings`)."""
+    """What is minimised: the noise levels, which `sigmas` gives as the schedule takes them, and all else.
 
-    draw: Annotated[
-        SigmaDraw,
-        Option("How noise levels are drawn. chroma: the density that Chroma's author trained with."),
-    ] = "logit_normal"
-    remap: Annotated[
-        SigmaRemap,
-        Option(
-            "quadratic: more draws near both ends. quadratic_split: SimpleTuner's rule, which never trains the middle."
-        ),
-    ] = "quadratic"
-    scale: Annotated[float, Option("Width of the logit_normal draw.", least=0.05, most=10, step=0.05)] = 1.0
-    flow_shift: Annotated[FlowShift, Option("Flow shift of the drawn noise levels: none, dynamic or a number.")] = (
-        "none"
+    huber_delta: see `objective.squared_errors`; in units of the velocity, whose deviation is about 1.4. prior_weight:
+    of samples whose target is the model without its adapter. noise_offset, pair_noise: see `objective`. guidance: the
+    guidance embedding; `constant` is the first number of guidance_range, `random-range` is drawn evenly between both
+    for each sample. text_padding: see `text.TextPadding`. Raises ConfigError for numbers that cannot work.
+    """
+
+    draw: SigmaDraw = option(
+        "logit_normal", "How noise levels are drawn. chroma: the density that Chroma's author trained with."
     )
-    minimum: Annotated[float, Option("Lowest noise level trained.", least=0, most=1, step=0.01)] = 0.0
-    maximum: Annotated[float, Option("Highest noise level trained.", least=0, most=1, step=0.01)] = 1.0
-    loss: Annotated[LossKind, Option("huber counts large errors less: for data with outliers.", advanced=True)] = "mse"
-    huber_delta: Annotated[
-        float,
-        Option("The error at which huber turns from square to linear.", least=0.001, most=10, step=0.01, advanced=True),
-    ] = 0.1
-    prior_weight: Annotated[
-        float,
-        Option(
-            "Weight of regularisation sets, which should stay as the model without LoRA generates them.",
-            least=0,
-            most=10,
-            step=0.1,
-            advanced=True,
-        ),
-    ] = 1.0
-    noise_offset: Annotated[
-        float,
-        Option(
-            "Standard deviation of a constant added to each channel of the noise. 0: off.",
-            least=0,
-            most=1,
-            step=0.01,
-            advanced=True,
-        ),
-    ] = 0.0
-    pair_noise: Annotated[
-        bool,
-        Option("Pair noises and images of a batch by optimal transport; needs a batch above 1.", advanced=True),
-    ] = False
-    guidance: Annotated[GuidanceMode, Option("The guidance embedding in training. none is 0, as in sampling.")] = "none"
-    guidance_range: Annotated[
-        tuple[float, float], Option("Its value: the first number for constant, drawn between both for random-range.")
-    ] = (1.0, 1.0)
-    text_padding: Annotated[
-        TextPadding,
-        Option(
-            "trim: real tokens and one pad, as sampling has it. zero, unmodified: 512 tokens, slower, to reproduce "
-            "other trainers.",
-            advanced=True,
-        ),
-    ] = "trim"
+    remap: SigmaRemap = option(
+        "quadratic",
+        "quadratic: more draws near both ends. quadratic_split: SimpleTuner's rule, which never trains the middle.",
+    )
+    scale: float = option(1.0, "Width of the logit_normal draw.", least=0.05, most=10, step=0.05)
+    flow_shift: FlowShift = option("none", "Flow shift of the drawn noise levels: none, dynamic or a number.")
+    minimum: float = option(0.0, "Lowest noise level trained.", least=0, most=1, step=0.01)
+    maximum: float = option(1.0, "Highest noise level trained.", least=0, most=1, step=0.01)
+    loss: LossKind = option("mse", "huber counts large errors less: for data with outliers.", advanced=True)
+    huber_delta: float = option(
+        0.1, "The error at which huber turns from square to linear.", least=0.001, most=10, step=0.01, advanced=True
+    )
+    prior_weight: float = option(
+        1.0,
+        "Weight of regularisation sets, which should stay as the model without LoRA generates them.",
+        least=0,
+        most=10,
+        step=0.1,
+        advanced=True,
+    )
+    noise_offset: float = option(
+        0.0,
+        "Standard deviation of a constant added to each channel of the noise. 0: off.",
+        least=0,
+        most=1,
+        step=0.01,
+        advanced=True,
+    )
+    pair_noise: bool = option(
+        False, "Pair noises and images of a batch by optimal transport; needs a batch above 1.", advanced=True
+    )
+    guidance: GuidanceMode = option("none", "The guidance embedding in training. none is 0, as in sampling.")
+    guidance_range: tuple[float, float] = option(
+        (1.0, 1.0), "Its value: the first number for constant, drawn between both for random-range."
+    )
+    text_padding: TextPadding = option(
+        "trim",
+        "trim: real tokens and one pad, as sampling has it. zero, unmodified: 512 tokens, slower, to reproduce "
+        "other trainers.",
+        advanced=True,
+    )
 
     @field_validator("flow_shift", mode="before")
     @classmethod
     def _read_shift(cls, value: str | float) -> FlowShift:
         return parse_flow_shift(value)
 
-    def settings(self) -> ObjectiveSettings:
-        """Everything but the noise levels, as the loop takes it. Raises ConfigError."""
-        names = (f.name for f in fields(ObjectiveSettings))
-        return ObjectiveSettings(**{name: getattr(self, name) for name in names})
+    @model_validator(mode="after")
+    def _numbers_work(self) -> Self:
+        if not (math.isfinite(self.huber_delta) and self.huber_delta > 0):
+            raise ConfigError(f"The delta of the Huber loss is {self.huber_delta}; it must be above 0 (0.1 is usual).")
+        for field, number in (("prior weight", self.prior_weight), ("noise offset", self.noise_offset)):
+            if not (math.isfinite(number) and number >= 0):
+                raise ConfigError(f"The {field} is {number}; it must be 0 or more.")
+        low, high = self.guidance_range
+        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+            raise ConfigError(f"The guidance range is {low} to {high}; it needs two numbers, the smaller one first.")
+        return self
 
     def sigmas(self) -> SigmaSettings:
         """The same numbers as the schedule takes them. Raises ConfigError."""
@@ -218,39 +193,33 @@ class PreviewPrompt(Settings):
 class PreviewConfig(Settings):
     """Images made during training: at step 0, every `every` steps and at the end."""
 
-    prompts: Annotated[
-        tuple[str | PreviewPrompt, ...],
-        Option(
-            "Texts, or tables with prompt, negative, steps, guidance, seed, width and height "
-            "of their own. [trigger] stands for the trigger word."
-        ),
-    ] = ()
-    negative: Annotated[str, Option("The previews' negative prompt.")] = ""
-    every: Annotated[
-        int, Field(ge=0), Option("Steps between previews. 0: only when asked.", unit="steps", most=100000)
-    ] = 250
-    steps: Annotated[int, Field(ge=1, le=150), Option("Sampling steps of a preview.")] = 20
-    guidance: Annotated[float, Field(ge=0, le=100), Option("Guidance of a preview.", most=20, step=0.1)] = 4.0
-    seed: Annotated[int, Field(ge=0), Option("Prompt i uses this + i.", most=MAX_SEED)] = 42
-    width: Annotated[
-        int, Field(ge=0), Option("Width in pixels. 0: the model's own size.", unit="pixels", most=4096, step=32)
-    ] = 0
-    height: Annotated[
-        int, Field(ge=0), Option("Height in pixels. 0: the model's own size.", unit="pixels", most=4096, step=32)
-    ] = 0
-    tail_bias: Annotated[
-        float,
-        Field(ge=0, le=1),
-        Option("Towards 1, a preview's steps crowd at both ends; see Chroma Sampler.", step=0.05, advanced=True),
-    ] = 0.0
-    method: Annotated[Method, Option("How previews are sampled; see Chroma Sampler.", advanced=True)] = "euler"
-    spacing: Annotated[
-        Spacing,
-        Option("How a preview's steps lie between noise and image; see Chroma Sampler.", advanced=True),
-    ] = "linear"
-    flow_shift: Annotated[
-        FlowShift | None, Option("Flow shift of previews: none, dynamic or a number. Unset: the recipe's.")
-    ] = None
+    prompts: tuple[str | PreviewPrompt, ...] = option(
+        (),
+        "Texts, or tables with prompt, negative, steps, guidance, seed, width and height "
+        "of their own. [trigger] stands for the trigger word.",
+    )
+    negative: str = option("", "The previews' negative prompt.")
+    every: int = option(250, "Steps between previews. 0: only when asked.", ge=0, unit="steps", most=100000)
+    steps: int = option(20, "Sampling steps of a preview.", ge=1, le=150)
+    guidance: float = option(4.0, "Guidance of a preview.", ge=0, le=100, most=20, step=0.1)
+    seed: int = option(42, "Prompt i uses this + i.", ge=0, most=MAX_SEED)
+    width: int = option(0, "Width in pixels. 0: the model's own size.", ge=0, unit="pixels", most=4096, step=32)
+    height: int = option(0, "Height in pixels. 0: the model's own size.", ge=0, unit="pixels", most=4096, step=32)
+    tail_bias: float = option(
+        0.0,
+        "Towards 1, a preview's steps crowd at both ends; see Chroma Sampler.",
+        ge=0,
+        le=1,
+        step=0.05,
+        advanced=True,
+    )
+    method: Method = option("euler", "How previews are sampled; see Chroma Sampler.", advanced=True)
+    spacing: Spacing = option(
+        "linear", "How a preview's steps lie between noise and image; see Chroma Sampler.", advanced=True
+    )
+    flow_shift: FlowShift | None = option(
+        None, "Flow shift of previews: none, dynamic or a number. Unset: the recipe's."
+    )
 
     @field_validator("flow_shift", mode="before")
     @classmethod
@@ -282,109 +251,87 @@ class TrainingConfig(Settings):
     `more_datasets` are mixed with `dataset` (see `data.samples`).
     """
 
-    name: Annotated[str, Field(min_length=1, max_length=80), Option("The LoRA's file name, in output/loras.")]
+    name: str = option(..., "The LoRA's file name, in output/loras.", min_length=1, max_length=80)
     model: ModelSpec = ModelSpec()
     dataset: DatasetConfig
     more_datasets: tuple[DatasetConfig, ...] = ()
     validation_dataset: DatasetConfig | None = None
-    validation_pictures: Annotated[
-        int, Field(ge=1), Option("Images of the validation set that the validation loss is measured on.")
-    ] = 8
+    validation_pictures: int = option(8, "Images of the validation set that the validation loss is measured on.", ge=1)
     lora: LoraConfig = LoraConfig()
-    full: Annotated[FullConfig | None, Option("Trains the model's own weights instead.", since="0.1")] = None
+    full: FullConfig | None = option(None, "Trains the model's own weights instead.", since="0.1")
     objective: ObjectiveConfig = ObjectiveConfig()
     previews: PreviewConfig = PreviewConfig()
-    recipe: Annotated[
-        str,
-        Option(
-            "How text is encoded for training and how previews are sampled; see Chroma Sampler.",
-            choices=tuple(RECIPES),
-        ),
-    ] = "canonical"
-    recipe_overrides: Annotated[
-        dict[str, str | int | float],
-        Option("Fields of the recipe to change, e.g. noise_dtype=bf16, flow_shift=3.0.", advanced=True),
-    ] = {}
-    steps: Annotated[
-        int, Field(ge=1), Option("Optimizer steps. 1000 to 3000 for a real concept.", unit="steps", most=1000000)
-    ] = 1000
-    batch_size: Annotated[
-        int, Field(ge=1), Option("Images in a batch. More: steadier, slower, more memory.", most=256)
-    ] = 1
-    gradient_accumulation: Annotated[int, Field(ge=1), Option("Batches added up before each step.", most=256)] = 1
-    learning_rate: Annotated[
-        float,
-        Field(gt=0),
-        Option("2e-4 is good; 1e-4 is cautious.", least=1e-7, most=1, step=1e-5, round=1e-7),
-    ] = 2e-4
-    warmup_steps: Annotated[
-        int, Field(ge=0), Option("Steps in which the learning rate rises from 0.", unit="steps", most=10000)
-    ] = 0
-    lr_schedule: Annotated[
-        LrSchedule, Option("How the learning rate goes on after the warm-up; all but constant end at 0.")
-    ] = "constant"
-    lr_cycles: Annotated[int, Field(ge=1), Option("Cosines of lr_schedule restarts.", most=100, advanced=True)] = 1
-    lr_power: Annotated[
-        float, Field(gt=0), Option("Power of lr_schedule polynomial.", least=0.1, most=10, step=0.1, advanced=True)
-    ] = 2.0
-    optimizer: Annotated[
-        OptimizerName,
-        Option(
-            "adamw needs nothing. adamw8bit, prodigy, schedule-free and came need a package and say which; adafactor "
-            "keeps almost no state. See docs/optimizers.md.",
-            advanced=True,
-        ),
-    ] = "adamw"
-    betas: Annotated[tuple[float, float], Option("The optimizer's decay rates of its two moments.")] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0), Option("Weight decay of the optimizer.", most=1, step=0.001)] = 0.01
-    max_grad_norm: Annotated[
-        float, Field(ge=0), Option("Clip the gradient norm at this value. 0: never.", most=100, step=0.1)
-    ] = 1.0
-    seed: Annotated[int, Field(ge=0), Option("Same seed and settings, same LoRA.", most=MAX_SEED)] = 42
-    gradient_checkpointing: Annotated[
-        bool, Option("Compute again instead of remembering: far less memory, a third slower.")
-    ] = True
-    checkpointing_interval: Annotated[
-        int,
-        Field(ge=1),
-        Option(
-            "With gradient_checkpointing: compute only every n-th block again. More memory, faster.",
-            most=64,
-            advanced=True,
-        ),
-    ] = 1
-    compile: Annotated[
-        bool,
-        Option("torch.compile for the blocks: slow to begin, then faster. Not with block offload.", advanced=True),
-    ] = False
-    validate_every: Annotated[
-        int,
-        Field(ge=0),
-        Option(
-            "Steps between measurements of the validation loss on held-out images. 0: only at the start and the end.",
-            unit="steps",
-            most=100000,
-        ),
-    ] = 250
-    checkpoint_every: Annotated[
-        int, Field(ge=0), Option("Steps between checkpoints. 0: only at the end.", unit="steps", most=100000)
-    ] = 250
-    checkpoint_minutes: Annotated[
-        float,
-        Field(ge=0),
-        Option("Also save after so many minutes. 0: by steps only.", unit="minutes", most=10000, step=1, advanced=True),
-    ] = 0.0
-    keep_checkpoints: Annotated[int, Field(ge=1), Option("Checkpoints to keep; older ones are deleted.", most=100)] = 3
-    keep_best: Annotated[
-        bool,
-        Option("Keep the checkpoint with the lowest validation loss beside the last ones.", advanced=True),
-    ] = True
-    tensorboard: Annotated[
-        bool,
-        Option(
-            "Also write TensorBoard event files into the job's folder. Needs the package tensorboardX.", advanced=True
-        ),
-    ] = False
+    recipe: str = option(
+        "canonical",
+        "How text is encoded for training and how previews are sampled; see Chroma Sampler.",
+        choices=tuple(RECIPES),
+    )
+    recipe_overrides: dict[str, str | int | float] = option(
+        {}, "Fields of the recipe to change, e.g. noise_dtype=bf16, flow_shift=3.0.", advanced=True
+    )
+    steps: int = option(1000, "Optimizer steps. 1000 to 3000 for a real concept.", ge=1, unit="steps", most=1000000)
+    batch_size: int = option(1, "Images in a batch. More: steadier, slower, more memory.", ge=1, most=256)
+    gradient_accumulation: int = option(1, "Batches added up before each step.", ge=1, most=256)
+    learning_rate: float = option(
+        2e-4, "2e-4 is good; 1e-4 is cautious.", gt=0, least=1e-7, most=1, step=1e-5, round=1e-7
+    )
+    warmup_steps: int = option(0, "Steps in which the learning rate rises from 0.", ge=0, unit="steps", most=10000)
+    lr_schedule: LrSchedule = option(
+        "constant", "How the learning rate goes on after the warm-up; all but constant end at 0."
+    )
+    lr_cycles: int = option(1, "Cosines of lr_schedule restarts.", ge=1, most=100, advanced=True)
+    lr_power: float = option(2.0, "Power of lr_schedule polynomial.", gt=0, least=0.1, most=10, step=0.1, advanced=True)
+    optimizer: OptimizerName = option(
+        "adamw",
+        "adamw needs nothing. adamw8bit, prodigy, schedule-free and came need a package and say which; adafactor "
+        "keeps almost no state. See docs/optimizers.md.",
+        advanced=True,
+    )
+    betas: tuple[float, float] = option((0.9, 0.999), "The optimizer's decay rates of its two moments.")
+    weight_decay: float = option(0.01, "Weight decay of the optimizer.", ge=0, most=1, step=0.001)
+    max_grad_norm: float = option(1.0, "Clip the gradient norm at this value. 0: never.", ge=0, most=100, step=0.1)
+    seed: int = option(42, "Same seed and settings, same LoRA.", ge=0, most=MAX_SEED)
+    gradient_checkpointing: bool = option(
+        True, "Compute again instead of remembering: far less memory, a third slower."
+    )
+    checkpointing_interval: int = option(
+        1,
+        "With gradient_checkpointing: compute only every n-th block again. More memory, faster.",
+        ge=1,
+        most=64,
+        advanced=True,
+    )
+    compile: bool = option(
+        False, "torch.compile for the blocks: slow to begin, then faster. Not with block offload.", advanced=True
+    )
+    validate_every: int = option(
+        250,
+        "Steps between measurements of the validation loss on held-out images. 0: only at the start and the end.",
+        ge=0,
+        unit="steps",
+        most=100000,
+    )
+    checkpoint_every: int = option(
+        250, "Steps between checkpoints. 0: only at the end.", ge=0, unit="steps", most=100000
+    )
+    checkpoint_minutes: float = option(
+        0.0,
+        "Also save after so many minutes. 0: by steps only.",
+        ge=0,
+        unit="minutes",
+        most=10000,
+        step=1,
+        advanced=True,
+    )
+    keep_checkpoints: int = option(3, "Checkpoints to keep; older ones are deleted.", ge=1, most=100)
+    keep_best: bool = option(
+        True, "Keep the checkpoint with the lowest validation loss beside the last ones.", advanced=True
+    )
+    tensorboard: bool = option(
+        False,
+        "Also write TensorBoard event files into the job's folder. Needs the package tensorboardX.",
+        advanced=True,
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -440,7 +387,6 @@ class TrainingConfig(Settings):
         config = super().parse(data)
         config.recipe_value()
         config.objective.sigmas()
-        config.objective.settings()
         config.lora.settings()
         config.optimizer_settings()
         config.schedule()
@@ -462,13 +408,10 @@ class TrainingConfig(Settings):
             raise ConfigError(f"The job file '{path.name}' is not valid TOML: {error}.") from error
         more = data.get("more_datasets")
         sections = [data.get("dataset"), data.get("validation_dataset"), *(more if isinstance(more, list) else ())]
-        for section in sections:
-            if isinstance(section, dict) and isinstance(section.get("folder"), str):
-                section["folder"] = str((path.parent / section["folder"]).resolve())
-        model = data.get("model")
-        for key in MODEL_PATHS if isinstance(model, dict) else ():
-            if isinstance(model.get(key), str):
-                model[key] = str((path.parent / model[key]).resolve())
+        places = [(section, "folder") for section in sections] + [(data.get("model"), key) for key in MODEL_PATHS]
+        for section, key in places:
+            if isinstance(section, dict) and isinstance(section.get(key), str):
+                section[key] = str((path.parent / section[key]).resolve())
         return cls.parse(data)
 
     @property
@@ -503,32 +446,20 @@ class TrainingConfig(Settings):
 
     def preview_size(self, width: int | None = None, height: int | None = None) -> tuple[int, int]:
         """Width and height of previews in pixels, as they come out. Raises ConfigError."""
-        width, height = (
-            self.previews.width if width is None else width,
-            self.previews.height if height is None else height,
-        )
+        width = self.previews.width if width is None else width
+        height = self.previews.height if height is None else height
         return snap_size(width or self.resolution, height or self.resolution, self.recipe_value().size_multiple)
 
     def preview_list(self) -> list[Preview]:
         """Every preview, in order. Raises PromptError for `[trigger]` without a trigger word, ConfigError for sizes."""
-        shared, trigger = self.previews, self.dataset.trigger
+        shared, trigger = self.previews.model_dump(exclude={"prompts", "every"}), self.dataset.trigger
         found = []
-        for i, entry in enumerate(shared.prompts):
-            own = PreviewPrompt(prompt=entry) if isinstance(entry, str) else entry
-            width, height = self.preview_size(own.width, own.height)
-            settings = SamplingSettings(
-                steps=shared.steps if own.steps is None else own.steps,
-                guidance=shared.guidance if own.guidance is None else own.guidance,
-                seed=shared.seed + i if own.seed is None else own.seed,
-                tail_bias=shared.tail_bias,
-                method=shared.method,
-                spacing=shared.spacing,
-                flow_shift=shared.flow_shift,
-            )
-            negative = shared.negative if own.negative is None else own.negative
-            found.append(
-                Preview(apply_trigger(own.prompt, trigger), apply_trigger(negative, trigger), width, height, settings)
-            )
+        for i, entry in enumerate(self.previews.prompts):
+            own = {"prompt": entry} if isinstance(entry, str) else entry.model_dump(exclude_none=True)
+            values = {**shared, "seed": self.previews.seed + i, **own}
+            width, height = self.preview_size(values.pop("width"), values.pop("height"))
+            prompt, negative = (apply_trigger(values.pop(name), trigger) for name in ("prompt", "negative"))
+            found.append(Preview(prompt, negative, width, height, SamplingSettings(**values)))
         return found
 
     def canonical_json(self) -> str:

@@ -11,12 +11,13 @@ import threading
 import uuid
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from ...model.drawing import font_of
 from ..step.objective import HELDOUT_SIGMAS
 
 COLUMNS = ("step", "loss", "loss_smooth", "lr", "grad_norm", "sigma", "seconds")
@@ -156,7 +157,7 @@ def plot_losses(metrics: Sequence[dict[str, Any]], width: int = 768, height: int
     heldout = _series(metrics, "heldout_loss")
     image = Image.new("RGB", (width * _SCALE, height * _SCALE), _BACKGROUND)
     draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(13 * _SCALE)
+    font = font_of(13 * _SCALE)
     left, top, right, bottom = 64 * _SCALE, 36 * _SCALE, (width - 20) * _SCALE, (height - 44) * _SCALE
     points = raw + heldout
     if not points:
@@ -176,7 +177,17 @@ def plot_losses(metrics: Sequence[dict[str, Any]], width: int = 768, height: int
         y = bottom - (bottom - top) * (min(max(point[1], low), high) - low) / (high - low)
         return x, y
 
-    _axes(draw, font, place, ticks, last_step, (left, top, right, bottom))
+    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0])))
+    for value in ticks:
+        y = place((0, value))[1]
+        draw.line((left, y, right, y), _GRID, _SCALE)
+        draw.text((left - 8 * _SCALE, y), f"{value:.{decimals}f}", _INK, font, anchor="rm")
+    for value in _ticks(0, last_step):
+        if value <= last_step and value == int(value):
+            x = place((value, 0))[0]
+            draw.line((x, bottom, x, bottom + 5 * _SCALE), _INK, _SCALE)
+            draw.text((x, bottom + 9 * _SCALE), f"{int(value)}", _INK, font, anchor="mt")
+    draw.text((right, bottom + 26 * _SCALE), "step", _INK, font, anchor="rt")
     for series, colour, line in ((raw, _RAW, 1), (smooth, _SMOOTH, 3), (heldout, _HELDOUT, 2)):
         if len(series) > 1:
             draw.line([place(p) for p in series], colour, line * _SCALE, joint="curve")
@@ -198,28 +209,6 @@ def _series(metrics: Sequence[dict[str, Any]], key: str) -> list[Point]:
         for line in metrics
         if isinstance(line.get(key), int | float) and math.isfinite(line[key])
     ]
-
-
-def _axes(
-    draw: ImageDraw.ImageDraw,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
-    place: Callable[[Point], Point],
-    ticks: Sequence[float],
-    last_step: float,
-    box: tuple[int, int, int, int],
-) -> None:
-    left, _, right, bottom = box
-    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0])))
-    for value in ticks:
-        y = place((0, value))[1]
-        draw.line((left, y, right, y), _GRID, _SCALE)
-        draw.text((left - 8 * _SCALE, y), f"{value:.{decimals}f}", _INK, font, anchor="rm")
-    for value in _ticks(0, last_step):
-        if value <= last_step and value == int(value):
-            x = place((value, 0))[0]
-            draw.line((x, bottom, x, bottom + 5 * _SCALE), _INK, _SCALE)
-            draw.text((x, bottom + 9 * _SCALE), f"{int(value)}", _INK, font, anchor="mt")
-    draw.text((right, bottom + 26 * _SCALE), "step", _INK, font, anchor="rt")
 
 
 def _ticks(low: float, high: float, wanted: int = 5) -> list[float]:

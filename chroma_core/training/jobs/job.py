@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 from filelock import FileLock, Timeout
 
-from ...errors import ChromaKitError
+from ...errors import ChromaKitError, first_line
 from ...files import read_json, write_json
 from ..config import TrainingConfig
 from ..run.metrics import MetricsLog
@@ -79,36 +79,32 @@ class JobStatus(JobValues):
     recipe: dict[str, Any]
 
 
-def _fresh(config: TrainingConfig) -> JobValues:
-    """The values of a job that has not begun; what is not named here is not known yet: None."""
+def _fresh(config: TrainingConfig) -> dict[str, Any]:
+    """The `JobValues` of a job that has not begun; what is not named here is not known yet: None."""
     now = time.time()
     values: dict[str, Any] = {**dict.fromkeys(JobValues.__annotations__), "created": now, "updated": now}
     values |= {"state": "queued", "message": "", "step": 0, "steps": config.steps, "warnings": [], "changes": []}
-    return cast(JobValues, {**values, "train_seconds": 0.0, "skipped_steps": 0, "yielded": False, "waits_for": ""})
+    return {**values, "train_seconds": 0.0, "skipped_steps": 0, "yielded": False, "waits_for": ""}
 
 
 _DETAILS = ("warnings", "changes", "memory", "base_sha256", "lora_path", "model_path")
 """Values that `Job.summary` leaves out."""
 
 
-class FolderLock:
-    """Says that a living process works on a folder; the system drops it when the process dies. Never waits."""
+@contextmanager
+def folder_lock(folder: Path, seconds: float = 0.0) -> Iterator[bool]:
+    """Says that a living process works on a folder, inside a `with` block; the system ends it when the process dies.
 
-    def __init__(self, folder: Path):
-        self._lock = FileLock(folder / ".lock", thread_local=False)
-
-    def acquire(self) -> bool:
-        """Take the lock; False when another process (or another lock object) holds it."""
-        Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            return False
-        return True
-
-    def release(self) -> None:
-        """Give it back; nothing happens when it is not held."""
-        self._lock.release()
+    Yields False when another process (or another lock) holds it and does not let go within `seconds`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", thread_local=False)
+    with suppress(Timeout):
+        lock.acquire(timeout=seconds, poll_interval=0.01)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
 class Job:
@@ -125,7 +121,7 @@ class Job:
         self.ended = threading.Event()
         self.curve = Curve(folder / "metrics.jsonl")
         self._values = _fresh(config)
-        self._take({name: value for name, value in (earlier or {}).items() if name in self._values})
+        self._values |= {name: value for name, value in (earlier or {}).items() if name in self._values}
         self._lock = threading.RLock()
         self._written = self._notified = 0.0
         if self.state not in ACTIVE:
@@ -150,14 +146,9 @@ class Job:
         """Everything about the job as JSON values."""
         with self._lock:
             values = self._values.copy()
-        return {
-            "id": self.id,
-            "name": self.config.name,
-            **values,
-            "samples": [path.name for path in self.samples()],
-            "config": self.config.model_dump(mode="json"),
-            "recipe": self.config.recipe_value().to_dict(),
-        }
+        values |= {"samples": [path.name for path in self.samples()], "config": self.config.model_dump(mode="json")}
+        values["recipe"] = self.config.recipe_value().to_dict()
+        return cast(JobStatus, {"id": self.id, "name": self.config.name, **values})
 
     def summary(self) -> dict[str, Any]:
         """What a list of jobs shows: the status without what only one who looks into the job needs."""
@@ -196,18 +187,20 @@ class Job:
         with self._lock:
             before, known = self.state, len(self._values["warnings"])
             waited_for = self._values["waits_for"]
-            self._add_seconds(fields.pop("step_seconds_now", None))
             if fields.get("yielded") is False:
                 fields.setdefault("waits_for", "")
+            if (seconds := fields.pop("step_seconds_now", None)) is not None:
+                mean = self._values["step_seconds"]
+                self._values["step_seconds"] = round(seconds if mean is None else 0.9 * mean + 0.1 * seconds, 4)
             if fields.get("lora_path") is not None:
                 fields["lora_path"] = str(fields["lora_path"])
                 fields["lora_name"] = Path(fields["lora_path"]).name
             if fields.get("model_path") is not None:
                 fields["model_name"] = Path(fields["model_path"]).name
-            # Strictly increasing, so that whoever gets two states of a job out of order knows the newer one.
             if "warnings" in fields:  # the run goes on adding to its own list
                 fields["warnings"] = list(fields["warnings"])
-            self._take({**fields, "updated": max(time.time(), self._values["updated"] + 1e-6)})
+            # Strictly increasing, so that whoever gets two states of a job out of order knows the newer one.
+            self._values |= {**fields, "updated": max(time.time(), self._values["updated"] + 1e-6)}
             if self._values["step_seconds"] is not None:
                 left = self.config.steps - self._values["step"]
                 self._values["eta_seconds"] = round(left * self._values["step_seconds"], 1)
@@ -228,9 +221,6 @@ class Job:
                 self.log(f"A listener failed:\n{traceback.format_exc()}")
         self._tell_waiting()
 
-    def _take(self, values: Mapping[str, Any]) -> None:
-        cast(dict[str, Any], self._values).update(values)
-
     def _tell_waiting(self) -> None:
         with self._lock:  # by the state of now: a listener or another thread may have taken the job up again
             if self.state in ACTIVE:
@@ -248,7 +238,7 @@ class Job:
         if isinstance(error, ChromaKitError):
             message = str(error)
         else:
-            message = f"{type(error).__name__}: {_first_line(error)} (the trace is in log.txt in the job's folder)"
+            message = f"{type(error).__name__}: {first_line(error, 300)} (the trace is in log.txt in the job's folder)"
         with suppress(OSError):
             self.log("".join(traceback.format_exception(error)))
         try:
@@ -288,15 +278,6 @@ class Job:
         """Append to `log.txt`."""
         with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
-
-    def _add_seconds(self, seconds: float | None) -> None:
-        if seconds is not None:
-            mean = self._values["step_seconds"]
-            self._values["step_seconds"] = round(seconds if mean is None else 0.9 * mean + 0.1 * seconds, 4)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def _sample_order(path: Path) -> tuple[int, int]:

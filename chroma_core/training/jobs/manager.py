@@ -20,7 +20,7 @@ from ..distributed.world import ALONE, World
 from ..run.checkpoint import checkpoints
 from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
-from .job import ACTIVE, FolderLock, Job, JobState, JobStatus
+from .job import ACTIVE, Job, JobState, JobStatus, folder_lock
 
 IfExists = Literal["keep", "resume", "restart"]
 Listener = Callable[[JobStatus], None]
@@ -29,8 +29,6 @@ TRASH = ".deleted-"
 """How the folder of a job begins that is being deleted."""
 LOCK_SECONDS = 2.0
 """How long a change of options waits for the folder of a job that has just ended."""
-
-__all__ = ["ACTIVE", "IfExists", "Job", "JobManager", "JobState", "JobStatus"]
 
 
 class JobManager:
@@ -169,19 +167,14 @@ class JobManager:
             step = int(newest[0].name.removeprefix("step-")) if newest else 0
             found = differences(job.config, new, step)
             check_changes(job.id, found, force)
-            lock = FolderLock(job.folder)
-            waited_until = time.monotonic() + LOCK_SECONDS
-            while not lock.acquire():
-                if time.monotonic() > waited_until:
+            # With patience: our own worker says that a job ended just before it lets go of the folder.
+            with folder_lock(job.folder, LOCK_SECONDS) as ours:
+                if not ours:
                     raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
-                time.sleep(0.01)  # our own worker, which says that a job ended just before it lets go of the folder
-            try:
                 if found:
                     job.config = new
                     job.update(steps=new.steps, changes=[*job.status()["changes"], entry(step, found)])
                     job.write()
-            finally:
-                lock.release()
             if job.state != "completed" or step < new.steps:
                 self._enqueue(job)
             return job
@@ -312,45 +305,39 @@ class JobManager:
                 job = self._queue.pop(0)
                 control = self._controls[job.id]
             try:
-                self._run(job, control)
+                with folder_lock(job.folder) as ours:
+                    if ours:
+                        self._run(job, control)
+                    else:
+                        message = "Another process is training this job now; wait for it, or stop it there."
+                        job.update(state="failed", message=message)
             except Exception as error:  # its folder cannot be used; the jobs after it are not to wait for ever
                 job.fail(error)
 
     def _run(self, job: Job, control: Control) -> None:
-        lock = FolderLock(job.folder)
-        if not lock.acquire():
-            job.update(
-                state="failed", message="Another process is training this job now; wait for it, or stop it there."
-            )
-            return
-        working: list[JobState] = ["preparing"]
+        working: JobState = "preparing"
 
         def report(**fields: Any) -> None:
-            if "state" in fields:
-                working[0] = fields["state"]
+            nonlocal working
+            working = fields.get("state", working)
             job.update(**fields)
 
         def on_wait(paused: bool, yielded: bool, short: bool) -> None:
             waits_for = "prompt" if yielded else "memory" if short else ""
-            job.update(state="paused" if paused else working[0], yielded=yielded, waits_for=waits_for)
+            job.update(state="paused" if paused else working, yielded=yielded, waits_for=waits_for)
 
         control.on_wait = on_wait
         paths = JobPaths.of(self.root, job.folder.name, self.loras_folder, self.models_folder)
         try:
             state, written = run_training(job.config, paths, self.device, control, report, self._ask_room, self._world)
-            if written:
-                job.update(state=state, **written, message="", yielded=False)
-            elif job.status()["checkpoint"]:
-                job.update(state=state, message="Stopped while preparing; resume it to go on.", yielded=False)
-            else:
-                message = "Stopped before the first step: there is no LoRA."
-                job.update(state=state, message=message, yielded=False)
+            message = "" if written else "Stopped before the first step: there is no LoRA."
+            if not written and job.status()["checkpoint"]:
+                message = "Stopped while preparing; resume it to go on."
+            job.update(state=state, **written, message=message, yielded=False)
         except Halted:
             job.update(state="interrupted", message="The process ended; resume the job to go on.", yielded=False)
         except Exception as error:
             job.fail(error)
-        finally:
-            lock.release()
 
     def _tell(self, status: JobStatus) -> None:
         for listener in tuple(self._listeners):
@@ -373,10 +360,9 @@ class JobManager:
                 continue
             job.notify = self._tell
             self._jobs[job.id] = job
-            lock = FolderLock(folder)
             if job.state in ACTIVE:
-                if lock.acquire():
-                    job.update(state="interrupted", yielded=False, message="Found unfinished; resume it to go on.")
-                    lock.release()
-                else:
-                    self._elsewhere.add(job.id)
+                with folder_lock(folder) as ours:
+                    if ours:
+                        job.update(state="interrupted", yielded=False, message="Found unfinished; resume it to go on.")
+                    else:
+                        self._elsewhere.add(job.id)

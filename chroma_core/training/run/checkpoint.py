@@ -11,7 +11,6 @@ import pickle
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -45,9 +44,8 @@ def save_checkpoint(
         return path
     with atomic_folder(path) as temporary, stepper.as_trained():
         trained.save(temporary / trained.weights_file)
-        torch.save(stepper.state_dict(), temporary / OPTIMIZER)
-        if ema is not None:
-            torch.save(ema.state_dict(), temporary / EMA)
+        for name, part in _stateful(stepper, ema).items():
+            torch.save(part.state_dict(), temporary / name)
         write_json(temporary / STATE, asdict(progress))
     for old in checkpoints(folder)[:-keep]:
         if not (keep_best and old.name == step_name(progress.best_at)):
@@ -101,19 +99,17 @@ def restore_latest(
     damaged = []
     if not checkpoints(folder):
         return None, damaged
-    start_anew, fresh_state = trained.remember(), stepper.state_dict()
-    fresh_ema = None if ema is None else ema.state_dict()
+    parts, device = _stateful(stepper, ema), stepper.parameters[0].device
+    start_anew, fresh = trained.remember(), {name: part.state_dict() for name, part in parts.items()}
     for path in reversed(checkpoints(folder)):
         try:
             values = json.loads((path / STATE).read_text(encoding="utf-8"))
             known = {f.name for f in fields(Progress)}
             progress = Progress(**{k: v for k, v in values.items() if k in known})
-            state = _load(path / OPTIMIZER, stepper)
-            average = None if ema is None else _load(path / EMA, stepper)
+            saved = {name: torch.load(path / name, map_location=device, weights_only=True) for name in parts}
             trained.load(path / trained.weights_file)
-            stepper.load_state_dict(state)
-            if ema is not None and average is not None:
-                ema.load_state_dict(average)
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
             return progress, damaged
         except _DAMAGE as error:
             if is_out_of_memory(error):  # a RuntimeError too, but the checkpoint is whole
@@ -121,11 +117,11 @@ def restore_latest(
             damaged.append(f"{path.name} ({type(error).__name__})")
             set_aside(path)
             start_anew()
-            stepper.load_state_dict(fresh_state)
-            if ema is not None and fresh_ema is not None:
-                ema.load_state_dict(fresh_ema)
+            for name, part in parts.items():
+                part.load_state_dict(fresh[name])
     return None, damaged
 
 
-def _load(path: Path, stepper: Stepper) -> Any:
-    return torch.load(path, map_location=stepper.parameters[0].device, weights_only=True)
+def _stateful(stepper: Stepper, ema: Ema | None) -> dict[str, Stepper | Ema]:
+    """What has a state, by the name of its file; the optimizer is loaded first."""
+    return {OPTIMIZER: stepper} if ema is None else {OPTIMIZER: stepper, EMA: ema}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...errors import ChromaKitError, JobError
+from ...errors import ChromaKitError, JobError, first_line
 from ...fullrank.layers import count_trained
 from ...loading.load import transformer_outline
 from ...memory import Settings, estimate, in_gib, machine, recommend
@@ -98,7 +98,7 @@ def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.de
     predicted = estimate(settings, here)
     alike = Settings(settings.flavour, size=settings.size, batch_size=settings.batch_size, rank=settings.rank)
     advice = recommend(alike, here, "training")
-    found = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    found = first_line(error) or type(error).__name__
     return JobError(
         f"Training ran out of memory ({found}). Predicted were {in_gib(predicted.training_peak_bytes)} at "
         f"its peak; {here.name} has {in_gib(here.device_bytes)}. {_advice(config, advice.sentence)} Other knobs: "

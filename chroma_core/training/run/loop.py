@@ -23,8 +23,6 @@ from ...sampling.text import TextCondition, zero_padded
 from ..config import TrainingConfig
 from ..distributed.world import ALONE, World, part_size
 from ..step.objective import (
-    PLAIN,
-    ObjectiveSettings,
     add_noise,
     draw_noise,
     loss,
@@ -86,14 +84,8 @@ class Batches:
     `text.TextEncoder.with_padding`).
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        cache: LatentTextCache,
-        config: TrainingConfig,
-        objective: ObjectiveSettings = PLAIN,
-    ):
-        self.samples, self.cache, self.config, self.objective = samples, cache, config, objective
+    def __init__(self, samples: Sequence[Sample], cache: LatentTextCache, config: TrainingConfig):
+        self.samples, self.cache, self.config, self.objective = samples, cache, config, config.objective
         self.buckets = [sample.bucket for sample in samples]
         self.per_epoch = batches_per_epoch(self.buckets, config.effective_batch)
         self.sigma_settings = config.objective.sigmas()

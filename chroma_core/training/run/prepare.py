@@ -6,19 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import nn
 
 from ...data.cache import LatentTextCache, component_key
 from ...data.samples import Progress as OnProgress
 from ...data.samples import Sample, SampleSet, cache_samples, cache_texts, caption_texts, combine
 from ...data.scan import DatasetConfig, describe_skipped, scan
-from ...errors import ConfigError
-from ...loading.load import device_size, load_text_encoder, load_vae
+from ...errors import ConfigError, first_line
+from ...loading.load import Device, device_size, load_text_encoder, load_vae
 from ...loading.model_files import base_hash, locate
-from ...lora.layer import adapted_layers
+from ...loading.spec import ModelSpec
+from ...lora.adapters import adapted_layers
 from ...model.device import release_memory
 from ...model.transformer import ChromaTransformer
 from ...sampling.text import TextEncoder
@@ -27,6 +29,7 @@ from ..config import TrainingConfig
 from ..control import DeviceSlot
 from .preview import preview_texts
 
+Part = TypeVar("Part", AutoencoderKL, TextEncoder)
 COMPUTING_BYTES = 2 << 30
 """Beside the weights of the VAE or T5, for encoding one image or text."""
 
@@ -47,11 +50,7 @@ class Prepared:
 
 
 def prepare(
-    config: TrainingConfig,
-    cache_folder: Path,
-    slot: DeviceSlot,
-    between: Callable[..., None],
-    progress: OnProgress,
+    config: TrainingConfig, cache_folder: Path, slot: DeviceSlot, between: Callable[..., None], progress: OnProgress
 ) -> Prepared:
     """Scan and cache. Interrupted at any point, the next call continues where this one was.
 
@@ -77,7 +76,12 @@ def prepare(
     sets: list[list[Sample]] = []
     for found in scans:
         samples, unreadable = cache_samples(
-            found, cache, config.resolution, lambda: _borrowed_vae(config, slot, between), between, progress
+            found,
+            cache,
+            config.resolution,
+            lambda: _borrowed(load_vae, "vae", config, slot, between),
+            between,
+            progress,
         )
         warnings += found.warnings
         if unreadable:
@@ -89,7 +93,9 @@ def prepare(
     )
     captions = caption_texts(samples)
     texts = [*captions, *(sample.captions[0] for sample in heldout), *prompts]
-    truncated = cache_texts(texts, cache, lambda: _borrowed_text_encoder(config, slot, between), between, progress)
+    truncated = cache_texts(
+        texts, cache, lambda: _borrowed(load_text_encoder, "text_encoder", config, slot, between), between, progress
+    )
     training_cache = cache
     if config.objective.text_padding == "unmodified":
         # Only training sees the padding: previews and the held-out loss condition as sampling does.
@@ -113,45 +119,32 @@ def _heldout(config: TrainingConfig) -> list[DatasetConfig]:
 
 @contextmanager
 def _with_padding(config: TrainingConfig, slot: DeviceSlot, gate: Callable[..., None]) -> Iterator[TextEncoder]:
-    with _borrowed_text_encoder(config, slot, gate) as encoder:
+    with _borrowed(load_text_encoder, "text_encoder", config, slot, gate) as encoder:
         yield encoder.with_padding()
 
 
 @contextmanager
-def _borrowed_vae(config: TrainingConfig, slot: DeviceSlot, gate: Callable[..., None]) -> Iterator[AutoencoderKL]:
-    gate(needed=_room_for(config, "vae", slot))
+def _borrowed(
+    load: Callable[[ModelSpec, Device], Part],
+    name: Literal["vae", "text_encoder"],
+    config: TrainingConfig,
+    slot: DeviceSlot,
+    gate: Callable[..., None],
+) -> Iterator[Part]:
+    """A component of the model on the job's device, inside a `with` block."""
+    on_cpu = slot.device.type == "cpu"  # which has nothing to ask for
+    gate(needed=0 if on_cpu else device_size(config.model, name) + COMPUTING_BYTES)
     with slot.coming():
-        vae = load_vae(config.model, slot.device)
-        slot.take(vae)
+        part = load(config.model, slot.device)
+        module: nn.Module = part.model if isinstance(part, TextEncoder) else part
+        slot.take(module)
     try:
-        yield vae
+        yield part
     finally:
         slot.leave()
-        del vae
+        # The caller's `as` variable still names it here: what is freed is its place on the accelerator.
+        module.to("cpu")  # type: ignore[arg-type]
         release_memory()
-
-
-@contextmanager
-def _borrowed_text_encoder(
-    config: TrainingConfig, slot: DeviceSlot, gate: Callable[..., None]
-) -> Iterator[TextEncoder]:
-    gate(needed=_room_for(config, "text_encoder", slot))
-    with slot.coming():
-        encoder = load_text_encoder(config.model, slot.device)
-        slot.take(encoder.model)
-    try:
-        yield encoder
-    finally:
-        slot.leave()
-        # The caller's `as` variable still names the model here: what is freed is its place on the accelerator.
-        encoder.to("cpu")
-        del encoder
-        release_memory()
-
-
-def _room_for(config: TrainingConfig, part: Literal["vae", "text_encoder"], slot: DeviceSlot) -> int:
-    """Bytes for a component and for computing with it; a CPU has nothing to ask for."""
-    return 0 if slot.device.type == "cpu" else device_size(config.model, part) + COMPUTING_BYTES
 
 
 def compile_blocks(transformer: ChromaTransformer, backend: str = "inductor") -> None:
@@ -184,7 +177,7 @@ def compile_blocks(transformer: ChromaTransformer, backend: str = "inductor") ->
     except Exception as error:
         raise ConfigError(
             f"torch.compile with the backend '{backend}' cannot work on the device '{device}' ({type(error).__name__}: "
-            f"{next(iter(str(error).splitlines()), '')}). On a GPU it needs Triton, on a CPU a C++ compiler. Turn "
+            f"{first_line(error)}). On a GPU it needs Triton, on a CPU a C++ compiler. Turn "
             "compile off."
         ) from error
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):

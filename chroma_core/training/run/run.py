@@ -26,8 +26,7 @@ from ...streaming import module_bytes
 from ..config import TrainingConfig
 from ..config.changes import recorded
 from ..control import AskRoom, Control, DeviceSlot, Halted, Loan, Stopped, no_need_to_ask
-from ..distributed.sharding import check_sharding, shard
-from ..distributed.world import ALONE, ProcessLost, World
+from ..distributed.world import ALONE, ProcessLost, World, check_sharding, shard
 from ..step.ema import Ema
 from ..step.objective import heldout_loss
 from ..step.optimizers import check_optimizer
@@ -42,13 +41,12 @@ from .faults import (
     plan_settings,
     watch_loss,
 )
-from .finish import file_metadata
 from .loop import Batches, StepResult, train_step
 from .metrics import EventFiles, JobPaths, MetricsLog, Progress, check_event_files
 from .prepare import Prepared, compile_blocks, prepare
 from .preview import render_previews
 from .stepper import Stepper
-from .trained import WrittenFiles, check_trained, make_trained
+from .trained import WrittenFiles, check_trained, file_metadata, make_trained
 
 Result = TypeVar("Result")
 Report = Callable[..., None]
@@ -118,7 +116,7 @@ class Run:
             compile_blocks(self.transformer)
         self.stepper = Stepper(self.trained.parameters, config.optimizer_settings())
         self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
-        self.batches = Batches(data.samples, data.training_cache, config, config.objective.settings())
+        self.batches = Batches(data.samples, data.training_cache, config)
 
     def _device_bytes(self) -> int:
         """What the job is going to take of the device, by the memory plan; 0 where it has memory of its own."""
@@ -139,7 +137,7 @@ class Run:
 
         @contextmanager
         def plain() -> Iterator[ChromaTransformer]:
-            with torch.inference_mode(False), without_adapters(transformer):
+            with without_adapters(transformer):
                 yield transformer
 
         key = transformer_identity(config.model)
@@ -371,7 +369,7 @@ class Run:
         self.progress.saved_at = self.progress.step
 
     def _write_checkpoint(self, wait: bool) -> None:
-        progress = self.progress
+        progress, config = self.progress, self.config
         self._saved = time.monotonic()
         # The first one's size is not known yet: weights and two moments.
         needed = checkpoint_bytes(self.paths.checkpoints) or 12 * sum(p.numel() for p in self.trained.parameters)
@@ -383,15 +381,8 @@ class Run:
         self._where_the_optimizer_is()
         progress.saved_at = progress.step
         progress.metrics_bytes = self.metrics.sync()
-        save_checkpoint(
-            self.paths.checkpoints,
-            progress,
-            self.trained,
-            self.stepper,
-            self.ema,
-            self.config.keep_checkpoints,
-            self.config.keep_best,
-        )
+        keep = config.keep_checkpoints, config.keep_best
+        save_checkpoint(self.paths.checkpoints, progress, self.trained, self.stepper, self.ema, *keep)
         self.report(checkpoint=progress.step, **self._numbers())
 
     def _where_the_optimizer_is(self) -> None:
@@ -416,15 +407,8 @@ class Run:
 
     def _write_files(self) -> WrittenFiles:
         pictures, job = picture_count(self.data.samples), self.paths.job
-        header = partial(
-            file_metadata,
-            self.config,
-            self.progress,
-            self.data.base_sha256,
-            pictures,
-            job_id=job.name,
-            changes=recorded(job),
-        )
+        facts = self.config, self.progress, self.data.base_sha256, pictures
+        header = partial(file_metadata, *facts, job_id=job.name, changes=recorded(job))
         self._where_the_optimizer_is()
         self.report(message=f"writing the {self.trained.noun}")
         write = partial(self.trained.write, header)

@@ -150,11 +150,6 @@ class Stepper:
             return ""
         return "overflow" if self.loss_scale is not None and self.loss_scale.scale > 1 else "broken"
 
-    @property
-    def estimate(self) -> float | None:
-        """Prodigy's estimate d, a factor on the rate: worth a curve of its own. None with other optimizers."""
-        return self.optimizer.param_groups[0].get("d")
-
     @contextmanager
     def as_trained(self) -> Iterator[None]:
         """The weights to sample, validate and save, inside a `with` block.

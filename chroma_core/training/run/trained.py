@@ -1,39 +1,43 @@
-"""What a job trains: an adapter beside the layers, or layers of the model itself.
+"""What a job trains, an adapter beside the layers or layers of the model itself, and what a finished file says of it.
 
 `Trained` is how the rest of a run sees it: parameters, a file in every checkpoint, and files at the end.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import nn
 
-from ...errors import ConfigError, JobError, ModelFileError
-from ...files import free_name, slug
+from ...errors import ChromaKitError, ConfigError, JobError, ModelFileError
+from ...files import free_name, slug, write_atomic
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
 from ...loading.load import transformer_outline, transformer_source
 from ...lora.adapters import adapters_disabled
+from ...lora.convert import JOB_KEY
 from ...lora.files import read_lora, write_lora
+from ...lora.modules import LoraFile
+from ...lora.settings import named_target
 from ...lora.trainable import add_trainable, load_trained, start_from, trained_lora
+from ...model.precision import precision
 from ...model.transformer import ChromaTransformer
 from ...weights.opening import open_weights
 from ...weights.safetensors_files import write_safetensors
 from ..config import TrainingConfig
 from .faults import DISK_MARGIN
-from .finish import adapter_summary, may_write, write_final
-from .metrics import JobPaths
+from .metrics import JobPaths, Progress
 
 BASE_KEY = "chromakit.base_sha256"
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 HIGH_RATE = 5e-5
 """Full-rank training above this rate is warned about: a LoRA's usual rate is ten times too high for the weights."""
@@ -82,7 +86,7 @@ class Trained(Protocol):
         """Write what the user gets, its name ending in `suffix`; the status fields that say where.
 
         Args:
-            header: `header(architecture, trained)` gives the files' metadata (see `finish.file_metadata`).
+            header: `header(architecture, trained)` gives the files' metadata (see `file_metadata`).
         """
         ...
 
@@ -203,7 +207,7 @@ class FullRankTraining(Trained):
     def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
         full, config = self._full, self._config
         # The files' own names: the parameters are looked up now, since an average may stand in their place.
-        model = TrainedModel(self._model.weights, self._model.component, self._named, DTYPES[full.save_dtype])
+        model = TrainedModel(self._model.weights, self._model.component, self._named, precision(full.save_dtype).dtype)
         trained = {"kind": "full", "target": full.target, "layers": len(self._names), "norms": full.norms}
         metadata = header("chroma", trained)
         file, folder = _free_paths(self._paths, config, suffix)
@@ -261,3 +265,144 @@ def _free_paths(paths: JobPaths, config: TrainingConfig, suffix: str) -> tuple[P
 
     job = paths.job.name
     return of(free_name(slug(config.name) + suffix, lambda name: all(may_write(path, job) for path in of(name))))
+
+
+def adapter_summary(config: TrainingConfig) -> dict[str, Any]:
+    """What a header says of the adapter."""
+    lora = config.lora
+    return {"kind": lora.kind, "rank": lora.rank, "alpha": lora.alpha or lora.rank, "target": lora.target}
+
+
+def file_metadata(
+    config: TrainingConfig,
+    progress: Progress,
+    base_sha256: str,
+    pictures: int,
+    architecture: str,
+    trained: dict[str, Any],
+    job_id: str | None = None,
+    changes: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, str]:
+    """The header of a finished file: the public modelspec fields and our own, all strings.
+
+    Args:
+        architecture: modelspec's word for what it is.
+        trained: what was trained, as JSON values.
+        job_id: the name of the job's folder; None: that of a job with these options from its start.
+        changes: options that were changed on the way, see `changes.entry`.
+    """
+    summary = {
+        "steps": progress.step,
+        "batch": config.effective_batch,
+        "pictures": pictures,
+        "learning_rate": config.learning_rate,
+        **trained,
+        "seed": config.seed,
+        "objective": config.objective.model_dump(mode="json"),
+        "heldout_loss_base": progress.heldout_loss_base,
+        "heldout_loss": progress.heldout_loss,
+        "loss_smooth": progress.loss_smooth,
+    }
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": config.name,
+        "modelspec.description": f"{_what(config)}, trained with ChromaKit: "
+        f"{progress.step} steps of {config.effective_batch} on {pictures} pictures.",
+        "modelspec.resolution": "x".join(map(str, config.preview_size())),
+        "modelspec.prediction_type": "v",
+        "modelspec.trigger_phrase": config.dataset.trigger,
+        JOB_KEY: job_id or config.job_id(),
+        "chromakit.base_sha256": base_sha256,
+        "chromakit.flavour": config.model.flavour,
+        "chromakit.base_file": _base_file(config),
+        "chromakit.recipe": json.dumps(config.recipe_value().to_dict()),
+        "chromakit.trigger": config.dataset.trigger,
+        "chromakit.preview": _first_preview(config),
+        "chromakit.training": json.dumps(summary),
+        "chromakit.changes": json.dumps(list(changes)) if changes else "",
+        "chromakit.versions": json.dumps(library_versions()),
+    }
+    return {key: value for key, value in metadata.items() if value}
+
+
+def _what(config: TrainingConfig) -> str:
+    chroma = f"Chroma 1 ({config.model.flavour})"
+    return f"A {config.lora.kind} for {chroma}" if config.full is None else f"{chroma} with some of its layers"
+
+
+def _first_preview(config: TrainingConfig) -> str:
+    """The first preview as JSON, for whoever wants to repeat it (see `comfy.stock`); empty without any."""
+    for preview in config.preview_list():
+        values = {"prompt": preview.prompt, "negative": preview.negative}
+        values |= {"width": preview.width, "height": preview.height, "precision": config.model.precision}
+        return json.dumps({**values, "settings": preview.settings.to_dict()})
+    return ""
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that computed the weights."""
+    found = {}
+    for name in ("torch", "diffusers", "peft", "transformers", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    project = Path(__file__).resolve().parents[3] / "pyproject.toml"
+    with suppress(OSError):
+        stated = re.search(r'^version = "([^"]+)"', project.read_text(encoding="utf-8"), re.MULTILINE)
+        if stated:
+            found["chromakit"] = stated[1]
+    return found
+
+
+def contents(lora: LoraFile) -> dict[str, str]:
+    """What the header says of the weights themselves: ranks, alphas, and the layers as a target name or a list."""
+    return {
+        "chromakit.ranks": json.dumps(lora.ranks),
+        "chromakit.alphas": json.dumps(lora.alphas),
+        "chromakit.targets": json.dumps(named_target(list(lora.modules)) or list(lora.modules)),
+    }
+
+
+def _base_file(config: TrainingConfig) -> str:
+    """The name (not the place) of the file or folder that the base came from; empty for the published one."""
+    own = config.model.transformer or config.model.folder
+    return Path(own).name if own else ""
+
+
+def final_path(loras_folder: Path, config: TrainingConfig, suffix: str = "", job_id: str | None = None) -> Path:
+    """Where the LoRA goes: the job's name and `suffix`, with -2, -3 … when another job's file has it already."""
+    job = job_id or config.job_id()
+    name = free_name(slug(config.name) + suffix, lambda found: may_write(loras_folder / f"{found}.safetensors", job))
+    return loras_folder / f"{name}.safetensors"
+
+
+def may_write(path: Path, job_id: str) -> bool:
+    """Whether nothing is at `path`, or a LoRA or model (file or folder) that this very job wrote."""
+    if not path.exists():
+        return True
+    try:
+        return open_weights(path).metadata.get(JOB_KEY) == job_id
+    except ChromaKitError:
+        return False
+
+
+def write_final(
+    config: TrainingConfig,
+    transformer: ChromaTransformer,
+    metadata: dict[str, Any],
+    job_folder: Path,
+    loras_folder: Path,
+    suffix: str = "",
+) -> Path:
+    """Write the LoRA into the job's folder and `loras_folder`, its name ending in `suffix`; returns the latter path."""
+    trained = trained_lora(transformer)
+    dtype = precision(config.lora.save_dtype).dtype
+    modules = {name: module.to(dtype) for name, module in trained.modules.items()}
+    path = final_path(loras_folder, config, suffix, metadata.get(JOB_KEY))
+    copy = job_folder / f"{slug(config.name)}{suffix}.safetensors"
+    write_lora(copy, LoraFile(modules, {**metadata, **contents(trained)}, trained.key_format))
+    write_atomic(path, copy.read_bytes())
+    return path

@@ -6,21 +6,18 @@ The error is fp32 whatever the model computes in. Shapes: B samples, C latent ch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...data.order import generator
-from ...errors import ConfigError, check_choice
 from ...lora.adapters import adapters_disabled
 from ...model.latents import image_ids, pack, unpack
 from ...model.transformer import ChromaTransformer
-from ...sampling.text import TextCondition, TextPadding, batch_conditions
+from ...sampling.text import TextCondition, batch_conditions
 
 LossKind = Literal["mse", "huber"]
 GuidanceMode = Literal["none", "constant", "random-range"]
@@ -30,46 +27,6 @@ HELDOUT_SIGMAS = tuple(round(0.05 + 0.1 * i, 2) for i in range(10))
 
 HELDOUT_SEED = 20_240_817
 """Noise of the held-out loss; the same in every job, so that jobs can be compared."""
-
-
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """What is minimised, apart from the noise levels (`schedule.SigmaSettings`).
-
-    loss, huber_delta: see `squared_errors`; delta > 0 in units of the velocity, whose deviation is about 1.4.
-    prior_weight: weight ≥ 0 of regularisation samples, whose target is the model without its adapter.
-    noise_offset: standard deviation ≥ 0 of a constant added to each channel of the noise (see `draw_noise`).
-    pair_noise: assign the noises of a step to its samples by optimal transport (see `pair_noise`).
-    guidance, guidance_range: the guidance embedding: `none` is 0, as in sampling; `constant` is the first number;
-        `random-range` is drawn evenly between both for each sample.
-    text_padding: see `text.TextPadding`.
-    """
-
-    loss: LossKind = "mse"
-    huber_delta: float = 0.1
-    prior_weight: float = 1.0
-    noise_offset: float = 0.0
-    pair_noise: bool = False
-    guidance: GuidanceMode = "none"
-    guidance_range: tuple[float, float] = (1.0, 1.0)
-    text_padding: TextPadding = "trim"
-
-    def __post_init__(self) -> None:
-        check_choice("The loss", self.loss, get_args(LossKind))
-        check_choice("The guidance", self.guidance, get_args(GuidanceMode))
-        check_choice("The text padding", self.text_padding, get_args(TextPadding))
-        if not (math.isfinite(self.huber_delta) and self.huber_delta > 0):
-            raise ConfigError(f"The delta of the Huber loss is {self.huber_delta}; it must be above 0 (0.1 is usual).")
-        for field, number in (("prior weight", self.prior_weight), ("noise offset", self.noise_offset)):
-            if not (math.isfinite(number) and number >= 0):
-                raise ConfigError(f"The {field} is {number}; it must be 0 or more.")
-        low, high = self.guidance_range
-        if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-            raise ConfigError(f"The guidance range is {low} to {high}; it needs two numbers, the smaller one first.")
-
-
-PLAIN = ObjectiveSettings()
-"""The objective when nothing else is asked for: the mean squared error to ε − x₀, over all of every image."""
 
 
 def draw_noise(shape: Sequence[int], seed: int, step: int, row: int, offset: float = 0.0) -> Tensor:

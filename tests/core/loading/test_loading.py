@@ -12,8 +12,8 @@ from chroma_core.loading.component_cache import ComponentCache
 from chroma_core.loading.load import load_text_encoder, load_transformer, load_vae
 from chroma_core.loading.model_files import base_hash
 from chroma_core.loading.spec import LoraUse, ModelHandle, ModelSpec
+from chroma_core.lora.adapters import linear_modules
 from chroma_core.lora.files import write_lora
-from chroma_core.lora.layer import linear_modules
 from chroma_core.lora.modules import LoraFile, LoraModule
 from chroma_core.lora.settings import LoraSettings
 from chroma_core.lora.trainable import add_trainable, trained_lora

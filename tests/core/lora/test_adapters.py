@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from chroma_core.errors import LoraError
-from chroma_core.lora.adapters import adapters_disabled, attach, detach, merge, set_strength
-from chroma_core.lora.layer import attached
+from chroma_core.lora.adapters import adapters_disabled, attach, attached, detach, merge, set_strength
 from chroma_core.model.precision import PRECISIONS, precision, quantise
 from lora_cases import distance, inputs, predict, random_lora
 from miniature import transformer

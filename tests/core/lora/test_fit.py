@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from chroma_core.errors import LoraError
-from chroma_core.lora.adapters import attach, check_fits, detach, set_strength
-from chroma_core.lora.layer import attached
+from chroma_core.lora.adapters import attach, attached, check_fits, detach, set_strength
 from chroma_core.lora.modules import LoraFile, LoraModule
 from lora_cases import inputs, predict, random_lora
 from miniature import transformer

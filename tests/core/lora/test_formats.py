@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from chroma_core.errors import LoraError
-from chroma_core.lora.files import describe, read_lora, write_lora
+from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.lora.modules import LoraFile, LoraModule
+from chroma_core.lora.report import describe
 from chroma_core.names.transformer import to_diffusers_modules, to_original_module
 from lora_cases import random_lora
 from miniature import transformer

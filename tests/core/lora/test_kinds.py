@@ -9,7 +9,7 @@ from peft import LoKrConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from chroma_core.errors import ConfigError, LoraError
-from chroma_core.lora.layer import AdaptedLinear, branch_of
+from chroma_core.lora.adapters import AdaptedLinear, branch_of
 from chroma_core.lora.modules import AdapterModule, LokrModule, LoraModule
 from chroma_core.lora.trainable import factorization
 from chroma_core.model.precision import dequantised_weight, precision, quantise_linear

@@ -12,8 +12,9 @@ from chroma_core.lora.adapters import (
     attach,
     merge,
 )
-from chroma_core.lora.files import describe, read_lora, write_lora
+from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.lora.modules import LokrModule, LoraModule
+from chroma_core.lora.report import describe
 from chroma_core.names.transformer import to_diffusers_modules
 from lora_cases import distance, equal, inputs, predict, random_kind
 from miniature import transformer

@@ -258,7 +258,6 @@ def test_wrong_settings():
         {"rank_pattern": {"*": 0}},
         {"alpha_pattern": {"*": -1.0}},
         {"lokr_factor": 0},
-        {"kind": "lokr", "init": "gaussian"},
     ):
         with pytest.raises(ConfigError):
             LoraSettings(**values)

@@ -62,9 +62,9 @@ def test_seed_and_layer_name_decide_and_the_global_stream_is_left_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
 
-    def fresh(seed, target="all", **settings):
+    def fresh(seed, target="all"):
         model = transformer()
-        add_trainable(model, LoraSettings(target=target, **settings), seed)
+        add_trainable(model, LoraSettings(target=target), seed)
         return trained_lora(model)
 
     first = fresh(1)
@@ -78,8 +78,8 @@ def test_seed_and_layer_name_decide_and_the_global_stream_is_left_alone():
     assert not equal(first, fresh(2))
     wider = fresh(1, "all+ffs")  # more targets do not change the others
     assert all(torch.equal(wider.modules[n].down, first.modules[n].down) for n in first.modules)
-    gaussian = torch.cat([m.down.flatten() for m in fresh(1, init="gaussian").modules.values()])
-    assert 0.95 / 16 < gaussian.std() < 1.05 / 16
+    for down in (module.down for module in first.modules.values()):
+        assert 0.9 < down.abs().max() * down.shape[1] ** 0.5 <= 1, "uniform in ±1/√in"
 
 
 def test_inside_inference_mode_it_can_still_be_trained():
@@ -199,6 +199,6 @@ def test_misuse_is_an_error():
     add_trainable(model, LoraSettings(), seed=0)
     with pytest.raises(LoraError, match="already"):
         add_trainable(model, LoraSettings(), seed=0)
-    for values in ({"rank": 0}, {"alpha": 0.0}, {"alpha": float("inf")}, {"dropout": 1.0}, {"init": "zeros"}):
+    for values in ({"rank": 0}, {"alpha": 0.0}, {"alpha": float("inf")}, {"dropout": 1.0}):
         with pytest.raises(ConfigError, match=next(iter(values))):
             LoraSettings(**values)

@@ -14,8 +14,8 @@ from chroma_core.training.config.changes import differences, with_changes
 from chroma_core.training.jobs.blocking import continue_job, run_job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run.checkpoint import checkpoints
-from chroma_core.training.run.finish import JOB_KEY
 from chroma_core.training.run.stepper import Stepper
+from chroma_core.training.run.trained import JOB_KEY
 from chroma_core.training.step.optimizers import OptimizerSettings
 from training_cases import config, model_folder, write_dataset
 from waiting import PATIENCE

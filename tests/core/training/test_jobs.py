@@ -16,7 +16,7 @@ from chroma_core.loading.load import load_transformer
 from chroma_core.lora.adapters import attach
 from chroma_core.lora.files import read_lora
 from chroma_core.training.jobs.blocking import run_job
-from chroma_core.training.jobs.job import FolderLock, Job
+from chroma_core.training.jobs.job import Job, folder_lock
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run import faults
 from training_cases import config, model_folder, write_dataset
@@ -196,13 +196,12 @@ def test_a_job_of_a_dead_process_is_interrupted_that_of_a_living_one_is_left_alo
     folder = tmp_path / "jobs" / settings.job_id()
     folder.mkdir(parents=True)
     Job(folder, settings, {"state": "running", "step": 5}).write()
-    lock = FolderLock(folder)
-    assert lock.acquire()
-    watching = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
-    assert watching.get(settings.job_id()).state == "running"
-    with pytest.raises(JobError, match="another process"):
-        watching.ensure(settings)
-    lock.release()
+    with folder_lock(folder) as ours:
+        assert ours
+        watching = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
+        assert watching.get(settings.job_id()).state == "running"
+        with pytest.raises(JobError, match="another process"):
+            watching.ensure(settings)
     (tmp_path / "jobs" / "foreign").mkdir()
     (tmp_path / "jobs" / "foreign" / "job.json").write_text("{}")
     later = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")

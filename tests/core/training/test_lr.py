@@ -5,7 +5,7 @@ import math
 import pytest
 
 from chroma_core.errors import ConfigError
-from chroma_core.training.step.lr import Schedule
+from chroma_core.training.step.optimizers import Schedule
 from training_cases import config
 
 

@@ -13,7 +13,8 @@ from chroma_core.errors import ConfigError
 from chroma_core.model.latents import image_ids
 from chroma_core.sampling.recipe import CANONICAL, RECIPES
 from chroma_core.sampling.text import TextEncoder, batch_conditions, zero_padded
-from chroma_core.training.step.objective import ObjectiveSettings, draw_noise, loss, pair_noise, squared_errors
+from chroma_core.training.config import ObjectiveConfig
+from chroma_core.training.step.objective import draw_noise, loss, pair_noise, squared_errors
 from miniature import t5, tokenizer, transformer
 
 
@@ -184,4 +185,4 @@ def test_kept_padding_has_cache_entries_of_its_own(tmp_path):
 )
 def test_bad_settings_are_named(bad):
     with pytest.raises(ConfigError):
-        ObjectiveSettings(**bad)
+        ObjectiveConfig.parse(bad)

@@ -20,11 +20,10 @@ from chroma_core.sampling.sampler import SamplingSettings, sample
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.curve import plot_losses
 from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
-from chroma_core.training.run.finish import adapter_summary, file_metadata, write_final
 from chroma_core.training.run.loop import train_step
 from chroma_core.training.run.metrics import JobPaths, MetricsLog, Progress
 from chroma_core.training.run.preview import render_previews
-from chroma_core.training.run.trained import check_trained
+from chroma_core.training.run.trained import adapter_summary, check_trained, file_metadata, write_final
 from training_cases import Bench, config, model_folder, write_dataset
 
 

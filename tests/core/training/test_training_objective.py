@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from chroma_core.lora.adapters import adapters_disabled
+from chroma_core.training.config import ObjectiveConfig
 from chroma_core.training.run.loop import Batches
-from chroma_core.training.step.objective import ObjectiveSettings, add_noise, loss, predict_velocity, training_target
+from chroma_core.training.step.objective import add_noise, loss, predict_velocity, training_target
 from chroma_core.weights.safetensors_files import save_safetensors
 from training_cases import Bench, bench, model_folder, steps, write_dataset
 
-EVERYTHING = ObjectiveSettings(
+EVERYTHING = ObjectiveConfig(
     loss="huber",
     huber_delta=0.3,
     prior_weight=0.7,
@@ -30,7 +31,7 @@ def places(tmp_path_factory):
     return model_folder(folder / "model"), write_dataset(folder / "data", 6), folder / "cache"
 
 
-def with_objective(made: Bench, objective: ObjectiveSettings, masks: Path | None = None, **flags) -> Bench:
+def with_objective(made: Bench, objective: ObjectiveConfig, masks: Path | None = None, **flags) -> Bench:
     """The bench with another objective and `flags` on every other sample; `masks`: a folder for masks (right half)."""
     samples = list(made.data.samples)
     for i, sample in enumerate(samples):
@@ -41,7 +42,7 @@ def with_objective(made: Bench, objective: ObjectiveSettings, masks: Path | None
             save_safetensors(masks / f"{i}.safetensors", {"mask": mask}, {})
             sample = replace(sample, masks=(masks / f"{i}.safetensors",) * len(sample.latents))
         samples[i] = replace(sample, **flags) if i % 2 else sample
-    made.batches = Batches(samples, made.data.cache, made.config, objective)
+    made.batches = Batches(samples, made.data.cache, made.config.model_copy(update={"objective": objective}))
     return made
 
 
@@ -80,7 +81,7 @@ def test_the_options_leave_the_other_draws_alone(places, tmp_path):
 def test_a_mask_hides_what_is_outside(places, tmp_path):
     losses = []
     for change in (0.0, 5.0):
-        made = with_objective(bench(places, batch_size=3), ObjectiveSettings(), tmp_path)
+        made = with_objective(bench(places, batch_size=3), ObjectiveConfig(), tmp_path)
         batch = made.batches[0]
         x = add_noise(batch.latents, batch.noise, batch.sigmas)
         with torch.no_grad():
@@ -110,7 +111,7 @@ def test_prior_preservation_pulls_only_an_adapter_that_moved(places):
 
 
 def test_a_batch_may_mix_both_kinds(places):
-    made = with_objective(bench(places, batch_size=6), ObjectiveSettings(prior_weight=0.25), regularisation=True)
+    made = with_objective(bench(places, batch_size=6), ObjectiveConfig(prior_weight=0.25), regularisation=True)
     with torch.no_grad():
         made.parameters[1].add_(0.1)
     batch = made.batches[0]
@@ -128,7 +129,7 @@ def test_a_batch_may_mix_both_kinds(places):
 
 
 def test_zero_padding_shows_all_512_places(places):
-    made = with_objective(bench(places, batch_size=2), ObjectiveSettings(text_padding="zero"))
+    made = with_objective(bench(places, batch_size=2), ObjectiveConfig(text_padding="zero"))
     assert {len(condition.states) for condition in made.batches[0].conditions} == {512}
     padded, plain = steps(made, 1)[0], steps(bench(places, batch_size=2), 1)[0]
     assert math.isfinite(padded.loss) and abs(padded.loss - plain.loss) > 1e-6

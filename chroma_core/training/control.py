@@ -136,7 +136,7 @@ class DeviceSlot:
     def step_aside(self) -> None:
         """Leave the device to others. Called again, it does nothing."""
         if self._module is not None and not self.away:
-            to_host(self._module)
+            to_host(self._module, keep=True)
             release_memory()
             self._set(away=True)
 

@@ -31,9 +31,10 @@ def manager() -> JobManager:
                 host.loras_folder(),
                 host.device(),
                 busy=host.busy,
-                before_load=host.free_models_soon,
+                ask_room=host.room_for_job,
             )
             _manager.subscribe(_heard)
+            host.share_device_with(_manager.slot)
         return _manager
 
 

@@ -169,6 +169,8 @@ def describe(status: Mapping[str, Any]) -> str:
     lines = [f"{status['id']}: {status['state']}, step {status['step']} of {status['steps']}"]
     if status.get("yielded"):
         lines[0] += ", yielding to the queue"
+    elif status.get("waits_for") == "memory":
+        lines[0] += ", waiting until ComfyUI has freed GPU memory"
     for key, label in (
         ("loss_smooth", "loss"),
         ("heldout_loss_base", "held-out loss, base"),

@@ -43,7 +43,7 @@ def start() -> None:
     global _choice, _choices
     can = {
         YIELD: True,
-        FINISH: host.hold_prompts(_holds, _passes),
+        FINISH: host.watch_prompts(_holds, _passes, host.before_prompt),
         REFUSE: host.refuse_prompts(refusal, DETAILS, _passes),
     }
     _choices = tuple(choice for choice in CHOICES if can[choice])

@@ -24,8 +24,9 @@ COUNTED = ("passed", "failed", "error", "errors", "skipped", "xfailed", "xpassed
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NODE_MODULES = ROOT / "node_modules"
 NOTHING_COLLECTED = 5
-PROCESSES = {"core": min(4, os.cpu_count() or 1), "host": min(2, os.cpu_count() or 1)}
-"""Core tests share nothing but the file system, host tests a server for each process: their files are dealt out."""
+TWO = min(2, os.cpu_count() or 1)
+PROCESSES = {"core": min(4, os.cpu_count() or 1), "host": TWO, "browser": TWO}
+"""Core tests share nothing but the file system, the others a server for each process: their files are dealt out."""
 DEALT = ("--dist", "loadscope", "--no-loadscope-reorder")
 """By whole files, and in the order, that tests/conftest.py gives them."""
 SLOWEST = ("--durations=50", "--durations-min=1")

@@ -111,7 +111,7 @@ _FUNCTIONS = {
 """Functions of the trainer and what it is doing while they run; the innermost one counts."""
 
 
-def watch(phase: Any, every: float = 0.002) -> None:
+def watch(phase: Any, every: float = 0.005) -> None:
     """Write into the shared number `phase`, again and again, the index in `PHASES` of what the trainer is doing.
 
     It only reads the trainer's stack, from a thread of its own, so the job that is watched is the job that users run.
@@ -193,7 +193,7 @@ class Trials:
         process, phase = self.start(name)
         last = "start"
         while process.is_alive():
-            time.sleep(0.002)
+            time.sleep(0.005)
             if (now := PHASES[phase.value]) != last:
                 self.visits[last].append(time.monotonic() - since)
                 last, since = now, time.monotonic()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from ..streaming import module_bytes, to_device, to_host
 from ..weights.identify import Part
 from .build import OnPart
 from .hub import COMMIT
-from .load import Device, device_size, load_text_encoder, load_transformer, load_vae
+from .load import Device, device_size, load_text_encoder, load_transformer, load_vae, transformer_identity
 from .model_files import ModelPart, file_state, locate
 from .spec import ModelHandle, ModelSpec
+
+Borrow = Callable[[tuple[str, ...], torch.device], AbstractContextManager[ChromaTransformer | None]]
 
 HOST_MEMORY_MARGIN = 4 << 30
 """Bytes of host memory that parking leaves free for everything else."""
@@ -58,6 +60,8 @@ class ComponentCache:
             that much of its own models.
         free_host_memory: bytes of host memory that are free now.
         on_part: progress of loading; see `build.OnPart`.
+        borrow: `borrow(identity, device)` gives a transformer that somebody else has loaded (see
+            `load.transformer_identity`) for a `with` block, or None.
     """
 
     def __init__(
@@ -65,8 +69,9 @@ class ComponentCache:
         make_room: Callable[[int], None] = lambda needed: None,
         free_host_memory: Callable[[], int] = lambda: psutil.virtual_memory().available,
         on_part: OnPart = lambda done, total, what: None,
+        borrow: Borrow = lambda identity, device: nullcontext(),
     ):
-        self._lock = threading.RLock()
+        self._lock, self._borrow = threading.RLock(), borrow
         self._make_room, self._free_host_memory, self._on_part = make_room, free_host_memory, on_part
         self._held: dict[Part, _Held] = {}
         self._matrix: tuple[str, torch.Tensor] | None = None
@@ -74,11 +79,19 @@ class ComponentCache:
 
     @contextmanager
     def transformer(self, handle: ModelHandle, device: Device) -> Iterator[ChromaTransformer]:
-        """The transformer with the handle's LoRAs on it: merged ones loaded in, live ones attached for this block."""
+        """The transformer with the handle's LoRAs on it: merged ones loaded in, live ones attached for this block.
+
+        Without merged ones it may be borrowed.
+        """
         merged = tuple(use for use in handle.loras if use.mode == "merged")
-        live = [use for use in handle.loras if use.mode == "live"]
         with self._lock:
             spec = self._pinned(handle.spec, "transformer")
+            identity = None if merged else transformer_identity(spec)
+            with nullcontext() if identity is None else self._borrow(identity, torch.device(device)) as lent:
+                if lent is not None:
+                    with _with_live(lent, handle):
+                        yield lent
+                    return
             held = self._get(
                 "transformer",
                 spec,
@@ -86,20 +99,12 @@ class ComponentCache:
                 lambda: load_transformer(spec, device, merged, self._on_part),
                 extra=repr([(use, _version(use.path)) for use in merged]),
             )
-            model: ChromaTransformer = held.value
-            attached: list[str] = []
             held.users += 1
             try:
-                with torch.inference_mode(False):
-                    for i, use in enumerate(live):
-                        name = f"live_{i}"
-                        attach(model, read_lora(use.path), use.strength, name=name, allow_partial=use.allow_partial)
-                        attached.append(name)
-                yield model
+                with _with_live(held.value, handle):
+                    yield held.value
             finally:
                 held.users -= 1
-                for name in attached:
-                    detach(model, name)
 
     def text_encoder(self, spec: ModelSpec, device: Device) -> TextEncoder:
         """The text encoder of `spec`, on `device` until another component takes its turn."""
@@ -200,6 +205,22 @@ class ComponentCache:
         elif held.device.type != "cpu":  # a CPU keeps what fits beside the next component: parking would free nothing
             to_host(held.module)
             held.parked = True
+
+
+@contextmanager
+def _with_live(model: ChromaTransformer, handle: ModelHandle) -> Iterator[None]:
+    """The handle's live LoRAs on the model, inside a `with` block."""
+    attached: list[str] = []
+    try:
+        with torch.inference_mode(False):
+            for i, use in enumerate(use for use in handle.loras if use.mode == "live"):
+                name = f"live_{i}"
+                attach(model, read_lora(use.path), use.strength, name=name, allow_partial=use.allow_partial)
+                attached.append(name)
+        yield
+    finally:
+        for name in attached:
+            detach(model, name)
 
 
 def _version(path: str) -> str:

@@ -26,7 +26,7 @@ from ..weights.opening import Weights, open_weights
 from .build import Device, OnPart, Placement, assemble
 from .hub import OnDownload
 from .matching import Component, build_part, describe_part
-from .model_files import locate
+from .model_files import file_state, locate
 from .quantised_files import is_quantised_file, kept_file, load_quantised, quantised_config, save_quantised
 from .spec import LoraUse, ModelSpec
 
@@ -133,6 +133,14 @@ def describe(spec: ModelSpec, part: Part, on_progress: OnDownload | None = None)
             Identity(part, "chromakit", TITLES[part]), quantised_config(path, part, _precision(spec, part)), {}
         )
     return _described(spec, part, path)[1]
+
+
+def transformer_identity(spec: ModelSpec) -> tuple[str, ...] | None:
+    """Equal for specs whose loaded transformers have the same weights in the same form, all on the device; None for
+    one that is streamed."""
+    if spec.offload == "block":
+        return None
+    return spec.flavour, spec.precision, file_state(locate(spec, "transformer"))
 
 
 def device_size(spec: ModelSpec, part: Part) -> int:

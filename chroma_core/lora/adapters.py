@@ -306,6 +306,31 @@ def adapters_disabled(transformer: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
+@contextmanager
+def without_adapters(transformer: nn.Module) -> Iterator[None]:
+    """The model as it was before its LoRAs came, in eval mode, inside a `with` block.
+
+    Unlike in `adapters_disabled` other LoRAs may be attached and detached meanwhile, and have effect.
+    """
+    layers = [layer for _, layer in adapted_layers(transformer)]
+    branches = [branch for layer in layers for branch in layer.loras()]
+    enabled, strengths = [layer.enabled for layer in layers], [branch.strength for branch in branches]
+    training = transformer.training
+    for layer in layers:
+        layer.enabled = True
+    for branch in branches:
+        branch.strength = 0.0  # which is the layer without it, bit for bit
+    transformer.eval()
+    try:
+        yield
+    finally:
+        transformer.train(training)
+        for layer, before in zip(layers, enabled, strict=True):
+            layer.enabled = before
+        for branch, strength in zip(branches, strengths, strict=True):
+            branch.strength = strength
+
+
 def check_fits(transformer: nn.Module, lora: LoraFile, allow_partial: bool = False) -> Fit:
     """Compare a LoRA with a model before anything is changed.
 

@@ -33,12 +33,24 @@ def memory_in_use(device: torch.device | str) -> dict[str, int]:
     return found
 
 
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED, CUFFT_ALLOC_FAILED …
+    "allocation_failed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    "cudaerrormemoryallocation",
+    "bad allocation",
+    "bad_alloc",
+)
+"""What an error says, in small letters, when a device, a library on it, or the RAM has no memory left."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device, or the RAM, has no memory left."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY)
 
 
 def release_memory() -> None:

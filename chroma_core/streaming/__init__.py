@@ -1,5 +1,6 @@
 """A transformer of which only a few blocks are on the device at a time; taking modules off it, streamed or not."""
 
-from .streamer import BlockStreamer, away, module_bytes, stream_blocks, streamed, to_device, to_host
+from .parking import away, to_device, to_host
+from .streamer import BlockStreamer, module_bytes, stream_blocks, streamed
 
 __all__ = ["BlockStreamer", "away", "module_bytes", "stream_blocks", "streamed", "to_device", "to_host"]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,7 +31,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ConfigError, PrecisionError
 from ..lora.adapters import LoraBranch
-from ..model.device import release_memory
 from ..model.transformer import ChromaTransformer
 from .movers import mover, plain_parts, saving_references
 
@@ -60,31 +59,6 @@ def stream_blocks(
 def streamed(transformer: nn.Module) -> BlockStreamer | None:
     """The streamer of a model, if it has one."""
     return transformer.__dict__.get(_ATTRIBUTE)
-
-
-def to_host(module: nn.Module) -> None:
-    """Take a module off its device. A streamed one gives up what it holds there; the rest is copied."""
-    streamer = streamed(module)
-    with torch.inference_mode(False):
-        streamer.park() if streamer is not None else module.to("cpu")
-
-
-def to_device(module: nn.Module, device: torch.device) -> None:
-    """The way back from `to_host`."""
-    streamer = streamed(module)
-    with torch.inference_mode(False):
-        streamer.unpark() if streamer is not None else module.to(device)
-
-
-@contextmanager
-def away(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module off its device, inside a `with` block."""
-    to_host(module)
-    release_memory()
-    try:
-        yield
-    finally:
-        to_device(module, device)
 
 
 def module_bytes(module: nn.Module) -> dict[str, int]:

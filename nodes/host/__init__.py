@@ -23,7 +23,16 @@ from .folders import (
     pictures_folder,
     settings_file,
 )
-from .memory import components, device, free_models_soon, make_room, memory_report, stay_known
+from .memory import (
+    before_prompt,
+    components,
+    device,
+    make_room,
+    memory_report,
+    room_for_job,
+    share_device_with,
+    stay_known,
+)
 from .messages import Downloads, Interrupted, Progress, broadcast, log, say, server_routes, wants_previews, warn
 from .model_files import (
     model_file,
@@ -36,7 +45,7 @@ from .model_files import (
 )
 from .models import as_host_model, host_vae
 from .prompts import PromptState, cancel_prompt, prompt_state, queue_prompt, refuse_prompts
-from .queue import busy, computing, held_prompts, hold_prompts, waiting, wake_prompts, working
+from .queue import busy, computing, held_prompts, waiting, wake_prompts, watch_prompts, working
 
 __all__ = [
     "LORAS",
@@ -46,6 +55,7 @@ __all__ = [
     "Progress",
     "PromptState",
     "as_host_model",
+    "before_prompt",
     "broadcast",
     "busy",
     "cancel_prompt",
@@ -57,9 +67,7 @@ __all__ = [
     "device",
     "file_state",
     "folder_state",
-    "free_models_soon",
     "held_prompts",
-    "hold_prompts",
     "host_vae",
     "jobs_folder",
     "load_tensors",
@@ -80,14 +88,17 @@ __all__ = [
     "quantised_folder",
     "queue_prompt",
     "refuse_prompts",
+    "room_for_job",
     "say",
     "server_routes",
     "settings_file",
+    "share_device_with",
     "stay_known",
     "t5_tokenizer",
     "waiting",
     "wake_prompts",
     "wants_previews",
     "warn",
+    "watch_prompts",
     "working",
 ]

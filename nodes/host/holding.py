@@ -1,4 +1,5 @@
-"""Prompts that wait in ComfyUI's queue although its worker is free, because something else has the machine.
+"""ComfyUI's prompt worker between two prompts: prompts that wait in its queue because something else has the machine,
+and errands that other threads have it run, since nobody else may touch ComfyUI's models.
 
 The worker takes prompts with `prompt_queue.get(timeout)`. `Holding` stands in for that one method of that one queue.
 What it lets through is taken by ComfyUI's own method; everything else about the queue is untouched, so a held prompt
@@ -9,7 +10,9 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 Item = tuple[Any, ...]
@@ -37,10 +40,18 @@ class Holding:
         holds: whether prompts have to wait now. Asked with the queue locked: it must not wait for any other lock whose
             owner may be about to call `wake`, `busy` or the queue.
         passes: whether a prompt may run all the same.
+        before: called in the worker's thread with a prompt that is about to run.
     """
 
-    def __init__(self, queue: Any, holds: Callable[[], bool], passes: Callable[[Item], bool]):
-        self.holds, self.passes = holds, passes
+    def __init__(
+        self,
+        queue: Any,
+        holds: Callable[[], bool],
+        passes: Callable[[Item], bool],
+        before: Callable[[Item], None] = lambda item: None,
+    ):
+        self.holds, self.passes, self._before = holds, passes, before
+        self._errands: deque[tuple[Future[None], Callable[[], None]]] = deque()
         self._queue, self._take = queue, queue.get
         queue.get = self.get
 
@@ -50,12 +61,36 @@ class Holding:
         None when the timeout (seconds; None: for ever) has passed, or something else woke the worker: it then looks at
         its flags (unload, free memory) and collects its garbage, also while prompts are held.
         """
-        with self._queue.not_empty:
-            while not self._offer():
-                self._queue.not_empty.wait(timeout)
-                if timeout is not None and not self._offer():
+        while True:
+            self._run_errands()
+            with self._queue.not_empty:
+                if not self._offer() and not self._errands:
+                    self._queue.not_empty.wait(timeout)
+                if self._offer():
+                    found = self._take(timeout)  # there is a prompt, so it does not wait
+                    break
+                if timeout is not None and not self._errands:
                     return None
-            return self._take(timeout)  # there is a prompt, so it does not wait
+        self._before(found[0])
+        return found
+
+    def ask(self, errand: Callable[[], None]) -> Future[None]:
+        """Have the worker run this when it runs no prompt, before the next one. Any thread."""
+        future: Future[None] = Future()
+        with self._queue.not_empty:
+            self._errands.append((future, errand))
+            self._queue.not_empty.notify_all()
+        return future
+
+    def _run_errands(self) -> None:
+        while self._errands:
+            future, errand = self._errands.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    errand()
+                    future.set_result(None)
+                except Exception as error:
+                    future.set_exception(error)
 
     def wake(self) -> None:
         """What `holds` answers may have changed: the worker looks again at once. Any thread."""

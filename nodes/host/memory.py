@@ -5,25 +5,43 @@ loaded (`components`) is on that list as one entry, a patcher without weights of
 components hold on the device, and when ComfyUI asks it to unload, they go. Registering it is ComfyUI's ordinary
 `load_models_gpu`, which first frees as much of ComfyUI's own models as ours are going to need.
 
-All of this belongs to the thread that runs prompts; a training job loads its own components and never comes here.
+A training job has components of its own, on the same device. It is counted in that entry, leaves when the room is
+wanted (`DeviceSlot`), and lends its base to a prompt that wants just that. It comes back when the thread that runs
+prompts has made room for it.
+
+All of this belongs to that thread, but for `room_for_job`.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import comfy.model_management as management
 import comfy.model_patcher
+import execution
 import torch
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ...chroma_core.loading.component_cache import ComponentCache
-from .messages import show_loading
-from .queue import computing
+from ...chroma_core.training.control import DeviceSlot
+from .messages import say, show_loading
+from .queue import between_prompts, computing
 
 log = logging.getLogger("chromakit")
+
+COMPUTING_BYTES = 2 << 30
+"""Beside the weights of a component of ours: room to compute with it."""
+
+
+def _no_job() -> DeviceSlot | None:
+    return None
+
+
+_job_slot: Callable[[], DeviceSlot | None] = _no_job
 
 
 def device() -> torch.device:
@@ -40,6 +58,8 @@ def make_room(needed: int | None = None) -> None:
     if device().type != "cpu" and needed is None:
         management.free_memory(1e30, device(), keep_loaded=_our_entries())
     _stand_in().announce(needed or 0)
+    if needed is None or (needed and _free() < needed + COMPUTING_BYTES):
+        _job_leaves()
 
 
 def stay_known() -> None:
@@ -48,14 +68,69 @@ def stay_known() -> None:
         _stand_in().announce(0)
 
 
-def free_models_soon() -> None:
-    """Memory for a job, from the training thread: our cache goes at once, ComfyUI's models soon."""
-    if device().type != "cpu":
-        components.clear()
+def share_device_with(job_slot: Callable[[], DeviceSlot | None]) -> None:
+    """From now on the job at work, if there is one, has that place on the device."""
+    global _job_slot
+    _job_slot = job_slot
+
+
+def before_prompt(prompt: dict[str, Any]) -> None:
+    """See to it that a prompt finds the memory that it needs beside a training job.
+
+    Our nodes and ComfyUI's own ask for memory when they need it. A node of another pack may just take it: for such a
+    one the job leaves at once.
+    """
+    kinds = {node.get("class_type") for node in prompt.values() if isinstance(node, dict)}
+    ours = __name__.rpartition(".nodes.host.")[0].rpartition(".")[2]
+    known: dict[Any, Any] = getattr(execution.nodes, "NODE_CLASS_MAPPINGS", {})
+    origins = {getattr(known.get(kind), "RELATIVE_PYTHON_MODULE", "") for kind in kinds}
+    if any(origin.startswith("custom_nodes.") and origin.rpartition(".")[2] != ours for origin in origins):
+        _job_leaves()
+    stay_known()
+
+
+def room_for_job(needed: int) -> Callable[[], bool]:
+    """Ask for `needed` bytes of the device for a job; the answer says whether ComfyUI has made room (any thread)."""
+    if device().type == "cpu":
+        return lambda: True
+    asked = between_prompts(lambda: _clear(needed))
+    if asked is None:  # another kind of queue: ComfyUI unloads everything as soon as it can
         PromptServer.instance.prompt_queue.set_flag("unload_models", True)
+        return lambda: True
+    return asked.done
 
 
-components = ComponentCache(make_room=make_room, on_part=show_loading)
+def _clear(needed: int) -> None:
+    components.park()
+    management.free_memory(needed, device(), keep_loaded=_our_entries())
+    management.soft_empty_cache()
+
+
+def _job_leaves() -> None:
+    """Return when no training job is on the device, or cannot leave: the prompt then tries with what there is."""
+    slot = _job_slot()
+    if slot is None or device().type == "cpu" or slot.make_leave(_cancelled, seconds=0):
+        return
+    say("Waiting until the training job has left the GPU")
+    if not slot.make_leave(_cancelled):
+        log.warning("ChromaKit: the training job has not left the GPU; the prompt goes on beside it.")
+
+
+def _borrow(identity: tuple[str, ...], where: torch.device) -> AbstractContextManager[Any]:
+    slot = _job_slot()
+    return nullcontext() if slot is None else slot.lend((identity, where), _cancelled)
+
+
+def _cancelled() -> None:
+    management.throw_exception_if_processing_interrupted()
+
+
+def _free() -> int:
+    free: Any = management.get_free_memory(device())
+    return int(free)
+
+
+components = ComponentCache(make_room=make_room, on_part=show_loading, borrow=_borrow)
 """What nodes keep loaded between prompts. Jobs load their own."""
 
 
@@ -76,9 +151,10 @@ def memory_report() -> dict[str, Any]:
 
 
 def _on_device() -> int:
-    """Bytes that our components hold on ComfyUI's device."""
-    where = device()
-    return sum(
+    """Bytes that our components and the job hold on ComfyUI's device."""
+    where, slot = device(), _job_slot()
+    job = slot.device_bytes() if slot is not None and where.type != "cpu" else 0
+    return job + sum(
         size
         for name, size in components.device_bytes().items()
         if torch.device(name).type == where.type and torch.device(name).index in (None, where.index or 0)
@@ -126,8 +202,8 @@ class _StandIn(comfy.model_patcher.ModelPatcher):
     def partially_load(self, *_: Any, **__: Any) -> int:
         return 0  # `components` loads
 
-    def partially_unload(self, *_: Any, **__: Any) -> int:
-        return _give_back()
+    def partially_unload(self, _: Any, memory_to_free: int = 0, **__: Any) -> int:
+        return _give_back(memory_to_free)
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
         if unpatch_all:  # otherwise ComfyUI only renews the entry
@@ -135,22 +211,23 @@ class _StandIn(comfy.model_patcher.ModelPatcher):
         return self.model
 
 
-def _give_back() -> int:
-    """Give the device's memory back and return how many bytes that were.
+def _give_back(wanted: float = 1e30) -> int:
+    """Give the device's memory back, `wanted` bytes at least, and return how many bytes that were.
 
-    While a node runs, another model needs the room: ours wait in RAM, as ComfyUI's own do. When none
-    runs, the user asked for the memory (`/free`), or it has run out: everything goes. On a CPU, the
-    computer's memory is the device. Nothing is taken from under one of our own nodes while it computes.
+    While a node runs, another model needs the room: ours wait in RAM, as ComfyUI's own do, and if that is not enough a
+    training job leaves, too. When none runs, the user asked for the memory (`/free`), or it has run out: everything but
+    the job goes. On a CPU, the computer's memory is the device. Nothing is taken from under one of our own nodes while
+    it computes.
     """
-    if computing():
-        return 0
-    held = _on_device()
-    node_runs = get_executing_context() is not None
+    held, node_runs = _on_device(), get_executing_context() is not None
     keeps_models_off_device = getattr(management, "DISABLE_SMART_MEMORY", False)  # asks after every prompt
-    if device().type != "cpu" and (node_runs or keeps_models_off_device):
-        components.park()
-    else:
-        components.clear()
+    if not computing():
+        if device().type != "cpu" and (node_runs or keeps_models_off_device):
+            components.park()
+        else:
+            components.clear()
+    if node_runs and held - _on_device() < wanted:
+        _job_leaves()
     return held - _on_device()
 
 

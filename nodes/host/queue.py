@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,20 +31,30 @@ def busy() -> bool:
         return bool(pending)
 
 
-def hold_prompts(holds: Callable[[], bool], passes: Callable[[dict[str, Any], list[str] | None], bool]) -> bool:
+def watch_prompts(
+    holds: Callable[[], bool],
+    passes: Callable[[dict[str, Any], list[str] | None], bool],
+    before: Callable[[dict[str, Any]], None],
+) -> bool:
     """From now on prompts wait in the queue while `holds()`, but for those that pass; one that runs goes on.
 
     Args:
         holds: asked often, by any thread and with the queue locked; it must not wait for another lock for long.
         passes: whether a prompt (API format, ids of the output nodes that it runs for) may run all the same.
+        before: called with a prompt that is about to run, in the thread that runs prompts.
     Returns:
         False: this version of ComfyUI has a queue of another kind, and nothing is ever held.
     """
     global _holding
     queue = PromptServer.instance.prompt_queue
     if _holding is None and can_hold(queue):
-        _holding = Holding(queue, holds, lambda item: passes(item[2], item[4]))
+        _holding = Holding(queue, holds, lambda item: passes(item[2], item[4]), lambda item: before(item[2]))
     return _holding is not None
+
+
+def between_prompts(errand: Callable[[], None]) -> Future[None] | None:
+    """Have the thread that runs prompts run this when it runs none (any thread); None where it cannot be asked."""
+    return _holding.ask(errand) if _holding is not None else None
 
 
 def wake_prompts() -> None:

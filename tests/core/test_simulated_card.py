@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,23 @@ def test_without_a_card_a_benchmark_says_so(script, monkeypatch, capsys, tmp_pat
     assert {"gpu": gpu, "step_cost": step_cost}[script].main() == 2
     captured = capsys.readouterr()
     assert "no CUDA card here" in captured.err and "nullgpu" in captured.err and not captured.out
+
+
+def test_a_job_lends_its_base_leaves_and_comes_back(root):
+    """What is frozen goes down once, at the first leaving; a loan moves nothing."""
+    try:
+        card = environment(gib=24)
+    except CannotBuild as error:
+        pytest.skip(str(error))
+    card["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "tests/support")))
+    command = [sys.executable, str(root / "tests/support/sharing_a_card.py")]
+    done = subprocess.run(command, cwd=root, env=card, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    weights, trained = found["weights"], found["trained"]
+    assert weights > 2 * trained > 0
+    for number, row in enumerate(found["rounds"]):
+        assert row["borrowed"] == {"up": 0, "down": 0} and row["lent"] == weights
+        assert row["gone"] == 0 and row["asked"] == weights
+        assert row["back"]["up"] == pytest.approx(weights, rel=0.01) and row["back"]["down"] == 0
+        assert row["left"]["down"] == pytest.approx(weights if number == 0 else trained, rel=0.01)

@@ -60,7 +60,7 @@ class Bench:
 
     def __init__(self, settings: TrainingConfig, cache: Path):
         self.config = settings
-        self.data = prepare(settings, cache, DeviceSlot("cpu"), lambda: None, lambda *_: None)
+        self.data = prepare(settings, cache, DeviceSlot("cpu"), lambda **_: None, lambda *_: None)
         self.transformer = load_transformer(settings.model, "cpu")
         places = JobPaths(cache / "job", cache / "loras", cache, cache / "diffusion_models")
         self.trained = make_trained(settings, self.transformer, places, self.data.base_sha256)

@@ -164,6 +164,8 @@ interface Job {
   updated: number;
   message: string;
   yielded?: boolean;
+  /** "prompt", "memory" (until ComfyUI makes room), or nothing */
+  waits_for?: string;
   checkpoint?: number | null;
   loss?: number | null;
   loss_smooth?: number | null;

@@ -315,10 +315,13 @@ class SharedControl(Control):
         super().__init__()
         self._world = world
 
-    def gate(self, serve: Callable[[bool], None] | None = None, pausable: bool = True) -> None:
+    def between_parts(self) -> None:
+        """Nothing: the ranks meet between steps."""
+
+    def gate(self, serve: Callable[[bool], None] | None = None, pausable: bool = True, needed: int = 0) -> None:
         if self._world.apart:
             if self._world.main:
-                super().gate(serve, pausable)
+                super().gate(serve, pausable, needed)
             return
         asked = torch.tensor([float(self.halt.is_set()), float(self.stop.is_set())])
         halt, stop = self._world.sum_numbers(asked).tolist()

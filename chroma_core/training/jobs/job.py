@@ -38,8 +38,8 @@ class JobValues(JobEnd):
 
     loss, loss_smooth, lr, heldout_loss: of the newest step that has one. step_seconds: running mean; eta_seconds: time
     left, by it. changes: options changed since the start (see `changes.entry`). checkpoint: step of the newest one.
-    yielded: whether the trainer waits for a prompt. memory: bytes (see `device.memory_in_use`). created, updated: Unix
-    time.
+    yielded: whether the trainer waits for a prompt. waits_for: `prompt`, `memory` (until ComfyUI makes room), or
+    nothing. memory: bytes (see `device.memory_in_use`). created, updated: Unix time.
     """
 
     step: int
@@ -63,6 +63,7 @@ class JobValues(JobEnd):
     checkpoint: int | None
     base_sha256: str | None
     yielded: bool
+    waits_for: Literal["", "prompt", "memory"]
     memory: dict[str, int] | None
     created: float
     updated: float
@@ -83,7 +84,7 @@ def _fresh(config: TrainingConfig) -> dict[str, Any]:
     now = time.time()
     values: dict[str, Any] = {**dict.fromkeys(JobValues.__annotations__), "created": now, "updated": now}
     values |= {"state": "queued", "message": "", "step": 0, "steps": config.steps, "warnings": [], "changes": []}
-    return {**values, "train_seconds": 0.0, "skipped_steps": 0, "yielded": False}
+    return {**values, "train_seconds": 0.0, "skipped_steps": 0, "yielded": False, "waits_for": ""}
 
 
 _DETAILS = ("warnings", "changes", "memory", "base_sha256", "lora_path", "model_path")
@@ -185,7 +186,9 @@ class Job:
         previews = fields.pop("new_samples", None)
         with self._lock:
             before, known = self.state, len(self._values["warnings"])
-            yielded = self._values["yielded"]
+            waited_for = self._values["waits_for"]
+            if fields.get("yielded") is False:
+                fields.setdefault("waits_for", "")
             if (seconds := fields.pop("step_seconds_now", None)) is not None:
                 mean = self._values["step_seconds"]
                 self._values["step_seconds"] = round(seconds if mean is None else 0.9 * mean + 0.1 * seconds, 4)
@@ -207,7 +210,7 @@ class Job:
             if changed or urgent or now - self._written > WRITE_EVERY_SECONDS:
                 self.write()
             # Nothing else may come for as long as a prompt runs.
-            turned = self._values["yielded"] != yielded
+            turned = self._values["waits_for"] != waited_for
             announce = changed or turned or urgent or now - self._notified > NOTIFY_EVERY_SECONDS
             if announce:
                 self._notified = now

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ...errors import ConfigError, JobError
 from ..config import TrainingConfig
 from ..config.changes import check_changes, differences, entry, with_changes
-from ..control import Control, Halted
+from ..control import AskRoom, Control, DeviceSlot, Halted, no_need_to_ask
 from ..distributed.world import ALONE, World
 from ..run.checkpoint import checkpoints
 from ..run.metrics import JobPaths
@@ -39,7 +39,7 @@ class JobManager:
         loras_folder: where finished LoRAs go.
         device: where jobs compute.
         busy: whether ComfyUI works on something now; the trainer waits between steps while it does.
-        before_load: called in the worker before a model component is loaded.
+        ask_room: asks ComfyUI, from the worker, for bytes of the device; see `control.AskRoom`.
         models_folder: where models of full-rank jobs go as single files; None: `diffusion_models` beside the LoRAs.
             As diffusers folders they go to `diffusers` beside it.
         world: the ranks of a distributed run, of which this is rank 0 (see `distributed`).
@@ -51,13 +51,13 @@ class JobManager:
         loras_folder: Path,
         device: Device,
         busy: Callable[[], bool] = lambda: False,
-        before_load: Callable[[], None] | None = None,
+        ask_room: AskRoom = no_need_to_ask,
         models_folder: Path | None = None,
         world: World = ALONE,
     ):
         self.root, self.loras_folder, self.device = Path(root), Path(loras_folder), device
         self.models_folder = models_folder
-        self._busy, self._before_load, self._world = busy, before_load or (lambda: None), world
+        self._busy, self._ask_room, self._world = busy, ask_room, world
         self._jobs: dict[str, Job] = {}
         self._controls: dict[str, Control] = {}
         self._queue: list[Job] = []
@@ -286,6 +286,13 @@ class JobManager:
             self._worker.join(timeout)
         atexit.unregister(self.shutdown)
 
+    def slot(self) -> DeviceSlot | None:
+        """The place on the device of the job that is at work; None when none is. Any thread; never waits."""
+        for control in tuple(self._controls.values()):
+            if control.slot is not None and control.slot.in_use:
+                return control.slot
+        return None
+
     # --- working -----------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
@@ -315,12 +322,14 @@ class JobManager:
             working = fields.get("state", working)
             job.update(**fields)
 
-        control.on_wait = lambda paused, yielded: job.update(state="paused" if paused else working, yielded=yielded)
+        def on_wait(paused: bool, yielded: bool, short: bool) -> None:
+            waits_for = "prompt" if yielded else "memory" if short else ""
+            job.update(state="paused" if paused else working, yielded=yielded, waits_for=waits_for)
+
+        control.on_wait = on_wait
         paths = JobPaths.of(self.root, job.folder.name, self.loras_folder, self.models_folder)
         try:
-            state, written = run_training(
-                job.config, paths, self.device, control, report, self._before_load, self._world
-            )
+            state, written = run_training(job.config, paths, self.device, control, report, self._ask_room, self._world)
             message = "" if written else "Stopped before the first step: there is no LoRA."
             if not written and job.status()["checkpoint"]:
                 message = "Stopped while preparing; resume it to go on."

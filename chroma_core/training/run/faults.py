@@ -37,8 +37,10 @@ ADVICE = (
 )
 """What SimpleTuner's guide for Chroma advises when training diverges early."""
 
-
 MAX_SKIPPED_IN_A_ROW = 10
+
+MEMORY_TRIES = 3
+"""How often work that ran out of memory is done anew before the job is paused."""
 
 
 class Diverged(ChromaKitError):

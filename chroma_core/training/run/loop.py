@@ -156,10 +156,12 @@ def train_step(
     batches: Batches,
     config: TrainingConfig,
     world: World = ALONE,
+    between: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """One optimizer step (`step` 0-based) over `config.effective_batch` samples, `config.batch_size` at a time.
 
-    In a distributed run each rank computes its share of the samples, and all take the same step.
+    In a distributed run each rank computes its share of the samples, and all take the same step. `between` is called
+    between the parts; it may wait or raise, and the step has then changed nothing.
     """
     device = transformer.x_embedder.weight.device
     batch, objective = batches[step], batches.objective
@@ -167,6 +169,8 @@ def train_step(
     transformer.train()
     size = part_size(config.batch_size, config.effective_batch, world.size)
     for start, counts in world.starts(len(batch), size):
+        if start:
+            between()
         part = batch.part(start, size).to(device)
         seed_dropout(transformer, generator(config.seed, "dropout", step, start).initial_seed())
         x = add_noise(part.latents, part.noise, part.sigmas)

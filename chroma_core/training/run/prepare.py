@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -17,7 +17,7 @@ from ...data.samples import Progress as OnProgress
 from ...data.samples import Sample, SampleSet, cache_samples, cache_texts, caption_texts, combine
 from ...data.scan import DatasetConfig, describe_skipped, scan
 from ...errors import ConfigError, first_line
-from ...loading.load import Device, load_text_encoder, load_vae
+from ...loading.load import Device, device_size, load_text_encoder, load_vae
 from ...loading.model_files import base_hash, locate
 from ...loading.spec import ModelSpec
 from ...lora.adapters import adapted_layers
@@ -30,6 +30,8 @@ from ..control import DeviceSlot
 from .preview import preview_texts
 
 Part = TypeVar("Part", AutoencoderKL, TextEncoder)
+COMPUTING_BYTES = 2 << 30
+"""Beside the weights of the VAE or T5, for encoding one image or text."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,14 @@ class Prepared:
 
 
 def prepare(
-    config: TrainingConfig, cache_folder: Path, slot: DeviceSlot, between: Callable[[], None], progress: OnProgress
+    config: TrainingConfig, cache_folder: Path, slot: DeviceSlot, between: Callable[..., None], progress: OnProgress
 ) -> Prepared:
     """Scan and cache. Interrupted at any point, the next call continues where this one was.
 
     Args:
         slot: the job's slot on the device, which VAE and T5 take one after the other.
-        between: called between entries; may wait or raise.
+        between: called between entries, and with `needed` before a component comes to the device (see `Control.gate`);
+            may wait or raise.
     Raises:
         DataError, PromptError, ModelFileError: each with what to do.
     """
@@ -73,7 +76,12 @@ def prepare(
     sets: list[list[Sample]] = []
     for found in scans:
         samples, unreadable = cache_samples(
-            found, cache, config.resolution, lambda: _borrowed(load_vae, config, slot), between, progress
+            found,
+            cache,
+            config.resolution,
+            lambda: _borrowed(load_vae, "vae", config, slot, between),
+            between,
+            progress,
         )
         warnings += found.warnings
         if unreadable:
@@ -85,12 +93,14 @@ def prepare(
     )
     captions = caption_texts(samples)
     texts = [*captions, *(sample.captions[0] for sample in heldout), *prompts]
-    truncated = cache_texts(texts, cache, lambda: _borrowed(load_text_encoder, config, slot), between, progress)
+    truncated = cache_texts(
+        texts, cache, lambda: _borrowed(load_text_encoder, "text_encoder", config, slot, between), between, progress
+    )
     training_cache = cache
     if config.objective.text_padding == "unmodified":
         # Only training sees the padding: previews and the held-out loss condition as sampling does.
         training_cache = LatentTextCache(cache_folder, cache.vae_key, f"{cache.text_key} unmodified", cache.recipe)
-        cache_texts(captions, training_cache, lambda: _with_padding(config, slot), between, progress)
+        cache_texts(captions, training_cache, lambda: _with_padding(config, slot, between), between, progress)
     if truncated:
         warnings.append(
             f"{len(truncated)} captions are longer than 512 tokens and were cut, e.g. “{truncated[0][:60]}…”."
@@ -108,21 +118,30 @@ def _heldout(config: TrainingConfig) -> list[DatasetConfig]:
 
 
 @contextmanager
-def _with_padding(config: TrainingConfig, slot: DeviceSlot) -> Iterator[TextEncoder]:
-    with _borrowed(load_text_encoder, config, slot) as encoder:
+def _with_padding(config: TrainingConfig, slot: DeviceSlot, gate: Callable[..., None]) -> Iterator[TextEncoder]:
+    with _borrowed(load_text_encoder, "text_encoder", config, slot, gate) as encoder:
         yield encoder.with_padding()
 
 
 @contextmanager
-def _borrowed(load: Callable[[ModelSpec, Device], Part], config: TrainingConfig, slot: DeviceSlot) -> Iterator[Part]:
+def _borrowed(
+    load: Callable[[ModelSpec, Device], Part],
+    name: Literal["vae", "text_encoder"],
+    config: TrainingConfig,
+    slot: DeviceSlot,
+    gate: Callable[..., None],
+) -> Iterator[Part]:
     """A component of the model on the job's device, inside a `with` block."""
-    slot.make_room()
-    part = load(config.model, slot.device)
-    module: nn.Module = part.model if isinstance(part, TextEncoder) else part
+    on_cpu = slot.device.type == "cpu"  # which has nothing to ask for
+    gate(needed=0 if on_cpu else device_size(config.model, name) + COMPUTING_BYTES)
+    with slot.coming():
+        part = load(config.model, slot.device)
+        module: nn.Module = part.model if isinstance(part, TextEncoder) else part
+        slot.take(module)
     try:
-        with slot.taken_by(module):
-            yield part
+        yield part
     finally:
+        slot.leave()
         # The caller's `as` variable still names it here: what is freed is its place on the accelerator.
         module.to("cpu")  # type: ignore[arg-type]
         release_memory()

@@ -8,25 +8,39 @@ newest checkpoint and ends with the same weights, bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from ...data.samples import fingerprint, picture_count
 from ...files import remove_leftovers
-from ...loading.load import Device, load_transformer
-from ...model.device import memory_in_use, release_memory
+from ...loading.load import Device, load_transformer, transformer_identity
+from ...lora.adapters import without_adapters
+from ...memory import estimate, machine
+from ...model.device import is_out_of_memory, memory_in_use, release_memory
+from ...model.transformer import ChromaTransformer
+from ...streaming import module_bytes
 from ..config import TrainingConfig
 from ..config.changes import recorded
-from ..control import Control, DeviceSlot, Halted, Stopped
+from ..control import AskRoom, Control, DeviceSlot, Halted, Loan, Stopped, no_need_to_ask
 from ..distributed.world import ALONE, ProcessLost, World, check_sharding, shard
 from ..step.ema import Ema
 from ..step.objective import heldout_loss
 from ..step.optimizers import check_optimizer
 from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint
-from .faults import Diverged, disk_shortage, give_up_if_broken, memory_in_words, watch_loss
+from .faults import (
+    MEMORY_TRIES,
+    Diverged,
+    disk_shortage,
+    give_up_if_broken,
+    memory_in_words,
+    out_of_memory,
+    plan_settings,
+    watch_loss,
+)
 from .loop import Batches, StepResult, train_step
 from .metrics import EventFiles, JobPaths, MetricsLog, Progress, check_event_files
 from .prepare import Prepared, compile_blocks, prepare
@@ -34,6 +48,7 @@ from .preview import render_previews
 from .stepper import Stepper
 from .trained import WrittenFiles, check_trained, file_metadata, make_trained
 
+Result = TypeVar("Result")
 Report = Callable[..., None]
 """report(**fields): tell the job's status about something new."""
 
@@ -51,14 +66,16 @@ class Run:
         device: Device,
         control: Control,
         report: Report,
-        before_load: Callable[[], None] = lambda: None,
+        ask_room: AskRoom = no_need_to_ask,
         world: World = ALONE,
     ):
         self.config, self.paths, self.device, self.control, self.report = config, paths, device, control, report
-        self.before_load, self.world = before_load, world
+        self.world = world
+        self.slot = control.slot = DeviceSlot(device, ask_room)
         self.metrics = MetricsLog(paths.job / "metrics.jsonl", writes=world.main)
         self.progress = Progress()
         self.event_files: EventFiles | None = None
+        self._begun = False
         self._saved = time.monotonic()
 
     def prepare(self) -> None:
@@ -75,7 +92,6 @@ class Run:
         check_optimizer(config.optimizer_settings(), self.device)
         advice = check_trained(config, paths)
         check_event_files(config.tensorboard and world.main)
-        self.slot = self.control.slot = DeviceSlot(self.device, self.before_load)
         self.data: Prepared = world.main_first(
             lambda: prepare(config, paths.cache, self.slot, self.control.gate, self._report_caching)
         )
@@ -85,9 +101,11 @@ class Run:
         """Load the transformer, put on it what is trained, and make the optimizer and the batches."""
         config, data, sharded = self.config, self.data, self.world.sharded
         self.report(message="loading the transformer", warnings=data.warnings, base_sha256=data.base_sha256)
-        self.before_load()
-        self.transformer = load_transformer(config.model, "cpu" if sharded else self.device)
-        self.slot.take(self.transformer)
+        self._forget()  # what an earlier attempt left there
+        self.control.gate(needed=self._device_bytes())
+        with self.slot.coming():
+            self.transformer = load_transformer(config.model, "cpu" if sharded else self.device)
+            self.slot.take(self.transformer, self._loan())
         self.trained = make_trained(config, self.transformer, self.paths, data.base_sha256)
         if sharded:
             shard(self.transformer, self.trained.parameters, torch.device(self.device))
@@ -99,6 +117,31 @@ class Run:
         self.stepper = Stepper(self.trained.parameters, config.optimizer_settings())
         self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
         self.batches = Batches(data.samples, data.training_cache, config)
+
+    def _device_bytes(self) -> int:
+        """What the job is going to take of the device, by the memory plan; 0 where it has memory of its own."""
+        if torch.device(self.device).type == "cpu":
+            return 0
+        return estimate(plan_settings(self.config), machine(self.device)).training_peak_bytes
+
+    def _beside(self) -> int:
+        """What of it is not the model."""
+        model = sum(module_bytes(self.transformer).values()) if self._begun else 0
+        return max(0, self._device_bytes() - model)
+
+    def _loan(self) -> Loan | None:
+        """The base for prompts that want just that: its weights must stay as they are, and lie on the device."""
+        config, transformer = self.config, self.transformer
+        if config.full is not None or config.compile or self.world.size > 1:
+            return None
+
+        @contextmanager
+        def plain() -> Iterator[ChromaTransformer]:
+            with without_adapters(transformer):
+                yield transformer
+
+        key = transformer_identity(config.model)
+        return None if key is None else Loan((key, torch.device(self.device)), plain)
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, or start afresh."""
@@ -128,6 +171,7 @@ class Run:
                 warnings.append(change["warning"])
             if change["step"] >= self.progress.step:  # cut off with the steps after the checkpoint, or not yet written
                 self.metrics.append(**change)
+        self._begun = True
         self.report(warnings=warnings, **self._numbers())
 
     def _warn(self, message: str) -> None:
@@ -147,19 +191,72 @@ class Run:
             Stopped, Halted: on request; `save` keeps what there is.
             Diverged: after ten skipped steps in a row.
         """
-        config, progress = self.config, self.progress
         self.report(state="running", message="")
         while True:
-            self._do_what_is_due()
-            if progress.step >= config.steps:
+            self.surely(self._do_what_is_due)
+            if self.progress.step >= self.config.steps:
                 return
-            self.control.gate(self._do_what_was_asked)
-            started = time.perf_counter()
-            result = train_step(progress.step, self.transformer, self.stepper, self.batches, config, self.world)
-            if self.ema is not None and not result.skipped:
-                with self.stepper.as_trained():
-                    self.ema.update(progress.step)
-            self._count(result, time.perf_counter() - started)
+            self.surely(lambda: self.control.gate(self._do_what_was_asked))
+            self.surely(self._step)
+
+    def _step(self) -> None:
+        stepper, step, started = self.stepper, self.progress.step, time.perf_counter()
+        between = self.control.between_parts
+        result = train_step(step, self.transformer, stepper, self.batches, self.config, self.world, between)
+        if self.ema is not None and not result.skipped:
+            stepper.torn = True
+            with stepper.as_trained():
+                self.ema.update(step)
+            stepper.torn = False
+        self._count(result, time.perf_counter() - started)
+
+    def surely(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives; when memory does not suffice, it is undone, and done anew with more room.
+
+        Every draw is a function of the step's number, so it gives what it would have given at once. After a few tries
+        the job is paused, with a checkpoint, and says what to change; resumed, it tries again.
+        """
+        tries = 0
+        while True:
+            try:
+                if tries:
+                    self._undo()
+                return work()
+            except Exception as error:
+                if not is_out_of_memory(error) or self.world.size > 1:
+                    raise
+                # Not the error itself: its frames hold what was allocated.
+                found = out_of_memory(error, self.config, torch.device(self.device)).with_traceback(None)
+            tries += 1
+            self._make_way(str(found), give_up=tries % MEMORY_TRIES == 0)
+
+    def _undo(self) -> None:
+        """Back to the last whole step: the present one left gradients at most, or else tore the weights."""
+        if not self._begun:
+            return
+        if self.stepper.torn:
+            restored, _ = self._restore()
+            self.progress = restored or Progress(data=self.progress.data)
+            self.metrics.truncate(self.progress.metrics_bytes)
+            self.stepper.torn = False
+        self.stepper.forget()
+
+    def _make_way(self, message: str, give_up: bool) -> None:
+        """Leave the device, so that what fills it gets through, and come back when there is room; or pause."""
+        self.slot.step_aside()
+        release_memory()
+        self.metrics.append(step=self.progress.step, out_of_memory=True)
+        if not give_up:
+            self.control.gate(pausable=False, needed=self._beside())
+            return
+        if self._begun and not self.stepper.torn:
+            self.stepper.forget()
+            self.save(wait=False)
+        self.control.pause.set()
+        self.control.sample.clear()
+        self.report(message=f"Paused: {message}")
+        self.control.gate(needed=self._beside())
+        self.report(message="")
 
     def _count(self, result: StepResult, seconds: float) -> None:
         """Write one step down."""
@@ -220,8 +317,8 @@ class Run:
             self.save()
             self.control.save.clear()
         if device_is_free and self.control.sample.is_set():
-            self.control.sample.clear()
             self.preview(lambda: self.control.gate(pausable=False))
+            self.control.sample.clear()
 
     def _validate(self) -> None:
         with self.stepper.as_trained():
@@ -291,7 +388,7 @@ class Run:
     def _where_the_optimizer_is(self) -> None:
         """Schedule-free AdamW averages with its state, which stays on the device when the weights step aside."""
         if self.config.optimizer == "schedule-free":
-            self.slot.come_back()
+            self.slot.return_now()
 
     def keep_what_is_good(self) -> None:
         """Save a checkpoint, or go back to the newest one when the last steps could not be taken."""
@@ -306,7 +403,7 @@ class Run:
 
         They are empty in a process that does not write.
         """
-        return self.world.on_main(self._write_files) or {}
+        return self.surely(lambda: self.world.on_main(self._write_files)) or {}
 
     def _write_files(self) -> WrittenFiles:
         pictures, job = picture_count(self.data.samples), self.paths.job
@@ -325,8 +422,12 @@ class Run:
         """Give the memory back."""
         if self.event_files is not None:
             self.event_files.close()
+        self._forget()
+
+    def _forget(self) -> None:
         self.slot.leave()
-        del self.transformer, self.trained, self.stepper, self.ema, self.batches
+        for name in ("transformer", "trained", "stepper", "ema", "batches"):
+            self.__dict__.pop(name, None)
         release_memory()
 
     def _report_caching(self, what: str, done: int, total: int) -> None:
@@ -350,7 +451,7 @@ def run_training(
     device: Device,
     control: Control,
     report: Report,
-    before_load: Callable[[], None] = lambda: None,
+    ask_room: AskRoom = no_need_to_ask,
     world: World = ALONE,
 ) -> tuple[Literal["completed", "stopped"], WrittenFiles]:
     """Run a job to its end in this thread; returns the final state and where its files are.
@@ -362,10 +463,9 @@ def run_training(
     with torch.inference_mode(False), torch.enable_grad(), memory_in_words(config, device):
         world.enter()
         try:
-            run = Run(config, paths, device, control, report, before_load, world)
-            run.prepare()
-            run.load()
-            run.resume()
+            run = Run(config, paths, device, control, report, ask_room, world)
+            for stage in (run.prepare, run.load, run.resume):
+                run.surely(stage)
         except Stopped:
             return "stopped", {}
         try:

@@ -59,7 +59,8 @@ class Stepper:
 
     `optimizer` is the library's; `skip_reason` says why the last step was skipped: `overflow` (fp16 gradients at this
     loss scale: lowered now, training is well) or `broken` (loss or gradient not a finite number); `overflows` counts
-    the former. Raises ConfigError when the optimizer cannot be had or cannot work on the parameters' device.
+    the former. `torn` is set while weights change, so that after an error it says whether a step was taken in part.
+    Raises ConfigError when the optimizer cannot be had or cannot work on the parameters' device.
     """
 
     def __init__(self, parameters: Sequence[Parameter], settings: OptimizerSettings):
@@ -69,6 +70,7 @@ class Stepper:
         self.loss_scale = LossScale() if settings.compute_dtype == torch.float16 else None
         self.skip_reason: SkipReason = ""
         self.overflows = 0
+        self.torn = False
         self._loss: Tensor | None = None
         self._in_training: list[Tensor] | None = None  # set aside while the averaged weights are in place
 
@@ -125,15 +127,21 @@ class Stepper:
         if not self.skip_reason:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
+            self.torn = True
             self.optimizer.step()
+            self.torn = False
             if self.loss_scale is not None:
                 self.loss_scale.took_a_step()
         elif self.skip_reason == "overflow" and self.loss_scale is not None:
             self.loss_scale.overflowed()
             self.overflows += 1
+        self.forget()
+        return norm, bool(self.skip_reason)
+
+    def forget(self) -> None:
+        """Drop the gradient and loss of the parts so far, as if the step had not begun."""
         self.optimizer.zero_grad(set_to_none=True)
         self._loss = None
-        return norm, bool(self.skip_reason)
 
     def _reason_to_skip(self, norm: float) -> SkipReason:
         if self._loss is not None and not math.isfinite(self._loss.item()):

@@ -134,7 +134,7 @@ def test_pause_freezes_sample_and_save_work_meanwhile_stop_leaves_a_lora(places,
 
 def test_pause_and_stop_also_work_before_the_first_step(places, tmp_path):
     hold = threading.Event()
-    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu", before_load=hold.wait)
+    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu", busy=lambda: not hold.is_set())
     try:
         job, waiting = manager.ensure(config(*places)), manager.ensure(config(*places, name="second"))
         until(lambda: job.state == "preparing")
@@ -229,7 +229,7 @@ def test_an_unexpected_error_names_its_type_and_keeps_the_worker_alive(places, t
     def broken():
         raise ZeroDivisionError("seven by zero")
 
-    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu", before_load=broken)
+    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu", busy=broken)
     for name in ("one", "two"):
         job = manager.ensure(config(*places, name=name))
         assert job.wait(PATIENCE)

@@ -245,4 +245,4 @@ def test_reading_needs_little_beside_its_results(tmp_path: Path, form: str):
         write_gguf(path, held, form)
     done = forked.run(forked.LIGHT, "-c", PEAK, path)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 12 * 2**20, f"{int(done.stdout) / 2**20:.1f} MiB"
+    assert int(done.stdout) < 15 * 2**20, f"{int(done.stdout) / 2**20:.1f} MiB"

@@ -31,10 +31,11 @@ static int capability(void) { return number("NULL_GPU_SM", 89); }
 
 // What benchmarks/step_cost.py reads.
 __attribute__((visibility("hidden"))) unsigned long launches = 0; // products.c counts here, too
-static size_t used = 0, peak = 0, copied = 0;
+static size_t used = 0, peak = 0, copied = 0, copied_back = 0;
 unsigned long null_launches(void) { return launches; }
 size_t null_peak(void) { return peak; }
 size_t null_h2d(void) { return copied; }
+size_t null_d2h(void) { return copied_back; }
 
 // ---- which memory is whose
 
@@ -159,6 +160,7 @@ static cudaError_t copy(void *to, const void *from, size_t bytes, enum cudaMemcp
                                      : (target ? cudaMemcpyHostToDevice : cudaMemcpyHostToHost);
     }
     if (kind == cudaMemcpyHostToDevice) copied += bytes;
+    if (kind == cudaMemcpyDeviceToHost) copied_back += bytes;
     if (kind == cudaMemcpyHostToHost || (kind != cudaMemcpyDeviceToDevice && bytes <= SMALL)) memcpy(to, from, bytes);
     return cudaSuccess;
 }

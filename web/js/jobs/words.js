@@ -11,7 +11,8 @@ import { ACTIVE } from "./store.js";
  */
 function stateWords(job) {
   const state = t(`state.${job.state}`);
-  return job.yielded ? t("state.yielding", { state }) : state;
+  if (job.yielded) return t("state.yielding", { state });
+  return job.waits_for === "memory" ? t("state.memory", { state }) : state;
 }
 
 /**

@@ -1,0 +1,110 @@
+"""A job's slot on the simulated card, beside another thread that wants it: what is where, and what was copied.
+
+Run by tests/core/test_simulated_card.py; prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import threading
+
+import torch
+
+from chroma_core.lora.adapters import without_adapters
+from chroma_core.lora.settings import LoraSettings
+from chroma_core.lora.trainable import add_trainable
+from chroma_core.model.precision import precision, quantise
+from chroma_core.streaming import module_bytes
+from chroma_core.training.control import Control, DeviceSlot, Loan, Stopped
+from miniature import transformer
+from waiting import PATIENCE, until
+
+CARD = torch.device("cuda")
+
+
+def counted() -> dict[str, int]:
+    torch.cuda.synchronize()
+    library = ctypes.CDLL(os.environ["NULL_GPU_LIBRARY"])
+    names = {"up": "null_h2d", "down": "null_d2h"}
+    for name in names.values():
+        getattr(library, name).restype = ctypes.c_size_t
+    return {key: getattr(library, name)() for key, name in names.items()}
+
+
+def copied(work) -> dict[str, int]:
+    before = counted()
+    work()
+    return {key: now - before[key] for key, now in counted().items()}
+
+
+def main() -> None:
+    model = transformer()
+    quantise(model, precision("int8"))
+    model.requires_grad_(False)
+    trained = sum(p.numel() * p.element_size() for p in add_trainable(model, LoraSettings(rank=2), seed=1))
+    model.to(CARD)
+    busy, there_is_room = threading.Event(), threading.Event()
+    asked: list[int] = []
+
+    def ask_room(needed: int):
+        asked.append(needed)
+        return there_is_room.is_set
+
+    def plain():
+        return without_adapters(model)
+
+    control = Control(busy.is_set)
+    slot = control.slot = DeviceSlot(CARD, ask_room)
+    slot.take(model, Loan("base", plain))
+    weights = slot.device_bytes()
+    steps = threading.Semaphore(0)
+
+    def work() -> None:
+        try:
+            while True:
+                control.gate()
+                for parameter in model.parameters():
+                    assert parameter.device.type == "cuda"
+                steps.release()
+                control.stop.wait(0.005)
+        except Stopped:
+            pass
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert steps.acquire(timeout=PATIENCE)
+    found = {"weights": weights, "trained": trained, "rounds": []}
+    for _ in range(3):
+        busy.set()
+        lent = {}
+
+        def borrow(lent=lent) -> None:
+            with slot.lend("base"):
+                lent["bytes"] = slot.device_bytes()
+
+        borrowed = copied(borrow)
+        left = copied(lambda: slot.make_leave())
+        gone = slot.device_bytes() + module_bytes(model).get("cuda:0", 0)
+        there_is_room.clear()
+        busy.clear()
+        until(lambda: asked, "the question for room")
+
+        def come_back() -> None:
+            there_is_room.set()
+            until(lambda: not slot.away, "the job on the card again")
+
+        back = copied(come_back)
+        while steps.acquire(blocking=False):
+            pass
+        assert steps.acquire(timeout=PATIENCE)
+        round_ = {"borrowed": borrowed, "lent": lent["bytes"], "left": left, "gone": gone, "back": back}
+        found["rounds"].append({**round_, "asked": asked.pop()})
+    control.stop.set()
+    worker.join(PATIENCE)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -281,6 +281,7 @@ def test_our_settings_of_the_linters_are_the_agreed_ones():
 
 
 SLEEPERS = {
+    "tests/support/nullgpu/in_comfyui/sitecustomize.py": "it waits for a module, in a process of its own",
     "tests/support/waiting.py": "it is the helper",
     "tests/host/test_holding.py": "threads that race at random",
 }

@@ -1,5 +1,5 @@
-"""For a ComfyUI on the simulated card: it computes nothing, so that our trial of a precision would refuse it, and has no
-cuDNN. Python imports this file when it starts, because the folder stands in PYTHONPATH."""
+"""For a ComfyUI on the simulated card: it computes nothing, so that our trial of a precision would refuse it, and it
+has no cuDNN. Python imports this file when it starts, because the folder stands in PYTHONPATH."""
 
 from __future__ import annotations
 

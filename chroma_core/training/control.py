@@ -143,7 +143,11 @@ class DeviceSlot:
     def return_now(self) -> None:
         """Take the device again, if it was left, whoever has it."""
         if self._module is not None and self.away:
-            to_device(self._module, self.device)
+            try:
+                to_device(self._module, self.device)
+            except BaseException:  # not enough memory: nothing of it is to lie there
+                to_host(self._module, keep=True)
+                raise
             self._set(away=False)
 
     def _has_room(self, needed: int) -> bool:

@@ -216,19 +216,19 @@ class Run:
         Every draw is a function of the step's number, so it gives what it would have given at once. After a few tries
         the job is paused, with a checkpoint, and says what to change; resumed, it tries again.
         """
-        tries = 0
+        tries, message = 0, ""
         while True:
             try:
                 if tries:
+                    self._make_way(message, give_up=tries % MEMORY_TRIES == 0)
                     self._undo()
                 return work()
             except Exception as error:
                 if not is_out_of_memory(error) or self.world.size > 1:
                     raise
-                # Not the error itself: its frames hold what was allocated.
-                found = out_of_memory(error, self.config, torch.device(self.device)).with_traceback(None)
+                # Only its words are kept: its frames hold what was allocated.
+                message = str(out_of_memory(error, self.config, torch.device(self.device)))
             tries += 1
-            self._make_way(str(found), give_up=tries % MEMORY_TRIES == 0)
 
     def _undo(self) -> None:
         """Back to the last whole step: the present one left gradients at most, or else tore the weights."""
@@ -246,17 +246,16 @@ class Run:
         self.slot.step_aside()
         release_memory()
         self.metrics.append(step=self.progress.step, out_of_memory=True)
-        if not give_up:
-            self.control.gate(pausable=False, needed=self._beside())
-            return
-        if self._begun and not self.stepper.torn:
-            self.stepper.forget()
-            self.save(wait=False)
-        self.control.pause.set()
-        self.control.sample.clear()
-        self.report(message=f"Paused: {message}")
+        if give_up:
+            self.control.pause.set()
+            self.control.sample.clear()
+            self.report(message=f"Paused: {message}")
+            if self._begun and not self.stepper.torn:
+                self.stepper.forget()
+                self.save(wait=False)
         self.control.gate(needed=self._beside())
-        self.report(message="")
+        if give_up:
+            self.report(message="")
 
     def _count(self, result: StepResult, seconds: float) -> None:
         """Write one step down."""

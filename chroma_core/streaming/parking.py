@@ -118,7 +118,6 @@ def _return(module: nn.Module, ram: _Ram) -> None:
     if keep:
         ram.tensors = [_Kept(host, made[id(host)], made[id(host)]._version) for host in hosts]
     else:
-        torch.cuda.synchronize(ram.mover.device)  # the copies may still be under way
         ram.mover.unpin()
         module.__dict__.pop(_ATTRIBUTE)
 

@@ -171,6 +171,11 @@ class DeviceSlot:
         """Whether a component of the job is on the device, on its way there, or waits to come back."""
         return self._module is not None or self._coming
 
+    @property
+    def lent(self) -> bool:
+        """Whether a prompt computes with the job's module now."""
+        return self._lent > 0
+
     def device_bytes(self) -> int:
         """Bytes that the job's module holds on the device now. Never waits."""
         module = self._module
@@ -185,7 +190,7 @@ class DeviceSlot:
         The job leaves at its next gate, and stays away for as long as a prompt runs. `check` is called all the while
         and may raise.
         """
-        if self._lent:
+        if self.lent:
             return False
         with self._wish("_unwanted"):
             return self._wait(lambda: self.away or (self._module is None and not self._coming), check, seconds)

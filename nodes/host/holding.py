@@ -9,11 +9,14 @@ is an ordinary pending one: shown, counted, and deleted like any other.
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
+
+log = logging.getLogger("chromakit")
 
 Item = tuple[Any, ...]
 """A prompt as the queue has it: (number, id, prompt, extra data, output nodes, sensitive data)."""
@@ -71,7 +74,10 @@ class Holding:
                     break
                 if timeout is not None and not self._errands:
                     return None
-        self._before(found[0])
+        try:
+            self._before(found[0])
+        except Exception:  # the worker would end with it, and ComfyUI run no prompt any more
+            log.exception("ChromaKit: a prompt begins although what comes before it has failed.")
         return found
 
     def ask(self, errand: Callable[[], None]) -> Future[None]:

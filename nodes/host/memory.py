@@ -85,7 +85,7 @@ def before_prompt(prompt: dict[str, Any]) -> None:
     known: dict[Any, Any] = getattr(execution.nodes, "NODE_CLASS_MAPPINGS", {})
     origins = {getattr(known.get(kind), "RELATIVE_PYTHON_MODULE", "") for kind in kinds}
     if any(origin.startswith("custom_nodes.") and origin.rpartition(".")[2] != ours for origin in origins):
-        _job_leaves()
+        _job_leaves(check=lambda: None)  # there is no node yet that Cancel could end
     stay_known()
 
 
@@ -100,29 +100,29 @@ def room_for_job(needed: int) -> Callable[[], bool]:
     return asked.done
 
 
+def _cancelled() -> None:
+    management.throw_exception_if_processing_interrupted()
+
+
 def _clear(needed: int) -> None:
     components.park()
     management.free_memory(needed, device(), keep_loaded=_our_entries())
     management.soft_empty_cache()
 
 
-def _job_leaves() -> None:
+def _job_leaves(check: Callable[[], None] = _cancelled) -> None:
     """Return when no training job is on the device, or cannot leave: the prompt then tries with what there is."""
     slot = _job_slot()
-    if slot is None or device().type == "cpu" or slot.make_leave(_cancelled, seconds=0):
+    if slot is None or slot.lent or device().type == "cpu" or slot.make_leave(check, seconds=0):
         return
     say("Waiting until the training job has left the GPU")
-    if not slot.make_leave(_cancelled):
+    if not slot.make_leave(check):
         log.warning("ChromaKit: the training job has not left the GPU; the prompt goes on beside it.")
 
 
 def _borrow(identity: tuple[str, ...], where: torch.device) -> AbstractContextManager[Any]:
     slot = _job_slot()
     return nullcontext() if slot is None else slot.lend((identity, where), _cancelled)
-
-
-def _cancelled() -> None:
-    management.throw_exception_if_processing_interrupted()
 
 
 def _free() -> int:

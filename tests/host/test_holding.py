@@ -105,6 +105,35 @@ def test_with_nothing_held_it_is_the_hosts_own(held: Held):
     assert len(held.queue.currently_running) == 5
 
 
+def test_errands_run_in_the_worker_before_the_next_prompt(held: Held):
+    seen: list[str] = []
+    names: list[str] = []
+    asked = [held.holding.ask(lambda: names.append(threading.current_thread().name))]
+    asked.append(held.holding.ask(lambda: 1 / 0))
+    held.put(1, "a")
+    assert not names and held.take() == "a" and len(names) == 1 and names[0] != threading.current_thread().name
+    assert asked[0].done() and isinstance(asked[1].exception(), ZeroDivisionError)
+
+    def late() -> None:
+        held.holding.ask(lambda: seen.append("late")).result(AT_ONCE)
+        held.put(1, "b")
+
+    assert held.soon(late)[0] == "b" and seen == ["late"], "a worker that waits runs it at once"
+
+
+def test_what_fails_before_a_prompt_does_not_end_the_worker(holding: ModuleType, held: Held):
+    told: list[str] = []
+
+    def before(item: tuple) -> None:
+        told.append(item[1])
+        raise RuntimeError("cancelled")
+
+    held.queue.get = held.holding._take
+    held.holding = holding.Holding(held.queue, lambda: False, lambda item: True, before)
+    held.put(1, "a")
+    assert held.take() == "a" and told == ["a"]
+
+
 def test_held_prompts_wait_and_the_worker_still_wakes(held: Held):
     held.on = True
     held.put(1, "a")

@@ -316,8 +316,12 @@ class Run:
             self.save()
             self.control.save.clear()
         if device_is_free and self.control.sample.is_set():
-            self.preview(lambda: self.control.gate(pausable=False))
-            self.control.sample.clear()
+            self.control.sample.clear()  # first: who asks again meanwhile gets them again
+            try:
+                self.preview(lambda: self.control.gate(pausable=False))
+            except BaseException:
+                self.control.sample.set()
+                raise
 
     def _validate(self) -> None:
         with self.stepper.as_trained():

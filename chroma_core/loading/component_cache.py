@@ -26,18 +26,15 @@ from ..model.device import release_memory
 from ..model.images import preview_matrix
 from ..model.transformer import ChromaTransformer
 from ..sampling.text import TextEncoder
-from ..streaming import module_bytes, to_device, to_host
+from ..streaming import HOST_MEMORY_MARGIN, module_bytes, to_device, to_host
 from ..weights.identify import Part
 from .build import OnPart
 from .hub import COMMIT
-from .load import Device, device_size, load_text_encoder, load_transformer, load_vae, transformer_identity
+from .load import Device, device_size, load_text_encoder, load_transformer, load_vae
 from .model_files import ModelPart, file_state, locate
 from .spec import ModelHandle, ModelSpec
 
-Borrow = Callable[[tuple[str, ...], torch.device], AbstractContextManager[ChromaTransformer | None]]
-
-HOST_MEMORY_MARGIN = 4 << 30
-"""Bytes of host memory that parking leaves free for everything else."""
+Borrow = Callable[[ModelSpec, torch.device], AbstractContextManager[ChromaTransformer | None]]
 
 
 @dataclass
@@ -60,8 +57,8 @@ class ComponentCache:
             that much of its own models.
         free_host_memory: bytes of host memory that are free now.
         on_part: progress of loading; see `build.OnPart`.
-        borrow: `borrow(identity, device)` gives a transformer that somebody else has loaded (see
-            `load.transformer_identity`) for a `with` block, or None.
+        borrow: `borrow(spec, device)` gives the transformer of `spec` for a `with` block, if somebody else has loaded
+            it (see `load.transformer_identity`), or None.
     """
 
     def __init__(
@@ -69,7 +66,7 @@ class ComponentCache:
         make_room: Callable[[int], None] = lambda needed: None,
         free_host_memory: Callable[[], int] = lambda: psutil.virtual_memory().available,
         on_part: OnPart = lambda done, total, what: None,
-        borrow: Borrow = lambda identity, device: nullcontext(),
+        borrow: Borrow = lambda spec, device: nullcontext(),
     ):
         self._lock, self._borrow = threading.RLock(), borrow
         self._make_room, self._free_host_memory, self._on_part = make_room, free_host_memory, on_part
@@ -86,8 +83,7 @@ class ComponentCache:
         merged = tuple(use for use in handle.loras if use.mode == "merged")
         with self._lock:
             spec = self._pinned(handle.spec, "transformer")
-            identity = None if merged else transformer_identity(spec)
-            with nullcontext() if identity is None else self._borrow(identity, torch.device(device)) as lent:
+            with nullcontext() if merged else self._borrow(spec, torch.device(device)) as lent:
                 if lent is not None:
                     with _with_live(lent, handle):
                         yield lent

@@ -143,6 +143,10 @@ def transformer_identity(spec: ModelSpec) -> tuple[str, ...] | None:
     return spec.flavour, spec.precision, file_state(locate(spec, "transformer"))
 
 
+COMPUTING_BYTES = 2 << 30
+"""Of a device, beside the weights of a component: room to encode one image or text, or to sample."""
+
+
 def device_size(spec: ModelSpec, part: Part) -> int:
     """Bytes that the loaded part will take on its device: its weights in its precision, without activations."""
     chosen = _precision(spec, part)

@@ -2,7 +2,7 @@
 
 from .anatomy import transformer_on_meta
 from .machine import Machine, in_gib, machine
-from .plan import Recommendation, Settings, recommend
+from .plan import Recommendation, Settings, peaks, recommend
 from .table import MemoryEstimate, MemoryPlan, PlanRow, estimate, memory_plan
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "in_gib",
     "machine",
     "memory_plan",
+    "peaks",
     "recommend",
     "transformer_on_meta",
 ]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 log = logging.getLogger("chromakit")
@@ -41,6 +42,16 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [part for name in names for part in plain_parts(getattr(tensor, name))]
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether the weight is all in the tensor; other libraries' kinds may keep parts of it elsewhere."""
+    return type(tensor) in (Tensor, Parameter) or is_traceable_wrapper_subclass(tensor)
+
+
+def frozen_like(tensor: Tensor, copy: Tensor) -> Tensor:
+    """`copy` as what `tensor` is: a parameter that is not trained, or a buffer."""
+    return Parameter(copy, requires_grad=False) if isinstance(tensor, Parameter) else copy
 
 
 class Mover:

@@ -13,14 +13,13 @@ from typing import NamedTuple
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..model.device import release_memory
-from .movers import Mover, mapped, mover
+from .movers import Mover, frozen_like, is_whole, mapped, mover
 from .streamer import streamed
 
-RAM_MARGIN = 4 << 30
-"""Bytes of RAM that kept copies leave free for everything else."""
+HOST_MEMORY_MARGIN = 4 << 30
+"""Bytes of RAM that parking leaves free for everything else."""
 
 _ATTRIBUTE = "kept_in_ram"
 
@@ -93,7 +92,7 @@ def _leave(module: nn.Module, ram: _Ram) -> None:
     for table, name, tensor in _frozen(module):
         if id(tensor) not in made:
             kept = known.get(id(tensor))
-            made[id(tensor)] = kept.host if kept and kept.is_of(tensor) else _like(tensor, _copied(tensor))
+            made[id(tensor)] = kept.host if kept and kept.is_of(tensor) else frozen_like(tensor, _copied(tensor))
         table[name] = made[id(tensor)]
     ram.tensors = []
 
@@ -106,13 +105,13 @@ def _return(module: nn.Module, ram: _Ram) -> None:
     """Copies on the device take their places; those in RAM are kept if there is room."""
     places = list(_frozen(module))
     hosts = list({id(host): host for _, _, host in places}.values())
-    keep = psutil.virtual_memory().available > RAM_MARGIN
+    keep = psutil.virtual_memory().available > HOST_MEMORY_MARGIN
     if keep and not ram.pinned:
         ram.mover.pin(hosts)
         ram.pinned = True
     copies, ready = ram.mover.copy(hosts)
     ram.mover.wait(ready)
-    made = {id(host): _like(host, copy) for host, copy in zip(hosts, copies, strict=True)}
+    made = {id(host): frozen_like(host, copy) for host, copy in zip(hosts, copies, strict=True)}
     for table, name, host in places:
         table[name] = made[id(host)]
     if keep:
@@ -120,10 +119,6 @@ def _return(module: nn.Module, ram: _Ram) -> None:
     else:
         ram.mover.unpin()
         module.__dict__.pop(_ATTRIBUTE)
-
-
-def _like(tensor: Tensor, copy: Tensor) -> Tensor:
-    return nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
 
 
 def _frozen(module: nn.Module) -> Iterator[tuple[dict, str, Tensor]]:
@@ -134,7 +129,5 @@ def _frozen(module: nn.Module) -> Iterator[tuple[dict, str, Tensor]]:
     for child in module.modules():
         for table in (child._parameters, child._buffers):
             for name, tensor in table.items():
-                if tensor is None or tensor.requires_grad:
-                    continue
-                if type(tensor) in (Tensor, nn.Parameter) or is_traceable_wrapper_subclass(tensor):
+                if tensor is not None and not tensor.requires_grad and is_whole(tensor):
                     yield table, name, tensor

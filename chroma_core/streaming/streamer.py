@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ConfigError, PrecisionError
 from ..lora.adapters import LoraBranch
 from ..model.transformer import ChromaTransformer
-from .movers import mover, plain_parts, saving_references
+from .movers import frozen_like, is_whole, mover, plain_parts, saving_references
 
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
 """The module lists that are streamed, in the order in which the forward pass runs through them."""
@@ -226,10 +225,7 @@ class BlockStreamer:
         # Ordinary tensors, even while a picture is sampled in inference mode: a training step may use them next.
         with torch.inference_mode(False), torch.no_grad():
             copies, ready = self._mover.copy(hosts)
-            tensors = [
-                nn.Parameter(copy, requires_grad=False) if isinstance(host, nn.Parameter) else copy
-                for copy, host in zip(copies, hosts, strict=True)
-            ]
+            tensors = [frozen_like(host, copy) for host, copy in zip(hosts, copies, strict=True)]
         self._copies[index] = _Copy(hosts, [host._version for host in hosts], tensors, ready)
         for part in self._copies[index].parts():
             storage = part.untyped_storage()
@@ -304,7 +300,7 @@ def _check_frozen(name: str, block: nn.Module) -> None:
                 f"The weights of '{name}' are to be trained ('{leaf}' requires a gradient), but streamed weights are "
                 "never copied back: what they learn would be lost. Freeze the model, or choose another offload mode."
             )
-        if type(tensor) not in (Tensor, nn.Parameter) and not is_traceable_wrapper_subclass(tensor):
+        if not is_whole(tensor):
             raise PrecisionError(
                 f"Block streaming cannot move the weights of '{name}': '{leaf}' is a {type(tensor).__name__}, which "
                 "may keep parts of the weight outside of the tensor. Use one of our precisions, or another offload."

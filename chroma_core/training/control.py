@@ -83,15 +83,6 @@ class DeviceSlot:
         finally:
             self._set(coming=False)
 
-    @contextmanager
-    def taken_by(self, module: nn.Module) -> Iterator[None]:
-        """`module` (on the device now) is the one to move, inside a `with` block."""
-        self.take(module)
-        try:
-            yield
-        finally:
-            self.leave()
-
     def take(self, module: nn.Module, loan: Loan | None = None) -> None:
         """From now on `module`, which is on the device, is the one to move; prompts may borrow it as `loan` says."""
         self._set(module=module, loan=loan, away=False)

@@ -27,14 +27,13 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ...chroma_core.loading.component_cache import ComponentCache
+from ...chroma_core.loading.load import COMPUTING_BYTES, transformer_identity
+from ...chroma_core.loading.spec import ModelSpec
 from ...chroma_core.training.control import DeviceSlot
 from .messages import say, show_loading
 from .queue import between_prompts, computing
 
 log = logging.getLogger("chromakit")
-
-COMPUTING_BYTES = 2 << 30
-"""Beside the weights of a component of ours: room to compute with it."""
 
 
 def _no_job() -> DeviceSlot | None:
@@ -120,9 +119,9 @@ def _job_leaves(check: Callable[[], None] = _cancelled) -> None:
         log.warning("ChromaKit: the training job has not left the GPU; the prompt goes on beside it.")
 
 
-def _borrow(identity: tuple[str, ...], where: torch.device) -> AbstractContextManager[Any]:
+def _borrow(spec: ModelSpec, where: torch.device) -> AbstractContextManager[Any]:
     slot = _job_slot()
-    return nullcontext() if slot is None else slot.lend((identity, where), _cancelled)
+    return nullcontext() if slot is None else slot.lend((transformer_identity(spec), where), _cancelled)
 
 
 def _free() -> int:

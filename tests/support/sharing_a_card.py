@@ -17,8 +17,9 @@ from chroma_core.lora.settings import LoraSettings
 from chroma_core.lora.trainable import add_trainable
 from chroma_core.model.precision import precision, quantise
 from chroma_core.streaming import module_bytes
-from chroma_core.training.control import Control, DeviceSlot, Loan, Stopped
+from chroma_core.training.control import Control, DeviceSlot, Loan
 from miniature import transformer
+from training_cases import at_the_gate
 from waiting import PATIENCE, until
 
 CARD = torch.device("cuda")
@@ -61,19 +62,11 @@ def main() -> None:
     weights = slot.device_bytes()
     steps = threading.Semaphore(0)
 
-    def work() -> None:
-        try:
-            while True:
-                control.gate()
-                for parameter in model.parameters():
-                    assert parameter.device.type == "cuda"
-                steps.release()
-                control.stop.wait(0.005)
-        except Stopped:
-            pass
+    def look() -> None:
+        for parameter in model.parameters():
+            assert parameter.device.type == "cuda"
 
-    worker = threading.Thread(target=work)
-    worker.start()
+    worker = at_the_gate(control, steps, look)
     assert steps.acquire(timeout=PATIENCE)
     found = {"weights": weights, "trained": trained, "rounds": []}
     for _ in range(3):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ from PIL import Image
 
 from chroma_core.loading.load import load_transformer
 from chroma_core.training.config import TrainingConfig
-from chroma_core.training.control import DeviceSlot
+from chroma_core.training.control import Control, DeviceSlot, Stopped
 from chroma_core.training.run.loop import Batches, StepResult, train_step
 from chroma_core.training.run.metrics import JobPaths
 from chroma_core.training.run.prepare import prepare
@@ -53,6 +56,24 @@ def config(model: Path, data: Path, /, **changes: Any) -> TrainingConfig:
         "validate_every": 4,
     }
     return TrainingConfig.parse({**values, **changes})
+
+
+def at_the_gate(control: Control, passed: threading.Semaphore, look: Callable[[], None] = lambda: None) -> Thread:
+    """A started thread that passes the gate of `control` until it is stopped; after each time it looks, and says so."""
+
+    def work() -> None:
+        try:
+            while True:
+                control.gate()
+                look()
+                passed.release()
+                control.stop.wait(0.005)
+        except Stopped:
+            pass
+
+    worker = Thread(target=work)
+    worker.start()
+    return worker
 
 
 class Bench:

@@ -17,7 +17,7 @@ from ...data.samples import Progress as OnProgress
 from ...data.samples import Sample, SampleSet, cache_samples, cache_texts, caption_texts, combine
 from ...data.scan import DatasetConfig, describe_skipped, scan
 from ...errors import ConfigError, first_line
-from ...loading.load import Device, device_size, load_text_encoder, load_vae
+from ...loading.load import COMPUTING_BYTES, Device, device_size, load_text_encoder, load_vae
 from ...loading.model_files import base_hash, locate
 from ...loading.spec import ModelSpec
 from ...lora.adapters import adapted_layers
@@ -30,8 +30,6 @@ from ..control import DeviceSlot
 from .preview import preview_texts
 
 Part = TypeVar("Part", AutoencoderKL, TextEncoder)
-COMPUTING_BYTES = 2 << 30
-"""Beside the weights of the VAE or T5, for encoding one image or text."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ...data.samples import fingerprint, picture_count
 from ...files import remove_leftovers
 from ...loading.load import Device, load_transformer, transformer_identity
 from ...lora.adapters import without_adapters
-from ...memory import estimate, machine
+from ...memory import peaks
 from ...model.device import is_out_of_memory, memory_in_use, release_memory
 from ...model.transformer import ChromaTransformer
 from ...streaming import module_bytes
@@ -122,7 +122,7 @@ class Run:
         """What the job is going to take of the device, by the memory plan; 0 where it has memory of its own."""
         if torch.device(self.device).type == "cpu":
             return 0
-        return estimate(plan_settings(self.config), machine(self.device)).training_peak_bytes
+        return peaks(plan_settings(self.config)).training
 
     def _beside(self) -> int:
         """What of it is not the model."""

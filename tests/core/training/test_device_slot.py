@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from chroma_core.streaming import module_bytes, stream_blocks, streamed
-from chroma_core.training.control import Control, DeviceSlot, Loan, Stopped
+from chroma_core.training.control import Control, DeviceSlot, Loan
 from miniature import transformer
+from training_cases import at_the_gate
 from waiting import PATIENCE, stays, until
 
 
@@ -25,16 +26,17 @@ def test_a_slot_moves_its_module_once_each_way():
     model = transformer()
     stream_blocks(model, torch.device("cpu"))
     streamer = streamed(model)
-    with slot.taken_by(model):
-        assert streamer.device_bytes() > 0 and slot.ready() and asked == []
-        slot.step_aside()
-        slot.step_aside()
-        assert slot.away and streamer.device_bytes() == 0
-        size = sum(module_bytes(model).values())
-        assert not slot.ready(100) and not slot.ready(100) and slot.away, "it waits for room, and asks once"
-        there_is_room.set()
-        assert slot.ready(100) and slot.ready() and not slot.away and streamer.device_bytes() > 0
-        assert asked == [100 + size]
+    slot.take(model)
+    assert streamer.device_bytes() > 0 and slot.ready() and asked == []
+    slot.step_aside()
+    slot.step_aside()
+    assert slot.away and streamer.device_bytes() == 0
+    size = sum(module_bytes(model).values())
+    assert not slot.ready(100) and not slot.ready(100) and slot.away, "it waits for room, and asks once"
+    there_is_room.set()
+    assert slot.ready(100) and slot.ready() and not slot.away and streamer.device_bytes() > 0
+    assert asked == [100 + size]
+    slot.leave()
     slot.step_aside()
     assert not slot.away
 
@@ -48,17 +50,7 @@ def gate():
     control.slot.take(transformer())
     passed = threading.Semaphore(0)
 
-    def work():
-        try:
-            while True:
-                control.gate()
-                passed.release()
-                control.stop.wait(0.005)
-        except Stopped:
-            pass
-
-    worker = threading.Thread(target=work)
-    worker.start()
+    worker = at_the_gate(control, passed)
     yield control, busy, passed
     control.stop.set()
     worker.join(PATIENCE)

@@ -72,6 +72,14 @@ def test_pictures_made_during_training_are_the_same_bits(server: Host, job: str,
     assert after["state"] == "running" and not after["yielded"], "both pictures are there and training goes on"
 
 
+def test_a_prompt_for_the_model_in_training_loads_none_of_its_own(server: Host, job: str, without_training: dict):
+    server.forget_cached_outputs()
+    assert np.array_equal(picture(server, text_to_image(seed=21)), without_training[21])
+    held = sum(server.get("/chromakit/memory")["component_bytes"].values())
+    assert 0 < held < 14_000_000, "T5 and the VAE have 9 million bytes, the transformer 16 more"
+    assert status(server, job)["state"] == "running"
+
+
 def test_training_yields_to_a_prompt(server: Host, job: str):
     prompt_id = server.post_prompt(text_to_image(seed=31, steps=40, size=128))
     until(server, job, lambda now: now["yielded"])

@@ -18,6 +18,11 @@ from typing import Any
 
 log = logging.getLogger("chromakit")
 
+
+class Withdrawn(Exception):
+    """A prompt was deleted while something was done for it."""
+
+
 Item = tuple[Any, ...]
 """A prompt as the queue has it: (number, id, prompt, extra data, output nodes, sensitive data)."""
 
@@ -43,7 +48,8 @@ class Holding:
         holds: whether prompts have to wait now. Asked with the queue locked: it must not wait for any other lock whose
             owner may be about to call `wake`, `busy` or the queue.
         passes: whether a prompt may run all the same.
-        before: called in the worker's thread with a prompt that is about to run.
+        before: called in the worker's thread with the prompt that is about to run, which still stands in the queue: one
+            that is deleted meanwhile does not run. With it a function that raises `Withdrawn` then, for long waits.
     """
 
     def __init__(
@@ -51,7 +57,7 @@ class Holding:
         queue: Any,
         holds: Callable[[], bool],
         passes: Callable[[Item], bool],
-        before: Callable[[Item], None] = lambda item: None,
+        before: Callable[[Item, Callable[[], None]], None] = lambda item, check: None,
     ):
         self.holds, self.passes, self._before = holds, passes, before
         self._errands: deque[tuple[Future[None], Callable[[], None]]] = deque()
@@ -64,21 +70,33 @@ class Holding:
         None when the timeout (seconds; None: for ever) has passed, or something else woke the worker: it then looks at
         its flags (unload, free memory) and collects its garbage, also while prompts are held.
         """
+        ready: Item | None = None
         while True:
             self._run_errands()
             with self._queue.not_empty:
                 if not self._offer() and not self._errands:
                     self._queue.not_empty.wait(timeout)
-                if self._offer():
-                    found = self._take(timeout)  # there is a prompt, so it does not wait
-                    break
-                if timeout is not None and not self._errands:
+                item = self._offer()
+                if item is not None and item is ready:
+                    return self._take(timeout)  # there is a prompt, so it does not wait
+                if item is None and timeout is not None and not self._errands:
                     return None
+            if item is not None:
+                self._prepare(item)
+                ready = item
+
+    def _prepare(self, item: Item) -> None:
+        def check() -> None:
+            with self._queue.not_empty:
+                if not any(other is item for other in self._queue.queue):
+                    raise Withdrawn
+
         try:
-            self._before(found[0])
+            self._before(item, check)
+        except Withdrawn:
+            pass
         except Exception:  # the worker would end with it, and ComfyUI run no prompt any more
             log.exception("ChromaKit: a prompt begins although what comes before it has failed.")
-        return found
 
     def ask(self, errand: Callable[[], None]) -> Future[None]:
         """Have the worker run this when it runs no prompt, before the next one. Any thread."""
@@ -109,15 +127,14 @@ class Holding:
         with self._queue.not_empty:
             return sum(not self.passes(item) for item in self._queue.queue) if self.holds() else 0
 
-    def _offer(self) -> bool:
-        """Whether there is a prompt to take; the one to take is then the first in the queue's heap."""
+    def _offer(self) -> Item | None:
+        """The prompt to take, if there is one; it is then the first in the queue's heap."""
         pending = self._queue.queue
         if not pending or not self.holds():
-            return bool(pending)
+            return pending[0] if pending else None
         order = sorted(pending, key=lambda item: item[:2])
         first = next((item for item in order if self.passes(item)), None)
-        if first is None:
-            return False
-        # A sorted list is a heap, and stays one below whatever stands at its top: taking the top mends it.
-        pending[:] = [first, *(item for item in order if item is not first)]
-        return True
+        if first is not None:
+            # A sorted list is a heap, and stays one below whatever stands at its top: taking the top mends it.
+            pending[:] = [first, *(item for item in order if item is not first)]
+        return first

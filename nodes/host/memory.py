@@ -73,18 +73,18 @@ def share_device_with(job_slot: Callable[[], DeviceSlot | None]) -> None:
     _job_slot = job_slot
 
 
-def before_prompt(prompt: dict[str, Any]) -> None:
+def before_prompt(prompt: dict[str, Any], check: Callable[[], None]) -> None:
     """See to it that a prompt finds the memory that it needs beside a training job.
 
     Our nodes and ComfyUI's own ask for memory when they need it. A node of another pack may just take it: for such a
-    one the job leaves at once.
+    one the job leaves at once. `check` is called while it does, and raises when the prompt is not wanted any more.
     """
     kinds = {node.get("class_type") for node in prompt.values() if isinstance(node, dict)}
     ours = __name__.rpartition(".nodes.host.")[0].rpartition(".")[2]
     known: dict[Any, Any] = getattr(execution.nodes, "NODE_CLASS_MAPPINGS", {})
     origins = {getattr(known.get(kind), "RELATIVE_PYTHON_MODULE", "") for kind in kinds}
     if any(origin.startswith("custom_nodes.") and origin.rpartition(".")[2] != ours for origin in origins):
-        _job_leaves(check=lambda: None)  # there is no node yet that Cancel could end
+        _job_leaves(check)
     stay_known()
 
 

@@ -22,6 +22,9 @@ from ...chroma_core.errors import ConfigError
 
 log = logging.getLogger("chromakit")
 
+BEGIN_SECONDS = 10.0
+"""A prompt has begun so soon after ComfyUI's worker took it, or never does."""
+
 PromptStateName = Literal["queued", "running", "done", "failed", "cancelled"]
 
 
@@ -147,14 +150,23 @@ def _ending(status: dict[str, Any] | None) -> tuple[PromptStateName, str | None]
 
 
 def cancel_prompt(prompt_id: str) -> bool:
-    """Take a prompt out of the queue, or interrupt it if it runs; False when it did neither. Any thread."""
+    """Take a prompt out of the queue, or interrupt it if it runs; False when it did neither. Any thread.
+
+    ComfyUI forgets an interruption that comes before the prompt has begun, so that is waited for.
+    """
     queue = PromptServer.instance.prompt_queue
     if queue.delete_queue_item(lambda item: item[1] == prompt_id):
         return True
+    deadline = time.monotonic() + BEGIN_SECONDS
+    while _runs(prompt_id) and get_progress_state().prompt_id != prompt_id and time.monotonic() < deadline:
+        time.sleep(0.01)
     if hasattr(queue, "interrupt_if_running"):
         return queue.interrupt_if_running(prompt_id)
     with queue.mutex:  # an older host
-        if any(item[1] == prompt_id for item in queue.currently_running.values()):
+        if running := _runs(prompt_id):
             management.interrupt_current_processing()
-            return True
-    return False
+        return running
+
+
+def _runs(prompt_id: str) -> bool:
+    return any(item[1] == prompt_id for item in list(PromptServer.instance.prompt_queue.currently_running.values()))

@@ -34,21 +34,24 @@ def busy() -> bool:
 def watch_prompts(
     holds: Callable[[], bool],
     passes: Callable[[dict[str, Any], list[str] | None], bool],
-    before: Callable[[dict[str, Any]], None],
+    before: Callable[[dict[str, Any], Callable[[], None]], None],
 ) -> bool:
     """From now on prompts wait in the queue while `holds()`, but for those that pass; one that runs goes on.
 
     Args:
         holds: asked often, by any thread and with the queue locked; it must not wait for another lock for long.
         passes: whether a prompt (API format, ids of the output nodes that it runs for) may run all the same.
-        before: called with a prompt that is about to run, in the thread that runs prompts.
+        before: called with the prompt that is about to run, in the thread that runs prompts, and with a function that
+            raises when that prompt has been deleted.
     Returns:
         False: this version of ComfyUI has a queue of another kind, and nothing is ever held.
     """
     global _holding
     queue = PromptServer.instance.prompt_queue
     if _holding is None and can_hold(queue):
-        _holding = Holding(queue, holds, lambda item: passes(item[2], item[4]), lambda item: before(item[2]))
+        _holding = Holding(
+            queue, holds, lambda item: passes(item[2], item[4]), lambda item, check: before(item[2], check)
+        )
     return _holding is not None
 
 

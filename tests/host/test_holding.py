@@ -121,10 +121,30 @@ def test_errands_run_in_the_worker_before_the_next_prompt(held: Held):
     assert held.soon(late)[0] == "b" and seen == ["late"], "a worker that waits runs it at once"
 
 
+def test_a_prompt_deleted_during_what_comes_before_it_does_not_run(holding: ModuleType, held: Held):
+    told: list[str] = []
+
+    def before(item: tuple, check: Callable[[], None]) -> None:
+        told.append(item[1])
+        check()
+        if item[1] == "a":
+            assert held.queue.delete_queue_item(lambda other: other[1] == "a")
+        if item[1] == "b" and "front" not in told:
+            held.put(0, "front")  # runs first, and has to be asked for, too
+        check()
+
+    held.queue.get = held.holding._take
+    held.holding = holding.Holding(held.queue, lambda: False, lambda item: True, before)
+    held.put(1, "a")
+    held.put(2, "b")
+    assert held.take() == "front" and told == ["a", "b", "front"]
+    assert held.take() == "b" and held.take() is None
+
+
 def test_what_fails_before_a_prompt_does_not_end_the_worker(holding: ModuleType, held: Held):
     told: list[str] = []
 
-    def before(item: tuple) -> None:
+    def before(item: tuple, check: Callable[[], None]) -> None:
         told.append(item[1])
         raise RuntimeError("cancelled")
 

@@ -24,7 +24,7 @@ from chroma_core.model.latents import LatentFormat
 from chroma_core.sampling.recipe import recipe
 from chroma_core.sampling.sampler import SamplingSettings, sample
 from chroma_core.sampling.schedule import sampling_sigmas
-from prompts import finish, node, text_to_image
+from prompts import finish, interrupted, node, text_to_image
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelSpec("tiny", precision="fp32", text_precision="fp32")
@@ -118,11 +118,7 @@ def test_each_step_shows_progress_and_a_preview(server: Host):
 
 def test_interrupting_ends_the_prompt_and_nothing_else(server: Host):
     prompt_id = server.post_prompt(text_to_image(seed=12, steps=150, size=256))
-    while not any(item[1] == prompt_id for item in server.get("/queue")["queue_running"]):
-        assert server.finished(prompt_id) is None
-    server.post("/interrupt")
-    entry = server.wait(prompt_id, check=False)
-    assert [kind for kind, _ in entry["status"]["messages"]][-1] == "execution_interrupted"
+    assert interrupted(server, prompt_id)
     assert len(pixels(server, text_to_image(seed=3))) == 1
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import waiting
 from _host import Host
-from prompts import Prompt, job_of, node, text_to_image, train
+from prompts import Prompt, interrupted, job_of, node, text_to_image, train
 
 ENDLESS = 1_000_000
 STEPS = 3
@@ -92,9 +92,7 @@ def test_training_yields_to_a_prompt(server: Host, job: str):
 def test_cancelling_a_prompt_leaves_the_job_alone(server: Host, job: str):
     prompt_id = server.post_prompt(text_to_image(seed=32, steps=150, size=256))
     until(server, job, lambda now: now["yielded"])
-    server.post("/interrupt")
-    entry = server.wait(prompt_id, check=False)
-    assert entry["status"]["messages"][-1][0] == "execution_interrupted"
+    assert interrupted(server, prompt_id)
     step = status(server, job)["step"]
     assert until(server, job, lambda now: now["step"] > step + 2)["state"] == "running"
 

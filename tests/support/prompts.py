@@ -77,6 +77,19 @@ def until_not(server: Host, job: str, states: tuple[str, ...] = ACTIVE) -> str:
     return until(lambda: (now := server.get(f"/chromakit/jobs/{job}")["state"]) not in states and now, f"{job}'s end")
 
 
+def interrupted(server: Host, prompt_id: str) -> bool:
+    """Cancel a prompt that is at work, and whether it ended so. The host forgets a Cancel that comes before the prompt
+    has begun, so it is asked until the prompt has ended."""
+
+    def ended() -> dict[str, Any] | None:
+        server.post("/interrupt", {"prompt_id": prompt_id})
+        return server.finished(prompt_id)
+
+    return until(ended, "the interrupted prompt's end", interval=0.1)["status"]["messages"][-1][0] == (
+        "execution_interrupted"
+    )
+
+
 def finish(work: Coroutine[Any, Any, Result]) -> Result:
     """Run a coroutine to its end, in a thread of its own: Playwright keeps an event loop in the tests' one."""
     with ThreadPoolExecutor(1) as executor:

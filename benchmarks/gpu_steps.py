@@ -19,6 +19,8 @@ from chroma_core.memory.anatomy import FLUX_VAE, T5_XXL
 from chroma_core.memory.plan import Settings, peaks
 from chroma_core.model import quantised
 from chroma_core.model.precision import precision, quantisable_linears
+from chroma_core.model.text_encoder import T5Encoder
+from chroma_core.model.vae import Autoencoder
 from chroma_core.sampling.sampler import SamplingSettings, sample
 from chroma_core.streaming import stream_blocks, streamed
 from chroma_core.training.step.objective import heldout_loss
@@ -131,12 +133,10 @@ def other_peaks(bench: Bench) -> Iterator[Row]:
     clear()
     yield from _vae_peaks()
     clear()
-    from transformers import T5Config, T5EncoderModel
-
     for name in ("bf16", "int8", "nf4"):
         chosen = precision(name)
         with torch.device("meta"):
-            t5: Any = T5EncoderModel(T5Config(**T5_XXL))
+            t5 = T5Encoder(**T5_XXL)
             t5.to(chosen.dtype)
         t5 = t5.to_empty(device="cuda").eval()
         if not SIMULATED:
@@ -147,7 +147,7 @@ def other_peaks(bench: Bench) -> Iterator[Row]:
             t5.set_submodule(full, quantised.QuantisedLinear.from_linear(linear, chosen.scheme or ""))
         tokens = torch.randint(1, 1000, (1, 512), device="cuda")
         clear()
-        yield {"what": f"T5-XXL {name}, 512 tokens", **_peak(lambda t=tokens, m=t5: m(input_ids=t))}
+        yield {"what": f"T5-XXL {name}, 512 tokens", **_peak(lambda t=tokens, m=t5: m(t, torch.ones_like(t)))}
         del t5
         clear()
 
@@ -160,9 +160,7 @@ def _heldout_peaks() -> Iterator[Row]:
 
 
 def _vae_peaks() -> Iterator[Row]:
-    from diffusers import AutoencoderKL
-
-    vae: Any = AutoencoderKL(**FLUX_VAE)
+    vae = Autoencoder(**FLUX_VAE)
     vae.to("cuda").eval()
     picture, latents = torch.rand(1, 3, 1024, 1024, device="cuda"), torch.randn(1, 16, 128, 128, device="cuda")
     yield {"what": "VAE encode 1024", **_peak(lambda: vae.encode(picture))}

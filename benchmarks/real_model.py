@@ -162,5 +162,4 @@ def job(
 
 def recompute(model: ChromaTransformer, interval: int) -> None:
     """Gradient checkpointing of every `interval`-th block; 0 switches it off."""
-    model.enable_gradient_checkpointing() if interval else model.disable_gradient_checkpointing()
-    model.checkpointing_interval = max(1, interval)
+    model.checkpointing_interval = interval

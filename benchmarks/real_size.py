@@ -123,8 +123,10 @@ def _as_the_peer_does(path: Path, device):
     from chroma_core.loading.spec import ModelSpec
 
     config = path.parent / "config"
-    transformer_outline(ModelSpec("base", transformer=str(path))).save_config(config / "transformer")
-    model = ChromaTransformer2DModel.from_single_file(
+    outline = transformer_outline(ModelSpec("base", transformer=str(path)))
+    (config / "transformer").mkdir(parents=True, exist_ok=True)
+    (config / "transformer" / "config.json").write_text(json.dumps(vars(outline.config)))
+    model: Any = ChromaTransformer2DModel.from_single_file(
         str(path), config=str(config), subfolder="transformer", torch_dtype=torch.bfloat16, local_files_only=True
     ).to(device)
     if device.type == "cpu":

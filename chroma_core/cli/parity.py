@@ -65,7 +65,8 @@ def exit_status(report: Any) -> int:
 def _compare(options: argparse.Namespace, folder: Path) -> Any:
     from ..loading.component_cache import ComponentCache
     from ..model.device import best_device
-    from ..parity import NotRun, Report, in_process, through_command_line, through_diffusers, vary
+    from ..parity import NotRun, Report, in_process, through_command_line, vary
+    from ..parity.with_diffusers import through_diffusers
 
     device = best_device(options.device)
     kinds = _kinds(options.factors)

@@ -161,7 +161,7 @@ def start_from(
     picture = picture.resize((width, height), Resampling.LANCZOS).crop(area)
     format_ = LatentFormat.of(vae)
     with torch.no_grad():
-        z = vae.encode(to_tensor(picture).to(vae.device, vae.dtype)).latent_dist.mean.float()
+        z = vae.encode(to_tensor(picture).to(vae.device, vae.dtype)).mean.float()
     found = {"start_BCHW": format_.to_model(z).expand(batch, -1, -1, -1)}
     record = {"image": options.image.name}
     if options.mask is not None:

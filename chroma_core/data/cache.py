@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..model.images import to_tensor
 from ..model.latents import LatentFormat
+from ..model.vae import Autoencoder
 from ..sampling.recipe import Recipe
 from ..sampling.text import TextCondition, TextEncoder
 from ..weights.safetensors_files import save_safetensors
@@ -100,7 +100,7 @@ class LatentTextCache:
             return False
 
     @torch.no_grad()
-    def add_latents(self, picture: Picture, views: Sequence[View], vae: AutoencoderKL) -> None:
+    def add_latents(self, picture: Picture, views: Sequence[View], vae: Autoencoder) -> None:
         """Encode a picture once and write `views`, which differ in nothing but the posterior's draw.
 
         The mean does not depend on chance; a draw depends on the picture, the view and its number.
@@ -110,7 +110,7 @@ class LatentTextCache:
         image = resize_and_crop(load_picture(picture.path, view.background), view.bucket, view.crop)
         if view.flipped:
             image = ImageOps.mirror(image)
-        posterior = vae.encode(to_tensor(image).to(vae.device, vae.dtype)).latent_dist  # type: ignore[union-attr]
+        posterior = vae.encode(to_tensor(image).to(vae.device, vae.dtype))
         for view in views:
             z = posterior.mean
             if view.draw is not None:

@@ -10,9 +10,9 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from ..errors import DataError
+from ..model.vae import Autoencoder
 from ..sampling.text import TextEncoder
 from .cache import Between, LatentTextCache
 from .captions import pick_caption
@@ -66,7 +66,7 @@ def cache_samples(
     scan: DatasetScan,
     cache: LatentTextCache,
     default_resolution: int,
-    load_vae: Callable[[], AbstractContextManager[AutoencoderKL]],
+    load_vae: Callable[[], AbstractContextManager[Autoencoder]],
     between: Between = lambda: None,
     progress: Progress = lambda *_: None,
 ) -> tuple[list[Sample], list[tuple[str, str]]]:

@@ -6,6 +6,7 @@ loaded from. So quantising it for training leaves no trace, and no second model 
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -138,7 +138,11 @@ def write_folder(path: Path, model: TrainedModel, metadata: Mapping[str, str], s
 
 
 def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {"_class_name": "ChromaTransformer2DModel", "_diffusers_version": diffusers.__version__, **arguments}
+    return {
+        "_class_name": "ChromaTransformer2DModel",
+        "_diffusers_version": importlib.metadata.version("diffusers"),
+        **arguments,
+    }
 
 
 def _check(path: Path, model: TrainedModel) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import T5EncoderModel
 
 from ..errors import ModelFileError
 from ..lora.adapters import check_fits, merge
@@ -88,9 +87,6 @@ def assemble(
 
 def finished(module: nn.Module) -> nn.Module:
     """The module frozen, in eval mode, and without anything left on the meta device."""
-    if isinstance(module, T5EncoderModel):
-        # The encoder reads its tokens from the shared embedding: one tensor, not two.
-        module.encoder.embed_tokens._parameters["weight"] = module.shared._parameters["weight"]
     left = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.device.type == "meta"]
     if left:
         raise ModelFileError(

@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from ..lora.adapters import attach, detach
@@ -25,6 +24,7 @@ from ..lora.files import read_lora
 from ..model.device import release_memory
 from ..model.images import preview_matrix
 from ..model.transformer import ChromaTransformer
+from ..model.vae import Autoencoder
 from ..sampling.text import TextEncoder
 from ..streaming import HOST_MEMORY_MARGIN, module_bytes, to_device, to_host
 from ..weights.identify import Part
@@ -109,7 +109,7 @@ class ComponentCache:
             load = lambda: load_text_encoder(spec, device, self._on_part)  # noqa: E731
             return self._get("text_encoder", spec, device, load).value
 
-    def vae(self, spec: ModelSpec, device: Device) -> AutoencoderKL:
+    def vae(self, spec: ModelSpec, device: Device) -> Autoencoder:
         """The VAE of `spec`, on `device` until another component takes its turn."""
         with self._lock:
             spec = self._pinned(spec, "vae")

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
-from transformers import AutoTokenizer, T5EncoderModel
 
 from ..errors import LoraError, ModelFileError
 from ..files import read_json
@@ -18,7 +16,9 @@ from ..lora.files import read_lora
 from ..lora.modules import LoraFile
 from ..model.flavours import flavour
 from ..model.precision import Precision, precision, quantisable_linears, require
+from ..model.text_encoder import T5Encoder
 from ..model.transformer import ChromaTransformer
+from ..model.vae import Autoencoder
 from ..sampling.text import TextEncoder
 from ..streaming import stream_blocks
 from ..weights.identify import TITLES, Identity, Part
@@ -61,6 +61,8 @@ def load_transformer(
 
 def load_text_encoder(spec: ModelSpec, device: Device, on_part: OnPart = _silent) -> TextEncoder:
     """The T5 encoder and tokenizer of `spec`."""
+    from transformers import AutoTokenizer  # takes seconds to import
+
     folder = locate(spec, "tokenizer")
     with torch.inference_mode(False):
         try:
@@ -69,15 +71,15 @@ def load_text_encoder(spec: ModelSpec, device: Device, on_part: OnPart = _silent
             raise ModelFileError(f"The tokenizer in '{folder}' cannot be read: {error}") from error
         placement = Placement.on(device, in_host_memory=spec.offload_during_startup)
         model = _load(spec, "text_encoder", placement, (), on_part)
-        assert isinstance(model, T5EncoderModel)
+        assert isinstance(model, T5Encoder)
         return TextEncoder(model, tokenizer)
 
 
-def load_vae(spec: ModelSpec, device: Device) -> AutoencoderKL:
+def load_vae(spec: ModelSpec, device: Device) -> Autoencoder:
     """The VAE of `spec`, in fp32: bf16 shows in flat colours, and it is small."""
     with torch.inference_mode(False):
         model = _load(spec, "vae", Placement.on(device), (), _silent)
-        assert isinstance(model, AutoencoderKL)
+        assert isinstance(model, Autoencoder)
         return model
 
 

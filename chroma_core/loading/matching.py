@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
 
 from ..errors import ModelFileError
+from ..model.text_encoder import T5Encoder
 from ..model.transformer import ChromaTransformer
+from ..model.vae import Autoencoder
 from ..names import encoders
 from ..names import transformer as keys
 from ..names.transformer import Rows
@@ -208,8 +208,8 @@ def _whole(expected: Shape, source: Source) -> Shape:
 
 _CLASSES: dict[Part, type[nn.Module]] = {
     "transformer": ChromaTransformer,
-    "text_encoder": T5EncoderModel,
-    "vae": AutoencoderKL,
+    "text_encoder": T5Encoder,
+    "vae": Autoencoder,
 }
 _CLASS_NAMES: dict[Part, tuple[str, ...]] = {
     "transformer": ("ChromaTransformer2DModel", "ChromaTransformer"),
@@ -226,8 +226,6 @@ _INFERRED: dict[Part, Callable[[Mapping[str, Shape]], dict[str, Any]]] = {
 def build_part(part: Part, config: Mapping[str, Any]) -> nn.Module:
     """The module of a part on the meta device, from the arguments in `Component.config`."""
     with torch.device("meta"):
-        if part == "text_encoder":
-            return T5EncoderModel(T5Config(**config))
         return _CLASSES[part](**config)
 
 

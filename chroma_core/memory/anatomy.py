@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
-from transformers import T5Config, T5EncoderModel
 
 from ..files import read_json
 from ..lora.adapters import features, linear_modules
 from ..lora.settings import target_modules
 from ..model.flavours import flavour
 from ..model.precision import Precision, quantisable_linears
+from ..model.text_encoder import T5Encoder
 from ..model.transformer import ChromaTransformer
+from ..model.vae import Autoencoder
 
 T5_XXL: dict[str, Any] = {
     "vocab_size": 32128,
@@ -152,8 +152,8 @@ class Anatomy:
 @lru_cache(maxsize=8)
 def anatomy(flavour_name: str) -> Anatomy:
     """The numbers of a flavour. Raises ConfigError for an unknown one."""
-    text = _on_meta(lambda: T5EncoderModel(T5Config(**_config(flavour_name, "text_encoder", T5_XXL))))
-    vae = _on_meta(lambda: AutoencoderKL(**_config(flavour_name, "vae", FLUX_VAE)))
+    text = _on_meta(lambda: T5Encoder(**_config(flavour_name, "text_encoder", T5_XXL)))
+    vae = _on_meta(lambda: Autoencoder(**_config(flavour_name, "vae", FLUX_VAE)))
     return Anatomy(of_transformer(transformer_on_meta(flavour_name)), of_text_encoder(text), of_vae(vae))
 
 
@@ -167,7 +167,7 @@ def of_transformer(model: ChromaTransformer) -> Transformer:
         "input projections": Part(_count(model.x_embedder) + _count(model.context_embedder)),
         "double blocks": together(doubles),
         "single blocks": together(singles),
-        "output projection": Part(_count(model.norm_out) + _count(model.proj_out)),
+        "output projection": Part(_count(model.proj_out)),
     }
     config: Any = model.config
     return Transformer(model.inner_dim, model.inner_dim // config.num_attention_heads, parts, doubles, singles)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError
 from safetensors.torch import load as load_latents
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .latents import LatentFormat
+from .vae import Autoencoder
 
 # Published latent → RGB maps fit the Flux VAE only, and tiny's VAE has a latent space of its own: measure, don't quote.
 _PROBE_SIZE = 64
@@ -47,24 +47,24 @@ def to_pictures(pixels_BCHW: Tensor) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> list[Image.Image]:
+def decode(vae: Autoencoder, latents_BCHW: Tensor) -> list[Image.Image]:
     """Decode latents of the transformer's space, one at a time (a picture must not depend on its neighbours)."""
     format_ = LatentFormat.of(vae)
     pictures = []
     for row in latents_BCHW:
         z = format_.to_vae(row[None]).to(vae.device, vae.dtype)
-        pictures += to_pictures(vae.decode(z).sample)  # type: ignore[union-attr]
+        pictures += to_pictures(vae.decode(z))
     return pictures
 
 
 @torch.no_grad()
-def preview_matrix(vae: AutoencoderKL) -> Tensor:
+def preview_matrix(vae: Autoencoder) -> Tensor:
     """A linear latent → RGB map [C+1, 3] (last row: offset), fitted by least squares on random colour patches."""
     generator = torch.Generator().manual_seed(0)
     blocks = torch.rand(16, 3, 4, 4, generator=generator) * 2 - 1
     pixels = torch.nn.functional.interpolate(blocks, size=(_PROBE_SIZE, _PROBE_SIZE), mode="nearest")
     format_ = LatentFormat.of(vae)
-    z = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean.float().cpu()  # type: ignore[union-attr]
+    z = vae.encode(pixels.to(vae.device, vae.dtype)).mean.float().cpu()
     latents = format_.to_model(z).permute(0, 2, 3, 1).flatten(0, 2)
     colours = torch.nn.functional.avg_pool2d(pixels, format_.downscale).permute(0, 2, 3, 1).flatten(0, 2)
     inputs = torch.cat([latents, torch.ones(len(latents), 1)], dim=1)

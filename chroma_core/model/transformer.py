@@ -1,7 +1,7 @@
-"""Chroma's transformer: diffusers' module tree with the forward pass that the recipe needs.
+"""Chroma's transformer.
 
-`ChromaTransformer` keeps diffusers' modules, names and configuration, so weights, adapters and quantisers work on it
-unchanged, and replaces `forward` where diffusers 0.42 departs from the model:
+Modules and weights are named as in diffusers' `ChromaTransformer2DModel`, so files, LoRAs and targets mean the same in
+both. Where that class (diffusers 0.42) departs from the model, this one does not:
 
 - text padding is masked with booleans, on the key side only, for every row of the batch on its own (diffusers passes a
   float 0/1 mask, which attention adds to the scores, and multiplies it into the query side too);
@@ -10,78 +10,207 @@ unchanged, and replaces `forward` where diffusers 0.42 departs from the model:
   126 distinct times in [.5, 1] at bf16);
 - the modulation table of one time can be computed once and used for both passes of guidance.
 
-Shapes use one letter an axis: B batch, L image tokens, T text tokens, D packed channels, C text channels, M width,
-N modulation vectors.
+Shapes use one letter an axis: B batch, H heads, L image tokens, T text tokens, S tokens of either or both, D packed
+channels, C text channels, M width, N modulation vectors.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any, cast
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ChromaTransformer2DModel
-from diffusers.models.embeddings import apply_rotary_emb, get_timestep_embedding
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+MLP_RATIO = 4
+ROTARY_BASE = 10000
+TIME_PERIOD = 10000
 
-class KeyMaskedAttention:
-    """Joint attention of Flux and Chroma with an optional boolean key mask, as a diffusers attention processor.
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines [S, head dimensions] of the tokens' positions, fp32; each value stands twice, once a component."""
 
-    The mask comes in as `key_mask` [B, 1, 1, T+L] (True = visible) rather than as diffusers' `attention_mask`, because
-    the blocks multiply the latter into an outer product: a masked query row then has no key at all and becomes NaN.
+
+class Attention(nn.Module):
+    """Joint attention over text and image (`joint`), or over both in one row."""
+
+    def __init__(self, width: int, heads: int, joint: bool):
+        super().__init__()
+        self.heads = heads
+        self.norm_q = nn.RMSNorm(width // heads, eps=1e-6)
+        self.norm_k = nn.RMSNorm(width // heads, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        if joint:
+            self.to_out = nn.ModuleList([nn.Linear(width, width)])
+            self.norm_added_q = nn.RMSNorm(width // heads, eps=1e-6)
+            self.norm_added_k = nn.RMSNorm(width // heads, eps=1e-6)
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(width, width) for _ in range(3))
+            self.to_add_out = nn.Linear(width, width)
+
+    def forward(
+        self, x_BSM: Tensor, rotary: Rotary, key_mask_B11S: Tensor | None, text_BTM: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(image, text) where the text comes by itself. key_mask: True = visible; a row that is hidden still asks, so
+        that it has keys and does not become NaN.
+        """
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        query = self.norm_q(heads(self.to_q(x_BSM)))
+        key = self.norm_k(heads(self.to_k(x_BSM)))
+        value = heads(self.to_v(x_BSM))
+        if text_BTM is not None:
+            query = torch.cat([self.norm_added_q(heads(self.add_q_proj(text_BTM))), query], dim=2)
+            key = torch.cat([self.norm_added_k(heads(self.add_k_proj(text_BTM))), key], dim=2)
+            value = torch.cat([heads(self.add_v_proj(text_BTM)), value], dim=2)
+        query, key = rotated(query, rotary), rotated(key, rotary)
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask_B11S).transpose(1, 2).flatten(2)
+        if text_BTM is None:
+            return x
+        tokens = text_BTM.shape[1]
+        return self.to_out[0](x[:, tokens:]), self.to_add_out(x[:, :tokens])
+
+
+class Gelu(nn.Module):
+    """A linear layer, then GELU (tanh)."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(width, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """The MLP of a double block. The place between its layers is that of a dropout, which Chroma does not have."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        inner = MLP_RATIO * width
+        self.net = nn.Sequential(Gelu(width, inner), nn.Identity(), nn.Linear(inner, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class DoubleBlock(nn.Module):
+    """Text and image side by side, each with weights of its own, joined in attention."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.attn = Attention(width, heads, joint=True)
+        self.ff = FeedForward(width)
+        self.ff_context = FeedForward(width)
+
+    def forward(
+        self, image_BLM: Tensor, text_BTM: Tensor, modulation: Tensor, rotary: Rotary, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(text, image). modulation [B, 12, M]: the image's six vectors, then the text's."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :6].split(1, dim=1)
+        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = modulation[:, 6:].split(1, dim=1)
+        image, text = self.attn(
+            modulated(image_BLM, shift, scale), rotary, key_mask, modulated(text_BTM, t_shift, t_scale)
+        )
+        image = image_BLM + gate * image
+        image = image + mlp_gate * self.ff(modulated(image, mlp_shift, mlp_scale))
+        text = text_BTM + t_gate * text
+        text = text + t_mlp_gate * self.ff_context(modulated(text, t_mlp_shift, t_mlp_scale))
+        return finite(text), finite(image)
+
+
+class SingleBlock(nn.Module):
+    """Text and image in one row; attention and MLP read the same input, and one layer takes both results."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        inner = MLP_RATIO * width
+        self.proj_mlp = nn.Linear(width, inner)
+        self.proj_out = nn.Linear(width + inner, width)
+        self.attn = Attention(width, heads, joint=False)
+
+    def forward(self, x_BSM: Tensor, modulation: Tensor, rotary: Rotary, key_mask: Tensor | None) -> Tensor:
+        """modulation: [B, 3, M]."""
+        shift, scale, gate = modulation.split(1, dim=1)
+        x = modulated(x_BSM, shift, scale)
+        mlp = F.gelu(self.proj_mlp(x), approximate="tanh")
+        return finite(x_BSM + gate * self.proj_out(torch.cat([self.attn(x, rotary, key_mask), mlp], dim=2)))
+
+
+class ApproximatorLayer(nn.Module):
+    """Two linear layers with SiLU between them."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Approximator(nn.Module):
+    """From the embedded time and a vector's number to that modulation vector."""
+
+    def __init__(self, channels: int, width: int, inner: int, layers: int):
+        super().__init__()
+        self.in_proj = nn.Linear(channels, inner)
+        self.layers = nn.ModuleList(ApproximatorLayer(inner) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.RMSNorm(inner) for _ in range(layers))
+        self.out_proj = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_proj(x)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + layer(norm(x))
+        return self.out_proj(x)
+
+
+class ChromaTransformer(nn.Module):
+    """Chroma's transformer. The arguments are those of diffusers' `ChromaTransformer2DModel`, by default Chroma 1's.
+
+    Raises ValueError for arguments that do not fit together.
     """
 
-    def __call__(
+    checkpointing_interval: int = 0
+    """With gradients every n-th block is computed again in the backward pass: more memory and less time the larger n
+    is. 0: none is."""
+
+    def __init__(
         self,
-        attn,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-        key_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-
-        query = attn.norm_q(heads(attn.to_q(hidden_states)))
-        key = attn.norm_k(heads(attn.to_k(hidden_states)))
-        value = heads(attn.to_v(hidden_states))
-        if encoder_hidden_states is not None:
-            query = torch.cat([attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states))), query], dim=2)
-            key = torch.cat([attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states))), key], dim=2)
-            value = torch.cat([heads(attn.add_v_proj(encoder_hidden_states)), value], dim=2)
-        query = cast(Tensor, apply_rotary_emb(query, image_rotary_emb))
-        key = cast(Tensor, apply_rotary_emb(key, image_rotary_emb))
-
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask)
-        x = x.transpose(1, 2).flatten(2)
-        if encoder_hidden_states is None:
-            return x
-        text_tokens = encoder_hidden_states.shape[1]
-        return attn.to_out[0](x[:, text_tokens:]), attn.to_add_out(x[:, :text_tokens])
-
-
-class ChromaTransformer(ChromaTransformer2DModel):
-    """Chroma's transformer: configuration, module names and weights as in diffusers' `ChromaTransformer2DModel`."""
-
-    if TYPE_CHECKING:  # what diffusers' decorators hide from a checker
-        config: Any
-
-        def to(self, *args: Any, **kwargs: Any) -> ChromaTransformer: ...
-
-    checkpointing_interval: int = 1
-    """With gradient checkpointing every n-th block is recomputed, n ≥ 1: more memory and less time the larger it is."""
-
-    # `from_config` reads the names of the arguments; to a checker `wraps` would hide `self`.
-    @cast(Any, functools.wraps(ChromaTransformer2DModel.__init__))
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # Its buffer is rounded by every cast and left behind by a build on the meta device; `modulation` needs none.
-        del self.time_text_embed
-        self.set_attn_processor(cast(Any, KeyMaskedAttention()))
+        patch_size: int = 1,
+        in_channels: int = 64,
+        out_channels: int | None = None,
+        num_layers: int = 19,
+        num_single_layers: int = 38,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 4096,
+        axes_dims_rope: Sequence[int] = (16, 56, 56),
+        approximator_num_channels: int = 64,
+        approximator_hidden_dim: int = 5120,
+        approximator_layers: int = 5,
+    ):
+        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        if len(axes_dims_rope) != 3 or sum(axes_dims_rope) != attention_head_dim or any(n % 2 for n in axes_dims_rope):
+            raise ValueError(
+                f"axes_dims_rope is {list(axes_dims_rope)}: three even numbers are needed, {attention_head_dim} in all"
+            )
+        self.config: Any = SimpleNamespace(**config)
+        self.inner_dim = width = num_attention_heads * attention_head_dim
+        self.distilled_guidance_layer = Approximator(
+            approximator_num_channels, width, approximator_hidden_dim, approximator_layers
+        )
+        self.context_embedder = nn.Linear(joint_attention_dim, width)
+        self.x_embedder = nn.Linear(in_channels, width)
+        heads = num_attention_heads
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(width, heads) for _ in range(num_layers))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(width, heads) for _ in range(num_single_layers))
+        self.proj_out = nn.Linear(width, patch_size**2 * (out_channels or in_channels))
 
     @property
     def modulation_vectors(self) -> int:
@@ -95,23 +224,19 @@ class ChromaTransformer(ChromaTransformer2DModel):
         it is de-distilled. Like the time it is multiplied by 1000 before it is embedded, as in the author's code. Time,
         guidance and the vector's index are embedded in fp32 and only then cast to the approximator's dtype.
         """
-        channels = cast(Any, self.config).approximator_num_channels // 4
+        channels = self.config.approximator_num_channels // 4
         weight = self.distilled_guidance_layer.in_proj.weight
         sigma_B = sigma_B.to(weight.device, torch.float32)
-
-        def embed(values: Tensor, size: int) -> Tensor:
-            return get_timestep_embedding(values, size, flip_sin_to_cos=True, downscale_freq_shift=0)
-
         B, N = sigma_B.shape[0], self.modulation_vectors
-        time = embed(sigma_B * 1000, channels)
+        time = embedded(sigma_B * 1000, channels)
         if guidance_B is None:
             guidance_B = torch.zeros_like(sigma_B)
-        guidance = embed(guidance_B.to(weight.device, torch.float32) * 1000, channels)
-        index = embed(torch.arange(N, device=weight.device) * 1000, 2 * channels)
+        guidance = embedded(guidance_B.to(weight.device, torch.float32) * 1000, channels)
+        index = embedded(torch.arange(N, device=weight.device) * 1000, 2 * channels)
         parts = (torch.cat([time, guidance], dim=1)[:, None].expand(B, N, -1), index.expand(B, N, -1))
         return self.distilled_guidance_layer(torch.cat(parts, dim=2).to(weight.dtype))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         latents_BLD: Tensor,
         text_BTC: Tensor,
@@ -139,7 +264,7 @@ class ChromaTransformer(ChromaTransformer2DModel):
             modulation_BNM = self.modulation(sigma_B, guidance_B)
         T = text_BTC.shape[1]
         text_ids = torch.zeros(T, 3, device=img_ids_L3.device, dtype=img_ids_L3.dtype)
-        rotary = self.pos_embed(torch.cat([text_ids, img_ids_L3]))
+        rotary = rotary_table(torch.cat([text_ids, img_ids_L3]), self.config.axes_dims_rope)
         key_mask = None
         if text_mask_BT is not None:
             image_mask = text_mask_BT.new_ones(latents_BLD.shape[:2])
@@ -153,27 +278,58 @@ class ChromaTransformer(ChromaTransformer2DModel):
         for i, block in enumerate(doubles):
             a, b = image_offset + 6 * i, text_offset + 6 * i
             modulation = torch.cat([modulation_BNM[:, a : a + 6], modulation_BNM[:, b : b + 6]], dim=1)
-            text, image = self._run(i, block, image, text, modulation, rotary, key_mask=key_mask)
+            text, image = self._run(i, block, image, text, modulation, rotary, key_mask)
         joint = torch.cat([text, image], dim=1)
         for i, block in enumerate(singles):
             vectors = modulation_BNM[:, 3 * i : 3 * i + 3]
-            joint = self._run(len(doubles) + i, block, joint, vectors, rotary, key_mask=key_mask)
-        return self.proj_out(self.norm_out(joint[:, T:], modulation_BNM[:, -2:]))
+            joint = self._run(len(doubles) + i, block, joint, vectors, rotary, key_mask)
+        shift, scale = modulation_BNM[:, -2:].split(1, dim=1)
+        return self.proj_out(modulated(joint[:, T:], shift, scale))
 
     def recomputes(self, index: int) -> bool:
-        """Whether gradient checkpointing recomputes block `index`, counted from 0 over double and single blocks."""
-        return self.gradient_checkpointing and index % self.checkpointing_interval == 0
+        """Whether the backward pass computes block `index` again, counted from 0 over double and single blocks."""
+        return self.checkpointing_interval > 0 and index % self.checkpointing_interval == 0
 
-    def _run(self, index: int, block: nn.Module, *args: Any, key_mask: Tensor | None) -> Any:
-        """Block `index`, recomputed in the backward pass where gradient checkpointing says so."""
-        kwargs = {"key_mask": key_mask}
+    def _run(self, index: int, block: nn.Module, *args: Any) -> Any:
         if self.recomputes(index) and torch.is_grad_enabled():
             # No block draws random numbers; preserving the state would set the process-wide generator in the backward
             # pass, under the feet of a prompt that runs at that moment.
-            return checkpoint(
-                lambda *a: block(*a, joint_attention_kwargs=kwargs),
-                *args,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        return block(*args, joint_attention_kwargs=kwargs)
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+        return block(*args)
+
+
+def modulated(x_BSM: Tensor, shift_B1M: Tensor, scale_B1M: Tensor) -> Tensor:
+    """The layer norm of x, scaled and shifted."""
+    return F.layer_norm(x_BSM, x_BSM.shape[-1:], eps=1e-6) * (1 + scale_B1M) + shift_B1M
+
+
+def finite(x: Tensor) -> Tensor:
+    """fp16 that has run over its range is brought back to its end."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def embedded(values_B: Tensor, size: int) -> Tensor:
+    """Cosines, then sines [B, size] of each value at `size` / 2 frequencies from 1 down to 1 / 10000, fp32."""
+    half = size // 2
+    exponents = -math.log(TIME_PERIOD) * torch.arange(half, dtype=torch.float32, device=values_B.device) / half
+    angles = values_B[:, None].float() * exponents.exp()[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rotary_table(ids_S3: Tensor, axes: Sequence[int]) -> Rotary:
+    """The rotary embedding of positions with so many dimensions an axis; angles in fp64 where the device has it."""
+    dtype = torch.float32 if ids_S3.device.type == "mps" else torch.float64
+    angles = []
+    for axis, size in enumerate(axes):
+        exponents = torch.arange(0, size, 2, dtype=dtype, device=ids_S3.device) / size
+        angles.append(torch.outer(ids_S3[:, axis].float(), 1.0 / ROTARY_BASE**exponents))
+    both = torch.cat(angles, dim=-1)
+    return both.cos().repeat_interleave(2, dim=1).float(), both.sin().repeat_interleave(2, dim=1).float()
+
+
+def rotated(x_BHSd: Tensor, rotary: Rotary) -> Tensor:
+    """Each pair of neighbouring dimensions turned by its angle; computed in fp32."""
+    cos, sin = rotary
+    first, second = x_BHSd.unflatten(-1, (-1, 2)).unbind(-1)
+    quarter_turn = torch.stack([-second, first], dim=-1).flatten(3)
+    return (x_BHSd.float() * cos + quarter_turn.float() * sin).to(x_BHSd.dtype)

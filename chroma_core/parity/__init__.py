@@ -1,7 +1,8 @@
 """Do the runtimes sample the same image, and if not, which number makes the difference?
 
 case.py        what is sampled, what came out, and how two results differ
-runtimes.py    sample it in this process, by the command line, by diffusers, by the nodes in a real ComfyUI
+runtimes.py    sample it in this process, by the command line, by the nodes in a real ComfyUI
+with_diffusers.py  … by diffusers' pipeline; imported by who needs it
 preview.py     … as the trainer's preview showed it
 report.py      pairs of runtimes, and one number changed at a time: as a table, as JSON, and side by side
 """
@@ -9,7 +10,7 @@ report.py      pairs of runtimes, and one number changed at a time: as a table, 
 from .case import Case, Difference, NotRun, Sampled, compare
 from .preview import read_preview, train_briefly
 from .report import FactorKind, Report, side_by_side, vary
-from .runtimes import in_process, through_comfyui, through_command_line, through_diffusers
+from .runtimes import in_process, through_comfyui, through_command_line
 
 __all__ = [
     "Case",
@@ -24,7 +25,6 @@ __all__ = [
     "side_by_side",
     "through_comfyui",
     "through_command_line",
-    "through_diffusers",
     "train_briefly",
     "vary",
 ]

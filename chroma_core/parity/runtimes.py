@@ -1,4 +1,4 @@
-"""The ways to sample a case: in this process, by the command line, by diffusers' pipeline, by the nodes in ComfyUI."""
+"""Our own ways to sample a case: in this process, by the command line, by the nodes in ComfyUI."""
 
 from __future__ import annotations
 
@@ -8,25 +8,18 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 from ..comfy.graph import Graph, Prompt
 from ..comfy.server import PACK, Host, HostError
 from ..loading.component_cache import ComponentCache
-from ..loading.load import Device, load_text_encoder, load_transformer, load_vae
+from ..loading.load import Device
 from ..loading.spec import ModelHandle
 from ..model.images import LATENTS_SUFFIX, decode, read_latents
-from ..model.latents import FLUX_LATENTS, LatentFormat, pack, unpack
-from ..model.precision import precision
-from ..sampling.sampler import OnStep, initial_noise, sample
+from ..model.latents import LatentFormat
+from ..sampling.sampler import OnStep, sample
 from .case import Case, NotRun, Sampled
-
-TextMask = Literal["boolean", "float"]
 
 
 def in_process(case: Case, components: ComponentCache, device: Device, on_step: OnStep | None = None) -> Sampled:
@@ -88,96 +81,6 @@ def _arguments(case: Case) -> list[str]:
     if len(modes) > 1:
         raise NotRun("The command line applies all LoRAs in one mode.")
     return words + [f"--lora-mode={mode}" for mode in modes]
-
-
-class _BooleanMask(FluxAttnProcessor):
-    """diffusers' attention with the mask that its pipeline meant: hidden keys are hidden.
-
-    The pipeline hands over ones and zeros as floats, which attention adds to the scores: every padding token takes part
-    (huggingface/diffusers #12116). A row of a hidden query hides every key; it sees all instead, since nobody reads it.
-    """
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-        if attention_mask is not None:
-            attention_mask = attention_mask.bool()
-            attention_mask = attention_mask | ~attention_mask.any(-1, keepdim=True)
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-
-
-def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean") -> Sampled:
-    """Sample by diffusers' `ChromaPipeline`: its text encoding, its transformer, its LoRA loader, its guidance.
-
-    Given from here are the weights, the noise, and the noise levels of the case's recipe. All else that the recipe says
-    is diffusers' own.
-
-    Args:
-        text_mask: `float` as diffusers has it, `boolean` as it was meant.
-    Raises:
-        NotRun: for a quantised model, another sampler than Euler's, or a LoRA that diffusers does not read.
-    """
-    chosen, settings = precision(case.spec.precision), case.settings
-    if chosen.quantised:
-        raise NotRun(f"diffusers has no counterpart of the precision {case.spec.precision}.")
-    only = "diffusers' pipeline has Euler's sampler from pure noise only."
-    if settings.method != "euler":
-        raise NotRun(only)
-    case.check_whole(only)
-    width, height = case.effective_size
-    rows, columns = height // FLUX_LATENTS.downscale, width // FLUX_LATENTS.downscale
-    tokens = width * height // 256
-    sigmas = settings.sigmas(tokens, case.recipe)
-    noise = initial_noise([settings.seed], (FLUX_LATENTS.channels, rows, columns))
-
-    text, vae = load_text_encoder(case.spec, device), load_vae(case.spec, device)
-    pipeline = ChromaPipeline(
-        # The noise levels are finished: nothing of theirs is shifted again.
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
-        vae=vae,
-        text_encoder=text.model,
-        tokenizer=text.tokenizer,  # type: ignore[arg-type]
-        transformer=_diffusers_transformer(case, device, text_mask),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    with torch.random.fork_rng(devices=[]):  # loading draws weights and then overwrites them
-        _load_loras(pipeline, case)
-        packed: Any = pipeline(
-            prompt=case.prompt,
-            negative_prompt=case.negative,
-            width=width,
-            height=height,
-            num_inference_steps=settings.steps,
-            sigmas=sigmas[:-1].tolist(),
-            guidance_scale=settings.guidance,
-            latents=pack(noise).to(device, chosen.dtype),
-            output_type="latent",
-        )
-    latents = unpack(packed.images.float(), rows, columns)
-    return Sampled(LatentFormat.of(vae).to_vae(latents).cpu(), decode(vae, latents)[0])
-
-
-def _diffusers_transformer(case: Case, device: Device, text_mask: TextMask) -> ChromaTransformer2DModel:
-    """diffusers' own class over the loaded weights (shared, not copied)."""
-    ours = load_transformer(case.spec, device)
-    with init_empty_weights(include_buffers=False):
-        theirs: Any = ChromaTransformer2DModel.from_config(ours.config)
-    missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False, assign=True)
-    if missing or unexpected:
-        raise NotRun(f"diffusers' class has other weights: {[*missing, *unexpected][:3]}.")
-    if text_mask == "boolean":
-        theirs.set_attn_processor(_BooleanMask())
-    return theirs.to(device).requires_grad_(False).eval()
-
-
-def _load_loras(pipeline: ChromaPipeline, case: Case) -> None:
-    names = [f"lora_{i}" for i in range(len(case.loras))]
-    try:
-        for name, use in zip(names, case.loras, strict=True):
-            path = Path(use.path)
-            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
-        if names:
-            pipeline.set_adapters(names, [use.strength for use in case.loras])
-    except Exception as error:  # whatever PEFT makes of a file that it does not know
-        raise NotRun(f"diffusers does not load the LoRA ({type(error).__name__}: {error}).") from error
 
 
 def through_comfyui(case: Case, host: Host) -> Sampled:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from ..errors import PromptError
+from ..model.text_encoder import T5Encoder
 from .recipe import CANONICAL, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_TOKENS = 512
 """Text positions that Chroma was trained with; a longer prompt is cut so that the visible padding still fits."""
@@ -64,14 +67,14 @@ class TextCondition:
 class TextEncoder:
     """A T5 encoder and its tokenizer. With `keep_padding` it returns all 512 states, T5's outputs on pads included."""
 
-    def __init__(self, model: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, keep_padding: bool = False):
+    def __init__(self, model: T5Encoder, tokenizer: PreTrainedTokenizerBase, keep_padding: bool = False):
         self.model = model
         self.tokenizer = tokenizer
         self.keep_padding = keep_padding
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the weights; returns itself."""
-        self.model.to(device)  # type: ignore[arg-type]
+        self.model.to(device)
         return self
 
     def with_padding(self) -> TextEncoder:
@@ -93,12 +96,14 @@ class TextEncoder:
         real = len(ids)
         whole = self.keep_padding or recipe.text_attention == "full"
         length = MAX_TOKENS if whole else real + recipe.visible_padding
-        tokens = torch.tensor([ids + [self.tokenizer.pad_token_id] * (length - real)], device=self.model.device)
+        tokens = torch.tensor(
+            [ids + [self.tokenizer.pad_token_id] * (length - real)], device=self.model.shared.weight.device
+        )
         mask = torch.ones_like(tokens)
         # Padding that is kept must not change the real tokens where the recipe says that T5 does not see it.
         if recipe.text_attention == "masked" or (self.keep_padding and recipe.text_attention != "full"):
             mask[:, real:] = 0
-        states = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state[0]
+        states = self.model(tokens, mask)[0]
         visible = MAX_TOKENS if self.keep_padding else real + recipe.visible_padding
         return TextCondition(states[:visible].float(), prompt, real, truncated)
 

@@ -79,7 +79,7 @@ def transformer_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def text_encoder_config(shapes: Shapes) -> dict[str, Any]:
-    """The arguments of `transformers.T5Config` for an encoder of version 1.1 (gated GELU).
+    """The arguments of `T5Encoder` for an encoder of version 1.1 (gated GELU).
 
     Not visible in tensors, and the same in every published T5: the reach of the relative positions and the norms' ε.
     """
@@ -110,7 +110,7 @@ def text_encoder_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
-    """The arguments of `diffusers.AutoencoderKL`, with Flux's latent scale and shift.
+    """The arguments of `Autoencoder`, with Flux's latent scale and shift.
 
     Not visible in tensors: the norms' groups, which are 32 unless that left fewer than two channels in a group.
     """

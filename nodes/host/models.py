@@ -14,11 +14,11 @@ import comfy.sd
 import comfy.supported_models
 import torch
 from comfy.patcher_extension import WrappersMP
-from diffusers import AutoencoderKL
 
 from ...chroma_core.errors import LoraError, ModelFileError
 from ...chroma_core.loading.load import load_vae
 from ...chroma_core.loading.spec import ModelSpec
+from ...chroma_core.model.vae import Autoencoder
 from .memory import device
 
 
@@ -56,7 +56,7 @@ def host_vae(spec: ModelSpec) -> comfy.sd.VAE:
 class _Network(torch.nn.Module):
     """The VAE's network in the shape in which ComfyUI calls one."""
 
-    def __init__(self, source: AutoencoderKL):
+    def __init__(self, source: Autoencoder):
         super().__init__()
         self.source = source
 
@@ -65,13 +65,13 @@ class _Network(torch.nn.Module):
         return self.source.state_dict(*args, **options)
 
     def encode(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.source.encode(pixels_BCHW).latent_dist.mean  # type: ignore[union-attr]
+        return self.source.encode(pixels_BCHW).mean
 
     def decode(self, z_BCHW: torch.Tensor) -> torch.Tensor:
-        return self.source.decode(z_BCHW).sample  # type: ignore[union-attr]
+        return self.source.decode(z_BCHW)
 
 
-def _computed_by(source: AutoencoderKL, vae: Any) -> comfy.sd.VAE:
+def _computed_by(source: Autoencoder, vae: Any) -> comfy.sd.VAE:
     """ComfyUI's VAE with previews' and the command line's own network in it, so that an image has the same bits.
 
     ComfyUI's network differs from it in the last bits (2e-7), enough to move an 8-bit value now and then.

@@ -13,6 +13,7 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from _host import Host
@@ -21,6 +22,7 @@ from chroma_core.loading.load import load_vae
 from chroma_core.loading.spec import ModelHandle, ModelSpec
 from chroma_core.model.images import decode, to_tensor
 from chroma_core.model.latents import LatentFormat
+from chroma_core.parity.with_diffusers import theirs
 from chroma_core.sampling.recipe import recipe
 from chroma_core.sampling.sampler import SamplingSettings, sample
 from chroma_core.sampling.schedule import sampling_sigmas
@@ -175,7 +177,7 @@ def test_tail_sigmas_are_the_samplers_schedule(server: Host):
 def test_the_vae_is_the_hosts_own_and_decodes_as_diffusers_does(comfy: ModuleType, pack_host: ModuleType):
     import comfy.sd
 
-    ours, reference = pack_host.host_vae(TINY), load_vae(TINY, "cpu")
+    ours, reference = pack_host.host_vae(TINY), theirs(AutoencoderKL, load_vae(TINY, "cpu"))
     assert type(ours) is comfy.sd.VAE
     generator = torch.Generator().manual_seed(0)
     z = LatentFormat.of(reference).to_vae(torch.randn(2, 16, 8, 12, generator=generator))
@@ -189,7 +191,7 @@ def test_the_vae_is_the_hosts_own_and_decodes_as_diffusers_does(comfy: ModuleTyp
 def test_the_vae_encodes_as_diffusers_does(pack_host: ModuleType):
     from PIL import Image
 
-    ours, reference = pack_host.host_vae(TINY), load_vae(TINY, "cpu")
+    ours, reference = pack_host.host_vae(TINY), theirs(AutoencoderKL, load_vae(TINY, "cpu"))
     pixels_B3HW = to_tensor(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)))
     with torch.no_grad():
         z = ours.encode((pixels_B3HW.permute(0, 2, 3, 1) + 1) / 2)

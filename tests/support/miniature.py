@@ -3,14 +3,15 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ChromaTransformer2DModel
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerFast
 
+from chroma_core.model.text_encoder import T5Encoder
 from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.model.vae import Autoencoder
 
 WIDTHS = {
     "attention_head_dim": 16,
@@ -32,11 +33,11 @@ def transformer(layers: int = 2, single_layers: int = 2, seed: int = 0) -> Chrom
     return model.requires_grad_(False).eval()
 
 
-def t5(vocabulary: int = 64, width: int = 32, seed: int = 0) -> T5EncoderModel:
+def t5(vocabulary: int = 64, width: int = 32, seed: int = 0) -> T5Encoder:
     """A random T5 encoder of two layers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = T5Config(
+        model = T5Encoder(
             vocab_size=vocabulary,
             d_model=width,
             d_kv=16,
@@ -45,14 +46,14 @@ def t5(vocabulary: int = 64, width: int = 32, seed: int = 0) -> T5EncoderModel:
             num_heads=2,
             feed_forward_proj="gated-gelu",
         )
-        return T5EncoderModel(config).eval()  # type: ignore[return-value]
+    return model.eval()
 
 
-def vae(seed: int = 0) -> AutoencoderKL:
+def vae(seed: int = 0) -> Autoencoder:
     """A random VAE with Flux's latent channels, scale and shift."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoencoderKL(
+        model = Autoencoder(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(8, 8, 16, 16),
@@ -94,12 +95,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def write_model_folder(folder: Path, seed: int = 0) -> Path:
     """A whole random model in diffusers layout, as its own libraries write it."""
-    model = transformer(seed=seed)
-    reference = ChromaTransformer2DModel(num_layers=2, num_single_layers=2, **WIDTHS)
-    reference.load_state_dict(model.state_dict())
-    reference.save_pretrained(folder / "transformer")
-    t5(seed=seed).save_pretrained(folder / "text_encoder")
-    vae(seed).save_pretrained(folder / "vae")
+    from chroma_core.parity import with_diffusers as reference
+
+    reference.theirs(reference.ChromaTransformer2DModel, transformer(seed=seed)).save_pretrained(folder / "transformer")
+    reference.theirs(reference.text_encoder_of, t5(seed=seed)).save_pretrained(folder / "text_encoder")
+    reference.theirs(reference.AutoencoderKL, vae(seed)).save_pretrained(folder / "vae")
     tokenizer().save_pretrained(folder / "tokenizer")
     (folder / "model_index.json").write_text('{"_class_name": "ChromaPipeline"}')
     return folder

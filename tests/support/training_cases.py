@@ -86,8 +86,7 @@ class Bench:
         places = JobPaths(cache / "job", cache / "loras", cache, cache / "diffusion_models")
         self.trained = make_trained(settings, self.transformer, places, self.data.base_sha256)
         self.parameters = self.trained.parameters
-        if settings.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        self.transformer.checkpointing_interval = int(settings.gradient_checkpointing)
         self.stepper = Stepper(self.parameters, settings.optimizer_settings())
         self.batches = Batches(self.data.samples, self.data.cache, settings)
 

@@ -6,16 +6,12 @@ Allocators, workspaces of libraries and caches are not seen: what is counted is 
 from __future__ import annotations
 
 import gc
-import logging
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import T5Config, T5EncoderModel
 
 from chroma_core.lora.trainable import LoraSettings, add_trainable
 from chroma_core.memory.activations import (
@@ -30,7 +26,9 @@ from chroma_core.memory.activations import (
 from chroma_core.memory.anatomy import FLUX_VAE, lora_layers_of, of_text_encoder, of_transformer, of_vae
 from chroma_core.model.latents import image_ids
 from chroma_core.model.precision import precision, quantise
+from chroma_core.model.text_encoder import T5Encoder
 from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.model.vae import Autoencoder
 
 
 class LiveBytes(TorchDispatchMode):
@@ -69,10 +67,6 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self._known.pop(key, 0)
-
-
-# diffusers warns on every cast of a model; these are cast on purpose.
-logging.getLogger("diffusers").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -125,8 +119,7 @@ class Case:
         assert self.target is not None
         add_trainable(model, LoraSettings(rank=self.rank, target=self.target), seed=1)
         model.train()
-        if self.checkpointing:
-            model.enable_gradient_checkpointing()
+        model.checkpointing_interval = int(self.checkpointing)
         with LiveBytes() as live:
             velocity = model(*args)
             kept = live.now
@@ -139,7 +132,7 @@ class Case:
 
 def measure_vae(size: int) -> dict[str, tuple[int, int]]:
     """Flux's VAE with random weights, fp32: bytes measured and predicted of `decode` and `encode`."""
-    vae: Any = AutoencoderKL(**FLUX_VAE).eval().requires_grad_(False)
+    vae = Autoencoder(**FLUX_VAE).eval().requires_grad_(False)
     with torch.no_grad(), LiveBytes() as decoding:
         vae.decode(torch.randn(1, 16, size // 8, size // 8))
     with torch.no_grad(), LiveBytes() as encoding:
@@ -153,7 +146,7 @@ def measure_vae(size: int) -> dict[str, tuple[int, int]]:
 
 def measure_t5(name: str, tokens: int, width: int = 512, heads: int = 64) -> tuple[int, int]:
     """A T5 encoder of that width with T5-XXL's number of heads: bytes measured and predicted."""
-    config = T5Config(
+    encoder = T5Encoder(
         vocab_size=100,
         d_model=width,
         d_kv=width // heads,
@@ -163,11 +156,10 @@ def measure_t5(name: str, tokens: int, width: int = 512, heads: int = 64) -> tup
         feed_forward_proj="gated-gelu",
     )
     chosen = precision(name)
-    encoder: Any = T5EncoderModel(config)  # its `to` is decorated in a way that a checker cannot follow
     model = encoder.to(chosen.dtype).eval().requires_grad_(False)
     body = of_text_encoder(model)
     quantise(model, chosen)
     ids = torch.zeros(1, tokens, dtype=torch.long)
     with torch.no_grad(), LiveBytes() as live:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model(ids, torch.ones_like(ids))
     return live.peak, text_encoder_bytes(body, chosen, tokens)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
 
 from chroma_core.lora.adapters import attach, detach, features, linear_modules, merge
 from chroma_core.lora.modules import LoraFile, LoraModule
@@ -33,6 +32,7 @@ from chroma_core.model.precision import (
     unpack_linear,
 )
 from chroma_core.model.quantised import QuantisedLinear
+from chroma_core.model.text_encoder import T5Encoder
 from chroma_core.model.transformer import ChromaTransformer
 
 TINY = Path(__file__).resolve().parents[2] / "chroma_core" / "assets" / "tiny"
@@ -266,15 +266,15 @@ def saved_and_loaded(model: ChromaTransformer, chosen: Case, precision: Precisio
     return again
 
 
-def tiny_text_encoder(dtype: torch.dtype = torch.float32) -> T5EncoderModel:
+def tiny_text_encoder(dtype: torch.dtype = torch.float32) -> T5Encoder:
     """The T5 encoder that ships with the pack."""
-    config = T5Config(**json.loads((TINY / "text_encoder" / "config.json").read_text()))
+    config = json.loads((TINY / "text_encoder" / "config.json").read_text())
     weights: dict[str, Any] = load_file(TINY / "text_encoder" / "model.safetensors")
     weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
     with torch.device("meta"):
-        model = T5EncoderModel(config)
+        model = T5Encoder(**config)
     model.load_state_dict({k: v.to(dtype) for k, v in weights.items()}, assign=True)
-    return model.requires_grad_(False).eval()  # type: ignore[return-value]
+    return model.requires_grad_(False).eval()
 
 
 def measure_text(name: str) -> tuple[float, float]:
@@ -286,5 +286,5 @@ def measure_text(name: str) -> tuple[float, float]:
     weights = sum(2 * model.get_submodule(path).weight.numel() for path in paths)  # type: ignore[union-attr]
     quantise(model, precision)
     with torch.no_grad():
-        error = relative(model(ids).last_hidden_state, plain(ids).last_hidden_state)
+        error = relative(model(ids, torch.ones_like(ids)), plain(ids, torch.ones_like(ids)))
     return error, sum(stored_bytes(model.get_submodule(path)) for path in paths) / weights

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import T5Config, T5EncoderModel
 
 from chroma_core.errors import PrecisionError
+from chroma_core.memory.anatomy import T5_XXL
 from chroma_core.model.precision import PRECISIONS, Precision, quantisable_linears
 from chroma_core.model.quantised import outline
+from chroma_core.model.text_encoder import T5Encoder
 from chroma_core.model.transformer import ChromaTransformer
 
 from ..pages import markdown_table
@@ -127,18 +128,8 @@ not been tested.
 def build() -> str:
     """The whole page."""
     with torch.device("meta"):
-        real = ChromaTransformer()  # type: ignore[call-arg]
-        t5 = T5EncoderModel(
-            T5Config(
-                vocab_size=32128,
-                d_model=4096,
-                d_kv=64,
-                d_ff=10240,
-                num_layers=24,
-                num_heads=64,
-                feed_forward_proj="gated-gelu",
-            )
-        )
+        real = ChromaTransformer()
+        t5 = T5Encoder(**T5_XXL)
     total = sum(p.numel() for p in real.parameters())
     inside = sum(linear.weight.numel() for _, linear in quantisable_linears(real))
     excluded = sum(p.numel() for n, p in real.named_parameters() if not n.startswith(("transformer_b", "single_t")))

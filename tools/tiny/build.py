@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from transformers import PreTrainedTokenizerFast, T5EncoderModel
+from transformers import PreTrainedTokenizerFast
 
 from chroma_core.loading.load import load_text_encoder, load_transformer, load_vae
 from chroma_core.loading.spec import ModelSpec
+from chroma_core.model.text_encoder import T5Encoder
 from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.model.vae import Autoencoder
+from chroma_core.parity.with_diffusers import text_encoder_of, theirs
 from chroma_core.sampling.sampler import SamplingSettings, sample
 from chroma_core.sampling.text import TextEncoder
 
@@ -37,20 +39,22 @@ VAE_STEPS, DECODER_STEPS = 3400, 1200
 
 def export(
     folder: Path,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     tokenizer: PreTrainedTokenizerFast,
-    encoder: T5EncoderModel,
+    encoder: T5Encoder,
     transformer: ChromaTransformer,
 ) -> None:
     """Writes the standard diffusers folder with bf16 weights."""
     share_spellings(tokenizer, encoder)
-    plain = cast(ChromaTransformer2DModel, ChromaTransformer2DModel.from_config(transformer.config))
-    plain.load_state_dict(transformer.state_dict())
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096
     )
     pipeline = ChromaPipeline(
-        scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=tokenizer, transformer=plain
+        scheduler=scheduler,
+        vae=theirs(AutoencoderKL, vae),
+        text_encoder=theirs(text_encoder_of, encoder),
+        tokenizer=tokenizer,
+        transformer=theirs(ChromaTransformer2DModel, transformer),
     ).to(torch.bfloat16)
     pipeline.save_pretrained(folder, safe_serialization=True)
     # transformers 5 calls the class T5Tokenizer, which in version 4 is another class that cannot read this folder.
@@ -61,7 +65,7 @@ def export(
         file.chmod(0o644)
 
 
-def load(folder: Path = ASSETS, precision: str = "fp32") -> tuple[AutoencoderKL, TextEncoder, ChromaTransformer]:
+def load(folder: Path = ASSETS, precision: str = "fp32") -> tuple[Autoencoder, TextEncoder, ChromaTransformer]:
     """VAE, text encoder and transformer, through the pack's own loader."""
     spec = ModelSpec(flavour="tiny", folder=str(folder), precision=precision, text_precision=precision)
     return load_vae(spec, "cpu"), load_text_encoder(spec, "cpu"), load_transformer(spec, "cpu")
@@ -100,7 +104,7 @@ def picture_test(
     return {**shares, "all three": float(right.all(axis=1).mean())}, pictures, prompts
 
 
-def latent_statistics(vae: AutoencoderKL, count: int = 256, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_statistics(vae: Autoencoder, count: int = 256, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each latent channel ([16], [16]) over captioned pictures."""
     rng = np.random.default_rng(seed)
     latents = encode(vae, np.stack([draw(sample_scene(rng)) for _ in range(count)]))

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, T5EncoderModel
+from transformers import PreTrainedTokenizerFast
 
 from chroma_core.model.latents import image_ids, pack
 from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.model.vae import Autoencoder
 
 from .text import new_text_encoder, new_tokenizer, tokens_with_one_pad
 from .vae import encode, save_state
@@ -66,7 +66,7 @@ class TinyModel(nn.Module):
 
     def __init__(self, vocabulary: int):
         super().__init__()
-        self.text_encoder: T5EncoderModel = new_text_encoder(vocabulary)
+        self.text_encoder = new_text_encoder(vocabulary)
         self.transformer = ChromaTransformer(
             in_channels=64,
             num_layers=3,
@@ -85,7 +85,7 @@ class TinyModel(nn.Module):
         positions = torch.arange(ids_BT.shape[1])
         real = positions < lengths_B[:, None]
         visible = positions <= lengths_B[:, None]  # the real tokens and one pad
-        text = self.text_encoder(input_ids=ids_BT, attention_mask=real.long()).last_hidden_state
+        text = self.text_encoder(ids_BT, real)
         group = len(latents_BLD) // len(sigma_S)
         return self.transformer(
             latents_BLD,
@@ -105,7 +105,7 @@ class Shelf:
     scenes: list[Scene]
 
 
-def fill_shelf(vae: AutoencoderKL, stage: Stage, seed: int) -> Shelf:
+def fill_shelf(vae: Autoencoder, stage: Stage, seed: int) -> Shelf:
     """Draws and encodes the pictures of a stage."""
     rng = np.random.default_rng([seed, 2, stage.first])
     scenes = [sample_scene(rng, stage.standard) for _ in range(stage.pictures)]

@@ -19,6 +19,8 @@ from transformers import (
     T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue] (made when it is asked for)
 )
 
+from chroma_core.model.text_encoder import T5Encoder
+
 from .world import COLOURS, PLACES, SHAPES
 
 PAD, EOS, UNK = 0, 1, 2
@@ -70,7 +72,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_text_encoder(vocabulary: int) -> T5EncoderModel:
+def new_text_encoder(vocabulary: int) -> T5Encoder:
     """A T5 v1.1 encoder in miniature: 3 layers, width 128, no dropout; its heads begin with a sense of order.
 
     The transformer gives all text tokens one position, so only the relative position bias of T5 tells `red circle on
@@ -91,13 +93,14 @@ def new_text_encoder(vocabulary: int) -> T5EncoderModel:
         "eos_token_id": EOS,
         "decoder_start_token_id": PAD,
     }
-    encoder = T5EncoderModel(T5Config(**architecture))
+    encoder = T5Encoder(**architecture)
+    encoder.load_state_dict(T5EncoderModel(T5Config(**architecture)).state_dict())  # drawn as T5 draws them
     favour_neighbours(encoder)
     return encoder
 
 
 @torch.no_grad()
-def favour_neighbours(encoder: T5EncoderModel, strength: float = 4.0) -> None:
+def favour_neighbours(encoder: T5Encoder, strength: float = 4.0) -> None:
     """Starts head 0 on the next token, head 1 on the one before, head 2 on both sides; head 3 looks everywhere.
 
     Rows of the bias are buckets: d for a key d tokens back, 16 + d for one d tokens ahead (d < 8).
@@ -110,10 +113,10 @@ def favour_neighbours(encoder: T5EncoderModel, strength: float = 4.0) -> None:
 
 
 @torch.no_grad()
-def share_spellings(tokenizer: PreTrainedTokenizerFast, encoder: T5EncoderModel) -> None:
+def share_spellings(tokenizer: PreTrainedTokenizerFast, encoder: T5Encoder) -> None:
     """Gives `Red` and `RED`, `B` and so on the embedding of the lower-case piece, which is the one that was trained."""
     vocabulary = tokenizer.get_vocab()
-    table = encoder.get_input_embeddings().weight
+    table = encoder.shared.weight
     for piece, row in vocabulary.items():
         lower = vocabulary.get(piece.lower())
         if lower is not None and lower != row and row > UNK:

@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
+
+from chroma_core.model.vae import Autoencoder
 
 from .world import SIZE, draw, sample_scene, wide_picture
 
 SCALE, SHIFT = 0.3611, 0.1159  # Flux's: x = (z − shift) · scale is what the transformer sees
 
 
-def new_vae() -> AutoencoderKL:
+def new_vae() -> Autoencoder:
     """The architecture: Flux's VAE in miniature, with the mid-block attention that ComfyUI's VAE class expects."""
     architecture: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -36,17 +37,12 @@ def new_vae() -> AutoencoderKL:
         "use_quant_conv": False,
         "use_post_quant_conv": False,
     }
-    return AutoencoderKL(**architecture)
+    return Autoencoder(**architecture)
 
 
-def _posterior(vae: Any, images: Tensor) -> Any:
-    """What the VAE knows of the latents of `images`, with `mean` and `logvar`."""
-    return vae.encode(images).latent_dist
-
-
-def _decoded(vae: Any, latents: Tensor) -> Tensor:
+def _decoded(vae: Autoencoder, latents: Tensor) -> Tensor:
     """Images [B, 3, H, W] of latents in the transformer's space."""
-    return vae.decode(latents / SCALE + SHIFT).sample
+    return vae.decode(latents / SCALE + SHIFT)
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -77,7 +73,7 @@ def crops(pool: np.ndarray, batch: int, size: int, rng: np.random.Generator) -> 
     return np.ascontiguousarray(np.stack([w[:, ::-1] if rng.random() < 0.5 else w for w in windows]))
 
 
-def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def vae_loss(vae: Autoencoder, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(loss, mean absolute error) of one batch, images [B, 3, H, W] in −1..1.
 
     Besides L1 + MSE: a penalty that holds each latent channel at zero mean and unit variance in the transformer's
@@ -85,9 +81,9 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> 
     errors of the transformer.
     """
     with torch.autocast("cpu", torch.bfloat16):
-        posterior = _posterior(vae, images)
+        posterior = vae.encode(images)
         mean = (posterior.mean.float() - SHIFT) * SCALE
-        log_variance = posterior.logvar.float() + 2 * math.log(SCALE)
+        log_variance = 2 * (posterior.std.float().log() + math.log(SCALE))
         strength = 0.15 * torch.rand(len(images), 1, 1, 1, generator=generator)
         std = (log_variance.exp() + strength**2).sqrt()
         latents = mean + std * torch.randn(mean.shape, generator=generator)
@@ -100,7 +96,7 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> 
     return absolute + error.square().mean() + 0.03 * moments + 1e-3 * kl, absolute.detach()
 
 
-def train_vae(work: Path, seed: int, steps: int, batch: int = 32) -> AutoencoderKL:
+def train_vae(work: Path, seed: int, steps: int, batch: int = 32) -> Autoencoder:
     """Trains on 32×32 windows, and for the last eighth of the steps on whole 64×64 pictures; resumes from `work`.
 
     Batches are drawn from (seed, step), so a resumed run sees what the uninterrupted one would have seen.
@@ -136,7 +132,7 @@ def train_vae(work: Path, seed: int, steps: int, batch: int = 32) -> Autoencoder
 
 
 @torch.no_grad()
-def calibrate(vae: AutoencoderKL, seed: int, count: int = 1024) -> None:
+def calibrate(vae: Autoencoder, seed: int, count: int = 1024) -> None:
     """Brings each latent channel of captioned pictures to mean 0 and variance 1 in the transformer's space.
 
     The affine map is folded into the encoder's last and the decoder's first convolution, so pictures decode as before
@@ -156,7 +152,7 @@ def calibrate(vae: AutoencoderKL, seed: int, count: int = 1024) -> None:
     first.bias -= (first.weight * offset[None, :, None, None]).sum(dim=(1, 2, 3))
 
 
-def polish_decoder(vae: AutoencoderKL, work: Path, seed: int, steps: int, batch: int = 16) -> None:
+def polish_decoder(vae: Autoencoder, work: Path, seed: int, steps: int, batch: int = 16) -> None:
     """Trains the decoder alone, in place, on whole pictures: sharper shapes, while all latents stay as they are."""
     state_file, start = work / "decoder.pt", 0
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, weight_decay=1e-3, betas=(0.9, 0.99))
@@ -202,14 +198,14 @@ def save_state(file: Path, state: dict) -> None:
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, pictures: np.ndarray, batch: int = 64) -> Tensor:
+def encode(vae: Autoencoder, pictures: np.ndarray, batch: int = 64) -> Tensor:
     """Posterior means in the transformer's space: uint8 [N, H, W, 3] → float [N, 16, H/8, W/8]."""
-    parts = [_posterior(vae, to_tensor(pictures[i : i + batch])).mean for i in range(0, len(pictures), batch)]
+    parts = [vae.encode(to_tensor(pictures[i : i + batch])).mean for i in range(0, len(pictures), batch)]
     return (torch.cat(parts) - SHIFT) * SCALE
 
 
 @torch.inference_mode()
-def decode(vae: AutoencoderKL, latents: Tensor, batch: int = 64) -> np.ndarray:
+def decode(vae: Autoencoder, latents: Tensor, batch: int = 64) -> np.ndarray:
     """The inverse of `encode`: float [N, 16, h, w] → uint8 [N, 8h, 8w, 3]."""
     parts = [_decoded(vae, x) for x in latents.split(batch)]
     return to_pictures(torch.cat(parts))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import nn
 
 from ...data.cache import LatentTextCache, component_key
@@ -23,13 +22,14 @@ from ...loading.spec import ModelSpec
 from ...lora.adapters import adapted_layers
 from ...model.device import release_memory
 from ...model.transformer import ChromaTransformer
+from ...model.vae import Autoencoder
 from ...sampling.text import TextEncoder
 from ...streaming.streamer import streamed
 from ..config import TrainingConfig
 from ..control import DeviceSlot
 from .preview import preview_texts
 
-Part = TypeVar("Part", AutoencoderKL, TextEncoder)
+Part = TypeVar("Part", Autoencoder, TextEncoder)
 
 
 @dataclass(frozen=True)

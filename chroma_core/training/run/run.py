@@ -110,7 +110,6 @@ class Run:
         if sharded:
             shard(self.transformer, self.trained.parameters, torch.device(self.device))
         if config.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
             self.transformer.checkpointing_interval = config.checkpointing_interval
         if config.compile:
             compile_blocks(self.transformer)

@@ -53,7 +53,7 @@ def test_latents_are_the_posterior_mean_in_model_space_and_are_found_again(tmp_p
     from chroma_core.data.pictures import load_picture
 
     with torch.no_grad():
-        z = vae.encode(to_tensor(load_picture(found.items[1].path))).latent_dist.mean[0]
+        z = vae.encode(to_tensor(load_picture(found.items[1].path))).mean[0]
     latents = cache.latents(samples[1].latents[0])
     assert latents.shape == (16, 8, 8) and latents.dtype == torch.float32
     assert torch.equal(latents, LatentFormat.of(vae).to_model(z))

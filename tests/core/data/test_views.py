@@ -115,7 +115,7 @@ def test_posterior_draws_are_around_the_mean_by_its_deviation(tmp_path, prepare,
     (mean,), _ = prepare(data)
     pixels = to_tensor(Image.open(data / "00.png"))
     with torch.no_grad():
-        posterior = vae.encode(pixels).latent_dist
+        posterior = vae.encode(pixels)
     to_model = LatentFormat.of(vae).to_model
     deviation = to_model(posterior.std[0]) - to_model(torch.zeros(()))
     draws = torch.stack([prepare.cache.latents(path) for path in sample.latents])

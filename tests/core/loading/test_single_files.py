@@ -44,7 +44,7 @@ def test_a_transformer_in_the_original_layout(tmp_path, norm_leaf, prefix):
     spec = ModelSpec("base", transformer=str(path), precision="fp32")
     model = load_transformer(spec, "cpu")
     assert equal(model, transformer())
-    assert dict(transformer_outline(spec).config) == dict(model.config)
+    assert transformer_outline(spec).config == model.config
     assert len(base_hash(spec)) == 64
 
 
@@ -209,7 +209,7 @@ def test_real_widths_compute_what_the_hosts_own_chroma_does(tmp_path):
     latents = torch.randn(1, 16, 8, 8, generator=generator)
     text = torch.randn(1, 5, 4096, generator=generator)
     sigma = torch.tensor([0.7])
-    config = {k: v for k, v in dict(outline.config).items() if not k.startswith("_")}
+    config = vars(outline.config)
     renamed = {k.removesuffix(".scale") + ".weight" if k.endswith(".scale") else k: v for k, v in weights.items()}
     (theirs,) = native.forward(tmp_path / "native", config, renamed, latents, text, sigma)
     model.__class__ = AsTheHostCounts

@@ -163,7 +163,7 @@ def test_checkpointing_and_streaming_change_nothing_even_with_dropout(kind):
         model = transformer().train()
         if streaming:
             stream_blocks(model, "cpu", 2)
-        model.gradient_checkpointing = checkpointing
+        model.checkpointing_interval = int(checkpointing)
         add_trainable(model, LoraSettings(rank=2, kind=kind, dropout=0.3), seed=3)
         results.append(train(model, dropout=True))
     assert all(equal(result, results[0]) for result in results[1:])

@@ -124,7 +124,7 @@ def test_gradient_checkpointing_changes_nothing_even_with_dropout():
     results = []
     for checkpointing in (False, True):
         model = transformer().train()
-        model.gradient_checkpointing = checkpointing
+        model.checkpointing_interval = int(checkpointing)
         add_trainable(model, LoraSettings(rank=4, dropout=0.3), seed=3)
         results.append(train(model, dropout=True))
     assert equal(*results)

@@ -74,7 +74,7 @@ def test_converting_equals_diffusers_own_converter(size):
         shapes = foreign_shapes.vae_ldm()
         config = foreign_shapes.vae().config  # type: ignore[union-attr]
     else:
-        config = miniature.vae().config
+        config = vars(miniature.vae().config)
         shapes = foreign_shapes.vae_ldm(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
     generator = torch.Generator().manual_seed(0)
     file = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

@@ -26,12 +26,12 @@ from chroma_core.parity import (
     in_process,
     read_preview,
     through_command_line,
-    through_diffusers,
     train_briefly,
     vary,
 )
 from chroma_core.parity.case import psnr
 from chroma_core.parity.preview import last_preview
+from chroma_core.parity.with_diffusers import through_diffusers
 from chroma_core.sampling.recipe import CANONICAL, recipe
 from chroma_core.sampling.sampler import SamplingSettings
 

@@ -4,15 +4,17 @@ import re
 
 import pytest
 import torch
-from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 
 from chroma_core.errors import ConfigError
 from chroma_core.model.latents import unpack
+from chroma_core.parity.with_diffusers import text_encoder_of
+from chroma_core.parity.with_diffusers import theirs as as_theirs
 from chroma_core.sampling.recipe import RECIPES, Recipe, parse_overrides, recipe
 from chroma_core.sampling.sampler import SamplingSettings, initial_noise, sample
 from chroma_core.sampling.text import MAX_TOKENS, TextCondition, TextEncoder
 from chroma_core.training.config import TrainingConfig
-from miniature import WIDTHS, t5, tokenizer, transformer, vae
+from miniature import t5, tokenizer, transformer, vae
 
 PROMPT, SEED, SIDE = "a red circle", 5, 64
 
@@ -38,15 +40,12 @@ def test_the_table():
 @pytest.fixture(scope="module")
 def pipeline() -> ChromaPipeline:
     """diffusers' whole pipeline around the same weights, with the scheduler that the repository states for it."""
-    ours = transformer()
-    reference = ChromaTransformer2DModel(num_layers=2, num_single_layers=2, **WIDTHS).eval()
-    reference.load_state_dict(ours.state_dict())
     made = ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae(),
-        text_encoder=t5(),
+        vae=as_theirs(AutoencoderKL, vae()),
+        text_encoder=as_theirs(text_encoder_of, t5()),
         tokenizer=tokenizer(),  # type: ignore[arg-type]
-        transformer=reference,
+        transformer=as_theirs(ChromaTransformer2DModel, transformer()),
     )
     made.set_progress_bar_config(disable=True)
     return made
@@ -128,7 +127,7 @@ def test_ai_toolkit_field_by_field():
     ids = texts.tokenizer(PROMPT).input_ids
     padded = torch.tensor([ids + [texts.tokenizer.pad_token_id] * (MAX_TOKENS - len(ids))])
     with torch.no_grad():
-        states = texts.model(padded, attention_mask=torch.ones_like(padded)).last_hidden_state[0]
+        states = texts.model(padded, torch.ones_like(padded))[0]
     found = texts.encode(PROMPT, rules).states
     assert torch.equal(found, states[: len(ids) + 1])
     assert (found - texts.encode(PROMPT, RECIPES["canonical"]).states).abs().max() > 1e-3

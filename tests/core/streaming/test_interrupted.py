@@ -46,7 +46,7 @@ def test_an_interrupted_backward_pass_leaves_the_next_one_right(checkpointing):
     expected, parameters = trainable(plain), trainable(made)
     streamer = stream_blocks(made, "cpu")
     for each in (plain, made):
-        each.gradient_checkpointing = checkpointing
+        each.checkpointing_interval = int(checkpointing)
 
     def cancel(*_):
         if torch._C._current_graph_task_id() != -1:

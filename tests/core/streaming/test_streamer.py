@@ -55,7 +55,7 @@ def test_the_host_copy_is_never_written_or_replaced():
     hosts = {name: (t, t.data_ptr(), t._version, t.clone()) for name, t in made.state_dict(keep_vars=True).items()}
     stream_blocks(made, "cpu")
     trainable(made)
-    made.gradient_checkpointing = True
+    made.checkpointing_interval = 1
     backward(made, inputs)
     predict(made, inputs)
     now = {name.replace(".base_layer", ""): t for name, t in made.state_dict(keep_vars=True).items()}
@@ -129,7 +129,7 @@ def test_loras_live_where_the_model_computes():
     attach(made, random_lora(model()), name="after")
     assert predict(made, inputs).device.type == "meta"
     parameters = add_trainable(made, LoraSettings(rank=2, target="all+ffs"), seed=1)
-    made.gradient_checkpointing = True
+    made.checkpointing_interval = 1
     made(**inputs).sum().backward()
     assert {(p.device.type, p.grad.device.type) for p in parameters} == {("meta", "meta")}
     assert {

@@ -20,7 +20,7 @@ def test_gradients_are_the_same_bits(name, checkpointing, resident_blocks):
     streamer = stream_blocks(made, "cpu", resident_blocks)
     watch = Watch(made)
     for each in (plain, made):
-        each.gradient_checkpointing = checkpointing
+        each.checkpointing_interval = int(checkpointing)
     for _ in range(2):  # the second adds to the first, from what the first left on the device
         assert torch.equal(backward(made, inputs), backward(plain, inputs))
     assert all(p.grad.abs().sum() > 0 for p in expected)
@@ -35,7 +35,7 @@ def test_autograd_keeps_no_block_on_the_device(checkpointing):
     made, inputs = model("int8"), call(torch.bfloat16)
     trainable(made)
     streamer = stream_blocks(made, "cpu")
-    made.gradient_checkpointing = checkpointing
+    made.checkpointing_interval = int(checkpointing)
     output = made(**inputs)
     assert len(streamer.resident()) <= 2, "the graph of all blocks stands"
     output.sum().backward()
@@ -49,7 +49,7 @@ def test_a_backward_pass_fetches_in_reverse_order(checkpointing):
     made, seen = model(), {}
     trainable(made)
     streamer = stream_blocks(made, "cpu")
-    made.gradient_checkpointing = checkpointing
+    made.checkpointing_interval = int(checkpointing)
     for index, name in enumerate(BLOCKS):
         # The gradient of a block's first layer is among the last that its backward pass computes.
         first = made.get_submodule(f"{name}.attn.to_q").branches[0].down
@@ -67,7 +67,7 @@ def test_three_optimizer_steps_with_pictures_in_between(checkpointing):
             stream_blocks(made, "cpu", 3)
         parameters = trainable(made, dropout=0.2)
         optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-        made.gradient_checkpointing = checkpointing
+        made.checkpointing_interval = int(checkpointing)
         record = []
         for step in range(3):
             made.train()
@@ -93,7 +93,7 @@ def test_on_an_accelerator(name, checkpointing):
     parameters = trainable(made)
     assert {p.device.type for p in parameters} == {"cuda"}
     for each in (plain, made):
-        each.gradient_checkpointing = checkpointing
+        each.checkpointing_interval = int(checkpointing)
     for _ in range(5):
         torch.testing.assert_close(predict(made, inputs), predict(plain, inputs))
         torch.testing.assert_close(backward(made, inputs), backward(plain, inputs))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import safe_open
@@ -20,7 +21,8 @@ TINY = Path(chroma_core.__file__).parent / "assets" / "tiny"
 
 
 def plain(config) -> dict:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in dict(config).items() if not k.startswith("_")}
+    values = vars(config) if isinstance(config, SimpleNamespace) else dict(config)
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if not k.startswith("_")}
 
 
 def file_shapes(folder: Path) -> foreign_shapes.Shapes:

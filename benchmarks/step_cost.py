@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 
 from benchmarks.real_model import GIB, SIMULATED, WHOLE, condition, job, transformer  # noqa: E402
-from chroma_core.training.step.objective import heldout_loss  # noqa: E402
+from chroma_core.training.step.objective import HELDOUT_SIGMAS, heldout_loss  # noqa: E402
 
 CONTEXT_GIB = 450 / 1024
 """Assumed for the CUDA context on the simulated card."""
@@ -140,6 +140,7 @@ def main() -> int:
     parser.add_argument("--compute", default="weights", choices=["weights"], help="how quantised products are computed")
     parser.add_argument("--target", default="all", help="what the LoRA is added to")
     parser.add_argument("--heldout", action="store_true", help="the held-out loss instead of a step")
+    parser.add_argument("--heldout-rows", type=int, default=len(HELDOUT_SIGMAS), help="… in parts of so many levels")
     parser.add_argument("--flops", action="store_true")
     parser.add_argument("--bytes", action="store_true")
     parser.add_argument("--json", action="store_true", help="one JSON object in one line")
@@ -166,7 +167,7 @@ def main() -> int:
         picture = (torch.randn(made.batches.shape[1:]), condition(options.text))
 
         def work() -> object:
-            return heldout_loss(model, [picture])
+            return heldout_loss(model, [picture], rows=options.heldout_rows)
     else:
         work = made.step
     work()

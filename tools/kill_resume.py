@@ -156,6 +156,10 @@ def train(config: dict[str, Any], output: str, phase: Any) -> None:
         raise SystemExit(f"the job {status['state']}: {status['message']}")
 
 
+LIBRARIES = ["chroma_core.training.jobs.manager", "torch._dynamo", "transformers.models.auto.tokenization_auto"]
+"""What a process would import first; the last two when it encodes captions, and makes its optimizer."""
+
+
 class Trials:
     """Runs of one job in processes of their own.
 
@@ -171,7 +175,7 @@ class Trials:
         if os.name != "nt":
             if str(ROOT) not in sys.path:
                 sys.path.insert(0, str(ROOT))
-            self.context.set_forkserver_preload(["chroma_core.training.jobs.manager"])
+            self.context.set_forkserver_preload(LIBRARIES)
 
     def start(self, name: str):
         """Start or resume the run called `name`; returns the process and the shared number of its phase."""

@@ -2,7 +2,7 @@
 
 from .anatomy import transformer_on_meta
 from .machine import Machine, in_gib, machine
-from .plan import Recommendation, Settings, peaks, recommend
+from .plan import Recommendation, Settings, heldout_rows, peaks, recommend
 from .table import MemoryEstimate, MemoryPlan, PlanRow, estimate, memory_plan
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Recommendation",
     "Settings",
     "estimate",
+    "heldout_rows",
     "in_gib",
     "machine",
     "memory_plan",

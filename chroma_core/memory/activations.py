@@ -166,11 +166,11 @@ def text_encoder_bytes(body: TextEncoder, chosen: Precision, tokens: int = T5_TO
 
 
 def vae_decode_bytes(body: Vae, size: int) -> int:
-    """Peak of decoding one picture in fp32: three feature maps of the last stage but one, at full size (768 values a
-    pixel for Flux's VAE)."""
-    return round(4 * (3 * body.channels[1] + 0.25) * size * size)
+    """Peak of decoding one picture in fp32: at full size, two feature maps of the last stage but one and one of the
+    last (640 values a pixel for Flux's VAE)."""
+    return round(4 * (2 * body.channels[1] + body.channels[0] + 0.25) * size * size)
 
 
 def vae_encode_bytes(body: Vae, size: int) -> int:
-    """Peak of encoding one picture in fp32: five feature maps of the first stage, at full size, and the picture."""
-    return 4 * (5 * body.channels[0] + 3) * size * size
+    """Peak of encoding one picture in fp32: three feature maps of the first stage, at full size, and the picture."""
+    return 4 * (3 * body.channels[0] + 3) * size * size

@@ -162,6 +162,17 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     return Peaks(weights, text_weights, lora, optimizer, activations, sampling, training, host_sampling, host_training)
 
 
+def heldout_rows(settings: Settings, rows: int) -> int:
+    """How many of `rows` noise levels the held-out loss may take at a time (at least one) to stay below a step."""
+    body, chosen = anatomy(settings.flavour).transformer, precision(settings.precision)
+    size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
+    run = Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, chosen)
+    layers = lora_layers(settings.flavour, settings.target)
+    step = training_bytes(body, run, layers, settings.rank, settings.gradient_checkpointing)
+    fits = (n for n in range(rows, 1, -1) if sampling_bytes(body, replace(run, batch=n)) <= step)
+    return next(fits, 1)
+
+
 def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:
     if settings.trained_parameters:
         # Whole linears: as a square matrix, which is right for what counts numbers and near for what counts rows.

@@ -5,10 +5,10 @@ Modules and weights are named as in diffusers' `AutoencoderKL`. Shapes: B batch,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,8 @@ class Residual(nn.Module):
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
+        # No name for what is between: at full size each one is a gigabyte that would stay.
+        y = self.conv2(_silu(self.norm2(self.conv1(_silu(self.norm1(x))))))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + y
 
 
@@ -101,10 +101,11 @@ class Level(nn.Module):
         if resampler:
             self.add_module(resampler[0], nn.ModuleList([resampler[1]]))
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in (*self.resnets, *(self.get_submodule(self.resampler) if self.resampler else ())):  # type: ignore[misc]
-            x = block(x)
-        return x
+    def blocks(self) -> Iterator[nn.Module]:
+        """In the order in which they run. They are called one by one, so that nobody keeps what a level began with."""
+        yield from self.resnets
+        if self.resampler:
+            yield from self.get_submodule(self.resampler).children()
 
 
 class Encoder(nn.Module):
@@ -122,9 +123,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        for level in cast(Iterable[Level], self.down_blocks):
+            for block in level.blocks():
+                x = block(x)
+        return self.conv_out(_silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -143,9 +145,10 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
-        for level in self.up_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        for level in cast(Iterable[Level], self.up_blocks):
+            for block in level.blocks():
+                x = block(x)
+        return self.conv_out(_silu(self.conv_norm_out(x)))
 
 
 class Autoencoder(nn.Module):
@@ -214,6 +217,11 @@ class Autoencoder(nn.Module):
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Latents in the VAE's own space to images [B, 3, H, W] of about −1..1."""
         return self.decoder(latents_BCHW if self.post_quant_conv is None else self.post_quant_conv(latents_BCHW))
+
+
+def _silu(x: Tensor) -> Tensor:
+    """In the place of x where nobody needs that any more: a third less memory at full size."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:

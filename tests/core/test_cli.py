@@ -51,7 +51,8 @@ def test_sample_writes_pictures_that_tell_how_they_were_made(folder, tmp_path):
     record = read_record(paths[0])
     assert record is not None and record["prompt"] == "a red sks" and record["settings"]["seed"] == 7
     assert record["recipe"]["name"] == "canonical" and record["model"]["folder"] == folder
-    assert Image.open(paths[0]).size == (64, 64)
+    with Image.open(paths[0]) as picture:
+        assert picture.size == (64, 64)
 
 
 def test_the_record_has_the_trigger_word_and_the_loras_in_it(folder, lora_file, tmp_path):

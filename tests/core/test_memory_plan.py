@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
 from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError
-from chroma_core.memory import estimate, memory_plan, recommend
+from chroma_core.memory import estimate, heldout_rows, memory_plan, peaks, recommend
+from chroma_core.memory.activations import Pass, sampling_bytes
+from chroma_core.memory.anatomy import anatomy
 from chroma_core.memory.machine import Machine, machine
 from chroma_core.memory.plan import Settings, fits_on
-from chroma_core.model.precision import PRECISIONS
+from chroma_core.model.precision import PRECISIONS, precision
 from tools.docs import memory_table as build_memory_table
 
 GIB = 2**30
@@ -35,6 +38,17 @@ def test_what_is_recommended_leaves_the_margins():
         if not kept or found.fits != fits_on(found.applied_to(Settings(size=size)), on, purpose):
             wrong.append((device, host, size, purpose))
     assert wrong == [] and fitting > 50
+
+
+def test_the_heldout_loss_needs_no_more_than_a_step():
+    for name, size, checkpointing in product(["bf16", "int8", "nf4"], [512, 1024], [True, False]):
+        settings = Settings("base", name, size=size, gradient_checkpointing=checkpointing)
+        rows, body = heldout_rows(settings, 10), anatomy("base").transformer
+        run = Pass(rows, (size // 16) ** 2, settings.text_tokens, precision(name))
+        assert sampling_bytes(body, run) <= peaks(settings).activations or rows == 1
+        more = sampling_bytes(body, replace(run, batch=rows + 1))
+        assert rows == 10 or more > peaks(settings).activations, "as many as fit"
+    assert heldout_rows(Settings("base", "int8", size=1024), 10) < 10
 
 
 QUALITY = ["nf4", "int4", "int8", "bf16"]

@@ -78,7 +78,8 @@ def test_the_page_is_what_the_script_makes_of_the_numbers():
     changed["runs"][0]["concept_right"] += 0.5
     assert filled(page, changed) != page
     for name in ("sigma_densities.png", "sigma_study.png"):
-        assert f"images/{name}" in page and Image.open(IMAGES / name).width >= 900
+        with Image.open(IMAGES / name) as picture:
+            assert f"images/{name}" in page and picture.width >= 900
 
 
 def test_paired_interval_is_that_of_a_t_test():

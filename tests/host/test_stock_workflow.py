@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
+from transformers import AutoTokenizer
 
 import native_lora_check
 from _host import Host
@@ -26,6 +26,7 @@ from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.lora.modules import LoraFile, LoraModule
 from chroma_core.model.images import decode
 from chroma_core.model.latents import FLUX_LATENTS
+from chroma_core.model.text_encoder import T5Encoder
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.names.transformer import to_original
 from chroma_core.sampling.sampler import SamplingSettings, sample
@@ -62,7 +63,7 @@ def world(comfy: ModuleType) -> World:
         torch.manual_seed(0)
         ours = ChromaTransformer(**REAL_DEPTH)
         torch.nn.init.normal_(ours.distilled_guidance_layer.out_proj.weight, std=0.05)
-        t5 = T5EncoderModel(T5Config(**TEXT, feed_forward_proj="gated-gelu"))
+        t5 = T5Encoder(**TEXT, feed_forward_proj="gated-gelu")
         for parameter in t5.parameters():  # its first weights are so small that attention sees nothing
             if parameter.ndim == 2:
                 torch.nn.init.normal_(parameter, std=0.3)

@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = "import torch, chroma_core.model.flavours, chroma_core.weights.opening"
 """What loads without huggingface_hub, which reads the environment once."""
-FULL = "import chroma_core.loading.load, chroma_core.training.jobs.manager"
+FULL = "import torch._dynamo, transformers.models.auto.tokenization_auto, chroma_core.training.jobs.manager"
 NATIVE = "import native_lora_check; native_lora_check.import_host()"
 """ComfyUI's own modules, as scripts/native_lora_check.py imports them."""
 

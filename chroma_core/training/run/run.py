@@ -19,7 +19,7 @@ from ...data.samples import fingerprint, picture_count
 from ...files import remove_leftovers
 from ...loading.load import Device, load_transformer, transformer_identity
 from ...lora.adapters import without_adapters
-from ...memory import peaks
+from ...memory import heldout_rows, peaks
 from ...model.device import is_out_of_memory, memory_in_use, release_memory
 from ...model.transformer import ChromaTransformer
 from ...streaming import module_bytes
@@ -28,7 +28,7 @@ from ..config.changes import recorded
 from ..control import AskRoom, Control, DeviceSlot, Halted, Loan, Stopped, no_need_to_ask
 from ..distributed.world import ALONE, ProcessLost, World, check_sharding, shard
 from ..step.ema import Ema
-from ..step.objective import heldout_loss
+from ..step.objective import HELDOUT_SIGMAS, heldout_loss
 from ..step.optimizers import check_optimizer
 from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint
 from .faults import (
@@ -331,17 +331,19 @@ class Run:
             (self.data.cache.latents(sample.latents[0]), self.data.cache.text(sample.captions[0]))
             for sample in self.data.heldout
         ]
-        progress = self.progress
+        progress, rows = self.progress, len(HELDOUT_SIGMAS)
+        if torch.device(self.device).type != "cpu":
+            rows = heldout_rows(plan_settings(self.config), rows)
         base: list[float] | None = None
         without = self.trained.base(progress.step) if progress.heldout_loss_base is None else None
         if without is not None:
             with without:
-                base = heldout_loss(self.transformer, pictures, self.control.gate)
+                base = heldout_loss(self.transformer, pictures, self.control.gate, rows)
             progress.heldout_loss_base = sum(base) / len(base)
             self.metrics.append(step=0, heldout_loss_base=progress.heldout_loss_base, heldout_by_sigma_base=base)
         by_sigma = base if progress.step == 0 else None  # before the first step nothing was learnt
         if by_sigma is None:
-            by_sigma = heldout_loss(self.transformer, pictures, self.control.gate)
+            by_sigma = heldout_loss(self.transformer, pictures, self.control.gate, rows)
         progress.heldout_loss = sum(by_sigma) / len(by_sigma)
         self.metrics.append(step=progress.step, heldout_loss=progress.heldout_loss, heldout_by_sigma=by_sigma)
         if progress.best_loss is None or progress.heldout_loss < progress.best_loss:

@@ -54,6 +54,15 @@ def heldout(made: Bench) -> float:
     return sum(heldout_loss(made.transformer, pictures)) / len(HELDOUT_SIGMAS)
 
 
+def test_the_heldout_loss_in_parts_is_that_of_the_whole(places):
+    made = bench(places, validation_dataset={"folder": str(places[1])})
+    pictures = [(made.data.cache.latents(s.latents[0]), made.data.cache.text(s.captions[0])) for s in made.data.heldout]
+    whole = heldout_loss(made.transformer, pictures)
+    for rows in (1, 3, 9):
+        parts = heldout_loss(made.transformer, pictures, rows=rows)
+        assert max(abs(a - b) for a, b in zip(whole, parts, strict=True)) <= 1e-6, rows
+
+
 def test_the_objective_in_numbers():
     x0, noise = torch.full((2, 1, 1, 1), 2.0), torch.full((2, 1, 1, 1), 10.0)
     assert add_noise(x0, noise, torch.tensor([0.25, 1.0])).flatten().tolist() == [4.0, 10.0]

@@ -67,7 +67,8 @@ class Attention(nn.Module):
             query = torch.cat([self.norm_added_q(heads(self.add_q_proj(text_BTM))), query], dim=2)
             key = torch.cat([self.norm_added_k(heads(self.add_k_proj(text_BTM))), key], dim=2)
             value = torch.cat([heads(self.add_v_proj(text_BTM)), value], dim=2)
-        query, key = rotated(query, rotary), rotated(key, rotary)
+        query = rotated(query, rotary)
+        key = rotated(key, rotary)
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask_B11S).transpose(1, 2).flatten(2)
         if text_BTM is None:
             return x

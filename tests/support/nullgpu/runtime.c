@@ -16,6 +16,7 @@
 #define PAGE (2 * MIB)
 #define CONTEXT (450 * MIB) // what a driver keeps for itself
 #define SMALL ((size_t)1 << 16)
+#define MIDDLE ((size_t)1 << 25)
 
 static int number(const char *name, int otherwise) {
     const char *text = getenv(name);
@@ -152,7 +153,8 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const 
     return cudaSuccess;
 }
 
-// Small copies are made, so that a number put on the card is read back from it; large ones are counted alone.
+// Small copies are made, so that a number put on the card is read back from it; what is larger comes back as zeros, up
+// to what a LoRA's factor has, and beyond that is counted alone.
 static cudaError_t copy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
     if (kind == cudaMemcpyDefault) {
         int target = is_in(&on_card, to);
@@ -162,6 +164,7 @@ static cudaError_t copy(void *to, const void *from, size_t bytes, enum cudaMemcp
     if (kind == cudaMemcpyHostToDevice) copied += bytes;
     if (kind == cudaMemcpyDeviceToHost) copied_back += bytes;
     if (kind == cudaMemcpyHostToHost || (kind != cudaMemcpyDeviceToDevice && bytes <= SMALL)) memcpy(to, from, bytes);
+    else if (kind == cudaMemcpyDeviceToHost && bytes <= MIDDLE) memset(to, 0, bytes);
     return cudaSuccess;
 }
 

@@ -13,9 +13,10 @@ from ..model.device import best_device
 
 GIB = 2**30
 
-DEVICE_MARGIN, DEVICE_MARGIN_SHARE = GIB, 0.10
-"""What a plan leaves free on the device, the larger of the two: the driver's own share (300–600 MiB), the desktop, work
-areas of libraries, and holes in the allocator's memory."""
+DEVICE_MARGIN, DEVICE_HOLES = GIB, 0.08
+"""What a plan leaves free on the device: what the driver, its context (0.5 GiB) and the desktop take; and a share of
+the rest, for holes in the allocator's memory and work areas of libraries. A job on a simulated card of 6 GB that left
+no room for holes ran out of memory."""
 
 HOST_MARGIN, HOST_MARGIN_SHARE = 4 * GIB, 0.15
 """The same for the computer's memory: the operating system, Python with torch, ComfyUI, a browser."""
@@ -45,7 +46,7 @@ class Machine:
         """Bytes on the device that a plan may use."""
         if self.device_type == "cpu":
             return self.host_budget
-        return self.device_bytes - round(max(DEVICE_MARGIN, DEVICE_MARGIN_SHARE * self.device_bytes))
+        return max(0, round((1 - DEVICE_HOLES) * (self.device_bytes - DEVICE_MARGIN)))
 
     @property
     def host_budget(self) -> int:

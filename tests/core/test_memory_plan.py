@@ -31,7 +31,7 @@ def test_what_is_recommended_leaves_the_margins():
     for device, host, size, purpose in sizes:
         on = card(device, host)
         found = recommend(Settings("base", size=size), on, purpose)
-        device_limit = on.device_bytes - max(GIB, round(0.1 * on.device_bytes))
+        device_limit = 0.92 * (on.device_bytes - GIB)
         host_limit = on.host_bytes - max(4 * GIB, round(0.15 * on.host_bytes))
         kept = not found.fits or found.device_peak_bytes <= device_limit and found.host_peak_bytes <= host_limit
         fitting += found.fits

@@ -1,5 +1,5 @@
-"""For a ComfyUI on the simulated card, which has no cuDNN. Python imports this file when it starts, because the folder
-stands in PYTHONPATH."""
+"""For a ComfyUI on the simulated card: it computes nothing, so that our trial of a precision would refuse it, and it
+has no cuDNN. Python imports this file when it starts, because the folder stands in PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import time
 
 def _prepare() -> None:
     while True:
-        if any(name.endswith("chroma_core.loading.load") for name in list(sys.modules)):  # torch is imported by then
-            import torch
+        for name, module in list(sys.modules.items()):
+            if name.endswith("chroma_core.loading.load") and hasattr(module, "write_quantised"):  # its last function
+                import torch
 
-            torch.backends.cudnn.enabled = False
-            return
+                torch.backends.cudnn.enabled = False
+                module.require = lambda *_: None
+                return
         time.sleep(0.05)
 
 

@@ -124,7 +124,7 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     body, t5, fp32 = whole.transformer, whole.text_encoder, precision("fp32")
     size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
     on_device = 0 if settings.offload_during_startup else 1
-    run = Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, chosen)
+    run = _pass(settings)
     layers = lora_layers(settings.flavour, settings.target)
 
     weights, text_weights, vae = body.whole.bytes(chosen), t5.whole.bytes(text), whole.vae.whole.bytes(fp32)
@@ -164,13 +164,14 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
 
 def heldout_rows(settings: Settings, rows: int) -> int:
     """How many of `rows` noise levels the held-out loss may take at a time (at least one) to stay below a step."""
-    body, chosen = anatomy(settings.flavour).transformer, precision(settings.precision)
-    size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
-    run = Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, chosen)
-    layers = lora_layers(settings.flavour, settings.target)
-    step = training_bytes(body, run, layers, settings.rank, settings.gradient_checkpointing)
+    body, run, step = anatomy(settings.flavour).transformer, _pass(settings), peaks(settings).activations
     fits = (n for n in range(rows, 1, -1) if sampling_bytes(body, replace(run, batch=n)) <= step)
     return next(fits, 1)
+
+
+def _pass(settings: Settings) -> Pass:
+    size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
+    return Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, precision(settings.precision))
 
 
 def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:

@@ -82,13 +82,13 @@ def require(chosen: Precision, device: torch.device | str) -> None:
     device = torch.device(device)
     try:
         ones = torch.ones(64, 64, dtype=chosen.dtype, device=device)
-        wrong = bool((~torch.isfinite(ones @ ones)).any())
+        works = bool(torch.isfinite(ones @ ones).all())
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise PrecisionError(
             f"The precision '{chosen.name}' computes in {str(chosen.dtype).removeprefix('torch.')}, which the device "
             f"'{device}' cannot do ({error}). Choose another precision ({', '.join(PRECISIONS)}) or device."
         ) from error
-    if wrong:
+    if not works:
         raise PrecisionError(f"The device '{device}' computes wrongly in {chosen.dtype}: choose another precision.")
     if chosen.scheme is not None and chosen.library is not None:
         with torch.no_grad():

@@ -71,7 +71,7 @@ def quantise_weight(weight: Tensor, scheme: str) -> dict[str, Tensor]:
     rows, columns = weight.shape
     _refuse_odd(columns, scheme)
     for a, b in _chunks(rows, columns):
-        if bool((~torch.isfinite(weight[a:b])).any()):
+        if not bool(torch.isfinite(weight[a:b]).all()):
             raise PrecisionError(
                 "The model holds weights that are not finite (NaN or infinity) and cannot be quantised. The file is "
                 "damaged, or was saved by a training run that diverged: choose another."

@@ -6,12 +6,13 @@ Modules and weights are named as in transformers' `T5EncoderModel`. Shapes: B ba
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import configuration
 
 
 class Norm(nn.Module):
@@ -124,11 +125,11 @@ class T5Encoder(nn.Module):
         feed_forward_proj: str = "relu",
         **others: Any,
     ):
-        config = {name: value for name, value in locals().items() if name not in ("self", "others", "__class__")}
+        config = configuration(locals())
         super().__init__()
         if feed_forward_proj != "gated-gelu":
             raise ValueError(f"feed_forward_proj is '{feed_forward_proj}'; T5 version 1.1 has 'gated-gelu'")
-        self.config: Any = SimpleNamespace(**config)
+        self.config: Any = config
 
         def norm() -> Norm:
             return Norm(d_model, layer_norm_epsilon)

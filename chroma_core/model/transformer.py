@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from . import configuration
 
 MLP_RATIO = 4
 ROTARY_BASE = 10000
@@ -195,13 +196,13 @@ class ChromaTransformer(nn.Module):
         approximator_hidden_dim: int = 5120,
         approximator_layers: int = 5,
     ):
-        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        config = configuration(locals())
         super().__init__()
         if len(axes_dims_rope) != 3 or sum(axes_dims_rope) != attention_head_dim or any(n % 2 for n in axes_dims_rope):
             raise ValueError(
                 f"axes_dims_rope is {list(axes_dims_rope)}: three even numbers are needed, {attention_head_dim} in all"
             )
-        self.config: Any = SimpleNamespace(**config)
+        self.config: Any = config
         self.inner_dim = width = num_attention_heads * attention_head_dim
         self.distilled_guidance_layer = Approximator(
             approximator_num_channels, width, approximator_hidden_dim, approximator_layers
@@ -319,7 +320,7 @@ def embedded(values_B: Tensor, size: int) -> Tensor:
 
 def rotary_table(ids_S3: Tensor, axes: Sequence[int]) -> Rotary:
     """The rotary embedding of positions with so many dimensions an axis; angles in fp64 where the device has it."""
-    dtype = torch.float32 if ids_S3.device.type == "mps" else torch.float64
+    dtype = torch.float32 if ids_S3.device.type in ("mps", "npu", "neuron") else torch.float64
     angles = []
     for axis, size in enumerate(axes):
         exponents = torch.arange(0, size, 2, dtype=dtype, device=ids_S3.device) / size

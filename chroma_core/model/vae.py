@@ -5,14 +5,15 @@ Modules and weights are named as in diffusers' `AutoencoderKL`. Shapes: B batch,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import configuration
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,31 @@ class Double(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of a resolution, and the way to the next one (`resampler` names it)."""
+    """The residual blocks of a resolution, and the way to the next one under the name that files have it by."""
 
-    def __init__(self, inputs: int, outputs: int, layers: int, groups: int, resampler: tuple[str, nn.Module] | None):
+    def __init__(self, inputs: int, outputs: int, layers: int, groups: int, **resampler: nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(Residual(outputs if i else inputs, outputs, groups) for i in range(layers))
-        self.resampler = resampler[0] if resampler else None
-        if resampler:
-            self.add_module(resampler[0], nn.ModuleList([resampler[1]]))
+        for name, module in resampler.items():
+            self.add_module(name, nn.ModuleList([module]))
 
-    def blocks(self) -> Iterator[nn.Module]:
-        """In the order in which they run. They are called one by one, so that nobody keeps what a level began with."""
-        yield from self.resnets
-        if self.resampler:
-            yield from self.get_submodule(self.resampler).children()
+
+def levels(
+    widths: Sequence[int], layers: int, groups: int, name: str, way: Callable[[int], nn.Module]
+) -> nn.ModuleList:
+    """A level for each width; all but the last lead to the next one by `way`, called `name`."""
+    found = nn.ModuleList()
+    for i, width in enumerate(widths):
+        onward = {name: way(width)} if i < len(widths) - 1 else {}
+        found.append(Level(widths[max(0, i - 1)], width, layers, groups, **onward))
+    return found
+
+
+def blocks(levels: nn.ModuleList) -> Iterator[nn.Module]:
+    """In the order in which they run. They are called one by one, so that nobody keeps what a level began with."""
+    for level in levels:
+        for part in level.children():
+            yield from part.children()
 
 
 class Encoder(nn.Module):
@@ -114,18 +126,14 @@ class Encoder(nn.Module):
     def __init__(self, inputs: int, latents: int, widths: Sequence[int], layers: int, groups: int, attention: bool):
         super().__init__()
         self.conv_in = _conv(inputs, widths[0])
-        self.down_blocks = nn.ModuleList(
-            Level(before, width, layers, groups, ("downsamplers", Halve(width)) if i < len(widths) - 1 else None)
-            for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
-        )
+        self.down_blocks = levels(widths, layers, groups, "downsamplers", Halve)
         self.mid_block = Middle(widths[-1], groups, attention)
         self.conv_norm_out, self.conv_out = _norm(widths[-1], groups), _conv(widths[-1], 2 * latents)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for level in cast(Iterable[Level], self.down_blocks):
-            for block in level.blocks():
-                x = block(x)
+        for block in blocks(self.down_blocks):
+            x = block(x)
         return self.conv_out(_silu(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -136,18 +144,14 @@ class Decoder(nn.Module):
         super().__init__()
         widths = list(reversed(widths))
         self.conv_in = _conv(latents, widths[0])
-        self.up_blocks = nn.ModuleList(
-            Level(before, width, layers, groups, ("upsamplers", Double(width)) if i < len(widths) - 1 else None)
-            for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False))
-        )
+        self.up_blocks = levels(widths, layers, groups, "upsamplers", Double)
         self.mid_block = Middle(widths[0], groups, attention)
         self.conv_norm_out, self.conv_out = _norm(widths[-1], groups), _conv(widths[-1], outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
-        for level in cast(Iterable[Level], self.up_blocks):
-            for block in level.blocks():
-                x = block(x)
+        for block in blocks(self.up_blocks):
+            x = block(x)
         return self.conv_out(_silu(self.conv_norm_out(x)))
 
 
@@ -178,21 +182,20 @@ class Autoencoder(nn.Module):
         use_post_quant_conv: bool = True,
         mid_block_add_attention: bool = True,
     ):
-        config = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        config = configuration(locals())
         super().__init__()
-        levels = len(block_out_channels)
+        count = len(block_out_channels)
         for name, value, right in (
-            ("down_block_types", list(down_block_types), ["DownEncoderBlock2D"] * levels),
-            ("up_block_types", list(up_block_types), ["UpDecoderBlock2D"] * levels),
+            ("down_block_types", list(down_block_types), ["DownEncoderBlock2D"] * count),
+            ("up_block_types", list(up_block_types), ["UpDecoderBlock2D"] * count),
             ("act_fn", act_fn, "silu"),
             ("latents_mean", latents_mean, None),
             ("latents_std", latents_std, None),
         ):
             if value != right:
                 raise ValueError(f"{name} is {value}; only {right} is known here")
-        self.config: Any = SimpleNamespace(**config)
-        shared = (block_out_channels, norm_num_groups, mid_block_add_attention)
-        widths, groups, attention = shared
+        self.config: Any = config
+        widths, groups, attention = block_out_channels, norm_num_groups, mid_block_add_attention
         self.encoder = Encoder(in_channels, latent_channels, widths, layers_per_block, groups, attention)
         self.decoder = Decoder(latent_channels, out_channels, widths, layers_per_block + 1, groups, attention)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None

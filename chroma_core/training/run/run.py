@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from ...data.samples import fingerprint, picture_count
 from ...files import remove_leftovers
 from ...loading.load import Device, load_transformer, transformer_identity
 from ...lora.adapters import without_adapters
-from ...memory import heldout_rows, peaks
+from ...memory import Settings, heldout_rows, peaks
 from ...model.device import is_out_of_memory, memory_in_use, release_memory
 from ...model.transformer import ChromaTransformer
 from ...streaming import module_bytes
@@ -119,9 +119,12 @@ class Run:
 
     def _device_bytes(self) -> int:
         """What the job is going to take of the device, by the memory plan; 0 where it has memory of its own."""
-        if torch.device(self.device).type == "cpu":
-            return 0
-        return peaks(plan_settings(self.config)).training
+        return 0 if self._plan is None else peaks(self._plan).training
+
+    @cached_property
+    def _plan(self) -> Settings | None:
+        """What the memory plan counts of the job; None where the device has no memory of its own."""
+        return None if torch.device(self.device).type == "cpu" else plan_settings(self.config)
 
     def _beside(self) -> int:
         """What of it is not the model."""
@@ -332,8 +335,8 @@ class Run:
             for sample in self.data.heldout
         ]
         progress, rows = self.progress, len(HELDOUT_SIGMAS)
-        if torch.device(self.device).type != "cpu":
-            rows = heldout_rows(plan_settings(self.config), rows)
+        if self._plan is not None:
+            rows = heldout_rows(self._plan, rows)
         base: list[float] | None = None
         without = self.trained.base(progress.step) if progress.heldout_loss_base is None else None
         if without is not None:

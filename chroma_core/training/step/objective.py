@@ -188,12 +188,12 @@ def heldout_loss(
     total = torch.zeros(len(HELDOUT_SIGMAS), dtype=torch.float64)
     for i, (x0_CHW, condition) in enumerate(pictures):
         between()
-        noise = torch.randn(x0_CHW.shape, generator=generator(HELDOUT_SEED, "heldout", i))
-        errors = []
+        noise = torch.randn(x0_CHW.shape, generator=generator(HELDOUT_SEED, "heldout", i)).to(device)[None]
+        x0, errors = x0_CHW.to(device)[None], []
+        target = training_target(x0, noise)
         for sigma_B in sigmas_B.split(rows):
-            count = len(sigma_B)
-            x0, noises = (values.to(device).expand(count, -1, -1, -1) for values in (x0_CHW, noise))
-            velocity = predict_velocity(transformer, add_noise(x0, noises, sigma_B), sigma_B, [condition] * count)
-            errors.append((velocity - training_target(x0, noises)).square().mean(dim=(1, 2, 3)))
+            x = add_noise(x0, noise, sigma_B)
+            velocity = predict_velocity(transformer, x, sigma_B, [condition] * len(sigma_B))
+            errors.append((velocity - target).square().mean(dim=(1, 2, 3)))
         total += torch.cat(errors).double().cpu()
     return (total / len(pictures)).tolist()

@@ -85,6 +85,7 @@ def test_a_larger_interval_recomputes_fewer_blocks_and_keeps_more():
     assert recomputed == [6, 3, 2, 1] and not model.recomputes(0)
     assert sizes == sorted(sizes) and len(set(sizes)) == 5
     assert sizes[0] < 0.2 * sizes[-1] and 0.3 < sizes[1] / sizes[-1] < 0.7
+    assert type(model).checkpointing_interval == 0
 
 
 def test_streamed_blocks_take_an_interval_too():

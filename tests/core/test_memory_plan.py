@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ from chroma_core.model.precision import PRECISIONS, precision
 from tools.docs import memory_table as build_memory_table
 
 GIB = 2**30
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def card(device: float, host: float, kind: str = "cuda") -> Machine:
@@ -49,6 +52,17 @@ def test_the_heldout_loss_needs_no_more_than_a_step():
         more = sampling_bytes(body, replace(run, batch=rows + 1))
         assert rows == 10 or more > peaks(settings).activations, "as many as fit"
     assert heldout_rows(Settings("base", "int8", size=1024), 10) < 10
+
+
+def test_the_readme_recommends_what_the_plan_does():
+    rows = re.findall(r"^\| (\d+) GB \| (.+?) \| (.+?) \|$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [int(gib) for gib, *_ in rows] == [24, 16, 12, 8, 6, 4]
+    for gib, *said in rows:
+        for size, words in zip((512, 1024), said, strict=True):
+            found = recommend(Settings("base", size=size), card(int(gib), 32), "training")
+            offloading = " with block offloading" * (found.offload == "block")
+            expected = f"{found.precision}{offloading}, {found.device_peak_bytes / GIB:.1f} GiB"
+            assert words == (expected if found.fits else "does not fit"), (gib, size)
 
 
 QUALITY = ["nf4", "int4", "int8", "bf16"]

@@ -51,7 +51,7 @@ class LoraError(ChromaKitError):
 
 
 class DataError(ChromaKitError):
-    """A data set is missing, empty or unreadable as a whole."""
+    """A dataset is missing, empty or unreadable as a whole."""
 
 
 class JobError(ChromaKitError):

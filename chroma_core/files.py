@@ -1,4 +1,4 @@
-"""Files that are never half written: temporary name, fsync, rename, fsync of the folder.
+"""Files that are never half written: temporary name, fsync, rename, fsync of the folder; patient on Windows.
 
 Everything that the pack keeps (LoRA, checkpoint, job, cache entry) goes through this module. No torch here: tensors are
 written by `weights.safetensors_files`.
@@ -13,13 +13,57 @@ import os
 import re
 import shutil
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from .errors import ChromaKitError, ConfigError
+
+Result = TypeVar("Result")
+PATIENCE = 5.0
+"""Seconds that a file operation is tried again for while another program has the file open."""
+
+_HELD = (5, 32, 33, 145)
+"""What Windows says then: access denied, sharing violation, lock violation, folder not empty."""
+
+
+def patiently(work: Callable[[], Result], path: Path) -> Result:
+    """What `work()` gives; tried again for as long as Windows refuses because another program has `path` open.
+
+    Scanners and indexers let go within a second. After `PATIENCE` seconds OSError names the file and the remedy; any
+    other error comes at once, and elsewhere than on Windows no such error is known.
+    """
+    deadline, pause = time.monotonic() + PATIENCE, 0.01
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            if getattr(error, "winerror", None) not in _HELD:
+                raise
+            if time.monotonic() > deadline:
+                text = f"another program has had this open for {PATIENCE:.0f} seconds (a virus scanner, an indexer, "
+                text += "a viewer, a loaded model). Close it there and try again"
+                raise OSError(error.errno, text, str(path)) from error
+        time.sleep(pause)
+        pause = min(2 * pause, 0.25)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file or folder, patiently; a file that `target` names is replaced."""
+    patiently(lambda: os.replace(source, target), target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, patiently; nothing happens where there is none."""
+
+    def work() -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    patiently(work, path)
 
 
 def _temporary(path: Path) -> Path:
@@ -54,9 +98,10 @@ def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -134,16 +179,17 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             if file.is_file():
                 _sync_file(file)
         sync_folder(temporary)
-        os.rename(temporary, path)
+        patiently(lambda: os.rename(temporary, path), path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporaries that a killed process left directly in `folder`."""
+    """Remove temporaries that a killed process left directly in `folder`, except what another program has open."""
     for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with suppress(PermissionError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def slug(text: str, fallback: str = "untitled") -> str:

@@ -24,7 +24,7 @@ class ChromaDataset(io.ComfyNode):
         return schema(
             node_id="ChromaDataset",
             display_name="Chroma Dataset",
-            description="A folder of pictures with .txt captions beside them. Shows what will be trained on and what "
+            description="A folder of images with .txt captions beside them. Shows what will be trained on and what "
             "was skipped.",
             search_aliases=[
                 "training images",
@@ -107,7 +107,7 @@ class ChromaDatasetFromImages(io.ComfyNode):
         return schema(
             node_id="ChromaDatasetFromImages",
             display_name="Chroma Dataset from Images",
-            description="Pictures and captions straight from other nodes. A copy is kept below "
+            description="Images and captions straight from other nodes. A copy is kept below "
             "output/chromakit/datasets, so that a job can go on with it after a restart.",
             search_aliases=[
                 "images to dataset",
@@ -120,18 +120,18 @@ class ChromaDatasetFromImages(io.ComfyNode):
             is_output_node=True,
             is_input_list=True,
             inputs=[
-                io.Image.Input("images", tooltip="A batch, or a list of pictures of any sizes."),
+                io.Image.Input("images", tooltip="A batch, or a list of images of any sizes."),
                 io.String.Input(
                     "captions",
                     multiline=True,
                     default="",
-                    tooltip="One line for all pictures, or one line for each in their order; or link a list of texts. "
+                    tooltip="One line for all images, or one line for each in their order; or link a list of texts. "
                     "[trigger] stands for the trigger word.",
                 ),
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Train only where it is white. One for each picture, or one for all; a black one is none.",
+                    tooltip="Train only where it is white. One for each image, or one for all; a black one is none.",
                 ),
                 # Saved workflows hold values by position: new widgets go to the end.
                 *widgets(
@@ -212,7 +212,7 @@ class ChromaCombineDatasets(io.ComfyNode):
                 max=1000.0,
                 step=0.05,
                 round=0.001,
-                tooltip=f"How often a picture of dataset_{i} is used compared with one of another set. Multiplies the "
+                tooltip=f"How often an image of dataset_{i} is used compared with one of another set. Multiplies the "
                 "set's own weight.",
                 optional=i > 2,
             )
@@ -221,7 +221,7 @@ class ChromaCombineDatasets(io.ComfyNode):
         return schema(
             node_id="ChromaCombineDatasets",
             display_name="Chroma Combine Datasets",
-            description="Several data sets for one LoRA, e.g. the pictures to learn and others that should stay as "
+            description="Several datasets for one LoRA, e.g. the images to learn and others that should stay as "
             "they are. Chain two of these for more than four.",
             search_aliases=[
                 "merge datasets",

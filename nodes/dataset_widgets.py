@@ -1,4 +1,4 @@
-"""The widgets that all sources of a data set share, each a field of `DatasetConfig`, and what these nodes return."""
+"""The widgets that all sources of a dataset share, each a field of `DatasetConfig`, and what these nodes return."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def widgets(*names: str) -> list[Any]:
 
 
 def outputs() -> list[Any]:
-    """What every source of a data set gives."""
+    """What every source of a dataset gives."""
     return [
         ChromaDatasetType.Output("dataset", tooltip="For Chroma Train LoRA and Chroma Combine Datasets."),
         io.String.Output("summary", tooltip="Counts, sizes and warnings in words."),
@@ -63,7 +63,7 @@ def config_from(
 
 
 def widgets_of(config: DatasetConfig) -> dict[str, Any]:
-    """The widgets that mean this data set: the way back from `config_from`, without the folder."""
+    """The widgets that mean this dataset: the way back from `config_from`, without the folder."""
     values = config.model_dump(exclude={"folder", "resolutions"})
     first, *more = config.resolutions or (0,)
     return values | {
@@ -74,7 +74,7 @@ def widgets_of(config: DatasetConfig) -> dict[str, Any]:
 
 
 def shown(node: type[io.ComfyNode], config: DatasetConfig, remark: str = "") -> io.NodeOutput:
-    """The outputs of a node for one data set, looked at: contact sheet and summary, with `remark` as its last line."""
+    """The outputs of a node for one dataset, looked at: contact sheet and summary, with `remark` as its last line."""
     found = scan(config)
     text = "\n".join(filter(None, [summary(found, FALLBACK_SIZE), remark]))
     preview = ui.PreviewImage(to_image([sheet_of(found, FALLBACK_SIZE)]), cls=node).as_dict()

@@ -129,8 +129,8 @@ class ChromaInspectLora(io.ComfyNode):
         return schema(
             node_id="ChromaInspectLora",
             display_name="Chroma Inspect LoRA",
-            description="What a LoRA holds: layers, rank, alpha, size, base, recipe, trigger word, training, doubts; "
-            "and a picture of how much it changes where. Any dialect.",
+            description="What a LoRA holds: layers, rank, alpha, size, base, recipe, trigger word, training, warnings; "
+            "and an image of how much it changes where. Any key format.",
             search_aliases=[
                 "lora info",
                 "lora metadata",
@@ -211,8 +211,8 @@ class ChromaConvertLora(io.ComfyNode):
         return schema(
             node_id="ChromaConvertLora",
             display_name="Chroma Convert LoRA",
-            description="Writes a LoRA of any dialect in the names of another program, exactly, with its recipe, into "
-            "output/loras. No file of yours is overwritten.",
+            description="Writes a LoRA of any key format in the names of another program, exactly, with its recipe, "
+            "into output/loras. No file of yours is overwritten.",
             search_aliases=["lora format", "kohya", "peft", "diffusers", "export lora", "save lora", "lora dtype"],
             is_output_node=True,
             inputs=[
@@ -233,7 +233,7 @@ class ChromaConvertLora(io.ComfyNode):
                 io.String.Input(
                     "filename",
                     default="",
-                    tooltip="Empty: the LoRA's name and the dialect. A name that another file has is an error.",
+                    tooltip="Empty: the LoRA's name and the key format. A name that another file has is an error.",
                     optional=True,
                 ),
             ],

@@ -24,7 +24,7 @@ class ChromaParity(io.ComfyNode):
         return schema(
             node_id="ChromaParity",
             display_name="Chroma Parity",
-            description="Paints one picture several times, each time with one number changed, and says which of them "
+            description="Generates one image several times, each time with one number changed, and says which of them "
             "moves it how far. With a job linked, first replays its last preview.",
             search_aliases=[
                 "compare",
@@ -42,7 +42,7 @@ class ChromaParity(io.ComfyNode):
                     "prompt",
                     multiline=True,
                     default="a photo of a sks emblem",
-                    tooltip="What to paint, with the trigger word in it. Not read when a job is linked.",
+                    tooltip="What to generate, with the trigger word in it. Not read when a job is linked.",
                 ),
                 io.String.Input("negative", default="", tooltip="What to steer away from."),
                 io.Combo.Input(
@@ -50,7 +50,7 @@ class ChromaParity(io.ComfyNode):
                     options=[NO_FACTORS, *get_args(FactorKind), ALL_FACTORS],
                     default="recipe",
                     tooltip="Which numbers to change, one at a time. precision loads the model anew for each; all "
-                    "paints about 35 pictures.",
+                    "generates about 35 images.",
                 ),
                 io.Int.Input("width", default=1024, min=32, max=4096, step=16, tooltip="Pixels. tiny: 64."),
                 io.Int.Input("height", default=1024, min=32, max=4096, step=16, tooltip="Pixels. tiny: 64."),
@@ -61,13 +61,13 @@ class ChromaParity(io.ComfyNode):
                 ChromaJob.Input(
                     "job",
                     optional=True,
-                    tooltip="A finished training: its last preview is painted again, with its own prompt, settings "
+                    tooltip="A finished training: its last preview is generated again, with its own prompt, settings "
                     "and LoRA, and compared with what was shown.",
                 ),
             ],
             outputs=[
-                io.Image.Output("sheet", tooltip="The pictures side by side."),
-                io.String.Output("report", tooltip="Which change moves the picture how far, the largest first."),
+                io.Image.Output("sheet", tooltip="The images side by side."),
+                io.String.Output("report", tooltip="Which change moves the image how far, the largest first."),
             ],
         )
 

@@ -40,7 +40,7 @@ class ChromaEmptyLatent(io.ComfyNode):
         return schema(
             node_id="ChromaEmptyLatent",
             display_name="Chroma Empty Latent",
-            description="Empty latents of a size that Chroma can paint, and that size: sides are floored to "
+            description="Empty latents of a size that Chroma can generate, and that size: sides are floored to "
             "multiples of 32.",
             search_aliases=["chroma latent", "empty latent", "size", "image size", "resolution"],
             inputs=[
@@ -51,7 +51,7 @@ class ChromaEmptyLatent(io.ComfyNode):
                     "height", default=1024, min=32, max=4096, step=32, tooltip="Pixels. tiny was trained at 64."
                 ),
                 io.Int.Input(
-                    "batch_size", default=1, min=1, max=64, tooltip="Pictures at once; each has a seed of its own."
+                    "batch_size", default=1, min=1, max=64, tooltip="Images at once; each has a seed of its own."
                 ),
             ],
             outputs=[
@@ -119,8 +119,8 @@ class ChromaSampler(io.ComfyNode):
         return schema(
             node_id="ChromaSampler",
             display_name="Chroma Sampler",
-            description="Paints. The same sampler makes the trainer's previews: same prompt, seed and settings, same "
-            "picture.",
+            description="Generates images. The trainer's previews come from the same sampler: same prompt, seed and "
+            "settings, same image.",
             search_aliases=[
                 "ksampler",
                 "chroma generate",
@@ -135,7 +135,7 @@ class ChromaSampler(io.ComfyNode):
             inputs=[
                 ChromaModel.Input("model", tooltip="From Chroma Load Model or Chroma Apply LoRA."),
                 io.Conditioning.Input(
-                    "positive", tooltip="What to paint. From Chroma Text Encode, or the host's T5 encoder."
+                    "positive", tooltip="What to generate. From Chroma Text Encode, or the host's T5 encoder."
                 ),
                 io.Conditioning.Input(
                     "negative",
@@ -144,7 +144,7 @@ class ChromaSampler(io.ComfyNode):
                     "less.",
                 ),
                 io.Latent.Input(
-                    "latent", tooltip="Empty for a new picture, or an encoded picture (and noise mask) to change."
+                    "latent", tooltip="Empty for a new image, or an encoded image (and noise mask) to change."
                 ),
                 widget(SamplingSettings, "seed", control_after_generate=True),
                 widget(SamplingSettings, "steps"),
@@ -174,7 +174,7 @@ class ChromaSampler(io.ComfyNode):
                 widget(SamplingSettings, "add_noise"),
                 widget(TrainingConfig, "recipe_overrides", kind=io.String, default=""),
             ],
-            outputs=[io.Latent.Output("latent", tooltip="The painted latents, for VAE Decode.")],
+            outputs=[io.Latent.Output("latent", tooltip="The generated latents, for VAE Decode.")],
         )
 
     @classmethod

@@ -59,7 +59,7 @@ class ChromaTrainLora(io.ComfyNode):
                 ChromaModel.Input("model", tooltip="From Chroma Load Model. The job loads its own copy."),
                 ChromaTextEncoder.Input("text_encoder", tooltip="From the same Chroma Load Model."),
                 ChromaDatasetType.Input(
-                    "dataset", tooltip="The pictures to learn from. Several sets: Chroma Combine Datasets."
+                    "dataset", tooltip="The images to learn from. Several sets: Chroma Combine Datasets."
                 ),
                 widget(TrainingConfig, "name", default="my-lora"),
                 widget(TrainingConfig, "steps"),
@@ -90,7 +90,7 @@ class ChromaTrainLora(io.ComfyNode):
                 ChromaDatasetType.Input(
                     "validation_dataset",
                     optional=True,
-                    tooltip="Pictures that are not trained on (one set, not a combined one). The loss on them tells "
+                    tooltip="Images that are not trained on (one set, not a combined one). The loss on them tells "
                     "learning from memorising.",
                 ),
             ],
@@ -264,7 +264,7 @@ class ChromaTrainingStatus(io.ComfyNode):
             inputs=[ChromaJob.Input("job", tooltip="From Chroma Train LoRA.")],
             outputs=[
                 io.String.Output("status", tooltip="State, step, losses and warnings in words."),
-                io.Image.Output("samples", tooltip="The latest previews; one black picture while there are none."),
+                io.Image.Output("samples", tooltip="The latest previews; one black image while there are none."),
                 io.Image.Output("loss_plot", tooltip="Loss and held-out loss over the steps."),
             ],
         )

@@ -1,8 +1,8 @@
-"""The whole loop in a real ComfyUI: paint, train a LoRA while painting on, paint with the LoRA.
+"""The whole loop in a real ComfyUI: generate, train a LoRA while generating on, generate with the LoRA.
 
 It brings up everything it needs (first run: about 6 GB), starts the host with this pack, drives it through its HTTP API
-with the example workflows, and writes pictures and a report. The exit status is 0 only if the loop worked: the loss on
-held-out pictures fell by 30 % or more, ordinary prompts were served during training and came out bit for bit the same,
+with the example workflows, and writes images and a report. The exit status is 0 only if the loop worked: the loss on
+held-out images fell by 30 % or more, ordinary prompts were served during training and came out bit for bit the same,
 and the host's own LoRA loader takes every module of the trained file.
 """
 
@@ -95,7 +95,7 @@ def painting(text: str, seed: int, lora: str | None = None) -> Prompt:
 
 
 def concept_texts(train: Prompt) -> list[str]:
-    """Captions of the held-out pictures: the prompts that show whether the concept was learnt."""
+    """Captions of the held-out images: the prompts that show whether the concept was learnt."""
     folders = [node["inputs"]["folder"] for node in train.values() if node["class_type"] == "ChromaDataset"]
     heldout = next(ROOT / "example_datasets" / name for name in folders if name.endswith("_heldout"))
     captions = [path.read_text(encoding="utf-8").strip() for path in sorted(heldout.glob("*.txt"))]
@@ -103,7 +103,7 @@ def concept_texts(train: Prompt) -> list[str]:
 
 
 def paint(host: Host, prompts: list[Prompt], label: str) -> list:
-    """One picture for each prompt."""
+    """One image for each prompt."""
     from tqdm import tqdm
 
     shown = tqdm(prompts, desc=label, unit="picture", mininterval=PROGRESS_SECONDS, file=sys.stdout)
@@ -128,7 +128,7 @@ def job_status(host: Host, job_id: str) -> dict[str, Any]:
 
 
 def paint_while_training(host: Host, job_id: str, prompts: list[Prompt], expected: list) -> list[dict[str, Any]]:
-    """Run ordinary prompts while the job trains; for each: how far training was, and if the picture is the same."""
+    """Run ordinary prompts while the job trains; for each: how far training was, and if the image is the same."""
     while (status := job_status(host, job_id))["state"] in BUSY_STATES and status["step"] < 1:
         time.sleep(0.2)
     served = []
@@ -146,7 +146,7 @@ def paint_while_training(host: Host, job_id: str, prompts: list[Prompt], expecte
                 "equal": host.images(history)[0].tobytes() == picture.tobytes(),
             }
         )
-        say(f"painted “{text_of(prompt)}” at training step {after['step']} in {served[-1]['seconds']} s")
+        say(f"generated “{text_of(prompt)}” at training step {after['step']} in {served[-1]['seconds']} s")
     return served
 
 
@@ -201,7 +201,7 @@ def save_pictures(pictures: list, folder: Path, name: str) -> list[str]:
 
 
 def contact_sheet(rows: list[tuple[str, list]], captions: list[str], cell: int = 224, margin: int = 12):
-    """Rows of pictures, each with a title, above one caption a column."""
+    """Rows of images, each with a title, above one caption a column."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, left, text_height = ImageFont.load_default(15), 110, 60
@@ -228,7 +228,7 @@ def contact_sheet(rows: list[tuple[str, list]], captions: list[str], cell: int =
 
 
 def run_demo(host: Host, output: Path, steps: int | None) -> Findings:
-    """Paint, train while painting, paint again; write pictures and report under `output`."""
+    """Paint, train while generating, generate again; write images and report under `output`."""
     found, pictures = Findings(), output / "images"
     train = load_api("chroma_train_lora")
     if steps:
@@ -236,7 +236,7 @@ def run_demo(host: Host, output: Path, steps: int | None) -> Findings:
     texts = concept_texts(train)
 
     ordinary = [painting(text, seed=100 + i) for i, text in enumerate(ORDINARY)]
-    expected = paint(host, ordinary, "ordinary pictures, nothing training")
+    expected = paint(host, ordinary, "ordinary images, nothing training")
     base = paint(host, [painting(text, seed=42 + i) for i, text in enumerate(texts)], "the concept, without LoRA")
     host.forget_cached_outputs()
 
@@ -275,7 +275,7 @@ def run_demo(host: Host, output: Path, steps: int | None) -> Findings:
     found.require(fall >= WANTED_FALL, f"the held-out loss fell by {fall:.0%}, wanted {WANTED_FALL:.0%}")
     found.require(len(in_time) >= 2, f"only {len(in_time)} prompts were served while training, wanted 2")
     same = all(entry["equal"] for entry in served)
-    found.require(same, "a picture made during training differs from the one made without")
+    found.require(same, "an image made during training differs from the one made without")
     found.require(0 < matched == total, f"the host's LoRA loader matched {matched} of {total} modules")
     sheet = contact_sheet([("without\nLoRA", base), ("with\nLoRA", with_lora)], texts)
     sheet.save(output / "contact_sheet.png")
@@ -301,7 +301,7 @@ def tell(found: Findings, output: Path) -> None:
     print(f"\nheld-out loss  {report['heldout_loss_base']:.4f} → {report['heldout_loss_lora']:.4f}", end="")
     print(f"  (−{report['heldout_loss_fall']:.0%}) after {report['steps']} steps, {report['train_seconds']:.0f} s")
     print(f"LoRA           {report['lora_path']}")
-    print(f"pictures       {output / 'contact_sheet.png'}")
+    print(f"images       {output / 'contact_sheet.png'}")
     print(f"report         {output / 'report.json'}")
     for problem in found.problems:
         print(f"not as it should be: {problem}")

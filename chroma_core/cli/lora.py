@@ -26,7 +26,7 @@ def inspect_lora_options(inspect: argparse.ArgumentParser) -> None:
         help="compare with the base that it was trained on: a flavour, a transformer's file, or a diffusers folder. "
         "Reads the whole file the first time",
     )
-    inspect.add_argument("--heat-map", type=Path, metavar="PNG", help="write a picture of how much it changes where")
+    inspect.add_argument("--heat-map", type=Path, metavar="PNG", help="write an image of how much it changes where")
     inspect.set_defaults(run=_inspect)
 
 

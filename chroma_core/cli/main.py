@@ -1,4 +1,4 @@
-"""The command line: train a job file, sample pictures, look into a LoRA file, plan memory. No host needed."""
+"""The command line: train a job file, sample images, look into a LoRA file, plan memory. No host needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .train import import_options, template_options, train_options
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "train": (train_options, "train a LoRA or the model's blocks from a job.toml; resumes what exists"),
-    "sample": (sample_options, "make pictures"),
+    "sample": (sample_options, "make images"),
     "fetch": (fetch_options, "download a flavour from the Hub, or what is missing of it"),
     "quantise": (quantise_options, "write a quantised model file, which loads faster"),
     "inspect-model": (inspect_model_options, "what a model file is, and whether ChromaKit reads it"),
@@ -25,7 +25,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
         "turn a SimpleTuner config.json or an ai-toolkit YAML for Chroma into a job.toml",
     ),
     "job-template": (template_options, "print a job.toml with every option, its default and its meaning"),
-    "parity": (parity_options, "does the training preview show what the command line, the nodes and diffusers paint?"),
+    "parity": (
+        parity_options,
+        "do the training preview, the command line, the nodes and diffusers give the same image?",
+    ),
     "request": (
         request_options,
         "carry out inference requests: model, prompts[], loras[] as JSON (see docs/requests.md)",

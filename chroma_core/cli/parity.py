@@ -1,4 +1,4 @@
-"""The command line's `parity`: one picture through every runtime that is here, and the numbers that move it."""
+"""The command line's `parity`: one image through every runtime that is here, and the numbers that move it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def parity_options(parity: argparse.ArgumentParser) -> None:
     from ..sampling.recipe import RECIPES
 
     parity.description = (
-        "Paints one picture through every runtime and says how far the results are apart. With the flavour tiny a LoRA "
-        "is trained for a moment first; with another one, name a job or a preview to compare with."
+        "Samples one image in every runtime and says how far the results are apart. With the flavour tiny a LoRA is "
+        "trained for a moment first; with another one, name a job or a preview to compare with."
     )
     add_model_options(parity, offload="none")
     parity.add_argument("--job", type=Path, help="a job's folder: replay its last preview")
@@ -40,7 +40,7 @@ def parity_options(parity: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="also change one number at a time: recipe schedule guidance lora precision size seed (none named: all)",
     )
-    parity.add_argument("--no-comfyui", action="store_true", help="do not start a ComfyUI for the nodes' picture")
+    parity.add_argument("--no-comfyui", action="store_true", help="do not start a ComfyUI for the image of the nodes")
     parity.add_argument("--device", default=None)
     parity.add_argument("--output", type=Path, default=None, help="write parity.png and parity.json to this folder")
     parity.add_argument("--json", action="store_true", help="print JSON")
@@ -75,7 +75,7 @@ def _compare(options: argparse.Namespace, folder: Path) -> Any:
     components = ComponentCache()
 
     def paint(name: str, how: Callable[[], Any]) -> Any:
-        print(f"painting: {name}", file=sys.stderr, flush=True)
+        print(f"sampling: {name}", file=sys.stderr, flush=True)
         try:
             return how()
         except NotRun as reason:
@@ -110,7 +110,7 @@ def _kinds(named: list[str] | None) -> tuple[Any, ...]:
 
 
 def _case(options: argparse.Namespace, folder: Path, device: Any) -> tuple[Any, Any]:
-    """What to paint, and the preview to compare with if there is one."""
+    """What to generate, and the preview to compare with if there is one."""
     from ..model.flavours import flavour
     from ..parity import Case, read_preview, train_briefly
     from ..parity.preview import last_preview

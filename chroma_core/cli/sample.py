@@ -30,7 +30,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     from ..sampling.sampler import SamplingSettings
 
     add_model_options(sample)
-    sample.add_argument("--prompt", action="append", required=True, help="repeat for several pictures")
+    sample.add_argument("--prompt", action="append", required=True, help="repeat for several images")
     sample.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
     sample.add_argument("--trigger", default="", help="the word that replaces [trigger]")
     sample.add_argument(
@@ -58,7 +58,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     )
     sample.add_argument("--device", default=None)
     sample.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
-    sample.add_argument("--save-latents", action="store_true", help="also write the latents, beside each picture")
+    sample.add_argument("--save-latents", action="store_true", help="also write the latents, beside each image")
     sample.set_defaults(run=_sample)
 
 
@@ -120,13 +120,13 @@ def _sample(options: argparse.Namespace) -> None:
 def settings_from(options: argparse.Namespace, chosen: Flavour) -> SamplingSettings:
     """The settings, with the flavour's steps and guidance where none were given.
 
-    Raises ConfigError, also for options that only make sense with a picture to start from.
+    Raises ConfigError, also for options that only make sense with an image to start from.
     """
     from ..sampling.sampler import SamplingSettings
     from ..sampling.schedule import parse_flow_shift
 
     if options.image is None and (options.mask is not None or options.denoise < 1 or options.start_step):
-        raise ConfigError("--mask, --denoise below 1 and --start-step change a picture: name it with --image.")
+        raise ConfigError("--mask, --denoise below 1 and --start-step change an image: name it with --image.")
     same = ("seed", "tail_bias", "method", "denoise", "spacing", "start_step", "end_step")
     return SamplingSettings(
         steps=options.steps if options.steps is not None else chosen.steps,
@@ -141,8 +141,8 @@ def start_from(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What `sample` needs to start from --image with --mask, and what the record says of it; both empty without.
 
-    A picture is cropped about its centre to the recipe's multiple; with --width and --height it is scaled to those.
-    Raises ConfigError for pictures that cannot be read.
+    An image is cropped about its centre to the recipe's multiple; with --width and --height it is scaled to those.
+    Raises ConfigError for images that cannot be read.
     """
     if options.image is None:
         return {}, {}
@@ -181,7 +181,7 @@ def _open(path: Path) -> Image:
         picture.load()
         return ImageOps.exif_transpose(picture)  # as it is shown, and as the host's Load Image reads it
     except (OSError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"The picture '{path}' cannot be read: {error}. Give a PNG, JPEG or WebP file.") from error
+        raise ConfigError(f"The image '{path}' cannot be read: {error}. Give a PNG, JPEG or WebP file.") from error
 
 
 def request_options(command: argparse.ArgumentParser) -> None:
@@ -191,7 +191,9 @@ def request_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     command.add_argument("--json", action="store_true", help="print what was made as JSON, one line a request")
     command.add_argument(
-        "--api-prompt", action="store_true", help="paint nothing: print the request as a ComfyUI prompt in API format"
+        "--api-prompt",
+        action="store_true",
+        help="print the request as a ComfyUI prompt in API format, and generate nothing",
     )
     command.set_defaults(run=_request)
 
@@ -217,7 +219,7 @@ def _request(options: argparse.Namespace) -> None:
         return
     device = best_device(options.device)
     planned = []
-    for file, request in requests:  # all of them before the first is painted
+    for file, request in requests:  # all of them before the first is generated
         folder = file.resolve().parent
         spec = model_spec(request, lambda field, name, folder=folder: part_file(folder, field, name))
         loras = lora_uses(request, lambda name, folder=folder: lora_file(folder, name))
@@ -229,7 +231,7 @@ def _request(options: argparse.Namespace) -> None:
         with tqdm(total=total, unit="step", desc="painting") as bar:
 
             def show(picture: int, done: int, steps: int, bar=bar, of=request) -> None:
-                bar.set_postfix_str(f"picture {picture + 1} of {len(of.prompts)}")
+                bar.set_postfix_str(f"image {picture + 1} of {len(of.prompts)}")
                 bar.update()
 
             result = run_request(request, spec, loras, cache, device, options.output, show)

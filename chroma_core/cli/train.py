@@ -100,7 +100,7 @@ def _train(options: argparse.Namespace) -> int:
 def import_options(command: argparse.ArgumentParser) -> None:
     """What import-config is asked."""
     command.add_argument("file", type=Path, help="config.json of SimpleTuner, or YAML of ai-toolkit")
-    command.add_argument("--dataloader", type=Path, default=None, metavar="FILE", help="SimpleTuner's data set file")
+    command.add_argument("--dataloader", type=Path, default=None, metavar="FILE", help="SimpleTuner's dataset file")
     command.add_argument(
         "--output", type=Path, default=Path("job.toml"), help="the job file to write (default: job.toml)"
     )

@@ -4,9 +4,9 @@ A `Host` is a running server:
 
     with start_comfyui(comfyui, base) as host:
         history = host.run(json.loads(Path("example_workflows/api/text_to_image.json").read_text()))
-        pictures = host.images(history)
+        images = host.images(history)
 
-Standard library only (Pillow when pictures are read); nothing of ComfyUI is imported.
+Standard library only (Pillow when images are read); nothing of ComfyUI is imported.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Host:
         return self.wait(self.post_prompt(prompt), timeout)
 
     def image_files(self, history: dict[str, Any], kind: str = "output") -> list[tuple[str, bytes]]:
-        """(file name, bytes) of a history entry's pictures, by output node's id; `kind` "temp" for mere previews."""
+        """(file name, bytes) of a history entry's images, by output node's id; `kind` "temp" for mere previews."""
         outputs = history["outputs"]
         images = [
             i for node in sorted(outputs, key=lambda key: (len(key), key)) for i in outputs[node].get("images", [])
@@ -144,7 +144,7 @@ class Host:
         return body
 
     def images(self, history: dict[str, Any], kind: str = "output") -> list:
-        """The same pictures as RGB `PIL.Image`s."""
+        """The same images as RGB `PIL.Image`s."""
         from PIL import Image
 
         return [Image.open(BytesIO(body)).convert("RGB") for _, body in self.image_files(history, kind)]

@@ -1,1 +1,1 @@
-"""Pictures and captions: scanning, buckets, order and the disk cache."""
+"""Images and captions: scanning, buckets, order and the disk cache."""

@@ -1,4 +1,4 @@
-"""Aspect buckets: sizes of (nearly) constant area, so that pictures are trained in their own shape.
+"""Aspect buckets: sizes of (nearly) constant area, so that images are trained in their own shape.
 
 Sizes are (width, height) in pixels.
 """
@@ -33,11 +33,11 @@ def bucket_table(resolution: int, alignment: int = 64) -> tuple[Size, ...]:
 
 
 def choose_bucket(width: int, height: int, resolution: int, alignment: int = 64, upscale: bool = False) -> Size:
-    """The bucket of a picture: nearest aspect ratio, then the larger area.
+    """The bucket of an image: nearest aspect ratio, then the larger area.
 
     Args:
         resolution: side in pixels of the square whose area buckets have.
-        upscale: whether a picture with less area than that is enlarged; otherwise its bucket has its own area (but
+        upscale: whether an image with less area than that is enlarged; otherwise its bucket has its own area (but
             never less than one `alignment` square).
     """
     if not upscale:
@@ -51,7 +51,7 @@ def choose_bucket(width: int, height: int, resolution: int, alignment: int = 64,
 
 
 def crop_box(width: int, height: int, bucket: Size, position: float = 0.5) -> tuple[float, float, float, float]:
-    """The largest box of the bucket's aspect (left, top, right, bottom) in the picture's pixels.
+    """The largest box of the bucket's aspect (left, top, right, bottom) in the image's pixels.
 
     Args:
         position: where it lies along the overhang, from 0 (left or top) to 1 (right or bottom); 0.5 is the centre.
@@ -59,12 +59,12 @@ def crop_box(width: int, height: int, bucket: Size, position: float = 0.5) -> tu
     scale = min(width / bucket[0], height / bucket[1])
     w, h = bucket[0] * scale, bucket[1] * scale
     left, top = max(0.0, (width - w) * position), max(0.0, (height - h) * position)
-    # Rounding must not put an edge outside of the picture, which Pillow refuses.
+    # Rounding must not put an edge outside of the image, which Pillow refuses.
     return left, top, min(left + w, width), min(top + h, height)
 
 
 def resize_and_crop(picture: Image.Image, bucket: Size, position: float = 0.5) -> Image.Image:
-    """Scale a picture to cover the bucket (Lanczos) and cut the overhang: evenly, or as `crop_box` says."""
+    """Scale an image to cover the bucket (Lanczos) and cut the overhang: evenly, or as `crop_box` says."""
     if picture.size == bucket:
         return picture
     box = crop_box(*picture.size, bucket, position)

@@ -1,6 +1,6 @@
 """Latents and text states on disk, so that the VAE and T5 can leave memory before training starts.
 
-One small safetensors file an entry, named by a hash of everything that decides its content (picture or prompt, model
+One small safetensors file an entry, named by a hash of everything that decides its content (image or prompt, model
 files, settings): entries survive restarts, are shared by jobs, and a changed input makes a new entry.
 """
 
@@ -63,13 +63,13 @@ class LatentTextCache:
         self.recipe = recipe
 
     def latents_path(self, picture: Picture, view: View) -> Path:
-        """The entry of a view of a picture."""
+        """The entry of a view of an image."""
         extras = view.extras()
         key = (picture.sha256, view.bucket, view.flipped, self.vae_key)
         return self._path("latents", *key, *((extras,) if extras else ()))
 
     def mask_path(self, picture: Picture, view: View, floor: float) -> Path:
-        """The entry of a picture's mask in a view; the same for all draws of the posterior."""
+        """The entry of an image's mask in a view; the same for all draws of the posterior."""
         key = (picture.sha256, picture.mask_sha256, view.bucket, view.flipped, view.crop, floor, self.vae_key)
         return self._path("masks", *key)
 
@@ -101,9 +101,9 @@ class LatentTextCache:
 
     @torch.no_grad()
     def add_latents(self, picture: Picture, views: Sequence[View], vae: Autoencoder) -> None:
-        """Encode a picture once and write `views`, which differ in nothing but the posterior's draw.
+        """Encode an image once and write `views`, which differ in nothing but the posterior's draw.
 
-        The mean does not depend on chance; a draw depends on the picture, the view and its number.
+        The mean does not depend on chance; a draw depends on the image, the view and its number.
         Raises UnreadablePicture.
         """
         view = views[0]
@@ -146,5 +146,5 @@ class LatentTextCache:
         except (OSError, SafetensorError) as error:
             raise DataError(
                 f"The cached {path.parent.parent.name} entry {path.name[:12]}… is missing or damaged ({error}). Resume "
-                "the job: it is then made again from the data set."
+                "the job: it is then made again from the dataset."
             ) from error

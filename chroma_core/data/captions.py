@@ -86,7 +86,7 @@ def with_trigger(caption: str, trigger: str) -> str:
 def prepared(
     captions: Sequence[str], trigger: str, prefix: str = "", suffix: str = "", shuffles: int = 0, keep: int = 0
 ) -> tuple[str, ...]:
-    """All captions that training may draw for a picture.
+    """All captions that training may draw for an image.
 
     The captions as written come first. Then, caption after caption, its shuffled orders; where the captions have
     unequal numbers of orders, those with fewer are repeated, so that each caption of the file is drawn equally often.
@@ -116,12 +116,12 @@ NAMES = ("metadata.jsonl", "metadata.csv")
 
 
 def read_metadata(folder: Path, pictures: set[str], column: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """What all metadata files of a data set say: captions by the picture's name in it, and warnings about rows.
+    """What all metadata files of a dataset say: captions by the image's name in it, and warnings about rows.
 
-    The first row of a picture counts. Rows that cannot be used are counted in the warnings, each kind with an example.
+    The first row of an image counts. Rows that cannot be used are counted in the warnings, each kind with an example.
 
     Args:
-        pictures: the names of all pictures, relative to `folder`, with forward slashes.
+        pictures: the names of all images, relative to `folder`, with forward slashes.
         column: the column or key of the caption; in JSON a string or a list of strings.
     Raises:
         DataError: there is no metadata file, it is not UTF-8 text, or no row has the caption's column.
@@ -129,7 +129,7 @@ def read_metadata(folder: Path, pictures: set[str], column: str) -> tuple[dict[s
     files = sorted(path for name in NAMES for path in folder.rglob(name) if path.is_file())
     if not files:
         raise DataError(
-            f"The data set folder '{folder.name}' has no {' or '.join(NAMES)}, but captions are to come from there. "
+            f"The dataset folder '{folder.name}' has no {' or '.join(NAMES)}, but captions are to come from there. "
             "Add one with the columns file_name and text, or choose another caption source."
         )
     captions: dict[str, tuple[str, ...]] = {}
@@ -144,12 +144,12 @@ def read_metadata(folder: Path, pictures: set[str], column: str) -> tuple[dict[s
                 continue
             rows += 1
             with_column += column in row
-            # Relative to the data set; what leads out of it begins with a slash or two dots, as no picture's name does.
+            # Relative to the dataset; what leads out of it begins with a slash or two dots, as no image's name does.
             name = posixpath.normpath(posixpath.join(posixpath.dirname(where), row["file_name"].replace("\\", "/")))
             if name not in pictures:
-                unusable["for a picture that is not there"].append(f"{row['file_name']} in {place}")
+                unusable["for an image that is not there"].append(f"{row['file_name']} in {place}")
             elif name in captions:
-                unusable["for a picture that has one already (the first counts)"].append(f"{name} in {place}")
+                unusable["for an image that has one already (the first counts)"].append(f"{name} in {place}")
             else:
                 captions[name] = _texts(row.get(column))
     if rows and not with_column:

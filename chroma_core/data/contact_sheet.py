@@ -23,7 +23,7 @@ _UNTRAINED = 0.3
 
 
 def bucket_counts(scan: DatasetScan, default_resolution: int) -> list[tuple[Size, int]]:
-    """How many pictures are trained at each size, sorted by size; a picture counts once at each of its sizes."""
+    """How many images are trained at each size, sorted by size; an image counts once at each of its sizes."""
     config = scan.config
     counts: Counter[Size] = Counter()
     for item in scan.items:
@@ -37,7 +37,7 @@ def different_captions(scan: DatasetScan) -> int:
 
 
 def most_telling(scan: DatasetScan, limit: int) -> list[Picture]:
-    """At most `limit` pictures for a sheet, in the data set's order; those with warnings if not all fit."""
+    """At most `limit` images for a sheet, in the dataset's order; those with warnings if not all fit."""
     warned = image_warnings(scan.config, scan.items)
     ranked = sorted(scan.items, key=lambda item: item.name not in warned)[:limit]
     chosen = {item.name for item in ranked}
@@ -54,8 +54,8 @@ def contact_sheet(
 
     Args:
         pictures: what to show (the caller limits their number), at least one.
-        scan: the data set they come from.
-        default_resolution: pixels, for a data set without resolutions of its own.
+        scan: the dataset they come from.
+        default_resolution: pixels, for a dataset without resolutions of its own.
         columns, cell: cells in a row, and the side of a thumbnail in pixels.
     """
     columns = max(1, min(columns, len(pictures)))
@@ -81,7 +81,7 @@ def contact_sheet(
 
 
 def thumbnail(picture: Picture, scan: DatasetScan, default_resolution: int, side: int) -> Image.Image | None:
-    """One picture as a contact sheet shows it, at most `side` pixels wide and high; None when it cannot be decoded."""
+    """One image as a contact sheet shows it, at most `side` pixels wide and high; None when it cannot be decoded."""
     bucket = bucket_of(picture, scan.config, scan.config.sizes(default_resolution)[0])
     try:
         return _thumbnail(picture, scan, bucket, side)
@@ -95,7 +95,7 @@ def summary(scan: DatasetScan, default_resolution: int) -> str:
     sizes = ", ".join(f"{w}×{h}: {n}" for (w, h), n in bucket_counts(scan, default_resolution))
     uses = sum(item.repeats for item in scan.items) * config.repeats
     lines = [
-        f"{len(scan.items)} pictures, {different_captions(scan)} different captions"
+        f"{len(scan.items)} images, {different_captions(scan)} different captions"
         + (f", trigger word “{config.trigger}”" if config.trigger else "")
         + (f", {config.repeats} repeats" if config.repeats > 1 else "")
         + (f", {uses} uses in an epoch" if uses != len(scan.items) * config.repeats else "")
@@ -108,10 +108,10 @@ def summary(scan: DatasetScan, default_resolution: int) -> str:
 
 
 def _head(scan: DatasetScan, shown: int, default_resolution: int, font: Font, width: int, pad: int) -> Image.Image:
-    """Name, counts, and one chip a bucket: its shape, its size, how many pictures have it."""
+    """Name, counts, and one chip a bucket: its shape, its size, how many images have it."""
     line, config = round(font.size * 1.35), scan.config
     large = font_of(round(font.size * 1.25))
-    facts = [f"{len(scan.items)} pictures", f"{different_captions(scan)} different captions"]
+    facts = [f"{len(scan.items)} images", f"{different_captions(scan)} different captions"]
     facts += [f"trigger “{config.trigger}”"] if config.trigger else []
     facts += [f"{config.repeats} repeats"] if config.repeats > 1 else []
     facts += ["regularisation"] if config.regularisation else []
@@ -190,7 +190,7 @@ def _tile(
 
 
 def _thumbnail(picture: Picture, scan: DatasetScan, bucket: Size, side: int) -> Image.Image:
-    """The picture as it is cropped, with what its mask leaves out darkened. Raises UnreadablePicture."""
+    """The image as it is cropped, with what its mask leaves out darkened. Raises UnreadablePicture."""
     scale = min(side / bucket[0], side / bucket[1])
     size = max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale))
     if scale < 1:

@@ -1,4 +1,4 @@
-"""How a data set is read, as one frozen value; and the base of all values that are parsed from what a user wrote."""
+"""How a dataset is read, as one frozen value; and the base of all values that are parsed from what a user wrote."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _line(error: Any) -> str:
 
 
 class DatasetConfig(Settings):
-    """A folder of pictures, where their captions come from, and how both are used. Explained in docs/datasets.md.
+    """A folder of images, where their captions come from, and how both are used. Explained in docs/datasets.md.
 
     `resolution` (one number) is accepted in place of `resolutions`; 0 or nothing means the flavour's own size.
     Everything about captions is described in `captions`, about sizes in `buckets`, about variants in `views`.
@@ -186,7 +186,7 @@ class DatasetConfig(Settings):
     @model_validator(mode="after")
     def _fixed_needs_a_sentence(self) -> Self:
         if self.caption_source == "fixed" and self.default_caption is None:
-            raise ValueError("caption_source = 'fixed' gives every picture the default_caption, which is not set")
+            raise ValueError("caption_source = 'fixed' gives every image the default_caption, which is not set")
         return self
 
     def sizes(self, default: int) -> tuple[int, ...]:
@@ -194,7 +194,7 @@ class DatasetConfig(Settings):
         return self.resolutions or (default,)
 
     def held_out(self, trigger: str) -> DatasetConfig:
-        """The same folder for measuring: every picture once, the same every time; `trigger` when it has none."""
+        """The same folder for measuring: every image once, the same every time; `trigger` when it has none."""
         return self.model_copy(
             update={
                 "trigger": self.trigger or trigger,

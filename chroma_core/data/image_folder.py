@@ -15,12 +15,12 @@ from .views import SUFFIX
 
 
 def captions_for(texts: Sequence[str], count: int) -> list[str]:
-    """One text a picture, in the form of a caption file: line breaks separate several captions of a picture.
+    """One text an image, in the form of a caption file: line breaks separate several captions of an image.
 
     Args:
-        texts: one for each picture; or a single one, which is for all pictures if it has one line, and otherwise has a
-            line for each picture (empty lines do not count). All lines of a single text belong to a single picture.
-        count: pictures.
+        texts: one for each image; or a single one, which is for all images if it has one line, and otherwise has a
+            line for each image (empty lines do not count). All lines of a single text belong to a single image.
+        count: images.
     Raises:
         DataError: another number of texts or lines.
     """
@@ -29,13 +29,13 @@ def captions_for(texts: Sequence[str], count: int) -> list[str]:
     if len(texts) != 1:
         raise DataError(
             f"There are {counted(count, 'picture')} and {counted(len(texts), 'caption')}. Give one caption for each "
-            "picture, in the same order, or a single one for all."
+            "image, in the same order, or a single one for all."
         )
     lines = [line for line in texts[0].splitlines() if line.strip()] or [""]
     if len(lines) not in (1, count):
         raise DataError(
             f"There are {counted(count, 'picture')}, but the caption text has {len(lines)} lines. Write one line for "
-            "each picture, in the same order, or a single line for all."
+            "each image, in the same order, or a single line for all."
         )
     return lines if len(lines) == count else lines * count
 
@@ -47,26 +47,26 @@ def store_pictures(
     masks: Sequence[Image.Image | None] = (),
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Path:
-    """Write pictures with their captions into a folder below `root` that is named by their content.
+    """Write images with their captions into a folder below `root` that is named by their content.
 
-    The same pictures, captions and masks always give the same folder, so a job that is asked for again is the same job.
+    The same images, captions and masks always give the same folder, so a job that is asked for again is the same job.
     What is there already and whole is not written again; a file that is missing or was changed is restored.
 
     Args:
         pictures: any mode that PNG can hold.
         captions: as `captions_for` takes them; an empty one is no caption.
-        masks: nothing, or for each picture its loss mask (any size of the same shape; None: all of it counts).
-        progress: called with (done, of how many) before every picture; may raise to stop.
+        masks: nothing, or for each image its loss mask (any size of the same shape; None: all of it counts).
+        progress: called with (done, of how many) before every image; may raise to stop.
     Raises:
-        DataError: no picture, or another number of captions or masks.
+        DataError: no image, or another number of captions or masks.
     """
     if not pictures:
-        raise DataError("The data set has no pictures. Connect at least one.")
+        raise DataError("The dataset has no images. Connect at least one.")
     texts = captions_for(captions, len(pictures))
     if masks and len(masks) != len(pictures):
         raise DataError(
             f"There are {counted(len(pictures), 'picture')} and {counted(len(masks), 'mask')}. Give one mask for each "
-            "picture, in the same order, or none at all."
+            "image, in the same order, or none at all."
         )
     files: list[tuple[str, bytes]] = []
     digest = hashlib.sha256()

@@ -18,7 +18,7 @@ OTHER_EXTENSIONS = {
     ".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".nef", ".psd", ".svg",
     ".tga", ".xcf",
 }  # fmt: skip
-"""Pictures, but not read here; a data set that has some says so."""
+"""Images, but not read here; a dataset that has some says so."""
 
 _FORMAT_OF = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
 _ORIENTATION_TAG, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
@@ -68,7 +68,7 @@ def picture_facts(path: Path) -> PictureFacts:
 
 
 def load_picture(path: Path, background: str = "white", least: int = 0) -> Image.Image:
-    """Decode a picture: upright by its EXIF, transparency laid over `background`, 16 bits reduced to 8, first frame.
+    """Decode an image: upright by its EXIF, transparency laid over `background`, 16 bits reduced to 8, first frame.
 
     Colour profiles are not applied. A JPEG of more than 89 million pixels comes at half its size; with `least` above 0,
     which is for thumbnails, any JPEG at the eighth, quarter or half whose sides have so many pixels. Raises
@@ -112,7 +112,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {2 * _HUGE // 10**6} million pixels, the safety limit; save it smaller"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture"
+        return "not an image"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
@@ -120,7 +120,7 @@ def reason(error: Exception) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture(PictureFacts):
-    """A picture as a scan found it.
+    """An image as a scan found it.
 
     Args:
         name: relative to the folder, with forward slashes.
@@ -150,5 +150,5 @@ class Picture(PictureFacts):
 
 
 def bucket_of(picture: Picture, config: DatasetConfig, resolution: int) -> tuple[int, int]:
-    """The bucket (width, height) of a picture at one base resolution."""
+    """The bucket (width, height) of an image at one base resolution."""
     return choose_bucket(picture.width, picture.height, resolution, config.alignment, config.upscale)

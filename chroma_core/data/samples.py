@@ -37,13 +37,13 @@ class Use:
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture at one bucket size (width, height in pixels).
+    """An image at one bucket size (width, height in pixels).
 
     Args:
         captions: all that may be drawn, with trigger; the first is as written, and so is the first of `latents`.
         latents: the entries of all views, equally likely.
-        masks: the loss masks of the same views, or nothing: then all of the picture counts.
-        regularisation, sigma_bias: of the set that the picture is in; for the objective.
+        masks: the loss masks of the same views, or nothing: then all of the image counts.
+        regularisation, sigma_bias: of the set that the image is in; for the objective.
     """
 
     name: str
@@ -70,12 +70,12 @@ def cache_samples(
     between: Between = lambda: None,
     progress: Progress = lambda *_: None,
 ) -> tuple[list[Sample], list[tuple[str, str]]]:
-    """Make sure that all latents and masks of a data set are cached; the VAE is loaded only if latents are missing.
+    """Make sure that all latents and masks of a dataset are cached; the VAE is loaded only if latents are missing.
 
     Returns:
-        the samples (pictures × resolutions × repeats) and the pictures that could not be used, with the reason.
+        the samples (images × resolutions × repeats) and the images that could not be used, with the reason.
     Raises:
-        DataError: no picture could be used.
+        DataError: no image could be used.
     """
     config = scan.config
     wanted = [
@@ -83,7 +83,7 @@ def cache_samples(
         for resolution in config.sizes(default_resolution)
         for picture in scan.items
     ]
-    wanted = list(dict.fromkeys(wanted))  # a small picture lands in one bucket at several resolutions
+    wanted = list(dict.fromkeys(wanted))  # a small image lands in one bucket at several resolutions
     planned = [(picture, views_of(picture, bucket, config)) for picture, bucket in wanted]
     unreadable: dict[str, str] = {}
     missing = list(_missing(planned, cache))
@@ -98,7 +98,7 @@ def cache_samples(
                 try:
                     cache.add_latents(picture, views, vae)
                 except UnreadablePicture as error:
-                    unreadable[picture.name] = f"unreadable picture: {error}"
+                    unreadable[picture.name] = f"unreadable image: {error}"
     if config.masks != "none":
         unreadable |= _cache_masks(planned, cache, config.mask_floor, unreadable.keys(), between, progress)
     samples = [
@@ -120,7 +120,7 @@ def cache_samples(
     ]
     if not samples:
         raise DataError(
-            f"No picture of the data set '{Path(config.folder).name}' could be decoded: "
+            f"No image of the dataset '{Path(config.folder).name}' could be decoded: "
             f"{describe_skipped(unreadable.items())}. Save the files again in another program, or replace them."
         )
     rounds = range(max(repeats for _, repeats in samples))
@@ -148,7 +148,7 @@ def _cache_masks(
     between: Between,
     progress: Progress,
 ) -> dict[str, str]:
-    """Make sure that the masks are cached. Returns the pictures whose mask cannot be used, with the reason."""
+    """Make sure that the masks are cached. Returns the images whose mask cannot be used, with the reason."""
     missing = [
         (picture, view)
         for picture, views in planned
@@ -210,7 +210,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def picture_count(samples: Sequence[Sample]) -> int:
-    """Different pictures behind the samples."""
+    """Different images behind the samples."""
     return len({sample.name for sample in samples})
 
 
@@ -220,7 +220,7 @@ _CLOSE = 0.01
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The cached samples of one data set, repeats included, its name, and its weight (see `DatasetConfig.weight`)."""
+    """The cached samples of one dataset, repeats included, its name, and its weight (see `DatasetConfig.weight`)."""
 
     name: str
     samples: list[Sample]
@@ -230,7 +230,7 @@ class SampleSet:
 def combine(sets: Sequence[SampleSet]) -> list[Sample]:
     """The samples of an epoch over all sets; a set on its own is left as it is.
 
-    Every set appears a whole number of times, so that no picture is left out of an epoch: with weights 1 and 0.5 the
+    Every set appears a whole number of times, so that no image is left out of an epoch: with weights 1 and 0.5 the
     first set twice and the second once. See `multiples`.
     """
     if len(sets) == 1:

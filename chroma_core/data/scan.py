@@ -1,4 +1,4 @@
-"""From a folder to a list of captioned pictures, with everything left out named and counted."""
+"""From a folder to a list of captioned images, with everything left out named and counted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SETTLED = 2.0
 
 @dataclass(frozen=True)
 class DatasetScan:
-    """What a folder holds: usable pictures, what was skipped and why, and what to warn of."""
+    """What a folder holds: usable images, what was skipped and why, and what to warn of."""
 
     config: DatasetConfig
     items: list[Picture]
@@ -33,17 +33,17 @@ class DatasetScan:
 
 
 def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
-    """Read a data set folder (and its sub-folders) in a fixed order.
+    """Read a dataset folder (and its sub-folders) in a fixed order.
 
-    A picture that cannot be opened, or has no caption, is skipped and named; see `missing_caption`. Pixels are not
+    An image that cannot be opened, or has no caption, is skipped and named; see `missing_caption`. Pixels are not
     decoded here: a truncated file is found, skipped and named while latents are cached.
 
     Args:
-        default_resolution: pixels, what small pictures are measured by when the data set has no resolution; 0: nothing.
+        default_resolution: pixels, what small images are measured by when the dataset has no resolution; 0: nothing.
     Raises:
-        DataError: the folder is missing or holds no usable picture, a caption is missing under `error`, or captions are
+        DataError: the folder is missing or holds no usable image, a caption is missing under `error`, or captions are
             to come from metadata that is not there.
-        PromptError: a caption contains `[trigger]` and the data set has no trigger word.
+        PromptError: a caption contains `[trigger]` and the dataset has no trigger word.
     """
     folder = Path(config.folder)
     try:
@@ -51,18 +51,18 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
         files, findings = _files(folder) if there else ([], Findings())
     except OSError as error:  # no permission, or a network drive that does not answer
         raise DataError(
-            f"The data set folder '{config.folder}' cannot be read: {error.strerror or error}. Check its permissions, "
+            f"The dataset folder '{config.folder}' cannot be read: {error.strerror or error}. Check its permissions, "
             "or the drive that it is on."
         ) from error
     if not there:
         raise DataError(
-            f"The data set folder '{config.folder}' does not exist. Check the name, or put a folder with pictures and "
+            f"The dataset folder '{config.folder}' does not exist. Check the name, or put a folder with images and "
             f"{config.caption_extension} captions there."
         )
     if not files:
         other = f" Files like {findings.foreign[0]} are not read: save them as PNG or JPEG." if findings.foreign else ""
         raise DataError(
-            f"The data set folder '{folder.name}' holds no picture. Put files ending in "
+            f"The dataset folder '{folder.name}' holds no image. Put files ending in "
             f"{', '.join(sorted(PICTURE_EXTENSIONS))} there, each with a {config.caption_extension} caption of the "
             f"same name.{other}"
         )
@@ -80,7 +80,7 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
             digest = _sha256(path)
             mask, mask_digest = _mask(path, facts, config)
         except (UnreadablePicture, OSError) as error:
-            skipped.append((name, f"unreadable picture: {error}"))
+            skipped.append((name, f"unreadable image: {error}"))
             continue
         try:
             captions, source = caption_of(path, name)
@@ -96,8 +96,8 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
                 captions = ("",)
             elif config.missing_caption == "error":
                 raise DataError(
-                    f"The picture '{name}' in '{folder.name}' has no caption: there is no text in {source}. Write "
-                    "one, set a default caption, or choose to skip such pictures."
+                    f"The image '{name}' in '{folder.name}' has no caption: there is no text in {source}. Write "
+                    "one, set a default caption, or choose to skip such images."
                 )
             else:
                 skipped.append((name, f"no caption in {source}"))
@@ -120,14 +120,14 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
         )
     if not items:
         raise DataError(
-            f"None of the {len(files)} pictures in '{folder.name}' can be used: {describe_skipped(skipped)}. Repair "
+            f"None of the {len(files)} images in '{folder.name}' can be used: {describe_skipped(skipped)}. Repair "
             "them, add captions, or set a default caption."
         )
     return DatasetScan(config, items, skipped, dataset_warnings(config, items, skipped, findings, default_resolution))
 
 
 def _files(folder: Path) -> tuple[list[Path], Findings]:
-    """The pictures below a folder in order, without masks; what else looks like a picture is noted."""
+    """The images below a folder in order, without masks; what else looks like an image is noted."""
     # A link that leads nowhere is kept, so that it is named as missing.
     visible = sorted(p for p in folder.rglob("*") if not is_hidden(p, folder) and (p.is_file() or not p.exists()))
     pictures = [path for path in visible if path.suffix.lower() in PICTURE_EXTENSIONS]
@@ -145,7 +145,7 @@ def is_hidden(path: Path, folder: Path) -> bool:
 def _caption_source(
     config: DatasetConfig, folder: Path, files: list[Path], findings: Findings
 ) -> Callable[[Path, str], tuple[tuple[str, ...], str]]:
-    """How a picture (its path and its name) gets its captions: they, or none, and where they were looked for.
+    """How an image (its path and its name) gets its captions: they, or none, and where they were looked for.
 
     What is returned raises ValueError for a text that cannot be decoded.
     """
@@ -169,14 +169,14 @@ def _caption_source(
 
 
 def _mask(path: Path, facts: PictureFacts, config: DatasetConfig) -> tuple[Path | None, str]:
-    """A picture's mask and its hash, as `Picture` has them. Raises OSError when the mask cannot be read."""
+    """An image's mask and its hash, as `Picture` has them. Raises OSError when the mask cannot be read."""
     if config.masks == "files" and mask_file(path).is_file():
         return mask_file(path), _sha256(mask_file(path))
     return None, "alpha" if config.masks == "alpha" and facts.transparent else ""
 
 
 def _folder_repeats(name: str) -> int:
-    """The N of the innermost folder called `N_name` that a picture lies in, otherwise 1."""
+    """The N of the innermost folder called `N_name` that an image lies in, otherwise 1."""
     for folder in reversed(name.split("/")[:-1]):
         if match := _REPEAT_FOLDER.match(folder):
             return int(match[1])

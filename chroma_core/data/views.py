@@ -27,13 +27,13 @@ from .pictures import Picture, UnreadablePicture, load_alpha, load_picture
 
 @dataclass(frozen=True)
 class View:
-    """How a picture is cut and encoded.
+    """How an image is cut and encoded.
 
     Args:
         bucket: width and height in pixels.
         crop: where the bucket lies on the overhang, from 0 (left or top) to 1; 0.5 is the centre.
         draw: number of the posterior's draw, None for its mean.
-        background: what lies behind a transparent picture.
+        background: what lies behind a transparent image.
     """
 
     bucket: Size
@@ -50,7 +50,7 @@ class View:
 
 
 def views_of(picture: Picture, bucket: Size, config: DatasetConfig) -> list[View]:
-    """All views of a picture at one bucket, those that differ in the posterior's draw side by side."""
+    """All views of an image at one bucket, those that differ in the posterior's draw side by side."""
     size = picture.width, picture.height
     flips = (False, True) if config.flip else (False,)
     draws = range(config.posterior_samples) if config.latents == "sample" else (None,)
@@ -62,7 +62,7 @@ def views_of(picture: Picture, bucket: Size, config: DatasetConfig) -> list[View
 def crop_positions(sha256: str, size: Size, bucket: Size, count: int) -> tuple[float, ...]:
     """`count` positions along the overhang, one at random in each of `count` equal parts, so that they cover it.
 
-    A picture that fits its bucket to within a pixel has one, the centre.
+    An image that fits its bucket to within a pixel has one, the centre.
     """
     scale = min(size[0] / bucket[0], size[1] / bucket[1])
     overhang = max(size[0] - bucket[0] * scale, size[1] - bucket[1] * scale)
@@ -81,7 +81,7 @@ SUFFIX = "-masklabel"
 
 
 def mask_file(path: Path) -> Path:
-    """Where a picture's mask lies, if it has one."""
+    """Where an image's mask lies, if it has one."""
     return path.with_name(f"{path.stem}{SUFFIX}.png")
 
 
@@ -91,15 +91,15 @@ def is_mask(path: Path) -> bool:
 
 
 def mask_owner(path: Path) -> Path:
-    """The path, without extension, of the picture that a mask belongs to."""
+    """The path, without extension, of the image that a mask belongs to."""
     return path.with_name(path.stem.removesuffix(SUFFIX))
 
 
 def load_mask(picture: Path, mask: Path | None) -> Image.Image | None:
-    """A picture's mask ("L") at the picture's own size: the file, or for None the alpha channel if it has one.
+    """An image's mask ("L") at the image's own size: the file, or for None the alpha channel if it has one.
 
     Raises:
-        UnreadablePicture: the file cannot be decoded, is black all over, or has another shape than the picture.
+        UnreadablePicture: the file cannot be decoded, is black all over, or has another shape than the image.
     """
     if mask is None:
         found = load_alpha(picture)

@@ -17,12 +17,12 @@ from .pictures import Picture
 MANY_REPEATS = 100
 """From here on the number in a folder's name may well be a year or a date."""
 ENOUGH_TO_JUDGE = 8
-"""Pictures from which on the variety of captions is judged."""
+"""Images from which on the variety of captions is judged."""
 
 
 @dataclass
 class Findings:
-    """What a scan notes on its way and a list of pictures does not tell."""
+    """What a scan notes on its way and a list of images does not tell."""
 
     mask_files: int = 0
     foreign: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ def dataset_warnings(
     """All warnings about a dataset, one a line."""
     found = []
     if skipped:
-        pictures = "1 picture was" if len(skipped) == 1 else f"{len(skipped)} pictures were"
+        pictures = "1 image was" if len(skipped) == 1 else f"{len(skipped)} images were"
         found.append(f"{pictures} skipped: {describe_skipped(skipped)}.")
     found += _about_captions(config, items, findings)
     found += _about_files(config, items, findings)
@@ -64,7 +64,7 @@ def _about_captions(config: DatasetConfig, items: Sequence[Picture], findings: F
             found.append(f"{without} without a caption are left out.")
     captions = Counter(caption for item in items for caption in item.captions)
     if len(items) > 3 and len(captions) == 1:
-        found.append("All captions are the same: the LoRA cannot tell the concept from the rest of the picture.")
+        found.append("All captions are the same: the LoRA cannot tell the concept from the rest of the image.")
         return found
     most, times = max(captions.items(), key=lambda entry: entry[1])
     if len(items) > 3 and times > 1:
@@ -73,9 +73,9 @@ def _about_captions(config: DatasetConfig, items: Sequence[Picture], findings: F
 
 
 def low_variety(captions: Sequence[Sequence[str]], trigger: str = "") -> list[str]:
-    """A warning if the captions of at least 8 pictures say little about each picture, otherwise nothing.
+    """A warning if the captions of at least 8 images say little about each image, otherwise nothing.
 
-    Variety is low when there are fewer than half as many different captions as pictures, or when a caption on average
+    Variety is low when there are fewer than half as many different captions as images, or when a caption on average
     has fewer than two words of its own: words, other than the trigger's, that are not in four fifths of the captions.
     Letter case, punctuation and the order of words do not count.
     """
@@ -89,8 +89,8 @@ def low_variety(captions: Sequence[Sequence[str]], trigger: str = "") -> list[st
     if different * 2 >= len(captions) and own_words >= 2:
         return []
     return [
-        f"Prompt variety is low: {different} different captions for {len(captions)} pictures, on average "
-        f"{own_words:.1f} words that are not in nearly all of them. Say in each what is special about the picture "
+        f"Prompt variety is low: {different} different captions for {len(captions)} images, on average "
+        f"{own_words:.1f} words that are not in nearly all of them. Say in each what is special about the image "
         "(place, pose, light, colours), or everything that all have in common is learned as one."
     ]
 
@@ -105,7 +105,7 @@ def _about_files(config: DatasetConfig, items: Sequence[Picture], findings: Find
         copies = sum(map(len, twins)) - len(twins)
         more = f" and {len(twins) - 3} more" if len(twins) > 3 else ""
         named = "; ".join(" = ".join(names) for names in twins[:3])
-        found.append(f"Identical pictures ({copies} too many): {named}{more}.")
+        found.append(f"Identical images ({copies} too many): {named}{more}.")
     over = sum(item.transparent for item in items)
     if over:
         found.append(f"{over} with transparency are laid over {config.background}.")
@@ -157,16 +157,16 @@ def _short(text: str) -> str:
 
 
 ENOUGH_TO_COMPARE = 4
-"""Pictures from which on equal captions are warned of."""
+"""Images from which on equal captions are warned of."""
 
 
 def image_warnings(
     config: DatasetConfig, items: Sequence[Picture], default_resolution: int = 0
 ) -> dict[str, list[str]]:
-    """Warnings by the image's name, the gravest first; pictures without one are left out.
+    """Warnings by the image's name, the gravest first; images without one are left out.
 
     Args:
-        default_resolution: pixels, what sizes are measured by when the data set has no resolution; 0: nothing.
+        default_resolution: pixels, what sizes are measured by when the dataset has no resolution; 0: nothing.
     """
     resolution = config.sizes(default_resolution)[0]
     captions = Counter(caption for item in items for caption in set(item.captions))
@@ -178,14 +178,14 @@ def image_warnings(
         own: list[str] = []
         if twins[item.sha256] > 1:
             original = first.setdefault(item.sha256, item.name)
-            own.append(f"same picture as {original}" if original != item.name else "more than once in this set")
+            own.append(f"same image as {original}" if original != item.name else "more than once in this set")
         own += _sizes(config, item, resolution)
         if not item.captioned:
             own.append("no caption" + (": default used" if config.default_caption is not None else ""))
         elif len(items) >= ENOUGH_TO_COMPARE and config.caption_source != "fixed":
             times = max(captions[caption] for caption in item.captions)
             if times > 1:
-                own.append(f"{times} pictures have this caption")
+                own.append(f"{times} images have this caption")
         if masks_expected and not item.masked:
             own.append("no mask: all of it is trained")
         if item.repeats >= MANY_REPEATS:

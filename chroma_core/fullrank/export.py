@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelFileError
-from ..files import atomic_folder, sync_folder, write_json
+from ..files import atomic_folder, remove, replace, sync_folder, write_json
 from ..loading.matching import Component, describe_part
 from ..names.transformer import to_original_key
 from ..weights.opening import Weights, open_weights
@@ -131,9 +131,9 @@ def write_folder(path: Path, model: TrainedModel, metadata: Mapping[str, str], s
         _check(folder, model)
     if path.exists():
         old = path.with_name(f".{path.name}.old.tmp")
-        path.rename(old)
+        replace(path, old)
         shutil.rmtree(old, ignore_errors=True)
-    fresh.rename(path)
+    replace(fresh, path)
     sync_folder(path.parent)
 
 
@@ -162,7 +162,7 @@ def _remove_leftovers(path: Path) -> None:
     own = re.compile(rf"\.{{1,2}}{re.escape(path.name)}\.(fresh\.tmp|old\.tmp|(fresh\.tmp\.)?\d+-\d+\.tmp)")
     for leftover in path.parent.glob(".*.tmp"):
         if own.fullmatch(leftover.name):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            remove(leftover)
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

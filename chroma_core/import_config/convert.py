@@ -228,7 +228,7 @@ class Line:
 
 
 class Draft:
-    """Our options as they are collected, for the job or one of its data sets, with a line for each foreign option.
+    """Our options as they are collected, for the job or one of its datasets, with a line for each foreign option.
 
     Args:
         file: the foreign file's name, for errors.

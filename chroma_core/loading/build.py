@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ModelFileError
 from ..lora.adapters import check_fits, merge
 from ..lora.modules import LoraFile
-from ..model.precision import QUANTISED_PARTS, Precision, quantisable_linears, quantise_linear
+from ..model.precision import PRECISIONS, QUANTISED_PARTS, Precision, quantisable_linears, quantise_linear
 from ..weights.identify import Part
 from ..weights.opening import Weights
 from .matching import Component, build_part
@@ -73,8 +73,10 @@ def assemble(
     groups = grouped(names, lambda name: name.rpartition(".")[0])
     for i, (group, members) in enumerate(groups.items()):
         on_part(i, len(groups), group)
+        # What is quantised is read alike for every device: the codes are the same.
+        dtype = PRECISIONS[chosen.name].dtype if group in linears else chosen.dtype
         for name in members:
-            set_tensor(module, name, component.sources[name].read(weights, chosen.dtype).to(placement.staging))
+            set_tensor(module, name, component.sources[name].read(weights, dtype).to(placement.staging))
         for use, lora in loras:
             if group in lora.modules:
                 merge(module, LoraFile({group: lora.modules[group]}), use.strength)

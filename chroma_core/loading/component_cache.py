@@ -8,6 +8,7 @@ read again from its file at its next turn.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -126,9 +127,10 @@ class ComponentCache:
     def clear(self) -> None:
         """Forget every component that is not in use, and return its memory."""
         with self._lock:
+            gone = [weakref.ref(held.module) for held in self._held.values() if not held.users]
             self._held = {kind: held for kind, held in self._held.items() if held.users}
             self._commits.clear()
-            release_memory()
+            release_memory(gone)
 
     def park(self) -> int:
         """Take every component that is not in use off its device; returns the bytes that this freed there.
@@ -137,9 +139,7 @@ class ComponentCache:
         """
         with self._lock:
             before = sum(self.device_bytes().values())
-            for kind in tuple(self._held):
-                self._send_away(kind)
-            release_memory()
+            self._send_away(*tuple(self._held))
             return before - sum(self.device_bytes().values())
 
     def device_bytes(self) -> dict[str, int]:
@@ -171,16 +171,14 @@ class ComponentCache:
         key = f"{kind} {spec.key()} {device} {states} {extra}"
         held = self._held.get(kind)
         if held is not None and held.key != key:
+            gone = weakref.ref(held.module)
             del self._held[kind]
             held = None
-            release_memory()
+            release_memory([gone])
         if held is not None and not held.parked:
             return held
         if spec.offload != "none":
-            for other in tuple(self._held):
-                if other != kind:
-                    self._send_away(other)
-            release_memory()
+            self._send_away(*(other for other in self._held if other != kind))
         self._make_room(device_size(spec, kind) if held is None else sum(module_bytes(held.module).values()))
         if held is None:
             value = load()
@@ -191,16 +189,20 @@ class ComponentCache:
             held.parked = False
         return held
 
-    def _send_away(self, kind: Part) -> None:
-        held = self._held[kind]
-        if held.users or held.parked:
-            return
-        needed = sum(size for device, size in module_bytes(held.module).items() if device != "cpu")
-        if self._free_host_memory() - needed < HOST_MEMORY_MARGIN:
-            del self._held[kind]
-        elif held.device.type != "cpu":  # a CPU keeps what fits beside the next component: parking would free nothing
-            to_host(held.module)
-            held.parked = True
+    def _send_away(self, *kinds: Part) -> None:
+        gone = []
+        for kind in kinds:
+            held = self._held[kind]
+            if held.users or held.parked:
+                continue
+            needed = sum(size for device, size in module_bytes(held.module).items() if device != "cpu")
+            if self._free_host_memory() - needed < HOST_MEMORY_MARGIN:
+                gone.append(weakref.ref(held.module))
+                del self._held[kind], held
+            elif held.device.type != "cpu":  # a CPU keeps what fits beside the next one: parking would free nothing
+                to_host(held.module)
+                held.parked = True
+        release_memory(gone)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import ModelFileError
-from ..files import read_json
+from ..files import read_json, remove
 from ..model.flavours import Flavour
 from ..weights.safetensors_files import read_safetensors
 from .transfer import TRANSFER_ERRORS, CachedRepository, Cancelled, OnDownload, Progress, RemoteFile, bring, size_of
@@ -184,8 +184,8 @@ def _discard(path: Path, file: RemoteFile) -> None:
         log.warning(
             "The cached '%s' is damaged: %d bytes, %d expected; fetching it again", path, size_of(path), file.size
         )
-        path.resolve().unlink()
-    path.unlink(missing_ok=True)
+        remove(path.resolve())
+    remove(path)
 
 
 def _is_complete(snapshot: Path, parts: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ from ..files import read_json
 from ..lora.files import read_lora
 from ..lora.modules import LoraFile
 from ..model.flavours import flavour
-from ..model.precision import Precision, precision, quantisable_linears, require
+from ..model.precision import Precision, computed_on, precision, quantisable_linears, require, slow_here
 from ..model.text_encoder import T5Encoder
 from ..model.transformer import ChromaTransformer
 from ..model.vae import Autoencoder
@@ -87,6 +87,10 @@ def _load(
     spec: ModelSpec, part: Part, placement: Placement, loras: Sequence[tuple[LoraUse, LoraFile]], on_part: OnPart
 ) -> nn.Module:
     chosen = _precision(spec, part)
+    if part == "transformer":
+        chosen = computed_on(chosen, placement.rest)
+        if warning := slow_here(chosen.name, placement.rest):
+            log.warning("ChromaKit: %s", warning)
     require(chosen, placement.rest)
     path = locate(spec, part)
     if is_quantised_file(path):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelFileError
 from ..lora.adapters import linear_modules
-from ..model.precision import Precision, pack_linear, quantisable_linears, unpack_linear
+from ..model.precision import PRECISIONS, Precision, pack_linear, quantisable_linears, unpack_linear
 from ..weights.identify import Part
 from ..weights.safetensors_files import read_safetensors, write_safetensors
 from ..weights.stored_tensors import Stored
@@ -33,6 +33,8 @@ KEY = "chromakit_quantised"
 def kept_file(folder: Path, part: Part, chosen: Precision, source: Path) -> Path:
     """Where the quantised copy of a part's files is kept; another name when the files or the library change."""
     text = f"{FORMAT} {part} {chosen.name} {_library_version(chosen)} {file_state(source)}"
+    if chosen.dtype != PRECISIONS[chosen.name].dtype:  # what is not quantised has been rounded otherwise
+        text += f" {chosen.dtype}"
     return folder / f"chroma-{part}-{chosen.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
 
 
@@ -106,7 +108,7 @@ def load_quantised(path: Path, part: Part, chosen: Precision, placement: Placeme
                 module.set_submodule(owner, unpack_linear(linears[owner], packed, chosen))
             else:
                 for name, tensor in read.items():
-                    set_tensor(module, name, tensor)
+                    set_tensor(module, name, tensor.to(chosen.dtype))
             module.get_submodule(owner).to(placement.of(owner))
     except (KeyError, AttributeError) as error:
         raise ModelFileError(f"'{path}' is damaged ({error}). Delete it and quantise the model again.") from error

@@ -30,6 +30,7 @@ from huggingface_hub.file_download import are_symlinks_supported, http_get, repo
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, tqdm
 
 from ..errors import ModelFileError
+from ..files import remove, replace
 
 log = logging.getLogger("chromakit")
 
@@ -169,7 +170,7 @@ def _download(file: RemoteFile, commit: str, repository: CachedRepository, progr
     """Complete the partial file; goes on after an error for as long as each attempt gains bytes."""
     partial = repository.partial(file)
     if size_of(partial) > file.size:
-        partial.unlink()
+        remove(partial)
     # The address is resolved anew by every attempt: the one that it redirects to is signed and expires.
     url = hf_hub_url(repository.name, file.path, revision=commit, endpoint=repository.endpoint)
     while True:
@@ -253,7 +254,7 @@ def _check(path: Path, file: RemoteFile, progress: Progress) -> None:
             progress.tick()
     if digest.hexdigest() != file.checksum:
         size = size_of(path)
-        path.unlink()
+        remove(path)
         raise ModelFileError(
             f"'{file.path}' arrived damaged from the Hub: {size} of {file.size} bytes, checksum {digest.hexdigest()} "
             f"instead of {file.checksum}. It was deleted. Try again; if it happens again, something between this "
@@ -265,13 +266,13 @@ def _put_in_place(new: Path | None, blob: Path, pointer: Path, cache: Path) -> N
     """Move a new file among the blobs and link the snapshot to it; without symbolic links, move it there itself."""
     pointer.parent.mkdir(parents=True, exist_ok=True)
     link = pointer.with_name(f".{pointer.name}.{os.getpid()}.link")
-    link.unlink(missing_ok=True)
+    remove(link)
     if are_symlinks_supported(cache):
         if new is not None:
-            os.replace(new, blob)
+            replace(new, blob)
         link.symlink_to(os.path.relpath(blob, pointer.parent))
     elif new is not None:
         link = new
     else:
         shutil.copyfile(blob, link)
-    os.replace(link, pointer)
+    replace(link, pointer)

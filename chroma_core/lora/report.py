@@ -33,7 +33,7 @@ _ROWS = {
     "single mlp in": "proj_mlp",
     "single out": "proj_out",
 }
-"""Rows of the picture, and what a layer of a block is called. The single blocks' q, k, v stand in the image's rows."""
+"""Rows of the image, and what a layer of a block is called. The single blocks' q, k, v stand in the image's rows."""
 
 _BACKGROUND, _EMPTY, _INK = (24, 24, 27), (39, 39, 42), (212, 212, 216)
 _RAMP = ((30, 41, 90), (37, 99, 235), (34, 197, 150), (250, 204, 21), (255, 246, 214))
@@ -52,7 +52,7 @@ def update_norm(module: AdapterModule) -> float:
 
 
 def layer_group(name: str) -> str:
-    """What kind of layer a full name is, in the words of the picture; the name itself outside of blocks."""
+    """What kind of layer a full name is, in the words of the image; the name itself outside of blocks."""
     match = _BLOCK.match(name)
     if match is None:
         return name
@@ -143,7 +143,7 @@ def describe(lora: LoraFile) -> str:
 
 
 def _short(value: str) -> str:
-    """Some trainers write every tag of their data set into one field."""
+    """Some trainers write every tag of their dataset into one field."""
     return value if len(value) <= LONGEST_FIELD else f"{value[:LONGEST_FIELD]}… ({len(value):,} characters)"
 
 

@@ -60,7 +60,7 @@ weight; measured."""
 
 @dataclass(frozen=True)
 class Pass:
-    """Sizes of one pass through the transformer: pictures, image and text tokens, and how it computes."""
+    """Sizes of one pass through the transformer: images, image and text tokens, and how it computes."""
 
     batch: int
     image_tokens: int
@@ -166,11 +166,11 @@ def text_encoder_bytes(body: TextEncoder, chosen: Precision, tokens: int = T5_TO
 
 
 def vae_decode_bytes(body: Vae, size: int) -> int:
-    """Peak of decoding one picture in fp32: at full size, two feature maps of the last stage but one and one of the
+    """Peak of decoding one image in fp32: at full size, two feature maps of the last stage but one and one of the
     last (640 values a pixel for Flux's VAE)."""
     return round(4 * (2 * body.channels[1] + body.channels[0] + 0.25) * size * size)
 
 
 def vae_encode_bytes(body: Vae, size: int) -> int:
-    """Peak of encoding one picture in fp32: three feature maps of the first stage, at full size, and the picture."""
+    """Peak of encoding one image in fp32: three feature maps of the first stage, at full size, and the image."""
     return 4 * (3 * body.channels[0] + 3) * size * size

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from ..errors import ConfigError
-from ..model.device import best_device
+from ..model.device import best_device, has_bf16
 
 GIB = 2**30
 
@@ -28,13 +28,14 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 class Machine:
     """One accelerator and the memory of the computer around it, in bytes.
 
-    device_type: `cuda` (NVIDIA, and AMD through ROCm), `mps` or `cpu`.
+    device_type: `cuda` (NVIDIA, and AMD through ROCm), `mps` or `cpu`. bf16: whether it computes in bf16 itself.
     """
 
     name: str
     device_bytes: int
     host_bytes: int
     device_type: str = "cuda"
+    bf16: bool = True
 
     @property
     def shared(self) -> bool:
@@ -73,7 +74,7 @@ def machine(device: torch.device | str | None = None) -> Machine:
     host = _host_bytes()
     if chosen.type == "cuda":
         properties = torch.cuda.get_device_properties(chosen)
-        return Machine(properties.name, properties.total_memory, host, "cuda")
+        return Machine(properties.name, properties.total_memory, host, "cuda", has_bf16(chosen))
     if chosen.type == "mps":
         # What Metal advises for one process; the rest of the shared memory is the system's.
         return Machine("Apple GPU", torch.mps.recommended_max_memory(), host, "mps")

@@ -2,7 +2,7 @@
 
 The parts of a model are the transformer, T5 and the VAE (always fp32). With offload `none` all three stay on the
 device; with `model` and `block` they take turns there, and those that wait lie in the computer's memory. Training is
-different: T5 encodes the captions and the VAE the pictures before the transformer comes; later the VAE decodes previews
+different: T5 encodes the captions and the VAE the images before the transformer comes; later the VAE decodes previews
 beside it, in every mode.
 """
 
@@ -254,9 +254,10 @@ def recommend(base: Settings, on: Machine | None = None, purpose: Purpose = "sam
     """The best settings that fit a machine (None: this one) with its margins, for `base`'s flavour, size, batch, rank
     and target.
 
-    Quality goes first: bf16, int8, int4, nf4; within one precision the faster offload mode; T5 is quantised only where
-    it does not fit. Blocks are streamed when nothing else fits, as many resident as there is room for. In training,
-    gradient checkpointing is switched off where there is room, because recomputing costs about a third more time.
+    Quality goes first: bf16 (fp16 where the GPU has no bf16 of its own), int8, int4, nf4; within one precision the
+    faster offload mode; T5 is quantised only where it does not fit. Blocks are streamed when nothing else fits, as many
+    resident as there is room for. In training, gradient checkpointing is switched off where there is room, because
+    recomputing costs about a third more time.
     """
     on = on or machine()
     best = next((s for s in _candidates(base, on, purpose) if fits_on(s, on, purpose)), None)
@@ -282,6 +283,7 @@ def _candidates(base: Settings, on: Machine, purpose: Purpose) -> Iterator[Setti
     # In training the parts take turns in any case.
     modes: tuple[Offload, ...] = ("none",) if on.shared or purpose == "training" else ("none", "model")
     for name in CHOICES:
+        name = "fp16" if name == "bf16" and not on.bf16 else name  # as large, and computed by the GPU itself
         for mode in modes:
             # T5 beside the transformer in a lower precision would trade quality for the seconds of an exchange.
             texts = TEXT_CHOICES if mode == "model" or on.shared or purpose == "training" else TEXT_CHOICES[:1]

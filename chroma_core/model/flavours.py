@@ -13,7 +13,7 @@ class Flavour:
     """One published set of weights.
 
     `repository` is a Hub id (None for the embedded flavour, which lies in `folder`), `revision` the commit to fetch
-    unless a model specification names another, `size` the pixels a side of a default picture.
+    unless a model specification names another, `size` the pixels a side of a default image.
     """
 
     name: str

@@ -30,13 +30,13 @@ RECORD_KEY = "chromakit"
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """An RGB picture → [1, 3, H, W] in −1..1, fp32."""
+    """An RGB image → [1, 3, H, W] in −1..1, fp32."""
     array = np.array(picture.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def to_pictures(pixels_BCHW: Tensor) -> list[Image.Image]:
-    """[B, 3, H, W] in −1..1 → pictures, clipped and rounded down to 8 bits.
+    """[B, 3, H, W] in −1..1 → images, clipped and rounded down to 8 bits.
 
     Down, as ComfyUI's VAE Decode and Save Image do it (clamp((x + 1) / 2) · 255, decimals cut off): a preview must
     equal, to the pixel, what the nodes save.
@@ -48,7 +48,7 @@ def to_pictures(pixels_BCHW: Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def decode(vae: Autoencoder, latents_BCHW: Tensor) -> list[Image.Image]:
-    """Decode latents of the transformer's space, one at a time (a picture must not depend on its neighbours)."""
+    """Decode latents of the transformer's space, one at a time (an image must not depend on its neighbours)."""
     format_ = LatentFormat.of(vae)
     pictures = []
     for row in latents_BCHW:
@@ -72,7 +72,7 @@ def preview_matrix(vae: Autoencoder) -> Tensor:
 
 
 def preview_image(latents_BCHW: Tensor, matrix: Tensor, size: int = 256) -> Image.Image:
-    """A small picture of the first row of latents (transformer's space), enlarged to at most `size` pixels a side."""
+    """A small image of the first row of latents (transformer's space), enlarged to at most `size` pixels a side."""
     x = latents_BCHW[0].float().cpu()
     rgb = torch.einsum("chw,cd->dhw", x, matrix[:-1]) + matrix[-1][:, None, None]
     picture = to_pictures(rgb[None])[0]
@@ -106,7 +106,7 @@ def read_latents(file: Path | bytes) -> Tensor:
 
 
 def read_record(path: Path | str) -> dict[str, Any] | None:
-    """The record of a picture, None for a picture that carries none."""
+    """The record of an image, None for an image that carries none."""
     with Image.open(path) as picture:
         text = picture.info.get(RECORD_KEY)
     return json.loads(text) if text else None

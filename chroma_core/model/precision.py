@@ -2,19 +2,20 @@
 
 Only the linears inside the blocks are ever quantised (96.7 % of Chroma's weights). The approximator, `x_embedder`,
 `context_embedder`, `norm_out` and the final `proj_out` stay in the compute dtype: rounding them moves every token of
-every picture. They are told apart by full module name, because leaf names repeat inside the blocks.
+every image. They are told apart by full module name, because leaf names repeat inside the blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PrecisionError
 from . import backends
+from .device import has_bf16
 from .quantised import QuantisedLinear, outline
 
 
@@ -71,6 +72,24 @@ def precision(name: str) -> Precision:
         return PRECISIONS[name]
     except KeyError:
         raise PrecisionError(f"There is no precision '{name}'. Choose one of: {', '.join(PRECISIONS)}.") from None
+
+
+def computed_on(chosen: Precision, device: torch.device | str) -> Precision:
+    """The precision as a transformer computes it there: beside quantised weights in fp16 where bf16 is only emulated.
+
+    T5 overflows in fp16, so this is not for it.
+    """
+    return replace(chosen, dtype=torch.float16) if chosen.quantised and not has_bf16(device) else chosen
+
+
+def slow_here(name: str, device: torch.device | str) -> str:
+    """What to say of a precision that the device can only emulate; empty where it computes in it."""
+    if name != "bf16" or has_bf16(device):
+        return ""
+    return (
+        "This GPU only emulates bf16: every step is slow, and attention needs many times the memory. Choose the "
+        "precision fp16, or a quantised one, which computes in fp16 here."
+    )
 
 
 def require(chosen: Precision, device: torch.device | str) -> None:

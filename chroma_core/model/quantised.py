@@ -96,7 +96,7 @@ def _quantise_rows(w: Tensor, scheme: str) -> dict[str, Tensor]:
         largest = torch.full((), 127.0 if scheme == "int8" else _E4M3_MAX, device=w.device)
         scale = w.abs().amax(dim=1, keepdim=True) / largest
         scaled = w / scale.where(scale > 0, 1)
-        codes = scaled.round().to(torch.int8) if scheme == "int8" else scaled.to(torch.float8_e4m3fn).view(CODES)
+        codes = scaled.round().to(torch.int8) if scheme == "int8" else _e4m3_codes(scaled)
         return {"weight": codes, "scale": scale}
     groups = w.view(rows, -1, group_size(columns))
     if scheme == "int4":
@@ -167,6 +167,12 @@ def _nf4_pairs(device: torch.device) -> Tensor:
     """The levels of the low and the high half of every byte, [256, 2]."""
     byte = torch.arange(256)
     return torch.stack([NF4_LEVELS[byte & 15], NF4_LEVELS[byte >> 4]], dim=1).to(device)
+
+
+def _e4m3_codes(values: Tensor) -> Tensor:
+    """The bytes of the nearest e4m3 numbers; on the CPU for devices without the dtype."""
+    there = values.cpu() if values.device.type == "mps" else values
+    return there.to(torch.float8_e4m3fn).view(CODES).to(values.device)
 
 
 def _e4m3(device: torch.device) -> Tensor:

@@ -196,11 +196,11 @@ def sample(
     starts there from such latents, without adding noise, goes on where it stopped.
 
     Args:
-        positive, negative: one condition a picture (a single negative serves all). Without a negative, or with
+        positive, negative: one condition an image (a single negative serves all). Without a negative, or with
             guidance ≤ 1, each step is one pass; otherwise v = u + g(c − u).
         width, height: pixels; floored to the recipe's multiple.
         start_BCHW: latents to start from (image-to-image, inpainting), in the transformer's space.
-        noise_mask_BHW: 1 where the picture may change, 0 where `start_BCHW` is kept; latent resolution. In between, the
+        noise_mask_BHW: 1 where the image may change, 0 where `start_BCHW` is kept; latent resolution. In between, the
             prediction is mixed with `start_BCHW` at every step, so that the steps' number does not change the mixture.
         sigmas: a ready schedule (descending) instead of the settings' own.
         on_step: called after every step; an exception from it ends the run.

@@ -1,6 +1,6 @@
 """The solvers: how a run gets from one noise level to the next.
 
-All integrate the flow's equation dx/dσ = v(x, σ), with v = (x − D)/σ where D is the picture as predicted at σ. On a
+All integrate the flow's equation dx/dσ = v(x, σ), with v = (x − D)/σ where D is the image as predicted at σ. On a
 straight flow (D constant) each of them is exact.
 """
 

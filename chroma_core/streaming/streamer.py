@@ -222,7 +222,7 @@ class BlockStreamer:
             del known
             self._drop([index])  # weights were exchanged, or changed in place, since
         _check_frozen(self._names[index], self._blocks[index])
-        # Ordinary tensors, even while a picture is sampled in inference mode: a training step may use them next.
+        # Ordinary tensors, even while an image is sampled in inference mode: a training step may use them next.
         with torch.inference_mode(False), torch.no_grad():
             copies, ready = self._mover.copy(hosts)
             tensors = [frozen_like(host, copy) for host, copy in zip(hosts, copies, strict=True)]

@@ -20,7 +20,7 @@ Kind = Literal["adapter", "transformer", "text_encoder", "vae", "other"]
 Shape = tuple[int, ...]
 
 USE_APPLY_LORA = "A LoRA changes a model but is none: load it with the node Chroma Apply LoRA (folder models/loras)."
-PIXEL_SPACE = "Radiance paints pixels instead of latents; pixel space is not supported, only Chroma 1 is."
+PIXEL_SPACE = "Radiance works on pixels instead of latents; pixel space is not supported, only Chroma 1 is."
 
 
 @dataclass(frozen=True)

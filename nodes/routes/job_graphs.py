@@ -1,4 +1,4 @@
-"""A job as a graph again: the nodes and widgets that would start it, or that paint with what it trained.
+"""A job as a graph again: the nodes and widgets that would start it, or that generate with what it trained.
 
 Both are prompts in API form, which the page opens as a new workflow. What a job can have and no widget sets (options of
 job files) is not in the graph; `again` says so by building the job that the graph would start and comparing.
@@ -50,7 +50,7 @@ def again(job: Job) -> dict[str, Any]:
 
 
 def use(job: Job) -> dict[str, Any]:
-    """The graph that paints the job's first preview with the LoRA or model that it wrote, as `again` has it.
+    """The graph that generates the job's first preview with the LoRA or model that it wrote, as `again` has it.
 
     Raises JobError for a job that has written none.
     """
@@ -135,9 +135,7 @@ def _missing(config: TrainingConfig, prompt: Prompt, train: dict[str, Any], chos
             try:
                 host.dataset_folder(made["inputs"]["folder"])
             except ChromaKitError:
-                found.append(
-                    f"the folder of {key}, “{made['inputs']['folder']}”, which is not among the data sets here"
-                )
+                found.append(f"the folder of {key}, “{made['inputs']['folder']}”, which is not among the datasets here")
     sets = tuple(_set_again(one) for one in (config.dataset, *config.more_datasets))
     held_out = (_set_again(config.validation_dataset),) if config.validation_dataset else None
     try:
@@ -156,5 +154,5 @@ def _missing(config: TrainingConfig, prompt: Prompt, train: dict[str, Any], chos
 
 
 def _set_again(config: DatasetConfig) -> DatasetConfig:
-    """The data set as its node would make it."""
+    """The dataset as its node would make it."""
     return dataset_widgets.config_from(config.folder, **dataset_widgets.widgets_of(config))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from chroma_core.loading.load import load_transformer
+from chroma_core.loading.spec import ModelSpec
 from nullgpu.run import CannotBuild, environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,17 +72,34 @@ def test_without_a_card_a_benchmark_says_so(script, monkeypatch, capsys, tmp_pat
     assert "no CUDA card here" in captured.err and "nullgpu" in captured.err and not captured.out
 
 
-def test_a_job_lends_its_base_leaves_and_comes_back(root):
-    """What is frozen goes down once, at the first leaving; a loan moves nothing."""
+def on_a_card(root: Path, script: str, **variables: str) -> dict:
+    """What a script of tests/support says, run on the simulated card."""
+    return json.loads(run_on_a_card(root, str(root / "tests/support" / script), **variables))
+
+
+def run_on_a_card(root: Path, *arguments: str, **variables: str) -> str:
+    """What `python *arguments` prints on the simulated card."""
     try:
         card = environment(gib=24)
     except CannotBuild as error:
         pytest.skip(str(error))
-    card["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "tests/support")))
-    command = [sys.executable, str(root / "tests/support/sharing_a_card.py")]
+    card |= {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests/support"))), **variables}
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=root, env=card, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_tests_that_need_a_card_run_on_one(root):
+    """Their numbers are compared on a real card only; devices, sizes and the order of streaming here too."""
+    tests = str(root / "tests/core/streaming/test_training.py")
+    said = run_on_a_card(root, "-m", "pytest", tests, "-q", "-p", "no:cacheprovider", "-k", "accelerator")
+    assert "6 passed" in said
+
+
+def test_a_job_lends_its_base_leaves_and_comes_back(root):
+    """What is frozen goes down once, at the first leaving; a loan moves nothing."""
+    found = on_a_card(root, "sharing_a_card.py")
     weights, trained = found["weights"], found["trained"]
     assert weights > 2 * trained > 0
     for number, row in enumerate(found["rounds"]):
@@ -88,3 +107,17 @@ def test_a_job_lends_its_base_leaves_and_comes_back(root):
         assert row["gone"] == 0 and row["asked"] == weights
         assert row["back"]["up"] == pytest.approx(weights, rel=0.01) and row["back"]["down"] == 0
         assert row["left"]["down"] == pytest.approx(weights if number == 0 else trained, rel=0.01)
+
+
+@pytest.mark.parametrize("capability", ["75", "89"])
+def test_steps_before_and_after_a_resume_on_an_old_and_a_new_card(root, capability):
+    """Before Ampere a quantised model computes in fp16, where attention has a fused kernel; a resume costs nothing."""
+    found = on_a_card(root, "steps_on_a_card.py", NULL_GPU_SM=capability)
+    old = capability == "75"
+    assert found["dtype"] == ("torch.float16" if old else "torch.bfloat16") and found["scaled"] == old
+    assert found["attention"] == (["efficient_attention"] if old else ["flash_attention"])
+    assert found["restored"] and found["waits"][0] == found["waits"][1] > 0
+    spec = ModelSpec(flavour="tiny", precision="int8")
+    here = load_transformer(spec, "cpu").transformer_blocks[0].attn.to_q.weight
+    assert found["codes"] == int(here.long().sum())
+    assert [("emulates bf16" in line) for line in found["said"]] == [True] * old

@@ -43,7 +43,8 @@ def predict(made, inputs):
 def backward(made, inputs, seed: int = 5):
     """A loss and its gradients on the trained LoRA's parameters."""
     weight = torch.randn(2, 24, 64, generator=torch.Generator().manual_seed(seed))
-    loss = (made(**inputs).float() * weight).sum()
+    velocity = made(**inputs).float()
+    loss = (velocity * weight.to(velocity.device)).sum()
     loss.backward()
     return loss.detach()
 
@@ -54,7 +55,8 @@ def trainable(made, dropout: float = 0.0):
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            noise = torch.randn(parameter.shape, generator=generator) * 0.05
+            parameter.add_(noise.to(parameter.device))
     return parameters
 
 

@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 from typing_extensions import Self
@@ -22,7 +22,7 @@ from ...lora.modules import AdapterKind
 from ...lora.settings import TARGETS, LoraSettings
 from ...model.flavours import flavour
 from ...model.latents import snap_size
-from ...model.precision import precision
+from ...model.precision import computed_on, precision
 from ...options import MAX_SEED, identity
 from ...sampling.recipe import RECIPES, Recipe, recipe
 from ...sampling.sampler import Method, SamplingSettings
@@ -35,6 +35,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+if TYPE_CHECKING:
+    import torch
 
 
 MODEL_PATHS = ("folder", "transformer", "text_encoder", "tokenizer", "vae", "quantised_folder")
@@ -234,7 +237,7 @@ class PreviewConfig(Settings):
 
 @dataclass(frozen=True)
 class Preview:
-    """One preview picture with everything decided: texts with the trigger word in them, size in pixels."""
+    """One preview image with everything decided: texts with the trigger word in them, size in pixels."""
 
     prompt: str
     negative: str
@@ -377,7 +380,7 @@ class TrainingConfig(Settings):
             raise ConfigError(
                 "A regularisation set keeps the model as it is without its LoRA, which is asked for its prediction at "
                 "every step. In full-rank training the weights themselves change and there is no such model any more. "
-                "Leave the set out, or train its pictures as a set of their own."
+                "Leave the set out, or train its images as a set of their own."
             )
         return self
 
@@ -398,7 +401,7 @@ class TrainingConfig(Settings):
 
     @classmethod
     def from_toml(cls, path: Path | str) -> Self:
-        """Read a job file; data set folders and model files in it are relative to the file. Raises ConfigError."""
+        """Read a job file; dataset folders and model files in it are relative to the file. Raises ConfigError."""
         path = Path(path)
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -424,9 +427,9 @@ class TrainingConfig(Settings):
         """Samples per optimizer step."""
         return self.batch_size * self.gradient_accumulation
 
-    def optimizer_settings(self) -> OptimizerSettings:
-        """What `stepper.Stepper` takes. Raises ConfigError."""
-        dtype = precision(self.model.precision).dtype
+    def optimizer_settings(self, device: torch.device | str = "cpu") -> OptimizerSettings:
+        """What `stepper.Stepper` takes, for a model that computes on `device`. Raises ConfigError."""
+        dtype = computed_on(precision(self.model.precision), device).dtype
         return OptimizerSettings(self.optimizer, self.learning_rate, self.betas, self.weight_decay, dtype)
 
     def schedule(self) -> Schedule:

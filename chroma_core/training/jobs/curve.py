@@ -150,7 +150,7 @@ def plot_losses(metrics: Sequence[dict[str, Any]], width: int = 768, height: int
 
     Args:
         metrics: the lines of `metrics.jsonl` (`Job.metrics()`); may be empty.
-        width, height: size of the picture in pixels.
+        width, height: size of the image in pixels.
     """
     raw = _series(metrics, "loss")
     smooth = _series(metrics, "loss_smooth")

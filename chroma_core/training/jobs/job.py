@@ -122,7 +122,7 @@ class Job:
         self.curve = Curve(folder / "metrics.jsonl")
         self._values = _fresh(config)
         self._values |= {name: value for name, value in (earlier or {}).items() if name in self._values}
-        self._lock = threading.RLock()
+        self._lock, self._writing = threading.RLock(), threading.Lock()
         self._written = self._notified = 0.0
         if self.state not in ACTIVE:
             self.ended.set()
@@ -207,13 +207,18 @@ class Job:
             changed = self.state != before
             self._write_down(before, previews, fields, known)
             now = time.monotonic()
-            if changed or urgent or now - self._written > WRITE_EVERY_SECONDS:
-                self.write()
+            due = changed or urgent or now - self._written > WRITE_EVERY_SECONDS
             # Nothing else may come for as long as a prompt runs.
             turned = self._values["waits_for"] != waited_for
             announce = changed or turned or urgent or now - self._notified > NOTIFY_EVERY_SECONDS
             if announce:
                 self._notified = now
+        if due:
+            try:
+                self.write()
+            except PermissionError as error:  # another program has it open for long; the next update tries again
+                self._written = 0.0
+                self.log(f"job.json was not written: {error}")
         if announce:
             try:
                 self.notify(self.status())
@@ -230,8 +235,9 @@ class Job:
 
     def write(self) -> None:
         """Write `job.json`."""
-        self._written = time.monotonic()
-        write_json(self.folder / "job.json", self.status())
+        with self._writing:  # not the lock of the values: who asks for them is not to wait for a disk
+            self._written = time.monotonic()
+            write_json(self.folder / "job.json", self.status())
 
     def fail(self, error: BaseException) -> None:
         """Record an error: ours as it stands, any other with its type, and its trace in `log.txt`."""

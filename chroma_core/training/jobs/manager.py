@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import shutil
 import threading
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ConfigError, JobError
+from ...files import replace
 from ..config import TrainingConfig
 from ..config.changes import check_changes, differences, entry, with_changes
 from ..control import AskRoom, Control, DeviceSlot, Halted, no_need_to_ask
@@ -117,7 +117,7 @@ class JobManager:
             if job is not None and if_exists == "restart":
                 if job.state in ACTIVE:
                     raise JobError(f"The job '{job.id}' is {job.state}. Stop it before you restart it.")
-                shutil.rmtree(job.folder, ignore_errors=True)
+                shutil.rmtree(self._out_of_sight(job), ignore_errors=True)
                 del self._jobs[job.id]
                 job = None
             if job is None:
@@ -247,20 +247,24 @@ class JobManager:
             if job.state in ACTIVE or job.id in self._elsewhere:
                 where = " by another process" if job.id in self._elsewhere else ""
                 raise JobError(f"The job '{job.id}' is {job.state}{where}. Stop it before you delete it.")
-            # Out of sight in one step, so that half a folder is never taken for a job.
-            trash = self.root / f"{TRASH}{job.id}-{time.time_ns()}"
-            try:
-                os.replace(job.folder, trash)
-            except FileNotFoundError:
-                pass  # somebody was quicker
-            except OSError as error:
-                raise JobError(
-                    f"The folder of the job '{job.id}' cannot be removed: {error.strerror or error}. Close what has "
-                    "its files open, and try again."
-                ) from error
+            trash = self._out_of_sight(job)
             del self._jobs[job.id]
             self._controls.pop(job.id, None)
         shutil.rmtree(trash, ignore_errors=True)
+
+    def _out_of_sight(self, job: Job) -> Path:
+        """Rename the job's folder in one step, so that half a folder is never taken for a job. Raises JobError."""
+        trash = self.root / f"{TRASH}{job.id}-{time.time_ns()}"
+        try:
+            replace(job.folder, trash)
+        except FileNotFoundError:
+            pass  # somebody was quicker
+        except OSError as error:
+            raise JobError(
+                f"The folder of the job '{job.id}' cannot be removed: {error.strerror or error}. Close what has its "
+                "files open, and try again."
+            ) from error
+        return trash
 
     def _turn(self, job_id: str, action: str, switch: Callable[[Control], None]) -> Job:
         job = self.get(job_id)

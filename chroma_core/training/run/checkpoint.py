@@ -7,6 +7,7 @@ and a few numbers are all there is to keep.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import shutil
 from dataclasses import asdict, fields
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ...errors import LoraError, ModelFileError
-from ...files import atomic_folder, remove_leftovers, write_json
+from ...files import atomic_folder, remove, remove_leftovers, replace, write_json
 from ...model.device import is_out_of_memory
 from ..step.ema import Ema
 from .metrics import Progress
@@ -25,6 +26,8 @@ from .trained import Trained
 _DAMAGE = (
     OSError, ValueError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, LoraError, ModelFileError
 )  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 OPTIMIZER, EMA, STATE = "optimizer.pt", "ema.pt", "state.json"
 
@@ -49,7 +52,10 @@ def save_checkpoint(
         write_json(temporary / STATE, asdict(progress))
     for old in checkpoints(folder)[:-keep]:
         if not (keep_best and old.name == step_name(progress.best_at)):
-            discard(old)
+            try:
+                discard(old)
+            except PermissionError as error:  # the new one is there; the next save tries again
+                log.warning("ChromaKit: the old checkpoint '%s' stays for now: %s", old.name, error)
     return path
 
 
@@ -73,16 +79,16 @@ def checkpoints(folder: Path) -> list[Path]:
 def discard(path: Path) -> None:
     """Remove a checkpoint: renamed first, so that a half-removed one is never taken for a whole one."""
     rubbish = path.with_name(f".{path.name}.discarded.tmp")
-    shutil.rmtree(rubbish, ignore_errors=True)
-    path.rename(rubbish)
+    remove(rubbish)
+    replace(path, rubbish)
     shutil.rmtree(rubbish, ignore_errors=True)
 
 
 def set_aside(path: Path) -> None:
     """Rename a checkpoint that cannot be read, to damaged-step-000100: a disk that is back may still have it whole."""
     aside = path.with_name(f"damaged-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
+    remove(aside)
+    replace(path, aside)
 
 
 def restore_latest(
@@ -92,27 +98,27 @@ def restore_latest(
 
     Returns:
         its progress (None when there is none) and the names of damaged ones, which are set aside.
-    Raises what says that memory ran out: nothing is set aside then.
+    Raises what says that memory ran out, or that a file may not be read now: nothing is set aside then.
     """
     if folder.is_dir():
         remove_leftovers(folder)
     damaged = []
     if not checkpoints(folder):
         return None, damaged
-    parts, device = _stateful(stepper, ema), stepper.parameters[0].device
+    parts = _stateful(stepper, ema)
     start_anew, fresh = trained.remember(), {name: part.state_dict() for name, part in parts.items()}
     for path in reversed(checkpoints(folder)):
         try:
             values = json.loads((path / STATE).read_text(encoding="utf-8"))
             known = {f.name for f in fields(Progress)}
             progress = Progress(**{k: v for k, v in values.items() if k in known})
-            saved = {name: torch.load(path / name, map_location=device, weights_only=True) for name in parts}
+            saved = {name: torch.load(path / name, map_location="cpu", weights_only=True) for name in parts}
             trained.load(path / trained.weights_file)
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             return progress, damaged
         except _DAMAGE as error:
-            if is_out_of_memory(error):  # a RuntimeError too, but the checkpoint is whole
+            if is_out_of_memory(error) or isinstance(error, PermissionError):  # the checkpoint is whole
                 raise
             damaged.append(f"{path.name} ({type(error).__name__})")
             set_aside(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -66,14 +67,15 @@ def render_previews(
         sampled.append((latents, record))
     if not write:
         return []
-    # With offloading they take turns: decoding a large picture needs as much memory as the transformer.
+    # With offloading they take turns: decoding a large image needs as much memory as the transformer.
     with away(transformer, device) if config.model.offload != "none" else nullcontext():
         vae = load_vae(config.model, device)
         names = [f"step-{step:06d}-{index}.png" for index in range(len(sampled))]
         for name, (latents, record) in zip(names, sampled, strict=True):
-            # The latents first: a picture that is there can be compared to the last bit (see `parity`).
+            # The latents first: an image that is there can be compared to the last bit (see `parity`).
             write_atomic((folder / name).with_suffix(LATENTS_SUFFIX), latents_bytes(latents, LatentFormat.of(vae)))
             write_atomic(folder / name, png_bytes(decode(vae, latents)[0], record))
+        gone = weakref.ref(vae)
         del vae
-        release_memory()
+        release_memory([gone])
     return names

@@ -7,7 +7,9 @@ newest checkpoint and ends with the same weights, bit for bit.
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -21,6 +23,7 @@ from ...loading.load import Device, load_transformer, transformer_identity
 from ...lora.adapters import without_adapters
 from ...memory import Settings, heldout_rows, peaks
 from ...model.device import is_out_of_memory, memory_in_use, release_memory
+from ...model.precision import slow_here
 from ...model.transformer import ChromaTransformer
 from ...streaming import module_bytes
 from ..config import TrainingConfig
@@ -88,9 +91,10 @@ class Run:
             remove_leftovers(folder)
         if world.sharded:
             check_sharding(config)
-        self.report(state="preparing", message="reading the data set")
-        check_optimizer(config.optimizer_settings(), self.device)
+        self.report(state="preparing", message="reading the dataset")
+        check_optimizer(config.optimizer_settings(self.device), self.device)
         advice = check_trained(config, paths)
+        advice += filter(None, [slow_here(config.model.precision, self.device)])
         check_event_files(config.tensorboard and world.main)
         self.data: Prepared = world.main_first(
             lambda: prepare(config, paths.cache, self.slot, self.control.gate, self._report_caching)
@@ -113,7 +117,7 @@ class Run:
             self.transformer.checkpointing_interval = config.checkpointing_interval
         if config.compile:
             compile_blocks(self.transformer)
-        self.stepper = Stepper(self.trained.parameters, config.optimizer_settings())
+        self.stepper = Stepper(self.trained.parameters, config.optimizer_settings(self.device))
         self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
         self.batches = Batches(data.samples, data.training_cache, config)
 
@@ -157,7 +161,7 @@ class Run:
             )
         if progress is not None and progress.data != data:
             warnings.append(
-                f"The data set changed since step {progress.step}: training goes on with what is there now, so the "
+                f"The dataset changed since step {progress.step}: training goes on with what is there now, so the "
                 "result differs from an uninterrupted run's."
             )
         self.progress = progress or Progress()
@@ -246,6 +250,7 @@ class Run:
     def _make_way(self, message: str, give_up: bool) -> None:
         """Leave the device, so that what fills it gets through, and come back when there is room; or pause."""
         self.slot.step_aside()
+        gc.collect()  # what the error left may lie in circles
         release_memory()
         self.metrics.append(step=self.progress.step, out_of_memory=True)
         if give_up:
@@ -433,9 +438,10 @@ class Run:
 
     def _forget(self) -> None:
         self.slot.leave()
+        gone = [weakref.ref(self.transformer)] if hasattr(self, "transformer") else []
         for name in ("transformer", "trained", "stepper", "ema", "batches"):
             self.__dict__.pop(name, None)
-        release_memory()
+        release_memory(gone)
 
     def _report_caching(self, what: str, done: int, total: int) -> None:
         self.report(message=f"caching {what}: {done} of {total}" if total > 1 else f"reading the {what}")

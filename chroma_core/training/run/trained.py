@@ -99,7 +99,7 @@ def check_trained(config: TrainingConfig, paths: JobPaths) -> list[str]:
     """
     if all(dataset.regularisation for dataset in (config.dataset, *config.more_datasets)):
         raise ConfigError(
-            "Every data set of this job is a regularisation set: it would be trained to change nothing. Add a set of "
+            "Every dataset of this job is a regularisation set: it would be trained to change nothing. Add a set of "
             "what is to be learnt, or set regularisation = false."
         )
     if config.full is None:
@@ -309,7 +309,7 @@ def file_metadata(
         "modelspec.implementation": "diffusers",
         "modelspec.title": config.name,
         "modelspec.description": f"{_what(config)}, trained with ChromaKit: "
-        f"{progress.step} steps of {config.effective_batch} on {pictures} pictures.",
+        f"{progress.step} steps of {config.effective_batch} on {pictures} images.",
         "modelspec.resolution": "x".join(map(str, config.preview_size())),
         "modelspec.prediction_type": "v",
         "modelspec.trigger_phrase": config.dataset.trigger,

@@ -33,7 +33,7 @@ def draw_noise(shape: Sequence[int], seed: int, step: int, row: int, offset: flo
     """Standard normal noise [C, H, W] of row `row` of a step; with `offset` o, plus o·N(0,1), constant in each channel.
 
     The offset (Guttenberg 2023, "Diffusion with Offset Noise") lets training change the mean brightness and colour of a
-    picture, which plain noise hardly touches. It is a draw of its own: the rest of the noise does not depend on it.
+    image, which plain noise hardly touches. It is a draw of its own: the rest of the noise does not depend on it.
     """
     noise = torch.randn(tuple(shape), generator=generator(seed, "noise", step, row))
     if offset:
@@ -148,7 +148,7 @@ def with_prior_targets(
 
     Their target is what the model without its adapter predicts for the same noisy input, so the loss measures how far
     the adapter has moved the model there and is 0 before the first step. DreamBooth (Ruiz et al. 2023, eq. 2) trains on
-    pictures that the frozen model made; this asks the frozen model itself, for one more forward pass of those rows.
+    images that the frozen model made; this asks the frozen model itself, for one more forward pass of those rows.
 
     everywhere: pass forward even without such rows: other processes do, and a divided model needs them all.
     """
@@ -179,8 +179,8 @@ def heldout_loss(
 ) -> list[float]:
     """The loss at each of `HELDOUT_SIGMAS`, averaged over (latents [C, H, W], condition) pairs.
 
-    Picture i always meets the same noise, at all noise levels: two calls differ only by the weights. `between` is
-    called before every picture and may raise. rows: noise levels in one pass; fewer take less memory, and change the
+    Image i always meets the same noise, at all noise levels: two calls differ only by the weights. `between` is
+    called before every image and may raise. rows: noise levels in one pass; fewer take less memory, and change the
     result by rounding alone.
     """
     device = transformer.x_embedder.weight.device
@@ -195,5 +195,5 @@ def heldout_loss(
             x = add_noise(x0, noise, sigma_B)
             velocity = predict_velocity(transformer, x, sigma_B, [condition] * len(sigma_B))
             errors.append((velocity - target).square().mean(dim=(1, 2, 3)))
-        total += torch.cat(errors).double().cpu()
+        total += torch.cat(errors).cpu().double()
     return (total / len(pictures)).tolist()

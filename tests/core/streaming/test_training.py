@@ -1,6 +1,7 @@
 """Training through streamed blocks: the same gradients, to the bit; and on a real device where there is one."""
 
 import gc
+import os
 
 import pytest
 import torch
@@ -83,6 +84,13 @@ def test_three_optimizer_steps_with_pictures_in_between(checkpointing):
     assert not torch.equal(results[0][1], results[0][3]), "it learns"
 
 
+def close(a, b, **tolerances):
+    """Compared only where there are numbers: the simulated card shows sizes, devices and the order of things."""
+    assert a.shape == b.shape and a.device == b.device
+    if "NULL_GPU_LIBRARY" not in os.environ:
+        torch.testing.assert_close(a, b, **tolerances)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA or ROCm")
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
 @pytest.mark.parametrize("name", ["bf16", "int8", "nf4"])
@@ -95,10 +103,10 @@ def test_on_an_accelerator(name, checkpointing):
     for each in (plain, made):
         each.checkpointing_interval = int(checkpointing)
     for _ in range(5):
-        torch.testing.assert_close(predict(made, inputs), predict(plain, inputs))
-        torch.testing.assert_close(backward(made, inputs), backward(plain, inputs))
+        close(predict(made, inputs), predict(plain, inputs))
+        close(backward(made, inputs), backward(plain, inputs))
     for a, b in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-3 * float(b.grad.abs().max()))
+        close(a.grad, b.grad, rtol=1e-2, atol=1e-3 * float(b.grad.abs().max()))
     assert streamer.peak_resident == 2
     streamer.remove()
     assert {p.device.type for p in made.parameters()} == {"cpu"}

@@ -136,6 +136,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, nargs=2, default=WHOLE, metavar=("DOUBLE", "SINGLE"))
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--interval", type=int, default=1, help="gradient checkpointing of every n-th block")
+    parser.add_argument("--deterministic", action="store_true", help="attention without its fused kernel")
     parser.add_argument("--resident", type=int, default=0, help="stream the blocks, with so many on the card")
     parser.add_argument("--compute", default="weights", choices=["weights"], help="how quantised products are computed")
     parser.add_argument("--target", default="all", help="what the LoRA is added to")
@@ -163,6 +164,7 @@ def main() -> int:
         options.interval,
         options.target,
     )
+    model.set_deterministic(options.deterministic)
     if options.heldout:
         picture = (torch.randn(made.batches.shape[1:]), condition(options.text))
 

@@ -88,7 +88,7 @@ class ChromaHostModel(io.ComfyNode):
         return schema(
             node_id="ChromaHostModel",
             display_name="Chroma Host Model",
-            description="Makes a Chroma model drivable by the host's own guiders and samplers.",
+            description="Makes a Chroma model drivable by ComfyUI's own guiders and samplers.",
             search_aliases=["guider", "cfg guider", "ksampler model", "native model", "convert model", "model patcher"],
             inputs=[ChromaModel.Input("model", tooltip="A Chroma model. Its LoRAs are applied before this node.")],
             outputs=[io.Model.Output(tooltip="For CFGGuider, BasicGuider, KSampler and the like.")],

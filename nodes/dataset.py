@@ -41,7 +41,7 @@ class ChromaDataset(io.ComfyNode):
                     "folder",
                     options=names or [""],
                     default=names[0] if names else "",
-                    tooltip="A folder in the host's input folder, in the pack's example_datasets, or under a place "
+                    tooltip="A folder in ComfyUI's input folder, in the pack's example_datasets, or under a place "
                     "listed in user/chromakit/config.toml. Press R to refresh the list.",
                 ),
                 # Saved workflows hold values by position: new widgets go to the end.

@@ -90,7 +90,7 @@ class ChromaLoadModel(io.ComfyNode):
                 _file_input(
                     "text_encoder",
                     "A T5-XXL text encoder from models/text_encoders: .safetensors (fp16, bf16, fp8, scaled fp8), "
-                    ".gguf, or a folder. Its tokenizer comes with the host.",
+                    ".gguf, or a folder. Its tokenizer comes with ComfyUI.",
                 ),
                 _file_input("vae", "The Flux VAE (ae.safetensors) from models/vae, in either layout, or a folder."),
                 widget(ModelSpec, "resident_blocks"),
@@ -108,7 +108,7 @@ class ChromaLoadModel(io.ComfyNode):
                     "model", tooltip="The model, for Chroma Sampler, Chroma Apply LoRA and Chroma Train LoRA."
                 ),
                 ChromaTextEncoder.Output("text_encoder", tooltip="The text encoder, for Chroma Text Encode."),
-                io.Vae.Output("vae", tooltip="The VAE, for the host's VAE Encode and VAE Decode."),
+                io.Vae.Output("vae", tooltip="The VAE, for ComfyUI's VAE Encode and VAE Decode."),
                 io.String.Output(
                     "memory_plan",
                     tooltip="What each precision and offload mode would need on this machine, and what is "

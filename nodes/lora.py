@@ -31,7 +31,7 @@ def _file_inputs() -> list[Any]:
             "lora",
             options=[NO_FILE, *host.lora_names()],
             default=NO_FILE,
-            tooltip="A file in the host's LoRA folders. Not read when lora_name is linked.",
+            tooltip="A file in ComfyUI's LoRA folders. Not read when lora_name is linked.",
         ),
         io.String.Input(
             "lora_name",
@@ -238,7 +238,7 @@ class ChromaConvertLora(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.LoraModel.Output("lora_model", tooltip="The converted tensors, for the host's own LoRA nodes."),
+                io.LoraModel.Output("lora_model", tooltip="The converted tensors, for ComfyUI's own LoRA nodes."),
                 io.String.Output("lora_name", tooltip="The new file's name, for Chroma Apply LoRA's lora_name."),
                 io.String.Output("report", tooltip="What was written where, and what to know about it."),
             ],

@@ -55,7 +55,7 @@ class ChromaEmptyLatent(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output("latent", tooltip="For Chroma Sampler or the host's own samplers."),
+                io.Latent.Output("latent", tooltip="For Chroma Sampler or ComfyUI's own samplers."),
                 io.Int.Output("effective_width", tooltip="The width after flooring, in pixels."),
                 io.Int.Output("effective_height", tooltip="The height after flooring, in pixels."),
             ],
@@ -100,7 +100,7 @@ class ChromaTextEncode(io.ComfyNode):
                     tooltip="The word that [trigger] in the prompt becomes, e.g. the one the LoRA was trained with.",
                 ),
             ],
-            outputs=[io.Conditioning.Output("conditioning", tooltip="For Chroma Sampler or the host's own samplers.")],
+            outputs=[io.Conditioning.Output("conditioning", tooltip="For Chroma Sampler or ComfyUI's own samplers.")],
         )
 
     @classmethod
@@ -135,7 +135,7 @@ class ChromaSampler(io.ComfyNode):
             inputs=[
                 ChromaModel.Input("model", tooltip="From Chroma Load Model or Chroma Apply LoRA."),
                 io.Conditioning.Input(
-                    "positive", tooltip="What to generate. From Chroma Text Encode, or the host's T5 encoder."
+                    "positive", tooltip="What to generate. From Chroma Text Encode, or ComfyUI's T5 encoder."
                 ),
                 io.Conditioning.Input(
                     "negative",

@@ -51,7 +51,7 @@ class ChromaTailSigmas(io.ComfyNode):
         return schema(
             node_id="ChromaTailSigmas",
             display_name="Chroma Tail Sigmas",
-            description="Chroma Sampler's schedule as SIGMAS, for the host's SamplerCustomAdvanced.",
+            description="Chroma Sampler's schedule as SIGMAS, for ComfyUI's SamplerCustomAdvanced.",
             search_aliases=["chroma scheduler", "sigmas", "noise schedule", "beta schedule", "tail bias", "flow shift"],
             inputs=[
                 widget(SamplingSettings, "steps", tooltip="Steps that the sampler takes."),

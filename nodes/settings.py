@@ -77,6 +77,7 @@ WIDGETS: dict[str, Any] = {
     "preview_tail_bias": "previews.tail_bias",
     "recipe_overrides": widget(TrainingConfig, "recipe_overrides", kind=io.String, default=""),
     "tensorboard": "tensorboard",
+    "deterministic": "deterministic",
 }
 """The node's widgets in their order: the option of a job that one sets, else an input of its own."""
 

@@ -200,9 +200,9 @@ class ChromaWaitForTraining(io.ComfyNode):
             search_aliases=["wait lora", "wait for job", "train and sample", "finished lora", "lora model"],
             inputs=[ChromaJob.Input("job", tooltip="From Chroma Train LoRA.")],
             outputs=[
-                io.LoraModel.Output("lora_model", tooltip="For the host's own Load LoRA Model and Save LoRA Weights."),
+                io.LoraModel.Output("lora_model", tooltip="For ComfyUI's own Load LoRA Model and Save LoRA Weights."),
                 io.String.Output("lora_name", tooltip="For Chroma Apply LoRA's lora_name."),
-                io.LossMap.Output("loss_map", tooltip="For the host's Plot Loss Graph."),
+                io.LossMap.Output("loss_map", tooltip="For ComfyUI's Plot Loss Graph."),
             ],
         )
 
@@ -220,7 +220,7 @@ class ChromaWaitForTraining(io.ComfyNode):
             raise JobError(
                 f"The training job {job} is {status['state']}. It trained the model itself, so there is no LoRA to "
                 f"hand on: its model is '{Path(model).name}' in '{Path(model).parent}'. Take this node out, press R, "
-                "and choose that file as transformer in Chroma Load Model (or in the host's Load Diffusion Model)."
+                "and choose that file as transformer in Chroma Load Model (or in ComfyUI's Load Diffusion Model)."
             )
         if status["state"] in ("failed", "interrupted") or not status["lora_path"]:
             raise JobError(

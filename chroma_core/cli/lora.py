@@ -100,8 +100,8 @@ def export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", type=Path, default=None, help="the workflow to write (default: NAME_stock.json)")
     for part, folder in (("transformer", "diffusion_models"), ("text_encoder", "text_encoders"), ("vae", "vae")):
         option = f"--{part.replace('_', '-')}"
-        command.add_argument(option, default=None, metavar="NAME", help=f"file in the host's models/{folder}")
-    command.add_argument("--lora-name", default=None, metavar="NAME", help="the LoRA's name in the host's models/loras")
+        command.add_argument(option, default=None, metavar="NAME", help=f"file in ComfyUI's models/{folder}")
+    command.add_argument("--lora-name", default=None, metavar="NAME", help="the LoRA's name in ComfyUI's models/loras")
     for name in TEXTS:
         command.add_argument(f"--{name}", default=None, help="instead of the preview's")
     for name, kind in NUMBERS.items():

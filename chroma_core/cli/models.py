@@ -111,7 +111,7 @@ def plan_options(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--no-checkpointing", action="store_true", help="Training without gradient checkpointing.")
     for field in ("optimizer", "adapter"):
         add_flag(plan, Settings, field, choices=None)
-    for field in ("ema", "text_tokens", "trained_parameters"):
+    for field in ("ema", "deterministic", "text_tokens", "trained_parameters"):
         add_flag(plan, Settings, field)
     plan.add_argument("--device-memory", type=float, metavar="GIB", help="Plan for a GPU of that size, not this one.")
     plan.add_argument("--host-memory", type=float, metavar="GIB", help="Plan for that much RAM.")

@@ -84,7 +84,7 @@ class Host:
         except urllib.error.HTTPError as error:
             return error.code, error.read()
         except OSError as error:
-            raise HostError(f"{method} {path}: the host does not answer ({error}).\n{self.log_tail()}") from error
+            raise HostError(f"{method} {path}: ComfyUI does not answer ({error}).\n{self.log_tail()}") from error
 
     def get(self, path: str) -> Any:
         """The JSON that `GET path` answers; HostError for anything but 200."""
@@ -263,14 +263,14 @@ def _wait_until_ready(host: Host, on_wait: Callable[[float], None] | None) -> No
     while True:
         waited = time.monotonic() - start
         if not host.alive():
-            raise HostError(f"the host ended with {host.process.returncode} while starting.\n{host.log_tail(80)}")
+            raise HostError(f"ComfyUI ended with {host.process.returncode} while starting.\n{host.log_tail(80)}")
         try:
             if host.request("GET", "/system_stats", timeout=5)[0] == 200:
                 return
         except HostError:
             pass  # not listening yet
         if waited > START_TIMEOUT:
-            raise HostError(f"the host has not come up within {START_TIMEOUT:.0f} s.\n{host.log_tail(80)}")
+            raise HostError(f"ComfyUI has not come up within {START_TIMEOUT:.0f} s.\n{host.log_tail(80)}")
         if on_wait:
             on_wait(waited)
         time.sleep(0.25)

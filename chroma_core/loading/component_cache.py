@@ -139,7 +139,7 @@ class ComponentCache:
         """
         with self._lock:
             before = sum(self.device_bytes().values())
-            self._send_away(*tuple(self._held))
+            self._send_away()
             return before - sum(self.device_bytes().values())
 
     def device_bytes(self) -> dict[str, int]:
@@ -178,7 +178,7 @@ class ComponentCache:
         if held is not None and not held.parked:
             return held
         if spec.offload != "none":
-            self._send_away(*(other for other in self._held if other != kind))
+            self._send_away(keep=kind)
         self._make_room(device_size(spec, kind) if held is None else sum(module_bytes(held.module).values()))
         if held is None:
             value = load()
@@ -189,19 +189,19 @@ class ComponentCache:
             held.parked = False
         return held
 
-    def _send_away(self, *kinds: Part) -> None:
+    def _send_away(self, keep: Part | None = None) -> None:
         gone = []
-        for kind in kinds:
-            held = self._held[kind]
-            if held.users or held.parked:
+        for kind, held in tuple(self._held.items()):
+            if kind == keep or held.users or held.parked:
                 continue
             needed = sum(size for device, size in module_bytes(held.module).items() if device != "cpu")
             if self._free_host_memory() - needed < HOST_MEMORY_MARGIN:
                 gone.append(weakref.ref(held.module))
-                del self._held[kind], held
+                del self._held[kind]
             elif held.device.type != "cpu":  # a CPU keeps what fits beside the next one: parking would free nothing
                 to_host(held.module)
                 held.parked = True
+        held = None  # it names the last of them
         release_memory(gone)
 
 

@@ -110,31 +110,47 @@ def sampling_bytes(body: Transformer, run: Pass) -> int:
     return round(max(_SAMPLING[size] * unit, _SAMPLING_LINEAR * unit + extra)) + run.rotation(body)
 
 
-def kept_bytes(body: Transformer, run: Pass, layers: LoraLayers, rank: int, checkpointing: bool) -> int:
-    """What lies in memory when the forward pass of training is done, weights and LoRA apart."""
+def kept_bytes(body: Transformer, run: Pass, layers: LoraLayers, rank: int, interval: int) -> int:
+    """What lies in memory when the forward pass of training is done, weights and LoRA apart.
+
+    interval: gradient checkpointing of every n-th block; 0: of none.
+    """
     unit, size = run.unit(body), run.chosen.dtype.itemsize
     double, single = _kept_blocks(run, layers)
-    units = 1.0 + (len(body.blocks) if checkpointing else len(body.doubles) * double + len(body.singles) * single)
+    doubles, singles = _kept_whole(body, interval)
+    units = 1.0 + len(body.blocks) - doubles - singles + doubles * double + singles * single
     if layers.last:
         units += 1 - run.text_share
-    adapter = 0
-    if not checkpointing:
-        # Each LoRA keeps its `down` result, and copies of its weights in the dtype in which it computes.
-        share = run.text_share
-        rows = run.tokens * (layers.image * (1 - share) + layers.text * share + layers.joint)
-        adapter = rank * size * (rows + (layers.features if size < 4 else 0))
+    # Each LoRA keeps its `down` result, and copies of its weights in the dtype in which it computes.
+    share = run.text_share
+    rows = run.tokens * (layers.image * (1 - share) + layers.text * share + layers.joint)
+    adapter = rank * size * (rows + (layers.features if size < 4 else 0)) * (doubles + singles) / len(body.blocks)
     return round(units * unit + adapter) + run.rotation(body)
 
 
-def training_bytes(body: Transformer, run: Pass, layers: LoraLayers, rank: int, checkpointing: bool) -> int:
-    """Peak of a training step's forward and backward pass, weights, LoRA, gradients and optimizer apart."""
+def _kept_whole(body: Transformer, interval: int) -> tuple[int, int]:
+    """Double and single blocks that are not computed again; see `ChromaTransformer.recomputes`."""
+    whole = [interval == 0 or index % interval != 0 for index in range(len(body.blocks))]
+    return sum(whole[: len(body.doubles)]), sum(whole[len(body.doubles) :])
+
+
+def training_bytes(body: Transformer, run: Pass, layers: LoraLayers, rank: int, interval: int) -> int:
+    """Peak of a training step's forward and backward pass, weights, LoRA, gradients and optimizer apart; interval as
+    `kept_bytes` has it."""
     unit, size = run.unit(body), run.chosen.dtype.itemsize
     mlp = "single" in layers.mlp_out
-    plain, with_mlp = (_RECOMPUTE, _RECOMPUTE_MLP) if checkpointing else (_BACKWARD, _BACKWARD_MLP)
+    plain, with_mlp = (_RECOMPUTE, _RECOMPUTE_MLP) if interval else (_BACKWARD, _BACKWARD_MLP)
     peak = (with_mlp if mlp else plain)[size]
     extra = dequantised(body.whole.largest_linear, run.chosen)
     on_top = round(max(peak * unit, (peak - _LINEAR_SHARE) * unit + extra))
-    return kept_bytes(body, run, layers, rank, checkpointing) + on_top
+    return kept_bytes(body, run, layers, rank, interval) + on_top
+
+
+def score_bytes(body: Transformer, run: Pass, interval: int) -> int:
+    """What attention without its fused kernel adds to a training step: each block keeps its weights (the softmax of the
+    scores, fp32), and while one works there are three more of that size."""
+    scores = 4 * run.batch * (body.width // body.head_dim) * (run.image_tokens + run.text_tokens) ** 2
+    return scores * (3 + max(1, sum(_kept_whole(body, interval))))
 
 
 def _kept_blocks(run: Pass, layers: LoraLayers) -> tuple[float, float]:

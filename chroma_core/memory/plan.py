@@ -25,6 +25,7 @@ from .activations import (
     Pass,
     quantising,
     sampling_bytes,
+    score_bytes,
     text_encoder_bytes,
     training_bytes,
     vae_decode_bytes,
@@ -61,6 +62,8 @@ class Settings:
     target: str | tuple[str, ...] = "all"
     optimizer: Annotated[str, Option("The optimizer; see docs/optimizers.md.")] = "adamw"
     gradient_checkpointing: bool = True
+    checkpointing_interval: Annotated[int, Option("Only every n-th block is computed again.")] = 1
+    deterministic: Annotated[bool, Option("Training keeps the scores of attention; see docs/training.md.")] = False
     adapter: Annotated[str, Option("lora, rslora, dora or lokr.")] = "lora"
     lokr_factor: int = -1
     ema: Annotated[bool, Option("A running mean of the weights is kept.")] = False
@@ -82,11 +85,16 @@ class Settings:
         check_choice("The offload mode", self.offload, get_args(Offload))
         check_choice("The optimizer", self.optimizer, OPTIMIZERS)
         check_choice("The adapter", self.adapter, get_args(AdapterKind))
-        least_values = {"batch_size": 1, "rank": 1, "resident_blocks": 2, "text_tokens": 1, "trained_parameters": 0}
-        for name, least in least_values.items():
+        ones = dict.fromkeys(("batch_size", "rank", "text_tokens", "checkpointing_interval"), 1)
+        for name, least in {**ones, "resident_blocks": 2, "trained_parameters": 0}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         snap_size(self.pixels, self.pixels, SIZE_MULTIPLE)
+
+    @property
+    def interval(self) -> int:
+        """Every n-th block is computed again; 0: none."""
+        return self.checkpointing_interval if self.gradient_checkpointing else 0
 
     @property
     def pixels(self) -> int:
@@ -100,7 +108,7 @@ class Peaks:
 
     lora, optimizer: the trained weights and the optimizer's state. sampling, training: peaks on the device.
     host_sampling, host_training: peaks of the computer's memory; training counts the prompt that may come meanwhile,
-    for which the job's component leaves the device.
+    for which the job's component leaves the device. moments: the device's peak in each part of a job.
     """
 
     weights: int
@@ -112,6 +120,7 @@ class Peaks:
     training: int
     host_sampling: int
     host_training: int
+    moments: dict[str, int]
 
 
 def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
@@ -141,13 +150,23 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
 
     shapes = _trained_shapes(settings)
     lora, optimizer = 4 * parameters(shapes), state_bytes(settings.optimizer, shapes)
-    activations = training_bytes(body, run, layers, settings.rank, settings.gradient_checkpointing)
+    activations = training_bytes(body, run, layers, settings.rank, settings.interval)
+    if settings.deterministic:
+        activations += score_bytes(body, run, settings.interval)
     mean = lora if settings.ema else 0
-    trained = held + 2 * lora + mean + optimizer  # what is trained, its gradients and its running mean
-    # Previews: with offloading the model waits in the computer's memory while the VAE decodes.
-    preview = vae + decode + (trained if settings.offload == "none" else 0)
-    encode = vae + vae_encode_bytes(whole.vae, size)
-    training = max(load, trained + max(activations, sampling_bytes(body, run)), preview, text_peak, encode)
+    trained = held + lora + mean + optimizer
+    # With offloading the model waits in the computer's memory while the VAE decodes.
+    beside = trained if settings.offload == "none" else 0
+    levels = replace(run, batch=_rows_within(body, run, activations, HELDOUT_ROWS))
+    moments = {
+        "captions": text_peak,
+        "images": vae + vae_encode_bytes(whole.vae, size),
+        "loading": load,
+        "step": trained + lora + activations,  # with the gradients of what is trained
+        "held-out loss": trained + sampling_bytes(body, levels),
+        "preview": max(trained + sampling_bytes(body, run), beside + vae + decode),
+    }
+    training = max(moments.values())
 
     # A tensor is read from its file, unpacked in fp32, and cast; nothing else of the file is held.
     reading = max(_reading_bytes(body.blocks, chosen, not on_device), _reading_bytes(t5.blocks, text, not on_device))
@@ -159,12 +178,21 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
         everything = weights + text_weights + vae + (held if settings.offload == "block" else 0)
         host_sampling = everything + max(moment, decode, text_peak - text_weights, reading)
         host_training = training + reading + (weights if settings.offload == "block" else 0)
-    return Peaks(weights, text_weights, lora, optimizer, activations, sampling, training, host_sampling, host_training)
+    return Peaks(
+        weights, text_weights, lora, optimizer, activations, sampling, training, host_sampling, host_training, moments
+    )
+
+
+HELDOUT_ROWS = 10
+"""Noise levels of the held-out loss; see `training.step.objective.HELDOUT_SIGMAS`."""
 
 
 def heldout_rows(settings: Settings, rows: int) -> int:
     """How many of `rows` noise levels the held-out loss may take at a time (at least one) to stay below a step."""
-    body, run, step = anatomy(settings.flavour).transformer, _pass(settings), peaks(settings).activations
+    return _rows_within(anatomy(settings.flavour).transformer, _pass(settings), peaks(settings).activations, rows)
+
+
+def _rows_within(body: Transformer, run: Pass, step: int, rows: int) -> int:
     fits = (n for n in range(rows, 1, -1) if sampling_bytes(body, replace(run, batch=n)) <= step)
     return next(fits, 1)
 

@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, joint: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.deterministic = heads, False
         self.norm_q = nn.RMSNorm(width // heads, eps=1e-6)
         self.norm_k = nn.RMSNorm(width // heads, eps=1e-6)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
@@ -70,11 +70,25 @@ class Attention(nn.Module):
             value = torch.cat([heads(self.add_v_proj(text_BTM)), value], dim=2)
         query = rotated(query, rotary)
         key = rotated(key, rotary)
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask_B11S).transpose(1, 2).flatten(2)
+        exactly = self.deterministic and torch.is_grad_enabled()
+        attend = unfused_attention if exactly else F.scaled_dot_product_attention
+        x = attend(query, key, value, attn_mask=key_mask_B11S).transpose(1, 2).flatten(2)
         if text_BTM is None:
             return x
         tokens = text_BTM.shape[1]
         return self.to_out[0](x[:, tokens:]), self.to_add_out(x[:, :tokens])
+
+
+def unfused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ/√d)·v [B, heads, S, d] in fp32, with all scores in memory.
+
+    The backward pass of fused kernels adds in any order on a GPU, so that no two runs have the same bits; this one does
+    not.
+    """
+    scores = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    return (scores.softmax(dim=-1) @ value.float()).to(value.dtype)
 
 
 class Gelu(nn.Module):
@@ -287,6 +301,11 @@ class ChromaTransformer(nn.Module):
             joint = self._run(len(doubles) + i, block, joint, vectors, rotary, key_mask)
         shift, scale = modulation_BNM[:, -2:].split(1, dim=1)
         return self.proj_out(modulated(joint[:, T:], shift, scale))
+
+    def set_deterministic(self, on: bool) -> None:
+        """Whether gradients are to have the same bits in every run, on a GPU too; see `unfused_attention`."""
+        for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+            block.attn.deterministic = on  # type: ignore[union-attr]
 
     def recomputes(self, index: int) -> bool:
         """Whether the backward pass computes block `index` again, counted from 0 over double and single blocks."""

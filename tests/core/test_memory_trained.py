@@ -52,7 +52,7 @@ def test_mean_full_rank_and_long_texts_are_counted():
     count = 226_500_000
     full = peaks(replace(base, trained_parameters=count))
     assert (full.lora, full.optimizer) == (4 * count, 8 * count)
-    assert full.training - plain.training == 16 * count - 2 * plain.lora - plain.optimizer
+    assert full.moments["step"] - plain.moments["step"] == 16 * count - 2 * plain.lora - plain.optimizer
     long = peaks(replace(base, text_tokens=512, gradient_checkpointing=False)).activations
     assert 1.2 < long / peaks(replace(base, gradient_checkpointing=False)).activations < 1.6
     assert estimate(Settings("base", "int8", adapter="dora", size=512)).lora_bytes > plain.lora

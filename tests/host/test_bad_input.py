@@ -89,7 +89,7 @@ def test_a_single_text_as_dataset_roots_opens_no_place(server: Host):
 
 
 def test_empty_folder(server: Host):
-    assert "holds no picture" in message_of(server, with_dataset("empty"))
+    assert "holds no image" in message_of(server, with_dataset("empty"))
 
 
 def test_no_captions(server: Host):
@@ -97,12 +97,12 @@ def test_no_captions(server: Host):
     assert "good.png" in message and "caption" in message
     assert "good.png" in message_of(server, with_dataset("no_captions", missing_caption="error"))
     found = server.run(with_dataset("no_captions", default_caption="a red square"))
-    assert "1 pictures" in found["outputs"]["dataset"]["text"][0]
+    assert "1 images" in found["outputs"]["dataset"]["text"][0]
 
 
 def test_an_unreadable_picture_is_counted_and_named(server: Host):
     text = server.run(with_dataset("one_unreadable"))["outputs"]["dataset"]["text"][0]
-    assert "2 pictures" in text and "1 picture was skipped" in text and "broken.png" in text
+    assert "2 images" in text and "1 image was skipped" in text and "broken.png" in text
 
 
 def test_size_zero(server: Host):

@@ -97,7 +97,7 @@ def test_a_picture_is_kept_bit_for_bit_with_its_caption(server: Host, photos: li
     (kept,) = pictures_in(folder)
     assert np.array_equal(kept, photos[0]) and (folder / "00000.txt").read_text() == "a sks on a table"
     assert folder.is_relative_to(server.base / "output" / "chromakit" / "datasets")
-    assert "1 pictures" in text and "such folder" in text and " kB" in text
+    assert "1 images" in text and "such folder" in text and " kB" in text
     (sheet,) = server.images(history, "temp")
     assert sheet.width == 256 and np.asarray(sheet).std() > 10
 
@@ -272,7 +272,7 @@ def test_the_folder_is_looked_at_again_when_anything_in_it_changes(server: Host)
     (folder / "3_cat").mkdir()
     Image.effect_noise((64, 64), 80).save(folder / "3_cat" / "b.png")
     (folder / "3_cat" / "b.caption").write_text("a cat")
-    assert "2 pictures" in text()
+    assert "2 images" in text()
     (folder / "3_cat").rename(folder / "4_cat")
     assert "6 uses in an epoch" in text()
     rows = [{"file_name": "2_dog/a.png", "text": "one"}, {"file_name": "4_cat/b.png", "text": "two"}]

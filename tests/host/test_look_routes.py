@@ -79,7 +79,7 @@ def test_a_folder_is_looked_at_anew_when_it_changed(server: Host):
     (folder / "broken.png").write_bytes(b"not a picture")
     again = ask(server, LOOK, {"folder": "look_again", "resolution": 128})
     assert again["sheet"] != first["sheet"]
-    assert (again["pictures"], again["skipped"]) == (4, 2) and "2 pictures were skipped" in again["warnings"][0]
+    assert (again["pictures"], again["skipped"]) == (4, 2) and "2 images were skipped" in again["warnings"][0]
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,12 @@ class TrainingConfig(Settings):
     compile: bool = option(
         False, "torch.compile for the blocks: slow to begin, then faster. Not with block offload.", advanced=True
     )
+    deterministic: bool = option(
+        False,
+        "The same bits in every run, on a GPU too: attention without its fused kernel, slower and with more memory.",
+        advanced=True,
+        since="0.1",
+    )
     validate_every: int = option(
         250,
         "Steps between measurements of the validation loss on held-out images. 0: only at the start and the end.",

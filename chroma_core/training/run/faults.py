@@ -120,6 +120,8 @@ def plan_settings(config: TrainingConfig) -> Settings:
         target=config.lora.target,
         optimizer=config.optimizer,
         gradient_checkpointing=config.gradient_checkpointing,
+        checkpointing_interval=config.checkpointing_interval,
+        deterministic=config.deterministic,
         adapter=config.lora.kind,
         lokr_factor=config.lora.lokr_factor,
         ema=config.ema_decay > 0,

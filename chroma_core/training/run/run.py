@@ -115,6 +115,7 @@ class Run:
             shard(self.transformer, self.trained.parameters, torch.device(self.device))
         if config.gradient_checkpointing:
             self.transformer.checkpointing_interval = config.checkpointing_interval
+        self.transformer.set_deterministic(config.deterministic)
         if config.compile:
             compile_blocks(self.transformer)
         self.stepper = Stepper(self.trained.parameters, config.optimizer_settings(self.device))

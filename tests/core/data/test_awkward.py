@@ -113,10 +113,10 @@ USED = {  # the colour at the top and the size, both as decoded
     "sub.dir/UPPER.CASE.PNG": (RED, SIZE),
 }
 SKIPPED = {
-    "bomb.png": "unreadable picture: more than 178 million pixels, the safety limit; save it smaller",
-    "zero.png": "unreadable picture: the file is empty",
-    "words.png": "unreadable picture: not a picture",
-    "link.png": "unreadable picture: no such file or directory",
+    "bomb.png": "unreadable image: more than 178 million pixels, the safety limit; save it smaller",
+    "zero.png": "unreadable image: the file is empty",
+    "words.png": "unreadable image: not an image",
+    "link.png": "unreadable image: no such file or directory",
 }
 BREAK_WHILE_DECODING = {"cut.jpg", "cut.png"}
 IGNORED = {"phone.heic", "folder.png", ".hidden.png"}
@@ -162,9 +162,9 @@ def test_an_awkward_picture_is_decoded_as_a_person_sees_it(awkward, name):
 def test_the_report_counts_them(awkward):
     text = "\n".join(awkward[1].warnings)
     for part in (
-        "4 pictures were skipped: bomb.png",
+        "4 images were skipped: bomb.png",
         "All captions are the same",
-        "Identical pictures (1 too many): grey.png = twin.png",
+        "Identical images (1 too many): grey.png = twin.png",
         "3 with transparency are laid over white",
         "Of 3 (animated.gif, …) with several frames or pages only the first is used",
         "1 (really_jpeg.png) of another format than the name says",
@@ -181,7 +181,7 @@ def test_caching_names_what_breaks_and_keeps_the_rest(awkward, tmp_path):
     cache = LatentTextCache(tmp_path, "vae", "t5", CANONICAL)
     samples, unreadable = cache_samples(found, cache, 64, load_vae)
     assert {name for name, _ in unreadable} == BREAK_WHILE_DECODING
-    assert all(why.startswith("unreadable picture: ") and str(tmp_path) not in why for _, why in unreadable)
+    assert all(why.startswith("unreadable image: ") and str(tmp_path) not in why for _, why in unreadable)
     assert {sample.name for sample in samples} == USED.keys()
     for sample in samples:
         width, height = sample.bucket
@@ -254,7 +254,7 @@ def test_awkward_captions(tmp_path):
         "utf16": "its caption file is not UTF-8 text",
         **{name: f"no caption in {name}.txt" for name in ("empty", "blank", "missing", "folder")},
     }
-    assert found.warnings[0].startswith("6 pictures were skipped: ") and found.warnings[0].endswith("and 1 more.")
+    assert found.warnings[0].startswith("6 images were skipped: ") and found.warnings[0].endswith("and 1 more.")
     assert found.warnings[1] == "4 without a caption are left out."
     samples, _ = cache_samples(found, LatentTextCache(tmp_path / "cache", "v", "t", CANONICAL), 64, load_vae)
     assert len(caption_texts(samples)) == 11 + 1, "every caption once, and the empty one for dropout"

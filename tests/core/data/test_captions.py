@@ -46,8 +46,8 @@ def test_metadata_jsonl_names_captions_and_counts_doubtful_rows(folder):
     assert captions(found) == {"a.png": ("the first",), "sub/a.png": ("one", "two lines")}
     assert found.skipped == [(name, "no caption in the metadata") for name in ("b.png", "c.png")]
     text = "\n".join(found.warnings)
-    assert "1 row for a picture that has one already (the first counts), e.g. a.png in metadata.jsonl line 2" in text
-    assert "3 rows for a picture that is not there, e.g. gone.png in metadata.jsonl line 4" in text
+    assert "1 row for an image that has one already (the first counts), e.g. a.png in metadata.jsonl line 2" in text
+    assert "3 rows for an image that is not there, e.g. gone.png in metadata.jsonl line 4" in text
     assert "3 rows without a readable file_name, e.g. metadata.jsonl line 7" in text
 
 
@@ -148,9 +148,9 @@ def test_prompt_variety_is_low_when_captions_say_little_about_each_picture():
     assert low_variety(good, "sks") == []
     poor = [(f"a photo of sks hat {i}",) for i in range(8)]
     assert low_variety(poor, "sks")[0].startswith(
-        "Prompt variety is low: 8 different captions for 8 pictures, on average 1.0 words"
+        "Prompt variety is low: 8 different captions for 8 images, on average 1.0 words"
     )
     assert low_variety(poor[:7], "sks") == [], "too few to judge"
     few = [(f"sks {a} far away from {a}{a}",) for a in "xyz"] * 3
-    assert "3 different captions for 9 pictures" in low_variety(few, "sks")[0]
+    assert "3 different captions for 9 images" in low_variety(few, "sks")[0]
     assert low_variety([("A hat, SKS!",), ("sks: hat a",)] * 4, "sks")[0].startswith("Prompt variety is low: 1 diff")

@@ -1,4 +1,4 @@
-"""Pictures, captions and masks that a program hands over, as a data set folder."""
+"""Pictures, captions and masks that a program hands over, as a dataset folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_captions_are_one_for_all_one_a_line_or_one_each():
 
 
 def test_no_picture_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="has no pictures"):
+    with pytest.raises(DataError, match="has no images"):
         store_pictures(tmp_path, [], ["a"])
 
 

@@ -1,4 +1,4 @@
-"""Reading a data set folder: what is used, what is skipped and named, what is refused."""
+"""Reading a dataset folder: what is used, what is skipped and named, what is refused."""
 
 import os
 
@@ -75,7 +75,7 @@ def test_missing_and_empty_folder_are_errors(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         read(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(DataError, match="holds no picture"):
+    with pytest.raises(DataError, match="holds no image"):
         read(tmp_path)
 
 
@@ -84,15 +84,15 @@ def test_an_unreadable_picture_is_named_skipped_and_counted(tmp_path):
     (tmp_path / "01.png").write_bytes(b"this is not a picture")
     found = read(tmp_path)
     assert [item.name for item in found.items] == ["00.png", "02.png"]
-    assert found.skipped == [("01.png", "unreadable picture: not a picture")]
-    assert found.warnings == ["1 picture was skipped: 01.png (unreadable picture: not a picture)."]
+    assert found.skipped == [("01.png", "unreadable image: not an image")]
+    assert found.warnings == ["1 image was skipped: 01.png (unreadable image: not an image)."]
 
 
 def test_no_usable_picture_left_is_an_error_that_names_them(tmp_path):
     write_dataset(tmp_path, 2)
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"x")
-    with pytest.raises(DataError, match=r"None of the 2 pictures.*00\.png.*01\.png"):
+    with pytest.raises(DataError, match=r"None of the 2 images.*00\.png.*01\.png"):
         read(tmp_path)
 
 
@@ -180,4 +180,4 @@ def test_contact_sheet_and_summary(tmp_path):
     assert sheet.width == 360 and sheet.height > 240
     assert len(sheet.getcolors(100_000) or []) > 50
     text = summary(found, default_resolution=64)
-    assert "5 pictures" in text and "trigger word “sks”" in text and "2 repeats" in text and "96×32: 5" in text
+    assert "5 images" in text and "trigger word “sks”" in text and "2 repeats" in text and "96×32: 5" in text

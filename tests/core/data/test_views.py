@@ -192,7 +192,7 @@ def test_masks_that_cannot_be_used_leave_the_picture_out_with_the_reason(tmp_pat
     assert refused == [
         ("00.png", "its mask is black all over, so nothing of it would be trained"),
         ("01.png", "its mask has another shape (64x32) than it (64x64)"),
-        ("02.png", "its mask: not a picture"),
+        ("02.png", "its mask: not an image"),
     ]
 
 

@@ -42,9 +42,9 @@ def test_each_picture_has_its_own_notes(messy: DatasetScan):
     assert image_warnings(messy.config, messy.items) == {
         "200_x/g.png": ["200 repeats by its folder's name"],
         "a.png": ["more than once in this set"],
-        "b.png": ["same picture as a.png"],
-        "c.png": ["small: 160×160", "2 pictures have this caption"],
-        "d.png": ["tiny: 90×90", "2 pictures have this caption"],
+        "b.png": ["same image as a.png"],
+        "c.png": ["small: 160×160", "2 images have this caption"],
+        "d.png": ["tiny: 90×90", "2 images have this caption"],
         "e.png": ["tiny: 40×400, enlarged", "no caption: default used"],
     }
     unknown = messy.config.model_copy(update={"resolutions": ()})

@@ -222,7 +222,7 @@ def test_failures_are_one_paragraph_and_can_be_mended(places, tmp_path, manager)
     (tmp_path / "pictures" / "01.png").write_bytes(b"broken")
     assert manager.ensure(settings) is job and job.wait(PATIENCE)
     status = job.status()
-    assert status["state"] == "completed" and "1 picture was skipped: 01.png" in status["warnings"][0]
+    assert status["state"] == "completed" and "1 image was skipped: 01.png" in status["warnings"][0]
 
 
 def test_an_unexpected_error_names_its_type_and_keeps_the_worker_alive(places, tmp_path):

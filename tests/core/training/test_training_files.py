@@ -222,7 +222,7 @@ def test_the_finished_lora_says_what_it_is(places, tmp_path):
     assert {"torch", "chromakit"} <= json.loads(header["chromakit.versions"]).keys()
     assert [json.loads(header[f"chromakit.{key}"]) for key in ("ranks", "alphas", "targets")] == [[4], [2.0], "all"]
     assert header["chromakit.base_file"] == (made.config.model.folder or "").rpartition("/")[2]
-    assert f"2 steps of {made.config.effective_batch} on 4 pictures" in header["modelspec.description"]
+    assert f"2 steps of {made.config.effective_batch} on 4 images" in header["modelspec.description"]
     lora = read_lora(path)
     assert len(lora.modules) == len(trained_lora(made.transformer).modules)
     assert {module.alpha for module in lora.modules.values()} == {2.0}

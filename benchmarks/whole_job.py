@@ -63,7 +63,7 @@ def run_one(files: dict[str, str], card: float, size: int) -> dict[str, Any]:
     """Run the job in this process, on the card that it sees; `card`: GB that the recommendation is made for."""
     if SIMULATED:
         # It has no cuDNN, and torch's own convolution lays every neighbourhood out: nine images more.
-        torch.nn.Conv2d._conv_forward = _convolved  # type: ignore[method-assign]
+        torch.nn.Conv2d._conv_forward = convolved  # type: ignore[method-assign]
         torch.isfinite = lambda numbers: torch.ones((), dtype=torch.bool)  # type: ignore[assignment] (it has no numbers)
     machine = Machine("a card", round(card * GIB), round(HOST_GIB * GIB))
     plan = recommend(Settings("base", size=size), machine, "training")
@@ -110,7 +110,7 @@ def run_one(files: dict[str, str], card: float, size: int) -> dict[str, Any]:
     }
 
 
-def _convolved(layer: Any, x: Any, weight: Any, bias: Any) -> Any:
+def convolved(layer: Any, x: Any, weight: Any, bias: Any) -> Any:
     """The shape of the result, without the result."""
     sides = (
         (side + 2 * padding - kernel) // stride + 1

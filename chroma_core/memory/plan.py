@@ -154,7 +154,10 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     if settings.deterministic:
         activations += score_bytes(body, run, settings.interval)
     mean = lora if settings.ema else 0
-    trained = held + lora + mean + optimizer
+    at_work = held  # where activations peak, in the single blocks
+    if settings.offload == "block":
+        at_work = _streamed_bytes(body, chosen, settings.resident_blocks, body.singles)
+    trained = at_work + lora + mean + optimizer
     # With offloading the model waits in the computer's memory while the VAE decodes.
     beside = trained if settings.offload == "none" else 0
     levels = replace(run, batch=_rows_within(body, run, activations, HELDOUT_ROWS))
@@ -228,12 +231,13 @@ def _reading_bytes(blocks: tuple[Part, ...], chosen: Precision, quantise_here: b
     )
 
 
-def _streamed_bytes(body: Transformer, chosen: Precision, resident: int) -> int:
+def _streamed_bytes(body: Transformer, chosen: Precision, resident: int, among: tuple[Part, ...] = ()) -> int:
     """The transformer's bytes on the device: what lies outside the blocks, the first resident − 2 blocks, and the two
-    largest that pass through."""
+    largest that pass through, of all or `among` some."""
     sizes = [b.bytes(chosen) for b in body.blocks]
-    stay, pass_through = sizes[: resident - 2], sorted(sizes[resident - 2 :])[-2:]
-    return body.outside_blocks.bytes(chosen) + sum(stay) + sum(pass_through)
+    stay, rest = sizes[: resident - 2], sizes[resident - 2 :]
+    passing = sorted([b.bytes(chosen) for b in among] or rest)[-2:]
+    return body.outside_blocks.bytes(chosen) + sum(stay) + sum(passing)
 
 
 @dataclass(frozen=True)

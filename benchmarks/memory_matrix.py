@@ -1,0 +1,161 @@
+"""The memory plan against a simulated card: every precision, size and way to train, by the moment of a job.
+
+    python -m benchmarks.memory_matrix                  # a quarter of an hour; needs no GPU
+    python -m benchmarks.memory_matrix --precisions int8 --sizes 512
+
+Writes docs/data/memory_matrix.json and the table in docs/memory.md. The whole 8.9 B model is allocated, in a process
+for each precision, and nothing is computed: what is compared are bytes, and they are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import warnings
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.real_model import GIB, SIMULATED, Job, condition, job, recompute, transformer
+from benchmarks.whole_job import convolved
+from chroma_core.memory.anatomy import FLUX_VAE
+from chroma_core.memory.plan import HELDOUT_ROWS, Settings, heldout_rows, peaks
+from chroma_core.model.device import release_memory
+from chroma_core.model.precision import PRECISIONS
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.model.vae import Autoencoder
+from chroma_core.sampling.sampler import SamplingSettings, sample
+from chroma_core.streaming import away
+from chroma_core.training.step.objective import heldout_loss
+from tools.pages import fill, markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA, PAGE = ROOT / "docs" / "data" / "memory_matrix.json", ROOT / "docs" / "memory.md"
+CARD_GIB = 96
+TEXT = 128
+WAYS: dict[str, dict[str, Any]] = {
+    "checkpointing": {"gradient_checkpointing": True},
+    "none": {"gradient_checkpointing": False},
+    "streamed 2": {"gradient_checkpointing": True, "offload": "block", "resident_blocks": 2},
+    "streamed 18": {"gradient_checkpointing": True, "offload": "block", "resident_blocks": 18},
+}
+MOMENTS = ("step", "held-out loss", "preview")
+GOAL = 0.10
+"""The plan is to be within this share of what is allocated."""
+
+
+def measured(name: str, sizes: list[int]) -> list[dict[str, Any]]:
+    """A row for each size, way and moment of one precision."""
+    torch.nn.Conv2d._conv_forward = convolved  # type: ignore[method-assign]
+    rows: list[dict[str, Any]] = []
+    for resident in (0, 2, 18):
+        model = transformer(name, device="cuda", resident=resident)
+        made, vae = job(model, name), Autoencoder(**FLUX_VAE).requires_grad_(False).eval()
+        for way, changes in WAYS.items():
+            if changes.get("resident_blocks", 0) != resident:
+                continue
+            recompute(model, int(changes["gradient_checkpointing"]))
+            for size in sizes:
+                settings = Settings("base", name, size=size, **changes)
+                made.batches.shape = (*made.batches.shape[:2], size // 8, size // 8)
+                found = moments(made, vae, settings)
+                planned = peaks(settings).moments
+                rows += [
+                    {
+                        "precision": name,
+                        "size": size,
+                        "way": way,
+                        "moment": moment,
+                        "simulated_gib": round(found[moment] / GIB, 3),
+                        "planned_gib": round(planned[moment] / GIB, 3),
+                    }
+                    for moment in MOMENTS
+                ]
+        gone = [weakref.ref(model)]
+        del model, made
+        release_memory(gone)
+    return rows
+
+
+def moments(made: Job, vae: Autoencoder, settings: Settings) -> dict[str, int]:
+    """What is allocated at most in each of `MOMENTS`."""
+    size, rows = settings.pixels, heldout_rows(settings, HELDOUT_ROWS)
+    picture = torch.zeros(16, size // 8, size // 8), condition(TEXT)
+    return {
+        "step": peak(made.step),
+        "held-out loss": peak(lambda: heldout_loss(made.model, [picture], rows=rows)),
+        "preview": peak(lambda: preview(made.model, vae, settings)),
+    }
+
+
+def peak(work: Any) -> int:
+    """Bytes allocated at most while `work` runs a second time."""
+    work()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated()
+
+
+@torch.no_grad()
+def preview(model: ChromaTransformer, vae: Autoencoder, settings: Settings) -> None:
+    """One step of sampling with guidance, then the VAE: beside the model, or in its place."""
+    size, text = settings.pixels, condition(TEXT)
+    one = SamplingSettings(steps=1, guidance=4.0)
+    latents = sample(model, [text], text, width=size, height=size, settings=one)
+    with away(model, torch.device("cuda")) if settings.offload == "block" else nullcontext():
+        vae.to("cuda")
+        vae.decode(latents)
+        vae.to("cpu")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Simulated / planned GiB, a line for each precision, size and way; what is off by more than the goal is marked."""
+    lines: dict[tuple[str, int, str], dict[str, str]] = {}
+    for row in rows:
+        off = row["planned_gib"] / row["simulated_gib"] - 1
+        cell = f"{row['simulated_gib']:.1f} / {row['planned_gib']:.1f}, {100 * off:+.0f} %"
+        lines.setdefault((row["precision"], row["size"], row["way"]), {})[row["moment"]] = (
+            cell if abs(off) <= GOAL else f"**{cell}**"
+        )
+    columns = ("precision", "pixels", "gradient checkpointing", *MOMENTS)
+    return markdown_table([[*key, *(cells[moment] for moment in MOMENTS)] for key, cells in lines.items()], columns)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024])
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        warnings.filterwarnings("ignore")
+        print(json.dumps(measured(options.one, options.sizes)))
+        return 0
+    if SIMULATED:
+        print("Run this without the simulated card: it starts one for each precision.", file=sys.stderr)
+        return 2
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from nullgpu.run import environment  # pyright: ignore[reportMissingImports]
+
+    rows = []
+    for name in options.precisions:
+        print(name, file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "benchmarks.memory_matrix", "--one", name, "--sizes", *map(str, options.sizes)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment(CARD_GIB), stdout=subprocess.PIPE, text=True, check=True
+        )
+        rows += json.loads(done.stdout.splitlines()[-1])
+    if options.precisions == list(PRECISIONS):
+        DATA.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+        fill(PAGE, "simulated", table(rows))
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,7 +24,7 @@ import torch
 from benchmarks.real_model import GIB, SIMULATED, Job, condition, job, recompute, transformer
 from benchmarks.whole_job import convolved
 from chroma_core.memory.anatomy import FLUX_VAE
-from chroma_core.memory.plan import HELDOUT_ROWS, Settings, heldout_rows, peaks
+from chroma_core.memory.plan import HELDOUT_ROWS, Settings, heldout_rows
 from chroma_core.model.device import release_memory
 from chroma_core.model.precision import PRECISIONS
 from chroma_core.model.transformer import ChromaTransformer
@@ -32,21 +32,12 @@ from chroma_core.model.vae import Autoencoder
 from chroma_core.sampling.sampler import SamplingSettings, sample
 from chroma_core.streaming import away
 from chroma_core.training.step.objective import heldout_loss
-from tools.pages import fill, markdown_table
+from tools.docs.memory_table import MOMENTS, PAGE, SIMULATED_PEAKS, WAYS, simulated_table
+from tools.pages import fill
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA, PAGE = ROOT / "docs" / "data" / "memory_matrix.json", ROOT / "docs" / "memory.md"
 CARD_GIB = 96
 TEXT = 128
-WAYS: dict[str, dict[str, Any]] = {
-    "checkpointing": {"gradient_checkpointing": True},
-    "none": {"gradient_checkpointing": False},
-    "streamed 2": {"gradient_checkpointing": True, "offload": "block", "resident_blocks": 2},
-    "streamed 18": {"gradient_checkpointing": True, "offload": "block", "resident_blocks": 18},
-}
-MOMENTS = ("step", "held-out loss", "preview")
-GOAL = 0.10
-"""The plan is to be within this share of what is allocated."""
 
 
 def measured(name: str, sizes: list[int]) -> list[dict[str, Any]]:
@@ -63,19 +54,9 @@ def measured(name: str, sizes: list[int]) -> list[dict[str, Any]]:
             for size in sizes:
                 settings = Settings("base", name, size=size, **changes)
                 made.batches.shape = (*made.batches.shape[:2], size // 8, size // 8)
+                row = {"precision": name, "size": size, "way": way}
                 found = moments(made, vae, settings)
-                planned = peaks(settings).moments
-                rows += [
-                    {
-                        "precision": name,
-                        "size": size,
-                        "way": way,
-                        "moment": moment,
-                        "simulated_gib": round(found[moment] / GIB, 3),
-                        "planned_gib": round(planned[moment] / GIB, 3),
-                    }
-                    for moment in MOMENTS
-                ]
+                rows += [{**row, "moment": moment, "gib": round(found[moment] / GIB, 3)} for moment in MOMENTS]
         gone = [weakref.ref(model)]
         del model, made
         release_memory(gone)
@@ -113,19 +94,6 @@ def preview(model: ChromaTransformer, vae: Autoencoder, settings: Settings) -> N
         vae.to("cpu")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Simulated / planned GiB, a line for each precision, size and way; what is off by more than the goal is marked."""
-    lines: dict[tuple[str, int, str], dict[str, str]] = {}
-    for row in rows:
-        off = row["planned_gib"] / row["simulated_gib"] - 1
-        cell = f"{row['simulated_gib']:.1f} / {row['planned_gib']:.1f}, {100 * off:+.0f} %"
-        lines.setdefault((row["precision"], row["size"], row["way"]), {})[row["moment"]] = (
-            cell if abs(off) <= GOAL else f"**{cell}**"
-        )
-    columns = ("precision", "pixels", "gradient checkpointing", *MOMENTS)
-    return markdown_table([[*key, *(cells[moment] for moment in MOMENTS)] for key, cells in lines.items()], columns)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
@@ -151,9 +119,9 @@ def main() -> int:
         )
         rows += json.loads(done.stdout.splitlines()[-1])
     if options.precisions == list(PRECISIONS):
-        DATA.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
-        fill(PAGE, "simulated", table(rows))
-    print(table(rows))
+        SIMULATED_PEAKS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+        fill(PAGE, "simulated", simulated_table(rows))
+    print(simulated_table(rows))
     return 0
 
 

@@ -12,7 +12,7 @@ from ..chroma_core.errors import ModelFileError
 from ..chroma_core.loading.load import describe
 from ..chroma_core.loading.model_files import locate
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec, Offload
-from ..chroma_core.memory import Settings, estimate, in_gib, machine, memory_plan
+from ..chroma_core.memory import Settings, estimate, in_gib, memory_plan
 from ..chroma_core.model.flavours import FLAVOURS
 from ..chroma_core.model.latents import PATCH
 from ..chroma_core.options import option_of
@@ -181,7 +181,7 @@ def part_name(part: Any, path: str | None) -> str:
 
 def _memory_plan(spec: ModelSpec, planned: str) -> str:
     """The table of what fits; when the chosen settings do not, that is also said on the node."""
-    here = machine(host.device())
+    here = host.here()
     settings = Settings.of(spec, flavour=planned)
     needed = estimate(settings, here)
     if needed.sampling_peak_bytes > here.device_budget:

@@ -114,6 +114,7 @@ def plan_options(plan: argparse.ArgumentParser) -> None:
     for field in ("ema", "deterministic", "text_tokens", "trained_parameters"):
         add_flag(plan, Settings, field)
     plan.add_argument("--device-memory", type=float, metavar="GIB", help="Plan for a GPU of that size, not this one.")
+    plan.add_argument("--margin", type=float, metavar="GIB", help="GPU memory to leave to others (default: 1 GiB).")
     plan.add_argument("--host-memory", type=float, metavar="GIB", help="Plan for that much RAM.")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=_plan)
@@ -122,7 +123,7 @@ def plan_options(plan: argparse.ArgumentParser) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from ..memory import Settings, estimate, machine, memory_plan
 
-    on = machine().with_memory(options.device_memory, options.host_memory)
+    on = machine().with_memory(options.device_memory, options.host_memory, options.margin)
     names = {field.name for field in fields(Settings)} & set(vars(options)) - {"size"}
     chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
     settings = Settings(**chosen, size=options.size, gradient_checkpointing=not options.no_checkpointing)

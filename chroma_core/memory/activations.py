@@ -34,6 +34,8 @@ _SAMPLING_LINEAR = 13.4
 _KEPT_DOUBLE = {4: 13.0, 2: 15.0}
 _KEPT_SINGLE = {4: 11.0, 2: 13.0}
 """Units that a block keeps for its backward pass, without what LoRA layers keep."""
+_FUSED_NORM = 2.0
+"""Units fewer that a block keeps in 16 bits on a GPU, whose norm of query and key is one kernel."""
 _BACKWARD = {4: 13.0, 2: 18.0}
 _BACKWARD_MLP = {4: 16.1, 2: 18.2}
 """Units on top of what is kept when the backward pass begins; second: with a LoRA on the single blocks' last layer."""
@@ -60,12 +62,16 @@ weight; measured."""
 
 @dataclass(frozen=True)
 class Pass:
-    """Sizes of one pass through the transformer: images, image and text tokens, and how it computes."""
+    """Sizes of one pass through the transformer: images, image and text tokens, and how it computes.
+
+    fused_norm: RMS norms are one kernel, which keeps no fp32 copy.
+    """
 
     batch: int
     image_tokens: int
     text_tokens: int
     chosen: Precision
+    fused_norm: bool = False
 
     @property
     def tokens(self) -> int:
@@ -167,6 +173,8 @@ def _kept_blocks(run: Pass, layers: LoraLayers) -> tuple[float, float]:
     double = _KEPT_DOUBLE[size] + kept(("double image", "double text"))
     # A single block's last layer reads attention and MLP side by side: 5 wide.
     single = _KEPT_SINGLE[size] + kept(("single",)) + ("single" in layers.mlp_out)
+    if run.fused_norm and size == 2:
+        double, single = double - _FUSED_NORM, single - _FUSED_NORM
     if run.chosen.dtype == torch.float16:  # fp16 is clipped after every block, which keeps what was clipped
         double, single = double + share, single + 1
     return double, single

@@ -29,6 +29,7 @@ class Machine:
     """One accelerator and the memory of the computer around it, in bytes.
 
     device_type: `cuda` (NVIDIA, and AMD through ROCm), `mps` or `cpu`. bf16: whether it computes in bf16 itself.
+    margin: bytes of the device that are not the plan's.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Machine:
     host_bytes: int
     device_type: str = "cuda"
     bf16: bool = True
+    margin: int = DEVICE_MARGIN
 
     @property
     def shared(self) -> bool:
@@ -47,25 +49,30 @@ class Machine:
         """Bytes on the device that a plan may use."""
         if self.device_type == "cpu":
             return self.host_budget
-        return max(0, round((1 - DEVICE_HOLES) * (self.device_bytes - DEVICE_MARGIN)))
+        return max(0, round((1 - DEVICE_HOLES) * (self.device_bytes - self.margin)))
 
     @property
     def host_budget(self) -> int:
         """Bytes of the computer's memory that a plan may use."""
         return max(0, self.host_bytes - round(max(HOST_MARGIN, HOST_MARGIN_SHARE * self.host_bytes)))
 
-    def with_memory(self, device_gib: float | None, host_gib: float | None) -> Machine:
-        """This machine with another card, or another amount of memory (in GiB; None: as it is).
+    def with_memory(self, device_gib: float | None, host_gib: float | None, margin_gib: float | None = None) -> Machine:
+        """This machine with another card, other amounts of memory or another margin (in GiB; None: as it is).
 
         A number for the card means one with memory of its own, whatever this machine has. Raises ConfigError.
         """
         for what, value in (("card", device_gib), ("computer", host_gib)):
             if value is not None and not 0.5 <= value <= 2**20:
                 raise ConfigError(f"The memory of the {what} is {value} GiB; give a number of GiB of at least 0.5.")
+        if margin_gib is not None and not 0 <= margin_gib <= 2**20:
+            raise ConfigError(f"The margin is {margin_gib} GiB; give a number of GiB of at least 0.")
         host = self.host_bytes if host_gib is None else round(host_gib * GIB)
+        margin = self.margin if margin_gib is None else round(margin_gib * GIB)
         if device_gib is not None:
-            return Machine("a card", round(device_gib * GIB), host, "cuda")
-        return replace(self, host_bytes=host, device_bytes=host if self.device_type == "cpu" else self.device_bytes)
+            return Machine("a card", round(device_gib * GIB), host, "cuda", margin=margin)
+        return replace(
+            self, margin=margin, host_bytes=host, device_bytes=host if self.device_type == "cpu" else self.device_bytes
+        )
 
 
 def machine(device: torch.device | str | None = None) -> Machine:

@@ -133,7 +133,7 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     body, t5, fp32 = whole.transformer, whole.text_encoder, precision("fp32")
     size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
     on_device = 0 if settings.offload_during_startup else 1
-    run = _pass(settings)
+    run = _pass(settings, fused_norm=not shared_memory)
     layers = lora_layers(settings.flavour, settings.target)
 
     weights, text_weights, vae = body.whole.bytes(chosen), t5.whole.bytes(text), whole.vae.whole.bytes(fp32)
@@ -190,9 +190,19 @@ HELDOUT_ROWS = 10
 """Noise levels of the held-out loss; see `training.step.objective.HELDOUT_SIGMAS`."""
 
 
+def step_traffic(settings: Settings) -> int:
+    """Bytes that a training step brings to the device where blocks are streamed, else 0: every block that passes
+    through, twice, but for the two that the forward pass ends with."""
+    if settings.offload != "block":
+        return 0
+    chosen = precision(settings.precision)
+    sizes = [b.bytes(chosen) for b in anatomy(settings.flavour).transformer.blocks][settings.resident_blocks - 2 :]
+    return 2 * sum(sizes) - sum(sizes[-2:])
+
+
 def heldout_rows(settings: Settings, rows: int) -> int:
     """How many of `rows` noise levels the held-out loss may take at a time (at least one) to stay below a step."""
-    return _rows_within(anatomy(settings.flavour).transformer, _pass(settings), peaks(settings).activations, rows)
+    return _rows_within(anatomy(settings.flavour).transformer, _pass(settings, True), peaks(settings).activations, rows)
 
 
 def _rows_within(body: Transformer, run: Pass, step: int, rows: int) -> int:
@@ -200,9 +210,10 @@ def _rows_within(body: Transformer, run: Pass, step: int, rows: int) -> int:
     return next(fits, 1)
 
 
-def _pass(settings: Settings) -> Pass:
+def _pass(settings: Settings, fused_norm: bool) -> Pass:
     size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
-    return Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, precision(settings.precision))
+    chosen = precision(settings.precision)
+    return Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, chosen, fused_norm)
 
 
 def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:

@@ -17,18 +17,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management as management
 import comfy.model_patcher
 import execution
 import torch
+from comfy.cli_args import args
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ...chroma_core.loading.component_cache import ComponentCache
 from ...chroma_core.loading.load import COMPUTING_BYTES, transformer_identity
 from ...chroma_core.loading.spec import ModelSpec
+from ...chroma_core.memory.machine import GIB, Machine, machine
 from ...chroma_core.training.control import DeviceSlot
 from .messages import say, show_loading
 from .queue import between_prompts, computing
@@ -46,6 +49,13 @@ _job_slot: Callable[[], DeviceSlot | None] = _no_job
 def device() -> torch.device:
     """Where models run."""
     return management.get_torch_device()
+
+
+def here() -> Machine:
+    """What memory plans are made for: ComfyUI's device, less what `--reserve-vram` leaves to others, if that is more
+    than a plan leaves anyway."""
+    found = machine(device())
+    return replace(found, margin=max(found.margin, round((args.reserve_vram or 0) * GIB)))
 
 
 def make_room(needed: int | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from aiohttp import web
 from comfy_api.latest import io
 
-from ...chroma_core.memory import Settings, machine, memory_plan
+from ...chroma_core.memory import Settings, memory_plan
 from ...chroma_core.model.flavours import FLAVOURS
 from ...chroma_core.model.latents import snap_size
 from ...chroma_core.sampling.schedule import SigmaSettings, sigma_density
@@ -122,7 +122,7 @@ def _rows(body: object) -> dict[str, Any]:
     size = io.Int.Input("size", default=0, min=0, max=4096)
     values = read_widgets([*(own[name] for name in PLAN), size], body)
     values["size"] = values["size"] or None
-    plan = memory_plan(Settings(**values), machine(host.device()))
+    plan = memory_plan(Settings(**values), host.here())
     return {
         "rows": [row.to_dict() for row in plan.rows],
         "size": plan.chosen.pixels,

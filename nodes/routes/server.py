@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from aiohttp import web
 
-from ...chroma_core.memory import Settings, estimate, machine
+from ...chroma_core.memory import Settings, estimate
 from .. import host, while_training
 from .common import Malformed, add, answer, json_of, refused
 
@@ -27,7 +27,7 @@ def register(routes: Any) -> None:
 async def _plan(request: web.Request) -> web.Response:
     """The memory estimate for the query's settings; see `PLAN`."""
     settings = {name: _setting(name, text) for name, text in request.query.items()}
-    return await answer(lambda: estimate(Settings(**settings), machine(host.device())).to_dict())
+    return await answer(lambda: estimate(Settings(**settings), host.here()).to_dict())
 
 
 def _setting(name: str, text: str) -> Any:

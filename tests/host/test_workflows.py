@@ -225,7 +225,7 @@ def test_a_preset_trains_and_paints(server: Host, downloaded: None, card: int):
 
 @pytest.mark.slow
 def test_a_preset_trains_and_paints_at_its_own_sizes(server: Host, downloaded: None):
-    (picture,) = pixels(server, server.run(preset_on_tiny(CARDS[0]), timeout=500))
+    (picture,) = pixels(server, server.run(preset_on_tiny(CARDS[1]), timeout=500))
     assert picture.shape == (1024, 1024, 3)
 
 

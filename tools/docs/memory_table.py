@@ -9,15 +9,17 @@ Text outside the marks `<!-- begin NAME -->` and `<!-- end NAME -->` is written 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from chroma_core.memory import Settings, estimate, recommend
-from chroma_core.memory.activations import MOMENTS
+from chroma_core.memory.activations import MOMENTS as MOMENT_BYTES
 from chroma_core.memory.anatomy import Part, anatomy, transformer_on_meta
 from chroma_core.memory.machine import GIB, Machine
-from chroma_core.memory.plan import CHOICES
+from chroma_core.memory.plan import CHOICES, peaks
 from chroma_core.model.precision import precision
 
 from ..pages import filled, markdown_table
@@ -25,6 +27,17 @@ from ..pages import filled, markdown_table
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "memory.md"
 CARDS = ((24, 64), (24, 32), (16, 32), (16, 16), (12, 32), (12, 16), (8, 32), (8, 16))
+SIMULATED_PEAKS = ROOT / "docs" / "data" / "memory_matrix.json"
+"""What `benchmarks.memory_matrix` found."""
+WAYS: dict[str, dict[str, Any]] = {
+    "checkpointing": {"gradient_checkpointing": True},
+    "none": {"gradient_checkpointing": False},
+    "streamed 2": {"gradient_checkpointing": True, "offload": "block", "resident_blocks": 2},
+    "streamed 18": {"gradient_checkpointing": True, "offload": "block", "resident_blocks": 18},
+}
+MOMENTS = ("step", "held-out loss", "preview")
+GOAL = 0.10
+"""The plan is to be within this share of what is allocated."""
 SEED_GIB = {"bf16": 28, "int8": 16, "int4": 11, "nf4": 8}
 
 
@@ -48,6 +61,7 @@ def calculated() -> Iterator[tuple[str, str]]:
     yield "parts", parts_table()
     yield "choices", choices_table()
     yield "seeds", seeds_table()
+    yield "simulated", simulated_table(json.loads(SIMULATED_PEAKS.read_text(encoding="utf-8")))
 
 
 def parts_table() -> str:
@@ -108,6 +122,25 @@ def seeds_table() -> str:
     return markdown_table(rows, header)
 
 
+def planned_gib(row: Mapping[str, Any]) -> float:
+    """What the plan says of a row of `SIMULATED_PEAKS`."""
+    settings = Settings("base", row["precision"], size=row["size"], **WAYS[row["way"]])
+    return peaks(settings).moments[row["moment"]] / GIB
+
+
+def simulated_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Simulated / planned GiB, a line for each precision, size and way; what is off by more than the goal is bold."""
+    lines: dict[tuple[str, int, str], dict[str, str]] = {}
+    for row in rows:
+        planned = planned_gib(row)
+        off = planned / row["gib"] - 1
+        cell = f"{row['gib']:.1f} / {planned:.1f}, {100 * off:+.0f} %"
+        cells = lines.setdefault((row["precision"], row["size"], row["way"]), {})
+        cells[row["moment"]] = cell if abs(off) <= GOAL else f"**{cell}**"
+    columns = ("precision", "pixels", "gradient checkpointing", *MOMENTS)
+    return markdown_table([[*key, *(cells[moment] for moment in MOMENTS)] for key, cells in lines.items()], columns)
+
+
 def measured() -> Iterator[tuple[str, str]]:
     """The tables that need models to run."""
     import torch
@@ -119,7 +152,7 @@ def measured() -> Iterator[tuple[str, str]]:
     torch.manual_seed(0)
     weight = torch.randn(1024, 2048).bfloat16()
     rows = []
-    for name in MOMENTS:
+    for name in MOMENT_BYTES:
         with LiveBytes() as there:
             parts = quantise_weight(weight, name)
         with LiveBytes() as back:
@@ -129,7 +162,7 @@ def measured() -> Iterator[tuple[str, str]]:
         seen = back.peak / weight.numel()
         rows.append(
             [name, f"{stored:.3f}", f"{100 * error:.1f} %"]
-            + [f"{there.peak / weight.numel():.1f}", MOMENTS[name][1], f"{seen:.1f}", MOMENTS[name][0]]
+            + [f"{there.peak / weight.numel():.1f}", MOMENT_BYTES[name][1], f"{seen:.1f}", MOMENT_BYTES[name][0]]
         )
     header = ["precision", "bytes per weight", "error", "to quantise", "planned", "to dequantise", "planned"]
     yield "moments", markdown_table(rows, header)

@@ -1,4 +1,4 @@
-"""The real Chroma on cards of four sizes: workflows that differ in the memory plan alone.
+"""The real Chroma on cards of six sizes: workflows that differ in the memory plan alone.
 
 The plan is asked of `chroma_core.memory` each time, so what a preset sets is what the pack recommends.
 """
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from chroma_core.memory import Machine
     from chroma_core.memory.plan import Purpose, Settings
 
-CARDS = (8, 12, 16, 24)  # GB of the card
+CARDS = (4, 6, 8, 12, 16, 24)  # GB of the card
 COMPUTER = 32  # GB
-TRAINING_SIZE, PICTURE_SIZE = 512, 1024  # pixels
+TRAINING_SIZE = 512  # pixels
+PICTURE_SIZES = {4: 512}  # pixels; 1024 elsewhere: the VAE alone needs 2.8 GiB for that
+BUS = 12.0  # GB/s; what PCIe 3.0 x16, or 4.0 x8, carries in practice
 STEPS = 1500
 FOLDER = "my_pictures"
 
@@ -54,6 +56,10 @@ class Preset:
     settings: Settings
 
     @property
+    def picture_size(self) -> int:
+        return PICTURE_SIZES.get(self.card, 1024)
+
+    @property
     def name(self) -> str:
         return f"chroma_4_real_{self.card:02d}gb"
 
@@ -75,18 +81,20 @@ def preset(card: int) -> Preset:
     from chroma_core.memory.plan import CHOICES, Settings
 
     on = Machine(f"a card of {card} GB", card * GIB, COMPUTER * GIB)
-    painting = recommend(Settings("base", size=PICTURE_SIZE), on, "sampling")
+    size = PICTURE_SIZES.get(card, 1024)
+    painting = recommend(Settings("base", size=size), on, "sampling")
     training = recommend(Settings("base", size=TRAINING_SIZE), on, "training")
     smaller = max(painting, training, key=lambda found: CHOICES.index(found.precision))
     # Painting decides where the parts are: in training they take turns whatever the mode.
     settings = replace(
-        painting.applied_to(Settings(size=PICTURE_SIZE)),
+        painting.applied_to(Settings(size=size)),
         precision=smaller.precision,
         text_precision=smaller.text_precision,
+        resident_blocks=min(painting.resident_blocks, training.resident_blocks),
         gradient_checkpointing=training.gradient_checkpointing,
     )
     found = Preset(card, on, settings)
-    if not (found.fits("sampling", PICTURE_SIZE) and found.fits("training", TRAINING_SIZE)):
+    if not (found.fits("sampling", size) and found.fits("training", TRAINING_SIZE)):
         raise RuntimeError(f"The plan for {card} GB does not serve both painting and training: {settings}")
     return found
 
@@ -145,7 +153,7 @@ def _workflow(found: Preset) -> Workflow:
                 extra_height=120,
             ),
         }
-        | with_text("a photo of [trigger]", 0, width=PICTURE_SIZE, height=PICTURE_SIZE, trigger="sks")
+        | with_text("a photo of [trigger]", 0, width=found.picture_size, height=found.picture_size, trigger="sks")
         | wait_and_apply(2)
         | {"sample": sampler("lora", 3, steps=28)}
         | decode("sample", "chroma/my-lora", 4),
@@ -154,15 +162,18 @@ def _workflow(found: Preset) -> Workflow:
 
 def _note(found: Preset) -> str:
     from chroma_core.memory import in_gib
-    from chroma_core.memory.plan import peaks
+    from chroma_core.memory.plan import peaks, step_traffic
 
-    plan = found.settings
+    plan, size = found.settings, found.picture_size
     painting, training = peaks(plan), peaks(replace(plan, size=TRAINING_SIZE))
-    larger = (
-        f"A *resolution* of {PICTURE_SIZE} fits here too."
-        if found.fits("training", PICTURE_SIZE)
-        else f"A *resolution* of {PICTURE_SIZE} does not fit here with these settings."
-    )
+    fits = "fits here too" if found.fits("training", 1024) else "does not fit here with these settings"
+    larger = f"A *resolution* of 1024 {fits}."
+    if moved := step_traffic(replace(plan, size=TRAINING_SIZE)):
+        larger += (
+            f" The price: every training step sends {in_gib(moved)} of weights to the GPU, at {BUS:g} GB/s at least "
+            f"{moved / (BUS * 1e9):.1f} s, so that {STEPS} steps take {STEPS * moved / (BUS * 3.6e12):.1f} hours or "
+            "more."
+        )
     checkpointing = "on" if plan.gradient_checkpointing else "off"
     return (
         f"## The real Chroma on a GPU of {found.card} GB\n\n"
@@ -181,11 +192,11 @@ def _note(found: Preset) -> str:
         f"| setting | value |\n|---|---|\n| precision | `{plan.precision}` |\n"
         f"| text_precision | `{plan.text_precision}` |\n"
         f"| offload | `{plan.offload}` |\n| gradient_checkpointing | {checkpointing} |\n\n"
-        f"This assumes {COMPUTER} GB of RAM. Sampling at {PICTURE_SIZE} × {PICTURE_SIZE} needs about "
+        f"This assumes {COMPUTER} GB of RAM. Sampling at {size} × {size} needs about "
         f"{in_gib(painting.sampling)} of GPU memory, training at {TRAINING_SIZE} about "
         f"{in_gib(training.training)}; {in_gib(found.on.device_budget)} are available, the rest is left for the "
         f"desktop and the driver. {larger} These are predictions (docs/memory.md), not measured on such a GPU. "
         "The output *memory_plan* of **Chroma Load Model** shows what fits your machine; see *chroma_your_files*.\n\n"
-        "The templates for 8, 12, 16 and 24 GB differ in this plan only; 12 and 16 GB have the same one, as there is "
-        "nothing between `int8` and `bf16`."
+        "The templates for 4 to 24 GB differ in this plan only (and that for 4 GB in the size of the image); 12 and "
+        "16 GB have the same one, as there is nothing between `int8` and `bf16`."
     )

@@ -167,7 +167,12 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
         "loading": load,
         "step": trained + lora + activations,  # with the gradients of what is trained
         "held-out loss": trained + sampling_bytes(body, levels),
-        "preview": max(trained + sampling_bytes(body, run), beside + vae + decode),
+        # Streamed double blocks are twice as large as single ones, with half of the activations when the peak is small.
+        "preview": max(
+            trained + sampling_bytes(body, run),
+            trained - at_work + held + sampling_bytes(body, run) // 2,
+            beside + vae + decode,
+        ),
     }
     training = max(moments.values())
 

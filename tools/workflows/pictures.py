@@ -1,6 +1,7 @@
 """Makes the pictures beside the example workflows (`.jpg`, shown under Templates) by running each in a real host.
 
-python -m tools.workflows.pictures        a few minutes: it really trains
+python -m tools.workflows.pictures                          a few minutes: it really trains
+python -m tools.workflows.pictures chroma_4_real_06gb …     only these
 
 The presets for the real Chroma are not run: theirs is what `tiny` paints with a LoRA, with the size of the card written
 on it. No picture here was painted by the real model.
@@ -8,6 +9,7 @@ on it. No picture here was painted by the real model.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -67,8 +69,12 @@ def labelled(picture, text: str):
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = sorted(path.stem for path in FOLDER.glob("*.json"))
+    parser.add_argument("names", nargs="*", choices=[[], *known], help="workflows; none: all")
+    chosen = parser.parse_args().names or known
     ensure_environment()
-    names = sorted((path.stem for path in FOLDER.glob("*.json")), key=lambda name: (name != FIRST, name))
+    names = sorted({FIRST, *chosen}, key=lambda name: (name != FIRST, name))
     with tempfile.TemporaryDirectory() as base, start_host(Path(base)) as host:
         for name in names:
             if name.startswith(PRESET):
@@ -76,6 +82,8 @@ def main() -> int:
                 made = labelled(picture_of(host, "chroma_3_use_lora"), f"{card} GB")
             else:
                 made = thumbnail(picture_of(host, name))
+            if name not in chosen:
+                continue
             made.save(FOLDER / f"{name}.jpg", quality=88)
             say(f"wrote example_workflows/{name}.jpg")
     return 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -38,6 +40,9 @@ ADVICE = (
 """What SimpleTuner's guide for Chroma advises when training diverges early."""
 
 MAX_SKIPPED_IN_A_ROW = 10
+
+PACE_STEPS, SLOWER = 16, 4.0
+"""A median of so many steps, so many times above the lowest one so far, is slow: more than a mixture of sizes does."""
 
 MEMORY_TRIES = 3
 """How often work that ran out of memory is done anew before the job is paused."""
@@ -79,6 +84,37 @@ def watch_loss(progress: Progress, loss: float, config: TrainingConfig) -> str |
         f"as {progress.loss_lowest:.3g}. {ADVICE} (the learning rate is {config.learning_rate:g}). Checkpoints from "
         "before are kept."
     )
+
+
+class Pace:
+    """Notices when the steps of this run become several times slower, as they do when a driver moves the GPU's memory
+    into RAM instead of saying that it is full."""
+
+    def __init__(self) -> None:
+        self._usual: float | None = None
+        self._last: deque[float] = deque(maxlen=PACE_STEPS)
+        self._warned = False
+
+    def watch(self, step: int, seconds: float) -> str | None:
+        """Take a step into account; a warning when it has just become slow, again only after it was fast again."""
+        self._last.append(seconds)
+        if len(self._last) < PACE_STEPS:
+            return None
+        now = median(self._last)
+        if self._usual is None or now < self._usual:
+            self._usual = now
+        slow = now > SLOWER * self._usual
+        if slow == self._warned:
+            return None
+        self._warned = slow
+        if not slow:
+            return None
+        return (
+            f"Steps have become {now / self._usual:.1f} times slower: {now:.2f} s at step {step}, {self._usual:.2f} s "
+            "before. If the GPU's memory is full, its driver may be using RAM in its place, as NVIDIA's does on "
+            "Windows (Sysmem Fallback Policy). Close what else uses the GPU; or stop the job and go on with offload "
+            "'block' or a lower resolution."
+        )
 
 
 def disk_shortage(folder: Path, next_bytes: int) -> str | None:

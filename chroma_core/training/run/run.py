@@ -37,6 +37,7 @@ from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint
 from .faults import (
     MEMORY_TRIES,
     Diverged,
+    Pace,
     disk_shortage,
     give_up_if_broken,
     memory_in_words,
@@ -78,7 +79,7 @@ class Run:
         self.metrics = MetricsLog(paths.job / "metrics.jsonl", writes=world.main)
         self.progress = Progress()
         self.event_files: EventFiles | None = None
-        self._begun = False
+        self._begun, self._pace = False, Pace()
         self._saved = time.monotonic()
 
     def prepare(self) -> None:
@@ -207,15 +208,21 @@ class Run:
             self.surely(self._step)
 
     def _step(self) -> None:
-        stepper, step, started = self.stepper, self.progress.step, time.perf_counter()
-        between = self.control.between_parts
+        stepper, step, started, waited = self.stepper, self.progress.step, time.perf_counter(), 0.0
+
+        def between() -> None:
+            nonlocal waited
+            since = time.perf_counter()
+            self.control.between_parts()
+            waited += time.perf_counter() - since
+
         result = train_step(step, self.transformer, stepper, self.batches, self.config, self.world, between)
         if self.ema is not None and not result.skipped:
             stepper.torn = True
             with stepper.as_trained():
                 self.ema.update(step)
             stepper.torn = False
-        self._count(result, time.perf_counter() - started)
+        self._count(result, time.perf_counter() - started - waited)
 
     def surely(self, work: Callable[[], Result]) -> Result:
         """What `work` gives; when memory does not suffice, it is undone, and done anew with more room.
@@ -281,9 +288,10 @@ class Run:
         progress.skipped_in_a_row = 0
         progress.smooth(result.loss)
         warning = watch_loss(progress, result.loss, self.config)
-        if warning is not None:
-            self.metrics.append(step=progress.step, warning=warning)
-            self._warn(warning)
+        slow = None if torch.device(self.device).type == "cpu" else self._pace.watch(progress.step, seconds)
+        for said in filter(None, (warning, slow)):
+            self.metrics.append(step=progress.step, warning=said)
+            self._warn(said)
         self.metrics.append(
             step=progress.step,
             loss=result.loss,

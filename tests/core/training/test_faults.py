@@ -18,6 +18,7 @@ from chroma_core.training.run.checkpoint import checkpoints, restore_latest, sav
 from chroma_core.training.run.faults import (
     DISK_MARGIN,
     MEMORY_TRIES,
+    Pace,
     disk_shortage,
     out_of_memory,
     plan_settings,
@@ -198,3 +199,18 @@ def test_previews_have_settings_of_their_own(places):
     )  # fmt: skip
     assert (second.width, second.height, second.settings.seed, second.settings.guidance) == (96, 64, 7, 1.0)
     assert TrainingConfig.parse(read.model_dump(mode="json")) == read
+
+
+def test_steps_that_become_several_times_slower_are_warned_of_once():
+    pace = Pace()
+
+    def said(*seconds: float) -> list[str]:
+        return [text for text in (pace.watch(step, value) for step, value in enumerate(seconds)) if text]
+
+    assert not said(9.0, *[0.5] * 40), "the first step compiles and warms up"
+    assert not said(*[0.5, 1.9] * 20), "a mixture of sizes"
+    (warning,) = said(*[0.5] * 16, *[3.0] * 40)
+    assert "3.5 times slower: 1.75 s" in warning or "6.0 times slower: 3.00 s" in warning, warning
+    assert "0.50 s before" in warning and "offload 'block'" in warning
+    assert not said(*[0.5] * 20)
+    assert len(said(*[2.5] * 20)) == 1

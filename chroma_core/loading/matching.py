@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelFileError
+from ..model.device import is_out_of_memory
 from ..model.text_encoder import T5Encoder
 from ..model.transformer import ChromaTransformer
 from ..model.vae import Autoencoder
@@ -265,7 +266,9 @@ def _expected(part: Part, config: Mapping[str, Any], complaint: str) -> dict[str
             raise ModelFileError(f"{complaint}: {name} is {value}, and no model has more than {limit}.")
     try:
         state = build_part(part, config).state_dict()
-    except Exception as error:  # the libraries raise almost any type for values that they cannot use
+    except Exception as error:  # torch raises almost any type for values that it cannot use
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelFileError(f"{complaint}: {reason.rstrip('.')}.") from error
     return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import PrecisionError
 from . import backends
-from .device import has_bf16
+from .device import has_bf16, is_out_of_memory
 from .quantised import QuantisedLinear, outline
 
 
@@ -103,6 +103,8 @@ def require(chosen: Precision, device: torch.device | str) -> None:
         ones = torch.ones(64, 64, dtype=chosen.dtype, device=device)
         works = bool(torch.isfinite(ones @ ones).all())
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):  # says nothing of the precision
+            raise
         raise PrecisionError(
             f"The precision '{chosen.name}' computes in {str(chosen.dtype).removeprefix('torch.')}, which the device "
             f"'{device}' cannot do ({error}). Choose another precision ({', '.join(PRECISIONS)}) or device."

@@ -123,7 +123,7 @@ def test_a_list_of_pictures_may_have_several_sizes_and_a_list_of_captions(server
         (64, 64, ("the first sks",)),
         (128, 64, ("the second sks",)),
     ]
-    assert "2 pictures, 2 different captions" in text
+    assert "2 images, 2 different captions" in text
 
 
 def test_masks_become_mask_files_and_a_black_one_is_none(server: Host, photos: list[np.ndarray]):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PrecisionError
+from ..device import is_out_of_memory
 
 SCHEMES = {
     "int8-quanto": "optimum-quanto",
@@ -68,6 +69,8 @@ def check(scheme: str, device: torch.device) -> None:
             error = (library.dequantise(parts, scheme, torch.float32, sample.shape) - sample).abs().max().item()
             reason = None if error < 0.25 else f"a test matrix came back with an error of {error:.2g}"
         except Exception as failure:
+            if is_out_of_memory(failure):  # says nothing of the library
+                raise
             reason = f"{type(failure).__name__}: {failure}"
     if reason is not None:
         raise PrecisionError(

@@ -190,5 +190,7 @@ def train_step(
     stepper.combine(world)
     total = world.total(total)
     learning_rate = config.schedule().at(step)
+    sigma_mean = float(batch.sigmas.mean())
     norm, _ = stepper.apply(learning_rate, config.max_grad_norm)
-    return StepResult(total, norm, learning_rate, float(batch.sigmas.mean()), stepper.skip_reason)
+    # Nothing that can fail comes after it: an error would have the step taken twice.
+    return StepResult(total, norm, learning_rate, sigma_mean, stepper.skip_reason)

@@ -20,7 +20,7 @@ from ...loading.load import COMPUTING_BYTES, Device, device_size, load_text_enco
 from ...loading.model_files import base_hash, locate
 from ...loading.spec import ModelSpec
 from ...lora.adapters import adapted_layers
-from ...model.device import release_memory
+from ...model.device import is_out_of_memory, release_memory
 from ...model.transformer import ChromaTransformer
 from ...model.vae import Autoencoder
 from ...sampling.text import TextEncoder
@@ -173,6 +173,8 @@ def compile_blocks(transformer: ChromaTransformer, backend: str = "inductor") ->
     try:
         torch.compile(_trial, backend=backend)(torch.ones(4, device=device))
     except Exception as error:
+        if is_out_of_memory(error):  # says nothing of the compiler
+            raise
         raise ConfigError(
             f"torch.compile with the backend '{backend}' cannot work on the device '{device}' ({type(error).__name__}: "
             f"{first_line(error)}). On a GPU it needs Triton, on a CPU a C++ compiler. Turn "

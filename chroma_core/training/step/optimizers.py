@@ -20,6 +20,7 @@ import torch
 from torch.nn import Parameter
 
 from ...errors import ConfigError, check_choice
+from ...model.device import is_out_of_memory
 
 LrSchedule = Literal["constant", "cosine", "linear", "restarts", "polynomial"]
 
@@ -183,6 +184,8 @@ def check_optimizer(settings: OptimizerSettings, device: torch.device | str) -> 
                 moved = (matrix < 1).all() and matrix.isfinite().all()
             reason = None if moved else "a test matrix came out of a step wrong"
         except Exception as error:
+            if is_out_of_memory(error):  # says nothing of the optimizer
+                raise
             reason = f"{type(error).__name__}: {error}"
     if reason is not None:
         raise ConfigError(

@@ -16,7 +16,7 @@ from chroma_core.memory import estimate, heldout_rows, memory_plan, peaks, recom
 from chroma_core.memory.activations import Pass, sampling_bytes
 from chroma_core.memory.anatomy import anatomy
 from chroma_core.memory.machine import Machine, machine
-from chroma_core.memory.plan import Settings, fits_on
+from chroma_core.memory.plan import Settings, fits_on, step_traffic
 from chroma_core.model.precision import PRECISIONS, precision
 from tools.docs import memory_table as build_memory_table
 from tools.docs.memory_table import GOAL, SIMULATED_PEAKS, planned_gib
@@ -188,3 +188,24 @@ def test_the_plan_is_within_a_tenth_of_what_a_simulated_card_allocates():
     assert {row["precision"] for row in rows} == set(PRECISIONS) and len(rows) == 288
     off = sorted(abs(planned_gib(row) / row["gib"] - 1) for row in rows)
     assert off[-2] <= GOAL and off[-1] < 0.12
+
+
+def test_a_card_without_bf16_gets_fp16_and_a_margin_may_be_chosen():
+    new, old = card(24, 64), replace(card(24, 64), bf16=False)
+    found = [recommend(Settings(size=512), on, "training") for on in (new, old)]
+    assert [each.precision for each in found] == ["bf16", "fp16"]
+    assert found[0].device_peak_bytes == pytest.approx(found[1].device_peak_bytes, rel=0.01)
+    wide = new.with_memory(None, None, margin_gib=8)
+    assert wide.device_budget == pytest.approx(0.92 * 16 * GIB) and wide.device_bytes == new.device_bytes
+    assert recommend(Settings(size=512), wide, "training").precision == "int8"
+    assert new.with_memory(12, None, margin_gib=0).device_budget == pytest.approx(0.92 * 12 * GIB)
+    with pytest.raises(ConfigError, match="The margin is -1 GiB"):
+        new.with_memory(None, None, margin_gib=-1)
+
+
+def test_what_streaming_sends_is_what_a_simulated_card_received():
+    """`benchmarks/step_cost.py --resident N` counted 15.738 GiB (int8, 2) and 4.894 GiB (nf4, 18) a step."""
+    for name, resident, gib in (("int8", 2, 15.738), ("nf4", 18, 4.894)):
+        settings = Settings(precision=name, offload="block", resident_blocks=resident)
+        assert step_traffic(settings) / GIB == pytest.approx(gib, rel=0.02)
+    assert step_traffic(Settings(precision="int8")) == 0

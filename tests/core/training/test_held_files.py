@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from chroma_core import files
@@ -177,3 +178,25 @@ def test_patience_ends_and_other_errors_come_at_once(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="read-only"):
         files.patiently(refused, tmp_path / "x")
     assert len(tries) == 1
+
+
+def test_a_checkpoint_that_may_not_be_read_now_is_not_taken_for_damaged(settings, undisturbed, tmp_path, monkeypatch):
+    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
+    job = manager.ensure(settings)
+    while job.status()["step"] < 3 and not job.wait(0.01):
+        pass
+    manager.shutdown()
+    load = torch.load
+
+    def held(path, *args, **options):
+        raise Held(errno.EACCES, "used by another process", str(path))
+
+    monkeypatch.setattr(torch, "load", held)
+    again = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
+    found = again.ensure(settings)
+    assert found.wait(PATIENCE) and found.state == "failed" and "used by another process" in found.status()["message"]
+    assert not list((found.folder / "checkpoints").glob("damaged-*"))
+    monkeypatch.setattr(torch, "load", load)
+    assert again.resume(found.id).wait(PATIENCE)
+    assert found.state == "completed" and lora(tmp_path) == undisturbed
+    again.shutdown()

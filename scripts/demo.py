@@ -106,7 +106,7 @@ def paint(host: Host, prompts: list[Prompt], label: str) -> list:
     """One image for each prompt."""
     from tqdm import tqdm
 
-    shown = tqdm(prompts, desc=label, unit="picture", mininterval=PROGRESS_SECONDS, file=sys.stdout)
+    shown = tqdm(prompts, desc=label, unit="image", mininterval=PROGRESS_SECONDS, file=sys.stdout)
     return [host.images(host.run(prompt))[0] for prompt in shown]
 
 

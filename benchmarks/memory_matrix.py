@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import warnings
 import weakref
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.real_model import GIB, SIMULATED, Job, condition, job, recompute, transformer
+from benchmarks.real_model import GIB, SIMULATED, Job, condition, job, recompute, run_python, transformer
 from benchmarks.whole_job import convolved
 from chroma_core.memory.anatomy import FLUX_VAE
 from chroma_core.memory.plan import HELDOUT_ROWS, Settings, heldout_rows
@@ -35,7 +33,6 @@ from chroma_core.training.step.objective import heldout_loss
 from tools.docs.memory_table import MOMENTS, PAGE, SIMULATED_PEAKS, WAYS, simulated_table
 from tools.pages import fill
 
-ROOT = Path(__file__).resolve().parents[1]
 CARD_GIB = 96
 TEXT = 128
 
@@ -107,16 +104,12 @@ def main() -> int:
     if SIMULATED:
         print("Run this without the simulated card: it starts one for each precision.", file=sys.stderr)
         return 2
-    sys.path.insert(0, str(ROOT / "tests" / "support"))
-    from nullgpu.run import environment  # pyright: ignore[reportMissingImports]
-
     rows = []
     for name in options.precisions:
         print(name, file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "benchmarks.memory_matrix", "--one", name, "--sizes", *map(str, options.sizes)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment(CARD_GIB), stdout=subprocess.PIPE, text=True, check=True
-        )
+        arguments = ["-m", "benchmarks.memory_matrix", "--one", name, "--sizes", *map(str, options.sizes)]
+        done = run_python(arguments, CARD_GIB)
+        done.check_returncode()
         rows += json.loads(done.stdout.splitlines()[-1])
     if options.precisions == list(PRECISIONS):
         SIMULATED_PEAKS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")

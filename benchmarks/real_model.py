@@ -8,8 +8,11 @@ computes nothing, weights are allocated and left unfilled.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from chroma_core.training.config import TrainingConfig
 from chroma_core.training.run.loop import Batch, Batches, StepResult, train_step
 from chroma_core.training.run.stepper import Stepper
 
+ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 SIMULATED = "NULL_GPU_LIBRARY" in os.environ
 WHOLE = (19, 38)
@@ -35,6 +39,14 @@ TEXT_CHANNELS = 4096
 if SIMULATED:  # it has no cuDNN
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def run_python(arguments: Sequence[str], card_gib: float | None) -> subprocess.CompletedProcess[str]:
+    """`python *arguments` in the repository, its output kept: on a simulated card of that size, or (None) as we are."""
+    simulated = [] if card_gib is None else [str(ROOT / "tests" / "support" / "nullgpu" / "run.py")]
+    environment = {**os.environ, "NULL_GPU_GIB": str(card_gib), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *simulated, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def generator(device: torch.device | str, seed: int) -> torch.Generator:

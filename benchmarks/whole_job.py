@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.real_model import GIB, SIMULATED
+from benchmarks.real_model import GIB, ROOT, SIMULATED, run_python
 from chroma_core.memory import Machine, Settings, recommend
 from chroma_core.memory.anatomy import FLUX_VAE, T5_XXL
 from chroma_core.memory.plan import CHOSEN
@@ -35,7 +33,6 @@ from chroma_core.training.jobs.manager import JobManager
 from chroma_core.weights.safetensors_files import write_safetensors
 from tools.kill_resume import write_pictures
 
-ROOT = Path(__file__).resolve().parents[1]
 DRIVER_GIB = 0.6
 """What a driver and a desktop take of a card before anybody else."""
 HOST_GIB = 32.0
@@ -123,11 +120,8 @@ def convolved(layer: Any, x: Any, weight: Any, bias: Any) -> Any:
 
 def start_one(card: float, size: int, here: bool, files: Path) -> dict[str, Any]:
     """`run_one` in a process of its own, on a simulated card unless `here`."""
-    simulated = [] if here else [str(ROOT / "tests" / "support" / "nullgpu" / "run.py")]
-    command = [sys.executable, *simulated, "-m", "benchmarks.whole_job", "--files", str(files)]
-    command += ["--one", str(card), str(size)]
-    environment = {**os.environ, "NULL_GPU_GIB": str(card - DRIVER_GIB), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    arguments = ["-m", "benchmarks.whole_job", "--files", str(files), "--one", str(card), str(size)]
+    done = run_python(arguments, None if here else card - DRIVER_GIB)
     if done.returncode:
         return {"card": card, "size": size, "state": f"ended with status {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])

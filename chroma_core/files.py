@@ -58,12 +58,12 @@ def replace(source: Path, target: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, patiently; nothing happens where there is none."""
+    patiently(lambda: _remove(path), path)
 
-    def work() -> None:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    patiently(work, path)
+def _remove(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _temporary(path: Path) -> Path:
@@ -189,7 +189,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove temporaries that a killed process left directly in `folder`, except what another program has open."""
     for path in folder.glob(".*.tmp"):
         with suppress(PermissionError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _remove(path)
 
 
 def slug(text: str, fallback: str = "untitled") -> str:

@@ -157,7 +157,8 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     at_work = held  # where activations peak, in the single blocks
     if settings.offload == "block":
         at_work = _streamed_bytes(body, chosen, settings.resident_blocks, body.singles)
-    trained = at_work + lora + mean + optimizer
+    kept = lora + mean + optimizer
+    trained = at_work + kept
     # With offloading the model waits in the computer's memory while the VAE decodes.
     beside = trained if settings.offload == "none" else 0
     levels = replace(run, batch=_rows_within(body, run, activations, HELDOUT_ROWS))
@@ -170,7 +171,7 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
         # Streamed double blocks are twice as large as single ones, with half of the activations when the peak is small.
         "preview": max(
             trained + sampling_bytes(body, run),
-            trained - at_work + held + sampling_bytes(body, run) // 2,
+            held + kept + sampling_bytes(body, run) // 2,
             beside + vae + decode,
         ),
     }

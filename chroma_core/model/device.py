@@ -72,8 +72,8 @@ def release_memory(gone: Iterable[weakref.ref] = ()) -> None:
     """Return what is no longer referenced to the accelerator.
 
     gone: what nobody should refer to any more. Only if some of it is still there, because objects refer to one another
-    in a circle, the collector looks through the whole process, which stands still for as long as that takes: a second
-    in a large ComfyUI.
+    in a circle, the collector looks through the whole process, which stands still for as long as that takes (0.4 s
+    of CPU in one that has imported what training needs).
     """
     if any(reference() is not None for reference in gone):
         gc.collect()

@@ -16,8 +16,9 @@ from chroma_core.memory import estimate, heldout_rows, memory_plan, peaks, recom
 from chroma_core.memory.activations import Pass, sampling_bytes
 from chroma_core.memory.anatomy import anatomy
 from chroma_core.memory.machine import Machine, machine
-from chroma_core.memory.plan import Settings, fits_on, step_traffic
+from chroma_core.memory.plan import HELDOUT_ROWS, Settings, fits_on, step_traffic
 from chroma_core.model.precision import PRECISIONS, precision
+from chroma_core.training.step.objective import HELDOUT_SIGMAS
 from tools.docs import memory_table as build_memory_table
 from tools.docs.memory_table import GOAL, SIMULATED_PEAKS, planned_gib
 
@@ -186,6 +187,7 @@ def test_the_plan_is_within_a_tenth_of_what_a_simulated_card_allocates():
     """Every precision, size and way of `benchmarks.memory_matrix`, by the plan of now; one of 288 is 12 % off."""
     rows = json.loads(SIMULATED_PEAKS.read_text(encoding="utf-8"))
     assert {row["precision"] for row in rows} == set(PRECISIONS) and len(rows) == 288
+    assert len(HELDOUT_SIGMAS) == HELDOUT_ROWS
     off = sorted(abs(planned_gib(row) / row["gib"] - 1) for row in rows)
     assert off[-2] <= GOAL and off[-1] < 0.12
 

@@ -14,7 +14,6 @@ from chroma_core.loading.load import load_transformer
 from chroma_core.loading.spec import ModelSpec
 from nullgpu.run import CannotBuild, environment
 
-ROOT = Path(__file__).resolve().parents[2]
 COSTS = {
     "bf16": ("--blocks", "1", "1"),
     "int8": ("--blocks", "1", "1", "--precision", "int8"),
@@ -31,16 +30,10 @@ for arguments in json.loads(sys.argv[1]):
 
 
 @pytest.fixture(scope="module")
-def costs() -> dict[str, dict]:
+def costs(root) -> dict[str, dict]:
     """What `benchmarks/step_cost.py` says of each of COSTS, all in one process."""
-    try:
-        card = environment(gib=80)
-    except CannotBuild as error:
-        pytest.skip(str(error))
-    command = [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps(list(COSTS.values()))]
-    done = subprocess.run(command, cwd=ROOT, env=card, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(COSTS, map(json.loads, done.stdout.splitlines()), strict=True))
+    said = run_on_a_card(root, "-c", ONE_AFTER_THE_OTHER, json.dumps(list(COSTS.values())), NULL_GPU_GIB="80")
+    return dict(zip(COSTS, map(json.loads, said.splitlines()), strict=True))
 
 
 def test_a_step_costs_what_it_did(costs):

@@ -71,7 +71,7 @@ def labelled(picture, text: str):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = sorted(path.stem for path in FOLDER.glob("*.json"))
-    parser.add_argument("names", nargs="*", choices=[[], *known], help="workflows; none: all")
+    parser.add_argument("names", nargs="*", choices=[[], *known], metavar="NAME", help="workflows; none: all")
     chosen = parser.parse_args().names or known
     ensure_environment()
     names = sorted({FIRST, *chosen}, key=lambda name: (name != FIRST, name))

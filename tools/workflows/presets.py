@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 CARDS = (4, 6, 8, 12, 16, 24)  # GB of the card
 COMPUTER = 32  # GB
 TRAINING_SIZE = 512  # pixels
-PICTURE_SIZES = {4: 512}  # pixels; 1024 elsewhere: the VAE alone needs 2.8 GiB for that
+PICTURE_SIZE = 1024  # pixels
+PICTURE_SIZES = {4: 512}  # where the VAE alone, which needs 2.8 GiB for 1024, does not fit
 BUS = 12.0  # GB/s; what PCIe 3.0 x16, or 4.0 x8, carries in practice
 STEPS = 1500
 FOLDER = "my_pictures"
@@ -56,10 +57,6 @@ class Preset:
     settings: Settings
 
     @property
-    def picture_size(self) -> int:
-        return PICTURE_SIZES.get(self.card, 1024)
-
-    @property
     def name(self) -> str:
         return f"chroma_4_real_{self.card:02d}gb"
 
@@ -81,7 +78,7 @@ def preset(card: int) -> Preset:
     from chroma_core.memory.plan import CHOICES, Settings
 
     on = Machine(f"a card of {card} GB", card * GIB, COMPUTER * GIB)
-    size = PICTURE_SIZES.get(card, 1024)
+    size = PICTURE_SIZES.get(card, PICTURE_SIZE)
     painting = recommend(Settings("base", size=size), on, "sampling")
     training = recommend(Settings("base", size=TRAINING_SIZE), on, "training")
     smaller = max(painting, training, key=lambda found: CHOICES.index(found.precision))
@@ -153,7 +150,7 @@ def _workflow(found: Preset) -> Workflow:
                 extra_height=120,
             ),
         }
-        | with_text("a photo of [trigger]", 0, width=found.picture_size, height=found.picture_size, trigger="sks")
+        | with_text("a photo of [trigger]", 0, width=plan.pixels, height=plan.pixels, trigger="sks")
         | wait_and_apply(2)
         | {"sample": sampler("lora", 3, steps=28)}
         | decode("sample", "chroma/my-lora", 4),
@@ -164,10 +161,11 @@ def _note(found: Preset) -> str:
     from chroma_core.memory import in_gib
     from chroma_core.memory.plan import peaks, step_traffic
 
-    plan, size = found.settings, found.picture_size
+    plan = found.settings
+    size = plan.pixels
     painting, training = peaks(plan), peaks(replace(plan, size=TRAINING_SIZE))
-    fits = "fits here too" if found.fits("training", 1024) else "does not fit here with these settings"
-    larger = f"A *resolution* of 1024 {fits}."
+    fits = "fits here too" if found.fits("training", PICTURE_SIZE) else "does not fit here with these settings"
+    larger = f"A *resolution* of {PICTURE_SIZE} {fits}."
     if moved := step_traffic(replace(plan, size=TRAINING_SIZE)):
         larger += (
             f" The price: every training step sends {in_gib(moved)} of weights to the GPU, at {BUS:g} GB/s at least "

@@ -218,7 +218,8 @@ class Job:
                 self.write()
             except PermissionError as error:  # another program has it open for long; the next update tries again
                 self._written = 0.0
-                self.log(f"job.json was not written: {error}")
+                with suppress(OSError):
+                    self.log(f"job.json was not written: {error}")
         if announce:
             try:
                 self.notify(self.status())

@@ -39,6 +39,9 @@ class LoraBranch(nn.Module):
     pass instead of from a running stream: gradient checkpointing runs the forward twice and must see the same mask.
     """
 
+    in_halves = True
+    """Whether `added` needs nothing but what `begin` gives, so that the branch's input need not be kept for it."""
+
     def __init__(
         self, name: str, module: AdapterModule, strength: float = 1.0, dropout: float = 0.0, trainable: bool = False
     ):
@@ -50,6 +53,13 @@ class LoraBranch(nn.Module):
         self.strength = strength
         self.dropout = dropout
         self.dropout_seed: int | None = None
+        self.cast: dict[str, Tensor] = {}
+        """Factors in the dtype of computing, where somebody has them already; see `trainable.CastFactors`."""
+
+    def factor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A factor in the dtype of computing."""
+        cast = self.cast.get(name)
+        return cast if cast is not None and cast.dtype == dtype else getattr(self, name).to(dtype)
 
     def module(self) -> AdapterModule:
         """The adapter as a value, whose tensors are the branch's own."""
@@ -59,13 +69,20 @@ class LoraBranch(nn.Module):
         """The branch's parameters by name, in the order of the adapter's fields."""
         return dict(self.named_parameters(recurse=False))
 
-    def forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """The branch's share of the output. x [..., in], y [..., out] = base(x), in whatever dtype the base gives."""
-        if self.dropout > 0 and self.training:
-            x = self._drop(x)
-        return self._share(x, y, base)
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, plain: Tensor) -> Tensor:
+        """y and the branch's share. x [..., in]; y [..., out] so far, plain [..., out] = base(x), in whatever dtype the
+        base gives."""
+        return self.added(y, self.begin(x))
 
-    def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def begin(self, x: Tensor) -> Tensor:
+        """What `added` needs of the input."""
+        return self._begin(self._drop(x) if self.dropout > 0 and self.training else x)
+
+    def _begin(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def added(self, y: Tensor, begun: Tensor) -> Tensor:
+        """y [..., out] and the branch's share."""
         raise NotImplementedError
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -86,7 +103,7 @@ class LoraBranch(nn.Module):
 
 
 class LowRankBranch(LoraBranch):
-    """strength · (alpha / rank) · up(down(x)), with down [rank, in] and up [out, rank]."""
+    """y + strength · (alpha / rank) · up(down(x)), with down [rank, in] and up [out, rank]."""
 
     down: nn.Parameter
     up: nn.Parameter
@@ -100,17 +117,18 @@ class LowRankBranch(LoraBranch):
         """The adapter as a value, whose tensors are the branch's own."""
         return LoraModule(alpha=self.alpha, **self.factors())
 
-    def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        return self._low_rank(x) * self.scale
-
-    def _low_rank(self, x: Tensor) -> Tensor:
-        """up(down(x)) in the dtype of x.
+    def _begin(self, x: Tensor) -> Tensor:
+        """down(x) [rows, rank] in the dtype of x.
 
         As products of two dimensions: torch chooses, and rounds, others differently for weights with and without
         gradients, so that a preview in training would not be, to the last bit, what the finished LoRA gives.
         """
-        rows = F.linear(F.linear(x.reshape(-1, x.shape[-1]), self.down.to(x.dtype)), self.up.to(x.dtype))
-        return rows.reshape(*x.shape[:-1], -1)
+        return F.linear(x.reshape(-1, x.shape[-1]), self.factor("down", x.dtype))
+
+    def added(self, y: Tensor, begun: Tensor) -> Tensor:
+        """y + scale · up(begun) in one product, rounded once."""
+        rows = y.reshape(-1, y.shape[-1])
+        return torch.addmm(rows, begun, self.factor("up", begun.dtype).T, alpha=self.scale).view(y.shape)
 
 
 class DoraBranch(LowRankBranch):
@@ -120,17 +138,19 @@ class DoraBranch(LowRankBranch):
     a streamed layer has its weight on the device just then. It is constant to the gradient (section 4.3).
     """
 
+    in_halves = False
     magnitude: nn.Parameter
 
-    def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, plain: Tensor) -> Tensor:
         scale = self.alpha / self.down.shape[0]
         factor = self.magnitude.float() / changed_norms(base, self.down, self.up, scale)
-        low_rank = self._low_rank(x) * scale
+        begun = self.begin(x)
+        low_rank = F.linear(begun, self.factor("up", begun.dtype)).reshape(plain.shape) * scale
         bias: Any = base.bias
-        plain = y if bias is None else y - bias
+        weighted = plain if bias is None else plain - bias
         # The difference to 1 is taken before rounding: near 1, bf16 has steps of 0.4 %.
-        share = (factor - 1).to(y.dtype) * plain + factor.to(y.dtype) * low_rank.to(y.dtype)
-        return share if self.strength == 1 else share * self.strength
+        share = (factor - 1).to(y.dtype) * weighted + factor.to(y.dtype) * low_rank.to(y.dtype)
+        return y + (share if self.strength == 1 else share * self.strength)
 
 
 class LokrBranch(LoraBranch):
@@ -144,7 +164,8 @@ class LokrBranch(LoraBranch):
         """The adapter as a value, whose tensors are the branch's own."""
         return LokrModule(self.alpha, **self.factors(), rows=self.rows)
 
-    def _share(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def _begin(self, x: Tensor) -> Tensor:
+        """The whole share."""
         own = self.module()
         cast = own.to(x.dtype)
         (_, in_m), (_, in_n) = cast.blocks
@@ -159,6 +180,9 @@ class LokrBranch(LoraBranch):
         product = F.linear(crossed, cast.left).reshape(-1, height, cast.left.shape[0]).transpose(1, 2)
         share = product.reshape(*x.shape[:-1], -1) * (self.strength * own.scale)
         return share if self.rows is None else share[..., self.rows[0] : self.rows[1]]
+
+    def added(self, y: Tensor, begun: Tensor) -> Tensor:
+        return y + begun.to(y.dtype)
 
 
 def changed_norms(base: nn.Module, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -218,12 +242,31 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in the dtype that the base gives."""
-        base = self.base_layer(x)
-        y = base
-        if self.enabled:
-            for branch in self.loras():
-                if branch.strength != 0:
-                    y = y + branch(x, base, self.base_layer).to(y.dtype)
+        plain = y = self.base_layer(x)
+        for branch in self._active():
+            y = branch(x, y, self.base_layer, plain)
+        return y
+
+    def _active(self) -> list[LoraBranch]:
+        return [branch for branch in self.loras() if branch.strength != 0] if self.enabled else []
+
+    def in_halves(self) -> bool:
+        """Whether `end` needs nothing of the input for a backward pass but what `begin` gives."""
+        frozen = not any(parameter.requires_grad for parameter in self.base_layer.parameters())
+        return frozen and all(branch.in_halves for branch in self._active())
+
+    def begin(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The first half of `forward`: x, and what each branch makes of it. See `transformer.Block`."""
+        active = self._active()
+        return (x, *(branch.begin(x) for branch in active)) if all(branch.in_halves for branch in active) else (x,)
+
+    def end(self, x: Tensor, *begun: Tensor) -> Tensor:
+        """The second half."""
+        if not begun:
+            return self(x)
+        y = self.base_layer(x)
+        for branch, its in zip(self._active(), begun, strict=True):
+            y = branch.added(y, its)
         return y
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable
+from functools import cache
 
 import psutil
 import torch
@@ -37,6 +38,19 @@ def has_bf16(device: torch.device | str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+@cache
+def _plans_attention(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def flash_instead(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch would take an attention that makes a plan for each number of tokens, where flash attention can."""
+    if query.shape[-1] % 8 or not _plans_attention(query.device):
+        return False
+    asked = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
+    return torch.backends.cuda.can_use_flash_attention(asked)
+
+
 def memory_in_use(device: torch.device | str) -> dict[str, int]:
     """Bytes in use now: `process` in RAM; on a GPU `device`, and `device_peak`, the most so far."""
     found = {"process": psutil.Process().memory_info().rss}
@@ -46,6 +60,14 @@ def memory_in_use(device: torch.device | str) -> dict[str, int]:
     elif torch.device(device).type == "mps":
         found["device"] = torch.mps.current_allocated_memory()
     return found
+
+
+def free_memory(device: torch.device | str) -> int | None:
+    """Bytes of the device that nobody has, torch included; None where nobody can say.
+
+    What torch keeps for later lies in pieces that may be too small: `release_memory` gives whole ones back.
+    """
+    return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else None
 
 
 OUT_OF_MEMORY = (

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import configuration
+from .device import flash_instead
 
 MLP_RATIO = 4
 ROTARY_BASE = 10000
 TIME_PERIOD = 10000
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines [S, head dimensions] of the tokens' positions, fp32; each value stands twice, once a component."""
+"""Turns [S, head dimensions / 2] of the tokens' positions as complex numbers of length 1, and their conjugates."""
 
 
 class Attention(nn.Module):
@@ -71,12 +73,25 @@ class Attention(nn.Module):
         query = rotated(query, rotary)
         key = rotated(key, rotary)
         exactly = self.deterministic and torch.is_grad_enabled()
-        attend = unfused_attention if exactly else F.scaled_dot_product_attention
-        x = attend(query, key, value, attn_mask=key_mask_B11S).transpose(1, 2).flatten(2)
+        attend = unfused_attention if exactly else fused_attention
+        x = attend(query, key, value, key_mask_B11S).transpose(1, 2).flatten(2)
         if text_BTM is None:
             return x
         tokens = text_BTM.shape[1]
         return self.to_out[0](x[:, tokens:]), self.to_add_out(x[:, :tokens])
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ/√d)·v [B, heads, S, d] without the scores in memory, by the kernel that torch chooses.
+
+    But in training on NVIDIA's Hopper and later by flash attention: torch's choice there is cuDNN, which makes a plan
+    for each new number of tokens (on an H200, captions of 50 lengths took 531 ms a step over the first fifty steps and
+    125 later; flash attention 127 and 133). Asked for by its own name, because torch's preference is the process'.
+    """
+    training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if training and attn_mask is None and flash_instead(query, key, value):
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
 
 
 def unfused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -110,11 +125,64 @@ class FeedForward(nn.Module):
         inner = MLP_RATIO * width
         self.net = nn.Sequential(Gelu(width, inner), nn.Identity(), nn.Linear(inner, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def begun(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Up to the last layer."""
+        return begun(self.net[2], self.net[1](self.net[0](x)))
 
 
-class DoubleBlock(nn.Module):
+class Block(nn.Module):
+    """A block in two halves: `last` layers with what follows them, and all before. The backward pass needs nothing of
+    the second half but its weights, so with gradient checkpointing only the first is computed again.
+    """
+
+    def last(self) -> list[nn.Module]:
+        """The layers that the second half begins with."""
+        raise NotImplementedError
+
+    def first_half(self, *inputs: Any) -> tuple[Any, ...]:
+        """From the block's inputs to what the last layers read, as `begun` gives it."""
+        raise NotImplementedError
+
+    def second_half(self, inputs: Sequence[Any], *between: Any) -> Any:
+        """From there to the block's result."""
+        raise NotImplementedError
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.second_half(inputs, *self.first_half(*inputs))
+
+    def recomputed(self, *inputs: Any) -> Any:
+        """`forward`, of which the backward pass computes what it needs again."""
+        # No block draws random numbers; preserving the state would set the process-wide generator in the backward
+        # pass, under the feet of a prompt that runs at that moment.
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        hooked = self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__
+        clipped = inputs[0].dtype == torch.float16  # see `finite`: clipping keeps what was clipped
+        if hooked or clipped or self._compiled_call_impl is not None or not all(map(in_halves, self.last())):
+            return again(self, *inputs)
+        between: Any = again(self.first_half, *inputs)
+        return self.second_half(inputs, *between)
+
+
+def in_halves(layer: nn.Module) -> bool:
+    """Whether a layer's result can be computed outside of a checkpoint without keeping its input; an adapted layer
+    knows that of itself."""
+    own = getattr(layer, "in_halves", None)
+    return not any(p.requires_grad for p in layer.parameters()) if own is None else own()
+
+
+def begun(layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """What `ended` takes: the input, and of an adapted layer what its branches made of it."""
+    begin: Any = getattr(layer, "begin", None)
+    return (x,) if begin is None else begin(x)
+
+
+def ended(layer: nn.Module, *between: Tensor) -> Tensor:
+    """layer(x), from what `begun` gave."""
+    end: Any = getattr(layer, "end", layer)
+    return end(*between)
+
+
+class DoubleBlock(Block):
     """Text and image side by side, each with weights of its own, joined in attention."""
 
     def __init__(self, width: int, heads: int):
@@ -123,23 +191,35 @@ class DoubleBlock(nn.Module):
         self.ff = FeedForward(width)
         self.ff_context = FeedForward(width)
 
-    def forward(
+    def last(self) -> list[nn.Module]:
+        return [self.ff.net[2], self.ff_context.net[2]]
+
+    def first_half(
         self, image_BLM: Tensor, text_BTM: Tensor, modulation: Tensor, rotary: Rotary, key_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(text, image). modulation [B, 12, M]: the image's six vectors, then the text's."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation[:, :6].split(1, dim=1)
-        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = modulation[:, 6:].split(1, dim=1)
+    ) -> tuple[Any, ...]:
+        """modulation [B, 12, M]: the image's six vectors, then the text's."""
+        shift, scale, gate, mlp_shift, mlp_scale, _ = modulation[:, :6].split(1, dim=1)
+        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, _ = modulation[:, 6:].split(1, dim=1)
         image, text = self.attn(
             modulated(image_BLM, shift, scale), rotary, key_mask, modulated(text_BTM, t_shift, t_scale)
         )
         image = image_BLM + gate * image
-        image = image + mlp_gate * self.ff(modulated(image, mlp_shift, mlp_scale))
         text = text_BTM + t_gate * text
-        text = text + t_mlp_gate * self.ff_context(modulated(text, t_mlp_shift, t_mlp_scale))
+        for_image = self.ff.begun(modulated(image, mlp_shift, mlp_scale))
+        for_text = self.ff_context.begun(modulated(text, t_mlp_shift, t_mlp_scale))
+        return image, text, for_image, for_text
+
+    def second_half(
+        self, inputs: Sequence[Any], image: Tensor, text: Tensor, for_image: Any, for_text: Any
+    ) -> tuple[Tensor, Tensor]:
+        """(text, image)."""
+        modulation = inputs[2]
+        image = image + modulation[:, 5:6] * ended(self.ff.net[2], *for_image)
+        text = text + modulation[:, 11:12] * ended(self.ff_context.net[2], *for_text)
         return finite(text), finite(image)
 
 
-class SingleBlock(nn.Module):
+class SingleBlock(Block):
     """Text and image in one row; attention and MLP read the same input, and one layer takes both results."""
 
     def __init__(self, width: int, heads: int):
@@ -149,12 +229,21 @@ class SingleBlock(nn.Module):
         self.proj_out = nn.Linear(width + inner, width)
         self.attn = Attention(width, heads, joint=False)
 
-    def forward(self, x_BSM: Tensor, modulation: Tensor, rotary: Rotary, key_mask: Tensor | None) -> Tensor:
+    def last(self) -> list[nn.Module]:
+        return [self.proj_out]
+
+    def first_half(
+        self, x_BSM: Tensor, modulation: Tensor, rotary: Rotary, key_mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """modulation: [B, 3, M]."""
-        shift, scale, gate = modulation.split(1, dim=1)
+        shift, scale, _ = modulation.split(1, dim=1)
         x = modulated(x_BSM, shift, scale)
         mlp = F.gelu(self.proj_mlp(x), approximate="tanh")
-        return finite(x_BSM + gate * self.proj_out(torch.cat([self.attn(x, rotary, key_mask), mlp], dim=2)))
+        return begun(self.proj_out, torch.cat([self.attn(x, rotary, key_mask), mlp], dim=2))
+
+    def second_half(self, inputs: Sequence[Any], *between: Tensor) -> Tensor:
+        x_BSM, modulation = inputs[:2]
+        return finite(x_BSM + modulation[:, 2:] * ended(self.proj_out, *between))
 
 
 class ApproximatorLayer(nn.Module):
@@ -311,12 +400,8 @@ class ChromaTransformer(nn.Module):
         """Whether the backward pass computes block `index` again, counted from 0 over double and single blocks."""
         return self.checkpointing_interval > 0 and index % self.checkpointing_interval == 0
 
-    def _run(self, index: int, block: nn.Module, *args: Any) -> Any:
-        if self.recomputes(index) and torch.is_grad_enabled():
-            # No block draws random numbers; preserving the state would set the process-wide generator in the backward
-            # pass, under the feet of a prompt that runs at that moment.
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-        return block(*args)
+    def _run(self, index: int, block: Any, *args: Any) -> Any:
+        return block.recomputed(*args) if self.recomputes(index) and torch.is_grad_enabled() else block(*args)
 
 
 def modulated(x_BSM: Tensor, shift_B1M: Tensor, scale_B1M: Tensor) -> Tensor:
@@ -345,12 +430,36 @@ def rotary_table(ids_S3: Tensor, axes: Sequence[int]) -> Rotary:
         exponents = torch.arange(0, size, 2, dtype=dtype, device=ids_S3.device) / size
         angles.append(torch.outer(ids_S3[:, axis].float(), 1.0 / ROTARY_BASE**exponents))
     both = torch.cat(angles, dim=-1)
-    return both.cos().repeat_interleave(2, dim=1).float(), both.sin().repeat_interleave(2, dim=1).float()
+    cos, sin = both.cos().float(), both.sin().float()
+    return torch.complex(cos, sin), torch.complex(cos, -sin)
 
 
 def rotated(x_BHSd: Tensor, rotary: Rotary) -> Tensor:
     """Each pair of neighbouring dimensions turned by its angle; computed in fp32."""
-    cos, sin = rotary
-    first, second = x_BHSd.unflatten(-1, (-1, 2)).unbind(-1)
-    quarter_turn = torch.stack([-second, first], dim=-1).flatten(3)
-    return (x_BHSd.float() * cos + quarter_turn.float() * sin).to(x_BHSd.dtype)
+    if not torch.compiler.is_compiling():
+        return _Turn.apply(x_BHSd, *rotary)  # type: ignore[return-value]
+    # The compiler cannot write code for complex numbers.
+    a, b = x_BHSd.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = torch.view_as_real(rotary[0]).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x_BHSd.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    """Forwards, and for gradients backwards: nothing of x is kept, and every number is rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(there, back)
+        return _turned(x, there)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _turned(gradients[0], ctx.saved_tensors[1]), None, None
+
+
+def _turned(x_BHSd: Tensor, turns_SD: Tensor) -> Tensor:
+    """Pairs as complex numbers, times turns: three operations instead of nine, and the same bits."""
+    x = x_BHSd.float()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns_SD).flatten(-2).to(x_BHSd.dtype)

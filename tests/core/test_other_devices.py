@@ -32,6 +32,7 @@ ON_THE_CPU = {
 }
 ASKS_FIRST = {
     ("model/quantised.py", "_dequantise_rows"),
+    ("model/quantised.py", "dequantise_into"),
     ("model/quantised.py", "_e4m3_codes"),
     ("model/transformer.py", "rotary_table"),
 }

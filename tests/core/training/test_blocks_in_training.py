@@ -1,12 +1,16 @@
 """Gradient checkpointing every n blocks, and compiled blocks: what they cost and that they change nothing."""
 
+from collections import Counter
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chroma_core.errors import ConfigError
 from chroma_core.lora.settings import LoraSettings
-from chroma_core.lora.trainable import add_trainable
+from chroma_core.lora.trainable import CastFactors, add_trainable
 from chroma_core.model.latents import image_ids
 from chroma_core.model.precision import precision, quantise
 from chroma_core.streaming import stream_blocks
@@ -70,6 +74,59 @@ def test_every_checkpointing_interval_gives_the_same_gradients(ragged):
         model.checkpointing_interval = interval
         for a, b in zip(plain, gradients(model, parameters, ragged=ragged), strict=True):
             assert torch.equal(a, b), interval
+
+
+class Products(TorchDispatchMode):
+    """How often rows were multiplied by a matrix of each shape [in, out]."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "addmm"):
+            self.of[tuple(args[-1].shape)] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("target", ["attention", "all+ffs"])
+@pytest.mark.parametrize("kind", ["lora", "lokr", "dora"])
+def test_the_last_layers_of_a_block_are_not_computed_again(target, kind):
+    """But where the adapter needs their input: a DoRA."""
+    model, parameters = trainable(target=target, kind=kind)
+    width, found, counts = model.inner_dim, [], []
+    for interval in (0, 1):
+        model.checkpointing_interval = interval
+        with Products() as products:
+            found.append(gradients(model, parameters))
+        # Single blocks: proj_mlp, computed again, and proj_out, which is not.
+        counts.append([products.of[width, 4 * width], products.of[5 * width, width]])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    again = [later - earlier for earlier, later in zip(*counts, strict=True)]
+    whole = kind == "dora" and target == "all+ffs"
+    assert again[0] > 0 and again[1] == (4 if whole else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+def test_factors_that_were_cast_before_give_the_same_bits(dtype, kind):
+    model, parameters = trainable(kind=kind)
+    model.to(dtype)
+    model.checkpointing_interval = 1
+    cast = CastFactors(model)
+    found = []
+    for ready in (False, True):
+        for parameter in parameters:
+            parameter.grad = None
+        for seed in (1, 2):  # the parts of a step add up
+            latents = torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            with cast.to(dtype) if ready else nullcontext():
+                output = model(latents, torch.ones(1, 7, 32, dtype=dtype), torch.tensor([0.3]), image_ids(8, 12))
+                output.float().square().mean().backward()
+        assert {parameter.grad.dtype for parameter in parameters} == {torch.float32}
+        found.append([parameter.grad.clone() for parameter in parameters])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*found, strict=True))
+    assert not any(branch.cast for branch in cast.branches)
 
 
 def test_a_larger_interval_recomputes_fewer_blocks_and_keeps_more():

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,7 +32,10 @@ Scheme = Literal["int8", "fp8", "int4", "nf4"]
 
 GROUP = 64
 CHUNK = 1 << 22
-"""Weights that are quantised or dequantised at a time."""
+"""Weights that are quantised at a time."""
+CHUNKS = {"cpu": 1 << 18, "cuda": 10 << 20}
+"""Weights that are dequantised at a time, by the type of the device: what a CPU keeps near, and what a GPU can hold
+beside a model without many launches; elsewhere CHUNK."""
 _E4M3_MAX = 448.0
 _SCALE_DTYPE = torch.float16  # of groups: 11 bits of mantissa; weights are far inside its range
 CODES = torch.int8
@@ -83,9 +87,9 @@ def quantise_weight(weight: Tensor, scheme: str) -> dict[str, Tensor]:
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _chunks(rows: int, columns: int) -> list[tuple[int, int]]:
-    """Spans of rows of at most CHUNK numbers: rows are independent, and fp32 copies of a whole weight would add up."""
-    step = max(1, CHUNK // columns)
+def _chunks(rows: int, columns: int, chunk: int = CHUNK) -> list[tuple[int, int]]:
+    """Spans of rows of at most so many numbers: rows are independent, and copies of a whole weight would add up."""
+    step = max(1, chunk // columns)
     return [(a, min(a + step, rows)) for a in range(0, rows, step)]
 
 
@@ -125,13 +129,39 @@ def dequantise_weight(parts: Mapping[str, Tensor], scheme: str, dtype: torch.dty
     """The weight of `shape` [out, in] that codes and scales stand for, in `dtype`."""
     if scheme in backends.SCHEMES:
         return backends.backend(scheme).dequantise(parts, scheme, dtype, shape)
-    spans = _chunks(*shape)
-    if len(spans) == 1:
+    device = parts["weight"].device
+    fused = device.type == "cuda" and not torch.compiler.is_compiling()  # the compiler fuses by itself
+    whole = fused and scheme in ("int8", "fp8")  # without anything beside the result
+    rows, columns = shape
+    spans = _chunks(rows, columns, max(1, shape.numel()) if whole else CHUNKS.get(device.type, CHUNK))
+    if len(spans) == 1 and not fused:
         return _dequantise_rows(parts, scheme, dtype)
-    weight = torch.empty(shape, dtype=dtype, device=parts["weight"].device)
+    weight = torch.empty(shape, dtype=dtype, device=device)
     for a, b in spans:
-        weight[a:b] = _dequantise_rows({name: tensor[a:b] for name, tensor in parts.items()}, scheme, dtype)
+        piece = {name: tensor[a:b] for name, tensor in parts.items()}
+        if fused:
+            dequantise_into(weight[a:b], piece, scheme)
+        else:
+            weight[a:b] = _dequantise_rows(piece, scheme, dtype)
     return weight
+
+
+def dequantise_into(rows: Tensor, parts: Mapping[str, Tensor], scheme: str) -> None:
+    """The bits of `_dequantise_rows` in few kernels, as a GPU likes it: computed in fp32, rounded as it is written."""
+    codes, scale = parts["weight"], parts["scale"]
+    if scheme == "int8":
+        torch.mul(codes, scale, out=rows)
+        return
+    codes = codes.view(torch.uint8)
+    if scheme == "fp8":
+        rows.copy_(codes.view(torch.float8_e4m3fn)).mul_(scale)  # each of its values is one of 16 bits too
+        return
+    groups, step = rows.view(*scale.shape, -1), scale.float()[..., None]
+    if scheme == "nf4":
+        torch.mul(F.embedding(codes.int(), _nf4_pairs(codes.device)).view(groups.shape), step, out=groups)
+        return
+    nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).view(groups.shape)
+    torch.addcmul(parts["minimum"].float()[..., None], nibbles, step, out=groups)
 
 
 def _dequantise_rows(parts: Mapping[str, Tensor], scheme: str, dtype: torch.dtype) -> Tensor:
@@ -165,8 +195,15 @@ def outline(rows: int, columns: int, scheme: str) -> dict[str, Tensor]:
 
 def _nf4_pairs(device: torch.device) -> Tensor:
     """The levels of the low and the high half of every byte, [256, 2]."""
+    return _new_nf4_pairs(device) if torch.compiler.is_compiling() else _kept_nf4_pairs(device)
+
+
+def _new_nf4_pairs(device: torch.device) -> Tensor:
     byte = torch.arange(256)
     return torch.stack([NF4_LEVELS[byte & 15], NF4_LEVELS[byte >> 4]], dim=1).to(device)
+
+
+_kept_nf4_pairs = cache(_new_nf4_pairs)
 
 
 def _e4m3_codes(values: Tensor) -> Tensor:

@@ -37,9 +37,9 @@ def costs(root) -> dict[str, dict]:
 
 
 def test_a_step_costs_what_it_did(costs):
-    """Simulated numbers do not depend on the machine; 685 launches and 1.382 GiB were counted when this was written."""
+    """Simulated numbers do not depend on the machine; 460 launches and 1.38 GiB were counted when this was written."""
     assert costs["bf16"]["simulated"]
-    assert 600 < costs["bf16"]["launches"] < 800
+    assert 400 < costs["bf16"]["launches"] < 520
     assert costs["bf16"]["allocated_gib"] == pytest.approx(1.382, rel=0.1)
 
 
@@ -100,16 +100,18 @@ def test_a_job_lends_its_base_leaves_and_comes_back(root):
         assert row["gone"] == 0 and row["asked"] == weights
         assert row["back"]["up"] == pytest.approx(weights, rel=0.01) and row["back"]["down"] == 0
         assert row["left"]["down"] == pytest.approx(weights if number == 0 else trained, rel=0.01)
+    assert found["came_back"]
 
 
-@pytest.mark.parametrize("capability", ["75", "89"])
+@pytest.mark.parametrize("capability", ["75", "89", "90"])
 def test_steps_before_and_after_a_resume_on_an_old_and_a_new_card(root, capability):
-    """Before Ampere a quantised model computes in fp16, where attention has a fused kernel; a resume costs nothing."""
+    """Before Ampere a quantised model computes in fp16, where attention has a fused kernel; from Hopper on cuDNN's,
+    which is not there, is not asked for; a resume costs nothing."""
     found = on_a_card(root, "steps_on_a_card.py", NULL_GPU_SM=capability)
     old = capability == "75"
     assert found["dtype"] == ("torch.float16" if old else "torch.bfloat16") and found["scaled"] == old
     assert found["attention"] == (["efficient_attention"] if old else ["flash_attention"])
-    assert found["restored"] and found["waits"][0] == found["waits"][1] > 0
+    assert found["restored"] and found["waits"] == [1, 1]
     spec = ModelSpec(flavour="tiny", precision="int8")
     here = load_transformer(spec, "cpu").transformer_blocks[0].attn.to_q.weight
     assert found["codes"] == int(here.long().sum())

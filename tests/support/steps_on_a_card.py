@@ -38,8 +38,10 @@ class Watch(TorchDispatchMode):
         if "scaled_dot_product" in name and "backward" not in name:
             self.attention.add(name.removeprefix("_scaled_dot_product_"))
         on_card = any(isinstance(each, torch.Tensor) and each.is_cuda for each in args)
-        self.waits += name == "_local_scalar_dense" and on_card
-        return func(*args, **kwargs or {})
+        result = func(*args, **kwargs or {})
+        to_computer = name == "_to_copy" and not result.is_cuda
+        self.waits += on_card and (name == "_local_scalar_dense" or to_computer)
+        return result
 
 
 class Said(logging.Handler):

@@ -57,9 +57,10 @@ class LossScale:
 class Stepper:
     """An optimizer over fp32 parameters, with loss scaling, clipping and the schedule-free pair of weights around it.
 
-    `optimizer` is the library's; `skip_reason` says why the last step was skipped: `overflow` (fp16 gradients at this
-    loss scale: lowered now, training is well) or `broken` (loss or gradient not a finite number); `overflows` counts
-    the former. `torn` is set while weights change, so that after an error it says whether a step was taken in part.
+    `optimizer` is the library's; `loss` is the last step's. `skip_reason` says why that was skipped: `overflow` (fp16
+    gradients at this loss scale: lowered now, training is well) or `broken` (loss or gradient not a finite number);
+    `overflows` counts the former. `torn` is set while weights change, so that after an error it says whether a step was
+    taken in part.
     Raises ConfigError when the optimizer cannot be had or cannot work on the parameters' device.
     """
 
@@ -71,13 +72,13 @@ class Stepper:
         self.skip_reason: SkipReason = ""
         self.overflows = 0
         self.torn = False
-        self._loss: Tensor | None = None
+        self.loss = 0.0
+        self._losses: list[Tensor] = []
         self._in_training: list[Tensor] | None = None  # set aside while the averaged weights are in place
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a part of the step's loss, a scalar; the parts sum to the step's loss."""
-        value = loss.detach()
-        self._loss = value if self._loss is None else self._loss + value
+        self._losses.append(loss.detach())
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
 
     def combine(self, world: World) -> None:
@@ -92,12 +93,12 @@ class Stepper:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         device = self.parameters[0].device
-        loss = torch.zeros((), device=device) if self._loss is None else self._loss.float()
+        loss = sum(self._losses, torch.zeros((), device=device)).float()
         anywhere = torch.tensor(here, dtype=torch.float32, device=device)
         world.all_reduce(
             [*(parameter.grad for parameter in self.parameters if parameter.grad is not None), loss, anywhere]
         )
-        self._loss = loss
+        self._losses = [loss]
         for parameter, count in zip(self.parameters, anywhere.tolist(), strict=True):
             if count == 0:  # as in one process: the optimizer passes over what has no gradient
                 parameter.grad = None
@@ -121,8 +122,10 @@ class Stepper:
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(1 / self.loss_scale.scale)
-        # An infinite limit still measures the norm.
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or math.inf))
+        # An infinite limit still measures the norm. It and the loss are read together: reading waits for the device.
+        measured = torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or math.inf)
+        norm, *losses = torch.stack([value.float() for value in (measured, *self._losses)]).tolist()
+        self.loss = sum(losses)
         self.skip_reason = self._reason_to_skip(norm)
         if not self.skip_reason:
             for group in self.optimizer.param_groups:
@@ -141,10 +144,10 @@ class Stepper:
     def forget(self) -> None:
         """Drop the gradient and loss of the parts so far, as if the step had not begun."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._loss = None
+        self._losses = []
 
     def _reason_to_skip(self, norm: float) -> SkipReason:
-        if self._loss is not None and not math.isfinite(self._loss.item()):
+        if not math.isfinite(self.loss):
             return "broken"  # before any scaling: a smaller scale would not help
         if math.isfinite(norm):
             return ""

@@ -28,7 +28,7 @@ from ...lora.convert import JOB_KEY
 from ...lora.files import read_lora, write_lora
 from ...lora.modules import LoraFile
 from ...lora.settings import named_target
-from ...lora.trainable import add_trainable, load_trained, start_from, trained_lora
+from ...lora.trainable import CastFactors, add_trainable, load_trained, start_from, trained_lora
 from ...model.precision import precision
 from ...model.transformer import ChromaTransformer
 from ...weights.opening import open_weights
@@ -77,6 +77,10 @@ class Trained(Protocol):
     def base(self, step: int) -> AbstractContextManager[None] | None:
         """The model without what was trained until `step`, inside a `with` block; None where it is not to be had."""
         ...
+
+    def casting(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Inside this block come a forward pass and its backward pass: what is trained may lie ready in `dtype`."""
+        return nullcontext()
 
     def record(self) -> dict[str, Any]:
         """What previews note about it, as JSON values."""
@@ -136,6 +140,7 @@ class AdapterTraining(Trained):
         self.parameters = add_trainable(transformer, config.lora.settings(), config.seed)
         if config.lora.start_from:
             start_from(transformer, read_lora(config.lora.start_from))
+        self.casting = CastFactors(transformer).to
 
     def save(self, path: Path) -> None:
         write_lora(path, trained_lora(self._transformer))

@@ -170,7 +170,7 @@ def describe(status: Mapping[str, Any]) -> str:
     if status.get("yielded"):
         lines[0] += ", yielding to the queue"
     elif status.get("waits_for") == "memory":
-        lines[0] += ", waiting until ComfyUI has freed GPU memory"
+        lines[0] += ", waiting for free GPU memory"
     for key, label in (
         ("loss_smooth", "loss"),
         ("heldout_loss_base", "held-out loss, base"),

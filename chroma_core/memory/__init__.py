@@ -2,7 +2,7 @@
 
 from .anatomy import transformer_on_meta
 from .machine import Machine, in_gib, machine
-from .plan import Recommendation, Settings, heldout_rows, peaks, recommend
+from .plan import Recommendation, Settings, heldout_rows, peaks, recommend, recomputing_least
 from .table import MemoryEstimate, MemoryPlan, PlanRow, estimate, memory_plan
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "memory_plan",
     "peaks",
     "recommend",
+    "recomputing_least",
     "transformer_on_meta",
 ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..model.precision import Precision
-from ..model.quantised import CHUNK
+from ..model.quantised import CHUNK, CHUNKS
 from .anatomy import LoraLayers, TextEncoder, Transformer, Vae
 
 TEXT_TOKENS = 128
@@ -26,9 +26,9 @@ T5_TOKENS = 512
 PATCH = 16
 """Pixels a side of one image token."""
 
-_SAMPLING = {4: 15.1, 2: 17.1}
+_SAMPLING = {4: 13.1, 2: 15.1}
 """Units at the peak of a forward pass without gradients: a single block while it rotates query and key."""
-_SAMPLING_LINEAR = 13.4
+_SAMPLING_LINEAR = 8.0
 """The same while its largest linear works, when a dequantised weight lies beside them."""
 
 _KEPT_DOUBLE = {4: 13.0, 2: 15.0}
@@ -36,13 +36,13 @@ _KEPT_SINGLE = {4: 11.0, 2: 13.0}
 """Units that a block keeps for its backward pass, without what LoRA layers keep."""
 _FUSED_NORM = 2.0
 """Units fewer that a block keeps in 16 bits on a GPU, whose norm of query and key is one kernel."""
-_BACKWARD = {4: 13.0, 2: 18.0}
-_BACKWARD_MLP = {4: 16.1, 2: 18.2}
+_BACKWARD = {4: 9.5, 2: 12.5}
+_BACKWARD_MLP = {4: 8.8, 2: 8.8}
 """Units on top of what is kept when the backward pass begins; second: with a LoRA on the single blocks' last layer."""
-_RECOMPUTE = {4: 23.0, 2: 27.0}
-_RECOMPUTE_MLP = {4: 27.0, 2: 29.3}
+_RECOMPUTE = {4: 20.3, 2: 26.3}
+_RECOMPUTE_MLP = {4: 25.4, 2: 27.5}
 """The same with gradient checkpointing: one block's kept values and its backward pass."""
-_LINEAR_SHARE = 3.0
+_LINEAR_SHARE = 6.5
 """Units fewer than at the peak while a dequantised weight lies beside them in the backward pass."""
 
 MOMENTS = {
@@ -56,22 +56,26 @@ MOMENTS = {
     "nf4-bnb": (2.1, 5.0),
     "fp8-torchao": (10.0, 15.0),
 }
-"""Bytes a weight while (a piece of) one linear is dequantised, and while it is quantised, beside its unquantised
-weight; measured."""
+"""Bytes a weight while (a piece of) one linear is dequantised on a CPU, and while it is quantised, beside its
+unquantised weight; measured."""
+
+BESIDE = {"int8": 0.0, "fp8": 0.0, "int4": 2.0, "nf4": 6.0}
+"""Bytes a weight of a piece beside the result while our own schemes are dequantised on a GPU, which rounds as it
+writes."""
 
 
 @dataclass(frozen=True)
 class Pass:
     """Sizes of one pass through the transformer: images, image and text tokens, and how it computes.
 
-    fused_norm: RMS norms are one kernel, which keeps no fp32 copy.
+    on_gpu: RMS norms are one kernel, which keeps no fp32 copy, and so is rounding.
     """
 
     batch: int
     image_tokens: int
     text_tokens: int
     chosen: Precision
-    fused_norm: bool = False
+    on_gpu: bool = False
 
     @property
     def tokens(self) -> int:
@@ -92,27 +96,34 @@ class Pass:
         return 2 * 4 * (self.image_tokens + self.text_tokens) * body.head_dim
 
 
-def dequantised(weights: int, chosen: Precision) -> int:
+def dequantised(weights: int, chosen: Precision, on_gpu: bool) -> int:
     """Bytes for a moment while a linear of `weights` weights is dequantised."""
-    return _in_pieces(weights, chosen, MOMENTS[chosen.name][0], chosen.dtype.itemsize) if chosen.quantised else 0
+    if not chosen.quantised:
+        return 0
+    size = chosen.dtype.itemsize
+    if on_gpu and chosen.library is None:
+        return round(BESIDE[chosen.name] * min(weights, CHUNKS["cuda"]) + size * weights)
+    return _in_pieces(weights, chosen, MOMENTS[chosen.name][0], size, CHUNKS["cpu"])
 
 
 def quantising(weights: int, chosen: Precision) -> int:
     """Bytes for a moment while a linear of `weights` weights is quantised."""
-    return _in_pieces(weights, chosen, MOMENTS[chosen.name][1], chosen.bytes_per_weight) if chosen.quantised else 0
+    if not chosen.quantised:
+        return 0
+    return _in_pieces(weights, chosen, MOMENTS[chosen.name][1], chosen.bytes_per_weight, CHUNK)
 
 
-def _in_pieces(weights: int, chosen: Precision, moment: float, result: float) -> int:
+def _in_pieces(weights: int, chosen: Precision, moment: float, result: float, piece: int) -> int:
     """Our own schemes work on a piece of a large weight, beside the result so far; libraries on all of it."""
-    if chosen.library is not None or weights <= CHUNK:
+    if chosen.library is not None or weights <= piece:
         return round(moment * weights)
-    return round(moment * CHUNK + result * weights)
+    return round(moment * piece + result * weights)
 
 
 def sampling_bytes(body: Transformer, run: Pass) -> int:
     """Peak of one forward pass without gradients (guidance runs its two passes one after the other)."""
     unit, size = run.unit(body), run.chosen.dtype.itemsize
-    extra = dequantised(body.whole.largest_linear, run.chosen)
+    extra = dequantised(body.whole.largest_linear, run.chosen, run.on_gpu)
     return round(max(_SAMPLING[size] * unit, _SAMPLING_LINEAR * unit + extra)) + run.rotation(body)
 
 
@@ -147,7 +158,7 @@ def training_bytes(body: Transformer, run: Pass, layers: LoraLayers, rank: int, 
     mlp = "single" in layers.mlp_out
     plain, with_mlp = (_RECOMPUTE, _RECOMPUTE_MLP) if interval else (_BACKWARD, _BACKWARD_MLP)
     peak = (with_mlp if mlp else plain)[size]
-    extra = dequantised(body.whole.largest_linear, run.chosen)
+    extra = dequantised(body.whole.largest_linear, run.chosen, run.on_gpu)
     on_top = round(max(peak * unit, (peak - _LINEAR_SHARE) * unit + extra))
     return kept_bytes(body, run, layers, rank, interval) + on_top
 
@@ -173,19 +184,19 @@ def _kept_blocks(run: Pass, layers: LoraLayers) -> tuple[float, float]:
     double = _KEPT_DOUBLE[size] + kept(("double image", "double text"))
     # A single block's last layer reads attention and MLP side by side: 5 wide.
     single = _KEPT_SINGLE[size] + kept(("single",)) + ("single" in layers.mlp_out)
-    if run.fused_norm and size == 2:
+    if run.on_gpu and size == 2:
         double, single = double - _FUSED_NORM, single - _FUSED_NORM
     if run.chosen.dtype == torch.float16:  # fp16 is clipped after every block, which keeps what was clipped
         double, single = double + share, single + 1
     return double, single
 
 
-def text_encoder_bytes(body: TextEncoder, chosen: Precision, tokens: int = T5_TOKENS) -> int:
+def text_encoder_bytes(body: TextEncoder, chosen: Precision, tokens: int = T5_TOKENS, on_gpu: bool = False) -> int:
     """Peak of T5 on a prompt (by default the longest): scores, their softmax (attention is not fused), and states."""
     scores, state, size = body.heads * tokens**2, tokens * body.width, chosen.dtype.itemsize
     attention = (2 * scores + 7.25 * state) * size
     # The position bias stays alive while the linears work.
-    linear = (scores + 11.5 * state) * size + dequantised(body.whole.largest_linear, chosen)
+    linear = (scores + 11.5 * state) * size + dequantised(body.whole.largest_linear, chosen, on_gpu)
     return round(max(attention, linear))
 
 

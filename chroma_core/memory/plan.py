@@ -133,13 +133,15 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
     body, t5, fp32 = whole.transformer, whole.text_encoder, precision("fp32")
     size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
     on_device = 0 if settings.offload_during_startup else 1
-    run = _pass(settings, fused_norm=not shared_memory)
+    run = _pass(settings, on_gpu=not shared_memory)
     layers = lora_layers(settings.flavour, settings.target)
 
     weights, text_weights, vae = body.whole.bytes(chosen), t5.whole.bytes(text), whole.vae.whole.bytes(fp32)
     held = _streamed_bytes(body, chosen, settings.resident_blocks) if settings.offload == "block" else weights
     load = held + on_device * _loading_bytes(body.blocks, chosen)
-    text_peak = text_weights + max(text_encoder_bytes(t5, text), on_device * _loading_bytes(t5.blocks, text))
+    text_peak = text_weights + max(
+        text_encoder_bytes(t5, text, on_gpu=not shared_memory), on_device * _loading_bytes(t5.blocks, text)
+    )
     decode = vae_decode_bytes(whole.vae, size)
 
     moment = max(sampling_bytes(body, run), load - held)
@@ -216,10 +218,10 @@ def _rows_within(body: Transformer, run: Pass, step: int, rows: int) -> int:
     return next(fits, 1)
 
 
-def _pass(settings: Settings, fused_norm: bool) -> Pass:
+def _pass(settings: Settings, on_gpu: bool) -> Pass:
     size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
     chosen = precision(settings.precision)
-    return Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, chosen, fused_norm)
+    return Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, chosen, on_gpu)
 
 
 def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:
@@ -352,6 +354,20 @@ def _refined(settings: Settings, on: Machine, purpose: Purpose) -> Settings:
         settings = next((s for s in more if fits_on(s, on, purpose)), settings)
     free = replace(settings, gradient_checkpointing=False)
     return free if purpose == "training" and fits_on(free, on, purpose) else settings
+
+
+INTERVALS = (8, 4, 3, 2)
+"""Of `checkpointing_interval`, besides 1."""
+
+
+def recomputing_least(settings: Settings, on: Machine) -> Settings:
+    """Training settings with gradient checkpointing of as few blocks as a machine's memory allows: of none, of every
+    n-th, or (also where nothing fits) of all. Without gradient checkpointing they stay as they are."""
+    if not settings.gradient_checkpointing:
+        return settings
+    ways = [replace(settings, gradient_checkpointing=False)]
+    ways += [replace(settings, checkpointing_interval=n) for n in INTERVALS]
+    return next((s for s in ways if fits_on(s, on, "training")), replace(settings, checkpointing_interval=1))
 
 
 def _need(settings: Settings, on: Machine, purpose: Purpose) -> tuple[int, int]:

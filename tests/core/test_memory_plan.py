@@ -12,7 +12,7 @@ import pytest
 
 from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError
-from chroma_core.memory import estimate, heldout_rows, memory_plan, peaks, recommend
+from chroma_core.memory import estimate, heldout_rows, memory_plan, peaks, recommend, recomputing_least
 from chroma_core.memory.activations import Pass, sampling_bytes
 from chroma_core.memory.anatomy import anatomy
 from chroma_core.memory.machine import Machine, machine
@@ -28,6 +28,19 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 
 def card(device: float, host: float, kind: str = "cuda") -> Machine:
     return Machine("card", round(device * GIB), round(host * GIB), kind)
+
+
+def test_as_few_blocks_are_computed_again_as_the_memory_allows():
+    """Between the cards where none fits and all fit, every n-th block; the plan of what is chosen fits."""
+    base = Settings("base", "int8", size=1024)
+    found = [recomputing_least(base, card(gib, 64)) for gib in (12, 18, 22, 26, 48)]
+    intervals = [settings.interval for settings in found]
+    assert intervals[0] == 1 and intervals[-1] == 0 and len(set(intervals)) > 2, intervals
+    assert intervals[:-1] == sorted(intervals[:-1])
+    for settings, gib in list(zip(found, (12, 18, 22, 26, 48), strict=True))[1:]:
+        assert fits_on(settings, card(gib, 64), "training")
+    off = replace(base, gradient_checkpointing=False)
+    assert recomputing_least(off, card(12, 64)) == off
 
 
 def test_what_is_recommended_leaves_the_margins():

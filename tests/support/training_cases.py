@@ -99,6 +99,6 @@ def bench(places: tuple[Path, Path, Path], /, **changes: Any) -> Bench:
 def steps(made: Bench, count: int, start: int = 0) -> list[StepResult]:
     """Train `count` steps, beginning with step `start`."""
     return [
-        train_step(step, made.transformer, made.stepper, made.batches, made.config)
+        train_step(step, made.transformer, made.stepper, made.batches, made.config, casting=made.trained.casting)
         for step in range(start, start + count)
     ]

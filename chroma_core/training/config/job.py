@@ -298,9 +298,9 @@ class TrainingConfig(Settings):
         True, "Compute again instead of remembering: far less memory, a third slower."
     )
     checkpointing_interval: int = option(
-        1,
-        "With gradient_checkpointing: compute only every n-th block again. More memory, faster.",
-        ge=1,
+        0,
+        "With gradient_checkpointing: compute only every n-th block again. 0: as few blocks as the memory allows.",
+        ge=0,
         most=64,
         advanced=True,
     )
@@ -479,6 +479,7 @@ class TrainingConfig(Settings):
         """
         values = identity(self, self.model_dump(mode="json", exclude={"tensorboard"}))
         values["model"] = {k: v for k, v in values["model"].items() if k not in PLACEMENT}
+        values["checkpointing_interval"] = values["checkpointing_interval"] or 1  # both give the same LoRA
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     def job_id(self) -> str:

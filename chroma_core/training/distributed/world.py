@@ -103,10 +103,6 @@ class World:
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype and device by their sum over the ranks."""
 
-    def total(self, number: float) -> float:
-        """The sum of a number over the ranks."""
-        return number
-
     @contextmanager
     def connected(self) -> Iterator[None]:
         """Inside this `with` block a lost connection to another rank is a ProcessLost."""
@@ -226,9 +222,6 @@ class Processes(World):
                 for t, summed in zip(group, flat.split([t.numel() for t in group]), strict=True):
                     t.copy_(summed.view_as(t))
                 group = []
-
-    def total(self, number: float) -> float:
-        return self.sum_numbers(torch.tensor([number], dtype=torch.float64)).item()
 
     def sum_numbers(self, numbers_cpu: Tensor) -> Tensor:
         """The sum of a few numbers on the CPU over the ranks, in place."""

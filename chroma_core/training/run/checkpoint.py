@@ -111,7 +111,7 @@ def restore_latest(
         try:
             values = json.loads((path / STATE).read_text(encoding="utf-8"))
             known = {f.name for f in fields(Progress)}
-            progress = Progress(**{k: v for k, v in values.items() if k in known})
+            progress = Progress(**{"rounding": 1, **{k: v for k, v in values.items() if k in known}})
             saved = {name: torch.load(path / name, map_location="cpu", weights_only=True) for name in parts}
             trained.load(path / trained.weights_file)
             for name, part in parts.items():

@@ -7,6 +7,7 @@ gradient accumulation does not change what is drawn.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -32,6 +33,8 @@ from ..step.objective import (
     with_prior_targets,
 )
 from .stepper import SkipReason, Stepper
+
+Casting = Callable[[torch.dtype], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -157,40 +160,44 @@ def train_step(
     config: TrainingConfig,
     world: World = ALONE,
     between: Callable[[], None] = lambda: None,
+    casting: Casting = nullcontext,
 ) -> StepResult:
     """One optimizer step (`step` 0-based) over `config.effective_batch` samples, `config.batch_size` at a time.
 
     In a distributed run each rank computes its share of the samples, and all take the same step. `between` is called
-    between the parts; it may wait or raise, and the step has then changed nothing.
+    between the parts; it may wait or raise, and the step has then changed nothing. Each part runs inside `casting`, see
+    `Trained.casting`.
     """
-    device = transformer.x_embedder.weight.device
+    device, dtype = transformer.x_embedder.weight.device, transformer.x_embedder.weight.dtype
+    dropping = config.full is None and config.lora.dropout > 0
     batch, objective = batches[step], batches.objective
-    total = 0.0
-    transformer.train()
+    if dropping:  # which alone tells training from anything else
+        transformer.train()
     size = part_size(config.batch_size, config.effective_batch, world.size)
     for start, counts in world.starts(len(batch), size):
         if start:
             between()
         part = batch.part(start, size).to(device)
-        seed_dropout(transformer, generator(config.seed, "dropout", step, start).initial_seed())
+        if dropping:
+            seed_dropout(transformer, generator(config.seed, "dropout", step, start).initial_seed())
         x = add_noise(part.latents, part.noise, part.sigmas)
         target, weight = training_target(part.latents, part.noise), None
         inputs = (transformer, x, part.sigmas, part.conditions, part.guidance)
         if part.regularisation is not None:
             target = with_prior_targets(target, part.regularisation, *inputs, everywhere=world.sharded)
             weight = torch.where(part.regularisation, objective.prior_weight, 1.0)
-        velocity = predict_velocity(*inputs)
-        part_loss = loss(velocity, target, objective.loss, objective.huber_delta, part.mask, weight)
-        part_loss = part_loss * (len(part) / len(batch) if counts else 0.0)
-        stepper.backward(part_loss)
-        total += part_loss.item()
-    transformer.eval()
+        with casting(dtype):
+            velocity = predict_velocity(*inputs)
+            part_loss = loss(velocity, target, objective.loss, objective.huber_delta, part.mask, weight)
+            part_loss = part_loss * (len(part) / len(batch) if counts else 0.0)
+            stepper.backward(part_loss)
+    if dropping:
+        transformer.eval()
 
     # Collectives come before the step: a rank that is lost leaves the weights of whole steps behind.
     stepper.combine(world)
-    total = world.total(total)
     learning_rate = config.schedule().at(step)
     sigma_mean = float(batch.sigmas.mean())
     norm, _ = stepper.apply(learning_rate, config.max_grad_norm)
     # Nothing that can fail comes after it: an error would have the step taken twice.
-    return StepResult(total, norm, learning_rate, sigma_mean, stepper.skip_reason)
+    return StepResult(stepper.loss, norm, learning_rate, sigma_mean, stepper.skip_reason)

@@ -64,9 +64,14 @@ class JobPaths:
         return self.job / "checkpoints"
 
 
+ROUNDING = 2
+"""How a training step rounds, apart from what options say: 1 until LoRA was added to a layer's result in one product
+(and in 16 bits, the gradient of turned queries and keys was rounded once)."""
+
+
 @dataclass
 class Progress:
-    """Where a run stands. Steps are counted as done; −1 means never."""
+    """Where a run stands. Steps are counted as done; −1 means never. rounding: see `ROUNDING`."""
 
     step: int = 0
     validated_at: int = -1
@@ -86,6 +91,7 @@ class Progress:
     loss_fast: float | None = None
     loss_lowest: float | None = None
     diverged_at: int = -1
+    rounding: int = ROUNDING
 
     def smooth(self, loss: float) -> None:
         """Take a step's loss into `loss_smooth`: the mean of past losses, each weighed `SMOOTHING` times the next.

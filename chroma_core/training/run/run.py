@@ -11,7 +11,7 @@ import gc
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
@@ -43,10 +43,11 @@ from .faults import (
     memory_in_words,
     out_of_memory,
     plan_settings,
+    rest_seconds,
     watch_loss,
 )
 from .loop import Batches, StepResult, train_step
-from .metrics import EventFiles, JobPaths, MetricsLog, Progress, check_event_files
+from .metrics import ROUNDING, EventFiles, JobPaths, MetricsLog, Progress, check_event_files
 from .prepare import Prepared, compile_blocks, prepare
 from .preview import render_previews
 from .stepper import Stepper
@@ -114,8 +115,7 @@ class Run:
         self.trained = make_trained(config, self.transformer, self.paths, data.base_sha256)
         if sharded:
             shard(self.transformer, self.trained.parameters, torch.device(self.device))
-        if config.gradient_checkpointing:
-            self.transformer.checkpointing_interval = config.checkpointing_interval
+        self.transformer.checkpointing_interval = self._plan.interval
         self.transformer.set_deterministic(config.deterministic)
         if config.compile:
             compile_blocks(self.transformer)
@@ -125,12 +125,13 @@ class Run:
 
     def _device_bytes(self) -> int:
         """What the job is going to take of the device, by the memory plan; 0 where it has memory of its own."""
-        return 0 if self._plan is None else peaks(self._plan).training
+        return 0 if torch.device(self.device).type == "cpu" else peaks(self._plan).training
 
     @cached_property
-    def _plan(self) -> Settings | None:
-        """What the memory plan counts of the job; None where the device has no memory of its own."""
-        return None if torch.device(self.device).type == "cpu" else plan_settings(self.config)
+    def _plan(self) -> Settings:
+        """What the memory plan counts of the job."""
+        # Of several processes each may have less than the plan counts.
+        return plan_settings(self.config, self.device if self.world.size == 1 else None)
 
     def _beside(self) -> int:
         """What of it is not the model."""
@@ -166,8 +167,13 @@ class Run:
                 f"The dataset changed since step {progress.step}: training goes on with what is there now, so the "
                 "result differs from an uninterrupted run's."
             )
+        if progress is not None and progress.rounding != ROUNDING:
+            warnings.append(
+                f"Until step {progress.step} this job was trained by an earlier version, which rounded sums otherwise: "
+                "what follows is as good, but not bit for bit what that version would have given."
+            )
         self.progress = progress or Progress()
-        self.progress.data = data
+        self.progress.data, self.progress.rounding = data, ROUNDING
         self.metrics.truncate(self.progress.metrics_bytes)
         if self.config.tensorboard and self.world.main:
             values, earlier = self.config.model_dump(mode="json"), self.metrics.read()
@@ -216,7 +222,10 @@ class Run:
             self.control.between_parts()
             waited += time.perf_counter() - since
 
-        result = train_step(step, self.transformer, stepper, self.batches, self.config, self.world, between)
+        # The compiler makes casts part of other kernels; what is divided is no tensor of its own.
+        ready = not (self.config.compile or self.world.sharded)
+        casting = self.trained.casting if ready else nullcontext
+        result = train_step(step, self.transformer, stepper, self.batches, self.config, self.world, between, casting)
         if self.ema is not None and not result.skipped:
             stepper.torn = True
             with stepper.as_trained():
@@ -234,7 +243,7 @@ class Run:
         while True:
             try:
                 if tries:
-                    self._make_way(message, give_up=tries % MEMORY_TRIES == 0)
+                    self._make_way(message, tries)
                     self._undo()
                 return work()
             except Exception as error:
@@ -255,12 +264,14 @@ class Run:
             self.stepper.torn = False
         self.stepper.forget()
 
-    def _make_way(self, message: str, give_up: bool) -> None:
+    def _make_way(self, message: str, tries: int) -> None:
         """Leave the device, so that what fills it gets through, and come back when there is room; or pause."""
+        give_up = tries % MEMORY_TRIES == 0
         self.slot.step_aside()
         gc.collect()  # what the error left may lie in circles
         release_memory()
         self.metrics.append(step=self.progress.step, out_of_memory=True)
+        self._recompute_more()
         if give_up:
             self.control.pause.set()
             self.control.sample.clear()
@@ -268,9 +279,19 @@ class Run:
             if self._begun and not self.stepper.torn:
                 self.stepper.forget()
                 self.save(wait=False)
-        self.control.gate(needed=self._beside())
+        self.slot.rest_seconds = rest_seconds(tries)
+        try:
+            self.control.gate(needed=self._beside())
+        finally:
+            self.slot.rest_seconds = 0.0
         if give_up:
             self.report(message="")
+
+    def _recompute_more(self) -> None:
+        """From now on compute every block again in the backward pass, if the job leaves that to the memory."""
+        config = self.config
+        if self._begun and config.gradient_checkpointing and not config.checkpointing_interval:
+            self.transformer.checkpointing_interval = 1
 
     def _count(self, result: StepResult, seconds: float) -> None:
         """Write one step down."""
@@ -349,7 +370,7 @@ class Run:
             for sample in self.data.heldout
         ]
         progress, rows = self.progress, len(HELDOUT_SIGMAS)
-        if self._plan is not None:
+        if torch.device(self.device).type != "cpu":
             rows = heldout_rows(self._plan, rows)
         base: list[float] | None = None
         without = self.trained.base(progress.step) if progress.heldout_loss_base is None else None

@@ -18,11 +18,13 @@ from chroma_core.model.latents import LatentFormat
 from chroma_core.sampling.recipe import Recipe
 from chroma_core.sampling.sampler import SamplingSettings, sample
 from chroma_core.training.config import TrainingConfig
+from chroma_core.training.control import Control
 from chroma_core.training.jobs.curve import plot_losses
 from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
 from chroma_core.training.run.loop import train_step
 from chroma_core.training.run.metrics import JobPaths, MetricsLog, Progress
 from chroma_core.training.run.preview import render_previews
+from chroma_core.training.run.run import Run
 from chroma_core.training.run.trained import adapter_summary, check_trained, file_metadata, write_final
 from training_cases import Bench, config, model_folder, write_dataset
 
@@ -118,6 +120,26 @@ def test_a_checkpoint_brings_everything_back(places, tmp_path):
         results = [train_step(step, b.transformer, b.stepper, b.batches, b.config) for b in (made, fresh)]
         assert results[0] == results[1]
     assert all(torch.equal(a, b) for a, b in zip(made.parameters, fresh.parameters, strict=True))
+
+
+def test_a_checkpoint_of_a_version_that_rounded_otherwise_goes_on_and_says_so(places, tmp_path):
+    paths = JobPaths.of(tmp_path / "jobs", "job", tmp_path / "loras", places[2])
+    paths.job.mkdir(parents=True)
+
+    def resumed() -> list[str]:
+        run = Run(config(*places[:2]), paths, "cpu", Control(), lambda **_: None)
+        for stage in (run.prepare, run.load, run.resume, run.save):
+            stage()
+        run.close()
+        return [warning for warning in run.warnings if "earlier version" in warning]
+
+    assert resumed() == [] and resumed() == []
+    state = paths.checkpoints / "step-000000" / "state.json"
+    values = json.loads(state.read_text())
+    assert values.pop("rounding") > 1
+    state.write_text(json.dumps(values))
+    (said,) = resumed()
+    assert "step 0" in said
 
 
 def test_only_the_last_are_kept_and_damage_falls_back(places, tmp_path):

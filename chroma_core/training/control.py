@@ -5,7 +5,8 @@ asks `busy()` and waits; pause, stop and the rest are flags that it polls, so Co
 
 While a prompt runs the job rests at a gate and keeps its place on the device until somebody wants that: a prompt that
 needs the memory makes it leave and waits for its word (`DeviceSlot.make_leave`), a prompt for the very model that is
-trained borrows it where it lies (`DeviceSlot.lend`). The job comes back when ComfyUI has made room.
+trained borrows it where it lies (`DeviceSlot.lend`). The job comes back when ComfyUI has made room and the memory is
+free, whoever had it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..model.device import release_memory
+from ..model.device import free_memory, release_memory
 from ..streaming import module_bytes, to_device, to_host
 
 POLL_SECONDS = 0.02
 ROOM_SECONDS = 120.0
-"""How long a job waits for ComfyUI to make room before it tries without."""
+"""How long a job waits for ComfyUI to make room, and after it ran out of memory for anybody to, before it tries
+without."""
+SETTLE_SECONDS = 5.0
+"""How long it waits for memory that ComfyUI has freed to be there: who plans with less than there is would never see
+it."""
 
 AskRoom = Callable[[int], Callable[[], bool]]
 """`ask_room(needed)` asks for bytes of the device, from the worker's thread; what it returns says whether they are
@@ -56,12 +61,14 @@ class Loan:
 class DeviceSlot:
     """What of a job is on the device. One module at a time; the worker's thread brings it and takes it away.
 
-    `away` says that the module waits in RAM, so that nothing of the job is on the device.
+    `away` says that the module waits in RAM, so that nothing of the job is on the device. `rest_seconds` above 0: the
+    job ran out of memory, perhaps by another program's doing, and waits for room for so long at least.
     """
 
     def __init__(self, device: torch.device | str, ask_room: AskRoom = no_need_to_ask):
         self.device = torch.device(device)
         self.away = False
+        self.rest_seconds = 0.0
         self._ask_room = ask_room
         self._room: Callable[[], bool] | None = None
         self._asked_at = 0.0
@@ -143,8 +150,13 @@ class DeviceSlot:
 
     def _has_room(self, needed: int) -> bool:
         if self._room is None:
+            release_memory()
             self._room, self._asked_at = self._ask_room(needed), time.monotonic()
-        if self._room() or time.monotonic() > self._asked_at + ROOM_SECONDS:
+        waited = time.monotonic() - self._asked_at
+        made, free = self._room(), free_memory(self.device)
+        there = made and (free is None or (free >= needed and waited >= self.rest_seconds))
+        patience = SETTLE_SECONDS if made and not self.rest_seconds else ROOM_SECONDS
+        if there or waited > patience:
             self._room = None
             return True
         return False

@@ -20,7 +20,7 @@ from chroma_core.streaming import module_bytes
 from chroma_core.training.control import Control, DeviceSlot, Loan
 from miniature import transformer
 from training_cases import at_the_gate
-from waiting import PATIENCE, until
+from waiting import PATIENCE, stays, until
 
 CARD = torch.device("cuda")
 
@@ -96,7 +96,21 @@ def main() -> None:
         found["rounds"].append({**round_, "asked": asked.pop()})
     control.stop.set()
     worker.join(PATIENCE)
+    found["came_back"] = wait_for_others(slot)
     print(json.dumps(found))
+
+
+def wait_for_others(slot: DeviceSlot) -> bool:
+    """A job that ran out of memory stays away while another program has it; whether it comes back after."""
+    slot.step_aside()
+    free, _ = torch.cuda.mem_get_info()
+    theirs = torch.empty(free - free % 2**21, dtype=torch.uint8, device=CARD)
+    slot.rest_seconds = 0.5
+    stays(lambda: not slot.ready(1), "the job away from a full card", 1.0)
+    del theirs
+    torch.cuda.empty_cache()
+    until(lambda: slot.ready(1), "the job on the card again")
+    return not slot.away
 
 
 if __name__ == "__main__":

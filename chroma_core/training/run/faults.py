@@ -14,7 +14,7 @@ import torch
 from ...errors import ChromaKitError, JobError, first_line
 from ...fullrank.layers import count_trained
 from ...loading.load import transformer_outline
-from ...memory import Settings, estimate, in_gib, machine, recommend
+from ...memory import Settings, estimate, in_gib, machine, recommend, recomputing_least
 from ...memory.activations import T5_TOKENS, TEXT_TOKENS
 from ...model.device import is_out_of_memory
 from ..config import TrainingConfig
@@ -46,6 +46,9 @@ PACE_STEPS, SLOWER = 16, 4.0
 
 MEMORY_TRIES = 3
 """How often work that ran out of memory is done anew before the job is paused."""
+
+MEMORY_REST = 1.0
+"""Seconds off the device after the first of these tries, four times as many after the next."""
 
 
 class Diverged(ChromaKitError):
@@ -130,7 +133,7 @@ def disk_shortage(folder: Path, next_bytes: int) -> str | None:
 
 def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.device) -> JobError:
     """The same error with what was predicted, what there is, and the settings that should fit."""
-    settings, here = plan_settings(config), machine(device)
+    settings, here = plan_settings(config, device), machine(device)
     predicted = estimate(settings, here)
     alike = Settings(settings.flavour, size=settings.size, batch_size=settings.batch_size, rank=settings.rank)
     advice = recommend(alike, here, "training")
@@ -143,12 +146,23 @@ def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.de
     )
 
 
-def plan_settings(config: TrainingConfig) -> Settings:
-    """What the memory plan counts of a job; for full rank the headers of its model are read."""
+def rest_seconds(tries: int) -> float:
+    """How long a job stays off the device at least after its n-th try: what fills it may be somebody else's, and go.
+
+    Not after the last, when it is paused until the user resumes it.
+    """
+    return MEMORY_REST * 4.0 ** (tries % MEMORY_TRIES - 1) if tries % MEMORY_TRIES else 0.0
+
+
+def plan_settings(config: TrainingConfig, device: torch.device | str | None = None) -> Settings:
+    """What the memory plan counts of a job; for full rank the headers of its model are read.
+
+    Where the job leaves it open, the device's memory says how many blocks are computed again; None: all are.
+    """
     full, trained = config.full, 0
     if full is not None:
         trained = count_trained(transformer_outline(config.model), full.target, full.norms)
-    return Settings.of(
+    settings = Settings.of(
         config.model,
         size=max(config.dataset.sizes(config.resolution)),
         batch_size=config.batch_size,
@@ -156,7 +170,7 @@ def plan_settings(config: TrainingConfig) -> Settings:
         target=config.lora.target,
         optimizer=config.optimizer,
         gradient_checkpointing=config.gradient_checkpointing,
-        checkpointing_interval=config.checkpointing_interval,
+        checkpointing_interval=config.checkpointing_interval or 1,
         deterministic=config.deterministic,
         adapter=config.lora.kind,
         lokr_factor=config.lora.lokr_factor,
@@ -164,6 +178,9 @@ def plan_settings(config: TrainingConfig) -> Settings:
         text_tokens=TEXT_TOKENS if config.objective.text_padding == "trim" else T5_TOKENS,
         trained_parameters=trained,
     )
+    if config.checkpointing_interval or device is None:
+        return settings
+    return recomputing_least(settings, machine(device))
 
 
 def _advice(config: TrainingConfig, for_a_lora: str) -> str:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from chroma_core.model.device import is_out_of_memory
+from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.control import Control, Halted
 from chroma_core.training.run.faults import MEMORY_TRIES
@@ -217,6 +218,24 @@ def test_memory_that_stays_full_pauses_the_job_with_a_checkpoint_and_words(setti
     job.control.on_wait = on_wait
     assert job.run(mode) == "completed" and mode.raised == MEMORY_TRIES
     assert same(job, undisturbed)
+
+
+def test_a_job_that_recomputes_what_the_memory_asks_for_recomputes_all_when_it_runs_out(
+    settings, undisturbed, tmp_path, monkeypatch
+):
+    auto = settings.model_copy(update={"gradient_checkpointing": True})
+    assert auto.checkpointing_interval == 0
+    seen = []
+    run = ChromaTransformer._run
+
+    def watched(self, *args):
+        seen.append(self.checkpointing_interval)
+        return run(self, *args)
+
+    monkeypatch.setattr(ChromaTransformer, "_run", watched)
+    job, mode = Job(tmp_path, auto), Full("predict_velocity", 1 + undisturbed[0]["predict_velocity"] // 2)
+    assert job.run(mode) == "completed" and mode.raised == 1
+    assert list(dict.fromkeys(seen)) == [0, 1] and same(job, undisturbed)
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,7 @@ def _filled(made: Job) -> Row:
     except Exception as error:
         found = f"{type(error).__name__}: {str(error).splitlines()[0]}"[:160]
     del filler
-    made.stepper.optimizer.zero_grad(set_to_none=True)
-    made.stepper._loss = None
+    made.stepper.forget()
     clear()
     result = made.step()
     return {"step": found, "the_next_step": f"loss {result.loss:.4f}, skipped '{result.skipped}'"}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chroma_core.lora.trainable import LoraSettings, add_trainable
+from chroma_core.lora.trainable import CastFactors, LoraSettings, add_trainable
 from chroma_core.model import precision as precisions
 from chroma_core.model import quantised
 from chroma_core.model.transformer import ChromaTransformer
@@ -60,15 +60,17 @@ def transformer(
     device: torch.device | str = "cuda",
     resident: int = 0,
     seed: int = 0,
+    heads: int = 24,
 ) -> ChromaTransformer:
     """A frozen transformer of the real widths in a precision, filled and quantised on the device, one linear at a time.
 
-    resident: above 0, its blocks rest in host memory and so many are on the device at a time.
+    resident: above 0, its blocks rest in host memory and so many are on the device at a time. heads: fewer than 24 are
+    a smaller width.
     """
     chosen = precisions.precision(precision)
     device, draws = torch.device(device), generator(device, seed)
     with torch.device("meta"):
-        model: Any = ChromaTransformer(num_layers=blocks[0], num_single_layers=blocks[1])
+        model: Any = ChromaTransformer(num_layers=blocks[0], num_single_layers=blocks[1], num_attention_heads=heads)
         model.to(chosen.dtype)
     linears = dict(precisions.quantisable_linears(model)) if chosen.quantised else {}
     homes = {
@@ -132,10 +134,13 @@ class Job:
     parameters: list[nn.Parameter]
     losses: list[float] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.cast_factors = CastFactors(self.model)
+
     def step(self, number: int | None = None) -> StepResult:
         """One optimizer step, the next one or a certain one."""
         number = len(self.losses) if number is None else number
-        result = train_step(number, self.model, self.stepper, self.batches, self.config)
+        result = train_step(number, self.model, self.stepper, self.batches, self.config, casting=self.cast_factors.to)
         self.losses.append(result.loss)
         return result
 

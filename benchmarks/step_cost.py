@@ -34,7 +34,8 @@ CONTEXT_GIB = 450 / 1024
 
 VIEWS = frozenset(
     "view _unsafe_view reshape transpose t expand slice select unsqueeze squeeze permute detach alias split "
-    "split_with_sizes chunk as_strided unbind empty empty_like unfold lift_fresh new_empty empty_strided".split()
+    "split_with_sizes chunk as_strided unbind empty empty_like unfold lift_fresh new_empty empty_strided "
+    "view_as_complex view_as_real".split()
 )
 
 

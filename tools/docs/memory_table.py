@@ -150,7 +150,7 @@ def measured() -> Iterator[tuple[str, str]]:
     from .memory_cases import Case, LiveBytes, measure_t5, measure_vae
 
     torch.manual_seed(0)
-    weight = torch.randn(1024, 2048).bfloat16()
+    weight = torch.randn(128, 2048).bfloat16()
     rows = []
     for name in MOMENT_BYTES:
         with LiveBytes() as there:

@@ -21,10 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class FilesTogether(LoadScopeScheduling):
-    """Deals out whole files, so that what a file's tests share is made once, and imports of ComfyUI to one process."""
+    """Deals out whole files, so that what a file's tests share is made once, and imports of ComfyUI to one process.
+
+    Browser tests share the page alone, which each process has: one by one, no process is idle while another works.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
-        return group_of(Path(nodeid.partition("::")[0]))
+        file = nodeid.partition("::")[0]
+        return nodeid if "/browser/" in file else group_of(Path(file))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
@@ -40,9 +44,14 @@ def group_of(file: Path) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take long: no process is to end long after another."""
+    """Begin with what takes long, tests and then files: no process is to end long after another."""
     long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in long)
+    browser = {item.path for item in items if "browser" in item.path.parts}
+
+    def rank(item: pytest.Item) -> tuple[bool, bool]:
+        return item.path not in long, item.path in browser and item.get_closest_marker("slow") is None
+
+    items.sort(key=rank)
 
 
 def pytest_collection_finish() -> None:

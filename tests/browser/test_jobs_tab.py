@@ -74,6 +74,7 @@ def act(page: Any, name: str) -> None:
     page.locator(f"[data-action='{name}']").click()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renderer", ["canvas", "vue"])
 def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, renderer: str):
     page = window.page
@@ -168,6 +169,7 @@ def test_two_curves_lie_over_one_another(window, server: Host):
     assert window.ours == []
 
 
+@pytest.mark.slow
 def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     page = window.page
     job = finished(server, page, "looked into", 4, PROMPTS)
@@ -218,6 +220,7 @@ def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     assert window.ours == []
 
 
+@pytest.mark.slow
 def test_a_job_is_extended_duplicated_used_and_deleted(window, server: Host):
     page = window.page
     job = finished(server, page, "to the end", 2, "a [trigger] star")
@@ -292,6 +295,7 @@ def test_a_failing_job_says_why(window, server: Host):
     assert window.ours == []
 
 
+@pytest.mark.slow
 def test_a_prompt_gets_the_machine_and_the_job_takes_it_back(window, server: Host):
     page = window.page
     job = training(window, server, "it yields")
@@ -316,6 +320,7 @@ def test_events_that_are_missed_are_made_up_for(window, server: Host):
     window.errors.clear()  # of the socket that was closed
 
 
+@pytest.mark.slow
 def test_a_restarted_host_has_the_same_jobs(window, server: Host):
     """The page stays open, as when a user restarts the host; settings that are damaged meanwhile are not used."""
     page = window.page

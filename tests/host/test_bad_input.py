@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from _host import Host, PromptFailed, PromptRejected
-from prompts import dataset, load, node, text_to_image, train
+from prompts import at_defaults, dataset, load, node, text_to_image, train
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "example_datasets" / "sks_emblem"
 
@@ -148,17 +148,5 @@ def test_unset_trigger(server: Host):
 def test_settings_that_contradict_each_other(server: Host):
     prompt = train("contradiction", steps=1)
     prompt["train"]["inputs"]["settings"] = ["settings", 0]
-    prompt["settings"] = node("ChromaTrainingSettings", **settings(sigma_minimum=0.9, sigma_maximum=0.1))
+    prompt["settings"] = at_defaults(server, "ChromaTrainingSettings", sigma_minimum=0.9, sigma_maximum=0.1)
     assert "minimum" in message_of(server, prompt)
-
-
-def settings(**inputs: object) -> dict:
-    """Chroma Training Settings with every widget at its default."""
-    return {
-        "gradient_accumulation": 1, "warmup_steps": 0, "lr_schedule": "constant", "weight_decay": 0.01,
-        "max_grad_norm": 1.0, "sigma_draw": "logit_normal", "sigma_remap": "quadratic", "sigma_scale": 1.0,
-        "sigma_shift": "none", "sigma_shift_value": 3.0, "sigma_minimum": 0.0, "sigma_maximum": 1.0,
-        "gradient_checkpointing": True, "checkpoint_every": 0, "keep_checkpoints": 1, "validate_every": 0,
-        "preview_steps": 2, "preview_guidance": 3.0, "preview_seed": 42, "preview_width": 0, "preview_height": 0,
-        "preview_negative": "", "save_dtype": "fp32", "recipe": "canonical", "target_patterns": "", **inputs,
-    }  # fmt: skip

@@ -10,17 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from _host import Host, PromptFailed
-from prompts import Prompt, job_of, node, text_to_image, train
+from prompts import at_defaults, job_of, node, text_to_image, train
 from weight_files import remove_files
-
-
-def settings(server: Host, **changes: object) -> Prompt:
-    """Chroma Training Settings at its defaults, but for `changes`."""
-    groups = server.get("/object_info/ChromaTrainingSettings")["ChromaTrainingSettings"]["input"]
-    found = {}
-    for name, (kind, *options) in (groups["required"] | groups.get("optional", {})).items():
-        found[name] = options[0]["default"] if options and "default" in options[0] else kind[0]
-    return {"settings": node("ChromaTrainingSettings", **{**found, **changes})}
 
 
 def picture(server: Host, **load_inputs: object) -> np.ndarray:
@@ -37,7 +28,9 @@ def error_of(failed: pytest.ExceptionInfo[PromptFailed]) -> str:
 
 def test_a_full_rank_job_ends_with_a_model_that_can_be_chosen_and_paints(server: Host):
     prompt = train("whole blocks", steps=2, settings=["settings", 0])
-    prompt |= settings(server, full_rank_blocks="double_blocks.0, single_blocks.1", optimizer="adafactor")
+    prompt["settings"] = at_defaults(
+        server, "ChromaTrainingSettings", full_rank_blocks="double_blocks.0, single_blocks.1", optimizer="adafactor"
+    )
     job = job_of(server.run(prompt))
     with pytest.raises(PromptFailed) as failed:
         server.run({**prompt, "wait": node("ChromaWaitForTraining", job=["train", 0]), "graph":
@@ -69,7 +62,9 @@ def test_a_full_rank_job_ends_with_a_model_that_can_be_chosen_and_paints(server:
 
 def test_adapter_options_beside_full_rank_blocks_are_refused(server: Host):
     prompt = train("refused", steps=2, settings=["settings", 0])
-    prompt |= settings(server, full_rank_blocks="all", adapter="dora", dropout=0.1)
+    prompt["settings"] = at_defaults(
+        server, "ChromaTrainingSettings", full_rank_blocks="all", adapter="dora", dropout=0.1
+    )
     with pytest.raises(PromptFailed) as failed:
         server.run(prompt)
     assert "kind, dropout" in error_of(failed)

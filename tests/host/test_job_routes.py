@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from _host import Host
-from prompts import dataset, job_of, load, node, text_to_image, train, until_not
+from prompts import at_defaults, dataset, job_of, load, node, text_to_image, train, until_not
 from waiting import until
 
 OPTIONS: dict[str, Any] = {
@@ -30,15 +30,6 @@ def done(server: Host) -> str:
     job = job_of(server.run(train("looked into", 3, preview_prompt="a [trigger] star\na red circle", preview_every=2)))
     assert until_not(server, job) == "completed"
     return job
-
-
-def settings(server: Host, **values: Any) -> dict[str, Any]:
-    """A Chroma Training Settings node with every widget at its default but these."""
-    inputs = server.get("/object_info/ChromaTrainingSettings")["ChromaTrainingSettings"]["input"]
-    specs = {**inputs["required"], **inputs.get("optional", {})}
-    choices = {name: spec[1].get("options", [None])[0] for name, spec in specs.items()}
-    defaults = {name: spec[1].get("default", choices[name]) for name, spec in specs.items()}
-    return node("ChromaTrainingSettings", **{**defaults, **values})
 
 
 def test_the_list_can_be_brief(server: Host, done: str):
@@ -87,7 +78,7 @@ def test_a_plain_job_as_a_graph_is_the_same_job(server: Host, done: str):
 
 def test_a_job_with_many_options_as_a_graph_is_the_same_job(server: Host):
     prompt = train("every option", 2, settings=["settings", 0], dataset=["both", 0], validation_dataset=["more", 0])
-    prompt["settings"] = settings(server, **OPTIONS)
+    prompt["settings"] = at_defaults(server, "ChromaTrainingSettings", **OPTIONS)
     prompt["dataset"]["inputs"] |= {"caption_prefix": "x ", "repeats": 2, "flip": True, "more_resolutions": "96, 128"}
     prompt["more"] = {**prompt["dataset"], "inputs": {**prompt["dataset"]["inputs"], "folder": "sks_emblem_heldout"}}
     prompt["both"] = node(

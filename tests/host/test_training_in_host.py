@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import waiting
 from _host import Host
-from prompts import Prompt, interrupted, job_of, node, text_to_image, train
+from prompts import Prompt, at_defaults, interrupted, job_of, node, text_to_image, train
 
 ENDLESS = 1_000_000
 STEPS = 3
@@ -186,23 +186,11 @@ def test_cancelling_the_wait_stops_and_saves(server: Host):
 def test_adapter_optimizer_and_data_settings_reach_the_job(server: Host):
     """Every widget of the two nodes, at its default or another value, through a job that really trains."""
 
-    def defaults(node_id: str) -> dict:
-        groups = server.get(f"/object_info/{node_id}")[node_id]["input"]
-        found = {}
-        for name, (kind, *options) in (groups["required"] | groups.get("optional", {})).items():
-            values = options[0] if options else {}
-            if "default" in values:
-                found[name] = values["default"]
-            elif isinstance(kind, list):
-                found[name] = kind[0]
-        return found
-
     prompt = train("many settings", settings=["settings", 0])
     others = {"adapter": "dora", "optimizer": "adafactor", "loss": "huber", "ema_decay": 0.9, "text_padding": "zero"}
-    chosen = defaults("ChromaTrainingSettings") | others | {"lr_schedule": "polynomial"}
-    prompt["settings"] = node("ChromaTrainingSettings", **chosen)
+    prompt["settings"] = at_defaults(server, "ChromaTrainingSettings", **others, lr_schedule="polynomial")
     data = {"folder": "sks_emblem", "trigger": "sks", "tag_shuffles": 1, "alignment": 32, "crop": "random"}
-    prompt["dataset"] = node("ChromaDataset", **(defaults("ChromaDataset") | data))
+    prompt["dataset"] = at_defaults(server, "ChromaDataset", **data)
     job = job_of(server.run(prompt))
     while (status := server.get(f"/chromakit/jobs/{job}"))["state"] not in ("completed", "failed", "stopped"):
         assert server.alive()

@@ -21,6 +21,17 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
+def at_defaults(server: Host, class_type: str, **inputs: Any) -> dict[str, Any]:
+    """A node with every widget at its default but these."""
+    groups = server.get(f"/object_info/{class_type}")[class_type]["input"]
+    found: dict[str, Any] = {}
+    for name, (_, *options) in (groups["required"] | groups.get("optional", {})).items():
+        values = options[0] if options else {}
+        if "default" in values or "options" in values:
+            found[name] = values.get("default", values.get("options", [None])[0])
+    return node(class_type, **{**found, **inputs})
+
+
 def load(**inputs: Any) -> Prompt:
     return {
         "load": node("ChromaLoadModel", **{"flavour": "tiny", "precision": "fp32", "text_precision": "fp32", **inputs})

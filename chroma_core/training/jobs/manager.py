@@ -254,6 +254,10 @@ class JobManager:
 
     def _out_of_sight(self, job: Job) -> Path:
         """Rename the job's folder in one step, so that half a folder is never taken for a job. Raises JobError."""
+        # With patience: our own worker says that a job ended before it wrote that down; its folder would come back.
+        with folder_lock(job.folder, LOCK_SECONDS) as ours:
+            if not ours:
+                raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
         trash = self.root / f"{TRASH}{job.id}-{time.time_ns()}"
         try:
             replace(job.folder, trash)

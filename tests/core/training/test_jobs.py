@@ -317,6 +317,33 @@ def test_a_deleted_job_is_gone_and_its_lora_stays(places, manager):
     assert again is not job and again.wait(PATIENCE) and again.state == "completed"
 
 
+def test_a_job_that_has_just_ended_is_deleted_when_its_folder_is_let_go(places, manager, monkeypatch):
+    """Its end is known before it is written down, which would make the folder anew."""
+    job = manager.ensure(config(*places))
+    assert job.wait(PATIENCE)
+    monkeypatch.setattr("chroma_core.training.jobs.manager.LOCK_SECONDS", PATIENCE)
+    deleting = threading.Thread(target=manager.delete, args=[job.id])
+    with folder_lock(job.folder, PATIENCE) as ours:
+        assert ours
+        deleting.start()
+        stays(lambda: job.folder.is_dir() and deleting.is_alive(), "the folder while somebody writes to it")
+        job.write()
+    deleting.join(PATIENCE)
+    assert manager.list() == [] and not job.folder.exists()
+
+
+def test_a_job_that_another_process_trains_is_neither_deleted_nor_restarted(places, manager):
+    settings = config(*places)
+    job = manager.ensure(settings)
+    assert job.wait(PATIENCE)
+    with folder_lock(job.folder, PATIENCE) as ours:
+        assert ours
+        for action in (lambda: manager.delete(job.id), lambda: manager.ensure(settings, "restart")):
+            with pytest.raises(JobError, match="trained by another process"):
+                action()
+        assert manager.list() == [job] and (job.folder / "checkpoints").is_dir()
+
+
 def test_a_job_at_work_is_not_deleted_and_half_a_deletion_is_finished(places, manager, tmp_path):
     job = manager.ensure(config(*places, **LONG))
     until(lambda: job.state == "running")

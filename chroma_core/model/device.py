@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import psutil
@@ -51,15 +51,38 @@ def flash_instead(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     return torch.backends.cuda.can_use_flash_attention(asked)
 
 
-def memory_in_use(device: torch.device | str) -> dict[str, int]:
-    """Bytes in use now: `process` in RAM; on a GPU `device`, and `device_peak`, the most so far."""
-    found = {"process": psutil.Process().memory_info().rss}
-    if torch.device(device).type == "cuda":
-        found["device"] = torch.cuda.memory_allocated(device)
-        found["device_peak"] = torch.cuda.max_memory_allocated(device)
-    elif torch.device(device).type == "mps":
-        found["device"] = torch.mps.current_allocated_memory()
-    return found
+class OwnMemory:
+    """What one user of a GPU takes of it, where others of the process come and go while that one waits.
+
+    held: the bytes that are the user's own; asked once a stretch of work, at its beginning.
+    """
+
+    def __init__(self, device: torch.device | str, held: Callable[[], int]):
+        self.device, self.held = torch.device(device), held
+        self._stretch: int | None = None
+        self._others = self._peak = 0
+
+    def begin(self, stretch: int) -> None:
+        """Work begins; another number than the last says that others may have been there meanwhile."""
+        if self.device.type != "cuda" or stretch == self._stretch:
+            return
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._stretch, self._others = stretch, torch.cuda.memory_allocated(self.device) - self.held()
+
+    def read(self, stretch: int | None) -> dict[str, int]:
+        """Bytes in use now: `process` in RAM; on a GPU `device`, and `device_peak`, the most so far.
+
+        Not those of the device where the stretch is another one than `begin` was told.
+        """
+        found = {"process": psutil.Process().memory_info().rss}
+        if self.device.type == "mps":
+            found["device"] = torch.mps.current_allocated_memory()
+        elif self.device.type == "cuda" and stretch == self._stretch:
+            self._peak = max(self._peak, torch.cuda.max_memory_allocated(self.device) - self._others)
+            found["device"] = torch.cuda.memory_allocated(self.device) - self._others
+        if self._peak:
+            found["device_peak"] = self._peak
+        return found
 
 
 def free_memory(device: torch.device | str) -> int | None:

@@ -44,6 +44,10 @@ class Halted(Exception):
     """The process is going down: save a checkpoint, to be resumed later."""
 
 
+def nothing() -> None:
+    """For a module to which nothing belongs."""
+
+
 def no_need_to_ask(needed: int) -> Callable[[], bool]:
     """For a device that nobody else uses."""
     return lambda: True
@@ -74,6 +78,7 @@ class DeviceSlot:
         self._asked_at = 0.0
         self._module: nn.Module | None = None
         self._loan: Loan | None = None
+        self._follow: Callable[[], None] = nothing
         self._coming = False
         self._resting = False
         self._unwanted = self._wanted = self._lent = 0
@@ -90,15 +95,18 @@ class DeviceSlot:
         finally:
             self._set(coming=False)
 
-    def take(self, module: nn.Module, loan: Loan | None = None) -> None:
-        """From now on `module`, which is on the device, is the one to move; prompts may borrow it as `loan` says."""
-        self._set(module=module, loan=loan, away=False)
+    def take(self, module: nn.Module, loan: Loan | None = None, follow: Callable[[], None] = nothing) -> None:
+        """From now on `module`, which is on the device, is the one to move; prompts may borrow it as `loan` says.
+
+        follow: moves what belongs to it to where it is now; called after each move.
+        """
+        self._set(module=module, loan=loan, follow=follow, away=False)
 
     def leave(self) -> None:
         """Nothing of the job is on the device any more."""
         with self._changed:
             self._changed.wait_for(lambda: not self._lent)
-        self._set(module=None, loan=None, away=False)
+        self._set(module=None, loan=None, follow=nothing, away=False)
 
     def rest(self) -> None:
         """At a gate, where the job does not go on: do what others want of the slot."""
@@ -134,7 +142,7 @@ class DeviceSlot:
     def step_aside(self) -> None:
         """Leave the device to others. Called again, it does nothing."""
         if self._module is not None and not self.away:
-            to_host(self._module, keep=True)
+            self._to_host(self._module)
             release_memory()
             self._set(away=True)
 
@@ -143,10 +151,15 @@ class DeviceSlot:
         if self._module is not None and self.away:
             try:
                 to_device(self._module, self.device)
+                self._follow()
             except BaseException:  # not enough memory: nothing of it is to lie there
-                to_host(self._module, keep=True)
+                self._to_host(self._module)
                 raise
             self._set(away=False)
+
+    def _to_host(self, module: nn.Module) -> None:
+        to_host(module, keep=True)
+        self._follow()
 
     def _has_room(self, needed: int) -> bool:
         if self._room is None:
@@ -255,6 +268,7 @@ class Control:
         busy: whether ComfyUI works on a prompt now; polled between steps.
         on_wait: called from the worker with (paused, yielded, short of room) whenever one of them changes.
         slot: the job's slot on the device.
+        waits: how often the worker has waited so far, so that others may have used the device.
     """
 
     def __init__(self, busy: Callable[[], bool] = lambda: False):
@@ -266,6 +280,7 @@ class Control:
         self.sample = threading.Event()
         self.save = threading.Event()
         self.slot: DeviceSlot | None = None
+        self.waits = 0
         self._changed = threading.Event()
         self._waiting = (False, False, False)
 
@@ -290,6 +305,7 @@ class Control:
                 raise Stopped
             if self._may_go_on(serve, pausable and self.pause.is_set(), needed):
                 return
+            self.waits += 1
             self._changed.clear()
             self._changed.wait(POLL_SECONDS)
 

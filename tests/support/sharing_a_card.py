@@ -15,9 +15,13 @@ import torch
 from chroma_core.lora.adapters import without_adapters
 from chroma_core.lora.settings import LoraSettings
 from chroma_core.lora.trainable import add_trainable
+from chroma_core.model.device import OwnMemory
 from chroma_core.model.precision import precision, quantise
 from chroma_core.streaming import module_bytes
 from chroma_core.training.control import Control, DeviceSlot, Loan
+from chroma_core.training.run.stepper import Stepper
+from chroma_core.training.step.ema import Ema
+from chroma_core.training.step.optimizers import OptimizerSettings
 from miniature import transformer
 from training_cases import at_the_gate
 from waiting import PATIENCE, stays, until
@@ -44,8 +48,20 @@ def main() -> None:
     model = transformer()
     quantise(model, precision("int8"))
     model.requires_grad_(False)
-    trained = sum(p.numel() * p.element_size() for p in add_trainable(model, LoraSettings(rank=2), seed=1))
+    parameters = add_trainable(model, LoraSettings(rank=2), seed=1)
     model.to(CARD)
+    stepper, average = Stepper(parameters, OptimizerSettings()), Ema(parameters, 0.9)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    stepper.apply(1e-4, 0.0)
+    beside = [*stepper.tensors(), *average.tensors()]
+    more = sum(each.numel() * each.element_size() for each in beside if each.is_cuda)
+    trained = more + sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+    def follow() -> None:
+        stepper.follow()
+        average.follow()
+
     busy, there_is_room = threading.Event(), threading.Event()
     asked: list[int] = []
 
@@ -58,8 +74,9 @@ def main() -> None:
 
     control = Control(busy.is_set)
     slot = control.slot = DeviceSlot(CARD, ask_room)
-    slot.take(model, Loan("base", plain))
+    slot.take(model, Loan("base", plain), follow)
     weights = slot.device_bytes()
+    own = own_memory(weights)
     steps = threading.Semaphore(0)
 
     def look() -> None:
@@ -68,7 +85,7 @@ def main() -> None:
 
     worker = at_the_gate(control, steps, look)
     assert steps.acquire(timeout=PATIENCE)
-    found = {"weights": weights, "trained": trained, "rounds": []}
+    found = {"weights": weights, "trained": trained, "beside": more, "own": own, "rounds": []}
     for _ in range(3):
         busy.set()
         lent = {}
@@ -80,6 +97,7 @@ def main() -> None:
         borrowed = copied(borrow)
         left = copied(lambda: slot.make_leave())
         gone = slot.device_bytes() + module_bytes(model).get("cuda:0", 0)
+        gone += sum(each.numel() for each in (*stepper.tensors(), *average.tensors()) if each.is_cuda)
         there_is_room.clear()
         busy.clear()
         until(lambda: asked, "the question for room")
@@ -98,6 +116,22 @@ def main() -> None:
     worker.join(PATIENCE)
     found["came_back"] = wait_for_others(slot)
     print(json.dumps(found))
+
+
+def own_memory(held: int) -> list[tuple[int, int]]:
+    """What a job that has `held` bytes, and takes 32 MiB more, is said to have, beside 256 MiB of somebody else's."""
+    memory = OwnMemory(CARD, lambda: held)
+    theirs = torch.empty(256 << 20, dtype=torch.uint8, device=CARD)
+    memory.begin(0)
+    ours = torch.empty(32 << 20, dtype=torch.uint8, device=CARD)
+    del ours
+    found = [memory.read(0)]
+    more = theirs.clone()
+    found.append(memory.read(1))  # it came while the job waited
+    del theirs, more
+    memory.begin(1)
+    found.append(memory.read(1))
+    return [(each.get("device", held) - held, each["device_peak"] - held) for each in found]
 
 
 def wait_for_others(slot: DeviceSlot) -> bool:

@@ -39,7 +39,7 @@ class JobValues(JobEnd):
     loss, loss_smooth, lr, heldout_loss: of the newest step that has one. step_seconds: running mean; eta_seconds: time
     left, by it. changes: options changed since the start (see `changes.entry`). checkpoint: step of the newest one.
     yielded: whether the trainer waits for a prompt. waits_for: `prompt`, `memory` (until ComfyUI makes room), or
-    nothing. memory: bytes (see `device.memory_in_use`). created, updated: Unix time.
+    nothing. memory: bytes (see `device.OwnMemory`). created, updated: Unix time.
     """
 
     step: int

@@ -22,7 +22,7 @@ from ...files import remove_leftovers
 from ...loading.load import Device, load_transformer, transformer_identity
 from ...lora.adapters import without_adapters
 from ...memory import Settings, heldout_rows, peaks
-from ...model.device import is_out_of_memory, memory_in_use, release_memory
+from ...model.device import OwnMemory, is_out_of_memory, release_memory
 from ...model.precision import slow_here
 from ...model.transformer import ChromaTransformer
 from ...streaming import module_bytes
@@ -81,6 +81,7 @@ class Run:
         self.progress = Progress()
         self.event_files: EventFiles | None = None
         self._begun, self._pace = False, Pace()
+        self._memory = OwnMemory(device, self._held)
         self._saved = time.monotonic()
 
     def prepare(self) -> None:
@@ -111,7 +112,7 @@ class Run:
         self.control.gate(needed=self._device_bytes())
         with self.slot.coming():
             self.transformer = load_transformer(config.model, "cpu" if sharded else self.device)
-            self.slot.take(self.transformer, self._loan())
+            self.slot.take(self.transformer, self._loan(), self._follow)
         self.trained = make_trained(config, self.transformer, self.paths, data.base_sha256)
         if sharded:
             shard(self.transformer, self.trained.parameters, torch.device(self.device))
@@ -137,6 +138,18 @@ class Run:
         """What of it is not the model."""
         model = sum(module_bytes(self.transformer).values()) if self._begun else 0
         return max(0, self._device_bytes() - model)
+
+    def _follow(self) -> None:
+        """After the model has moved."""
+        for each in (getattr(self, "stepper", None), getattr(self, "ema", None)):
+            if each is not None:
+                each.follow()
+
+    def _held(self) -> int:
+        """What the job has on the device between two steps."""
+        tensors = [*self.stepper.tensors(), *(self.ema.tensors() if self.ema else ())]
+        beside = sum(t.numel() * t.element_size() for t in tensors if t.device.type != "cpu")
+        return self.slot.device_bytes() + beside
 
     def _loan(self) -> Loan | None:
         """The base for prompts that want just that: its weights must stay as they are, and lie on the device."""
@@ -222,6 +235,7 @@ class Run:
             self.control.between_parts()
             waited += time.perf_counter() - since
 
+        self._memory.begin(self.control.waits)
         # The compiler makes casts part of other kernels; what is divided is no tensor of its own.
         ready = not (self.config.compile or self.world.sharded)
         casting = self.trained.casting if ready else nullcontext
@@ -322,7 +336,7 @@ class Run:
             sigma=result.sigma_mean,
             seconds=round(seconds, 4),
         )
-        memory = memory_in_use(self.device)
+        memory = self._memory.read(None if self.control.busy() else self.control.waits)
         self.report(loss=result.loss, step_seconds_now=seconds, memory=memory, **self._numbers())
 
     def _do_what_is_due(self) -> None:
@@ -420,17 +434,10 @@ class Run:
             self.report(message=shortage)
             self.control.gate()
             self.report(message="")
-        self._where_the_optimizer_is()
-        progress.saved_at = progress.step
         progress.metrics_bytes = self.metrics.sync()
         keep = config.keep_checkpoints, config.keep_best
         save_checkpoint(self.paths.checkpoints, progress, self.trained, self.stepper, self.ema, *keep)
         self.report(checkpoint=progress.step, **self._numbers())
-
-    def _where_the_optimizer_is(self) -> None:
-        """Schedule-free AdamW averages with its state, which stays on the device when the weights step aside."""
-        if self.config.optimizer == "schedule-free":
-            self.slot.return_now()
 
     def keep_what_is_good(self) -> None:
         """Save a checkpoint, or go back to the newest one when the last steps could not be taken."""
@@ -451,7 +458,6 @@ class Run:
         pictures, job = picture_count(self.data.samples), self.paths.job
         facts = self.config, self.progress, self.data.base_sha256, pictures
         header = partial(file_metadata, *facts, job_id=job.name, changes=recorded(job))
-        self._where_the_optimizer_is()
         self.report(message=f"writing the {self.trained.noun}")
         write = partial(self.trained.write, header)
         if self.ema is not None:

@@ -39,7 +39,7 @@ class Ema:
         self._check_not_swapped("updated")
         new = 1 - min(self.decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            for average, parameter in zip(self._here(), self._parameters, strict=True):
+            for average, parameter in zip(self._averages, self._parameters, strict=True):
                 average.lerp_(parameter.detach().float(), new)
 
     @contextmanager
@@ -70,15 +70,18 @@ class Ema:
                 "that it was started with."
             )
         with torch.no_grad():
-            for average, saved in zip(self._here(), averages, strict=True):
+            for average, saved in zip(self._averages, averages, strict=True):
                 average.copy_(saved)
 
-    def _here(self) -> list[Tensor]:
-        """The averages, where the parameters are now: a parked model's LoRA moves to host memory and back."""
+    def follow(self) -> None:
+        """Take the averages to where the parameters are now: a parked model's LoRA moves to host memory and back."""
         self._averages = [
             average.to(parameter.device) for average, parameter in zip(self._averages, self._parameters, strict=True)
         ]
-        return self._averages
+
+    def tensors(self) -> list[Tensor]:
+        """The averages themselves."""
+        return list(self._averages)
 
     def _check_not_swapped(self, action: str) -> None:
         if self._swapped:

@@ -49,7 +49,7 @@ def save_checkpoint(
         trained.save(temporary / trained.weights_file)
         for name, part in _stateful(stepper, ema).items():
             torch.save(part.state_dict(), temporary / name)
-        write_json(temporary / STATE, asdict(progress))
+        write_json(temporary / STATE, asdict(progress) | {"saved_at": progress.step})
     for old in checkpoints(folder)[:-keep]:
         if not (keep_best and old.name == step_name(progress.best_at)):
             try:

@@ -6,8 +6,8 @@ gradient accumulation does not change what is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -171,28 +171,25 @@ def train_step(
     device, dtype = transformer.x_embedder.weight.device, transformer.x_embedder.weight.dtype
     dropping = config.full is None and config.lora.dropout > 0
     batch, objective = batches[step], batches.objective
-    if dropping:  # which alone tells training from anything else
-        transformer.train()
     size = part_size(config.batch_size, config.effective_batch, world.size)
-    for start, counts in world.starts(len(batch), size):
-        if start:
-            between()
-        part = batch.part(start, size).to(device)
-        if dropping:
-            seed_dropout(transformer, generator(config.seed, "dropout", step, start).initial_seed())
-        x = add_noise(part.latents, part.noise, part.sigmas)
-        target, weight = training_target(part.latents, part.noise), None
-        inputs = (transformer, x, part.sigmas, part.conditions, part.guidance)
-        if part.regularisation is not None:
-            target = with_prior_targets(target, part.regularisation, *inputs, everywhere=world.sharded)
-            weight = torch.where(part.regularisation, objective.prior_weight, 1.0)
-        with casting(dtype):
-            velocity = predict_velocity(*inputs)
-            part_loss = loss(velocity, target, objective.loss, objective.huber_delta, part.mask, weight)
-            part_loss = part_loss * (len(part) / len(batch) if counts else 0.0)
-            stepper.backward(part_loss)
-    if dropping:
-        transformer.eval()
+    with _training_mode(transformer, dropping):
+        for start, counts in world.starts(len(batch), size):
+            if start:
+                between()
+            part = batch.part(start, size).to(device)
+            if dropping:
+                seed_dropout(transformer, generator(config.seed, "dropout", step, start).initial_seed())
+            x = add_noise(part.latents, part.noise, part.sigmas)
+            target, weight = training_target(part.latents, part.noise), None
+            inputs = (transformer, x, part.sigmas, part.conditions, part.guidance)
+            if part.regularisation is not None:
+                target = with_prior_targets(target, part.regularisation, *inputs, everywhere=world.sharded)
+                weight = torch.where(part.regularisation, objective.prior_weight, 1.0)
+            with casting(dtype):
+                velocity = predict_velocity(*inputs)
+                part_loss = loss(velocity, target, objective.loss, objective.huber_delta, part.mask, weight)
+                part_loss = part_loss * (len(part) / len(batch) if counts else 0.0)
+                stepper.backward(part_loss)
 
     # Collectives come before the step: a rank that is lost leaves the weights of whole steps behind.
     stepper.combine(world)
@@ -201,3 +198,15 @@ def train_step(
     norm, _ = stepper.apply(learning_rate, config.max_grad_norm)
     # Nothing that can fail comes after it: an error would have the step taken twice.
     return StepResult(stepper.loss, norm, learning_rate, sigma_mean, stepper.skip_reason)
+
+
+@contextmanager
+def _training_mode(transformer: ChromaTransformer, needed: bool) -> Iterator[None]:
+    """Training mode inside a `with` block, where `needed`: dropout alone tells it from anything else."""
+    if needed:
+        transformer.train()
+    try:
+        yield
+    finally:
+        if needed:
+            transformer.eval()

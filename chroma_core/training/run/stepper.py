@@ -143,7 +143,9 @@ class Stepper:
 
     def forget(self) -> None:
         """Drop the gradient and loss of the parts so far, as if the step had not begun."""
-        self.optimizer.zero_grad(set_to_none=True)
+        # Not by the optimizer, whose own way takes memory: it must not fail, for the step is taken.
+        for parameter in self.parameters:
+            parameter.grad = None
         self._losses = []
 
     def _reason_to_skip(self, norm: float) -> SkipReason:
@@ -171,6 +173,20 @@ class Stepper:
         finally:
             self._put(self._in_training)
             self._in_training = None
+
+    def follow(self) -> None:
+        """Take what the optimizer remembers to where its parameters are now. Its counters stay in RAM, where they are
+        read."""
+        for parameter, remembered in self.optimizer.state.items():
+            for name, value in remembered.items():
+                if isinstance(value, Tensor) and value.dim():
+                    remembered[name] = value.to(parameter.device)
+
+    def tensors(self) -> list[Tensor]:
+        """What there is beside the parameters: gradients, and what the optimizer remembers."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        remembered = [value for values in self.optimizer.state.values() for value in values.values()]
+        return [each for each in (*gradients, *remembered) if isinstance(each, Tensor)]
 
     def _put(self, weights: Sequence[Tensor]) -> None:
         """Give the parameters the weights to train on, and tell the schedule-free optimizer that these are they."""

@@ -168,11 +168,13 @@ def same(job: Job, undisturbed) -> bool:
     return all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def test_every_line_where_memory_runs_out_once_changes_nothing(settings, undisturbed, tmp_path):
+@pytest.mark.parametrize("late", [0, 1])
+def test_every_line_where_memory_runs_out_once_changes_nothing(settings, undisturbed, tmp_path, late):
     """One after the other in one job, half of them when first passed; where it pauses, the user resumes it."""
     # safetensors makes errors of its own of what is raised inside it.
     passed = {site: count for site, count in undisturbed[2].items() if count and site[0] not in ("", "/data/cache.py")}
-    mode = EverySite({site: 3 * count // 4 if i % 2 else 0 for i, (site, count) in enumerate(sorted(passed.items()))})
+    sites = enumerate(sorted(passed.items()))
+    mode = EverySite({site: 3 * count // 4 if i % 2 == late else 0 for i, (site, count) in sites})
     assert len(passed) > 140 and len(set(PLACES) & {name for name, _ in passed}) >= 10
     job = Job(tmp_path, settings)
     job.control.on_wait = lambda paused, *_: job.control.pause.clear() if paused else None

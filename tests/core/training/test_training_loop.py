@@ -181,6 +181,20 @@ def test_a_process_that_is_lost_leaves_the_weights_of_whole_steps(places):
     assert all(torch.equal(old, new) for old, new in zip(before, made.parameters, strict=True))
 
 
+def test_a_step_that_fails_leaves_no_dropout_behind(places):
+    """A preview may be next."""
+    made = bench(places, batch_size=1, gradient_accumulation=2, lora={"rank": 2, "dropout": 0.5})
+    seen = []
+
+    def between() -> None:
+        seen.append(made.transformer.training)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train_step(0, made.transformer, made.stepper, made.batches, made.config, between=between)
+    assert seen == [True] and not made.transformer.training
+
+
 def test_sigmas_follow_the_objective(places):
     made = bench(places, objective={"minimum": 0.4, "maximum": 0.6}, batch_size=6)
     sigmas = torch.cat([made.batches[step].sigmas for step in range(20)])

@@ -1,7 +1,8 @@
 """Runs the tests: `python scripts/test.py [--core] [--host] [--browser] [--lint] [pytest options]`.
 
 Without a choice, core, host and browser run. Each part is a pytest process of its own, because the host's `comfy`
-package changes torch's global settings when it is imported. The exit status is 0 only if everything passed.
+package changes torch's global settings when it is imported; the browser's, which mostly waits, runs beside the others.
+The exit status is 0 only if everything passed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -45,17 +47,36 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args()
 
 
+class Running:
+    """A command at work. With `later` its output waits in a file until `shown`; else it is shown as it comes."""
+
+    def __init__(self, command: list[str], later: bool = False):
+        options = {"cwd": ROOT, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+        self._later = tempfile.TemporaryFile("w+", errors="replace") if later else None
+        self._process = subprocess.Popen(command, stdout=self._later or subprocess.PIPE, **options)
+
+    def shown(self) -> tuple[int, str]:
+        """Show the output to its end; the command's status, and the last line."""
+        last = ""
+        if self._later is not None:
+            self._process.wait()
+            self._later.seek(0)
+        for line in self._later or self._process.stdout or ():
+            print(line, end="", flush=True)
+            last = line.strip() or last
+        return self._process.wait(), last
+
+
 def run(command: list[str]) -> tuple[int, str]:
     """Run a command, show its output as it comes, and return its status and last line."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    last = ""
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        last = line.strip() or last
-    return process.wait(), last
+    return Running(command).shown()
+
+
+def tests_of(part: str, extra: list[str], beside: bool = False) -> Running:
+    """Begin the tests of a part."""
+    processes = PROCESSES[part]
+    dealt = ["-n", str(processes), *DEALT] if processes > 1 else []
+    return Running([sys.executable, "-m", "pytest", f"tests/{part}", *dealt, *SLOWEST, *extra], later=beside)
 
 
 def pyright_options() -> list[str]:
@@ -152,12 +173,13 @@ def main() -> int:
                 "No chromium or google-chrome was found, and only root can install it through apt. Install one, "
                 "or name it in CHROMIUM_PATH, or choose the other parts: python scripts/test.py --core --host"
             )
-    empty = 0
+    empty, beside = 0, {}
+    if parts[1:] and "browser" in parts and TWO > 1:
+        say("tests/browser runs beside the others, and is shown after them")
+        beside["browser"] = tests_of("browser", extra, beside=True)
     for part in parts:
         print(f"\n=== tests/{part} ===", flush=True)
-        processes = PROCESSES.get(part, 1)
-        dealt = ["-n", str(processes), *DEALT] if processes > 1 else []
-        status, last = run([sys.executable, "-m", "pytest", f"tests/{part}", *dealt, *SLOWEST, *extra])
+        status, last = (beside.get(part) or tests_of(part, extra)).shown()
         for number, word in re.findall(r"(\d+) (\w+)", last):
             if word in counts:
                 counts[word] += int(number)

@@ -72,7 +72,10 @@ def at_work() -> JobStatus | None:
     behind a paused one are not about to begin.
     """
     with _heard_lock:
-        by_state = {status["state"]: status for status in _latest.values()}
+        heard = list(_latest.values())
+    # A change of state can be seen a moment before it is told: in between it is written down.
+    states = _manager.states() if _manager is not None else {}
+    by_state = {states.get(status["id"], status["state"]): status for status in heard}
     for state in ("running", "preparing", "paused", "queued"):
         if state in by_state:
             return by_state[state] if state != "paused" else None

@@ -86,6 +86,10 @@ class JobManager:
                 )
             return self._jobs[job_id]
 
+    def states(self) -> dict[str, JobState]:
+        """The state of each job now, by its id. Any thread; never waits."""
+        return {job.id: job.state for job in tuple(self._jobs.values())}
+
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Call `listener(status)` at every change of state and at most about twice a second in between.
 

@@ -22,8 +22,10 @@ from ..chroma_core.data.contact_sheet import (
 )
 from ..chroma_core.data.dataset import DatasetConfig
 from ..chroma_core.data.pictures import Picture
+from ..chroma_core.data.remembered import Remembered
 from ..chroma_core.data.scan import DatasetScan, scan
 from ..chroma_core.data.warnings import image_warnings
+from ..chroma_core.training.run.metrics import cache_folder
 from . import host
 
 SHOWN = 16
@@ -36,6 +38,15 @@ THUMBNAILS, SIDE = 12, 112
 """What the page's small panel shows: so many images, of so many pixels a side."""
 KEPT = 8
 """Previews that are remembered, each with its sheet once somebody opened it."""
+
+
+def look(config: DatasetConfig, size: int = 0) -> DatasetScan:
+    """`scan`, which opens no file that a job or an earlier look has seen as it is. Raises what `scan` raises."""
+    known = Remembered(cache_folder(host.jobs_folder()))
+    try:
+        return scan(config, size, known)
+    finally:
+        known.save()
 
 
 def sheet_of(found: DatasetScan, size: int) -> Image.Image:
@@ -70,7 +81,7 @@ class DatasetPreviews:
         key = (host.folder_state(Path(config.folder)), config.model_dump_json(), model_size or 0)
         found = self._kept.get(key)
         if found is None:
-            seen = scan(config, model_size or 0)
+            seen = look(config, model_size or 0)
             size, name = model_size or FALLBACK_SIZE, secrets.token_urlsafe(16)
             answer = {
                 **facts(seen, size, judged_by=model_size or 0),

@@ -8,9 +8,8 @@ from comfy_api.latest import io, ui
 
 from ..chroma_core.data.contact_sheet import summary
 from ..chroma_core.data.dataset import DatasetConfig
-from ..chroma_core.data.scan import scan
 from ..chroma_core.errors import ConfigError
-from .dataset_preview import FALLBACK_SIZE, sheet_of
+from .dataset_preview import FALLBACK_SIZE, look, sheet_of
 from .option_widgets import ADVANCED, widget
 from .sockets import ChromaDatasetType, to_image
 
@@ -75,7 +74,7 @@ def widgets_of(config: DatasetConfig) -> dict[str, Any]:
 
 def shown(node: type[io.ComfyNode], config: DatasetConfig, remark: str = "") -> io.NodeOutput:
     """The outputs of a node for one dataset, looked at: contact sheet and summary, with `remark` as its last line."""
-    found = scan(config)
+    found = look(config)
     text = "\n".join(filter(None, [summary(found, FALLBACK_SIZE), remark]))
     preview = ui.PreviewImage(to_image([sheet_of(found, FALLBACK_SIZE)]), cls=node).as_dict()
     return io.NodeOutput((config,), text, ui={**preview, "text": (text,)})

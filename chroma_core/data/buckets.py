@@ -6,7 +6,7 @@ Sizes are (width, height) in pixels.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 from PIL import Image
 
@@ -32,6 +32,7 @@ def bucket_table(resolution: int, alignment: int = 64) -> tuple[Size, ...]:
     return tuple(sorted(sizes))
 
 
+@lru_cache(maxsize=10_000)
 def choose_bucket(width: int, height: int, resolution: int, alignment: int = 64, upscale: bool = False) -> Size:
     """The bucket of an image: nearest aspect ratio, then the larger area.
 

@@ -32,7 +32,7 @@ def read_captions(path: Path) -> tuple[str, ...]:
 
     Raises OSError when the file cannot be read and ValueError when it is not UTF-8.
     """
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    lines = path.read_bytes().decode("utf-8-sig").splitlines()
     return tuple(line.strip() for line in lines if line.strip())
 
 

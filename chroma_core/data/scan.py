@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import sha256_file
 from .captions import caption_from_name, prepared, read_captions, read_metadata
 from .dataset import DatasetConfig
-from .pictures import OTHER_EXTENSIONS, PICTURE_EXTENSIONS, Picture, PictureFacts, UnreadablePicture, picture_facts
+from .pictures import OTHER_EXTENSIONS, PICTURE_EXTENSIONS, Picture, PictureFacts, UnreadablePicture, reason
+from .remembered import Remembered
 from .views import is_mask, mask_file, mask_owner
 from .warnings import Findings, dataset_warnings, describe_skipped
 
 _REPEAT_FOLDER = re.compile(r"(\d+)_")
-_SETTLED = 2.0
-"""Seconds: a file that was written so recently could be written again with the very same time."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class DatasetScan:
     warnings: list[str]
 
 
-def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
+def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered | None = None) -> DatasetScan:
     """Read a dataset folder (and its sub-folders) in a fixed order.
 
     An image that cannot be opened, or has no caption, is skipped and named; see `missing_caption`. Pixels are not
@@ -40,15 +37,16 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
 
     Args:
         default_resolution: pixels, what small images are measured by when the dataset has no resolution; 0: nothing.
+        known: what was read of the files before, which is taken, and to which what is read now is added.
     Raises:
         DataError: the folder is missing or holds no usable image, a caption is missing under `error`, or captions are
             to come from metadata that is not there.
         PromptError: a caption contains `[trigger]` and the dataset has no trigger word.
     """
-    folder = Path(config.folder)
+    folder, known = Path(config.folder), known or Remembered()
     try:
         there = folder.is_dir()
-        files, findings = _files(folder) if there else ([], Findings())
+        files, findings = _files(folder) if there else ({}, Findings())
     except OSError as error:  # no permission, or a network drive that does not answer
         raise DataError(
             f"The dataset folder '{config.folder}' cannot be read: {error.strerror or error}. Check its permissions, "
@@ -69,18 +67,17 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
     caption_of = _caption_source(config, folder, files, findings)
     items: list[Picture] = []
     skipped: list[tuple[str, str]] = []
-    for path in files:
-        name = path.relative_to(folder).as_posix()
+    for path, name in files.items():
         repeats = _folder_repeats(name) if config.repeat_folders else 1
         if not repeats:
             skipped.append((name, "its folder's name says 0 repeats"))
             continue
         try:
-            facts = picture_facts(path)
-            digest = _sha256(path)
-            mask, mask_digest = _mask(path, facts, config)
+            facts, digest = known.facts(path)
+            mask, mask_digest = _mask(path, facts, config, known)
         except (UnreadablePicture, OSError) as error:
-            skipped.append((name, f"unreadable image: {error}"))
+            why = reason(error) if isinstance(error, OSError) else error
+            skipped.append((name, f"unreadable image: {why}"))
             continue
         try:
             captions, source = caption_of(path, name)
@@ -126,15 +123,28 @@ def scan(config: DatasetConfig, default_resolution: int = 0) -> DatasetScan:
     return DatasetScan(config, items, skipped, dataset_warnings(config, items, skipped, findings, default_resolution))
 
 
-def _files(folder: Path) -> tuple[list[Path], Findings]:
-    """The images below a folder in order, without masks; what else looks like an image is noted."""
-    # A link that leads nowhere is kept, so that it is named as missing.
-    visible = sorted(p for p in folder.rglob("*") if not is_hidden(p, folder) and (p.is_file() or not p.exists()))
-    pictures = [path for path in visible if path.suffix.lower() in PICTURE_EXTENSIONS]
-    owners = {path.with_suffix("") for path in pictures if not is_mask(path)}
-    masks = {path for path in pictures if is_mask(path) and mask_owner(path) in owners}
-    foreign = [path.relative_to(folder).as_posix() for path in visible if path.suffix.lower() in OTHER_EXTENSIONS]
-    return [path for path in pictures if path not in masks], Findings(mask_files=len(masks), foreign=foreign)
+def _files(folder: Path) -> tuple[dict[Path, str], Findings]:
+    """The images below a folder in order, with their names in it, without masks; what else looks like one is noted."""
+    top, names = len(os.path.join(folder, "")), []
+    for parent, folders, files in os.walk(folder, onerror=_unless_forbidden):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [os.path.join(parent, name)[top:] for name in files if not name.startswith(".")]
+    names.sort(key=lambda name: os.path.normcase(name).split(os.sep))
+    kinds = {name: os.path.splitext(name)[1].lower() for name in names}
+    # A link that leads nowhere, and what is no file, are kept, so that they are named.
+    pictures = {folder / name: name.replace(os.sep, "/") for name in names if kinds[name] in PICTURE_EXTENSIONS}
+    candidates = [path for path in pictures if is_mask(path)]
+    owners = {path.with_suffix("") for path in pictures if not is_mask(path)} if candidates else set()
+    masks = {path for path in candidates if mask_owner(path) in owners}
+    foreign = [name.replace(os.sep, "/") for name in names if kinds[name] in OTHER_EXTENSIONS]
+    images = {path: name for path, name in pictures.items() if path not in masks}
+    return images, Findings(mask_files=len(masks), foreign=foreign)
+
+
+def _unless_forbidden(error: OSError) -> None:
+    """A sub-folder that may not be read holds nothing for us; a drive that does not answer is an error."""
+    if not isinstance(error, PermissionError):
+        raise error
 
 
 def is_hidden(path: Path, folder: Path) -> bool:
@@ -143,7 +153,7 @@ def is_hidden(path: Path, folder: Path) -> bool:
 
 
 def _caption_source(
-    config: DatasetConfig, folder: Path, files: list[Path], findings: Findings
+    config: DatasetConfig, folder: Path, files: dict[Path, str], findings: Findings
 ) -> Callable[[Path, str], tuple[tuple[str, ...], str]]:
     """How an image (its path and its name) gets its captions: they, or none, and where they were looked for.
 
@@ -158,8 +168,7 @@ def _caption_source(
             return (), text.name
 
     if config.caption_source == "metadata":
-        names = {path.relative_to(folder).as_posix() for path in files}
-        captions, findings.metadata = read_metadata(folder, names, config.caption_column)
+        captions, findings.metadata = read_metadata(folder, set(files.values()), config.caption_column)
         return lambda _, name: (captions.get(name, ()), "the metadata")
     if config.caption_source == "filenames":
         return lambda _, name: (tuple(filter(None, [caption_from_name(name)])), "its file name")
@@ -168,10 +177,10 @@ def _caption_source(
     return from_file
 
 
-def _mask(path: Path, facts: PictureFacts, config: DatasetConfig) -> tuple[Path | None, str]:
+def _mask(path: Path, facts: PictureFacts, config: DatasetConfig, known: Remembered) -> tuple[Path | None, str]:
     """An image's mask and its hash, as `Picture` has them. Raises OSError when the mask cannot be read."""
     if config.masks == "files" and mask_file(path).is_file():
-        return mask_file(path), _sha256(mask_file(path))
+        return mask_file(path), known.sha256(mask_file(path))
     return None, "alpha" if config.masks == "alpha" and facts.transparent else ""
 
 
@@ -181,16 +190,3 @@ def _folder_repeats(name: str) -> int:
         if match := _REPEAT_FOLDER.match(folder):
             return int(match[1])
     return 1
-
-
-def _sha256(path: Path) -> str:
-    """The file's hash; remembered, since a set is looked at again and again while its options are chosen."""
-    found = path.stat()
-    if time.time() - max(found.st_mtime, found.st_ctime) < _SETTLED:
-        return sha256_file(path)
-    return _remembered(path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-@lru_cache(maxsize=100_000)
-def _remembered(path: Path, *_state: int) -> str:
-    return sha256_file(path)

@@ -36,6 +36,11 @@ CURVES = {
 """Fields of a line of `metrics.jsonl` and the names of their curves."""
 
 
+def cache_folder(root: Path) -> Path:
+    """Where all jobs below `root` keep latents, text states, and what was read of images."""
+    return root / "cache"
+
+
 @dataclass(frozen=True)
 class JobPaths:
     """The folders of one job. loras, models: where what it ends with goes, for whoever looks for it."""
@@ -48,7 +53,7 @@ class JobPaths:
     @classmethod
     def of(cls, root: Path, job_id: str, loras: Path, models: Path | None = None) -> JobPaths:
         """Those of a job below `root`; without `models` they lie in `diffusion_models` beside the LoRAs."""
-        return cls(root / job_id, loras, root / "cache", models or loras.parent / "diffusion_models")
+        return cls(root / job_id, loras, cache_folder(root), models or loras.parent / "diffusion_models")
 
     @property
     def diffusers(self) -> Path:

@@ -1,0 +1,91 @@
+"""What reading image files told, by path, inode, size and times, so that a second start opens none of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable
+from dataclasses import astuple
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..files import sha256_file, write_atomic
+from .pictures import PictureFacts, UnreadablePicture, picture_facts
+
+FORMAT = 1
+"""Raised whenever the same file would be read otherwise."""
+
+SETTLED = 2.0
+"""Seconds: a file that was written so recently could be written again with the very same time."""
+
+MOST = 200_000
+"""Files that are remembered; those that were read last."""
+
+log = logging.getLogger(__name__)
+
+
+class Remembered:
+    """Facts and hashes of image files, for as long as these do not change. May be used by several threads.
+
+    Args:
+        cache: the folder where they are kept for the next process, in a file that any number of jobs and processes
+            share; None: nowhere. A file that is damaged, or of another version, counts as empty.
+    """
+
+    def __init__(self, cache: Path | None = None):
+        self._file = file = None if cache is None else cache / "images.json"
+        self._known = {} if file is None else _read(file)
+        self._new: dict[str, list] = {}
+
+    def facts(self, path: Path) -> tuple[PictureFacts, str]:
+        """What an image's header tells, and the file's SHA-256. Raises OSError, UnreadablePicture."""
+        size, digest = self._of(f"facts {path}", path, lambda: [[*astuple(picture_facts(path))], sha256_file(path)])
+        return PictureFacts(*size), digest
+
+    def sha256(self, path: Path) -> str:
+        """A file's SHA-256. Raises OSError, UnreadablePicture."""
+        return self._of(f"hash {path}", path, lambda: [sha256_file(path)])[0]
+
+    def save(self) -> None:
+        """Keep what is new for the next process. What cannot be written is only read again."""
+        if self._file is None or not self._new:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self._file}.lock", timeout=10):
+                others = {key: value for key, value in _read(self._file).items() if key not in self._new}
+                latest = dict([*others.items(), *self._new.items()][-MOST:])
+                write_atomic(self._file, json.dumps({"format": FORMAT, "files": latest}, ensure_ascii=False))
+            self._new = {}
+        except (OSError, Timeout, UnicodeEncodeError) as error:
+            log.warning("ChromaKit: what was read of the images is not remembered: %s", error)
+
+    def _of(self, key: str, path: Path, read: Callable[[], list]) -> list:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise UnreadablePicture("not a file")
+        state = [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        known = self._known.get(key)
+        if known is not None and known[0] == state:
+            return known[1]
+        value = read()
+        if time.time() - max(found.st_mtime, found.st_ctime) >= SETTLED:
+            self._known[key] = self._new[key] = [state, value]
+            if len(self._known) > MOST:
+                self._known.pop(next(iter(self._known)), None)
+        return value
+
+
+def _read(file: Path) -> dict[str, list]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return found["files"] if found["format"] == FORMAT else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        log.warning("ChromaKit: '%s' cannot be read (%s); the images are read again.", file.name, error)
+        return {}

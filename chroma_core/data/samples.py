@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -14,13 +17,16 @@ import torch
 from ..errors import DataError
 from ..model.vae import Autoencoder
 from ..sampling.text import TextEncoder
-from .cache import Between, LatentTextCache
+from .cache import Between, LatentTextCache, decoded
 from .captions import pick_caption
 from .order import integer
 from .pictures import Picture, UnreadablePicture, bucket_of
 from .scan import DatasetScan
 from .views import View, views_of
 from .warnings import describe_skipped
+
+AHEAD = 2
+"""Images that are decoded, and latents that are written, while another is encoded."""
 
 Progress = Callable[[str, int, int], None]
 """(what, done, of how many)"""
@@ -78,38 +84,32 @@ def cache_samples(
         DataError: no image could be used.
     """
     config = scan.config
-    wanted = [
-        (picture, bucket_of(picture, config, resolution))
+    wanted = {  # a small image lands in one bucket at several resolutions
+        (picture.name, bucket_of(picture, config, resolution)): picture
         for resolution in config.sizes(default_resolution)
         for picture in scan.items
+    }
+    planned = [
+        (picture, [(view, cache.latents_path(picture, view)) for view in views_of(picture, bucket, config)])
+        for (_, bucket), picture in wanted.items()
     ]
-    wanted = list(dict.fromkeys(wanted))  # a small image lands in one bucket at several resolutions
-    planned = [(picture, views_of(picture, bucket, config)) for picture, bucket in wanted]
     unreadable: dict[str, str] = {}
     missing = list(_missing(planned, cache))
     if missing:
         between()
         with load_vae() as vae:
-            for done, (picture, views) in enumerate(missing):
-                between()
-                progress("latents", done, len(missing))
-                if picture.name in unreadable:
-                    continue
-                try:
-                    cache.add_latents(picture, views, vae)
-                except UnreadablePicture as error:
-                    unreadable[picture.name] = f"unreadable image: {error}"
+            unreadable = _cache_latents(missing, cache, vae, between, progress)
     if config.masks != "none":
         unreadable |= _cache_masks(planned, cache, config.mask_floor, unreadable.keys(), between, progress)
     samples = [
         (
             Sample(
                 picture.name,
-                views[0].bucket,
+                views[0][0].bucket,
                 picture.drawn,
                 config.caption_dropout,
-                tuple(cache.latents_path(picture, view) for view in views),
-                tuple(cache.mask_path(picture, view, config.mask_floor) for view in views) if picture.masked else (),
+                tuple(path for _, path in views),
+                tuple(cache.mask_path(picture, view, config.mask_floor) for view, _ in views) if picture.masked else (),
                 config.regularisation,
                 config.sigma_bias,
             ),
@@ -128,16 +128,62 @@ def cache_samples(
     return repeated * config.repeats, list(unreadable.items())
 
 
-Planned = Sequence[tuple[Picture, list[View]]]
+Planned = Sequence[tuple[Picture, list[tuple[View, Path]]]]
+"""Images with their views at one bucket size and the entries of these."""
 
 
 def _missing(planned: Planned, cache: LatentTextCache) -> Iterator[tuple[Picture, list[View]]]:
     """Views without an entry, those that one encoding serves together."""
+    whole: set[tuple[tuple[int, int], int]] = set()
+
+    def there(view: View, path: Path) -> bool:
+        try:
+            entry = view.bucket, os.stat(path).st_size
+        except OSError:
+            return False
+        if entry not in whole and cache.about(path) is not None:
+            whole.add(entry)  # all latents of a bucket take the same number of bytes
+        return entry in whole
+
     for picture, views in planned:
-        for _, group in groupby(views, lambda view: (view.flipped, view.crop)):
-            absent = [view for view in group if not cache.usable(cache.latents_path(picture, view))]
-            if absent:
+        for _, group in groupby(views, lambda pair: (pair[0].flipped, pair[0].crop)):
+            if absent := [view for view, path in group if not there(view, path)]:
                 yield picture, absent
+
+
+def _cache_latents(
+    missing: Sequence[tuple[Picture, list[View]]],
+    cache: LatentTextCache,
+    vae: Autoencoder,
+    between: Between,
+    progress: Progress,
+) -> dict[str, str]:
+    """Encode and write. While the device has one image, the next are decoded and the last are written.
+
+    Returns the images that cannot be decoded, with the reason.
+    """
+    refused: dict[str, str] = {}
+    with ThreadPoolExecutor(AHEAD, "chromakit-decoding") as decoders, ThreadPoolExecutor(1) as writer:
+        pixels = deque(decoders.submit(decoded, picture, views[0]) for picture, views in missing[:AHEAD])
+        writes: deque[Future] = deque()
+        for done, (picture, views) in enumerate(missing):
+            between()
+            progress("latents", done, len(missing))
+            now = pixels.popleft()
+            if done + AHEAD < len(missing):
+                later, its = missing[done + AHEAD]
+                pixels.append(decoders.submit(decoded, later, its[0]))
+            try:
+                found = cache.encoded(picture, views, now.result(), vae)
+            except UnreadablePicture as error:
+                refused.setdefault(picture.name, f"unreadable image: {error}")
+                continue
+            writes.append(writer.submit(cache.add_latents, found, views[0]))
+            if len(writes) > AHEAD:
+                writes.popleft().result()
+        for write in writes:
+            write.result()
+    return refused
 
 
 def _cache_masks(
@@ -153,8 +199,8 @@ def _cache_masks(
         (picture, view)
         for picture, views in planned
         if picture.masked and picture.name not in left_out
-        for view in dict.fromkeys(replace(view, draw=views[0].draw) for view in views)
-        if not cache.usable(cache.mask_path(picture, view, floor))
+        for view in dict.fromkeys(replace(view, draw=views[0][0].draw) for view, _ in views)
+        if cache.about(cache.mask_path(picture, view, floor)) is None
     ]
     refused: dict[str, str] = {}
     for done, (picture, view) in enumerate(missing):
@@ -177,8 +223,8 @@ def cache_texts(
     progress: Progress = lambda *_: None,
 ) -> list[str]:
     """Make sure that all prompts are cached; T5 is loaded only if one is missing. Returns those that were cut."""
-    texts = list(dict.fromkeys(texts))
-    missing = [text for text in texts if not cache.usable(cache.text_path(text))]
+    found = {text: cache.about(cache.text_path(text)) for text in dict.fromkeys(texts)}
+    missing = [text for text, about in found.items() if about is None]
     if missing:
         between()
         with load_text_encoder() as encoder:
@@ -186,7 +232,8 @@ def cache_texts(
                 between()
                 progress("captions", done, len(missing))
                 cache.add_text(text, encoder)
-    return [text for text in texts if cache.text(text).truncated]
+                found[text] = cache.about(cache.text_path(text))
+    return [text for text, about in found.items() if about is not None and int(about["truncated"])]
 
 
 def caption_texts(samples: Sequence[Sample]) -> list[str]:

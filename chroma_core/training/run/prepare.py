@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...data.cache import LatentTextCache, component_key
+from ...data.remembered import Remembered
 from ...data.samples import Progress as OnProgress
 from ...data.samples import Sample, SampleSet, cache_samples, cache_texts, caption_texts, combine
 from ...data.scan import DatasetConfig, describe_skipped, scan
@@ -61,7 +62,9 @@ def prepare(
     """
     prompts = preview_texts(config)
     training = [config.dataset, *config.more_datasets]
-    scans = [scan(dataset, config.resolution) for dataset in [*training, *_heldout(config)]]
+    known = Remembered(cache_folder)
+    scans = [scan(dataset, config.resolution, known) for dataset in [*training, *_heldout(config)]]
+    known.save()
     model = config.model
     cache = LatentTextCache(
         cache_folder,

@@ -7,7 +7,7 @@ gradient accumulation does not change what is drawn.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -93,6 +93,7 @@ class Batches:
         self.per_epoch = batches_per_epoch(self.buckets, config.effective_batch)
         self.sigma_settings = config.objective.sigmas()
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self._ahead: tuple[int, Batch] | None = None
 
     def indices(self, step: int) -> list[int]:
         """Which samples step `step` (0-based) uses."""
@@ -103,6 +104,15 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of step `step` (0-based). Raises DataError when a cached file is gone."""
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] == step else self._read(step)
+
+    def read_ahead(self, step: int) -> None:
+        """Read the batch of a step to come while the device is busy. What goes wrong is told when it is asked for."""
+        with suppress(Exception):
+            self._ahead = step, self._read(step)
+
+    def _read(self, step: int) -> Batch:
         seed, objective = self.config.seed, self.objective
         samples = [self.samples[index] for index in self.indices(step)]
         rows, conditions, draws, masks = [], [], [], []
@@ -191,6 +201,8 @@ def train_step(
                 part_loss = part_loss * (len(part) / len(batch) if counts else 0.0)
                 stepper.backward(part_loss)
 
+    if step + 1 < config.steps:
+        batches.read_ahead(step + 1)
     # Collectives come before the step: a rank that is lost leaves the weights of whole steps behind.
     stepper.combine(world)
     learning_rate = config.schedule().at(step)

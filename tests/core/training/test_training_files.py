@@ -115,7 +115,7 @@ def test_a_checkpoint_brings_everything_back(places, tmp_path):
     save_checkpoint(tmp_path, Progress(step=3, loss_smooth=0.5), made.trained, made.stepper, None, keep=3)
     fresh = trained(places, 0)
     progress, damaged = restore_latest(tmp_path, fresh.trained, fresh.stepper)
-    assert progress == Progress(step=3, loss_smooth=0.5) and damaged == []
+    assert progress == Progress(step=3, saved_at=3, loss_smooth=0.5) and damaged == []
     for step in (3, 4):
         results = [train_step(step, b.transformer, b.stepper, b.batches, b.config) for b in (made, fresh)]
         assert results[0] == results[1]

@@ -209,6 +209,21 @@ def test_a_vanished_cache_entry_is_named(places, tmp_path):
         made.batches[0]
 
 
+def test_the_next_batch_is_read_while_the_device_works(places, tmp_path):
+    made = Bench(config(places[0], places[1], batch_size=2, steps=3), tmp_path / "cache")
+    steps(made, 1)
+    for path in (tmp_path / "cache" / "latents").rglob("*.safetensors"):
+        path.rename(path.with_suffix(".gone"))
+    ahead = made.batches[1]
+    for path in (tmp_path / "cache" / "latents").rglob("*.gone"):
+        path.rename(path.with_suffix(".safetensors"))
+    alone = made.batches[1]
+    for name in ("latents", "noise", "sigmas"):
+        assert torch.equal(getattr(ahead, name), getattr(alone, name))
+    for one, other in zip(ahead.conditions, alone.conditions, strict=True):
+        assert torch.equal(one.states, other.states)
+
+
 def test_learning_rate_schedules(places):
     def rates(schedule, warmup=0):
         made = config(places[0], places[1], lr_schedule=schedule, warmup_steps=warmup, steps=10, learning_rate=1.0)

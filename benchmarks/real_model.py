@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from chroma_core.lora.trainable import CastFactors, LoraSettings, add_trainable
+from chroma_core.model import finite, quantised
 from chroma_core.model import precision as precisions
-from chroma_core.model import quantised
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.sampling.text import TextCondition
 from chroma_core.streaming import stream_blocks
@@ -39,6 +39,7 @@ TEXT_CHANNELS = 4096
 if SIMULATED:  # it has no cuDNN
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
+    finite.broken = lambda _: False  # and no numbers
 
 
 def run_python(arguments: Sequence[str], card_gib: float | None) -> subprocess.CompletedProcess[str]:

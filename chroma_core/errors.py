@@ -42,6 +42,10 @@ class PrecisionError(ChromaKitError):
     """A precision back end is not installed or cannot run on this device."""
 
 
+class NotFiniteError(ChromaKitError):
+    """A model gave NaN or infinite numbers: an image of them would be black."""
+
+
 class PromptError(ChromaKitError):
     """A prompt cannot be used as it stands, e.g. `[trigger]` without a trigger word."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -192,10 +193,19 @@ class _Source:
         return self._finite(key, tensor.flatten())
 
     def alpha(self, parts: Mapping[str, str], layer: str, rank: int) -> float:
-        """What a tensor says, else the configuration, else the rank."""
-        if "alpha" in parts:
-            return float(self.tensors[parts["alpha"]].float().item())
-        return declared_alpha(self.declared, layer, rank)
+        """What a tensor says, else the configuration, else the rank. Raises LoraError for what is no finite number."""
+        stated = parts.get("alpha")
+        if stated is None:
+            alpha, where = declared_alpha(self.declared, layer, rank), "in the configuration"
+        else:
+            tensor = self.tensors[stated]
+            alpha, where = float(tensor.float().item()) if tensor.numel() == 1 else math.nan, f"'{stated}'"
+        if not math.isfinite(alpha):
+            raise LoraError(
+                f"'{self.path}' is unusable: the alpha of '{layer}' ({where}) is {alpha}, not a finite number, so its "
+                "strength is unknown. Export it again; or remove its alphas, if they equal the rank."
+            )
+        return alpha
 
     def mismatch(self, name: str, first: Tensor, second: Tensor) -> LoraError:
         """The error for two matrices that do not multiply."""
@@ -309,7 +319,11 @@ def _lokr(source: _Source, name: str, parts: Mapping[str, str], layer: Rows) -> 
             raise source.mismatch(name, factors[f"{side}_a"], factors[f"{side}_b"])
     module = LokrModule(1.0, **factors)  # type: ignore[arg-type]
     rank = module.rank
-    alpha = source.alpha(parts, layer.name, rank or 1)
+    if rank is None and "alpha" in parts:  # means nothing to whole factors; LyCORIS writes 1e10, fp16 makes inf of it
+        stated = source.tensors[parts["alpha"]].float()
+        alpha = float(stated.item()) if stated.numel() == 1 and stated.isfinite() else 1.0
+    else:
+        alpha = source.alpha(parts, layer.name, rank or 1)
     if rank is None and "alpha" not in parts:
         # PEFT also scales whole factors by alpha / rank; the rank stands in its configuration only.
         nominal = declared_rank(source.declared, layer.name)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import configuration
+from .finite import check_finite
 
 
 @dataclass(frozen=True)
@@ -212,14 +213,20 @@ class Autoencoder(nn.Module):
         return self.decoder.conv_in.weight.dtype
 
     def encode(self, pixels_B3HW: Tensor) -> Posterior:
-        """Images in −1..1 to latents in the VAE's own space."""
+        """Images in −1..1 to latents in the VAE's own space. Raises NotFiniteError."""
         moments = self.encoder(pixels_B3HW)
         mean, log_variance = (moments if self.quant_conv is None else self.quant_conv(moments)).chunk(2, dim=1)
+        check_finite(mean, "What the VAE makes of the image", self._remedy())
         return Posterior(mean, (0.5 * log_variance.clamp(-30.0, 20.0)).exp())
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Latents in the VAE's own space to images [B, 3, H, W] of about −1..1."""
-        return self.decoder(latents_BCHW if self.post_quant_conv is None else self.post_quant_conv(latents_BCHW))
+        """Latents in the VAE's own space to images [B, 3, H, W] of about −1..1. Raises NotFiniteError."""
+        check_finite(latents_BCHW, "What is to be decoded", "Look at what made these latents, and at its LoRAs.")
+        pixels = self.decoder(latents_BCHW if self.post_quant_conv is None else self.post_quant_conv(latents_BCHW))
+        return check_finite(pixels, "The image that the VAE decodes", self._remedy())
+
+    def _remedy(self) -> str:
+        return f"It computes in {str(self.dtype)[6:]}, and fp16 overflows: use fp32. If it does, its file is damaged."
 
 
 def _silu(x: Tensor) -> Tensor:

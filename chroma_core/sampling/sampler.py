@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, check_choice
+from ..model.finite import check_finite
 from ..model.latents import FLUX_LATENTS, PATCH, LatentFormat, image_ids, pack, snap_size, unpack
 from ..model.transformer import ChromaTransformer
 from ..options import MAX_SEED, Option
@@ -174,6 +175,12 @@ def initial_noise(seeds: Sequence[int], shape_CHW: tuple[int, int, int], dtype: 
     return torch.cat(rows).float()
 
 
+_REMEDY = (
+    "Take LoRAs off, or lower their strengths; choose bf16 instead of fp16. If it stays so, the transformer's file is "
+    "damaged: fetch it again."
+)
+
+
 @torch.no_grad()
 def sample(
     transformer: ChromaTransformer,
@@ -206,6 +213,7 @@ def sample(
         on_step: called after every step; an exception from it ends the run.
     Raises:
         ConfigError: sizes, steps or shapes that cannot work, named.
+        NotFiniteError: the transformer gives NaN or infinite numbers, looked for after the first and the last step.
     """
     device = next(transformer.parameters()).device
     model_dtype = transformer.x_embedder.weight.dtype
@@ -232,6 +240,8 @@ def sample(
     if not settings.add_noise:
         noise = torch.zeros_like(noise)
     start = torch.zeros_like(noise) if start_BCHW is None else start_BCHW.to(device, torch.float32)
+    if start_BCHW is not None:
+        check_finite(start, "The image or latents to start from", "Look at the node or file that made them.")
     mask = None if noise_mask_BHW is None else noise_mask_BHW.to(device, torch.float32)[:, None]
     if mask is not None:
         predict = _masked(predict, mask, start, noise)
@@ -243,6 +253,9 @@ def sample(
         velocity = predict(x, levels[i])
         denoised = x - levels[i] * velocity
         x = solver.step(i, x, velocity)
+        if i in (0, steps - 1):
+            what = f"What the transformer gives at step {i + 1} of {steps} (noise level {levels[i]:.3g})"
+            check_finite(x, what, _REMEDY)
         if on_step is not None:
             on_step(StepInfo(i + 1, steps, levels[i + 1], denoised))
     if levels[-1] > 0:

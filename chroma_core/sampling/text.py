@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError
+from ..model.finite import check_finite
 from ..model.text_encoder import T5Encoder
 from .recipe import CANONICAL, Recipe
 
@@ -86,7 +87,7 @@ class TextEncoder:
         """Encode one prompt; states are fp32 on the encoder's device.
 
         One prompt at a time on purpose: a batch of other prompts would change the last bits, and a cached, a previewed
-        and a sampled prompt must be one and the same.
+        and a sampled prompt must be one and the same. Raises NotFiniteError.
         """
         ids: list[int] = self.tokenizer(prompt, truncation=False, verbose=False).input_ids
         room = MAX_TOKENS - recipe.visible_padding
@@ -103,7 +104,11 @@ class TextEncoder:
         # Padding that is kept must not change the real tokens where the recipe says that T5 does not see it.
         if recipe.text_attention == "masked" or (self.keep_padding and recipe.text_attention != "full"):
             mask[:, real:] = 0
-        states = self.model(tokens, mask)[0]
+        states = check_finite(
+            self.model(tokens, mask)[0],
+            f"What the text encoder makes of “{prompt if len(prompt) < 60 else prompt[:60] + '…'}”",
+            "T5 overflows in fp16: choose bf16 or fp32 for it. If it computes in one of these, its file is damaged.",
+        )
         visible = MAX_TOKENS if self.keep_padding else real + recipe.visible_padding
         return TextCondition(states[:visible].float(), prompt, real, truncated)
 

@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 
 from _host import Host, PromptFailed, PromptRejected
 from prompts import at_defaults, dataset, load, node, text_to_image, train
+from waiting import until
 
+WIDTH = 160
+"""Of tiny's transformer."""
 EXAMPLE = Path(__file__).resolve().parents[2] / "example_datasets" / "sks_emblem"
 
 
@@ -34,6 +37,9 @@ def folders(server: Host) -> None:
     loras.mkdir(parents=True, exist_ok=True)
     keys = [f"transformer.blocks.9.attn.lora_{side}.weight" for side in "AB"]
     save_file({key: torch.zeros(4, 4) for key in keys}, loras / "of_another_model.safetensors")
+    name = "diffusion_model.double_blocks.0.img_attn.proj"
+    huge = {f"{name}.lora_{side}.weight": torch.full((4, WIDTH)[::way], 1e30) for side, way in (("A", 1), ("B", -1))}
+    save_file(huge, loras / "far_too_strong.safetensors")
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +124,26 @@ def test_size_zero(server: Host):
 def test_a_lora_that_matches_nothing(server: Host):
     message = message_of(server, with_lora(lora="of_another_model.safetensors"))
     assert "another model" in message
+
+
+def test_a_lora_that_leaves_no_numbers_is_no_black_image(server: Host):
+    """Neither by our sampler, nor as a request."""
+    message = message_of(server, with_lora(lora="far_too_strong.safetensors"))
+    assert "transformer gives at step 1 of 1" in message and "lower their strengths" in message
+    request = {
+        "model": "tiny",
+        "prompts": [{"prompt": "a star", "width": 64, "height": 64, "sample_steps": 1}],
+        "loras": [{"path": "far_too_strong.safetensors"}],
+    }
+    code, answer = server.post("/chromakit/requests", request)
+    assert code == 200, answer
+
+    def ended() -> dict | None:
+        now = server.get(f"/chromakit/requests/{answer['id']}")
+        return now if now["state"] not in ("queued", "running") else None
+
+    found = until(ended)
+    assert found["state"] == "failed" and "NaN or infinite" in found["error"]
 
 
 def test_no_lora_or_an_unknown_one(server: Host):

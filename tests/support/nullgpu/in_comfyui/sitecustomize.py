@@ -1,5 +1,6 @@
-"""For a ComfyUI on the simulated card: it computes nothing, so that our trial of a precision would refuse it, and it
-has no cuDNN. Python imports this file when it starts, because the folder stands in PYTHONPATH.
+"""For a ComfyUI on the simulated card: it computes nothing, so that our trial of a precision would refuse it and our
+look for NaN would find some, and it has no cuDNN. Python imports this file when it starts, because the folder stands in
+PYTHONPATH.
 
 While the file that `NULL_GPU_FILL` names exists, every free byte of the card is taken; `*.held` beside it says so.
 """
@@ -21,6 +22,8 @@ def _prepare() -> None:
 
                 torch.backends.cudnn.enabled = False
                 module.require = lambda *_: None
+                finite = sys.modules[name.replace("loading.load", "model.finite")]
+                finite.broken = lambda _: False  # type: ignore[attr-defined]
                 if "NULL_GPU_FILL" in os.environ:
                     _fill(Path(os.environ["NULL_GPU_FILL"]), torch)
                 return

@@ -51,6 +51,13 @@ MEMORY_REST = 1.0
 """Seconds off the device after the first of these tries, four times as many after the next."""
 
 
+NO_STEP = (
+    "No step could be taken: from the first on, the loss or its gradient was not a finite number. The learning rate "
+    "has moved nothing yet: the model itself gives NaN or infinite numbers here. Choose bf16 rather than fp16; if that "
+    "is no cure, the file of the transformer is damaged: fetch it again. There is no result."
+)
+
+
 class Diverged(ChromaKitError):
     """Loss or gradients stayed infinite or undefined."""
 
@@ -59,10 +66,23 @@ def give_up_if_broken(progress: Progress, learning_rate: float, noun: str) -> No
     """Raise Diverged after `MAX_SKIPPED_IN_A_ROW` skipped steps in a row; `noun` is what is trained."""
     if progress.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
         return
+    if not progress.taken:
+        raise Diverged(NO_STEP)
     raise Diverged(
         f"Training stopped at step {progress.step}: the loss or its gradient was not a finite number in "
         f"{progress.skipped_in_a_row} steps in a row. The {noun} is that of the newest checkpoint. Lower the learning "
         f"rate (now {learning_rate:g}; 1e-4 is cautious), choose bf16 rather than fp16, and look for damaged images."
+    )
+
+
+def watch_skips(progress: Progress) -> str | None:
+    """A warning for the user when a broken step was skipped: the first, then whenever they have doubled."""
+    skipped = progress.skipped_steps
+    if progress.skipped_in_a_row != 1 or skipped & (skipped - 1):
+        return None
+    return (
+        f"Step {progress.step} was skipped: its loss or gradient is not a finite number ({skipped} so far). The "
+        "weights are as they were before it."
     )
 
 

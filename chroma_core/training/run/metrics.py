@@ -98,6 +98,11 @@ class Progress:
     diverged_at: int = -1
     rounding: int = ROUNDING
 
+    @property
+    def taken(self) -> int:
+        """Steps that changed the weights."""
+        return self.step - self.skipped_steps
+
     def smooth(self, loss: float) -> None:
         """Take a step's loss into `loss_smooth`: the mean of past losses, each weighed `SMOOTHING` times the next.
 

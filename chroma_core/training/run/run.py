@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ...data.samples import fingerprint, picture_count
+from ...errors import NotFiniteError
 from ...files import remove_leftovers
 from ...loading.load import Device, load_transformer, transformer_identity
 from ...lora.adapters import without_adapters
@@ -36,6 +37,7 @@ from ..step.optimizers import check_optimizer
 from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint
 from .faults import (
     MEMORY_TRIES,
+    NO_STEP,
     Diverged,
     Pace,
     disk_shortage,
@@ -45,6 +47,7 @@ from .faults import (
     plan_settings,
     rest_seconds,
     watch_loss,
+    watch_skips,
 )
 from .loop import Batches, StepResult, train_step
 from .metrics import ROUNDING, EventFiles, JobPaths, MetricsLog, Progress, check_event_files
@@ -216,12 +219,14 @@ class Run:
 
         Raises:
             Stopped, Halted: on request; `save` keeps what there is.
-            Diverged: after ten skipped steps in a row.
+            Diverged: after ten skipped steps in a row, or if no step was taken at all.
         """
         self.report(state="running", message="")
         while True:
             self.surely(self._do_what_is_due)
             if self.progress.step >= self.config.steps:
+                if not self.progress.taken:
+                    raise Diverged(NO_STEP)
                 return
             self.surely(lambda: self.control.gate(self._do_what_was_asked))
             self.surely(self._step)
@@ -318,6 +323,9 @@ class Run:
             progress.skipped_in_a_row += result.skipped == "broken"
             self.metrics.append(step=progress.step, skipped=result.skipped, lr=result.learning_rate)
             self.report(**self._numbers(), skipped_steps=progress.skipped_steps)
+            if result.skipped == "broken" and (warning := watch_skips(progress)):
+                self.metrics.append(step=progress.step, warning=warning)
+                self._warn(warning)
             give_up_if_broken(progress, self.config.learning_rate, self.trained.noun)
             return
         progress.skipped_in_a_row = 0
@@ -411,10 +419,14 @@ class Run:
             "trigger": self.config.dataset.trigger,
         }
         config, step, folder = self.config, self.progress.step, self.paths.samples
-        with self.stepper.as_trained():
-            names = render_previews(
-                config, step, folder, self.transformer, self.data.cache, record, between, self.world.main
-            )
+        names: list[str] = []
+        try:
+            with self.stepper.as_trained():
+                names = render_previews(
+                    config, step, folder, self.transformer, self.data.cache, record, between, self.world.main
+                )
+        except NotFiniteError as error:
+            self._warn(f"There are no previews of step {step}. {error}")
         if self.event_files is not None:
             self.event_files.pictures(step, [folder / name for name in names])
         self.report(new_samples=names)
@@ -523,10 +535,11 @@ def run_training(
             return "completed", run.finish()
         except Stopped:
             run.keep_what_is_good()
-            return "stopped", run.finish()
+            return "stopped", run.finish() if run.progress.taken else {}
         except Diverged:
             run.keep_what_is_good()
-            report(**run.finish())
+            if run.progress.taken:
+                report(**run.finish())
             raise
         except (Halted, ProcessLost) as error:
             if world.main or isinstance(error, Halted):

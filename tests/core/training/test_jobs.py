@@ -1,6 +1,7 @@
 """Jobs in the background: asking twice, steering, yielding, failing, and being found again."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ import threading
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 from chroma_core.cli.main import main
 from chroma_core.errors import JobError
@@ -247,6 +248,26 @@ def test_divergence_stops_with_the_last_good_lora(places, manager):
     assert "learning rate" in status["message"] and status["skipped_steps"] == faults.MAX_SKIPPED_IN_A_ROW
     lora = read_lora(status["lora_path"])
     assert all(module.up.isfinite().all() and module.down.isfinite().all() for module in lora.modules.values())
+
+
+@pytest.mark.parametrize("steps", [4, 30])
+def test_a_model_that_gives_no_numbers_fails_in_words_and_without_a_lora(places, tmp_path, manager, steps):
+    """It is not the learning rate, which has moved nothing yet; and a job without a step taken is not completed."""
+    folder = tmp_path / "broken"
+    shutil.copytree(places[0], folder)
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load(weights.read_bytes())
+    tensors["proj_out.weight"][0, 0] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    previews = {"prompts": "a star", "every": 100, "steps": 1}
+    job = manager.ensure(config(folder, places[1], steps=steps, checkpoint_every=1, previews=previews))
+    assert job.wait(PATIENCE)
+    status = job.status()
+    assert status["state"] == "failed" and "the model itself" in status["message"], status["message"]
+    assert status["lora_path"] is None and not list((tmp_path / "loras").glob("*"))
+    assert status["skipped_steps"] == min(steps, faults.MAX_SKIPPED_IN_A_ROW)
+    said = " ".join(status["warnings"])
+    assert "Step 1 was skipped" in said and "There are no previews of step 0" in said
 
 
 def test_the_command_line_trains_and_resumes_without_a_host(places, tmp_path, root, capsys):

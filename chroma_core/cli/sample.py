@@ -213,6 +213,9 @@ def _request(options: argparse.Namespace) -> None:
             raise ConfigError(f"The request '{file}' cannot be read: {error.strerror or error}.") from error
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from error
+    for file, request in requests:
+        for remark in request.remarks:
+            print(f"{file}: {remark}", file=sys.stderr)
     if options.api_prompt:
         for _, request in requests:
             print(json.dumps(to_prompt(request, request.pictures(), [lora.path for lora in request.loras])))

@@ -15,7 +15,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AllowInfNan, BaseModel, Field, Strict, ValidationError, field_validator
+from pydantic import (
+    AllowInfNan,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    Strict,
+    ValidationError,
+    field_validator,
+)
 from typing_extensions import Self
 
 from ..data.dataset import Settings
@@ -45,8 +54,34 @@ DEFAULT_SEED = 42
 # Strict: "1024" and true are mistakes of the program that wrote the request, and must not become 1024 and 1.
 Text = Annotated[str, Strict(), Field(max_length=10_000)]
 Name = Annotated[str, Strict(), Field(min_length=1, max_length=1000)]
-Whole = Annotated[int, Strict()]
+Whole = Annotated[int, BeforeValidator(lambda value: _whole(value)), Strict()]
 Number = Annotated[float, Strict(), AllowInfNan(False)]
+
+
+NULLABLE = {
+    "": {"trigger_word", "loras"},
+    "prompts": {
+        "width", "height", "seed", "sample_steps", "guidance_scale", "neg", "trigger_word", "ctrl_img", "resolution",
+        "sampler", "num_frames", "fps",
+    },
+    "loras": {"network_multiplier"},
+}  # fmt: skip
+"""Fields, by the list that their object stands in, for which null means the default: programs send it for what they
+leave out."""
+
+WITHOUT_EFFECT = {
+    "hf_token": "what a download needs is the server's, HF_TOKEN",
+    "sampler": "requests use euler",
+    "num_frames": "Chroma makes single images",
+    "fps": "Chroma makes single images",
+    "resolution": "sizes are width and height",
+}
+"""Fields of the reference that change nothing here, and why."""
+
+
+def _whole(value: Any) -> Any:
+    """42 for 42.0: some programs know no other numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class RequestPrompt(Settings):
@@ -91,6 +126,7 @@ class InferenceRequest(Settings):
     transformer: Name | None = None
     text_encoder: Name | None = None
     vae: Name | None = None
+    _remarks: tuple[str, ...] = PrivateAttr(default=())
 
     @field_validator("model", "precision", "text_precision", "recipe")
     @classmethod
@@ -110,12 +146,20 @@ class InferenceRequest(Settings):
         """A request that can be carried out as far as its text tells. Raises ConfigError naming every wrong field."""
         if not isinstance(data, dict):
             raise unusable(f"it is {kind(data)}, and must be a JSON object with at least `prompts`")
+        remarks: list[str] = []
+        data = _taken(data, "", "", remarks)
         try:
             request = cls.model_validate(data)
         except ValidationError as error:
             raise unusable("; ".join(mistakes(error, cls, {"prompts": RequestPrompt, "loras": RequestLora}))) from error
         request.pictures()
+        request._remarks = tuple(remarks)
         return request
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What was asked for and has no effect, a sentence each."""
+        return self._remarks
 
     @classmethod
     def read(cls, text: str | bytes) -> Self:
@@ -166,6 +210,32 @@ class InferenceRequest(Settings):
                 f"prompts[{i}].{field} is {short(getattr(asked, field))} and contains {TRIGGER}, but neither the "
                 f"prompt nor the request has a trigger_word. Give one, or take {TRIGGER} out"
             ) from None
+
+
+_FIELDS: dict[str, type[BaseModel]] = {"": InferenceRequest, "prompts": RequestPrompt, "loras": RequestLora}
+
+
+def _taken(data: dict[str, Any], kind_: str, where: str, remarks: list[str]) -> dict[str, Any]:
+    """The fields of one object of a request that mean something here; `remarks` gets a sentence for each other.
+
+    What could be a known field misspelt is left in, for the error that it is; all of a LoRA's fields could be.
+    """
+    found: dict[str, Any] = {}
+    for name, value in data.items():
+        known = name in _FIELDS[kind_].model_fields
+        if value is None and name in NULLABLE[kind_]:
+            continue
+        if known and name in _FIELDS and isinstance(value, list):
+            items = enumerate(value)
+            value = [_taken(v, name, f"{name}[{i}].", remarks) if isinstance(v, dict) else v for i, v in items]
+        if known or kind_ == "loras" or _near(name, _FIELDS[kind_]) and name not in WITHOUT_EFFECT:
+            found[name] = value
+        elif name == "ctrl_img":
+            raise unusable(f"{where}{name} is {short(value)}, but Chroma takes no control image; leave it out")
+        else:
+            why = WITHOUT_EFFECT.get(name, "there is no such field here")
+            remarks.append(f"{where}{name} has no effect: {why}.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -225,13 +295,17 @@ def mistakes(error: ValidationError, model: type[BaseModel], items: Mapping[str,
     return found
 
 
+def _near(name: str, model: type[BaseModel]) -> list[str]:
+    """The field that a name may be meant for, if there is one."""
+    return difflib.get_close_matches(name, list(model.model_fields), 1, cutoff=0.55)  # steps, sample_steps: .59
+
+
 def _line(detail: Any, model: type[BaseModel]) -> str:
     loc, kind_ = detail["loc"], detail["type"]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
     if kind_ == "extra_forbidden":
-        known = list(model.model_fields)
-        near = difflib.get_close_matches(str(loc[-1]), known, 1, cutoff=0.55)  # "steps" for "sample_steps" is .59
-        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        near = _near(str(loc[-1]), model)
+        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(model.model_fields)}"
         return f"{where} is not a known field ({meant})"
     if kind_ in _SIZES:
         return f"{where} {_SIZES[kind_].format(found=len(detail['input']), **detail.get('ctx', {}))}"

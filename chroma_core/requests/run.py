@@ -117,6 +117,7 @@ def run_request(
         "recipe": rules.to_dict(),
         "loras": [use_record(use) for use in loras],
         "prompts": made,
+        "remarks": list(request.remarks),
     }
 
 

@@ -42,6 +42,7 @@ async def _post(request: web.Request) -> web.Response:
     names = await asyncio.to_thread(_checked, asked)
     pictures = asked.pictures()
     note = {"request": asked.model_dump(mode="json"), "pictures": [picture.to_dict() for picture in pictures]}
+    note["remarks"] = list(asked.remarks)
     extra = {NOTE: note, "extra_pnginfo": {NOTE: note}}
     prompt_id = await host.queue_prompt(to_prompt(asked, pictures, names), extra)
     return web.json_response(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
@@ -138,6 +139,7 @@ def _answer(prompt_id: str, found: host.PromptState | None, note: dict[str, Any]
         "recipe": note["request"]["recipe"],
         "model": note["request"]["model"],
         "loras": note["request"]["loras"],
+        "remarks": note.get("remarks", []),
         "status_url": f"/chromakit/requests/{prompt_id}",
         "cancel_url": f"/chromakit/requests/{prompt_id}/cancel",
     }

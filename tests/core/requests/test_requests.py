@@ -138,14 +138,63 @@ def test_trigger_without_a_word_is_an_error(field: str, own: str | None):
         pictures([{"prompt": "a"}, asked])
 
 
+NULLS = ("width", "height", "seed", "sample_steps", "guidance_scale", "neg", "trigger_word", "ctrl_img", "resolution")
+
+
+def test_null_is_what_was_left_out():
+    """Programs that write down every field send it."""
+    plain = InferenceRequest.parse({"prompts": [{"prompt": "a"}], "loras": [{"path": "x"}]})
+    asked = {"prompt": "a", **dict.fromkeys((*NULLS, "num_frames", "fps", "sampler"))}
+    full = {"trigger_word": None, "prompts": [asked], "loras": [{"path": "x", "network_multiplier": None}]}
+    found = InferenceRequest.parse(full)
+    assert found == plain and found.remarks == ()
+    assert InferenceRequest.parse({"prompts": [{"prompt": "a"}], "loras": None}).loras == ()
+
+
+def test_whole_numbers_may_have_a_point():
+    (found,) = pictures([{"prompt": "a", "seed": 42.0, "width": 512.0, "sample_steps": 7.0}])
+    assert (found.seed, found.width, found.sample_steps) == (42, 512, 7) and isinstance(found.seed, int)
+
+
+def test_fields_without_effect_are_said():
+    found = InferenceRequest.parse(
+        {
+            "hf_token": "hf_x",
+            "priority": 5,
+            "prompts": [{"prompt": "a"}, {"prompt": "b", "sampler": "unipc", "num_frames": 1, "metadata": {"a": 1}}],
+        }
+    )
+    assert found.remarks == (
+        "hf_token has no effect: what a download needs is the server's, HF_TOKEN.",
+        "priority has no effect: there is no such field here.",
+        "prompts[1].sampler has no effect: requests use euler.",
+        "prompts[1].num_frames has no effect: Chroma makes single images.",
+        "prompts[1].metadata has no effect: there is no such field here.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"prompts": [{"prompt": "a", "steps": 20}]}, r"prompts\[0\].steps .*did you mean sample_steps"),
+        ({"prompts": [{"prompt": "a"}], "loras": [{"path": "x", "scale": 2}]}, r"loras\[0\].scale is not a known"),
+        ({"prompts": [{"prompt": "a", "ctrl_img": "x.png"}]}, "no control image"),
+        ({"prompts": [{"prompt": None}]}, "must be a text"),
+    ],
+)
+def test_what_would_change_the_image_is_not_passed_over(asked, message):
+    with pytest.raises(ConfigError, match=message):
+        InferenceRequest.parse(asked)
+
+
 def test_all_mistakes_are_named_at_once():
     with pytest.raises(ConfigError) as raised:
-        InferenceRequest.parse({"prompts": [{"prompt": 1, "width": 5}], "loras": [{}], "sampler": "euler"})
+        InferenceRequest.parse({"prompts": [{"prompt": 1, "width": 5}], "loras": [{}], "recipes": "euler"})
     for part in (
         "prompts[0].prompt is 1",
         "prompts[0].width is 5",
         "loras[0].path is missing",
-        "sampler is not a known",
+        "recipes is not a known",
     ):
         assert part in str(raised.value)
 

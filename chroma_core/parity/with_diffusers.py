@@ -77,8 +77,7 @@ def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean
     with torch.random.fork_rng(devices=[]):  # loading draws weights and then overwrites them
         _load_loras(pipeline, case)
         packed: Any = pipeline(
-            prompt=case.prompt,
-            negative_prompt=case.negative,
+            **_texts(pipeline, case, device, chosen.dtype),
             width=width,
             height=height,
             num_inference_steps=settings.steps,
@@ -89,6 +88,17 @@ def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean
         )
     latents = unpack(packed.images.float(), rows, columns)
     return Sampled(LatentFormat.of(vae).to_vae(latents).cpu(), decode(vae, latents)[0])
+
+
+@torch.no_grad()
+def _texts(pipeline: ChromaPipeline, case: Case, device: Device, dtype: torch.dtype) -> dict[str, Any]:
+    """What the pipeline takes of the prompts, by its own encoding, in the dtype of the transformer: that of the text
+    encoder, in which it leaves them, may be another, and then its own layers do not multiply."""
+    names = ("prompt_embeds", "", "prompt_attention_mask")
+    names = (*names, *(name and f"negative_{name}" for name in names))
+    encode: Any = pipeline.encode_prompt
+    found = encode(case.prompt, case.negative, device, do_classifier_free_guidance=case.settings.guidance > 1)
+    return {name: value.to(dtype) for name, value in zip(names, found, strict=True) if name and value is not None}
 
 
 def _transformer(case: Case, device: Device, text_mask: TextMask) -> ChromaTransformer2DModel:

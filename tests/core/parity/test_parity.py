@@ -70,6 +70,13 @@ def test_diffusers_paints_it_once_its_mask_is_boolean(replayed):
     assert compare("float", shown, through_diffusers(case, "cpu", "float")).mean_abs_diff > 0.5, "its known defect"
 
 
+@pytest.mark.parametrize(("own", "text"), [("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16")])
+def test_transformer_and_text_encoder_may_have_two_precisions(replayed, components, own, text):
+    case = replace(replayed[0], spec=replace(SPEC, precision=own, text_precision=text))
+    found = compare(f"{own} {text}", in_process(case, components, "cpu"), through_diffusers(case, "cpu"))
+    assert found.mean_abs_diff < 0.1, "rounding alone; where nothing fits it is above 0.5"
+
+
 def test_merged_is_live(replayed, components):
     case, shown, _ = replayed
     merged = in_process(case.with_loras(mode="merged"), components, "cpu")

@@ -154,6 +154,20 @@ def main() -> int:
     parts = [part for part in PARTS if getattr(chosen, part)] or ([] if chosen.lint else list(PARTS))
     start, counts, failed = time.monotonic(), dict.fromkeys(COUNTED, 0), []
 
+    if "browser" in parts:
+        os.environ["CHROMIUM_PATH"] = find_chromium() or ""
+        if not os.environ["CHROMIUM_PATH"]:
+            print(
+                "No chromium or google-chrome was found, and only root can install it through apt. Install one, "
+                "or name it in CHROMIUM_PATH, or choose the other parts: python scripts/test.py --core --host"
+            )
+    empty, begun = 0, {}
+    if parts[1:] and "browser" in parts and TWO > 1:
+        say("tests/browser runs beside the others, and is shown after them")
+        begun["browser"] = tests_of("browser", extra, beside=True)
+    if parts and chosen.lint and parts[0] not in begun:
+        begun[parts[0]] = tests_of(parts[0], extra)  # what it says meanwhile waits in the pipe
+
     lints = [["ruff", "check", "."], ["pyright", *pyright_options()]] if chosen.lint else []
     for lint in lints:
         print(f"\n=== {' '.join(lint)} ===", flush=True)
@@ -166,20 +180,9 @@ def main() -> int:
         counts["skipped" if status is None else "failed" if status else "passed"] += 1
         failed += ["tsc"] if status else []
 
-    if "browser" in parts:
-        os.environ["CHROMIUM_PATH"] = find_chromium() or ""
-        if not os.environ["CHROMIUM_PATH"]:
-            print(
-                "No chromium or google-chrome was found, and only root can install it through apt. Install one, "
-                "or name it in CHROMIUM_PATH, or choose the other parts: python scripts/test.py --core --host"
-            )
-    empty, beside = 0, {}
-    if parts[1:] and "browser" in parts and TWO > 1:
-        say("tests/browser runs beside the others, and is shown after them")
-        beside["browser"] = tests_of("browser", extra, beside=True)
     for part in parts:
         print(f"\n=== tests/{part} ===", flush=True)
-        status, last = (beside.get(part) or tests_of(part, extra)).shown()
+        status, last = (begun.get(part) or tests_of(part, extra)).shown()
         for number, word in re.findall(r"(\d+) (\w+)", last):
             if word in counts:
                 counts[word] += int(number)

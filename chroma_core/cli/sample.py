@@ -37,6 +37,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
         "--lora", type=lora_use, action="append", default=[], metavar="FILE[@STRENGTH]", help="repeat for several"
     )
     sample.add_argument("--lora-mode", choices=["live", "merged"], default="live")
+    sample.add_argument("--allow-partial", action="store_true", help="apply LoRAs of which only some layers fit, too")
     sample.add_argument("--width", type=int, default=None)
     sample.add_argument("--height", type=int, default=None)
     add_flag(sample, SamplingSettings, "steps", default=None)
@@ -79,7 +80,8 @@ def _sample(options: argparse.Namespace) -> None:
     rules = recipe(options.recipe, parse_overrides(",".join(options.recipe_set)))
     spec = spec_from(options)
     settings = settings_from(options, chosen)
-    handle = ModelHandle(spec, tuple(dataclasses.replace(use, mode=options.lora_mode) for use in options.lora))
+    how = {"mode": options.lora_mode, "allow_partial": options.allow_partial}
+    handle = ModelHandle(spec, tuple(dataclasses.replace(use, **how) for use in options.lora))
     prompts = [apply_trigger(prompt, options.trigger) for prompt in options.prompt]
     cache = ComponentCache()
     warn_of_other_bases(handle)

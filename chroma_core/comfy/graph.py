@@ -49,9 +49,11 @@ class Graph:
         self.prompt[id] = node(class_type, title, **inputs)
         return Node(id)
 
-    def add_lora(self, number: int, model: Link, name: str, strength: float, mode: str) -> Link:
+    def add_lora(
+        self, number: int, model: Link, name: str, strength: float, mode: str, allow_partial: bool = False
+    ) -> Link:
         """Chroma Apply LoRA as node `lora_<number>`, counted from 0; returns the model with it."""
-        applied = {"model": model, "lora": name, "strength": strength, "mode": mode, "allow_partial": False}
+        applied = {"model": model, "lora": name, "strength": strength, "mode": mode, "allow_partial": allow_partial}
         return self.add(f"lora_{number}", "ChromaApplyLora", f"LoRA {number + 1}", **applied)[0]
 
     def add_image(
@@ -117,7 +119,8 @@ def to_prompt(
     )
     model = loader[0]
     for i, (lora, name) in enumerate(zip(request.loras, lora_names, strict=True)):
-        model = graph.add_lora(i, model, name, lora.network_multiplier, request.lora_mode)
+        how = request.lora_mode, lora.allow_partial
+        model = graph.add_lora(i, model, name, lora.network_multiplier, *how)
     for i, picture in enumerate(pictures):
         chosen, widgets = picture.settings(), ("seed", "steps", "guidance", "tail_bias", "denoise")
         settings = {name: getattr(chosen, name) for name in widgets} | {"recipe": request.recipe}

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, LoraError
 from ..model.precision import dequantised_weight
+from .key_formats import foreign_kinds
 from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted, row_norms
 
 
@@ -396,9 +397,11 @@ def check_fits(transformer: nn.Module, lora: LoraFile, allow_partial: bool = Fal
                 "It was made for another size of model."
             )
     if unmatched and not allow_partial:
+        kinds = foreign_kinds(list(unmatched))
         raise LoraError(
-            f"The LoRA fits only in part: {len(matched)} layers match, {len(unmatched)} do not: {quoted(unmatched)}. "
-            "Applying a part changes what it does; allow partial application if that is wanted."
+            f"The LoRA fits only in part: {len(matched)} layers match, {len(unmatched)} do not: {quoted(unmatched)}"
+            f"{f' ({kinds[0]})' if kinds else ''}. Applying a part changes what it does; allow it, if that is wanted, "
+            "with allow_partial (--allow-partial)."
         )
     return Fit(matched, unmatched)
 

@@ -80,7 +80,15 @@ _FOREIGN = (
     (re.compile(r"\.(a1|a2|b1|b2)\.weight$"), "GLoRA"),
     (re.compile(r"\.lora_mid\."), "LoCon with a middle matrix"),
     (re.compile(r"\.(diff|diff_b|w_norm|b_norm|set_weight)$"), "full weight differences"),
-    (re.compile(r"^(lora_te|text_encoder|text_encoders|te\d?_)"), "a text encoder's LoRA"),
+    (re.compile(r"^(lora_te|text_encoder|text_encoders|te\d?_|text_model|clip_|t5xxl)"), "a text encoder's LoRA"),
+    (
+        re.compile(
+            r"(img|txt)_mod[._]lin|\.modulation[._]lin|_modulation_lin|transformer_blocks[._]\d+[._]norm1?(_context)?[._]"
+            r"linear|\b(guidance|vector|time)_in[._]|time_text_embed|norm_out[._]linear"
+        ),
+        "made for Flux: its modulation layers have no place in Chroma",
+    ),
+    (re.compile(r"(^|[._])nerf_"), "made for Chroma Radiance: its pixel layers have no place in Chroma 1"),
 )
 
 

@@ -118,7 +118,7 @@ def api_prompt(case: Case, loras: list[str]) -> Prompt:
     loader = graph.add("load", "ChromaLoadModel", **{field: getattr(spec, field) for field in chosen})
     model = loader[0]
     for i, (use, name) in enumerate(zip(case.loras, loras, strict=True)):
-        model = graph.add_lora(i, model, name, use.strength, use.mode)
+        model = graph.add_lora(i, model, name, use.strength, use.mode, use.allow_partial)
     same = ("seed", "steps", "guidance", "tail_bias", "method", "denoise", "spacing")
     widgets = {
         **{field: getattr(settings, field) for field in same},

@@ -64,7 +64,7 @@ NULLABLE = {
         "width", "height", "seed", "sample_steps", "guidance_scale", "neg", "trigger_word", "ctrl_img", "resolution",
         "sampler", "num_frames", "fps",
     },
-    "loras": {"network_multiplier"},
+    "loras": {"network_multiplier", "allow_partial"},
 }  # fmt: skip
 """Fields, by the list that their object stands in, for which null means the default: programs send it for what they
 leave out."""
@@ -98,10 +98,14 @@ class RequestPrompt(Settings):
 
 
 class RequestLora(Settings):
-    """One LoRA. `path` is a name in ComfyUI's LoRA folders; on the command line a file, relative to the request's."""
+    """One LoRA. `path` is a name in ComfyUI's LoRA folders; on the command line a file, relative to the request's.
+
+    allow_partial, which is ours: also where only some of its layers fit.
+    """
 
     path: Name
     network_multiplier: Number = Field(default=1.0, ge=-2, le=2)
+    allow_partial: Annotated[bool, Strict()] = False
 
 
 class InferenceRequest(Settings):
@@ -270,6 +274,7 @@ _EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
     "string_type": "a text in quotes",
+    "bool_type": "true or false",
     "tuple_type": "a list",
     "model_type": "a JSON object",
     "model_attributes_type": "a JSON object",

@@ -45,7 +45,8 @@ def lora_uses(request: InferenceRequest, path_of: Callable[[str], Path]) -> tupl
     found = []
     for i, lora in enumerate(request.loras):
         try:
-            found.append(LoraUse(str(path_of(lora.path)), lora.network_multiplier, request.lora_mode))
+            path, partial = str(path_of(lora.path)), lora.allow_partial
+            found.append(LoraUse(path, lora.network_multiplier, request.lora_mode, partial))
         except LoraError as error:
             raise unusable(f"loras[{i}].path: {str(error).rstrip('.')}") from error
     return tuple(found)

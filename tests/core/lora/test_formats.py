@@ -179,6 +179,18 @@ WRONG = {
     "which do not multiply": {f"{BLOCK}.lokr_w1": A, f"{BLOCK}.lokr_w2_a": A, f"{BLOCK}.lokr_w2_b": A},
     "LoHa": {"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": A},
     "a DoRA whose": {f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": B, f"{BLOCK}.dora_scale": torch.ones(1, 8)},
+    "made for Flux: its modulation layers": {
+        "lora_unet_single_blocks_0_modulation_lin.lora_down.weight": A,
+        "lora_unet_single_blocks_0_modulation_lin.lora_up.weight": B,
+    },
+    "made for Chroma Radiance": {
+        "diffusion_model.nerf_blocks.0.param_generator.lora_A.weight": A,
+        "diffusion_model.nerf_blocks.0.param_generator.lora_B.weight": B,
+    },
+    "a text encoder's LoRA": {
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": A,
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": B,
+    },
     "whole model": {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": A},
     "no LoRA keys; its 1 tensors are 'embedding'": {"embedding": A},
     "it is empty": {},

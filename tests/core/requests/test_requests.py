@@ -151,6 +151,17 @@ def test_null_is_what_was_left_out():
     assert InferenceRequest.parse({"prompts": [{"prompt": "a"}], "loras": None}).loras == ()
 
 
+def test_a_lora_may_be_applied_in_part():
+    asked = {"prompts": [{"prompt": "a"}], "loras": [{"path": "x", "allow_partial": True}]}
+    request = InferenceRequest.parse(asked)
+    assert [use.allow_partial for use in lora_uses(request, Path)] == [True]
+    prompt = to_prompt(request, request.pictures(), ["x"])
+    assert prompt["lora_0"]["inputs"]["allow_partial"] is True
+    asked["loras"][0]["allow_partial"] = "yes"
+    with pytest.raises(ConfigError, match=r"allow_partial is \"yes\", and must be true or false"):
+        InferenceRequest.parse(asked)
+
+
 def test_whole_numbers_may_have_a_point():
     (found,) = pictures([{"prompt": "a", "seed": 42.0, "width": 512.0, "sample_steps": 7.0}])
     assert (found.seed, found.width, found.sample_steps) == (42, 512, 7) and isinstance(found.seed, int)

@@ -111,10 +111,16 @@ def _refuse_text(path: Path, head: bytes) -> None:
 
 
 INDEX_SUFFIX = ".index.json"
+_INDEX = re.compile(r"\.safetensors\.index(\.[^.]+)?\.json$")
+"""The end of an index's name; before `.json` the variant (`fp16`), as diffusers' and transformers' savers put it."""
+
 USUAL_NAMES = {
     f"{stem}.safetensors{suffix}" for stem in ("diffusion_pytorch_model", "model") for suffix in ("", INDEX_SUFFIX)
 }
 """How diffusers and transformers name a component's weights; in a folder these go before variants (`model.fp16`)."""
+
+_PACKED = re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+)$|\.SCB$")
+"""What bitsandbytes keeps beside its 4-bit and 8-bit weights."""
 
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<suffix>safetensors|gguf)$")
 
@@ -166,7 +172,7 @@ def open_weights(path: Path | str) -> Weights:
     """
     path = Path(path)
     file = _in_folder(path) if os.path.isdir(path) else path
-    if file.name.endswith(INDEX_SUFFIX):
+    if file.name.endswith(INDEX_SUFFIX) or _INDEX.search(file.name):
         return _open_index(path, file)
     kind = file_kind(file)
     shard = _SHARD.match(file.name)
@@ -176,7 +182,18 @@ def open_weights(path: Path | str) -> Weights:
         metadata, tensors = read_gguf(file)
         return Weights(path, (file,), metadata, tensors)
     metadata, tensors = read_safetensors(file)
+    _refuse_packed(path, tensors)
     return Weights(path, (file,), metadata, join_scales(file, [metadata], tensors))
+
+
+def _refuse_packed(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """Raises ModelFileError for weights that bitsandbytes packed: their shapes say nothing of the layers."""
+    packed = next((name for name in tensors if _PACKED.search(name)), None)
+    if packed is not None:
+        raise ModelFileError(
+            f"The model '{path}' was quantised by bitsandbytes (it has '{packed}'), and is not read so. Take the "
+            "unquantised file, and choose the precision nf4-bnb, nf4 or int8: it is then quantised as it is loaded."
+        )
 
 
 def _in_folder(folder: Path) -> Path:
@@ -185,7 +202,7 @@ def _in_folder(folder: Path) -> Path:
         files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     except OSError as error:
         raise unreadable(folder, error) from error
-    indexes = [p for p in files if p.name.endswith(f".safetensors{INDEX_SUFFIX}")]
+    indexes = [p for p in files if _INDEX.search(p.name)]
     models = [p for p in files if p.suffix in (".safetensors", ".sft")]
     for found in (indexes, models, [p for p in files if p.suffix == ".gguf"]):
         preferred = [p for p in found if p.name in USUAL_NAMES] or found
@@ -208,7 +225,11 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _index_of(file: Path, shard: re.Match[str]) -> Path:
+    stem, _, variant = shard["stem"].rpartition(".")
     index = file.with_name(f"{shard['stem']}.safetensors{INDEX_SUFFIX}")
+    of_variant = file.with_name(f"{stem}.safetensors.index.{variant}.json")
+    if stem and of_variant.is_file():
+        return of_variant
     if not index.is_file():
         raise ModelFileError(
             f"The file '{file}' is one of {int(shard['count'])} parts of a model, and the index that says what the "
@@ -243,6 +264,7 @@ def _open_index(path: Path, index: Path) -> Weights:
             raise _mismatch(index, f"the index says that '{shard}' holds the tensor '{name}', but it does not")
     if unlisted := sorted(set(tensors) - set(listed)):
         raise _mismatch(index, f"the index does not list the tensor '{unlisted[0]}'")
+    _refuse_packed(path, tensors)
     merged = {key: value for metadata in reversed(metadatas) for key, value in metadata.items()}
     return Weights(path, tuple(folder / name for name in shards), merged, join_scales(index, metadatas, tensors))
 

@@ -167,6 +167,17 @@ def edit_index(index: Path, **changes: str | None) -> None:
     index.write_text(json.dumps(content))
 
 
+def test_weights_that_bitsandbytes_packed(tmp_path: Path):
+    """Their shapes say nothing of the layers: `a.weight` is one column."""
+    packed = {"a.weight": torch.zeros(32, 1, dtype=torch.uint8), "a.weight.absmax": torch.zeros(1)}
+    packed |= {"a.weight.quant_map": torch.zeros(16), "a.weight.quant_state.bitsandbytes__nf4": torch.zeros(9)}
+    for name, tensors in {"nf4": packed, "int8": {"a.weight": torch.zeros(8, 8), "a.SCB": torch.zeros(8)}}.items():
+        path = tmp_path / f"{name}.safetensors"
+        write_safetensors(path, tensors)
+        with pytest.raises(ModelFileError, match="quantised by bitsandbytes .*Take the unquantised file.*nf4-bnb"):
+            open_weights(path)
+
+
 def test_missing_shards(tmp_path: Path):
     index = write_shards(tmp_path, TENSORS, 3)
     for number in (1, 3):

@@ -6,6 +6,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import forked
+import miniature
 from chroma_core.errors import ModelFileError
 from chroma_core.weights.opening import Weights, open_weights
 from weight_files import cut, shard_name, write_gguf, write_safetensors, write_scaled_fp8, write_shards
@@ -170,6 +172,21 @@ def same(weights: Weights, held: dict[str, Tensor]) -> bool:
     return weights.shapes.keys() == held.keys() and all(
         torch.equal(weights.read(name, tensor.dtype), tensor) for name, tensor in held.items()
     )
+
+
+def test_shards_of_a_variant_as_diffusers_saves_them(tmp_path: Path):
+    """`save_pretrained(variant="fp16", max_shard_size=…)` puts the variant into the index's name, too."""
+    from diffusers import ChromaTransformer2DModel
+
+    made: Any = ChromaTransformer2DModel(num_layers=1, num_single_layers=1, **miniature.WIDTHS).half()
+    made.save_pretrained(tmp_path, variant="fp16", max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("*.fp16-*.safetensors"))
+    assert len(shards) > 1 and (tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json").is_file()
+    for path in (tmp_path, shards[0], shards[-1], *tmp_path.glob("*.index.fp16.json")):
+        found = open_weights(path)
+        assert found.shapes.keys() == made.state_dict().keys() and len(found.files) == len(shards)
+    name = "proj_out.weight"
+    assert torch.equal(found.read(name, torch.float16), made.state_dict()[name])
 
 
 def test_shards_open_by_index_by_folder_and_by_any_shard(tmp_path: Path):

@@ -30,10 +30,28 @@ from .order import generator, integer, uniform
 def read_captions(path: Path) -> tuple[str, ...]:
     """The captions of a text file, one a non-empty line (UTF-8, byte order mark allowed).
 
-    Raises OSError when the file cannot be read and ValueError when it is not UTF-8.
+    Of a `.json` file: a text, a list of texts, or an object that has one of these as `caption`, `captions`, `text` or
+    `prompt`.
+    Raises OSError when the file cannot be read, UnicodeDecodeError when it is not UTF-8, and ValueError, which says
+    what it is, for JSON that is damaged or has no caption.
     """
-    lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    text = path.read_bytes().decode("utf-8-sig")
+    if path.suffix.lower() == ".json":
+        try:
+            return _in_json(json.loads(text))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"damaged JSON ({error})") from error
+    lines = re.split(r"\r\n|\r|\n", text)  # other marks, as U+2028 or a form feed, belong to a text
     return tuple(line.strip() for line in lines if line.strip())
+
+
+def _in_json(value: Any) -> tuple[str, ...]:
+    if isinstance(value, dict):
+        value = next((value[key] for key in ("caption", "captions", "text", "prompt") if key in value), None)
+    texts = _texts(value)
+    if not texts:
+        raise ValueError("JSON without a caption")
+    return texts
 
 
 def caption_from_name(name: str) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import struct
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +16,19 @@ from PIL import Image, ImageOps
 from .buckets import choose_bucket
 from .dataset import DatasetConfig
 
-PICTURE_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 OTHER_EXTENSIONS = {
-    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".nef", ".psd", ".svg",
-    ".tga", ".xcf",
+    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".psd", ".svg", ".tga",
+    ".xcf",
 }  # fmt: skip
-"""Images, but not read here; a dataset that has some says so."""
+"""Images that are not read here, unless `picture_extensions` has them; a dataset that has some says so."""
 
-_FORMAT_OF = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+_USUAL = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_jxl": ""}
+"""Packages that teach Pillow a format, and what is called for it (nothing: importing does it)."""
+
+_FORMAT_OF = {
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".heic": "HEIF", ".heif": "HEIF",
+}  # fmt: skip
 _ORIENTATION_TAG, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
 # Pillow's decoders let many kinds of errors out of damaged files; the list was completed by flipping bytes at random.
 _UNREADABLE = (
@@ -30,6 +38,20 @@ _UNREADABLE = (
 _HUGE = 89_478_485
 """Pixels (Pillow's own threshold for a warning) above which a JPEG is decoded at half its size: still far more than any
 bucket, for a quarter of the memory. Twice that is refused."""
+
+
+@cache
+def picture_extensions() -> frozenset[str]:
+    """How the names of images end that are read: always the usual ones, AVIF where Pillow has it, HEIC and JPEG XL
+    where pillow-heif and pillow-jxl-plugin are installed."""
+    for package, register in _PLUGINS.items():
+        with suppress(ImportError):
+            module = import_module(package)
+            if register:
+                getattr(module, register)()
+    known = Image.registered_extensions()
+    more = {ending for ending in (".avif", ".heic", ".heif", ".jxl") if known.get(ending) in Image.OPEN}
+    return frozenset(_USUAL | more)
 
 
 class UnreadablePicture(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from ..errors import DataError
 from .captions import caption_from_name, prepared, read_captions, read_metadata
 from .dataset import DatasetConfig
-from .pictures import OTHER_EXTENSIONS, PICTURE_EXTENSIONS, Picture, PictureFacts, UnreadablePicture, reason
+from .pictures import OTHER_EXTENSIONS, Picture, PictureFacts, UnreadablePicture, picture_extensions, reason
 from .remembered import Remembered
 from .views import is_mask, mask_file, mask_owner
 from .warnings import Findings, dataset_warnings, describe_skipped
@@ -46,7 +47,7 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
     folder, known = Path(config.folder), known or Remembered()
     try:
         there = folder.is_dir()
-        files, findings = _files(folder) if there else ({}, Findings())
+        files, texts, findings = _files(folder) if there else ({}, {}, Findings())
     except OSError as error:  # no permission, or a network drive that does not answer
         raise DataError(
             f"The dataset folder '{config.folder}' cannot be read: {error.strerror or error}. Check its permissions, "
@@ -61,10 +62,10 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
         other = f" Files like {findings.foreign[0]} are not read: save them as PNG or JPEG." if findings.foreign else ""
         raise DataError(
             f"The dataset folder '{folder.name}' holds no image. Put files ending in "
-            f"{', '.join(sorted(PICTURE_EXTENSIONS))} there, each with a {config.caption_extension} caption of the "
+            f"{', '.join(sorted(picture_extensions()))} there, each with a {config.caption_extension} caption of the "
             f"same name.{other}"
         )
-    caption_of = _caption_source(config, folder, files, findings)
+    caption_of = _caption_source(config, folder, files, texts, findings)
     items: list[Picture] = []
     skipped: list[tuple[str, str]] = []
     for path, name in files.items():
@@ -81,8 +82,9 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
             continue
         try:
             captions, source = caption_of(path, name)
-        except ValueError:
-            skipped.append((name, "its caption file is not UTF-8 text"))
+        except ValueError as error:
+            text = isinstance(error, UnicodeDecodeError)
+            skipped.append((name, f"its caption file {'is not UTF-8 text' if text else f'is {error}'}"))
             continue
         captioned = bool(captions)
         if not captioned:
@@ -123,8 +125,9 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
     return DatasetScan(config, items, skipped, dataset_warnings(config, items, skipped, findings, default_resolution))
 
 
-def _files(folder: Path) -> tuple[dict[Path, str], Findings]:
-    """The images below a folder in order, with their names in it, without masks; what else looks like one is noted."""
+def _files(folder: Path) -> tuple[dict[Path, str], dict[str, str], Findings]:
+    """The images below a folder in order, with their names in it, without masks, and the names of all other files by
+    what one may look for; what else looks like an image is noted."""
     top, names = len(os.path.join(folder, "")), []
     for parent, folders, files in os.walk(folder, onerror=_unless_forbidden):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -132,13 +135,24 @@ def _files(folder: Path) -> tuple[dict[Path, str], Findings]:
     names.sort(key=lambda name: os.path.normcase(name).split(os.sep))
     kinds = {name: os.path.splitext(name)[1].lower() for name in names}
     # A link that leads nowhere, and what is no file, are kept, so that they are named.
-    pictures = {folder / name: name.replace(os.sep, "/") for name in names if kinds[name] in PICTURE_EXTENSIONS}
+    known = picture_extensions()
+    pictures = {folder / name: name.replace(os.sep, "/") for name in names if kinds[name] in known}
+    texts: dict[str, str] = {}
+    for name in (name.replace(os.sep, "/") for name in names if kinds[name] not in known):
+        texts[name] = name
+        texts.setdefault(_spelt(name), name)
     candidates = [path for path in pictures if is_mask(path)]
     owners = {path.with_suffix("") for path in pictures if not is_mask(path)} if candidates else set()
     masks = {path for path in candidates if mask_owner(path) in owners}
-    foreign = [name.replace(os.sep, "/") for name in names if kinds[name] in OTHER_EXTENSIONS]
+    foreign = [name for name in dict.fromkeys(texts.values()) if os.path.splitext(name)[1].lower() in OTHER_EXTENSIONS]
     images = {path: name for path, name in pictures.items() if path not in masks}
-    return images, Findings(mask_files=len(masks), foreign=foreign)
+    return images, texts, Findings(mask_files=len(masks), foreign=foreign)
+
+
+def _spelt(name: str) -> str:
+    """The name with its ending in small letters: cameras and Windows write `.TXT`."""
+    stem, ending = os.path.splitext(name)
+    return stem + ending.lower()
 
 
 def _unless_forbidden(error: OSError) -> None:
@@ -153,19 +167,29 @@ def is_hidden(path: Path, folder: Path) -> bool:
 
 
 def _caption_source(
-    config: DatasetConfig, folder: Path, files: dict[Path, str], findings: Findings
+    config: DatasetConfig, folder: Path, files: dict[Path, str], texts: dict[str, str], findings: Findings
 ) -> Callable[[Path, str], tuple[tuple[str, ...], str]]:
     """How an image (its path and its name) gets its captions: they, or none, and where they were looked for.
 
     What is returned raises ValueError for a text that cannot be decoded.
     """
 
-    def from_file(path: Path, _: str) -> tuple[tuple[str, ...], str]:
-        text = path.with_suffix(config.caption_extension)
+    def from_file(path: Path, name: str) -> tuple[tuple[str, ...], str]:
+        stem = os.path.splitext(name)[0]
+        wanted = stem + config.caption_extension
+        found = texts.get(wanted) or texts.get(_spelt(wanted))
+        if found is None:
+            others = (texts.get(other) for other in (f"{stem}.txt", f"{stem}.caption", f"{name}.txt"))
+            findings.captions_elsewhere += [other for other in others if other][:1]
         try:
-            return read_captions(text), text.name
+            captions = read_captions(folder / found) if found else ()
         except OSError:
-            return (), text.name
+            captions = ()
+        return captions, os.path.basename(found or wanted)
+
+    if config.caption_source == "files":
+        stems = Counter(os.path.splitext(name)[0] for name in files.values())
+        findings.same_stem = [name for name in files.values() if stems[os.path.splitext(name)[0]] > 1]
 
     if config.caption_source == "metadata":
         captions, findings.metadata = read_metadata(folder, set(files.values()), config.caption_column)

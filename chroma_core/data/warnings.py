@@ -28,6 +28,8 @@ class Findings:
     foreign: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     without_caption: int = 0
+    captions_elsewhere: list[str] = field(default_factory=list)
+    same_stem: list[str] = field(default_factory=list)
 
 
 def describe_skipped(skipped: Iterable[tuple[str, str]]) -> str:
@@ -62,6 +64,13 @@ def _about_captions(config: DatasetConfig, items: Sequence[Picture], findings: F
             found.append(f"{without} without a caption are trained with an empty one.")
         else:
             found.append(f"{without} without a caption are left out.")
+    if elsewhere := findings.captions_elsewhere:
+        found.append(
+            f"{len(elsewhere)} have text in a file that is not read, such as {elsewhere[0]}: rename these files, or "
+            f"set caption_extension (now '{config.caption_extension}')."
+        )
+    if same := findings.same_stem:
+        found.append(f"{_several(same)} share one caption file with an image of the same name in another format.")
     captions = Counter(caption for item in items for caption in item.captions)
     if len(items) > 3 and len(captions) == 1:
         found.append("All captions are the same: the LoRA cannot tell the concept from the rest of the image.")

@@ -18,7 +18,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ...chroma_core.data.pictures import PICTURE_EXTENSIONS
+from ...chroma_core.data.pictures import picture_extensions
 from ...chroma_core.data.scan import is_hidden
 from ...chroma_core.errors import DataError, LoraError
 
@@ -121,7 +121,7 @@ def _holds_pictures(folder: Path) -> bool:
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         return False
     with os.scandir(folder) as entries:
-        return any(os.path.splitext(entry.name)[1].lower() in PICTURE_EXTENSIONS for entry in entries)
+        return any(os.path.splitext(entry.name)[1].lower() in picture_extensions() for entry in entries)
 
 
 def dataset_folder(name: str) -> Path:

@@ -89,6 +89,10 @@ def _sample(options: argparse.Namespace) -> None:
     positive = [encoder.encode(prompt, rules) for prompt in prompts]
     avoided = apply_trigger(options.negative, options.trigger)
     negative = encoder.encode(avoided, rules)
+    for condition in (*positive, negative):
+        if condition.truncated:
+            said = f"“{condition.text[:60]}…” is too long: its last {condition.truncated} tokens are cut off."
+            print(said, file=sys.stderr)
     start, started = start_from(options, lambda: cache.vae(spec, device), rules, len(prompts))
     print(f"recipe {rules.describe()}", file=sys.stderr)
     with (

@@ -55,6 +55,12 @@ def test_sample_writes_pictures_that_tell_how_they_were_made(folder, tmp_path):
         assert picture.size == (64, 64)
 
 
+def test_a_prompt_that_is_cut_says_so(folder, tmp_path, capsys):
+    sample(folder, tmp_path, "--prompt", "star " * 600, "--prompt", "a star", "--steps", "1")
+    said = capsys.readouterr().err
+    assert "“star star" in said and "tokens are cut off" in said and said.count("cut off") == 1
+
+
 def test_the_record_has_the_trigger_word_and_the_loras_in_it(folder, lora_file, tmp_path):
     words = ["--prompt", "a [trigger]", "--negative", "no [trigger]", "--trigger", "sks"]
     (path,) = sample(folder, tmp_path, *words, "--lora", f"{lora_file}@0.5", "--lora-mode", "merged")

@@ -11,7 +11,7 @@ from ..files import slug
 from . import ai_toolkit, simpletuner
 from .convert import Draft, Line, shown
 from .job import NAME_LENGTH, Imported, as_json, as_text, finish, job_toml, resolve, start_folders, write_job
-from .read import ForeignPath, is_off, read_config
+from .read import ForeignPath, is_off, is_on, read_config
 
 __all__ = ["Imported", "Line", "as_json", "as_text", "import_config", "job_toml", "write_job"]
 
@@ -80,6 +80,8 @@ def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path |
     for_all_sets = {name: options.pop(name) for name in simpletuner.FOR_ALL_SETS if name in options}
     given = _stated(options) | _stated(for_all_sets)
     job, folders, todo = Draft(file.name, []), start_folders(file), []
+    if given.get("lora_type") == "lycoris":
+        _read_lycoris(job, options, given, folders, todo)
     job.walk(simpletuner.OPTIONS, options, context=given, spelled=spelled)
     for option, answer in simpletuner.built_in(given).items():
         job.record(option, "built in", answer)
@@ -105,6 +107,22 @@ def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path |
     if "name" not in job.values:
         job.put("name", slug(file.resolve().parent.name or "imported"), "the file's folder")
     return finish("SimpleTuner", sources, job, sets, folders, todo)
+
+
+def _read_lycoris(
+    job: Draft, options: dict[str, Any], given: dict[str, Any], folders: list[Path], todo: list[str]
+) -> None:
+    """What `lycoris_config` says, as `lycoris`; SimpleTuner's own rank and alpha then mean nothing."""
+    named = given.get("lycoris_config", "config/lycoris_config.json")
+    place = Path(resolve(ForeignPath(named), folders)) if isinstance(named, str) else Path()
+    if not place.is_file():
+        todo.append(f"What is trained is in '{named}', which is not here: set kind, rank and alpha in [lora].")
+        return
+    given["lycoris"] = read_config(place)
+    for name in ("lora_rank", "lora_alpha"):
+        if name in options:
+            reason = "lycoris_config says it"
+            job.lines.append(Line(name, shown(options.pop(name)), "ignored", {}, reason))
 
 
 def _under_one_name(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -193,19 +211,22 @@ def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
     else:
         job.put("name", slug(file.stem), "the file's name")
     context = {f"{name}.{key}": value for name, section in sections.items() for key, value in _stated(section).items()}
+    datasets = process.get("datasets") or []
+    if not isinstance(datasets, list) or not all(isinstance(item, dict) for item in datasets):
+        raise ConfigError(f"'{file.name}': datasets is {shown(datasets)}; it must be a list of datasets.")
+    context["sizes"] = ai_toolkit.sizes(datasets)
     sections[""] = {key: value for key, value in process.items() if key not in sections and key != "datasets"}
     for name, table in ai_toolkit.SECTIONS.items():
         job.walk(table, sections[name], prefix=f"{name}." if name else "", context=context)
     for option, answer in ai_toolkit.BUILT_IN.items():
         job.record(option, "built in", answer)
-    datasets = process.get("datasets") or []
-    if not isinstance(datasets, list) or not all(isinstance(item, dict) for item in datasets):
-        raise ConfigError(f"'{file.name}': datasets is {shown(datasets)}; it must be a list of datasets.")
     trigger = _stated({"trigger_word": process.get("trigger_word")})
     sets = []
     for i, item in enumerate(datasets):
         part = Draft(file.name, lines)
-        options = trigger | _stated({str(key): value for key, value in item.items()})
+        own = _stated({str(key): value for key, value in item.items()})
+        # ai-toolkit says the new word of no set of ordinary images.
+        options = own if is_on(own, "is_reg") else trigger | own
         part.walk(ai_toolkit.SET_OPTIONS, options, prefix=f"datasets.{i}.")
         sets.append(("image", part))
     return finish("ai-toolkit", (file.name,), job, sets, start_folders(file), [])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.dataset import DatasetConfig
+from ..sampling.schedule import dynamic_mu
 from .convert import Given, lost, near, table, unchanged
 from .read import Unreadable, is_off, is_on, number, read_config, switch, text, whole
 
@@ -19,6 +21,11 @@ QTYPES = {
     **dict.fromkeys(("int8", "uint8"), "int8"),
     **dict.fromkeys(("int4", "uint4"), "int4"),
 }
+
+
+LARGEST, LONGEST = 1024, 15360
+"""The largest rank of a job, and the longest side of a layer of Chroma's: a LoKr's second factor is whole where the
+rank reaches half its longer side."""
 
 
 def quantised(qtypes: dict[str, str]) -> Any:
@@ -59,7 +66,25 @@ def dtype(value: Any, given: Given) -> Any:
     return unchanged(reason) if word == "bf16" else near({}, reason)
 
 
+def is_whole(given: Given) -> bool:
+    return is_on(given, "lokr_full_rank") and text(given.get("type", "lora")).lower() == "lokr"
+
+
+def rank(value: Any, given: Given) -> Any:
+    return unchanged("lokr_full_rank decides") if is_whole(given) else whole(value)
+
+
+def full_rank(value: Any, given: Given) -> Any:
+    if not is_whole(given):
+        return unchanged("not used")
+    factor = whole(given.get("lokr_factor", -1))
+    reason = f"with lokr_factor {factor} the second factor of the longest layers is a product of rank {LARGEST} here"
+    return near(LARGEST, reason) if 0 < factor < LONGEST / (2 * LARGEST) else LARGEST
+
+
 def alpha(value: Any, given: Given) -> Any:
+    if is_whole(given):
+        return unchanged("whole factors have no alpha")
     rank, alpha = number(given.get("linear", given.get("rank", 16))), number(value)
     if text(given.get("type", "lora")).lower() == "lokr" or alpha == rank:
         return alpha
@@ -69,7 +94,7 @@ def alpha(value: Any, given: Given) -> Any:
 def timesteps(value: Any, given: Given) -> Any:
     word = text(value)
     if word in ("shift", "flux_shift", "lumina2_shift"):
-        return {"objective.draw": "uniform", "objective.flow_shift": "dynamic"}
+        return shifted(sorted(given["sizes"]))
     draws = {
         "sigmoid": "logit_normal",
         "linear": "uniform",
@@ -77,6 +102,17 @@ def timesteps(value: Any, given: Given) -> Any:
         "lognorm_blend": near("logit_normal", "without the blend with even draws"),
     }
     return draws.get(word, lost("draws are logit-normal, uniform or chroma"))
+
+
+def shifted(sizes: list[int]) -> Any:
+    """Even draws, with the shift that ai-toolkit has for images of those sizes: Flux's, but for latents before they are
+    packed, of which there are four times as many."""
+    shifts = [round(math.exp(dynamic_mu(4 * (size // 16) ** 2)), 4) for size in sizes]
+    values = {"objective.draw": "uniform", "objective.flow_shift": shifts[-1]}
+    if len(shifts) == 1:
+        return values
+    others = ", ".join(f"{shift:g} at {size}" for shift, size in zip(shifts, sizes, strict=True))
+    return near(values, f"ai-toolkit's shift is another at each size ({others}); here all have the largest one's")
 
 
 def highest_level(value: Any, given: Given, everything: tuple[int, ...] = (0,)) -> Any:
@@ -162,6 +198,12 @@ def caption_dropout(value: Any, given: Given) -> Any:
 
 def resolutions(value: Any) -> list[int]:
     return sorted({whole(size) for size in (value if isinstance(value, list) else [value])})
+
+
+def sizes(datasets: Sequence[Mapping[str, Any]]) -> set[int]:
+    """The sizes of all datasets, in pixels; ai-toolkit's own where none is stated."""
+    stated = (item.get("resolution") for item in datasets)
+    return {size for each in stated if each is not None for size in resolutions(each)} or {512}
 
 
 def extension(value: Any) -> str:

@@ -55,6 +55,7 @@ def finish(
         sets: `image` or `eval`, with the options of a dataset.
         folders: where paths of the foreign file may start.
     """
+    _prodigys_rate(job)
     tree = _nested(_resolved(job, folders))
     tree["name"] = str(tree["name"]).strip()[:NAME_LENGTH] or "imported"
     training = _merged([_resolved(part, folders) for kind, part in sets if kind == "image"]) or [{}]
@@ -79,6 +80,19 @@ def finish(
         origin |= {f"{place}.{path}": option for path, option in part.origin.items()}
     config = _validated(tree, origin, sources[0])
     return Imported(tool, sources, tree, config, tuple(job.lines), tuple(todo))
+
+
+def _prodigys_rate(job: Draft) -> None:
+    """Prodigy finds the rate and multiplies it by `learning_rate`, which other optimizers' values are not."""
+    rate, origin = job.values.get("learning_rate"), job.origin.get("learning_rate", "learning_rate")
+    if job.values.get("optimizer") != "prodigy" or (rate is not None and 0.1 <= rate <= 10):
+        return
+    job.values["learning_rate"], job.origin["learning_rate"] = 1.0, origin
+    reason = "Prodigy finds the rate itself and multiplies it by this: 0.1 to 10; 1 is what its authors advise"
+    job.lines[:] = [line for line in job.lines if "learning_rate" not in line.values]
+    job.lines.append(
+        Line(origin, "not set" if rate is None else shown(rate), "differs", {"learning_rate": 1.0}, reason)
+    )
 
 
 def _resolved(draft: Draft, folders: Sequence[Path]) -> dict[str, Any]:

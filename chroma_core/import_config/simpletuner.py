@@ -100,6 +100,32 @@ def shifted(value: Any, given: Given) -> Any:
     return value if no_remap(given) else near(value, reason)
 
 
+def lora_type(value: Any, given: Given) -> Any:
+    kind, lycoris = text(value).lower(), given.get("lycoris")
+    if kind == "standard":
+        return unchanged("an ordinary LoRA")
+    if kind != "lycoris":
+        return lost(f"there is no {kind!r} here")
+    if not isinstance(lycoris, dict):
+        return near("lokr", "the file that lycoris_config names is not here: set in [lora] what it says")
+    algo = text(lycoris.get("algo", "lora")).lower()
+    if algo not in ("lora", "locon", "lokr"):
+        return lost(f"there is no {algo!r} here: choose a kind in [lora]")
+    # What is not stated is LyCORIS' own default.
+    values: dict[str, Any] = {"lora.kind": "lokr" if algo == "lokr" else "lora"}
+    values["lora.rank"] = whole(lycoris.get("linear_dim", 4))
+    values["lora.alpha"] = number(lycoris.get("linear_alpha", 1))
+    if algo == "lokr":
+        values["lora.lokr_factor"] = whole(lycoris.get("factor", -1))
+    elif is_on(lycoris, "dora_wd"):
+        values["lora.kind"] = "dora"
+    known = {"algo", "linear_dim", "linear_alpha", "dora_wd", *(["factor"] if algo == "lokr" else [])}
+    others = ", ".join(
+        str(key) for key in lycoris if key not in known and not (key == "multiplier" and lycoris[key] == 1)
+    )
+    return near(values, f"without counterpart in lycoris_config: {others}") if others else values
+
+
 def noise_offset(value: Any, given: Given) -> Any:
     if number(value) == 0 or not is_on(given, "offset_noise"):
         return unchanged("not used without offset_noise")

@@ -1,6 +1,11 @@
 """Importing ai-toolkit's configurations: every mapped value, every remark."""
 
+import pytest
+import torch
+
+from chroma_core.data.captions import prepared
 from chroma_core.import_config import import_config
+from chroma_core.sampling.schedule import draw_sigmas
 from import_cases import check, kinds
 
 AI_TOOLKIT = """
@@ -135,7 +140,7 @@ config:
         "lora.lokr_factor": 8, "lora.save_dtype": "bf16",
         "lora.target": ["transformer_blocks.*", "single_transformer_blocks.*"],
         "steps": 100, "learning_rate": 0.001, "weight_decay": 0.1, "lr_schedule": "constant", "warmup_steps": 50,
-        "objective.draw": "uniform", "objective.flow_shift": "dynamic", "objective.remap": "none",
+        "objective.draw": "uniform", "objective.flow_shift": 3.1582, "objective.remap": "none",
         "objective.maximum": 0.9, "objective.loss": "huber", "objective.noise_offset": 0.0357,
         "previews.prompts": [], "previews.negative": "",
     }  # fmt: skip
@@ -157,3 +162,65 @@ config:
     for option in ("train.optimizer_params", "train.min_denoising_steps", "model.name_or_path", "sample.walk_seed"):
         assert found[option] == "differs", option
     assert "eps" in next(line.reason for line in imported.lines if line.option == "train.optimizer_params")
+
+
+MINIMAL = """
+config:
+  name: x
+  process:
+    - type: sd_trainer
+      trigger_word: p3r5on
+      network: {{type: lora, linear: 4}}
+      datasets: [{datasets}]
+      train: {{steps: 10, {train}}}
+      model: {{name_or_path: "lodestones/Chroma1-HD", arch: chroma}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "shift", "mean"), [(512, 3.1582, 0.685), (768, 7.5132, 0.798), (1024, 25.2797, 0.904)]
+)
+def test_the_shift_is_that_of_the_size(put, size, shift, mean):
+    """Numbers of ai-toolkit's own scheduler; it counts latents before they are packed."""
+    datasets = f"{{folder_path: a, resolution: {size}}}"
+    imported = import_config(put("train.yml", MINIMAL.format(datasets=datasets, train="timestep_type: shift")))
+    objective = imported.config.objective
+    assert objective.flow_shift == shift and kinds(imported)["train.timestep_type"] == "maps"
+    drawn = draw_sigmas(100_000, objective.sigmas(), torch.Generator().manual_seed(0), (size // 16) ** 2)
+    assert float(drawn.mean()) == pytest.approx(mean, abs=0.003)
+
+
+def test_sizes_of_several_kinds_are_remarked(put):
+    datasets = "{folder_path: a, resolution: [512, 1024]}"
+    imported = import_config(put("train.yml", MINIMAL.format(datasets=datasets, train="timestep_type: shift")))
+    (line,) = [line for line in imported.remarks if line.option == "train.timestep_type"]
+    assert imported.config.objective.flow_shift == 25.2797 and "3.1582 at 512" in line.reason
+
+
+def test_a_set_of_ordinary_images_is_not_told_of_the_new_word(put, tmp_path):
+    """Its captions stay as they are: "a dog"."""
+    datasets = "{folder_path: a}, {folder_path: dogs, is_reg: true}"
+    imported = import_config(put("train.yml", MINIMAL.format(datasets=datasets, train="lr: 1e-4")))
+    new, ordinary = imported.config.dataset, imported.config.more_datasets[0]
+    assert new.trigger == "p3r5on" and ordinary.trigger == "" and ordinary.regularisation
+    assert prepared(("a dog",), ordinary.trigger) == ("a dog",)
+
+
+@pytest.mark.parametrize(("train", "kind"), [("lr: 1e-4", "differs"), ("", ""), ("lr: 1.0", "maps")])
+def test_prodigys_rate_is_a_factor(put, train, kind):
+    train = ", ".join(filter(None, ["optimizer: prodigy", train]))
+    imported = import_config(put("train.yml", MINIMAL.format(datasets="{folder_path: a}", train=train)))
+    assert imported.config.learning_rate == 1.0
+    assert kinds(imported).get("train.lr", "") == kind or not kind
+
+
+@pytest.mark.parametrize(("network", "rank", "kind"), [
+    ("{type: lokr, linear: 32, linear_alpha: 32, lokr_full_rank: true, lokr_factor: 8}", 1024, "maps"),
+    ("{type: lokr, linear: 32, linear_alpha: 32, lokr_full_rank: true, lokr_factor: 4}", 1024, "differs"),
+    ("{type: lokr, linear: 32, lokr_full_rank: false}", 32, "ignored"),
+    ("{type: lora, linear: 32, lokr_full_rank: true}", 32, "ignored"),
+])  # fmt: skip
+def test_a_lokr_of_full_rank_has_whole_factors(put, network, rank, kind):
+    text = MINIMAL.format(datasets="{folder_path: a}", train="lr: 1e-4").replace("{type: lora, linear: 4}", network)
+    imported = import_config(put("train.yml", text))
+    assert imported.config.lora.rank == rank and kinds(imported)["network.lokr_full_rank"] == kind

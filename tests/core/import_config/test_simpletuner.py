@@ -1,5 +1,6 @@
 """Importing SimpleTuner's configurations: every mapped value, every remark."""
 
+import json
 import re
 
 import pytest
@@ -288,3 +289,34 @@ def test_a_dataloader_that_is_not_there_is_left_to_do(put):
     imported = import_config(put("config.json", SMALL | {"data_backend_config": "config/sets.json"}))
     assert any("config/sets.json" in item and "--dataloader" in item for item in imported.todo)
     assert imported.values["dataset"] == {"folder": "pictures"}
+
+
+@pytest.mark.parametrize(
+    ("lycoris", "values"),
+    [
+        ({"algo": "lora", "linear_dim": 64}, {"kind": "lora", "rank": 64, "alpha": 1.0}),
+        ({"algo": "locon", "linear_dim": 8, "linear_alpha": 8, "dora_wd": True},
+         {"kind": "dora", "rank": 8, "alpha": 8.0}),
+        ({"algo": "lokr", "linear_dim": 16, "linear_alpha": 4, "factor": 8, "multiplier": 1},
+         {"kind": "lokr", "rank": 16, "alpha": 4.0, "lokr_factor": 8}),
+    ],
+)  # fmt: skip
+def test_what_lycoris_config_says_is_read(put, lycoris, values):
+    put("lycoris.json", json.dumps(lycoris))
+    asked = SMALL | {"lora_type": "lycoris", "lycoris_config": "lycoris.json", "lora_rank": 32}
+    imported = import_config(put("config.json", json.dumps(asked)))
+    assert {name: getattr(imported.config.lora, name) for name in values} == values
+    assert kinds(imported)["lora_rank"] == "ignored" and kinds(imported)["lora_type"] == "maps"
+
+
+def test_what_lycoris_has_and_we_have_not_is_said(put):
+    put("lycoris.json", json.dumps({"algo": "lokr", "full_matrix": True}))
+    put("oft.json", json.dumps({"algo": "diag-oft"}))
+    asked = SMALL | {"lora_type": "lycoris", "lycoris_config": "lycoris.json"}
+    imported = import_config(put("config.json", json.dumps(asked)))
+    (line,) = [line for line in imported.remarks if line.option == "lora_type"]
+    assert "full_matrix" in line.reason
+    imported = import_config(put("config.json", json.dumps(asked | {"lycoris_config": "oft.json"})))
+    assert kinds(imported)["lora_type"] == "no counterpart"
+    imported = import_config(put("config.json", json.dumps(asked | {"lycoris_config": "nowhere.json"})))
+    assert "nowhere.json" in imported.todo[0] and kinds(imported)["lora_type"] == "differs"

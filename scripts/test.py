@@ -1,8 +1,8 @@
 """Runs the tests: `python scripts/test.py [--core] [--host] [--browser] [--lint] [pytest options]`.
 
 Without a choice, core, host and browser run. Each part is a pytest process of its own, because the host's `comfy`
-package changes torch's global settings when it is imported; the browser's, which mostly waits, runs beside the others.
-The exit status is 0 only if everything passed.
+package changes torch's global settings when it is imported; with more than two cores the browser's runs beside the
+others, and the linters beside the first. The exit status is 0 only if everything passed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrom
 NODE_MODULES = ROOT / "node_modules"
 NOTHING_COLLECTED = 5
 TWO = min(2, os.cpu_count() or 1)
+SIDE_BY_SIDE = (os.cpu_count() or 1) > 2
+"""On two cores one part keeps both busy: measured, nothing is gained."""
 PROCESSES = {"core": min(4, os.cpu_count() or 1), "host": TWO, "browser": TWO}
 """Core tests share nothing but the file system, the others a server for each process: their files are dealt out."""
 DEALT = ("--dist", "loadscope", "--no-loadscope-reorder")
@@ -162,10 +164,10 @@ def main() -> int:
                 "or name it in CHROMIUM_PATH, or choose the other parts: python scripts/test.py --core --host"
             )
     empty, begun = 0, {}
-    if parts[1:] and "browser" in parts and TWO > 1:
+    if SIDE_BY_SIDE and parts[1:] and "browser" in parts:
         say("tests/browser runs beside the others, and is shown after them")
         begun["browser"] = tests_of("browser", extra, beside=True)
-    if parts and chosen.lint and parts[0] not in begun:
+    if SIDE_BY_SIDE and parts and chosen.lint and parts[0] not in begun:
         begun[parts[0]] = tests_of(parts[0], extra)  # what it says meanwhile waits in the pipe
 
     lints = [["ruff", "check", "."], ["pyright", *pyright_options()]] if chosen.lint else []

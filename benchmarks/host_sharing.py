@@ -6,8 +6,8 @@
 `tiny` trains with held-out loss, previews and checkpoints. Between prompts a thread inside ComfyUI takes every free
 byte of the card for a while, again and again, from before the job starts; prompts are of the job's own model (which is
 lent), of another one, and without any. Then the job is paused, resumed, stopped and resumed on the full card, and a
-second one runs from its images to its LoRA. The card computes nothing: what counts are states, bytes, and that every
-wait is told. Linux with a C compiler.
+second one runs from its images to its LoRA, resumed where it paused for want of memory. The card computes nothing: what
+counts are states, bytes, and that every wait is told. Linux with a C compiler.
 """
 
 from __future__ import annotations
@@ -159,7 +159,11 @@ def _story(host: Host, watch: Watch, full: Any, prompts: int, draws: random.Rand
     until(lambda: watch.status()["state"] == "stopped", "the end", report=watch.report)
     first = watch.status()
     watch.job = job_of(host.run(_job(host, "from images to LoRA", 20, resolution=96)))
-    while watch.status()["state"] not in ("completed", "failed"):
+    resumed = 0
+    while (state := watch.status()["state"]) not in ("completed", "failed"):
+        if state == "paused":  # the card was full at each of its tries: the user resumes it
+            host.post(f"/chromakit/jobs/{watch.job}/resume")
+            resumed += 1
         with full(draws.uniform(0.1, 1.0)):
             pass
         time.sleep(draws.uniform(0, 1.0))
@@ -172,6 +176,7 @@ def _story(host: Host, watch: Watch, full: Any, prompts: int, draws: random.Rand
         "steps": [job["step"] for job in jobs],
         "previews": sum(len(job["samples"]) for job in jobs),
         "heldout_losses": sum("heldout_loss" in row for row in rows),
+        "resumed": resumed,
         "out_of_memory": sum("out_of_memory" in row for row in rows),
         "polled_states": dict(watch.states),
         "times_told": dict(watch.waits),

@@ -21,6 +21,11 @@ def first_line(error: object, limit: int = 200) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:limit]
 
 
+def shortened(text: str, limit: int = 60) -> str:
+    """The beginning of a text that is quoted in a message."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def counted(number: int, what: str) -> str:
     """`1 image`, `2 images`."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -137,14 +137,12 @@ def _files(folder: Path) -> tuple[dict[Path, str], dict[str, str], Findings]:
     # A link that leads nowhere, and what is no file, are kept, so that they are named.
     known = picture_extensions()
     pictures = {folder / name: name.replace(os.sep, "/") for name in names if kinds[name] in known}
-    texts: dict[str, str] = {}
-    for name in (name.replace(os.sep, "/") for name in names if kinds[name] not in known):
-        texts[name] = name
-        texts.setdefault(_spelt(name), name)
+    others = {name: name.replace(os.sep, "/") for name in names if kinds[name] not in known}
+    texts = {_spelt(name): name for name in reversed(others.values())} | {name: name for name in others.values()}
     candidates = [path for path in pictures if is_mask(path)]
     owners = {path.with_suffix("") for path in pictures if not is_mask(path)} if candidates else set()
     masks = {path for path in candidates if mask_owner(path) in owners}
-    foreign = [name for name in dict.fromkeys(texts.values()) if os.path.splitext(name)[1].lower() in OTHER_EXTENSIONS]
+    foreign = [shown for name, shown in others.items() if kinds[name] in OTHER_EXTENSIONS]
     images = {path: name for path, name in pictures.items() if path not in masks}
     return images, texts, Findings(mask_files=len(masks), foreign=foreign)
 

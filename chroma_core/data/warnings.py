@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
-from ..errors import first_few
+from ..errors import first_few, shortened
 from .dataset import DatasetConfig
 from .pictures import Picture
 
@@ -77,7 +77,7 @@ def _about_captions(config: DatasetConfig, items: Sequence[Picture], findings: F
         return found
     most, times = max(captions.items(), key=lambda entry: entry[1])
     if len(items) > 3 and times > 1:
-        found.append(f"{times} times the same caption: “{_short(most)}”.")
+        found.append(f"{times} times the same caption: “{shortened(most)}”.")
     return found + low_variety([item.captions for item in items], config.trigger)
 
 
@@ -159,10 +159,6 @@ def _several(names: Sequence[str]) -> str:
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", text.lower()))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 ENOUGH_TO_COMPARE = 4

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data.dataset import DatasetConfig
+from ..options import option_of
 from ..sampling.schedule import dynamic_mu
+from ..training.config.job import LoraConfig
 from .convert import Given, lost, near, table, unchanged
 from .read import Unreadable, is_off, is_on, number, read_config, switch, text, whole
 
@@ -23,7 +25,7 @@ QTYPES = {
 }
 
 
-LARGEST, LONGEST = 1024, 15360
+LARGEST, LONGEST = int(option_of(LoraConfig, "rank").bound("le") or 0), 15360
 """The largest rank of a job, and the longest side of a layer of Chroma's: a LoKr's second factor is whole where the
 rank reaches half its longer side."""
 
@@ -202,8 +204,7 @@ def resolutions(value: Any) -> list[int]:
 
 def sizes(datasets: Sequence[Mapping[str, Any]]) -> set[int]:
     """The sizes of all datasets, in pixels; ai-toolkit's own where none is stated."""
-    stated = (item.get("resolution") for item in datasets)
-    return {size for each in stated if each is not None for size in resolutions(each)} or {512}
+    return {size for item in datasets or [{}] for size in resolutions(item.get("resolution") or 512)}
 
 
 def extension(value: Any) -> str:

@@ -198,14 +198,18 @@ class _Source:
         if stated is None:
             alpha, where = declared_alpha(self.declared, layer, rank), "in the configuration"
         else:
-            tensor = self.tensors[stated]
-            alpha, where = float(tensor.float().item()) if tensor.numel() == 1 else math.nan, f"'{stated}'"
+            alpha, where = self.number(stated), f"'{stated}'"
         if not math.isfinite(alpha):
             raise LoraError(
                 f"'{self.path}' is unusable: the alpha of '{layer}' ({where}) is {alpha}, not a finite number, so its "
                 "strength is unknown. Export it again; or remove its alphas, if they equal the rank."
             )
         return alpha
+
+    def number(self, key: str) -> float:
+        """A tensor of one number; NaN for any other."""
+        tensor = self.tensors[key]
+        return float(tensor.float().item()) if tensor.numel() == 1 else math.nan
 
     def mismatch(self, name: str, first: Tensor, second: Tensor) -> LoraError:
         """The error for two matrices that do not multiply."""
@@ -320,13 +324,12 @@ def _lokr(source: _Source, name: str, parts: Mapping[str, str], layer: Rows) -> 
     module = LokrModule(1.0, **factors)  # type: ignore[arg-type]
     rank = module.rank
     if rank is None and "alpha" in parts:  # means nothing to whole factors; LyCORIS writes 1e10, fp16 makes inf of it
-        stated = source.tensors[parts["alpha"]].float()
-        alpha = float(stated.item()) if stated.numel() == 1 and stated.isfinite() else 1.0
+        stated = source.number(parts["alpha"])
+        alpha = stated if math.isfinite(stated) else 1.0
     else:
         alpha = source.alpha(parts, layer.name, rank or 1)
-    if rank is None and "alpha" not in parts:
         # PEFT also scales whole factors by alpha / rank; the rank stands in its configuration only.
-        nominal = declared_rank(source.declared, layer.name)
+        nominal = declared_rank(source.declared, layer.name) if rank is None else None
         if nominal is not None and module.w1 is not None:
             module = dataclasses.replace(module, w1=module.w1 * (alpha / nominal))
     return _rows_of(dataclasses.replace(module, alpha=alpha), layer)

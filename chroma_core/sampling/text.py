@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ..errors import PromptError
+from ..errors import PromptError, shortened
 from ..model.finite import check_finite
 from ..model.text_encoder import T5Encoder
 from .recipe import CANONICAL, Recipe
@@ -106,7 +106,7 @@ class TextEncoder:
             mask[:, real:] = 0
         states = check_finite(
             self.model(tokens, mask)[0],
-            f"What the text encoder makes of “{prompt if len(prompt) < 60 else prompt[:60] + '…'}”",
+            f"What the text encoder makes of “{shortened(prompt)}”",
             "T5 overflows in fp16: choose bf16 or fp32 for it. If it computes in one of these, its file is damaged.",
         )
         visible = MAX_TOKENS if self.keep_padding else real + recipe.visible_padding

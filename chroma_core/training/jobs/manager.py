@@ -7,7 +7,8 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ Listener = Callable[[JobStatus], None]
 TRASH = ".deleted-"
 """How the folder of a job begins that is being deleted."""
 LOCK_SECONDS = 2.0
-"""How long a change of options waits for the folder of a job that has just ended."""
+"""How long a change of options, or a deletion, waits for the folder of a job that has just ended."""
 
 
 class JobManager:
@@ -171,10 +172,7 @@ class JobManager:
             step = int(newest[0].name.removeprefix("step-")) if newest else 0
             found = differences(job.config, new, step)
             check_changes(job.id, found, force)
-            # With patience: our own worker says that a job ended just before it lets go of the folder.
-            with folder_lock(job.folder, LOCK_SECONDS) as ours:
-                if not ours:
-                    raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
+            with _nobody_else(job):
                 if found:
                     job.config = new
                     job.update(steps=new.steps, changes=[*job.status()["changes"], entry(step, found)])
@@ -258,10 +256,9 @@ class JobManager:
 
     def _out_of_sight(self, job: Job) -> Path:
         """Rename the job's folder in one step, so that half a folder is never taken for a job. Raises JobError."""
-        # With patience: our own worker says that a job ended before it wrote that down; its folder would come back.
-        with folder_lock(job.folder, LOCK_SECONDS) as ours:
-            if not ours:
-                raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
+        # Its worker says that it ended before that is written down, and then the folder would come back.
+        with _nobody_else(job):
+            pass
         trash = self.root / f"{TRASH}{job.id}-{time.time_ns()}"
         try:
             replace(job.folder, trash)
@@ -378,3 +375,15 @@ class JobManager:
                         job.update(state="interrupted", yielded=False, message="Found unfinished; resume it to go on.")
                     else:
                         self._elsewhere.add(job.id)
+
+
+@contextmanager
+def _nobody_else(job: Job) -> Iterator[None]:
+    """Inside a `with` block nobody works on the job's folder. Raises JobError when another process does.
+
+    With patience: our own worker says that a job ended just before it lets go of the folder.
+    """
+    with folder_lock(job.folder, LOCK_SECONDS) as ours:
+        if not ours:
+            raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
+        yield

@@ -31,8 +31,12 @@ CHROMA_1 = {
     "approximator_layers": 5,
 }
 
-UP_MATRICES = (".lora_B.weight", ".lora_up.weight", ".lokr_w1", ".lokr_w1_a")
-"""One key of every layer: the LoRA's second matrix, or the first of a LoKr."""
+MARKERS = (
+    *(".lora_B.weight", ".lora_up.weight", ".lora.up.weight", ".lora_linear_layer.up.weight"),
+    *(".lokr_w1", ".lokr_w1_a", ".hada_w1_a", ".oft_blocks"),
+    *(".diff", ".diff_b", ".w_norm", ".b_norm"),
+)
+"""One key of every layer: a LoRA's second matrix, the first of another kind, a difference of a weight or of a bias."""
 
 
 def import_host() -> None:
@@ -114,15 +118,25 @@ def check(path: Path, patcher) -> dict[str, Any]:
         for _, adapter, _, offset, _ in patches:
             target = weights[key] if offset is None else weights[key].narrow(*offset)
             marker, shape = _marker(adapter)
-            if shape == tuple(target.shape):
+            if shape == tuple(target.shape[: len(shape)]):
                 applied.add(id(marker))
-    layers = {key: tensor for key, tensor in tensors.items() if key.endswith(UP_MATRICES)}
-    unmatched = [key.rsplit(".lo", 1)[0] for key, tensor in layers.items() if id(tensor) not in applied]
+    layers = {key: tensor for key, tensor in tensors.items() if key.endswith(MARKERS)}
+    unmatched = [_without_marker(key) for key, tensor in layers.items() if id(tensor) not in applied]
     return {"matched": len(layers) - len(unmatched), "total": len(layers), "unmatched": unmatched}
 
 
-def _marker(adapter) -> tuple[Any, tuple[int, int]]:
-    """The tensor of one of UP_MATRICES that the host's adapter holds, and the shape (out, in) of its update."""
+def _without_marker(key: str) -> str:
+    return key[: -max(len(marker) for marker in MARKERS if key.endswith(marker))]
+
+
+def _marker(adapter) -> tuple[Any, tuple[int, ...]]:
+    """The tensor of one of MARKERS that the host's adapter holds, and the shape (out, in) of its update, or (out,)."""
+    if isinstance(adapter, tuple):  # ("diff", (tensor,))
+        difference = adapter[1][0]
+        return difference, tuple(difference.shape)
+    if adapter.name == "oft":
+        blocks = adapter.weights[0]
+        return blocks, (blocks.shape[0] * blocks.shape[1],)
     if adapter.name != "lokr":
         up, down = adapter.weights[:2]
         return up, (up.shape[0], down.shape[1])

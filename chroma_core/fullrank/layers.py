@@ -26,10 +26,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..lora.adapters import compute_device, features, linear_modules
-from ..names.transformer import to_original_module
+from ..names.transformer import APPROXIMATOR, to_original_module
 
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
-APPROXIMATOR = "distilled_guidance_layer"
 
 _RANGE = re.compile(r"^(\w+)\.(\d{1,3})-(\d{1,3})(?=\.|$)")
 

@@ -17,8 +17,9 @@ any module that has `in_features` and `out_features`, quantised or not.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +31,11 @@ from torch import Tensor, nn
 from ..errors import ConfigError, LoraError
 from ..model.precision import dequantised_weight
 from .key_formats import foreign_kinds
-from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted, row_norms
+from .modules import AdapterModule, FullModule, LokrModule, LoraFile, LoraModule, quoted, row_norms
 
 
 class LoraBranch(nn.Module):
-    """One adapter of one layer; a subclass per kind. The tensors of `module` become its parameters as they are.
+    """One adapter of one layer; a subclass per way of computing. The tensors of `module` become its parameters.
 
     Dropout (on the branch's input, in training mode only) draws its mask from `dropout_seed` afresh in every forward
     pass instead of from a running stream: gradient checkpointing runs the forward twice and must see the same mask.
@@ -42,12 +43,14 @@ class LoraBranch(nn.Module):
 
     in_halves = True
     """Whether `added` needs nothing but what `begin` gives, so that the branch's input need not be kept for it."""
+    bias: nn.Parameter | None
 
     def __init__(
         self, name: str, module: AdapterModule, strength: float = 1.0, dropout: float = 0.0, trainable: bool = False
     ):
         super().__init__()
         self.name = name
+        self.register_parameter("bias", None)
         for factor, tensor in module.factors().items():
             self.register_parameter(factor, nn.Parameter(tensor, requires_grad=trainable))
         self.alpha = module.alpha
@@ -85,6 +88,10 @@ class LoraBranch(nn.Module):
     def added(self, y: Tensor, begun: Tensor) -> Tensor:
         """y [..., out] and the branch's share."""
         raise NotImplementedError
+
+    def biased(self, y: Tensor) -> Tensor:
+        """y [..., out] with the difference of the bias, if there is one."""
+        return y if self.bias is None else y + (self.bias * self.strength).to(y.dtype)
 
     def _drop(self, x: Tensor) -> Tensor:
         if self.dropout_seed is None:
@@ -186,6 +193,30 @@ class LokrBranch(LoraBranch):
         return y + begun.to(y.dtype)
 
 
+class WholeBranch(LoraBranch):
+    """strength · ΔW x, for the kinds whose ΔW [out, in] has to be made whole: afresh in every pass, in fp32, from the
+    weight that the base computes with, as in a DoRA. Not to be trained."""
+
+    in_halves = False
+
+    def __init__(self, name: str, module: AdapterModule, *args: Any, **kwargs: Any):
+        super().__init__(name, module, *args, **kwargs)
+        self.fixed = module.map(lambda _: torch.empty(0))
+        self.has_bias_only = isinstance(module, FullModule) and module.diff is None
+
+    def module(self) -> AdapterModule:
+        """The adapter as a value, whose tensors are the branch's own."""
+        return dataclasses.replace(self.fixed, **self.factors())
+
+    def forward(self, x: Tensor, y: Tensor, base: nn.Module, plain: Tensor) -> Tensor:
+        if self.has_bias_only:
+            return y
+        with torch.no_grad():
+            device = next(self.parameters()).device
+            delta = self.module().delta(dequantised_weight(base, torch.float32).to(device)) * self.strength
+        return y + F.linear(x, delta.to(x.dtype)).to(y.dtype)
+
+
 def changed_norms(base: nn.Module, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """Row lengths [out] of W + scale · up @ down in fp32, without gradient, on the device of `down`."""
     with torch.no_grad():
@@ -197,19 +228,18 @@ def branch_of(
     name: str, module: AdapterModule, strength: float = 1.0, dropout: float = 0.0, trainable: bool = False
 ) -> LoraBranch:
     """The branch that computes with an adapter, of the class of its kind."""
-    if isinstance(module, LokrModule):
-        return LokrBranch(name, module, strength, dropout, trainable)
-    kind = LowRankBranch if module.magnitude is None else DoraBranch
-    return kind(name, module, strength, dropout, trainable)
+    return _BRANCHES.get(module.kind, WholeBranch)(name, module, strength, dropout, trainable)
 
 
-class AdaptedLinear(nn.Module):
-    """Stands in the place of a linear layer that has at least one branch; the layer itself is `base_layer`."""
+_BRANCHES: dict[str, Any] = {"lora": LowRankBranch, "dora": DoraBranch, "lokr": LokrBranch}
+
+
+class Adapted(nn.Module):
+    """Stands in the place of a layer that has at least one branch; the layer itself is `base_layer`."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = features(base_layer)
         self.branches = nn.ModuleList()
         self.enabled = True
         self.train(base_layer.training)
@@ -241,15 +271,38 @@ class AdaptedLinear(nn.Module):
         """Take the branch of that adapter away, if there is one."""
         self.branches = nn.ModuleList(b for b in self.loras() if b.name != name)
 
+    def _active(self) -> list[LoraBranch]:
+        return [branch for branch in self.loras() if branch.strength != 0] if self.enabled else []
+
+
+class AdaptedNorm(Adapted):
+    """A root-mean-square norm with differences of its scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] → the same, normed."""
+        base: Any = self.base_layer
+        active = self._active()
+        weight = base.weight
+        if active:
+            # As `merge` does it: in fp32, rounded once.
+            total = sum((branch.diff.float() * branch.strength for branch in active), weight.float())  # type: ignore[operator]
+            weight = total.to(weight.dtype)
+        return F.rms_norm(x, base.normalized_shape, weight, base.eps)
+
+
+class AdaptedLinear(Adapted):
+    """A linear layer with its branches."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.out_features, self.in_features = features(base_layer)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in the dtype that the base gives."""
         plain = y = self.base_layer(x)
         for branch in self._active():
-            y = branch(x, y, self.base_layer, plain)
+            y = branch.biased(branch(x, y, self.base_layer, plain))
         return y
-
-    def _active(self) -> list[LoraBranch]:
-        return [branch for branch in self.loras() if branch.strength != 0] if self.enabled else []
 
     def in_halves(self) -> bool:
         """Whether `end` needs nothing of the input for a backward pass but what `begin` gives."""
@@ -267,7 +320,7 @@ class AdaptedLinear(nn.Module):
             return self(x)
         y = self.base_layer(x)
         for branch, its in zip(self._active(), begun, strict=True):
-            y = branch.added(y, its)
+            y = branch.biased(branch.added(y, its))
         return y
 
 
@@ -276,19 +329,40 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     An adapted layer appears once, under the name that the layer has without its adapters.
     """
+    return _visit(model, _is_linear)
+
+
+def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Like `linear_modules`, with the norms that have a scale: all that a LoRA file can change."""
+    return _visit(model, lambda layer: _is_linear(layer) or _is_norm(layer))
+
+
+def _visit(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
 
     def visit(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
-            if isinstance(getattr(child, "in_features", None), int) and isinstance(
-                getattr(child, "out_features", None), int
-            ):
+            if wanted(child):
                 found[prefix + name] = child
-            else:
+            elif not isinstance(child, Adapted):
                 visit(child, f"{prefix}{name}.")
 
     visit(model, "")
     return found
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    widths = (getattr(layer, "in_features", None), getattr(layer, "out_features", None))
+    return all(isinstance(width, int) for width in widths)
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, AdaptedNorm) or (isinstance(layer, nn.RMSNorm) and layer.weight is not None)
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    """Of the weight, also when that is stored packed."""
+    return features(layer) if _is_linear(layer) else tuple(layer.weight.shape)  # type: ignore[arg-type]
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -303,9 +377,9 @@ def compute_device(model: nn.Module, layer: nn.Module) -> torch.device:
     return embedder.weight.device  # type: ignore[return-value]
 
 
-def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLinear]]:
+def adapted_layers(model: nn.Module) -> list[tuple[str, Adapted]]:
     """Full name and module of every layer that has a branch."""
-    return [(name, layer) for name, layer in linear_modules(model).items() if isinstance(layer, AdaptedLinear)]
+    return [(name, layer) for name, layer in adaptable_modules(model).items() if isinstance(layer, Adapted)]
 
 
 def attached(model: nn.Module) -> list[str]:
@@ -314,11 +388,11 @@ def attached(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def wrapped(model: nn.Module, name: str, layer: nn.Module) -> AdaptedLinear:
+def wrapped(model: nn.Module, name: str, layer: nn.Module) -> Adapted:
     """The layer of that name ready to take a branch; a plain one is replaced in the model."""
-    if isinstance(layer, AdaptedLinear):
+    if isinstance(layer, Adapted):
         return layer
-    adapted = AdaptedLinear(layer)
+    adapted = AdaptedLinear(layer) if _is_linear(layer) else AdaptedNorm(layer)
     model.set_submodule(name, adapted)
     return adapted
 
@@ -381,21 +455,16 @@ def check_fits(transformer: nn.Module, lora: LoraFile, allow_partial: bool = Fal
     Raises LoraError, listing names, when no layer matches, when a shape differs (the LoRA is for another size of
     model), or, unless `allow_partial`, when a layer or key of the file found no place.
     """
-    linears = linear_modules(transformer)
-    matched = tuple(name for name in lora.modules if name in linears)
-    unmatched = (*(name for name in lora.modules if name not in linears), *lora.unmatched)
+    layers = adaptable_modules(transformer)
+    matched = tuple(name for name in lora.modules if name in layers)
+    unmatched = (*(name for name in lora.modules if name not in layers), *lora.unmatched)
     if not matched:
         raise LoraError(
             f"The LoRA changes nothing here: none of its {len(lora.modules)} layers ({quoted(tuple(lora.modules))}) is "
             "a layer of this model. It was made for another model."
         )
     for name in matched:
-        found, shape = lora.modules[name].shape, features(linears[name])
-        if found != shape:
-            raise LoraError(
-                f"The LoRA does not fit: for '{name}' it has {found[0]}×{found[1]}, the model {shape[0]}×{shape[1]}. "
-                "It was made for another size of model."
-            )
+        _check_shape(name, lora.modules[name], layers[name])
     if unmatched and not allow_partial:
         kinds = foreign_kinds(list(unmatched))
         raise LoraError(
@@ -404,6 +473,18 @@ def check_fits(transformer: nn.Module, lora: LoraFile, allow_partial: bool = Fal
             "with allow_partial (--allow-partial)."
         )
     return Fit(matched, unmatched)
+
+
+def _check_shape(name: str, module: AdapterModule, layer: nn.Module) -> None:
+    found, shape = module.shape, _shape(layer)
+    whole = not isinstance(module, FullModule) or module.diff is None
+    # The rows alone are known of a rotation, and of a difference of the bias.
+    fits = found == (shape[: len(found)] if whole else shape)
+    if not fits or (not _is_linear(layer) and (whole or module.bias is not None)):
+        raise LoraError(
+            f"The LoRA does not fit: for '{name}' it has {'×'.join(map(str, found))}, the model "
+            f"{'×'.join(map(str, shape))}. It was made for another size of model."
+        )
 
 
 def attach(
@@ -417,16 +498,16 @@ def attach(
     _finite(strength)
     if name in attached(transformer):
         raise LoraError(f"A LoRA named '{name}' is already on this model. Detach it first, or choose another name.")
-    linears = linear_modules(transformer)
+    layers = adaptable_modules(transformer)
     branches: list[tuple[str, LoraBranch]] = []
     with torch.inference_mode(False):
         # All copies first: running out of memory here leaves the model as it was.
         for layer in fit.matched:
-            device = compute_device(transformer, linears[layer])
+            device = compute_device(transformer, layers[layer])
             module = lora.modules[layer].map(lambda tensor, to=device: tensor.detach().to(to, copy=True))
             branches.append((layer, branch_of(name, module, strength)))
         for layer, branch in branches:
-            wrapped(transformer, layer, linears[layer]).add(branch)
+            wrapped(transformer, layer, layers[layer]).add(branch)
     return fit
 
 
@@ -459,26 +540,35 @@ def merge(transformer: nn.Module, lora: LoraFile, strength: float = 1.0, allow_p
     """
     fit = check_fits(transformer, lora, allow_partial)
     _finite(strength)
-    linears = linear_modules(transformer)
-    bases: dict[str, nn.Linear] = {}
+    layers = adaptable_modules(transformer)
+    bases: dict[str, Any] = {}
     for name in fit.matched:
-        layer = linears[name]
-        base = layer.base_layer if isinstance(layer, AdaptedLinear) else layer
+        layer = layers[name]
+        base: Any = layer.base_layer if isinstance(layer, Adapted) else layer
         # Quantising libraries subclass nn.Linear or the tensor; adding to either may be dropped without an error.
-        plain = type(base) is nn.Linear and type(base.weight) is nn.Parameter and type(base.weight.data) is Tensor
+        plain = (
+            type(base) in (nn.Linear, nn.RMSNorm)
+            and type(base.weight) is nn.Parameter
+            and type(base.weight.data) is Tensor
+        )
         if not plain or base.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise LoraError(
                 f"The LoRA cannot be merged: '{name}' is quantised ({type(base).__name__}). Merge before the model is "
                 "quantised, or apply the LoRA live."
             )
-        bases[name] = base  # type: ignore[assignment]
+        bases[name] = base
     with torch.inference_mode(False), torch.no_grad():
         for name, base in bases.items():
-            weight = base.weight
-            delta = lora.modules[name].map(lambda tensor, to=weight.device: tensor.to(to)).delta(weight)
-            merged = (weight.float() + strength * delta).to(weight.dtype)
-            base.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
+            module = lora.modules[name].map(lambda tensor, to=base.weight.device: tensor.to(to))
+            base.weight = _plus(base.weight, module.delta(base.weight), strength)
+            if module.bias is not None:
+                base.bias = _plus(base.bias, module.bias, strength)
     return fit
+
+
+def _plus(weight: nn.Parameter, delta: Tensor, strength: float) -> nn.Parameter:
+    summed = weight.float() + strength * delta.float()
+    return nn.Parameter(summed.to(weight.dtype), requires_grad=weight.requires_grad)
 
 
 def _finite(strength: float) -> None:

@@ -4,7 +4,8 @@ in full.
 (Or, on demand, in the names of another program: see `key_formats`.)
 That key format, `universal`, is `transformer.<diffusers path>.lora_A.weight` [rank, in], `.lora_B.weight` [out, rank]
 and `.alpha` (a number): ComfyUI and diffusers both load it with alpha honoured. A DoRA also has `.dora_scale` [out, 1],
-its magnitudes; a LoKr has LyCORIS' `.lokr_w1`, `.lokr_w2` or `.lokr_w2_a` and `.lokr_w2_b` instead. In a file without
+its magnitudes; a LoKr has LyCORIS' `.lokr_w1`, `.lokr_w2` or `.lokr_w2_a` and `.lokr_w2_b` instead; what else there is
+(`modules.KINDS`) has the names that ComfyUI reads. In a file without
 alpha the scale is 1, that is alpha = rank, as ComfyUI, diffusers and ai-toolkit have it, unless the header (diffusers)
 or the `adapter_config.json` beside it (PEFT) declares another.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,16 @@ from .key_formats import (
     part_of,
     written,
 )
-from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted
+from .modules import (
+    AdapterModule,
+    FullModule,
+    LohaModule,
+    LokrModule,
+    LoraFile,
+    LoraModule,
+    OftModule,
+    quoted,
+)
 
 
 def write_lora(path: Path | str, lora: LoraFile, key_format: str = "universal") -> Path:
@@ -81,10 +91,10 @@ def read_lora(path: Path | str) -> LoraFile:
 
     Its tensors are on the CPU, as stored (8-bit floats become fp32).
     Fused layers of the original layout (`qkv`, `linear1`) are split exactly: every part shares `down` and takes its own
-    rows of `up` (of a block-diagonal one only the columns that are its own), of the magnitudes or of the Kronecker
-    product. Keys that are no part of a Chroma LoRA are listed in `unmatched`.
+    rows of `up` (of a block-diagonal one only the columns that are its own), of magnitudes, differences, rotations, or
+    the Kronecker or Hadamard product. Keys that are no part of a Chroma LoRA are listed in `unmatched`.
     Raises LoraError, saying what was found, for an absent, damaged or pickled file, a whole model, another kind of
-    adapter (LoHa, OFT, …), or a file none of whose keys is Chroma's.
+    adapter (BOFT, GLoRA, …), or a file none of whose keys is Chroma's.
     """
     with _opened(path) as (path, file), torch.inference_mode(False):
         keys = list(file.keys())
@@ -153,7 +163,7 @@ def _refuse_foreign(path: Path, keys: list[str]) -> None:
         found = f"it has no LoRA keys; its {len(keys)} tensors are {quoted(keys)}" if keys else "it is empty"
     raise LoraError(
         f"'{path}' is not a LoRA that can be applied: {found}. Readable are LoRA files with lora_A/lora_B or "
-        "lora_down/lora_up matrices, and LoKr files with lokr_w1/lokr_w2, for Chroma."
+        "lora_down/lora_up matrices, LyCORIS' LoKr, LoHa and OFT, and differences (diff, diff_b), for Chroma."
     )
 
 
@@ -161,6 +171,7 @@ PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """The two files of a folder that PEFT saves."""
 
 _LOKR_FACTORS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
+_LOHA_FACTORS = ("w1_a", "w1_b", "w2_a", "w2_b")
 
 
 @dataclass(frozen=True)
@@ -173,24 +184,49 @@ class _Source:
 
     def matrix(self, key: str) -> Tensor:
         """Raises LoraError for anything but a matrix of finite numbers."""
+        return self.floats(key, (2,))
+
+    def floats(self, key: str, dimensions: Sequence[int]) -> Tensor:
+        """Raises LoraError for anything but finite numbers in one of so many dimensions."""
         tensor = self.tensors[key]
-        if tensor.ndim != 2 or not tensor.is_floating_point() or 0 in tensor.shape:
+        if tensor.ndim not in dimensions or not tensor.is_floating_point() or 0 in tensor.shape:
             raise LoraError(
-                f"'{self.path}' has a tensor '{key}' of shape {list(tensor.shape)} in {tensor.dtype}; a LoRA matrix is "
-                "a two-dimensional tensor of floating-point numbers."
+                f"'{self.path}' has a tensor '{key}' of shape {list(tensor.shape)} in {tensor.dtype}; of that "
+                f"name are floating-point numbers in {' or '.join(map(str, dimensions))} dimensions."
             )
         return self._finite(key, tensor)
 
-    def magnitude(self, key: str, rows: int) -> Tensor:
-        """A DoRA's magnitudes [out]: PEFT holds a vector, other trainers one column."""
+    def magnitude(self, parts: Mapping[str, str], shape: tuple[int, int], layer: Rows) -> Tensor | None:
+        """A DoRA's magnitudes: [out] of the layer's rows (PEFT holds a vector, others one column), or [1, in]."""
+        if "magnitude" not in parts:
+            return None
+        rows, columns = shape
+        key = parts["magnitude"]
         tensor = self.tensors[key]
-        if tuple(tensor.shape) not in ((rows,), (rows, 1)) or not tensor.is_floating_point():
+        if tensor.is_floating_point() and tuple(tensor.shape) in ((rows,), (rows, 1)):
+            return layer.take(self._finite(key, tensor.flatten())).clone()
+        if not tensor.is_floating_point() or tuple(tensor.shape) != (1, columns):
             raise LoraError(
                 f"'{self.path}' is a DoRA whose '{key}' has the shape {list(tensor.shape)}; readable is one magnitude "
-                f"for each of the {rows} output rows, as PEFT and LyCORIS (wd_on_output) write it. Export it as a "
-                "plain LoRA."
+                f"for each of the {rows} output rows, or [1, {columns}] for the input columns."
             )
-        return self._finite(key, tensor.flatten())
+        if layer.of > 1:
+            raise LoraError(
+                f"'{self.path}' is a DoRA by input columns over a fused layer ('{key}'): its norms go over q, k and v "
+                "together, which cannot be taken apart without the base. Train it on separate layers, or by output "
+                "rows (LyCORIS: wd_on_output)."
+            )
+        return self._finite(key, tensor)
+
+    def bias(self, parts: Mapping[str, str], scale: float, layer: Rows) -> Tensor | None:
+        """The difference of the layer's bias [out], PEFT's with its factor; None for a part of a fused layer with 0."""
+        key = parts.get("diff_b", parts.get("up_bias"))
+        if key is None:
+            return None
+        bias = layer.take(self.floats(key, (1,)))
+        if layer.of > 1 and not bias.any():
+            return None
+        return (bias * scale if "diff_b" not in parts else bias).clone()
 
     def alpha(self, parts: Mapping[str, str], layer: str, rank: int) -> float:
         """What a tensor says, else the configuration, else the rank. Raises LoraError for what is no finite number."""
@@ -255,46 +291,67 @@ def assemble(path: Path, keys: list[str], tensors: dict[str, Tensor], metadata: 
         own = own_columns(tensors[parts["up"]], layers) if build is _low_rank else {}
         for layer in layers:
             columns = own.get(layer.name)
-            if columns is not None and not len(columns):
-                if "magnitude" not in parts:
-                    continue  # a part that the LoRA does not change
-                columns = None
-            if layer.name in modules:
-                raise LoraError(f"'{path}' has the layer '{layer.name}' twice, in two key formats.")
+            unchanged = columns is not None and not len(columns) and "magnitude" not in parts
             try:
-                module = build(source, name, parts, layer)
-                modules[layer.name] = module if columns is None else _columns(module, columns)
+                module = (_bias_alone if unchanged else build)(source, name, parts, layer)
             except ModelFileError as error:
                 raise LoraError(f"'{path}' does not fit Chroma. {error}") from error
+            if module is None:
+                continue
+            if isinstance(module, LoraModule) and columns is not None and len(columns):
+                module = _columns(module, columns)
+            modules[layer.name] = _joined(path, layer.name, modules.get(layer.name), module)
     if not modules:
         kinds = foreign_kinds(unmatched)
         raise LoraError(
             f"None of the {len(keys)} keys in '{path}' belongs to Chroma: {quoted(unmatched)}"
             f"{f' ({kinds[0]})' if kinds else ''}. It was made for another model, or in an unknown key format."
         )
-    stated = [("alpha" in parts) for name, parts in raw.items() if len(parts) > 1]
+    scaled = [parts for parts in raw.values() if not {"alpha", "diff", "diff_b", "oft_blocks"} >= parts.keys()]
+    stated = ["alpha" in parts for parts in scaled if len(parts) > 1]
     stands = "tensors" if all(stated) else "configuration" if declared else "mixed" if any(stated) else "absent"
     return LoraFile(modules, metadata, "+".join(found_formats), tuple(unmatched), stands)
 
 
 def _builder(parts: Mapping[str, str]) -> Any:
-    """What makes a module of those parts; None when they are incomplete."""
+    """What makes a module of those parts (None of a part that is not changed); None when they are incomplete."""
     if {"down", "up"} <= parts.keys():
         return _low_rank
-    whole = all(side in parts or {f"{side}_a", f"{side}_b"} <= parts.keys() for side in ("w1", "w2"))
-    return _lokr if whole else None
+    if all(f"hada_{factor}" in parts for factor in _LOHA_FACTORS):
+        return _loha
+    if all(f"lokr_{side}" in parts or {f"lokr_{side}_a", f"lokr_{side}_b"} <= parts.keys() for side in ("w1", "w2")):
+        return _lokr
+    if "oft_blocks" in parts:
+        return _oft
+    return _full if "diff" in parts else _bias_alone if "diff_b" in parts else None
+
+
+_FAMILIES = {"down": "a LoRA", "lokr": "a LoKr", "hada": "a LoHa", "oft": "an OFT", "diff": "a full difference"}
 
 
 def _check_parts(path: Path, name: str, parts: Mapping[str, str]) -> None:
-    low_rank, lokr = "down" in parts, any(factor in parts for factor in _LOKR_FACTORS)
-    if low_rank and lokr:
-        raise LoraError(f"'{path}' holds several adapters: '{name}' is both a LoRA and a LoKr.")
-    if "t2" in parts:
-        raise LoraError(f"'{path}' is made for convolutions ('{parts['t2']}'), which Chroma does not have.")
-    if lokr and "magnitude" in parts:
+    found = dict.fromkeys(kind.partition("_")[0] for kind in parts if kind != "diff_b")
+    families = [words for family, words in _FAMILIES.items() if family in found]
+    if len(families) > 1:
+        raise LoraError(f"'{path}' holds several adapters: '{name}' is both {' and '.join(families)}.")
+    for kind in ("lokr_t2", "hada_t1", "hada_t2"):
+        if kind in parts:
+            raise LoraError(f"'{path}' is made for convolutions ('{parts[kind]}'), which Chroma does not have.")
+    if "magnitude" in parts and not families[0].endswith(("LoRA", "LoKr", "LoHa")):
         raise LoraError(
-            f"'{path}' is a LoKr with DoRA ('{parts['magnitude']}'), which ChromaKit does not read. Export it without."
+            f"'{path}' is {families[0]} with DoRA ('{parts['magnitude']}'), which ChromaKit does not read. Export it "
+            "without."
         )
+
+
+def _joined(path: Path, name: str, before: AdapterModule | None, module: AdapterModule) -> AdapterModule:
+    """Two entries of one layer as one: a bias may stand under another name than the rest. Raises LoraError."""
+    if before is None:
+        return module
+    for whole, bias in ((before, module), (module, before)):
+        if isinstance(bias, FullModule) and bias.diff is None and whole.bias is None:
+            return dataclasses.replace(whole, bias=bias.bias)
+    raise LoraError(f"'{path}' has the layer '{name}' twice, in two key formats.")
 
 
 def _low_rank(source: _Source, name: str, parts: Mapping[str, str], layer: Rows) -> LoraModule:
@@ -302,22 +359,77 @@ def _low_rank(source: _Source, name: str, parts: Mapping[str, str], layer: Rows)
     rank = down.shape[0]
     if up.shape[1] != rank:
         raise source.mismatch(name, down, up)
-    magnitude = None
-    if "magnitude" in parts:
-        magnitude = layer.take(source.magnitude(parts["magnitude"], up.shape[0])).clone()
-    return LoraModule(down, layer.take(up).clone(), source.alpha(parts, layer.name, rank), magnitude)
+    alpha = source.alpha(parts, layer.name, rank)
+    magnitude = source.magnitude(parts, (up.shape[0], down.shape[1]), layer)
+    bias = source.bias(parts, alpha / rank, layer)
+    return LoraModule(down, layer.take(up).clone(), alpha, magnitude, bias=bias)
+
+
+def _full(source: _Source, name: str, parts: Mapping[str, str], layer: Rows) -> FullModule:
+    diff = source.floats(parts["diff"], (1, 2))
+    return FullModule(layer.take(diff).clone(), bias=source.bias(parts, 1.0, layer))
+
+
+def _bias_alone(source: _Source, name: str, parts: Mapping[str, str], layer: Rows) -> FullModule | None:
+    bias = source.bias(parts, 1.0, layer)
+    return None if bias is None else FullModule(bias=bias)
+
+
+def _loha(source: _Source, name: str, parts: Mapping[str, str], layer: Rows) -> LohaModule:
+    factors = {factor: source.matrix(parts[f"hada_{factor}"]) for factor in _LOHA_FACTORS}
+    for side in ("w1", "w2"):
+        if factors[f"{side}_a"].shape[1] != factors[f"{side}_b"].shape[0]:
+            raise source.mismatch(name, factors[f"{side}_a"], factors[f"{side}_b"])
+    whole = LohaModule(**factors, alpha=source.alpha(parts, layer.name, factors["w1_b"].shape[0]))
+    if (factors["w2_a"].shape[0], factors["w2_b"].shape[1]) != whole.shape:
+        raise source.mismatch(name, factors["w1_a"], factors["w2_a"])
+    rows = {factor: layer.take(factors[factor]).clone() for factor in ("w1_a", "w2_a")}
+    magnitude, bias = source.magnitude(parts, whole.shape, layer), source.bias(parts, 1.0, layer)
+    return dataclasses.replace(whole, **rows, magnitude=magnitude, bias=bias)
+
+
+def _oft(source: _Source, name: str, parts: Mapping[str, str], layer: Rows) -> OftModule:
+    key = parts["oft_blocks"]
+    blocks = source.floats(key, (3, 4))
+    if blocks.ndim == 4:
+        raise LoraError(f"'{source.path}' is a BOFT ('{key}' has four dimensions), which ChromaKit does not read.")
+    count, size = blocks.shape[:2]
+    if blocks.shape[2] != size:
+        raise LoraError(f"'{source.path}' is damaged: the blocks of '{key}' are not square: {list(blocks.shape)}.")
+    # LyCORIS' constraint on all the blocks together: its alpha, where it is more than 0.
+    constraint = source.number(parts["alpha"]) if "alpha" in parts else 0.0
+    length = float((blocks.double() - blocks.double().mT).norm()) + 1e-8
+    if 0 < constraint < length:
+        blocks = (blocks.double() * (constraint / length)).float()
+    start, stop = layer.span(count * size)
+    if start % size or stop % size:
+        raise LoraError(
+            f"'{source.path}' does not fit Chroma: the rotation '{key}' goes over blocks of {size} rows, which do not "
+            f"part where '{layer.name}' begins and ends (rows {start} to {stop} of the fused layer). Train it on "
+            "separate layers."
+        )
+    rescale = None
+    if "rescale" in parts:
+        given = source.floats(parts["rescale"], (1, 2))
+        if given.numel() != count * size:
+            raise source.mismatch(name, blocks, given)
+        rescale = given.reshape(-1, 1)[start:stop].clone()
+    own = blocks[start // size : stop // size].clone()
+    return OftModule(own, rescale, bias=source.bias(parts, 1.0, layer))
 
 
 def _columns(module: LoraModule, columns: Tensor) -> LoraModule:
     """The same update by those columns of `up` alone, the others being zero; the factor on it stays as it is."""
     alpha = module.alpha * len(columns) / module.rank
-    return LoraModule(module.down[columns], module.up[:, columns].contiguous(), alpha, module.magnitude)
+    down, up = module.down[columns], module.up[:, columns].contiguous()
+    return dataclasses.replace(module, down=down, up=up, alpha=alpha)
 
 
 def _lokr(source: _Source, name: str, parts: Mapping[str, str], layer: Rows) -> LokrModule:
     # A whole factor goes before a product, as in ComfyUI.
-    used = [f for f in _LOKR_FACTORS if f in parts and not (len(f) > 2 and f[:2] in parts)]
-    factors = {factor: source.matrix(parts[factor]) for factor in used}
+    given = {kind.removeprefix("lokr_") for kind in parts if kind.startswith("lokr_")}
+    used = [f for f in _LOKR_FACTORS if f in given and not (len(f) > 2 and f[:2] in given)]
+    factors = {factor: source.matrix(parts[f"lokr_{factor}"]) for factor in used}
     for side in ("w1", "w2"):
         if side not in factors and factors[f"{side}_a"].shape[1] != factors[f"{side}_b"].shape[0]:
             raise source.mismatch(name, factors[f"{side}_a"], factors[f"{side}_b"])
@@ -332,7 +444,10 @@ def _lokr(source: _Source, name: str, parts: Mapping[str, str], layer: Rows) -> 
         nominal = declared_rank(source.declared, layer.name) if rank is None else None
         if nominal is not None and module.w1 is not None:
             module = dataclasses.replace(module, w1=module.w1 * (alpha / nominal))
-    return _rows_of(dataclasses.replace(module, alpha=alpha), layer)
+    magnitude, bias = source.magnitude(parts, module.shape, layer), source.bias(parts, 1.0, layer)
+    return dataclasses.replace(
+        _rows_of(dataclasses.replace(module, alpha=alpha), layer), magnitude=magnitude, bias=bias
+    )
 
 
 def _rows_of(module: LokrModule, layer: Rows) -> LokrModule:

@@ -12,6 +12,11 @@ Read:
 | `lycoris` | `lycoris_<diffusers name with _>.lokr_w1…` | LyCORIS, SimpleTuner |
 | `bare` | names without a prefix | various |
 
+Of a layer they hold `lora_A/B`, `lora_down/up`, `lora.down/up` or `lora_linear_layer.down/up` (also without
+`.weight`), `alpha`, `dora_scale`, `lora_magnitude_vector` or `magnitude`, LyCORIS' `lokr_…`, `hada_…` and `oft_blocks`
+with `rescale`, and differences: `diff` or `w_norm` of a weight, `diff_b` or `b_norm` of a bias (ComfyUI's *Train LoRA*,
+*Extract and Save LoRA*, LyCORIS' `full` and `train_norm`), and PEFT's `lora_B.bias`.
+
 Prefix and layout mix freely in the wild (`diffusion_model.<diffusers name>` exists), so after its prefix a name is
 looked up in both layouts, with dots and with underscores.
 
@@ -19,14 +24,17 @@ Written:
 
 | key format | layers | alpha | holds |
 |---|---|---|---|
-| `universal` | diffusers | a tensor | LoRA, DoRA, LoKr |
+| `universal` | diffusers | a tensor | every kind, biases |
 | `peft` | diffusers | `adapter_config.json` | LoRA, DoRA |
 | `diffusers` | diffusers | folded: 1, also in the header | LoRA, DoRA |
 | `simpletuner` | diffusers | folded: 1 | LoRA |
-| `ai-toolkit` | original, fused | folded: 1 | LoRA |
-| `kohya` | original, fused | a tensor | LoRA, DoRA |
-| `onetrainer` | diffusers | a tensor | LoRA, DoRA |
-| `lycoris` | diffusers | a tensor | LoRA, DoRA, LoKr |
+| `ai-toolkit` | original, fused | folded: 1 | LoRA, full differences, biases |
+| `kohya` | original, fused | a tensor | LoRA, DoRA, full differences, biases |
+| `onetrainer` | diffusers | a tensor | LoRA, DoRA of both norms |
+| `lycoris` | diffusers | a tensor | every kind |
+
+In `universal`, what ComfyUI knows by the original layout's names alone has these: the approximator's layers, and the
+biases of layers that it fuses.
 
 *folded*: where the names have no place for alpha that every reader looks at, alpha / rank is multiplied into `up`, so
 that the factor 1 which those readers assume is right.
@@ -52,10 +60,19 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
-from ..names.transformer import Rows, to_diffusers_modules, to_original_module, unflatten
-from .modules import AdapterModule, LokrModule, LoraFile, LoraModule
+from ..names.transformer import APPROXIMATOR, Rows, to_diffusers_modules, to_original_module, unflatten
+from .modules import (
+    KINDS,
+    AdapterModule,
+    FullModule,
+    LohaModule,
+    LokrModule,
+    LoraFile,
+    LoraModule,
+)
 
 PREFIXES = (
+    ("transformer.base_model.model.", "peft"),
     ("transformer.", "universal"),
     ("base_model.model.", "peft"),
     ("diffusion_model.", "native"),
@@ -66,20 +83,26 @@ PREFIXES = (
 )
 
 _PARTS = (
-    (re.compile(r"^(.+)\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight$"), "down"),
-    (re.compile(r"^(.+)\.(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight$"), "up"),
-    (re.compile(r"^(.+)\.lokr_(w[12](?:_[ab])?|t2)(?:\.\w+)?$"), r"\2"),
-    (re.compile(r"^(.+)\.(?:dora_scale|lora_magnitude_vector)(?:\.\w+)*$"), "magnitude"),
+    (re.compile(r"^(.+)\.(?:lora_A|lora_down|lora\.down|lora_linear_layer\.down)(?:\.\w+)?\.weight$"), "down"),
+    (re.compile(r"^(.+)\.(?:lora_B|lora_up|lora\.up|lora_linear_layer\.up)(?:\.\w+)?\.weight$"), "up"),
+    (re.compile(r"^(.+)\.lora_A$"), "down"),
+    (re.compile(r"^(.+)\.lora_B$"), "up"),
+    (re.compile(r"^(.+)\.(?:lora_B|lora_up)(?:\.\w+)?\.bias$"), "up_bias"),
+    (re.compile(r"^(.+)\.((?:lokr|hada)_(?:w[12](?:_[ab])?|t[12]))(?:\.\w+)?$"), r"\2"),
+    (re.compile(r"^(.+)\.(oft_blocks|rescale)$"), r"\2"),
+    (re.compile(r"^(.+)\.(?:diff|w_norm)$"), "diff"),
+    (re.compile(r"^(.+)\.(?:diff_b|b_norm)$"), "diff_b"),
+    (re.compile(r"^(.+)\.(?:dora_scale|lora_magnitude_vector|magnitude)(?:\.\w+)*$"), "magnitude"),
     (re.compile(r"^(.*)\.alpha$"), "alpha"),
 )
 """Keys of a module, and the kind of `Part` that they name."""
 
 _FOREIGN = (
-    (re.compile(r"\.hada_"), "LoHa"),
-    (re.compile(r"\.oft_|\.oft\.|\.oft_blocks"), "OFT"),
+    (re.compile(r"\.oft_R"), "OFT by input columns (PEFT's, OneTrainer's)"),
+    (re.compile(r"\.boft_"), "BOFT"),
     (re.compile(r"\.(a1|a2|b1|b2)\.weight$"), "GLoRA"),
     (re.compile(r"\.lora_mid\."), "LoCon with a middle matrix"),
-    (re.compile(r"\.(diff|diff_b|w_norm|b_norm|set_weight)$"), "full weight differences"),
+    (re.compile(r"\.set_weight$"), "weights that replace the model's"),
     (re.compile(r"^(lora_te|text_encoder|text_encoders|te\d?_|text_model|clip_|t5xxl)"), "a text encoder's LoRA"),
     (
         re.compile(
@@ -96,8 +119,9 @@ _FOREIGN = (
 class Part:
     """What one key of a LoRA file is, of the module with that raw name.
 
-    kind: `down` or `up` (matrices), `alpha`, `magnitude` (of a DoRA), or of a LoKr `w1`, `w1_a`, `w1_b`, `w2`, `w2_a`,
-    `w2_b`, `t2`.
+    kind: `down` or `up` (matrices), `up_bias`, `alpha`, `magnitude` (of a DoRA); of a LoKr `lokr_w1`, `lokr_w1_a`,
+    `lokr_w1_b`, the same of `w2`, `lokr_t2`; of a LoHa `hada_w1_a` …, `hada_t1`; of an OFT `oft_blocks`, `rescale`;
+    `diff` of a weight and `diff_b` of a bias.
     """
 
     module: str
@@ -105,7 +129,7 @@ class Part:
 
 
 def part_of(key: str) -> Part | None:
-    """The part that a key names; None when it is no part of a LoRA, DoRA or LoKr."""
+    """The part that a key names; None when it is no part of an adapter."""
     matches = ((pattern.match(key), kind) for pattern, kind in _PARTS)
     return next((Part(match[1], match.expand(kind)) for match, kind in matches if match), None)
 
@@ -132,7 +156,7 @@ def _layers(name: str) -> tuple[Rows, ...] | None:
 
 
 def foreign_kinds(keys: list[str]) -> list[str]:
-    """What those keys are known to hold, other than LoRA, DoRA and LoKr, as words for a message."""
+    """What those keys are known to hold that is not read, as words for a message."""
     return [words for pattern, words in _FOREIGN if any(pattern.search(key) for key in keys)]
 
 
@@ -175,27 +199,66 @@ def folded(module: LoraModule, scale: float = 1.0) -> LoraModule:
     return dataclasses.replace(module, up=up, alpha=scale * module.rank)
 
 
-def fused_modules(modules: Mapping[str, AdapterModule]) -> dict[str, LoraModule]:
-    """LoRAs by original name from LoRAs by diffusers name. A part that has none changes nothing in the fused layer.
+def fused_modules(modules: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
+    """Adapters by original name from adapters by diffusers name. A part that has none changes nothing in the fused
+    layer.
 
-    Raises LoraError for a Kronecker product, a name that is not Chroma's, and a DoRA on only some of the parts: what
-    the others' magnitudes would be stands in the base, not in the file.
+    Raises LoraError for a name that is not Chroma's, for what cannot be fused (Kronecker and Hadamard products,
+    rotations, a LoRA beside a full difference), and for a DoRA on only some of the parts: what the others' magnitudes
+    would be stands in the base, not in the file.
     """
-    gathered: dict[str, list[tuple[Rows, LoraModule]]] = {}
+    gathered: dict[str, list[tuple[Rows, AdapterModule]]] = {}
     for name, module in modules.items():
         rows = to_original_module(name)
-        if rows is None or not isinstance(module, LoraModule):
-            raise LoraError(f"'{name}' cannot be written by the original layout's names: it is {_what(rows, module)}.")
+        if rows is None:
+            raise LoraError(f"'{name}' cannot be written by the original layout's names: it is no layer of Chroma.")
         gathered.setdefault(rows.name, []).append((rows, module))
     return {original: fuse(original, parts) for original, parts in gathered.items()}
 
 
-def fuse(original: str, parts: Sequence[tuple[Rows, LoraModule]]) -> LoraModule:
-    """The LoRA of a fused layer from those of its parts (each with the rows that it takes)."""
+def fuse(original: str, parts: Sequence[tuple[Rows, AdapterModule]]) -> AdapterModule:
+    """The adapter of a fused layer from those of its parts (each with the rows that it takes)."""
     parts = sorted(parts, key=lambda part: part[0].start)
     first, module = parts[0]
     if len(parts) == 1 and first.of == 1:
         return module
+    low_rank = [(rows, part) for rows, part in parts if isinstance(part, LoraModule)]
+    whole = [(rows, part.diff) for rows, part in parts if isinstance(part, FullModule) and part.diff is not None]
+    other = [part.kind for _, part in parts if not isinstance(part, LoraModule | FullModule)]
+    if other or (low_rank and whole):
+        kinds = sorted({KINDS[part.kind] for _, part in parts})
+        raise LoraError(
+            f"'{original}' cannot be put together: its parts are {' and '.join(kinds)}. The universal and lycoris key "
+            "formats keep the parts apart and hold it."
+        )
+    biases = [(rows, part.bias) for rows, part in parts if part.bias is not None]
+    fused = (
+        _fused_low_rank(original, low_rank) if low_rank else FullModule(_stacked(original, whole) if whole else None)
+    )
+    return dataclasses.replace(fused, bias=_stacked(original, biases) if biases else None)
+
+
+def _stacked(original: str, parts: Sequence[tuple[Rows, Tensor]]) -> Tensor:
+    """Rows of parts one above the other, zeros where there is no part."""
+    first, tensor = parts[0]
+    share = tensor.shape[0] // (first.stop - first.start)
+    stacked = tensor.new_zeros(share * first.of, *tensor.shape[1:])
+    for rows, part in parts:
+        _check_rows(original, part.shape[0], (rows.stop - rows.start) * share)
+        rows.take(stacked).copy_(part)
+    return stacked
+
+
+def _check_rows(original: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise LoraError(
+            f"'{original}' cannot be put together: its parts have other sizes than Chroma's ({found} rows where "
+            f"{wanted} belong). The LoRA was made for another architecture."
+        )
+
+
+def _fused_low_rank(original: str, parts: Sequence[tuple[Rows, LoraModule]]) -> LoraModule:
+    first, module = parts[0]
     names = [part.name for part in to_diffusers_modules(original) or ()]
     with_magnitude = [part for _, part in parts if part.magnitude is not None]
     if with_magnitude and len(with_magnitude) < len(names):
@@ -216,11 +279,7 @@ def fuse(original: str, parts: Sequence[tuple[Rows, LoraModule]]) -> LoraModule:
     column = 0
     for (rows, _), part in zip(parts, same_scale, strict=True):
         start, stop = rows.start * share, rows.stop * share
-        if part.up.shape[0] != stop - start:
-            raise LoraError(
-                f"'{original}' cannot be put together: its parts have other sizes than Chroma's ({part.up.shape[0]} "
-                f"rows where {stop - start} belong). The LoRA was made for another architecture."
-            )
+        _check_rows(original, part.up.shape[0], stop - start)
         up[start:stop, column : column + part.rank] = part.up.to(dtype)
         column += 0 if shared else part.rank
     magnitude = None
@@ -246,10 +305,6 @@ def own_columns(up: Tensor, layers: Sequence[Rows]) -> dict[str, Tensor]:
     return {name: column.nonzero().flatten() for name, column in used.items()}
 
 
-def _what(rows: Rows | None, module: AdapterModule) -> str:
-    return "no layer of Chroma" if rows is None else f"a {module.kind}"
-
-
 KeyFormat = Literal["universal", "peft", "diffusers", "kohya", "ai-toolkit", "onetrainer", "simpletuner", "lycoris"]
 """What `write_lora` writes."""
 
@@ -266,30 +321,36 @@ class Style:
     key: str
     down: str = "lora_A.weight"
     up: str = "lora_B.weight"
-    magnitude: str | None = None
+    magnitude: str = "dora_scale"
     column: bool = True
-    lokr: bool = False
     flat: bool = False
     fused: bool = False
     alpha: Literal["tensor", "folded", "config"] = "tensor"
+    kinds: frozenset[str] = frozenset({"lora"})
+    biases: bool = False
 
     def holds(self, kind: str) -> bool:
         """Whether it has a place for an adapter of that kind."""
-        return {"dora": self.magnitude is not None, "lokr": self.lokr}.get(kind, True)
+        return kind in self.kinds
 
 
-_KOHYA: dict[str, Any] = {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale", "flat": True}
-_PEFT: dict[str, Any] = {"magnitude": "lora_magnitude_vector", "column": False}
+_ALL = frozenset(KINDS)
+_KOHYA: dict[str, Any] = {"down": "lora_down.weight", "up": "lora_up.weight", "flat": True}
+_PEFT: dict[str, Any] = {"magnitude": "lora_magnitude_vector", "column": False, "kinds": frozenset({"lora", "dora"})}
 STYLES: dict[KeyFormat, Style] = {
-    "universal": Style("transformer.{}", magnitude="dora_scale", lokr=True),
+    "universal": Style("transformer.{}", kinds=_ALL, biases=True),
     "peft": Style("base_model.model.{}", **_PEFT, alpha="config"),
     "diffusers": Style("transformer.{}", **_PEFT, alpha="folded"),
-    "kohya": Style("lora_unet_{}", **_KOHYA, fused=True),
-    "ai-toolkit": Style("diffusion_model.{}", fused=True, alpha="folded"),
-    "onetrainer": Style("lora_transformer_{}", **_KOHYA),
+    "kohya": Style("lora_unet_{}", **_KOHYA, fused=True, kinds=frozenset({"lora", "dora", "full"}), biases=True),
+    "ai-toolkit": Style(
+        "diffusion_model.{}", fused=True, alpha="folded", kinds=frozenset({"lora", "full"}), biases=True
+    ),
+    "onetrainer": Style("lora_transformer_{}", **_KOHYA, kinds=frozenset({"lora", "dora", "dora-columns"})),
     "simpletuner": Style("transformer.{}", alpha="folded"),
-    "lycoris": Style("lycoris_{}", **_KOHYA, lokr=True),
+    "lycoris": Style("lycoris_{}", **_KOHYA, kinds=_ALL),
 }
+NATIVE = "diffusion_model.{}"
+"""How ComfyUI calls what it knows by the original layout's name only."""
 
 
 @dataclass(frozen=True)
@@ -309,7 +370,7 @@ def written(lora: LoraFile, key_format: str) -> Written:
     style = style_of(key_format)
     for name, module in lora.modules.items():
         _check_held(key_format, style, name, module)
-    if style.magnitude == "lora_magnitude_vector" and len(lora.kinds) > 1:
+    if not style.column and len(lora.kinds) > 1:
         raise LoraError(
             f"The LoRA is not written in the {key_format} key format: some of its layers are DoRA and some are not, "
             "and PEFT has one kind for all. The universal key format holds both."
@@ -318,14 +379,19 @@ def written(lora: LoraFile, key_format: str) -> Written:
     if style.fused:
         modules = fused_modules(modules)
     if style.alpha == "folded":
-        modules = {name: folded(module) for name, module in modules.items() if isinstance(module, LoraModule)}
+        modules = {name: folded(m) if isinstance(m, LoraModule) else m for name, m in modules.items()}
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         key = style.key.format(name.replace(".", "_") if style.flat else name)
+        if key_format == "universal":
+            key, module = _universal(name, module)
+        leaves = _leaves(style, module)
+        if style.alpha == "tensor" and not isinstance(module, FullModule):
+            leaves["alpha"] = torch.tensor(float(module.alpha))
         # Copies: layers split from a fused one share their down matrix, which the file format does not allow.
-        tensors |= {f"{key}.{leaf}": t.detach().clone() for leaf, t in _leaves(style, module).items()}
-        if style.alpha == "tensor":
-            tensors[f"{key}.alpha"] = torch.tensor(float(module.alpha))
+        tensors |= {f"{key}.{leaf}": t.detach().clone() for leaf, t in leaves.items()}
+    if key_format == "universal":
+        tensors |= _fused_biases(lora.modules)
     header = {key: value for key, value in lora.metadata.items() if key != ADAPTER_CONFIG}
     config = None
     if key_format == "peft":
@@ -374,12 +440,36 @@ def style_of(key_format: str) -> Style:
     return STYLES[key_format]
 
 
+def _universal(name: str, module: AdapterModule) -> tuple[str, AdapterModule]:
+    """The key of a layer in the universal key format, and what is written under it."""
+    original = to_original_module(name)
+    if original is not None and name.startswith(APPROXIMATOR):
+        return NATIVE.format(original.name), module
+    fused = original is not None and original.of > 1
+    return f"transformer.{name}", dataclasses.replace(module, bias=None) if fused else module
+
+
+def _fused_biases(modules: Mapping[str, AdapterModule]) -> dict[str, Tensor]:
+    """The biases of layers that the original layout fuses, which ComfyUI reads by the fused layer's name alone."""
+    gathered: dict[str, list[tuple[Rows, Tensor]]] = {}
+    for name, module in modules.items():
+        original = to_original_module(name)
+        if module.bias is not None and original is not None and original.of > 1:
+            gathered.setdefault(original.name, []).append((original, module.bias))
+    return {f"{NATIVE.format(name)}.diff_b": _stacked(name, parts) for name, parts in gathered.items()}
+
+
 def _check_held(key_format: str, style: Style, name: str, module: AdapterModule) -> None:
     if not style.holds(module.kind):
-        shown = {"dora": "DoRA", "lokr": "LoKr"}[module.kind]
         raise LoraError(
-            f"The LoRA is not written in the {key_format} key format, which has no place for a {shown} ('{name}'). "
-            f"These have: {', '.join(holders(module.kind))}."
+            f"The LoRA is not written in the {key_format} key format, which has no place for {KINDS[module.kind]} "
+            f"('{name}'). These have: {', '.join(holders(module.kind))}."
+        )
+    if module.bias is not None and not style.biases:
+        having = ", ".join(other for other, known in STYLES.items() if known.biases)
+        raise LoraError(
+            f"The LoRA is not written in the {key_format} key format, which has no place for differences of biases "
+            f"('{name}'). These have: {having}."
         )
     if isinstance(module, LokrModule) and module.rows is not None:
         raise LoraError(
@@ -390,14 +480,13 @@ def _check_held(key_format: str, style: Style, name: str, module: AdapterModule)
 
 def _leaves(style: Style, module: AdapterModule) -> dict[str, Tensor]:
     """How a module's tensors are called after its name."""
-    if isinstance(module, LokrModule):
-        return {f"lokr_{factor}": tensor.contiguous() for factor, tensor in module.factors().items()}
-    leaves = {style.down: module.down, style.up: module.up}
-    if module.magnitude is None:
-        return leaves
-    assert style.magnitude is not None
-    # One column where ComfyUI reads it: it multiplies the weight [out, in] by it.
-    return {**leaves, style.magnitude: module.magnitude[:, None] if style.column else module.magnitude}
+    prefix = {LokrModule: "lokr_", LohaModule: "hada_"}.get(type(module), "")
+    names = {"down": style.down, "up": style.up, "blocks": "oft_blocks", "bias": "diff_b", "magnitude": style.magnitude}
+    leaves = {names.get(factor, prefix + factor): tensor.contiguous() for factor, tensor in module.factors().items()}
+    magnitude = leaves.get(style.magnitude)
+    if magnitude is not None and magnitude.ndim == 1 and style.column:
+        leaves[style.magnitude] = magnitude[:, None]  # one column, where ComfyUI multiplies the weight [out, in] by it
+    return leaves
 
 
 def _commonest(values: list[Any]) -> Any:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from ..model.drawing import font_of
-from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted
+from .modules import KINDS, AdapterModule, FullModule, LokrModule, LoraFile, LoraModule, OftModule, quoted
 from .settings import named_target
 
 _BLOCK = re.compile(r"^(single_)?transformer_blocks\.(\d+)\.(.+)$")
@@ -41,14 +42,22 @@ _CELL, _LEFT, _TOP, _FOOT, _GAP = 14, 108, 34, 50, 10
 
 
 def update_norm(module: AdapterModule) -> float:
-    """‖ΔW‖, the root of the sum of squares, from the factors alone; of a DoRA that of ΔV, for want of the weight."""
-    if isinstance(module, LokrModule):
-        if module.rows is not None:
-            return float(module.delta().norm())
+    """‖ΔW‖, the root of the sum of squares, from the factors alone; of a DoRA that of ΔV and of a rotation ‖R − I‖, for
+    want of the weight; of a difference of the bias alone that of the bias."""
+    if isinstance(module, LoraModule):
+        # ‖up · down‖² = Σ (upᵀ up) ∘ (down downᵀ): rank × rank numbers instead of out × in.
+        up, down = module.up.double(), module.down.double()
+        return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt() * abs(module.scale))
+    if isinstance(module, LokrModule) and module.rows is None:
         return float(module.left.double().norm() * module.right.double().norm() * abs(module.scale))
-    # ‖up · down‖² = Σ (upᵀ up) ∘ (down downᵀ): rank × rank numbers instead of out × in.
-    up, down = module.up.double(), module.down.double()
-    return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0).sqrt() * abs(module.scale))
+    if isinstance(module, OftModule):
+        turn = module.turn()
+        return float((turn - torch.eye(turn.shape[-1])).norm())
+    if isinstance(module, FullModule):
+        found = module.diff if module.diff is not None else module.bias
+        assert found is not None
+        return float(found.double().norm())
+    return float(module.update().norm())
 
 
 def layer_group(name: str) -> str:
@@ -122,7 +131,6 @@ _TITLE = {
     "modelspec.license": "licence",
 }
 _PARTS = ("recipe", "training", "versions", "converted_from")
-_KINDS = {"lora": "", "dora": "DoRA ", "lokr": "LoKr "}
 _SOME = 1e-12
 LONGEST_FIELD = 2000
 """Characters of a header field that a description shows."""
@@ -131,7 +139,10 @@ LONGEST_FIELD = 2000
 def describe(lora: LoraFile) -> str:
     """What a LoRA holds, in a few lines for a person."""
     kinds = [module.kind for module in lora.modules.values()]
-    counted = " and ".join(f"{kinds.count(kind)} {_KINDS[kind]}layers" for kind in _KINDS if kind in kinds)
+    words = {**KINDS, "lora": ""}
+    counted = " and ".join(
+        f"{kinds.count(kind)} {words[kind]} layers".replace("  ", " ") for kind in KINDS if kind in kinds
+    )
     lines = [
         f"{counted}, {f'rank {_listed(lora.ranks)}' if lora.ranks else 'full rank'}, alpha {_listed(lora.alphas)}, "
         f"{lora.parameters:,} parameters in {', '.join(lora.dtypes)} ({lora.key_format} key format)"
@@ -193,7 +204,7 @@ def report_text(report: dict[str, Any]) -> str:
     lines += [
         f"{report['parameters']:,} numbers in {', '.join(report['dtypes'])}{size}",
         f"target: {report['target'] or 'a choice of its own'}",
-        f"rank {_listed(report['ranks']) or 'whole factors'}, alpha {_listed(report['alphas'])} "
+        f"rank {_listed(report['ranks']) or 'none'}, alpha {_listed(report['alphas']) or 'none'} "
         f"({_ALPHA_SOURCES[report['alpha_source']]})",
         "",
         *_table(report["groups"]),
@@ -266,16 +277,18 @@ def _warnings(lora: LoraFile, norms: dict[str, float]) -> list[str]:
             "alpha stands in a configuration that ComfyUI does not read: there the factor would be 1. Convert the file "
             "to the universal key format for ComfyUI."
         )
-    if "dora" in lora.kinds:
+    rows = [m for m in lora.modules.values() if m.kind.startswith(("dora", "lokr-dora", "loha-dora"))]
+    if any(m.factors()["magnitude"].ndim == 1 for m in rows):
         found.append("It is a DoRA, which ComfyUI computes only nearly as it was trained (see docs/lora.md).")
+    if any(isinstance(m, OftModule) and m.rescale is not None for m in lora.modules.values()):
+        found.append("It is an OFT with rescale, which ComfyUI leaves out.")
     if "peft" in lora.key_format:
         found.append("ComfyUI's own loader does not read the peft key format. Convert it to universal for use there.")
     return found
 
 
 def _kinds(report: dict[str, Any]) -> str:
-    words = {"lora": "LoRA", "dora": "DoRA", "lokr": "LoKr"}
-    return f"{' and '.join(words[kind] for kind in report['kinds'])} on {report['modules']} layers"
+    return f"{' and '.join(KINDS[kind] for kind in report['kinds'])} on {report['modules']} layers"
 
 
 def _listed(values: Sequence[float]) -> str:

@@ -31,6 +31,7 @@ from typing import TypeVar, get_args
 from torch import nn
 
 from ..errors import ConfigError, check_choice
+from ..names.transformer import APPROXIMATOR
 from .adapters import linear_modules
 from .modules import AdapterKind, quoted
 
@@ -93,8 +94,6 @@ def _first_match(patterns: Mapping[str, Number], name: str, otherwise: Number) -
     return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), otherwise)
 
 
-APPROXIMATOR = "distilled_guidance_layer."
-
 _ATTENTION = ("*.attn.to_q", "*.attn.to_k", "*.attn.to_v", "*.attn.to_out.0")
 _CONTEXT = ("*.attn.add_q_proj", "*.attn.add_k_proj", "*.attn.add_v_proj", "*.attn.to_add_out")
 _IMAGE_MLP = ("*.ff.net.0.proj", "*.ff.net.2")
@@ -152,7 +151,7 @@ def named_target(names: Sequence[str]) -> str | None:
 
 
 def _nothing_matches(part: str, names: list[str]) -> str:
-    if part.startswith(APPROXIMATOR.rstrip(".")):
+    if part.startswith(APPROXIMATOR):
         return (
             f"The LoRA target '{part}' lies in the approximator, which is never trained: it sets the modulation of all "
             f"blocks at once. Choose one of: {', '.join(TARGETS)}, or patterns on block layers."

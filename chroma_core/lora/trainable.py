@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from .adapters import (
     linear_modules,
     wrapped,
 )
-from .modules import AdapterModule, LokrModule, LoraFile, LoraModule, quoted, row_norms
+from .modules import KINDS, AdapterKind, AdapterModule, LokrModule, LoraFile, LoraModule, quoted, row_norms
 from .settings import LoraSettings, target_modules
 
 
@@ -109,14 +110,22 @@ def fitted(name: str, given: AdapterModule, fresh: AdapterModule) -> AdapterModu
     Raises LoraError when that is impossible: another kind, a larger rank, another width, other Kronecker factors.
     """
     if given.kind != fresh.kind:
+        trained = given.kind in get_args(AdapterKind)
+        todo = f"Train with the kind '{given.kind}'" if trained else "That kind is not trained here: merge it instead"
         raise LoraError(
-            f"Training cannot start from this LoRA: for '{name}' it is a {given.kind}, in training is a {fresh.kind}. "
-            f"Train with the kind '{given.kind}'."
+            f"Training cannot start from this LoRA: for '{name}' it is a {KINDS[given.kind]}, in training is a "
+            f"{KINDS[fresh.kind]}. {todo}."
+        )
+    if given.bias is not None:
+        raise LoraError(
+            f"Training cannot start from this LoRA: for '{name}' it also changes the bias, which is not trained, and "
+            "would be lost. Merge it into the base instead."
         )
     if given.shape != fresh.shape:
+        sizes = ["×".join(map(str, module.shape)) for module in (given, fresh)]
         raise LoraError(
-            f"Training cannot start from this LoRA: for '{name}' it has {given.shape[0]}×{given.shape[1]}, the model "
-            f"{fresh.shape[0]}×{fresh.shape[1]}. It was made for another size of model."
+            f"Training cannot start from this LoRA: for '{name}' it has {sizes[0]}, the model {sizes[1]}. It was made "
+            "for another size of model."
         )
     given = given.map(lambda tensor: tensor.detach().to("cpu", torch.float32))
     if isinstance(given, LokrModule) and isinstance(fresh, LokrModule):

@@ -27,6 +27,10 @@ FILE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What checkpoints in the original layout may put before every name."""
 
 
+APPROXIMATOR = "distilled_guidance_layer"
+"""The approximator's name, in both layouts."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """A module of the other layout, and its rows of the fused tensor: shares `start` to `stop` of `of`."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.docs import option_tables
+from tools.docs import lora_table, option_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -86,6 +86,10 @@ def test_the_map_of_the_house_names_every_room():
         f"{name}/" for name in FOLDERS if (ROOT / name / "__init__.py").exists()
     }
     assert len(rooms) > 18 and sorted(room for room in rooms if f" {room} " not in house) == []
+
+
+def test_the_tables_of_loras_are_current():
+    assert lora_table.PAGE.read_text(encoding="utf-8") == lora_table.page(), "python -m tools.docs.lora_table"
 
 
 def test_the_option_tables_are_current():

@@ -59,3 +59,93 @@ def foreign(
                 tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
             layers[name] = (down, up)
     return tensors, layers
+
+
+NORMS = (
+    "double_blocks.{}.img_attn.norm.query_norm",
+    "double_blocks.{}.txt_attn.norm.key_norm",
+    "single_blocks.{}.norm.key_norm",
+)
+OUTSIDE = (
+    "img_in",
+    "final_layer.linear",
+    "distilled_guidance_layer.in_proj",
+    "distilled_guidance_layer.layers.0.out_layer",
+)
+"""What ComfyUI's own *Train LoRA* and *Extract and Save LoRA* also change."""
+
+KIND_FILES = (
+    "train-lora",
+    "full",
+    "native-loha",
+    "dora-columns",
+    "loha-dora-columns",
+    "lokr-dora-columns",
+    "oft",
+    "oft-constrained",
+    "linear-layer",
+)
+"""Kinds of file that ComfyUI's loader computes as their trainers do."""
+
+
+def foreign_kind(
+    kind: str, shapes: dict[str, tuple[int, ...]], doubles: int, singles: int, size: float = 0.5
+) -> dict[str, Tensor]:
+    """The tensors of a file of another kind than LoRA, every number random.
+
+    shapes: of the model's weights [out, in] or [width] by the names of both layouts, without `.weight`. Names and
+    layouts are those of the program that writes such a file.
+    """
+    generator = torch.Generator().manual_seed(11)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    native = kind in ("train-lora", "full") or kind.startswith("native-")
+    templates = [*(ORIGINAL if native else DIFFUSERS), *(NORMS if kind in ("train-lora", "full") else ())]
+    names = [
+        template.format(block)
+        for template in templates
+        for block in range(doubles if template.startswith(("double", "transformer")) else singles)
+    ]
+    names += [name for name in OUTSIDE if name in shapes and native and not kind.startswith("native-")]
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        shape = shapes[name]
+        if kind in ("train-lora", "full"):
+            key = f"diffusion_model.{name}"
+        elif kind == "linear-layer":
+            key = f"transformer.{name}"
+        else:
+            prefix = "lora_unet_" if native else "lora_transformer_" if kind == "dora-columns" else "lycoris_"
+            key = prefix + name.replace(".", "_")
+        if len(shape) == 1:
+            tensors[f"{key}.diff"] = normal(*shape) * size
+            continue
+        out, into = shape
+        low = {"down": normal(4, into) / into**0.5, "up": normal(out, 4) * size / 2}
+        base = kind.removeprefix("native-")
+        if base == "train-lora":
+            tensors |= {f"{key}.lora_{leaf}.weight": tensor for leaf, tensor in low.items()}
+            tensors |= {f"{key}.alpha": torch.tensor(1.0), f"{key}.diff_b": normal(out) * size}
+        elif base == "full":
+            tensors |= {f"{key}.diff": normal(out, into) * size / into**0.5, f"{key}.diff_b": normal(out) * size}
+        elif base == "linear-layer":
+            tensors |= {f"{key}.lora_linear_layer.{leaf}.weight": tensor for leaf, tensor in low.items()}
+        elif base == "dora-columns":
+            tensors |= {f"{key}.lora_{leaf}.weight": tensor for leaf, tensor in low.items()}
+            tensors[f"{key}.alpha"] = torch.tensor(3.0)
+        elif base.startswith("loha"):
+            for side in ("w1", "w2"):
+                tensors |= {f"{key}.hada_{side}_a": normal(out, 4), f"{key}.hada_{side}_b": normal(4, into)}
+            tensors[f"{key}.alpha"] = torch.tensor(size / into**0.5)
+        elif base.startswith("lokr"):
+            tensors |= {f"{key}.lokr_w1": normal(4, 4) / into**0.25, f"{key}.lokr_w2_a": normal(out // 4, 2)}
+            tensors |= {f"{key}.lokr_w2_b": normal(2, into // 4) / into**0.25, f"{key}.alpha": torch.tensor(size)}
+        elif base.startswith("oft"):
+            blocks = normal(out // 8, 8, 8) * size / 8
+            constraint = 0.25 * float(blocks.norm()) if base == "oft-constrained" else 0.0
+            tensors |= {f"{key}.oft_blocks": blocks, f"{key}.alpha": torch.tensor(constraint)}
+        if base.endswith("dora-columns"):
+            tensors[f"{key}.dora_scale"] = 0.5 + torch.rand(1, into, generator=generator)
+    return tensors

@@ -67,14 +67,77 @@ def forward(
     return tuple(outputs[str(i)] for i in range(len(loras) + 1))
 
 
+def patched(
+    folder: Path, config: dict[str, Any], weights: dict[str, Tensor], loras: tuple[Path, ...], strength: float = 1.0
+) -> tuple[dict[str, Tensor], ...]:
+    """For each LoRA alone the native model's parameters, in the original layout, as its loader changes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(
+        json.dumps({"config": config, "loras": [str(lora) for lora in loras], "strength": strength, "patched": True})
+    )
+    save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "weights.safetensors")
+    done = forked.run(forked.NATIVE, __file__, folder)
+    assert done.returncode == 0, done.stderr
+    return tuple(load_file(folder / f"patched-{i}.safetensors") for i in range(len(loras)))
+
+
+def own_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
+    """LoRA files that ComfyUI's own nodes make: *Train LoRA* of each algorithm (random numbers in the place of trained
+    ones), and *Extract and Save LoRA* of both types, from two random models."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(json.dumps({"config": config, "own": True}))
+    done = forked.run(forked.NATIVE, __file__, folder)
+    assert done.returncode == 0, done.stderr
+    return {path.stem: path for path in sorted(folder.glob("*-*.safetensors"))}
+
+
+def _write_own_files(folder: Path, config: dict[str, Any]) -> None:
+    from comfy_extras import nodes_lora_extract, nodes_train
+
+    import native_lora_check
+
+    for algorithm in ("LoRA", "LoHa", "LoKr", "OFT"):
+        torch.manual_seed(0)
+        patcher = native_lora_check.build_native(config)
+        made, _ = nodes_train._setup_lora_adapters(patcher, {}, algorithm, torch.float32, 4)
+        tensors = {}
+        for key, parameter in made.items():
+            numbers = parameter.detach()
+            tensors[key] = numbers if key.endswith(".alpha") else torch.randn_like(numbers) * 0.1
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"train-{algorithm}.safetensors")
+    for lora_type in nodes_lora_extract.LORAType:
+        torch.manual_seed(0)
+        one, other = native_lora_check.build_native(config), native_lora_check.build_native(config)
+        for model in (one.model, other.model):
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+        difference = one.clone()
+        for key, patch in other.get_key_patches("diffusion_model.").items():
+            difference.add_patches({key: patch}, -1.0, 1.0)
+        prefix = "diffusion_model."
+        made = nodes_lora_extract.calc_lora_model(difference, 8, prefix, prefix, {}, lora_type, bias_diff=True)
+        save_file(made, folder / f"extract-{lora_type.name.lower()}.safetensors")
+
+
 def _main(folder: Path) -> None:
     import native_lora_check
 
     native_lora_check.import_host()
     job = json.loads((folder / "job.json").read_text())
+    if job.get("own"):
+        _write_own_files(folder, job["config"])
+        return
     patcher = native_lora_check.build_native(job["config"])
     native = patcher.model.diffusion_model
     native.load_state_dict(load_file(folder / "weights.safetensors"))  # strict: every name and shape must be the host's
+    if job.get("patched"):
+        for i, lora in enumerate(job["loras"]):
+            with_lora, _ = native_lora_check.load_lora(patcher, Path(lora), job["strength"])
+            with_lora.patch_model()
+            found = {name: tensor.contiguous() for name, tensor in native.state_dict().items()}
+            save_file(found, folder / f"patched-{i}.safetensors")
+            with_lora.unpatch_model()
+        return
     call = load_file(folder / "call.safetensors")
 
     def velocity() -> Tensor:

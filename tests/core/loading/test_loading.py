@@ -14,7 +14,7 @@ from chroma_core.loading.model_files import base_hash
 from chroma_core.loading.spec import LoraUse, ModelHandle, ModelSpec
 from chroma_core.lora.adapters import linear_modules
 from chroma_core.lora.files import write_lora
-from chroma_core.lora.modules import LoraFile, LoraModule
+from chroma_core.lora.modules import FullModule, LoraFile, LoraModule
 from chroma_core.lora.settings import LoraSettings
 from chroma_core.lora.trainable import add_trainable, trained_lora
 from chroma_core.model.latents import image_ids
@@ -141,6 +141,27 @@ def test_live_and_merged_agree_and_live_leaves_no_trace(spec, lora_path):
         merged = velocity(model)
     assert (live - plain).abs().max() > 1e-3
     assert (live - merged).abs().max() <= 1e-5
+
+
+def test_norms_and_biases_are_merged_while_loading(spec, tmp_path):
+    """As ComfyUI's *Train LoRA* changes them, the approximator's too: live and merged are the same."""
+    layers = (
+        "transformer_blocks.0.attn.to_q",
+        "distilled_guidance_layer.in_proj",
+        "single_transformer_blocks.0.proj_out",
+    )
+    with ComponentCache().transformer(ModelHandle(spec), "cpu") as model:
+        widths = {name: model.get_submodule(name).out_features for name in layers}
+        norm = model.get_submodule("transformer_blocks.0.attn.norm_q").weight
+    differences = {name: FullModule(bias=torch.linspace(-0.1, 0.1, width)) for name, width in widths.items()}
+    differences["transformer_blocks.0.attn.norm_q"] = FullModule(torch.linspace(-0.5, 0.5, len(norm)))
+    path = str(write_lora(tmp_path / "a.safetensors", LoraFile(differences)))
+    velocities = []
+    for uses in ([], [LoraUse(path, 0.5)], [LoraUse(path, 0.5, "merged")]):
+        with ComponentCache().transformer(ModelHandle(spec, tuple(uses)), "cpu") as model:
+            velocities.append(velocity(model))
+    plain, live, merged = velocities
+    assert (live - plain).abs().max() > 1e-3 and (live - merged).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("mode", ["live", "merged"])

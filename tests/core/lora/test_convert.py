@@ -118,7 +118,7 @@ def test_what_cannot_be_converted_is_refused_before_a_file_is_made(source, tmp_p
     names = {path.name for path in tmp_path.iterdir()}
     for path, dialect, dtype, says in (
         (tmp_path / "text.safetensors", "kohya", "keep", "lora_te1_text"),
-        (lokr, "ai-toolkit", "keep", "no place for a LoKr.*universal, lycoris"),
+        (lokr, "ai-toolkit", "keep", "no place for LoKr.*universal, lycoris"),
         (source, "webui", "keep", "no key format"),
         (source, "kohya", "int8", "no number format"),
         (tmp_path / "absent.safetensors", "kohya", "keep", "no LoRA file"),

@@ -174,11 +174,26 @@ WRONG = {
         **{f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": B},
         **{f"{BLOCK}.lokr_w1": A, f"{BLOCK}.lokr_w2": B},
     },
-    "LoKr with DoRA": {f"{BLOCK}.lokr_w1": A, f"{BLOCK}.lokr_w2": B, f"{BLOCK}.dora_scale": torch.ones(16, 1)},
+    "an OFT with DoRA": {f"{BLOCK}.oft_blocks": torch.ones(2, 4, 4), f"{BLOCK}.dora_scale": torch.ones(8, 1)},
+    "both a LoRA and a full difference": {
+        **{f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": B},
+        f"{BLOCK}.diff": torch.ones(8, 8),
+    },
     "made for convolutions": {f"{BLOCK}.lokr_w1": A, f"{BLOCK}.lokr_w2": B, f"{BLOCK}.lokr_t2": A},
     "which do not multiply": {f"{BLOCK}.lokr_w1": A, f"{BLOCK}.lokr_w2_a": A, f"{BLOCK}.lokr_w2_b": A},
-    "LoHa": {"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a": A},
-    "a DoRA whose": {f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": B, f"{BLOCK}.dora_scale": torch.ones(1, 8)},
+    "is a BOFT": {f"{BLOCK}.oft_blocks": torch.ones(2, 2, 4, 4)},
+    "OFT by input columns": {"base_model.model.transformer_blocks.0.attn.to_q.oft_R.weight": A},
+    "are not square": {f"{BLOCK}.oft_blocks": torch.ones(2, 4, 3)},
+    "which do not part where": {"diffusion_model.double_blocks.0.img_attn.qkv.oft_blocks": torch.ones(4, 6, 6)},
+    "DoRA by input columns over a fused layer": {
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": A,
+        "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(24, 2),
+        "lora_unet_double_blocks_0_img_attn_qkv.dora_scale": torch.ones(1, 8),
+    },
+    "the matrices of .* which do not multiply": {
+        f"{BLOCK}.{leaf}": A for leaf in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    },
+    "a DoRA whose": {f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": B, f"{BLOCK}.dora_scale": torch.ones(1, 7)},
     "made for Flux: its modulation layers": {
         "lora_unet_single_blocks_0_modulation_lin.lora_down.weight": A,
         "lora_unet_single_blocks_0_modulation_lin.lora_up.weight": B,
@@ -200,7 +215,7 @@ WRONG = {
     },
     "None of the 1 keys": {f"{BLOCK}.lora_A.weight": A},
     "do not multiply": {f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": torch.ones(8, 3)},
-    "two-dimensional": {f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": torch.ones(8, 2, 1)},
+    "in 2 dimensions": {f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": torch.ones(8, 2, 1)},
     "NaN": {f"{BLOCK}.lora_A.weight": A, f"{BLOCK}.lora_B.weight": B * math.inf},
     "several adapters": {
         f"{BLOCK}.lora_A.weight": A,

@@ -1,0 +1,127 @@
+"""LoRA files of every kind that ComfyUI's own loader computes as their trainers do: our merged weights are its own."""
+
+import json
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from torch import Tensor
+
+import native
+from chroma_core.errors import LoraError
+from chroma_core.lora.adapters import merge
+from chroma_core.lora.files import read_lora, write_lora
+from chroma_core.lora.key_formats import STYLES
+from chroma_core.names.transformer import to_original
+from foreign_loras import KIND_FILES, foreign_kind
+from miniature import REAL_DEPTH, real_depth
+from recorded import FOLDER, WRITE, recorded
+
+FORMATS = ("universal", "ai-toolkit", "kohya", "lycoris", "onetrainer")
+"""The key formats that ComfyUI reads in full."""
+
+
+def shapes_of(model) -> dict[str, tuple[int, ...]]:
+    """By the names of both layouts."""
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".weight")}
+    both = {**weights, **to_original(weights, norm_leaf="weight")}
+    return {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in both.items()}
+
+
+def relative(ours: dict[str, Tensor], theirs: dict[str, Tensor], base: dict[str, Tensor]) -> tuple[float, int]:
+    """The largest difference of a parameter relative to its largest change, and how many are changed."""
+    worst, changed = 0.0, 0
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        change = (tensor - base[name]).abs().max()
+        changed += int(change > 0)
+        gap = (ours[name] - tensor).abs().max()
+        assert change > 0 or gap == 0, name
+        worst = max(worst, float(gap / change)) if change > 0 else worst
+    return worst, changed
+
+
+def recorded_now() -> dict[str, Any]:
+    path = FOLDER / "lora_kinds.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, Tensor]:
+    return to_original(real_depth().state_dict(), norm_leaf="weight")
+
+
+OWN = ("train-LoRA", "train-LoHa", "train-LoKr", "train-OFT", "extract-standard", "extract-full_diff")
+"""What ComfyUI's own nodes write."""
+KINDS = (*KIND_FILES, *OWN)
+FULL = ("train-lora", "full", "extract-full_diff", "extract-standard", "train-LoRA")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Each kind of file as its program writes it, and again in every key format that holds it."""
+    folder = tmp_path_factory.mktemp("kinds")
+    found = {}
+    shapes = shapes_of(real_depth())
+    sources = {kind: folder / f"{kind}.safetensors" for kind in KIND_FILES}
+    for kind, path in sources.items():
+        save_file(foreign_kind(kind, shapes, 19, 38), path)
+    sources |= native.own_files(folder / "own", REAL_DEPTH)
+    assert tuple(sources) == KIND_FILES + tuple(sorted(OWN))
+    for kind in KINDS:
+        path = sources[kind]
+        found[kind, "as written"] = path
+        lora = read_lora(path)
+        biases = any(module.bias is not None for module in lora.modules.values())
+        if any(getattr(module, "rows", None) for module in lora.modules.values()):
+            with pytest.raises(LoraError, match="no Kronecker product by itself"):
+                write_lora(folder / "refused.safetensors", lora)
+            continue
+        for key_format in FORMATS:
+            style = STYLES[key_format]
+            fused_apart = style.fused and kind not in FULL
+            if all(map(style.holds, lora.kinds)) and (style.biases or not biases) and not fused_apart:
+                found[kind, key_format] = write_lora(folder / f"{kind}-{key_format}.safetensors", lora, key_format)
+    return found
+
+
+@pytest.fixture(scope="module")
+def hosts(files, base, tmp_path_factory) -> dict[tuple[str, str], dict[str, Tensor]]:
+    weights = native.patched(tmp_path_factory.mktemp("native"), REAL_DEPTH, base, tuple(files.values()))
+    return dict(zip(files, weights, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_is_what_the_host_makes_of_the_file(kind, files, hosts, base):
+    lora = read_lora(files[kind, "as written"])
+    assert lora.unmatched == ()
+    model = real_depth()
+    merge(model, lora)
+    ours = to_original(model.state_dict(), norm_leaf="weight")
+    found = {f: relative(ours, theirs, base) for (name, f), theirs in hosts.items() if name == kind}
+    print(kind, found)
+    assert all(changed >= 150 and worst <= 1e-5 for worst, changed in found.values())
+    # What docs/lora.md tells: `python -m tools.docs.lora_table`.
+    measured = {
+        "kinds": lora.kinds,
+        "changed": found["as written"][1],
+        "apart": float(f"{max(worst for worst, _ in found.values()):.0e}"),
+        "formats": [f for f in found if f != "as written"],
+    }
+    kept = recorded("lora_kinds", {**(recorded_now() if WRITE else {}), kind: measured})[kind]
+    assert {**kept, "apart": 0} == {**measured, "apart": 0}
+
+
+def test_every_kind_is_written_for_the_host(files):
+    written = {kind: [f for k, f in files if k == kind and f != "as written"] for kind in KINDS}
+    assert all("universal" in formats for kind, formats in written.items() if kind != "train-LoKr")
+    assert written["train-lora"] == written["full"] == ["universal", "ai-toolkit", "kohya"]
+    assert "onetrainer" in written["dora-columns"] and "lycoris" in written["oft"]
+    for path in files.values():
+        assert read_lora(path).unmatched == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_check_of_a_file_counts_every_kind(kind, files, tmp_path):
+    matched, total = native.match(files[kind, "as written"], tmp_path, REAL_DEPTH)
+    assert matched == total > 100

@@ -67,6 +67,10 @@ class JobError(ChromaKitError):
     """A training job is unknown, or cannot do what was asked in its present state."""
 
 
+class DiskFull(JobError):
+    """A training job cannot be written down because the disk is full."""
+
+
 def check_choice(what: str, value: object, known: Iterable[str]) -> None:
     """Raise ConfigError, naming what there is, unless `value` is one of `known`; `what` begins the message."""
     choices = tuple(known)

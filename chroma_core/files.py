@@ -6,6 +6,7 @@ written by `weights.safetensors_files`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -112,8 +113,20 @@ def write_atomic(path: Path | str, content: bytes | str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write `value` as indented JSON, atomically; what is no text (a file name of foreign bytes) by its JSON escape."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk, or the user's share of it, is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # safetensors and torch say so in words of their own; torch's writer can fail for nothing else but its disk.
+        if any(words in str(error) for words in ("No space left on device", "PytorchStreamWriter", "unexpected pos")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def read_json(path: Path | str, error: type[ChromaKitError] = ConfigError) -> Any:

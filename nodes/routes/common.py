@@ -1,6 +1,7 @@
 """What all routes share: reading requests, JSON answers of work that reads files, errors as `{"error": …}`.
 
-400 for a request that makes no sense, 404 for an unknown id or number, 409 for what cannot be done now.
+400 for a request that makes no sense, 404 for an unknown id or number, 409 for what cannot be done now, 507 for a full
+disk.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from aiohttp import web
 from comfy_api.latest import io
 from pydantic import BaseModel, ValidationError
 
-from ...chroma_core.errors import ChromaKitError, ConfigError, JobError
+from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError
 from ...chroma_core.requests.request import mistakes
 from ...chroma_core.training.jobs.manager import Job
 from .. import jobs
@@ -35,7 +36,7 @@ class Unknown(JobError):
     """Nothing of that id or number."""
 
 
-STATUSES: dict[type[ChromaKitError], int] = {TooLarge: 413, Malformed: 400, Unknown: 404, JobError: 409}
+STATUSES: dict[type[ChromaKitError], int] = {TooLarge: 413, Malformed: 400, Unknown: 404, DiskFull: 507, JobError: 409}
 """Statuses of errors, the first that fits; all others have that of their route."""
 
 

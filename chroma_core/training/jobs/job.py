@@ -176,8 +176,11 @@ class Job:
         """Wait until the job is in no active state; False when `timeout` seconds passed before."""
         return self.ended.wait(timeout)
 
-    def update(self, **fields: Any) -> None:
+    def update(self, *, surely: bool = False, **fields: Any) -> None:
         """Take over new values; write and tell others when the state changed, else now and then.
+
+        What cannot be written now is tried again with the next update; with `surely`, OSError (or ValueError) is raised
+        instead, nobody is told, and the values are as before.
 
         Two fields are digested: `step_seconds_now` into a running mean and the time left, `new_samples` only wakes
         listeners (images are listed from the folder).
@@ -185,6 +188,7 @@ class Job:
         urgent = "new_samples" in fields or "checkpoint" in fields
         previews = fields.pop("new_samples", None)
         with self._lock:
+            all_before = self._values.copy()
             before, known = self.state, len(self._values["warnings"])
             waited_for = self._values["waits_for"]
             if fields.get("yielded") is False:
@@ -207,7 +211,7 @@ class Job:
             changed = self.state != before
             self._write_down(before, previews, fields, known)
             now = time.monotonic()
-            due = changed or urgent or now - self._written > WRITE_EVERY_SECONDS
+            due = surely or changed or urgent or now - self._written > WRITE_EVERY_SECONDS
             # Nothing else may come for as long as a prompt runs.
             turned = self._values["waits_for"] != waited_for
             announce = changed or turned or urgent or now - self._notified > NOTIFY_EVERY_SECONDS
@@ -216,8 +220,15 @@ class Job:
         if due:
             try:
                 self.write()
-            except PermissionError as error:  # another program has it open for long; the next update tries again
+            except (
+                OSError,
+                ValueError,
+            ) as error:  # held by another program for long, or a full disk; the next update tries again
                 self._written = 0.0
+                if surely:
+                    with self._lock:
+                        self._values = all_before
+                    raise
                 with suppress(OSError):
                     self.log(f"job.json was not written: {error}")
         if announce:
@@ -248,12 +259,7 @@ class Job:
             message = f"{type(error).__name__}: {first_line(error, 300)} (the trace is in log.txt in the job's folder)"
         with suppress(OSError):
             self.log("".join(traceback.format_exception(error)))
-        try:
-            self.update(state="failed", message=message, yielded=False)
-        except OSError:  # a full disk: it cannot be written, but whoever watches or waits is told
-            with suppress(Exception):
-                self.notify(self.status())
-            self._tell_waiting()
+        self.update(state="failed", message=message, yielded=False)
 
     def _write_down(self, before: str, previews: list[str] | None, fields: dict[str, Any], known: int) -> None:
         """What happened, in the log: changes of state, checkpoints, previews, new warnings."""
@@ -283,7 +289,7 @@ class Job:
 
     def log(self, text: str) -> None:
         """Append to `log.txt`."""
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+        with (self.folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
 
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import ConfigError, JobError
-from ...files import replace
+from ...errors import ConfigError, DiskFull, JobError, first_line
+from ...files import disk_is_full, replace
 from ..config import TrainingConfig
 from ..config.changes import check_changes, differences, entry, with_changes
 from ..control import AskRoom, Control, DeviceSlot, Halted, no_need_to_ask
@@ -128,9 +128,15 @@ class JobManager:
             if job is None:
                 job = Job(self.root / config.job_id(), config)
                 job.notify = self._tell
-                job.folder.mkdir(parents=True, exist_ok=True)
                 self._jobs[job.id] = job
-                self._enqueue(job)
+                try:
+                    with _written_down(job):
+                        job.folder.mkdir(parents=True, exist_ok=True)
+                    self._enqueue(job)
+                except JobError:  # it never was
+                    del self._jobs[job.id]
+                    shutil.rmtree(job.folder, ignore_errors=True)
+                    raise
             elif job.state in ("interrupted", "failed") or (job.state == "stopped" and if_exists == "resume"):
                 # Equal but for where the weights rest (perhaps it ran out of memory there) and who watches; or it was
                 # changed since, and stays so.
@@ -172,11 +178,14 @@ class JobManager:
             step = int(newest[0].name.removeprefix("step-")) if newest else 0
             found = differences(job.config, new, step)
             check_changes(job.id, found, force)
-            with _nobody_else(job):
+            with _nobody_else(job), _written_down(job):
                 if found:
-                    job.config = new
-                    job.update(steps=new.steps, changes=[*job.status()["changes"], entry(step, found)])
-                    job.write()
+                    old, job.config = job.config, new
+                    try:
+                        job.update(surely=True, steps=new.steps, changes=[*job.status()["changes"], entry(step, found)])
+                    except (OSError, ValueError):
+                        job.config = old
+                        raise
             if job.state != "completed" or step < new.steps:
                 self._enqueue(job)
             return job
@@ -191,9 +200,10 @@ class JobManager:
         return self.change(job_id, {"steps": self.get(job_id).config.steps + steps}, force)
 
     def _enqueue(self, job: Job) -> None:
+        """Queue a job, which is written down first. Raises JobError, all being as before, when that is impossible."""
+        with _written_down(job):
+            job.update(surely=True, state="queued", message="", yielded=False)
         self._controls[job.id] = self._world.control(self._busy)
-        job.update(state="queued", message="", yielded=False)
-        job.write()
         self._queue.append(job)
         if self._worker is None:
             self._worker = threading.Thread(target=self._work, name="chromakit-training", daemon=True)
@@ -387,3 +397,17 @@ def _nobody_else(job: Job) -> Iterator[None]:
         if not ours:
             raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
         yield
+
+
+@contextmanager
+def _written_down(job: Job) -> Iterator[None]:
+    """What cannot be written in a `with` block, as a JobError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        kind = DiskFull if disk_is_full(error) else JobError
+        raise kind(
+            f"The job '{job.id}' cannot be written to '{job.folder}', so it is not queued: "
+            f"{first_line(error) or type(error).__name__}. Nothing was changed. Make room there, or see to it that it "
+            "may be written to, and try again."
+        ) from error

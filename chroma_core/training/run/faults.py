@@ -151,6 +151,13 @@ def disk_shortage(folder: Path, next_bytes: int) -> str | None:
     )
 
 
+def disk_full(error: BaseException) -> str:
+    """What to tell the user when something could not be written because the disk is full."""
+    found = error.strerror or error if isinstance(error, OSError) else first_line(error)
+    where = f" ('{error.filename}')" if isinstance(error, OSError) and error.filename else ""
+    return f"The disk is full: {found}{where}. Training is paused and nothing is lost. Make room, then resume the job."
+
+
 def out_of_memory(error: BaseException, config: TrainingConfig, device: torch.device) -> JobError:
     """The same error with what was predicted, what there is, and the settings that should fit."""
     settings, here = plan_settings(config, device), machine(device)

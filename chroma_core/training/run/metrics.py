@@ -121,31 +121,53 @@ class MetricsLog:
         self.also: Callable[[dict[str, Any]], None] = lambda values: None
         """Called with every line that is added."""
 
+        self._left: list[str] = []
+
     def append(self, **values: Any) -> None:
-        """Add one line; visible to readers at once, durable from the next `sync` on."""
+        """Add one line; visible to readers at once, durable from the next `sync` on.
+
+        What cannot be written now (the disk is full) is kept for the next time; `settle` says so.
+        """
         if not self.writes:
             return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        self._left.append(json.dumps(values) + "\n")
+        with suppress(OSError):
+            self.settle()
         self.also(values)
+
+    def settle(self) -> None:
+        """Write what could not be written before. Raises OSError; the file then ends with a whole line."""
+        if not self._left:
+            return
+        with self.path.open("ab") as file:
+            before = file.tell()
+            try:
+                file.write("".join(self._left).encode())
+                file.flush()
+            except OSError:
+                os.truncate(self.path, before)
+                raise
+        self._left.clear()
 
     def sync(self) -> int:
         """Make what was appended durable; returns the file's length in bytes."""
         if not self.writes:
             return 0
+        self.settle()
         with self.path.open("ab") as file:
             os.fsync(file.fileno())
             return file.tell()
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` bytes: steps that will be trained again."""
+        self._left.clear()
         if self.writes and self.path.exists():
             os.truncate(self.path, min(length, self.path.stat().st_size))
 
     def read(self) -> list[dict[str, Any]]:
-        """All complete lines; a line that was cut off by a crash is left out."""
+        """All complete lines; one that was cut off by a crash, or is damaged, is left out."""
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_bytes().splitlines()
         except FileNotFoundError:
             return []
         values = []

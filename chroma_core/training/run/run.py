@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ...data.samples import fingerprint, picture_count
-from ...errors import NotFiniteError
-from ...files import remove_leftovers
+from ...errors import NotFiniteError, first_line
+from ...files import disk_is_full, remove_leftovers
 from ...loading.load import Device, load_transformer, transformer_identity
 from ...lora.adapters import without_adapters
 from ...memory import Settings, heldout_rows, peaks
@@ -40,6 +40,7 @@ from .faults import (
     NO_STEP,
     Diverged,
     Pace,
+    disk_full,
     disk_shortage,
     give_up_if_broken,
     memory_in_words,
@@ -253,24 +254,37 @@ class Run:
         self._count(result, time.perf_counter() - started - waited)
 
     def surely(self, work: Callable[[], Result]) -> Result:
-        """What `work` gives; when memory does not suffice, it is undone, and done anew with more room.
+        """What `work` gives; when memory or the disk does not suffice, it is undone, and done anew with more room.
 
         Every draw is a function of the step's number, so it gives what it would have given at once. After a few tries
-        the job is paused, with a checkpoint, and says what to change; resumed, it tries again.
+        (on a full disk at once) the job is paused, and says what to change; resumed, it tries again.
         """
-        tries, message = 0, ""
+        tries, message, full = 0, "", False
         while True:
             try:
-                if tries:
+                if full:
+                    self._wait_for_disk(message)
+                    self._undo()
+                elif tries:
                     self._make_way(message, tries)
                     self._undo()
                 return work()
             except Exception as error:
-                if not is_out_of_memory(error) or self.world.size > 1:
+                full = disk_is_full(error)
+                if not (full or is_out_of_memory(error)) or self.world.size > 1:
                     raise
                 # Only its words are kept: its frames hold what was allocated.
-                message = str(out_of_memory(error, self.config, torch.device(self.device)))
-            tries += 1
+                device = torch.device(self.device)
+                message = disk_full(error) if full else str(out_of_memory(error, self.config, device))
+            tries += not full
+
+    def _wait_for_disk(self, message: str) -> None:
+        """Pause until the user has made room."""
+        self.control.pause.set()
+        self.control.sample.clear()
+        self.report(message=message)
+        self.control.gate()
+        self.report(message="")
 
     def _undo(self) -> None:
         """Back to the last whole step: the present one left gradients at most, or else tore the weights."""
@@ -350,6 +364,8 @@ class Run:
     def _do_what_is_due(self) -> None:
         """Held-out loss, previews and checkpoint of this step, each unless it was already done before a resume."""
         config, progress, step = self.config, self.progress, self.progress.step
+
+        self.metrics.settle()
 
         def due(every: int) -> bool:
             return step == 0 or step == config.steps or (every > 0 and step % every == 0)
@@ -442,10 +458,7 @@ class Run:
         # The first one's size is not known yet: weights and two moments.
         needed = checkpoint_bytes(self.paths.checkpoints) or 12 * sum(p.numel() for p in self.trained.parameters)
         while wait and (shortage := disk_shortage(self.paths.job, needed)) is not None:
-            self.control.pause.set()
-            self.report(message=shortage)
-            self.control.gate()
-            self.report(message="")
+            self._wait_for_disk(shortage)
         progress.metrics_bytes = self.metrics.sync()
         keep = config.keep_checkpoints, config.keep_best
         save_checkpoint(self.paths.checkpoints, progress, self.trained, self.stepper, self.ema, *keep)
@@ -456,8 +469,16 @@ class Run:
         if self.progress.skipped_in_a_row:
             restored, _ = self._restore()
             self.progress = restored or self.progress
-        else:
+            return
+        try:
             self.save(wait=False)
+        except Exception as error:
+            if not (isinstance(error, OSError) or disk_is_full(error)):
+                raise
+            self._warn(
+                f"The checkpoint of step {self.progress.step} could not be written ({first_line(error)}): the newest "
+                "one before it is kept, and the job goes on from there."
+            )
 
     def finish(self) -> WrittenFiles:
         """Write the LoRA or model where the user looks for it; returns the status fields that say where.

@@ -1,6 +1,5 @@
 """What goes wrong in training is noticed, said in words, and loses nothing."""
 
-import errno
 import shutil
 from collections import namedtuple
 
@@ -12,7 +11,6 @@ from chroma_core.loading.load import transformer_outline
 from chroma_core.memory import Settings, estimate, in_gib
 from chroma_core.model.device import is_out_of_memory
 from chroma_core.training.config import TrainingConfig
-from chroma_core.training.jobs.job import Job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
 from chroma_core.training.run.faults import (
@@ -96,23 +94,6 @@ def test_memory_that_runs_out_while_a_checkpoint_is_read_removes_none(places, tm
     assert len(checkpoints(folder)) == 2
     progress, damaged = restore_latest(folder, bench.trained, bench.stepper)
     assert progress is not None and progress.step == 2 and not damaged
-
-
-def test_a_job_that_cannot_write_down_that_it_failed_does_not_hold_up_the_next(places, tmp_path, monkeypatch):
-    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
-    write = Job.write
-
-    def full_disk(job):
-        if job.config.name == "first" and job.state != "queued":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(job)
-
-    monkeypatch.setattr(Job, "write", full_disk)
-    first, second = manager.ensure(config(*places, name="first")), manager.ensure(config(*places, name="second"))
-    assert first.wait(PATIENCE) and second.wait(PATIENCE)
-    assert first.state == "failed" and "No space left" in first.status()["message"] and second.state == "completed"
-    monkeypatch.undo()
-    manager.shutdown()
 
 
 def test_a_job_that_runs_out_of_memory_says_so_and_goes_on_later(places, tmp_path):

@@ -6,17 +6,20 @@ and a few numbers are all there is to keep.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import pickle
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
-from ...errors import LoraError, ModelFileError
-from ...files import atomic_folder, remove, remove_leftovers, replace, write_json
+from ...errors import LoraError, ModelFileError, first_line
+from ...files import atomic_folder, remove, remove_leftovers, replace, sha256_file, write_json
 from ...model.device import is_out_of_memory
 from ..step.ema import Ema
 from .metrics import Progress
@@ -49,7 +52,9 @@ def save_checkpoint(
         trained.save(temporary / trained.weights_file)
         for name, part in _stateful(stepper, ema).items():
             torch.save(part.state_dict(), temporary / name)
-        write_json(temporary / STATE, asdict(progress) | {"saved_at": progress.step})
+        digests = {file.name: sha256_file(file) for file in sorted(temporary.iterdir()) if file.is_file()}
+        content = asdict(progress) | {"saved_at": progress.step, "files": digests}
+        write_json(temporary / STATE, content | {"sha256": _digest(content)})
     for old in checkpoints(folder)[:-keep]:
         if not (keep_best and old.name == step_name(progress.best_at)):
             try:
@@ -109,9 +114,7 @@ def restore_latest(
     start_anew, fresh = trained.remember(), {name: part.state_dict() for name, part in parts.items()}
     for path in reversed(checkpoints(folder)):
         try:
-            values = json.loads((path / STATE).read_text(encoding="utf-8"))
-            known = {f.name for f in fields(Progress)}
-            progress = Progress(**{"rounding": 1, **{k: v for k, v in values.items() if k in known}})
+            progress = _checked(path)
             saved = {name: torch.load(path / name, map_location="cpu", weights_only=True) for name in parts}
             trained.load(path / trained.weights_file)
             for name, part in parts.items():
@@ -120,12 +123,43 @@ def restore_latest(
         except _DAMAGE as error:
             if is_out_of_memory(error) or isinstance(error, PermissionError):  # the checkpoint is whole
                 raise
-            damaged.append(f"{path.name} ({type(error).__name__})")
+            damaged.append(f"{path.name} ({first_line(error, 100) or type(error).__name__})")
             set_aside(path)
             start_anew()
             for name, part in parts.items():
                 part.load_state_dict(fresh[name])
     return None, damaged
+
+
+def _checked(path: Path) -> Progress:
+    """The progress of a checkpoint whose every file is as it was written.
+
+    Raises ValueError for a bit that changed, another step's content, and values of another type. Checkpoints of earlier
+    versions have no digests.
+    """
+    values = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{STATE} is no object")
+    stated = values.pop("sha256", None)
+    files = values.get("files", {})
+    if (stated is None) != ("files" not in values) or (stated is not None and stated != _digest(values)):
+        raise ValueError(f"{STATE} is not as it was written")
+    for name, digest in files.items():
+        if sha256_file(path / name) != digest:
+            raise ValueError(f"{name} is not as it was written")
+    known = {f.name for f in fields(Progress)}
+    kept = {"rounding": 1, **{name: value for name, value in values.items() if name in known}}
+    progress = _PROGRESS.validate_json(json.dumps(kept), strict=True)
+    if path.name != step_name(progress.step):
+        raise ValueError(f"{STATE} is that of step {progress.step}")
+    return progress
+
+
+_PROGRESS = TypeAdapter(Progress)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _stateful(stepper: Stepper, ema: Ema | None) -> dict[str, Stepper | Ema]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -137,6 +138,9 @@ def test_a_checkpoint_of_a_version_that_rounded_otherwise_goes_on_and_says_so(pl
     state = paths.checkpoints / "step-000000" / "state.json"
     values = json.loads(state.read_text())
     assert values.pop("rounding") > 1
+    assert values.pop("files").keys() == {"lora.safetensors", "optimizer.pt"} and values.pop(
+        "sha256"
+    )  # nor had it these
     state.write_text(json.dumps(values))
     (said,) = resumed()
     assert "step 0" in said
@@ -154,6 +158,63 @@ def test_only_the_last_are_kept_and_damage_falls_back(places, tmp_path):
     assert progress is not None and progress.step == 2
     assert len(damaged) == 1 and damaged[0].startswith("step-000003")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-000003", "step-000002"]
+
+
+def flipped(path, place: float) -> None:
+    """One bit of a file turned, at that share of its length."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def edited(path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+LORA, OPTIMIZER, STATE = "lora.safetensors", "optimizer.pt", "state.json"
+DAMAGE = {
+    **{f"a bit of the LoRA at {p}": lambda folder, p=p: flipped(folder / LORA, p) for p in (0, 0.01, 0.5, 0.9, 1)},
+    **{f"a bit of the optimizer at {p}": lambda folder, p=p: flipped(folder / OPTIMIZER, p) for p in (0, 0.3, 0.6, 1)},
+    **{f"a bit of the state at {p}": lambda folder, p=p: flipped(folder / STATE, p) for p in (0.1, 0.4, 0.8)},
+    "a shorter LoRA": lambda folder: (folder / LORA).write_bytes((folder / LORA).read_bytes()[:-1]),
+    "no optimizer": lambda folder: (folder / OPTIMIZER).unlink(),
+    "another step's optimizer": lambda folder: shutil.copy(folder.parent / "step-000002" / OPTIMIZER, folder),
+    "another step's state": lambda folder: shutil.copy(folder.parent / "step-000002" / STATE, folder),
+    "a forged step": lambda folder: edited(folder / STATE, step=100),
+    "a wrong type": lambda folder: edited(folder / STATE, loss_smooth="low"),
+    "no digests": lambda folder: edited(folder / STATE, files={}),
+    "a list": lambda folder: (folder / STATE).write_text("[]"),
+    "an empty state": lambda folder: (folder / STATE).write_text(""),
+    "a state of zeros": lambda folder: (folder / STATE).write_bytes(bytes(500)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_to_a_checkpoint_is_noticed_and_the_one_before_taken(places, tmp_path, kind):
+    made = trained(places, 2)
+    save_checkpoint(tmp_path, Progress(step=2), made.trained, made.stepper, None, keep=2)
+    before = [parameter.detach().clone() for parameter in made.parameters]
+    train_step(2, made.transformer, made.stepper, made.batches, made.config)
+    DAMAGE[kind](save_checkpoint(tmp_path, Progress(step=3), made.trained, made.stepper, None, keep=2))
+    fresh = trained(places, 0)
+    progress, damaged = restore_latest(tmp_path, fresh.trained, fresh.stepper)
+    assert progress is not None and progress.step == 2 and [name[:11] for name in damaged] == ["step-000003"]
+    assert (tmp_path / "damaged-step-000003").is_dir()
+    assert all(torch.equal(a, b) for a, b in zip(before, fresh.parameters, strict=True))
+
+
+@pytest.mark.parametrize("values", [{"step": "3"}, {"loss_smooth": "low"}, {"step": 100}, {"data": 7}])
+def test_a_checkpoint_of_before_there_were_digests_is_read_by_type_and_step(places, tmp_path, values):
+    made = trained(places, 0)
+    path = save_checkpoint(tmp_path, Progress(step=3), made.trained, made.stepper, None, keep=2)
+    state = json.loads((path / STATE).read_text())
+    del state["files"], state["sha256"]
+    (path / STATE).write_text(json.dumps(state))
+    progress, damaged = restore_latest(tmp_path, made.trained, made.stepper)
+    assert progress is not None and progress.step == 3 and damaged == []
+    edited(path / STATE, **values)
+    progress, damaged = restore_latest(tmp_path, made.trained, made.stepper)
+    assert progress is None and len(damaged) == 1
 
 
 def test_with_every_checkpoint_damaged_training_starts_afresh(places, tmp_path):

@@ -352,7 +352,7 @@ class JobManager:
             message = "" if written else "Stopped before the first step: there is no LoRA."
             if not written and job.status()["checkpoint"]:
                 message = "Stopped while preparing; resume it to go on."
-            job.update(state=state, **written, message=message, yielded=False)
+            job.update(state=state, **{"message": message, **written}, yielded=False)
         except Halted:
             job.update(state="interrupted", message="The process ended; resume the job to go on.", yielded=False)
         except Exception as error:

@@ -20,8 +20,15 @@ from ...model.device import is_out_of_memory
 from ..config import TrainingConfig
 from .metrics import Progress
 
-WATCH_FROM = 100
-"""Steps before divergence is judged: the first losses say nothing about a band."""
+WATCH_FROM, BAND_FROM = 100, 20
+"""Steps before divergence is judged by the band, and before the band begins: the first losses say little about one."""
+
+EXPLODED, LEAST_BAND = 10.0, 0.25
+"""From the first step on, a fast mean this many times above the lowest so far (a quarter at least, since single
+losses near the end of the noise scale are small) is divergence; predicting nothing at all costs about 2."""
+
+WORSE = 1.1
+"""A held-out loss so many times the base's is worse than the base; less is its own scatter."""
 
 DIVERGED = 3.0
 """A fast mean of the loss this many times above the lowest smoothed loss so far is divergence. In flow matching single
@@ -92,11 +99,15 @@ def watch_loss(progress: Progress, loss: float, config: TrainingConfig) -> str |
     It may say so again after the loss came back into its band.
     """
     progress.loss_fast = loss if progress.loss_fast is None else FAST * progress.loss_fast + (1 - FAST) * loss
-    if progress.step < WATCH_FROM or progress.loss_smooth is None:
+    if progress.loss_smooth is None:
         return None
-    if progress.loss_lowest is None or progress.loss_smooth < progress.loss_lowest:
-        progress.loss_lowest = progress.loss_smooth
-    if progress.loss_fast <= DIVERGED * progress.loss_lowest:
+    now = progress.loss_smooth if progress.step >= BAND_FROM else progress.loss_fast
+    band_begins = progress.step == BAND_FROM and progress.diverged_at < 0
+    if progress.loss_lowest is None or now < progress.loss_lowest or band_begins:
+        progress.loss_lowest = now
+    judged = progress.step >= WATCH_FROM
+    allowed = DIVERGED * progress.loss_lowest if judged else EXPLODED * max(progress.loss_lowest, LEAST_BAND)
+    if progress.loss_fast <= allowed:
         progress.diverged_at = -1
         return None
     if progress.diverged_at >= 0:
@@ -106,6 +117,35 @@ def watch_loss(progress: Progress, loss: float, config: TrainingConfig) -> str |
         f"Training seems to diverge: at step {progress.step} the loss is {progress.loss_fast:.3g}, it has been as low "
         f"as {progress.loss_lowest:.3g}. {ADVICE} (the learning rate is {config.learning_rate:g}). Checkpoints from "
         "before are kept."
+    )
+
+
+def watch_heldout(progress: Progress, checkpoint: str | None) -> str | None:
+    """A warning when the held-out loss has just become worse than the base's, and again only after it was better.
+
+    checkpoint: the name of the one that measured best, if it is kept.
+    """
+    base, now = progress.heldout_loss_base, progress.heldout_loss
+    if base is None or now is None or now <= WORSE * base:
+        progress.worse_at = -1
+        return None
+    if progress.worse_at >= 0:
+        return None
+    progress.worse_at = progress.step
+    return f"At step {progress.step} the result is {worse_than_the_base(progress, checkpoint)}"
+
+
+def worse_than_the_base(progress: Progress, checkpoint: str | None) -> str | None:
+    """What to tell the user of a held-out loss above the base's; None when it is not."""
+    base, now = progress.heldout_loss_base, progress.heldout_loss
+    if base is None or now is None or now <= WORSE * base:
+        return None
+    kept = "with keep_best, the checkpoint that measures best stays"
+    if checkpoint:
+        kept = f"the one that measured best, of step {progress.best_at}, is in checkpoints/{checkpoint}"
+    return (
+        f"worse than the base: the held-out loss is {now:.3g}, the base's {base:.3g}. Lower the learning rate or train "
+        f"fewer steps; {kept}."
     )
 
 

@@ -97,6 +97,7 @@ class Progress:
     loss_lowest: float | None = None
     diverged_at: int = -1
     rounding: int = ROUNDING
+    worse_at: int = -1
 
     @property
     def taken(self) -> int:

@@ -34,7 +34,7 @@ from ..distributed.world import ALONE, ProcessLost, World, check_sharding, shard
 from ..step.ema import Ema
 from ..step.objective import HELDOUT_SIGMAS, heldout_loss
 from ..step.optimizers import check_optimizer
-from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint
+from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint, step_name
 from .faults import (
     MEMORY_TRIES,
     NO_STEP,
@@ -47,8 +47,10 @@ from .faults import (
     out_of_memory,
     plan_settings,
     rest_seconds,
+    watch_heldout,
     watch_loss,
     watch_skips,
+    worse_than_the_base,
 )
 from .loop import Batches, StepResult, train_step
 from .metrics import ROUNDING, EventFiles, JobPaths, MetricsLog, Progress, check_event_files
@@ -424,7 +426,14 @@ class Run:
         self.metrics.append(step=progress.step, heldout_loss=progress.heldout_loss, heldout_by_sigma=by_sigma)
         if progress.best_loss is None or progress.heldout_loss < progress.best_loss:
             progress.best_loss, progress.best_at = progress.heldout_loss, progress.step
+        if warning := watch_heldout(progress, self._best_checkpoint()):
+            self.metrics.append(step=progress.step, warning=warning)
+            self._warn(warning)
         self.report(**self._numbers())
+
+    def _best_checkpoint(self) -> str | None:
+        best = self.paths.checkpoints / step_name(self.progress.best_at)
+        return best.name if self.progress.best_at > 0 and best.is_dir() else None
 
     def preview(self, between: Callable[[], None]) -> None:
         """Sample the preview prompts with the weights as they are now."""
@@ -485,7 +494,9 @@ class Run:
 
         They are empty in a process that does not write.
         """
-        return self.surely(lambda: self.world.on_main(self._write_files)) or {}
+        written = self.surely(lambda: self.world.on_main(self._write_files)) or {}
+        worse = worse_than_the_base(self.progress, self._best_checkpoint())
+        return {**written, "message": f"{self.trained.noun} written, but {worse}"} if worse and written else written
 
     def _write_files(self) -> WrittenFiles:
         pictures, job = picture_count(self.data.samples), self.paths.job

@@ -44,8 +44,9 @@ HIGH_RATE = 5e-5
 
 
 class WrittenFiles(TypedDict, total=False):
-    """Where the files are that a job ended with: fields of its status."""
+    """Where the files are that a job ended with, and what is to be said of them: fields of its status."""
 
+    message: str
     lora_path: str
     model_path: str
     model_folder: str

@@ -2,10 +2,12 @@
 
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 
+import chroma_core
 from chroma_core.fullrank.layers import count_trained
 from chroma_core.loading.load import transformer_outline
 from chroma_core.memory import Settings, estimate, in_gib
@@ -25,6 +27,8 @@ from chroma_core.training.run.faults import (
 from chroma_core.training.run.metrics import Progress
 from training_cases import Bench, config, model_folder, write_dataset
 from waiting import PATIENCE, until
+
+EXAMPLE = Path(chroma_core.__file__).parents[1] / "example_datasets" / "sks_emblem"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,47 @@ def test_divergence_is_a_loss_far_above_its_own_band(places):
     assert "learning rate (1e-4 is cautious)" in warning and "checkpointing" in warning and "captions" in warning
     assert steps(400, 0.5) == []
     assert len(steps(60, 6.0)) == 1, "it is said again when it happens again"
+
+
+def test_an_explosion_is_seen_at_once(places):
+    """At a learning rate of 1 the loss goes from .6 to millions within five steps; the band knows what was before."""
+    settings, progress = config(*places), Progress()
+
+    def take(loss: float) -> str | None:
+        progress.step += 1
+        progress.smooth(loss)
+        return watch_loss(progress, loss, settings)
+
+    said = [take(loss) for loss in (0.6, 0.5, 40.0, 9e3, 2e6, *[2e6] * 300)]
+    assert [step for step, warning in enumerate(said, 1) if warning] == [3]
+    assert "as low as 0.58" in str(said[2]) and progress.diverged_at == 3 and progress.loss_lowest < 0.6
+    progress = Progress()
+    said = [take(0.6 * 1.3**step) for step in range(40)]  # slowly, but out of every bound
+    assert sum(map(bool, said)) == 1
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):  # starts of sound jobs: single losses from a seventh to the whole
+        progress = Progress()
+        assert not any(take(0.25 + 1.5 * float(torch.rand((), generator=generator))) for _ in range(150))
+    progress = Progress()  # a first loss near the end of the noise scale
+    assert not any(take(loss) for loss in (0.02, 0.9, 1.4, 0.8, 1.2))
+
+
+def test_a_result_worse_than_the_base_is_not_just_completed(places, tmp_path):
+    held = {"validation_dataset": {"folder": str(places[1])}, "validate_every": 4, "checkpoint_every": 4}
+    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
+    held |= {"model": {"flavour": "tiny"}, "dataset": {"folder": str(EXAMPLE), "trigger": "sks"}}
+    held["validation_dataset"] = {"folder": f"{EXAMPLE}_heldout"}
+    job = manager.ensure(config(*places, **held, learning_rate=1.0, name="wild"))
+    assert job.wait(PATIENCE) and job.state == "completed"
+    status = job.status()
+    assert status["heldout_loss"] > 1.1 * status["heldout_loss_base"]
+    assert "LoRA written, but worse than the base: the held-out loss is" in status["message"]
+    assert any("worse than the base" in warning for warning in status["warnings"])
+    assert any("worse than the base" in str(line.get("warning")) for line in job.metrics())
+    job = manager.ensure(config(*places, **held, learning_rate=1e-4, name="calm"))
+    assert job.wait(PATIENCE) and job.state == "completed" and not job.status()["message"]
+    assert not any("worse" in warning for warning in job.status()["warnings"])
+    manager.shutdown()
 
 
 def test_memory_that_does_not_suffice_names_the_prediction_and_the_knobs(places):

@@ -8,6 +8,7 @@ from . import (
     bridge,
     dataset,
     host,
+    jobs,
     loaders,
     lora,
     parity,
@@ -39,6 +40,7 @@ class ChromaKitExtension(ComfyExtension):
     async def on_load(self) -> None:
         routes.register(host.server_routes())
         while_training.start()
+        jobs.end_as_ctrl_c_does()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for room in ROOMS for node in room.NODES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections import Counter
 
@@ -36,6 +37,15 @@ def manager() -> JobManager:
             _manager.subscribe(_heard)
             host.share_device_with(_manager.slot)
         return _manager
+
+
+def end_as_ctrl_c_does() -> None:
+    """Let SIGTERM (docker stop, systemd, Slurm) end ComfyUI as Ctrl-C does, so that the running job is saved.
+
+    Only where nobody else handles it, and in the main thread, which alone may say so.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def find(job: str) -> Job:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import ConfigError
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C or SIGTERM, as shells have it."""
 
 
 def train_options(train: argparse.ArgumentParser) -> None:
@@ -92,6 +96,13 @@ def _train(options: argparse.Namespace) -> int:
         shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss"]
         shown += ["model_path", "model_folder"] if status.get("config", {}).get("full") else ["lora_path"]
         print(json.dumps({k: status.get(k) for k in shown}))
+    if status["state"] == "interrupted":
+        if main:
+            job, saved = status.get("id"), status.get("checkpoint") or 0
+            place = f" --output {shlex.quote(str(options.output))}" if options.output != Path("output") else ""
+            command = f"python -m chroma_core train --resume {job}{place}"
+            print(f"interrupted: job {job}, saved at step {saved}. Go on with: {command}", file=sys.stderr)
+        return INTERRUPTED
     if status["state"] != "completed":
         print(f"error: the job {status['state']}: {status.get('message') or 'no reason given'}", file=sys.stderr)
     return 0 if status["state"] == "completed" else 1

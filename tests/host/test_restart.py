@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+
+import pytest
 
 from _host import Host
 from prompts import job_of, train
@@ -14,11 +18,15 @@ CHOICE = "prompts_while_training"
 ENDLESS = 1_000_000
 
 
-def test_ending_the_host_saves_the_job_and_a_restart_keeps_the_choice(server: Host):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ending_the_host_saves_the_job_and_a_restart_keeps_the_choice(server: Host, number: signal.Signals):
+    """Ctrl-C, and what docker stop, systemd and Slurm send."""
+    if os.name == "nt" and number == signal.SIGTERM:
+        pytest.skip("Windows ends a process without asking")
     assert server.post(SETTINGS, {CHOICE: "finish"})[0] == 200
-    job = job_of(server.run(train("interrupted", ENDLESS)))
+    job = job_of(server.run(train(f"interrupted by {number.name}", ENDLESS)))
     until(lambda: (now := server.get(f"/chromakit/jobs/{job}"))["state"] == "running" and now["step"] >= 2, "steps")
-    with restarted(server):
+    with restarted(server, number):
         saved = json.loads((server.base / "output" / "chromakit" / "jobs" / job / "job.json").read_text())
         assert saved["state"] == "interrupted" and saved["checkpoint"] == saved["step"] >= 2
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,8 +10,11 @@ from _host import Host, start_host
 
 
 @contextmanager
-def restarted(server: Host) -> Iterator[None]:
-    """End the host; what stands in the `with` block happens before it is there again. Its log begins anew."""
+def restarted(server: Host, number: signal.Signals = signal.SIGINT) -> Iterator[None]:
+    """End the host by a signal; what stands in the `with` block happens before it is there again, with a new log."""
+    if number != signal.SIGINT:
+        server.process.send_signal(number)
+        server.process.wait(60)
     server.stop()
     try:
         yield

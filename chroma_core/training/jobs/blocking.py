@@ -35,7 +35,8 @@ def run_job(
     on_status: Listener = lambda status: None,
     if_exists: IfExists = "resume",
 ) -> JobStatus:
-    """Run (or resume) one job to its end; returns its final status. Ctrl-C saves and leaves it interrupted."""
+    """Run (or resume) one job to its end; returns its final status. Ctrl-C or SIGTERM saves and leaves it
+    `interrupted`."""
     return _block_on(root, loras_folder, device, on_status, lambda manager: manager.ensure(config, if_exists))
 
 
@@ -72,12 +73,13 @@ def _block_on(
 ) -> JobStatus:
     manager = JobManager(root, loras_folder, device)
     manager.subscribe(on_status)
-    try:
-        job = begin(manager)
-        while not job.wait(1.0):  # in slices, so that Ctrl-C is heard on every system
-            pass
-    finally:
-        manager.shutdown()
+    with _asked_to_end() as ending:
+        try:
+            job = begin(manager)
+            while not (job.wait(0.5) or ending.is_set()):  # in slices, so that signals are heard on every system
+                pass
+        finally:
+            manager.shutdown()
     return job.status()
 
 
@@ -172,8 +174,14 @@ def _follow(root: Path, loras_folder: Path, world: Processes, ending: threading.
 
 @contextmanager
 def _asked_to_end() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, however often they come: launchers send both, to every process."""
+    """An event that Ctrl-C and SIGTERM set, however often they come: launchers send both, to every process.
+
+    Signals are left alone in any other thread than the main one, which alone may handle them.
+    """
     event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: event.set()) for number in signals]
     try:

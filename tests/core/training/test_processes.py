@@ -224,3 +224,27 @@ def test_a_job_that_lost_its_processes_goes_on_in_one(places, tmp_path):
     same_lora = (lora(tmp_path / "one"), lora(tmp_path / "two"))
     for name in same_lora[0]:
         torch.testing.assert_close(same_lora[0][name], same_lora[1][name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_process_that_is_asked_to_end_saves_and_says_how_to_go_on(places, tmp_path, number):
+    path, output = toml(places, tmp_path / "job.toml", steps=100_000), tmp_path / "the output"
+    command = [sys.executable, "-m", "chroma_core", "train", str(path), "--output", str(output), "--device", "cpu"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def trains() -> bool:
+        assert running.poll() is None, running.communicate()
+        return any(output.glob("jobs/*/metrics.jsonl")) and len(numbers(output, "loss")) >= 2
+
+    until(trains)
+    running.send_signal(number)
+    out, said = running.communicate(timeout=PATIENCE)
+    assert running.returncode == 130 and "Traceback" not in said
+    status = json.loads(next(output.glob("jobs/*/job.json")).read_text())
+    assert status["state"] == "interrupted" and status["checkpoint"] == status["step"] >= 2
+    assert json.loads(out)["step"] == status["step"]
+    assert said.splitlines()[-1] == (
+        f"interrupted: job {status['id']}, saved at step {status['step']}. Go on with: python -m chroma_core train "
+        f"--resume {status['id']} --output '{output}'"
+    )

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import ModelFileError, first_few
 from ..files import strict_json
 from .gguf_files import GGUF_MAGIC, read_gguf
+from .identify import PARTS, Part, find_part
 from .safetensors_files import read_safetensors
 from .scales import join_scales
 from .stored_tensors import DOWNLOAD_AGAIN, Scheme, Stored, damaged, unreadable
@@ -195,6 +196,17 @@ def open_weights(path: Path | str) -> Weights:
     metadata, tensors = read_safetensors(file)
     _refuse_packed(path, tensors)
     return Weights(path, (file,), metadata, join_scales(file, [metadata], tensors))
+
+
+def parts_in(path: Path | str) -> frozenset[Part]:
+    """The parts of Chroma that one file holds, by the names in its header; none for whatever is no weights file."""
+    path = Path(path)
+    try:
+        tensors = (read_gguf if file_kind(path) == "gguf" else read_safetensors)(path)[1]
+    except ModelFileError:
+        return frozenset()
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return frozenset(part for part in PARTS if find_part(shapes, part) is not None)
 
 
 def _refuse_packed(path: Path, tensors: Mapping[str, Stored]) -> None:

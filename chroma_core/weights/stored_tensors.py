@@ -147,11 +147,16 @@ class Stored:
         return "fp8" if self.dtype is torch.float8_e4m3fn else None
 
     def codes(self, rows: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-        """The numbers of a tensor that has a `scheme`, as they are stored, and their scales, fp32 [rows, 1]."""
+        """The numbers of a tensor that has a `scheme`, as they are stored, and their scales, fp32 [rows, 1].
+
+        Raises ModelFileError for e4m3 numbers that are NaN.
+        """
         assert self.dtype is not None and not callable(self.scale)  # so it is where there is a scheme
         start, stop = rows or (0, self.rows)
         scale = torch.ones(1, 1) if self.scale is None else self.scale
         codes = replace(self, scale=None).read(self.dtype, rows)
+        if self.dtype.is_floating_point and bool((codes.view(torch.uint8) & 127 == 127).any()):
+            raise damaged(self.file.path, "it holds weights that are not finite (NaN)")
         return codes, scale.expand(self.rows, 1)[start:stop].contiguous()
 
     def read(self, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> Tensor:

@@ -1,0 +1,237 @@
+"""Whole models in ComfyUI's quantised formats: the weights are those that ComfyUI makes of the file, and stay quantised
+where our layers hold them so; checkpoints with all parts in one file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import native_quantised
+from chroma_core.cli.main import main
+from chroma_core.loading.load import describe, load_text_encoder, load_transformer, load_vae
+from chroma_core.loading.model_files import locate
+from chroma_core.loading.spec import LoraUse, ModelSpec
+from chroma_core.lora.files import write_lora
+from chroma_core.model.precision import dequantised_weight
+from chroma_core.model.quantised import QuantisedLinear
+from chroma_core.model.transformer import ChromaTransformer
+from chroma_core.names import transformer as keys
+from chroma_core.weights.opening import parts_in
+from lora_cases import random_lora
+from miniature import t5, tokenizer, vae
+from quantised_weights import CASES, quantise
+from weight_files import json_tensor, to_diffusers, write_safetensors
+
+CONFIG = {
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 64,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 64,
+    "axes_dims_rope": (16, 24, 24),
+    "approximator_num_channels": 8,
+    "approximator_hidden_dim": 32,
+    "approximator_layers": 1,
+    "in_channels": 64,
+}
+KEPT = {"float8_e4m3fn": "fp8", "int8_tensorwise": "int8", "int8_tensorwise by row": "int8"}
+"""Formats whose codes are those of one of our precisions."""
+
+
+def model() -> ChromaTransformer:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return ChromaTransformer(**CONFIG).eval()
+
+
+def in_blocks(name: str, tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and name.split(".")[0] in ("double_blocks", "single_blocks")
+
+
+def write(
+    path: Path, case: str, weights: Mapping[str, Tensor], names: Iterable[str], prefix: str = "", header: bool = False
+) -> dict[str, Tensor]:
+    """A file in which the weights of `names` are quantised; returns what comfy-kitchen makes of all, in fp32."""
+    held, meant, declared = {}, {}, {}
+    for name, tensor in weights.items():
+        meant[name] = tensor.float()
+        if name not in names:
+            held[prefix + name] = tensor
+            continue
+        made, module = quantise(tensor.float(), case), prefix + name.removesuffix(".weight")
+        meant[name] = made.meant
+        held |= {f"{module}.{suffix}": part for suffix, part in made.tensors.items()}
+        declared[module] = made
+        if not header:
+            held[f"{module}.comfy_quant"] = json_tensor(made.entry)
+    write_safetensors(path, held, made.header(*declared) if header else None)
+    return meant
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Mapping[str, tuple[Path, dict[str, Tensor]]]:
+    """Every format: the file, and what it means in diffusers' layout."""
+    folder, found = tmp_path_factory.mktemp("files"), {}
+    weights = keys.to_original(model().state_dict())
+    names = {name for name, tensor in weights.items() if in_blocks(name, tensor)}
+    for i, case in enumerate(CASES):
+        path = folder / f"{case}.safetensors"
+        meant = write(path, case, weights, names, "model.diffusion_model." if i % 2 else "", header=i % 3 == 0)
+        found[case] = (path, to_diffusers(meant))
+    return found
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """By full name, dequantised."""
+    found = {
+        f"{name}.weight": dequantised_weight(layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, (QuantisedLinear, nn.Linear))
+    }
+    return {name: tensor.float() for name, tensor in module.state_dict().items() if name not in found} | found
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], within: float) -> None:
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).norm() <= within * tensor.norm(), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_weights_are_those_that_the_file_means(files, case: str):
+    path, meant = files[case]
+    loaded = load_transformer(ModelSpec("base", transformer=str(path), precision="fp32"), "cpu")
+    same(weights_of(loaded), meant, 1e-6 if "onv" in case else 0)
+    assert loaded.config.attention_head_dim == 64 and loaded.config.num_single_layers == 2
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_what_a_precision_holds_as_well_stays_as_it_is(files, caplog, case: str, precision: str):
+    """No bit of it changes; any other format is rounded once more, and that is said."""
+    path, meant = files[case]
+    spec = ModelSpec("base", transformer=str(path), precision=precision)
+    with caplog.at_level(logging.WARNING, "chromakit"):
+        loaded = load_transformer(spec, "cpu")
+    layers = {name: layer for name, layer in loaded.named_modules() if isinstance(layer, QuantisedLinear)}
+    assert len(layers) == 12 + 2 * 5 and {layer.scheme for layer in layers.values()} == {precision}
+    blocks = {f"{name}.weight": meant[f"{name}.weight"] for name in layers}
+    if KEPT.get(case) == precision:
+        same(weights_of(loaded), blocks, 0)
+        assert not caplog.messages
+    else:
+        same(weights_of(loaded), blocks, 0.02 if precision == "int8" else 0.05)
+        (said,) = caplog.messages
+        assert f"22 of 22 are dequantised and quantised anew to {precision}, which rounds" in said
+        advice = f"The precision {KEPT[case]} keeps them as they are." if case in KEPT else "a second time."
+        assert said.endswith(advice)
+    assert describe(spec, "transformer").notes == tuple(text.removeprefix("ChromaKit: ") for text in caplog.messages)
+
+
+def test_plain_precisions_say_that_the_weights_take_more_memory(files):
+    int8, four_bits = (
+        describe(ModelSpec("base", transformer=str(files[case][0])), "transformer").notes
+        for case in ("int8_tensorwise", "convrot_w4a4")
+    )
+    assert int8 == (
+        "'int8_tensorwise.safetensors' holds weights of its layers as int8_tensorwise: 22 of 22 are dequantised to "
+        "bf16. The precision int8 keeps them as they are.",
+    )
+    assert four_bits[0].endswith("holds weights of its layers as convrot_w4a4: 22 of 22 are dequantised to bf16.")
+
+
+def test_a_kept_weight_computes_as_the_dequantised_one(files):
+    path, _ = files["int8_tensorwise by row"]
+    kept, plain = (
+        load_transformer(ModelSpec("base", transformer=str(path), precision=name), "cpu") for name in ("int8", "bf16")
+    )
+    x = torch.randn(3, 256, dtype=torch.bfloat16)
+    layer, other = (loaded.transformer_blocks[0].attn.to_k for loaded in (kept, plain))
+    assert torch.equal(layer(x), nn.functional.linear(x, other.weight) + other.bias)
+
+
+def test_a_lora_is_merged_before_weights_are_quantised_anew(files, tmp_path):
+    path, _ = files["int8_tensorwise by row"]
+    spec = ModelSpec("base", transformer=str(path), precision="int8")
+    plain = load_transformer(spec, "cpu")
+    lora = random_lora(model(), ["transformer_blocks.0.attn.to_q"], 2)
+    write_lora(tmp_path / "lora.safetensors", lora)
+    merged = load_transformer(spec, "cpu", [LoraUse(str(tmp_path / "lora.safetensors"), mode="merged")])
+    before = weights_of(plain)
+    changed = {n for n, w in weights_of(merged).items() if n.endswith(".weight") and not torch.equal(w, before[n])}
+    assert changed == {"transformer_blocks.0.attn.to_q.weight"}
+
+
+@pytest.mark.parametrize("case", ["float8_e4m3fn", "int8_tensorwise by row", "mxfp8", "nvfp4"])
+def test_a_text_encoder(tmp_path, case: str):
+    encoder = t5()
+    weights = {n: t for n, t in encoder.state_dict().items() if n != "encoder.embed_tokens.weight"}
+    linears = {f"{name}.weight" for name, layer in encoder.named_modules() if isinstance(layer, nn.Linear)}
+    path = tmp_path / "t5.safetensors"
+    meant = write(path, case, weights, linears)
+    tokenizer().save_pretrained(tmp_path)
+    spec = ModelSpec("base", text_encoder=str(path), text_precision="fp32")
+    same(weights_of(load_text_encoder(spec, "cpu").model), meant, 0)
+    if case in KEPT:
+        kept = load_text_encoder(replace(spec, text_precision=KEPT[case]), "cpu").model
+        same(weights_of(kept), {name: meant[name] for name in linears}, 0)
+
+
+# --- checkpoints of ComfyUI's own saver ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["bf16", "float8_e5m2", *(case for case in CASES if "e5m2" not in case)])
+def checkpoint(request, files, tmp_path_factory) -> tuple[str, Path, dict[str, Tensor]]:
+    """A format; the file that ComfyUI saves, with all parts; and the transformer's weights as it dequantises them."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    if request.param == "bf16":
+        path = folder / "plain.safetensors"
+        weights = keys.to_original(model().bfloat16().state_dict(), "weight")
+        write_safetensors(path, weights)
+    else:
+        path = folder / "given.safetensors"
+        weights = keys.to_original(model().state_dict())
+        write(path, request.param, weights, {name for name, tensor in weights.items() if in_blocks(name, tensor)})
+    text = {n: t for n, t in t5(width=64).state_dict().items() if n != "encoder.embed_tokens.weight"}
+    saved, meant = native_quantised.through_comfyui(path, folder / "comfyui", CONFIG, text, vae().state_dict())
+    return request.param, saved, to_diffusers(meant)
+
+
+def test_comfyuis_own_saver_writes_what_is_read(checkpoint):
+    case, path, meant = checkpoint
+    loaded = load_transformer(ModelSpec("base", transformer=str(path), precision="fp32"), "cpu")
+    assert set(meant) <= set(loaded.state_dict())
+    same(weights_of(loaded), meant, 1e-6 if "onv" in case else 0)
+    if case in KEPT:
+        kept = load_transformer(ModelSpec("base", transformer=str(path), precision=KEPT[case]), "cpu")
+        layers = [name for name, layer in kept.named_modules() if isinstance(layer, QuantisedLinear)]
+        same(weights_of(kept), {f"{name}.weight": meant[f"{name}.weight"] for name in layers}, 0)
+
+
+def test_every_part_is_taken_out_of_the_transformers_file(checkpoint, capsys):
+    _, path, _ = checkpoint
+    assert parts_in(path) == {"transformer", "text_encoder", "vae"}
+    spec = ModelSpec("base", transformer=str(path), text_precision="fp32")
+    assert locate(spec, "vae") == locate(spec, "text_encoder") == path
+    found, expected = weights_of(load_vae(spec, "cpu")), vae().state_dict()
+    same(found, {name: tensor for name, tensor in expected.items() if ".attentions." not in name}, 0)
+    tokenizer().save_pretrained(path.parent)
+    encoder = load_text_encoder(spec, "cpu").model
+    same(weights_of(encoder), t5(width=64).state_dict(), 0)
+    main(["inspect-model", str(path)])
+    printed = capsys.readouterr().out
+    assert "what: a Chroma transformer" in printed and "holds as well: ['text_encoder', 'vae']" in printed
+
+
+def test_a_named_part_goes_before_the_transformers_file(files, tmp_path):
+    """And a file without the part changes nothing: the flavour's own is taken."""
+    path, _ = files["mxfp8"]
+    assert locate(ModelSpec("tiny", transformer=str(path)), "vae").parent.name == "tiny"
+    other = write_safetensors(tmp_path / "vae.safetensors", vae().state_dict())
+    assert locate(ModelSpec("tiny", transformer=str(path), vae=str(other)), "vae") == other
+    assert not parts_in(tmp_path / "missing.safetensors") and not parts_in(tmp_path)

@@ -24,6 +24,12 @@ from chroma_core.names import transformer as keys
 Notation = Literal["scale_weight", "header", "layers", "bare"]
 NOTATIONS: tuple[Notation, ...] = ("scale_weight", "header", "layers", "bare")
 
+GGUF_TYPES = [
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0",
+    "TQ2_0", "MXFP4", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS",
+]  # fmt: skip
+"""Every type that the gguf package unpacks."""
+
 FP8_NAMES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 
 

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import native_quantised
+import recorded
 from chroma_core.cli.main import main
 from chroma_core.loading.load import describe, load_text_encoder, load_transformer, load_vae
 from chroma_core.loading.model_files import locate
@@ -22,11 +24,20 @@ from chroma_core.model.precision import dequantised_weight
 from chroma_core.model.quantised import QuantisedLinear
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.names import transformer as keys
-from chroma_core.weights.opening import parts_in
+from chroma_core.weights.opening import open_weights, parts_in
 from lora_cases import random_lora
 from miniature import t5, tokenizer, vae
 from quantised_weights import CASES, quantise
-from weight_files import json_tensor, to_diffusers, write_safetensors
+from tools.docs import format_table
+from weight_files import (
+    GGUF_TYPES,
+    NOTATIONS,
+    json_tensor,
+    to_diffusers,
+    write_gguf,
+    write_safetensors,
+    write_scaled_fp8,
+)
 
 CONFIG = {
     "num_layers": 1,
@@ -185,25 +196,26 @@ def test_a_text_encoder(tmp_path, case: str):
 # --- checkpoints of ComfyUI's own saver ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["bf16", "float8_e5m2", *(case for case in CASES if "e5m2" not in case)])
-def checkpoint(request, files, tmp_path_factory) -> tuple[str, Path, dict[str, Tensor]]:
-    """A format; the file that ComfyUI saves, with all parts; and the transformer's weights as it dequantises them."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    if request.param == "bf16":
-        path = folder / "plain.safetensors"
-        weights = keys.to_original(model().bfloat16().state_dict(), "weight")
-        write_safetensors(path, weights)
-    else:
-        path = folder / "given.safetensors"
-        weights = keys.to_original(model().state_dict())
-        write(path, request.param, weights, {name for name, tensor in weights.items() if in_blocks(name, tensor)})
+@pytest.fixture(scope="module")
+def saved(files, tmp_path_factory) -> Mapping[str, tuple[Path, dict[str, Tensor]]]:
+    """Every format, and bf16: the file that ComfyUI saves, with all parts; the transformer's weights as it has them."""
+    folder, given = tmp_path_factory.mktemp("checkpoints"), {}
     text = {n: t for n, t in t5(width=64).state_dict().items() if n != "encoder.embed_tokens.weight"}
-    saved, meant = native_quantised.through_comfyui(path, folder / "comfyui", CONFIG, text, vae().state_dict())
-    return request.param, saved, to_diffusers(meant)
+    weights = keys.to_original(model().state_dict(), "weight")
+    names = {name for name, tensor in weights.items() if in_blocks(name, tensor)}
+    for case in ("bf16", *CASES):
+        given[case] = folder / f"{case}.safetensors"
+        if case == "bf16":
+            write_safetensors(given[case], {name: tensor.bfloat16() for name, tensor in weights.items()})
+        else:
+            write(given[case], case, weights, names)
+    found = native_quantised.through_comfyui(given, folder / "saved", CONFIG, text, vae().state_dict())
+    return {case: (path, to_diffusers(meant)) for case, (path, meant) in found.items()}
 
 
-def test_comfyuis_own_saver_writes_what_is_read(checkpoint):
-    case, path, meant = checkpoint
+@pytest.mark.parametrize("case", ["bf16", *CASES])
+def test_comfyuis_own_saver_writes_what_is_read(saved, case: str):
+    path, meant = saved[case]
     loaded = load_transformer(ModelSpec("base", transformer=str(path), precision="fp32"), "cpu")
     assert set(meant) <= set(loaded.state_dict())
     same(weights_of(loaded), meant, 1e-6 if "onv" in case else 0)
@@ -213,8 +225,8 @@ def test_comfyuis_own_saver_writes_what_is_read(checkpoint):
         same(weights_of(kept), {f"{name}.weight": meant[f"{name}.weight"] for name in layers}, 0)
 
 
-def test_every_part_is_taken_out_of_the_transformers_file(checkpoint, capsys):
-    _, path, _ = checkpoint
+def test_every_part_is_taken_out_of_the_transformers_file(saved, capsys):
+    path, _ = saved["convrot_w4a4"]
     assert parts_in(path) == {"transformer", "text_encoder", "vae"}
     spec = ModelSpec("base", transformer=str(path), text_precision="fp32")
     assert locate(spec, "vae") == locate(spec, "text_encoder") == path
@@ -235,3 +247,52 @@ def test_a_named_part_goes_before_the_transformers_file(files, tmp_path):
     other = write_safetensors(tmp_path / "vae.safetensors", vae().state_dict())
     assert locate(ModelSpec("tiny", transformer=str(path), vae=str(other)), "vae") == other
     assert not parts_in(tmp_path / "missing.safetensors") and not parts_in(tmp_path)
+
+
+# --- the table of docs/models.md -------------------------------------------------------------------------------------
+
+
+def row(
+    kind: str,
+    name: str,
+    path: Path,
+    meant: Mapping[str, Tensor],
+    quantised: Iterable[str] | None = None,
+    within: float = 0.0,
+) -> dict[str, Any]:
+    """What is read of a file, beside what it means. within: the relative difference that a weight may have."""
+    weights = open_weights(path)
+    same({n: weights.read(n, torch.float32) for n in meant}, meant, within)
+    schemes = {weights.schemes.get(n) for n in (quantised or meant)}
+    kept = schemes.pop() if len(schemes) == 1 else None
+    return {"kind": kind, "format": name, "within": within, "kept": kept}
+
+
+def test_the_table_of_formats(saved, tmp_path):
+    """What the table in docs/models.md says is measured here. `python -m tools.docs.format_table` writes it."""
+    matrix = {"a.weight": torch.randn(64, 512, generator=torch.Generator().manual_seed(0))}
+    rows = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        held = {name: tensor.to(dtype) for name, tensor in matrix.items()}
+        path, title = tmp_path / f"{dtype}.safetensors", str(dtype).removeprefix("torch.")
+        write_safetensors(path, held)
+        rows.append(row("plain", title, path, {name: tensor.float() for name, tensor in held.items()}))
+    for notation in NOTATIONS:
+        for per_row in (False, True):
+            path = tmp_path / f"{notation}-{per_row}.safetensors"
+            meant = write_scaled_fp8(path, matrix, notation, per_row=per_row)
+            rows.append(row("scaled fp8", f"{notation}{' by row' if per_row else ''}", path, meant))
+    for case in CASES:
+        path, whole = saved[case]
+        names = keys.to_original(whole, "weight")
+        prefixed = {f"model.diffusion_model.{name}": tensor for name, tensor in names.items()}
+        blocks = [f"model.diffusion_model.{name}" for name, tensor in names.items() if in_blocks(name, tensor)]
+        rows.append(row("ComfyUI", case, path, prefixed, blocks, 1e-6 if "onv" in case else 0.0))
+    for kind in GGUF_TYPES:
+        meant = write_gguf(tmp_path / f"{kind}.gguf", matrix, kind)
+        rows.append(row("GGUF", kind, tmp_path / f"{kind}.gguf", meant))
+    recorded.hold("quant_formats", rows)
+
+
+def test_the_page_has_the_table():
+    assert format_table.PAGE.read_text(encoding="utf-8") == format_table.page(), "python -m tools.docs.format_table"

@@ -19,14 +19,12 @@ from _host import Host, PromptFailed, PromptRejected
 from chroma_core.names.transformer import to_original
 from prompts import node, text_to_image
 from quantised_weights import quantise
-from weight_files import json_tensor, remove_files
+from weight_files import CHECKPOINT_PREFIXES, json_tensor, remove_files, tiny_checkpoint
 
 TINY = Path(__file__).resolve().parents[2] / "chroma_core" / "assets" / "tiny"
 
 
 FOLDERS = ("diffusion_models", "text_encoders", "vae", "checkpoints")
-PREFIXES = {"transformer": "model.diffusion_model.", "text_encoder": "text_encoders.t5xxl.transformer.", "vae": "vae."}
-"""What ComfyUI's Save Checkpoint puts before the names of each part."""
 
 
 def tiny(part: str) -> dict[str, Tensor]:
@@ -119,27 +117,17 @@ def test_a_gguf_file_is_listed_and_paints_the_same_picture(server: Host, models:
     assert np.array_equal(paint(server, transformer="tiny.gguf"), published)
 
 
-def whole_checkpoint(**changed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All parts of tiny in one file; `changed`: other weights for a part."""
-    parts = {"transformer": to_original(tiny("transformer")), "text_encoder": tiny("text_encoder"), "vae": tiny("vae")}
-    return {
-        prefix + name: tensor
-        for part, prefix in PREFIXES.items()
-        for name, tensor in {**parts[part], **changed.get(part, {})}.items()
-    }
-
-
 def test_a_checkpoint_with_all_parts_is_listed_and_each_is_taken_out_of_it(
     server: Host, models: Path, published: np.ndarray
 ):
-    save_file(whole_checkpoint(), models / "checkpoints" / "all.safetensors")
+    save_file(tiny_checkpoint(), models / "checkpoints" / "all.safetensors")
     darker = {"decoder.conv_out.bias": tiny("vae")["decoder.conv_out.bias"] - 0.5}
-    save_file(whole_checkpoint(vae=darker), models / "checkpoints" / "darker.safetensors")
+    save_file(tiny_checkpoint(vae=darker), models / "checkpoints" / "darker.safetensors")
     save_file(
         {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)}, models / "checkpoints" / "sd.safetensors"
     )
     (models / "checkpoints" / "broken.safetensors").write_bytes(b"nothing")
-    for part in PREFIXES:
+    for part in CHECKPOINT_PREFIXES:
         listed = options(server, part)
         assert {"all.safetensors", "darker.safetensors"} <= set(listed)
         assert not {"sd.safetensors", "broken.safetensors"} & set(listed)

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chroma_core.names import transformer as keys
@@ -94,6 +94,26 @@ def write_scaled_fp8(
     metadata = {"_quantization_metadata": json.dumps({"layers": layers})} if notation == "header" else None
     write_safetensors(path, held, metadata)
     return expected
+
+
+TINY = Path(__file__).resolve().parents[2] / "chroma_core" / "assets" / "tiny"
+CHECKPOINT_PREFIXES = {
+    "transformer": "model.diffusion_model.",
+    "text_encoder": "text_encoders.t5xxl.transformer.",
+    "vae": "vae.",
+}
+"""What ComfyUI's Save Checkpoint puts before the names of each part."""
+
+
+def tiny_checkpoint(**changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All parts of tiny as one file of ComfyUI's holds them; `changed`: other weights for a part."""
+    found: dict[str, Tensor] = {}
+    for part, prefix in CHECKPOINT_PREFIXES.items():
+        (path,) = (TINY / part).glob("*.safetensors")
+        weights = {**load_file(path), **changed.get(part, {})}
+        weights = keys.to_original(weights, "weight") if part == "transformer" else weights
+        found |= {prefix + name: tensor for name, tensor in weights.items()}
+    return found
 
 
 def json_tensor(value: Any) -> Tensor:

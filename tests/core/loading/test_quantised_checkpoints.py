@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_tensor
 
 import native_quantised
 import recorded
@@ -33,6 +35,7 @@ from weight_files import (
     GGUF_TYPES,
     NOTATIONS,
     json_tensor,
+    tiny_checkpoint,
     to_diffusers,
     write_gguf,
     write_safetensors,
@@ -247,6 +250,24 @@ def test_a_named_part_goes_before_the_transformers_file(files, tmp_path):
     other = write_safetensors(tmp_path / "vae.safetensors", vae().state_dict())
     assert locate(ModelSpec("tiny", transformer=str(path), vae=str(other)), "vae") == other
     assert not parts_in(tmp_path / "missing.safetensors") and not parts_in(tmp_path)
+
+
+def test_the_command_line_takes_every_part_out_of_one_file(tmp_path):
+    def image(*options: str) -> Tensor:
+        arguments = ["--prompt", "a star", "--steps", "2", "--seed", "1", "--device", "cpu", "--output", str(tmp_path)]
+        assert main(["sample", "--flavour", "tiny", *arguments, *options]) == 0
+        (path,) = tmp_path.glob("*.png")
+        with Image.open(path) as picture:
+            found = to_tensor(picture)
+        path.unlink()
+        return found
+
+    darker = {"decoder.conv_out.bias": torch.full((3,), -0.8)}
+    for name, weights in (("same", tiny_checkpoint()), ("darker", tiny_checkpoint(vae=darker))):
+        write_safetensors(tmp_path / f"{name}.safetensors", weights)
+    plain = image()
+    assert torch.equal(image("--transformer", str(tmp_path / "same.safetensors")), plain)
+    assert image("--transformer", str(tmp_path / "darker.safetensors")).mean() < plain.mean() - 0.1
 
 
 # --- the table of docs/models.md -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..chroma_core.errors import ModelFileError
 from ..chroma_core.loading.load import describe
-from ..chroma_core.loading.model_files import locate
+from ..chroma_core.loading.model_files import in_checkpoint, locate
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec, Offload
 from ..chroma_core.memory import Settings, estimate, in_gib, memory_plan
 from ..chroma_core.model.flavours import FLAVOURS
@@ -85,12 +85,14 @@ class ChromaLoadModel(io.ComfyNode):
                 _file_input(
                     "transformer",
                     "A Chroma transformer from models/diffusion_models: .safetensors in the original or in diffusers "
-                    "layout (bf16, fp16, fp32, fp8, scaled fp8), .gguf, or a folder with a diffusers transformer.",
+                    "layout (bf16, fp16, fp32, fp8 or one of ComfyUI's quantised formats), .gguf, or a folder with a "
+                    "diffusers transformer. Of models/checkpoints, the files with a Chroma in them: what they hold of "
+                    "text encoder and VAE is used, too.",
                 ),
                 _file_input(
                     "text_encoder",
-                    "A T5-XXL text encoder from models/text_encoders: .safetensors (fp16, bf16, fp8, scaled fp8), "
-                    ".gguf, or a folder. Its tokenizer comes with ComfyUI.",
+                    "A T5-XXL text encoder from models/text_encoders: .safetensors (fp16, bf16, fp8 or one of "
+                    "ComfyUI's quantised formats), .gguf, or a folder. Its tokenizer comes with ComfyUI.",
                 ),
                 _file_input("vae", "The Flux VAE (ae.safetensors) from models/vae, in either layout, or a folder."),
                 widget(ModelSpec, "resident_blocks"),
@@ -211,10 +213,14 @@ def _checked(spec: ModelSpec) -> tuple[ModelSpec, str]:
 
     Only headers are read. The user's own files come first, so that a wrong one is refused before anything is fetched.
     """
+    held = {part: str(path) for part in PARTS if (path := in_checkpoint(spec, part)) and getattr(spec, part) is None}
+    if held:
+        spec = replace(spec, **held)
+        host.say(f"{' and '.join(held).replace('_', ' ')}: out of '{Path(held.popitem()[1]).name}', too.")
     published: list[Part] = [part for part in PARTS if getattr(spec, part) is None]
     own: list[Part] = [part for part in PARTS if part not in published]
     on_download = host.Downloads()
-    found = {part: describe(spec, part).config for part in own}
+    found = {part: _described(spec, part) for part in own}
     if published and spec.folder is None and FLAVOURS[spec.flavour].repository:
         _check_fit({**FULL_SIZE, **found})  # before anything is fetched
         host.say(
@@ -223,7 +229,7 @@ def _checked(spec: ModelSpec) -> tuple[ModelSpec, str]:
         )
     for part in published:
         try:
-            found[part] = describe(spec, part, on_download).config
+            found[part] = _described(spec, part, on_download)
         except ModelFileError as error:
             raise ModelFileError(f"{error}{_what_is_here(spec, part)}") from error
     _check_fit(found)
@@ -238,6 +244,14 @@ def _checked(spec: ModelSpec) -> tuple[ModelSpec, str]:
         "LoRAs trained on them record it."
     )
     return spec, "base"
+
+
+def _described(spec: ModelSpec, part: Part, on_download: host.Downloads | None = None) -> dict[str, Any]:
+    """A part's configuration, from its header; what there is to know of its file is said on the node."""
+    component = describe(spec, part, on_download)
+    for note in component.notes:
+        host.say(note)
+    return component.config
 
 
 def _what_is_here(spec: ModelSpec, part: Part) -> str:

@@ -56,10 +56,11 @@ def import_host() -> None:
         sys.argv = arguments
 
 
-def build_native(config: dict[str, Any], device: str = "cpu"):
+def build_native(config: dict[str, Any], device: str = "cpu", operations: Any = None):
     """The host's Chroma in fp32 inside its ModelPatcher, for a diffusers transformer configuration; random weights.
 
     Built directly, because the host's model detection hard-codes Chroma 1's widths. On `meta` it has shapes only.
+    operations: the host's layer classes; None: plain ones.
     """
     import comfy.model_base
     import comfy.model_patcher
@@ -92,7 +93,7 @@ def build_native(config: dict[str, Any], device: str = "cpu"):
         }
     )
     native.set_inference_dtype(torch.float32, None)
-    native.custom_operations = comfy.ops.disable_weight_init
+    native.custom_operations = operations or comfy.ops.disable_weight_init
     where = torch.device(device)
     model = comfy.model_base.Chroma(native, device=where)
     return comfy.model_patcher.ModelPatcher(model, load_device=where, offload_device=where)

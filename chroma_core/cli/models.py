@@ -72,7 +72,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from ..loading.matching import describe_part
     from ..loading.quantised_files import is_quantised_file, quantised_header
     from ..weights.identify import identify
-    from ..weights.opening import open_weights
+    from ..weights.opening import open_weights, parts_in
 
     path: Path = options.file
     if is_quantised_file(path):
@@ -90,7 +90,13 @@ def _inspect(options: argparse.Namespace) -> None:
             "tensors": len(weights.shapes),
         }
         if identity.part is not None:
-            report["config"] = describe_part(weights, identity.part).config
+            component = describe_part(weights, identity.part)
+            report["config"] = component.config
+            if component.notes:
+                report["notes"] = list(component.notes)
+            others = sorted(parts_in(path) - {identity.part}) if path.is_file() else []
+            if others:
+                report["holds_as_well"] = others
     if options.json:
         print(json.dumps(report, indent=2))
         return

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from ..errors import ModelFileError
 from ..lora.adapters import check_fits, merge
 from ..lora.modules import LoraFile
-from ..model.precision import PRECISIONS, QUANTISED_PARTS, Precision, quantisable_linears, quantise_linear
+from ..model.precision import (
+    PRECISIONS,
+    QUANTISED_PARTS,
+    Precision,
+    quantisable_linears,
+    quantise_linear,
+    unpack_linear,
+)
+from ..model.quantised import CODES
 from ..weights.identify import Part
 from ..weights.opening import Weights
 from .matching import Component, build_part
@@ -60,7 +68,9 @@ def assemble(
     loras: Sequence[tuple[LoraUse, LoraFile]],
     on_part: OnPart,
 ) -> nn.Module:
-    """A part from its unquantised files, frozen and in eval mode; `loras` are merged before weights are quantised.
+    """A part from files of others, frozen and in eval mode; `loras` are merged before weights are quantised.
+
+    Weights that the files hold in the very scheme of a quantised precision are kept as they are, unless merged into.
 
     Raises ModelFileError for damaged files, LoraError when a LoRA does not fit, PrecisionError from the back end.
     """
@@ -75,6 +85,11 @@ def assemble(
         on_part(i, len(groups), group)
         # What is quantised is read alike for every device: the codes are the same.
         dtype = PRECISIONS[chosen.name].dtype if group in linears else chosen.dtype
+        merged = any(group in lora.modules for _, lora in loras)
+        if group in linears and not merged and is_kept(weights, component, f"{group}.weight", chosen):
+            module.set_submodule(group, _as_stored(module.get_submodule(group), group, weights, component, chosen))
+            module.get_submodule(group).to(placement.of(group))
+            continue
         for name in members:
             set_tensor(module, name, component.sources[name].read(weights, dtype).to(placement.staging))
         for use, lora in loras:
@@ -85,6 +100,20 @@ def assemble(
         module.get_submodule(group).to(placement.of(group))
     on_part(len(groups), len(groups), "")
     return finished(module)
+
+
+def is_kept(weights: Weights, component: Component, name: str, chosen: Precision) -> bool:
+    """Whether a file holds a parameter as the precision does: its codes need not be made anew."""
+    return chosen.quantised and weights.schemes.get(component.sources[name].name) == chosen.scheme
+
+
+def _as_stored(shell: nn.Module, group: str, weights: Weights, component: Component, chosen: Precision) -> nn.Module:
+    """The quantised linear in the place of `shell`, with the codes and scales of the file."""
+    codes, scale = component.sources[f"{group}.weight"].codes(weights)
+    tensors = {"weight": codes.view(CODES), "scale": scale}
+    if (bias := component.sources.get(f"{group}.bias")) is not None:
+        tensors["bias"] = bias.read(weights, PRECISIONS[chosen.name].dtype)
+    return unpack_linear(shell, tensors, chosen)  # type: ignore[arg-type]
 
 
 def finished(module: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..sampling.text import TextEncoder
 from ..streaming import stream_blocks
 from ..weights.identify import TITLES, Identity, Part
 from ..weights.opening import Weights, open_weights
-from .build import Device, OnPart, Placement, assemble
+from .build import Device, OnPart, Placement, assemble, is_block, is_kept
 from .hub import OnDownload
 from .matching import Component, build_part, describe_part
 from .model_files import file_state, locate
@@ -36,6 +37,9 @@ log = logging.getLogger("chromakit")
 def _silent(done: int, total: int, what: str) -> None:
     """No progress wanted."""
 
+
+PLAIN = ("fp64", "fp32", "fp16", "bf16")
+"""Names of stored types that are not quantised."""
 
 INVISIBLE = ("axes_dims_rope", "norm_num_groups", "scaling_factor", "shift_factor")
 """What no tensor's shape tells. A single file takes it from its flavour when it is that flavour's model otherwise."""
@@ -109,6 +113,7 @@ def _load(
             except ModelFileError as error:
                 log.warning("ChromaKit: the kept copy '%s' is not used and made anew: %s", kept.name, error)
     weights, component = _described(spec, part, path)
+    _tell(weights, component, chosen)
     module = assemble(part, weights, component, chosen, placement, loras, on_part)
     if kept is not None:
         save_quantised(kept, module, part, chosen, component.config)
@@ -124,6 +129,7 @@ def write_quantised(path: Path, spec: ModelSpec, part: Part, device: Device, on_
     require(chosen, torch.device(device))
     with torch.inference_mode(False):
         weights, component = _described(spec, part, locate(spec, part))
+        _tell(weights, component, chosen)
         module = assemble(part, weights, component, chosen, Placement.on(device, streamed=True), (), on_part)
         save_quantised(path, module, part, chosen, component.config)
 
@@ -138,7 +144,8 @@ def describe(spec: ModelSpec, part: Part, on_progress: OnDownload | None = None)
         return Component(
             Identity(part, "chromakit", TITLES[part]), quantised_config(path, part, _precision(spec, part)), {}
         )
-    return _described(spec, part, path)[1]
+    weights, component = _described(spec, part, path)
+    return replace(component, notes=(*component.notes, *_format_note(weights, component, _precision(spec, part))))
 
 
 def transformer_identity(spec: ModelSpec) -> tuple[str, ...] | None:
@@ -184,6 +191,41 @@ def _described(spec: ModelSpec, part: Part, path: Path) -> tuple[Weights, Compon
         except ModelFileError as error:
             log.warning("ChromaKit: '%s' is not read with the config.json beside it: %s", path.name, error)
     return weights, _with_what_tensors_hide(component, spec, part, weights)
+
+
+def _tell(weights: Weights, component: Component, chosen: Precision) -> None:
+    """Log what `describe` notes."""
+    for note in (*component.notes, *_format_note(weights, component, chosen)):
+        log.warning("ChromaKit: %s", note)
+
+
+def _format_note(weights: Weights, component: Component, chosen: Precision) -> tuple[str, ...]:
+    """What becomes of weights that a file holds quantised, in a sentence; none where they are kept as they are."""
+    held = [
+        (name, source.name)
+        for name, source in component.sources.items()
+        if is_block(name) and name.endswith(".weight") and len(source.shape) == 2
+    ]
+    changed = [
+        file_name
+        for name, file_name in held
+        if weights.storage[file_name] not in PLAIN and not is_kept(weights, component, name, chosen)
+    ]
+    if not changed:
+        return ()
+    stored = " and ".join(sorted({weights.storage[name] for name in changed}))
+    becomes = (
+        f"dequantised and quantised anew to {chosen.name}, which rounds them a second time"
+        if chosen.quantised
+        else f"dequantised to {chosen.name}"
+    )
+    schemes = {weights.schemes.get(name) for name in changed}
+    keep = schemes.pop() if len(schemes) == 1 else None
+    advice = f" The precision {keep} keeps them as they are." if keep else ""
+    return (
+        f"'{weights.path.name}' holds weights of its layers as {stored}: {len(changed)} of {len(held)} are {becomes}."
+        f"{advice}",
+    )
 
 
 def _with_what_tensors_hide(component: Component, spec: ModelSpec, part: Part, weights: Weights) -> Component:

@@ -25,7 +25,19 @@ from ..names import encoders
 from ..names import transformer as keys
 from ..names.transformer import Rows
 from ..weights import dimensions
-from ..weights.identify import TITLES, Identity, Part, find_part, identify, incomplete, misshapen, refuse, surplus
+from ..weights.identify import (
+    FEW,
+    TITLES,
+    Identity,
+    Part,
+    find_part,
+    identify,
+    ignored,
+    incomplete,
+    misshapen,
+    refuse,
+    surplus,
+)
 from ..weights.opening import Weights
 
 Shape = tuple[int, ...]
@@ -46,17 +58,28 @@ class Source:
 
     def read(self, weights: Weights, dtype: torch.dtype) -> Tensor:
         """The parameter as a new tensor on the CPU. Raises ModelFileError when its file was changed or lost."""
-        rows = None if self.rows is None else self.rows.span(weights.shapes[self.name][0])
-        return weights.read(self.name, dtype, rows).reshape(self.shape)
+        return weights.read(self.name, dtype, self._rows(weights)).reshape(self.shape)
+
+    def codes(self, weights: Weights) -> tuple[Tensor, Tensor]:
+        """The codes and scales of a parameter in `weights.schemes`, which see. Raises ModelFileError as `read` does."""
+        return weights.codes(self.name, self._rows(weights))
+
+    def _rows(self, weights: Weights) -> tuple[int, int] | None:
+        return None if self.rows is None else self.rows.span(weights.shapes[self.name][0])
 
 
 @dataclass(frozen=True)
 class Component:
-    """A part of Chroma in a file. config: arguments of its class; sources: for every name of its `state_dict`."""
+    """A part of Chroma in a file.
+
+    config: arguments of its class. sources: for every name of its `state_dict`. notes: what the user should know of
+    how the file is read, each a sentence.
+    """
 
     identity: Identity
     config: dict[str, Any]
     sources: dict[str, Source]
+    notes: tuple[str, ...] = ()
 
 
 def describe_part(weights: Weights, part: Part, config: Mapping[str, Any] | None = None) -> Component:
@@ -66,8 +89,8 @@ def describe_part(weights: Weights, part: Part, config: Mapping[str, Any] | None
         weights: only names and shapes are asked, no numbers; other parts of a full checkpoint are passed over.
         config: the folder's config.json; None: inferred from the shapes.
     Raises:
-        ModelFileError: another model (which one, and where it belongs), missing or surplus tensors, shapes that
-            contradict each other or the config.
+        ModelFileError: another model (which one, and where it belongs), missing tensors, more than a few surplus
+            ones, shapes that contradict each other or the config.
     """
     identity = find_part(weights.shapes, part)
     if identity is None:
@@ -88,7 +111,7 @@ def describe_part(weights: Weights, part: Part, config: Mapping[str, Any] | None
     if missing:
         raise incomplete(weights.path, identity, list(missing), len(dict.fromkeys(layout.to_file(n) for n in expected)))
     extra = [*unknown, *dict.fromkeys(found[name].name for name in found if name not in expected)]
-    if extra:
+    if len(extra) > FEW:
         raise surplus(weights.path, identity, extra, by_config=config is not None)
     wrong = {
         found[name].name: (tuple(weights.shapes[found[name].name]), _whole(expected[name], found[name]))
@@ -97,7 +120,8 @@ def describe_part(weights: Weights, part: Part, config: Mapping[str, Any] | None
     }
     if wrong:
         raise misshapen(weights.path, identity, wrong, origin)
-    return Component(identity, arguments, {name: found[name] for name in expected})
+    notes = (ignored(weights.path, identity, extra),) if extra else ()
+    return Component(identity, arguments, {name: found[name] for name in expected}, notes)
 
 
 class _Layout:

@@ -15,6 +15,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,8 @@ from huggingface_hub import constants
 from ..errors import ConfigError, ModelFileError
 from ..files import read_json, sha256_file, write_atomic
 from ..model.flavours import flavour
-from ..weights.opening import open_weights
+from ..weights.identify import Part
+from ..weights.opening import open_weights, parts_in
 from .hub import OnDownload, fetch
 from .spec import ModelSpec
 
@@ -36,7 +38,8 @@ def locate(spec: ModelSpec, part: ModelPart, on_progress: OnDownload | None = No
     """The file or component folder that holds `part`; only what is nowhere on this machine is downloaded.
 
     In this order: the part's own field in `spec`; for the tokenizer, what lies in or beside the text encoder's folder;
-    `spec.folder`; the folder of an embedded flavour; the Hub's shared cache, or the Hub itself.
+    `spec.folder`; the transformer's own file, where it is a checkpoint with all parts in it; the folder of an embedded
+    flavour; the Hub's shared cache, or the Hub itself.
 
     Args:
         on_progress: see `hub.fetch`.
@@ -46,10 +49,12 @@ def locate(spec: ModelSpec, part: ModelPart, on_progress: OnDownload | None = No
     own = getattr(spec, part)
     if own is not None:
         return _existing(Path(own), part)
-    if part == "tokenizer" and spec.text_encoder is not None:
-        beside = _tokenizer_beside(Path(spec.text_encoder))
+    if part == "tokenizer" and (text_encoder := spec.text_encoder or in_checkpoint(spec, "text_encoder")):
+        beside = _tokenizer_beside(Path(text_encoder))
         if beside is not None:
             return beside
+    if whole := in_checkpoint(spec, part):
+        return whole
     chosen = flavour(spec.flavour)
     folder = Path(spec.folder) if spec.folder else chosen.folder
     if folder is None:
@@ -60,6 +65,20 @@ def locate(spec: ModelSpec, part: ModelPart, on_progress: OnDownload | None = No
             "the sub-folders transformer, text_encoder, tokenizer and vae, or name single files for the parts."
         )
     return _existing(folder / part, part)
+
+
+def in_checkpoint(spec: ModelSpec, part: ModelPart) -> Path | None:
+    """The transformer's file, where it holds a part that is named nowhere else."""
+    if spec.transformer is None or spec.folder is not None or part in ("transformer", "tokenizer"):
+        return None
+    path = Path(spec.transformer)
+    return path if path.is_file() and part in _parts_in(path, file_state(path)) else None
+
+
+@lru_cache(maxsize=16)
+def _parts_in(path: Path, state: str) -> frozenset[Part]:
+    """`parts_in`, once for a file that does not change."""
+    return parts_in(path)
 
 
 def _existing(path: Path, part: ModelPart) -> Path:

@@ -62,7 +62,12 @@ class ModelSpec:
             advanced=True,
         ),
     ] = "none"
-    transformer: Annotated[str | None, Option("The transformer from a file or a component folder.")] = None
+    transformer: Annotated[
+        str | None,
+        Option(
+            "The transformer from a file or a component folder; text encoder and VAE too, if they are in the same file."
+        ),
+    ] = None
     text_encoder: Annotated[str | None, Option("The T5 text encoder from a file or a component folder.")] = None
     tokenizer: Annotated[str | None, Option("The tokenizer from a component folder.")] = None
     vae: Annotated[str | None, Option("The VAE from a file or a component folder.")] = None

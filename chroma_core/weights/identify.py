@@ -307,6 +307,20 @@ def incomplete(path: Path | str, found: Identity, missing: Sequence[str], of: in
     )
 
 
+FEW = 4
+"""Surplus tensors that are only said: what else a tool put into a file. A layer that a variant adds to every block, or
+a block, has more."""
+
+
+def ignored(path: Path | str, found: Identity, extra: Sequence[str]) -> str:
+    """The sentence for a part with a few tensors that it should not have."""
+    return (
+        f"'{Path(path).name}' holds {counted(len(extra), 'tensor')} that {found.title} does not have, and "
+        f"{'it is' if len(extra) == 1 else 'they are'} ignored: {first_few(extra, FEW)}. If the images are wrong, the "
+        "file is a variant with another architecture."
+    )
+
+
 def surplus(path: Path | str, found: Identity, extra: Sequence[str], by_config: bool) -> ModelFileError:
     """For a part with tensors that it should not have."""
     reason = "that its config.json has no place for" if by_config else f"that {found.title} does not have"

@@ -1,7 +1,7 @@
 """The weights of one part of a model, in whatever file or folder they come: names, shapes, and reading one at a time.
 
-Nothing but headers (and the scales of scaled fp8) is read on opening; a tensor is read, unpacked and cast when it is
-asked for, whole or some rows of it. What a file cannot be used for is refused on opening, with the reason: model
+Nothing but headers (and the scales of quantised rows) is read on opening; a tensor is read, unpacked and cast when it
+is asked for, whole or some rows of it. What a file cannot be used for is refused on opening, with the reason: model
 folders hold half downloads, web pages that a browser saved under the model's name, pointers that git left in place of
 the file, and pickles that somebody renamed. The first bytes tell, not the name.
 """
@@ -21,9 +21,10 @@ from torch import Tensor
 from ..errors import ModelFileError, first_few
 from ..files import strict_json
 from .gguf_files import GGUF_MAGIC, read_gguf
+from .identify import PARTS, Part, find_part
 from .safetensors_files import read_safetensors
-from .scaled_fp8 import join_scales
-from .stored_tensors import DOWNLOAD_AGAIN, Stored, damaged, unreadable
+from .scales import join_scales
+from .stored_tensors import DOWNLOAD_AGAIN, Scheme, Stored, damaged, unreadable
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 PARTIAL_SUFFIXES = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
@@ -131,8 +132,9 @@ class Weights:
     path: the file or folder that was opened, for messages.
     files: the files that hold the tensors.
     metadata: texts of the header (`general.architecture` of a GGUF file, `modelspec.*` …), of all shards together.
-    shapes: of the logical tensors, in torch's order; scales and markers of scaled fp8 are not listed.
-    storage: how each is stored, e.g. `bf16`, `fp8`, `scaled fp8`, `Q4_K`.
+    shapes: of the logical tensors, in torch's order; scales and markers of quantised formats are not listed.
+    storage: how each is stored, e.g. `bf16`, `fp8`, `scaled fp8`, `nvfp4`, `Q4_K`.
+    schemes: of those that are stored as a quantised layer of ours holds them, the scheme (see `codes`).
     """
 
     def __init__(
@@ -143,6 +145,9 @@ class Weights:
         self.metadata: Mapping[str, str] = dict(metadata)
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
         self.storage: Mapping[str, str] = {name: tensor.label for name, tensor in tensors.items()}
+        self.schemes: Mapping[str, Scheme] = {
+            name: tensor.scheme for name, tensor in tensors.items() if tensor.scheme is not None
+        }
         self._tensors = dict(tensors)
 
     def read(self, name: str, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> Tensor:
@@ -160,6 +165,13 @@ class Weights:
         if rows is not None and not (tensor.shape and 0 <= rows[0] <= rows[1] <= tensor.shape[0]):
             raise ValueError(f"rows {rows} of '{name}', whose shape is {list(tensor.shape)}")
         return tensor.read(dtype, rows)
+
+    def codes(self, name: str, rows: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """Of a tensor in `schemes`: its codes as they are stored [rows, columns], and their scales, fp32 [rows, 1].
+
+        Raises ModelFileError as `read` does.
+        """
+        return self._tensors[name].codes(rows)
 
 
 def open_weights(path: Path | str) -> Weights:
@@ -184,6 +196,17 @@ def open_weights(path: Path | str) -> Weights:
     metadata, tensors = read_safetensors(file)
     _refuse_packed(path, tensors)
     return Weights(path, (file,), metadata, join_scales(file, [metadata], tensors))
+
+
+def parts_in(path: Path | str) -> frozenset[Part]:
+    """The parts of Chroma that one file holds, by the names in its header; none for whatever is no weights file."""
+    path = Path(path)
+    try:
+        tensors = (read_gguf if file_kind(path) == "gguf" else read_safetensors)(path)[1]
+    except ModelFileError:
+        return frozenset()
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return frozenset(part for part in PARTS if find_part(shapes, part) is not None)
 
 
 def _refuse_packed(path: Path, tensors: Mapping[str, Stored]) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from ..errors import ModelFileError
 CHUNK = 1 << 18
 """Numbers that are converted at a time: beside its result, reading a tensor needs memory for these only. Small enough
 for a processor's cache, in which unpacking GGUF blocks is about twice as fast as outside it."""
+
+Scheme = Literal["int8", "fp8"]
+"""Of `model.quantised`, those whose codes files hold as well: rows of int8 or e4m3 numbers with a scale each."""
 
 DOWNLOAD_AGAIN = "Download it again, or choose another file."
 
@@ -107,7 +111,9 @@ class Stored:
     dtype: the torch type of the stored numbers; None where torch has none.
     block, block_bytes: numbers that are stored together, and the bytes that they take.
     decode: unpacks whole blocks, bytes → fp32 numbers, where `dtype` is None.
-    scale: multiplies the numbers, in fp32: one element, or one per row.
+    scale: multiplies the numbers, in fp32: [1 or rows, groups], each for an equal share of a row; or what reads it,
+    where there are too many to keep.
+    finish: what becomes of the scaled rows [n, columns] in the end: a rotation undone, columns scaled.
     """
 
     file: WeightFile
@@ -118,7 +124,8 @@ class Stored:
     block: int
     block_bytes: int
     decode: Callable[[np.ndarray], np.ndarray] | None = None
-    scale: Tensor | None = None
+    scale: Tensor | Callable[[], Tensor] | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -130,22 +137,46 @@ class Stored:
         """Length of the first dimension; a number without dimensions is one row."""
         return self.shape[0] if self.shape else 1
 
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme of our quantised layers in which the numbers are stored already; None for any other form."""
+        if self.finish is not None or len(self.shape) != 2 or not (self.scale is None or torch.is_tensor(self.scale)):
+            return None
+        if self.dtype is torch.int8 and self.scale is not None:
+            return "int8"
+        return "fp8" if self.dtype is torch.float8_e4m3fn else None
+
+    def codes(self, rows: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """The numbers of a tensor that has a `scheme`, as they are stored, and their scales, fp32 [rows, 1].
+
+        Raises ModelFileError for e4m3 numbers that are NaN.
+        """
+        assert self.dtype is not None and not callable(self.scale)  # so it is where there is a scheme
+        start, stop = rows or (0, self.rows)
+        scale = torch.ones(1, 1) if self.scale is None else self.scale
+        codes = replace(self, scale=None).read(self.dtype, rows)
+        if self.dtype.is_floating_point and bool((codes.view(torch.uint8) & 127 == 127).any()):
+            raise damaged(self.file.path, "it holds weights that are not finite (NaN)")
+        return codes, scale.expand(self.rows, 1)[start:stop].contiguous()
+
     def read(self, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> Tensor:
-        """A new CPU tensor [stop − start, …] of `dtype`: fp32(stored) × scale, rounded once.
+        """A new CPU tensor [stop − start, …] of `dtype`: fp32(stored) × scale, finished, rounded once.
 
         rows: first and one-past-last row to read; None: all. The caller has checked that they exist.
-        Raises ModelFileError if the stored type is none that weights come in (integers are read as themselves only).
+        Raises ModelFileError if the stored type is none that weights come in (integers without a scale are read as
+        themselves only), or a scale is not finite.
         """
         start, stop = rows or (0, self.rows)
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
         out = torch.empty(shape, dtype=dtype, device="cpu")
+        is_number = self.dtype is not None and (self.dtype.is_floating_point or self.scale is not None)
         with self.file.open() as file:
             if self.dtype is dtype and self.scale is None:
                 file.fill(out.view(-1), self.offset + start * prod(self.shape[1:]) * dtype.itemsize)
-            elif self.decode is None and not (self.dtype and self.dtype.is_floating_point):
+            elif self.decode is None and not is_number:
                 raise ModelFileError(
                     f"The file '{self.file.path}' stores weights as {self.label}, which is not read. Use a release in "
-                    "bf16, fp16, fp32, fp8, scaled fp8 or GGUF."
+                    "bf16, fp16, fp32, fp8, one of ComfyUI's quantised formats or GGUF."
                 )
             else:
                 self._convert(file, out.view(-1), start, stop)
@@ -154,12 +185,15 @@ class Stored:
     def _convert(self, file: Opened, out: Tensor, start: int, stop: int) -> None:
         row = prod(self.shape[1:])  # numbers in one
         step = max(1, CHUNK // max(1, row))
+        scales = self.scale() if callable(self.scale) else self.scale
         for first in range(start, stop, step):
             last = min(first + step, stop)
             values = self._values(file, first * row, last * row)
-            if self.scale is not None:
-                scale = self.scale if self.scale.numel() == 1 else self.scale[first:last, None]
-                values = values.float().view(last - first, row).mul_(scale).view(-1)
+            if scales is not None:
+                scale = scales if len(scales) == 1 else scales[first:last]
+                groups = values.float().view(last - first, scale.shape[1], -1)
+                values = groups.mul_(scale[..., None]).view(last - first, row)
+                values = (values if self.finish is None else self.finish(values)).view(-1)
             out[(first - start) * row : (last - start) * row].copy_(values)
 
     def _values(self, file: Opened, first: int, last: int) -> Tensor:

@@ -2,12 +2,13 @@
 
 A name is a file below one of the folders that ComfyUI uses for its kind (also those of extra_model_paths.yaml), or,
 with a slash at its end, a folder with one component in diffusers layout. GGUF files are listed too; ComfyUI's own
-lists leave them out.
+lists leave them out. Of models/checkpoints, the files that hold the part in question are listed.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.sd
@@ -15,6 +16,7 @@ import folder_paths
 
 from ...chroma_core.errors import ModelFileError
 from ...chroma_core.weights.identify import Part
+from ...chroma_core.weights.opening import parts_in
 
 FOLDERS: dict[Part, tuple[str, ...]] = {
     "transformer": ("diffusion_models", "unet"),
@@ -23,33 +25,32 @@ FOLDERS: dict[Part, tuple[str, ...]] = {
 }
 """ComfyUI's kinds of folders for each part; the second names are those of older hosts."""
 
+CHECKPOINTS = "checkpoints"
+"""ComfyUI's kind of folder for files with several parts, of Chroma and of every other model."""
+
 EXTENSIONS = {".safetensors", ".sft", ".gguf"}
 INDEX = ".safetensors.index.json"
 
 
 def model_file_names(part: Part) -> list[str]:
     """What ComfyUI's folders hold for `part`, sorted: files by relative name, component folders with a slash."""
-    return sorted({name for root in _roots(part) for name in _names(root)})
+    return sorted({name for root, name in _listed(part)})
 
 
 def model_file(part: Part, name: str) -> str:
     """The path behind a name from `model_file_names`; never one outside ComfyUI's folders. Raises ModelFileError."""
-    for root in _roots(part):
-        if name in _names(root):
-            return os.path.join(root, *name.split("/")).rstrip(os.sep)
+    for root, listed in _listed(part):
+        if name == listed:
+            return _path(root, name)
     raise ModelFileError(
-        f"There is no {part.replace('_', ' ')} '{name}' in ComfyUI's folders: {', '.join(_roots(part))}. Choose one "
-        "from the list (press R to refresh it), or put the file there."
+        f"There is no {part.replace('_', ' ')} '{name}' in ComfyUI's folders: {', '.join(_roots(*FOLDERS[part]))}. "
+        "Choose one from the list (press R to refresh it), or put the file there."
     )
 
 
 def model_file_name(part: Part, path: str) -> str | None:
     """The name behind a path that `model_file` gave; None for a file that is not in ComfyUI's folders any more."""
-    for root in _roots(part):
-        for name in _names(root):
-            if os.path.join(root, *name.split("/")).rstrip(os.sep) == path:
-                return name
-    return None
+    return next((name for root, name in _listed(part) if _path(root, name) == path), None)
 
 
 def model_folders() -> list[str]:
@@ -87,8 +88,35 @@ def t5_tokenizer() -> Path | None:
     return folder if (folder / "tokenizer.json").is_file() else None
 
 
-def _roots(part: Part) -> list[str]:
-    known = [kind for kind in FOLDERS[part] if kind in folder_paths.folder_names_and_paths] or [FOLDERS[part][0]]
+def _listed(part: Part) -> Iterator[tuple[str, str]]:
+    """(root, name) of every model for `part`; where two roots have a name, the first is meant."""
+    for root in _roots(*FOLDERS[part]):
+        yield from ((root, name) for name in _names(root))
+    for root in _roots(CHECKPOINTS):
+        yield from ((root, name) for name in _names(root) if part in _parts_in(_path(root, name)))
+
+
+def _path(root: str, name: str) -> str:
+    return os.path.join(root, *name.split("/")).rstrip(os.sep)
+
+
+_held: dict[str, tuple[tuple[int, int], frozenset[Part]]] = {}
+
+
+def _parts_in(path: str) -> frozenset[Part]:
+    """The parts of Chroma in a checkpoint: its header is read again only when the file has changed."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return frozenset()
+    state = (stat.st_size, stat.st_mtime_ns)
+    if _held.get(path, (None,))[0] != state:
+        _held[path] = (state, parts_in(path))
+    return _held[path][1]
+
+
+def _roots(*kinds: str) -> list[str]:
+    known = [kind for kind in kinds if kind in folder_paths.folder_names_and_paths] or [kinds[0]]
     return list(dict.fromkeys(root for kind in known for root in folder_paths.get_folder_paths(kind)))
 
 

@@ -26,7 +26,8 @@ ON_THE_CPU = {
     ("training/step/objective.py", "pair_noise"): "a batch before it is moved",
     ("weights/gguf_files.py", "*"): "names of dtypes in files",
     ("weights/safetensors_files.py", "*"): "names of dtypes in files",
-    ("weights/scaled_fp8.py", "*"): "names of dtypes in files",
+    ("weights/quant_formats.py", "*"): "names of dtypes in files",
+    ("weights/stored_tensors.py", "scheme"): "the name of a dtype in files",
     ("model/backends/torchao.py", "*"): "an operation that refuses other devices",
     ("model/backends/quanto.py", "*"): "an operation that refuses other devices",
 }

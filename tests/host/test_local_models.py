@@ -18,9 +18,13 @@ import miniature
 from _host import Host, PromptFailed, PromptRejected
 from chroma_core.names.transformer import to_original
 from prompts import node, text_to_image
-from weight_files import remove_files
+from quantised_weights import quantise
+from weight_files import CHECKPOINT_PREFIXES, json_tensor, remove_files, tiny_checkpoint
 
 TINY = Path(__file__).resolve().parents[2] / "chroma_core" / "assets" / "tiny"
+
+
+FOLDERS = ("diffusion_models", "text_encoders", "vae", "checkpoints")
 
 
 def tiny(part: str) -> dict[str, Tensor]:
@@ -32,7 +36,7 @@ def tiny(part: str) -> dict[str, Tensor]:
 def models(server: Host) -> Iterator[Path]:
     """The models folder of the host, with tiny's parts as single files of several kinds."""
     models = server.base / "models"
-    for name in ("diffusion_models", "text_encoders", "vae"):
+    for name in FOLDERS:
         (models / name).mkdir(parents=True, exist_ok=True)
     transformers = models / "diffusion_models"
     original = to_original(tiny("transformer"))
@@ -44,7 +48,7 @@ def models(server: Host) -> Iterator[Path]:
     save_file(tiny("text_encoder"), models / "text_encoders" / "tiny_t5.safetensors")
     save_file(tiny("vae"), models / "vae" / "tiny_vae.safetensors")
     yield models
-    for name in ("diffusion_models", "text_encoders", "vae", "chromakit"):
+    for name in (*FOLDERS, "chromakit"):
         remove_files(models / name)
 
 
@@ -111,6 +115,61 @@ def test_a_gguf_file_is_listed_and_paints_the_same_picture(server: Host, models:
     writer.close()
     assert "tiny.gguf" in options(server, "transformer")
     assert np.array_equal(paint(server, transformer="tiny.gguf"), published)
+
+
+def test_a_checkpoint_with_all_parts_is_listed_and_each_is_taken_out_of_it(
+    server: Host, models: Path, published: np.ndarray
+):
+    save_file(tiny_checkpoint(), models / "checkpoints" / "all.safetensors")
+    darker = {"decoder.conv_out.bias": tiny("vae")["decoder.conv_out.bias"] - 0.5}
+    save_file(tiny_checkpoint(vae=darker), models / "checkpoints" / "darker.safetensors")
+    save_file(
+        {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)}, models / "checkpoints" / "sd.safetensors"
+    )
+    (models / "checkpoints" / "broken.safetensors").write_bytes(b"nothing")
+    for part in CHECKPOINT_PREFIXES:
+        listed = options(server, part)
+        assert {"all.safetensors", "darker.safetensors"} <= set(listed)
+        assert not {"sd.safetensors", "broken.safetensors"} & set(listed)
+    assert np.array_equal(paint(server, transformer="all.safetensors"), published)
+    dark = paint(server, transformer="darker.safetensors")
+    assert dark.mean() < published.mean() - 20
+    assert np.array_equal(paint(server, vae="darker.safetensors"), dark)
+    assert np.array_equal(paint(server, transformer="darker.safetensors", vae="tiny_vae.safetensors"), published)
+    remove_files(models / "checkpoints")
+    assert "all.safetensors" not in options(server, "vae")
+
+
+def test_a_quantised_file_of_comfyuis_paints_what_its_weights_say(server: Host, models: Path):
+    """In int8 as it is, and dequantised: the same numbers, so nearly the same picture."""
+    held, plain = {}, {}
+    for name, tensor in to_original(tiny("transformer")).items():
+        if tensor.dim() != 2 or not name.startswith(("double_blocks", "single_blocks")):
+            held[name] = plain[name] = tensor
+            continue
+        made = quantise(tensor.float(), "int8_tensorwise by row")
+        module = name.removesuffix(".weight")
+        held |= {f"{module}.{suffix}": part for suffix, part in made.tensors.items()}
+        held[f"{module}.comfy_quant"] = json_tensor(made.entry)
+        plain[name] = made.meant
+    save_file(held, models / "diffusion_models" / "int8.safetensors")
+    save_file(plain, models / "diffusion_models" / "dequantised.safetensors")
+    assert np.array_equal(
+        paint(server, transformer="int8.safetensors", precision="fp32"),
+        paint(server, transformer="dequantised.safetensors", precision="fp32"),
+    )
+    kept = paint(server, transformer="int8.safetensors", precision="int8")
+    assert np.abs(kept.astype(int) - paint(server, transformer="int8.safetensors").astype(int)).mean() < 3
+    for name in ("int8", "dequantised"):
+        (models / "diffusion_models" / f"{name}.safetensors").unlink()
+
+
+def test_one_surplus_tensor_is_ignored(server: Host, models: Path, published: np.ndarray):
+    weights = to_original(tiny("transformer")) | {"double_blocks.0.mark": torch.zeros(3)}
+    save_file(weights, models / "diffusion_models" / "marked.safetensors")
+    assert np.array_equal(paint(server, transformer="marked.safetensors"), published)
+    assert "double_blocks.0.mark" in server.log_tail(200)
+    (models / "diffusion_models" / "marked.safetensors").unlink()
 
 
 @pytest.mark.parametrize(
@@ -220,7 +279,8 @@ def _misshapen() -> bytes:
 
 
 def _surplus() -> bytes:
-    return save(to_original(tiny("transformer")) | {"double_blocks.0.img_mlp.4.weight": torch.zeros(3, 3)})
+    layers = {f"double_blocks.{i}.img_mlp.4.{leaf}": torch.zeros(3) for i in range(3) for leaf in ("weight", "bias")}
+    return save(to_original(tiny("transformer")) | layers)
 
 
 def _scale_is_not_a_number() -> bytes:

@@ -21,6 +21,7 @@ from chroma_core.lora.files import write_lora
 from lora_cases import random_lora
 from prompts import node, text_to_image
 from waiting import until
+from weight_files import remove_files, tiny_checkpoint
 
 URL = "/chromakit/requests"
 TINY: dict[str, Any] = {"model": "tiny", "precision": "fp32", "text_precision": "fp32", "offload": "none"}
@@ -249,6 +250,19 @@ def test_cancelling(server: Host):
     answer, _ = paint(server, {**TINY, "prompts": [PROMPT]})
     status, refused = server.post(f"{URL}/{answer['id']}/cancel")
     assert status == 409 and "done already" in refused["error"]
+
+
+def test_a_checkpoint_with_all_parts_is_found_by_name_and_each_is_used(server: Host):
+    checkpoints = server.base / "models" / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    darker = {"decoder.conv_out.bias": torch.full((3,), -0.8)}
+    save_file(tiny_checkpoint(vae=darker), checkpoints / "darker.safetensors")
+    body = {**TINY, "prompts": [PROMPT]}
+    _, (plain,) = paint(server, body)
+    _, (dark,) = paint(server, {**body, "transformer": "darker.safetensors"})
+    _, (again,) = paint(server, {**body, "vae": "darker.safetensors"})
+    assert dark.mean() < plain.mean() - 20 and np.array_equal(dark, again)
+    remove_files(checkpoints)
 
 
 def test_failures_say_why_and_foreign_prompts_are_no_requests(server: Host):

@@ -16,13 +16,19 @@ import gguf
 import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chroma_core.names import transformer as keys
 
 Notation = Literal["scale_weight", "header", "layers", "bare"]
 NOTATIONS: tuple[Notation, ...] = ("scale_weight", "header", "layers", "bare")
+
+GGUF_TYPES = [
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0",
+    "TQ2_0", "MXFP4", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS",
+]  # fmt: skip
+"""Every type that the gguf package unpacks."""
 
 FP8_NAMES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 
@@ -88,6 +94,26 @@ def write_scaled_fp8(
     metadata = {"_quantization_metadata": json.dumps({"layers": layers})} if notation == "header" else None
     write_safetensors(path, held, metadata)
     return expected
+
+
+TINY = Path(__file__).resolve().parents[2] / "chroma_core" / "assets" / "tiny"
+CHECKPOINT_PREFIXES = {
+    "transformer": "model.diffusion_model.",
+    "text_encoder": "text_encoders.t5xxl.transformer.",
+    "vae": "vae.",
+}
+"""What ComfyUI's Save Checkpoint puts before the names of each part."""
+
+
+def tiny_checkpoint(**changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All parts of tiny as one file of ComfyUI's holds them; `changed`: other weights for a part."""
+    found: dict[str, Tensor] = {}
+    for part, prefix in CHECKPOINT_PREFIXES.items():
+        (path,) = (TINY / part).glob("*.safetensors")
+        weights = {**load_file(path), **changed.get(part, {})}
+        weights = keys.to_original(weights, "weight") if part == "transformer" else weights
+        found |= {prefix + name: tensor for name, tensor in weights.items()}
+    return found
 
 
 def json_tensor(value: Any) -> Tensor:

@@ -12,19 +12,14 @@ import torch
 from chroma_core.errors import ModelFileError
 from chroma_core.weights.gguf_files import COUNT_LIMIT, SCALARS
 from chroma_core.weights.opening import open_weights
-from weight_files import cut, write_gguf
-
-TYPES = [
-    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0",
-    "TQ2_0", "MXFP4", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M", "IQ4_NL", "IQ4_XS",
-]  # fmt: skip
+from weight_files import GGUF_TYPES, cut, write_gguf
 
 
 def numbers(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", GGUF_TYPES)
 def test_every_type_is_unpacked_as_by_the_package(tmp_path: Path, kind: str):
     held = {"blk.weight": numbers(37, 512), "norm.weight": numbers(7)}
     expected = write_gguf(tmp_path / "x.gguf", held, kind)

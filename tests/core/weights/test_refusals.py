@@ -174,13 +174,26 @@ def test_heads_that_do_not_divide_the_width():
 
 
 def test_tensors_too_many_are_refused():
-    message = refusal({**CHROMA["original"], "double_blocks.0.new_thing.weight": (4, 4), "bias_table": (4,)})
-    assert "holds 2 tensors that a Chroma transformer does not have" in message
-    assert "double_blocks.0.new_thing.weight" in message and "bias_table" in message
+    layer = {f"double_blocks.0.new_thing.{i}.{leaf}": (4,) for i in range(3) for leaf in ("weight", "bias")}
+    message = refusal({**CHROMA["original"], **layer})
+    assert "holds 6 tensors that a Chroma transformer does not have" in message
+    assert "double_blocks.0.new_thing.0.weight" in message and "and 3 more" in message
     twice = {**CHROMA["original"], "single_blocks.0.norm.key_norm.weight": (128,)}
     assert "the same weight twice" in refusal(twice)
     damaged = {**CHROMA["original"], "double_blocks.999999.img_mlp.0.bias": (4,)}
     assert "names block 999999" in refusal(damaged)
+
+
+def test_a_few_surplus_tensors_are_said():
+    """What a tool put beside the model must not cost the user the file; a variant's layers are more than four."""
+    own = CHROMA["original"]
+    component = describe_part(weights_file({**own, "bias_table": (4,), "double_blocks.0.mark": ()}), "transformer")
+    assert component.sources == describe_part(weights_file(own), "transformer").sources
+    (note,) = component.notes
+    assert "holds 2 tensors that a Chroma transformer does not have, and they are ignored: bias_table, double_" in note
+    (note,) = describe_part(weights_file({**OWN["vae"], "decoder.up.0.mark": (1,)}), "vae").notes
+    assert "1 tensor that a Flux VAE does not have, and it is ignored" in note
+    assert not describe_part(weights_file(own), "transformer").notes
 
 
 CONFIG = {"_class_name": "ChromaTransformer2DModel", "num_layers": 1, "num_single_layers": 2, "guidance": None}

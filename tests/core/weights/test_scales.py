@@ -1,4 +1,4 @@
-"""fp8 weights with scales, in every notation, and what a reader must refuse in them."""
+"""Which scales belong to which weights, in every notation, and what a reader must refuse in them."""
 
 from __future__ import annotations
 
@@ -138,13 +138,17 @@ REFUSED = {
     "int8": (
         {"a.weight": torch.ones(4, 8, dtype=torch.int8), "a.weight_scale": torch.ones(())},
         None,
-        "is stored as int8 with a scale",
+        "is stored as int8 with a scale, and nothing declares its format",
     ),
-    "format by header": ({"a.weight": weight()}, header({"a": {"format": "mxfp8"}}), "'a' in the format 'mxfp8'"),
+    "format by header": (
+        {"a.weight": weight()},
+        header({"a": {"format": "svdquant_w4a4"}}),
+        "'a' in the format 'svdquant_w4a4', which is not read; float8_e4m3fn, .*convrot_w4a4, nvfp4, mxfp8 are",
+    ),
     "format by layer": (
-        {"a.weight": weight(), "a.comfy_quant": json_tensor({"format": "nvfp4"})},
+        {"a.weight": weight(), "a.comfy_quant": json_tensor({"format": "fp2_of_2028"})},
         None,
-        "'a' in the format 'nvfp4'",
+        "'a' in the format 'fp2_of_2028'",
     ),
     "no format": ({"a.weight": weight(), "a.comfy_quant": json_tensor([1])}, None, "instead of a table"),
     "format without a name": ({"a.weight": weight()}, header({"a": 3}), "in the format None"),

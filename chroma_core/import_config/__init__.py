@@ -78,11 +78,13 @@ def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path |
             f"'{file.name}' has model_type {shown(options['model_type'])}. Only LoRA jobs are imported: set it to lora."
         )
     for_all_sets = {name: options.pop(name) for name in simpletuner.FOR_ALL_SETS if name in options}
+    unstated = dict(simpletuner.UNSTATED)
     given = _stated(options) | _stated(for_all_sets)
     job, folders, todo = Draft(file.name, []), start_folders(file), []
     if given.get("lora_type") == "lycoris":
         _read_lycoris(job, options, given, folders, todo)
-    job.walk(simpletuner.OPTIONS, options, context=given, spelled=spelled)
+        unstated = {key: value for key, value in unstated.items() if key not in simpletuner.NOT_OF_LYCORIS}
+    job.walk(simpletuner.OPTIONS, options, context=given, spelled=spelled, unstated=unstated)
     for option, answer in simpletuner.built_in(given).items():
         job.record(option, "built in", answer)
     foreign = given.get("data_backend_config")
@@ -95,14 +97,20 @@ def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path |
             )
     sources = (file.name,) if dataloader is None else (file.name, dataloader.name)
     sets = []
-    for name, kind, backend in _usable(dataloader, job.lines) or [("", "image", {})]:
+    masks: dict[str, str] = {}
+    for name, kind, backend in _usable(dataloader, job.lines, masks) or [("", "image", {})]:
         part = Draft(sources[-1], job.lines)
-        part.walk(
-            simpletuner.SET_OPTIONS,
-            for_all_sets | _stated(backend),
-            prefix=f"{name}: " if name else "",
-            spelled=spelled,
-        )
+        unstated = dict(simpletuner.UNSTATED_SETS)
+        if not name:  # what the set's captions are is not known
+            del unstated["caption_strategy"]
+        prefix, options = f"{name}: " if name else "", for_all_sets | _stated(backend)
+        context = {"mask_sets": masks}
+        part.walk(simpletuner.SET_OPTIONS, options, prefix=prefix, context=context, spelled=spelled, unstated=unstated)
+        if part.values.get("masks") == "files":
+            todo.append(
+                f"Copy each mask of the set '{name}' beside its image, as name-masklabel.png, from "
+                f"{' and '.join(repr(folder) for folder in masks.values())}."
+            )
         sets.append((kind, part))
     if "name" not in job.values:
         job.put("name", slug(file.resolve().parent.name or "imported"), "the file's folder")
@@ -119,7 +127,7 @@ def _read_lycoris(
         todo.append(f"What is trained is in '{named}', which is not here: set kind, rank and alpha in [lora].")
         return
     given["lycoris"] = read_config(place)
-    for name in ("lora_rank", "lora_alpha"):
+    for name in simpletuner.NOT_OF_LYCORIS:
         if name in options:
             reason = "lycoris_config says it"
             job.lines.append(Line(name, shown(options.pop(name)), "ignored", {}, reason))
@@ -142,14 +150,18 @@ def _under_one_name(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, A
     return options, spelled
 
 
-def _usable(place: Path | None, lines: list[Line]) -> list[tuple[str, str, dict[str, Any]]]:
-    """SimpleTuner's datasets that become ours, as name, kind and options; a line for each of the others."""
+def _usable(place: Path | None, lines: list[Line], masks: dict[str, str]) -> list[tuple[str, str, dict[str, Any]]]:
+    """SimpleTuner's datasets that become ours, as name, kind and options; a line for each of the others.
+
+    `masks` is filled with the sets of loss masks and their folders; a set that is the source of one refers to it.
+    """
     content = [] if place is None else read_config(place)
     if place is not None and not (isinstance(content, list) and all(isinstance(item, dict) for item in content)):
         raise ConfigError(
             f"'{place.name}' is no dataloader file: it must be a list of datasets, each with its options."
         )
-    used = []
+    used: list[tuple[str, str, dict[str, Any]]] = []
+    sources: dict[str, str] = {}
     for i, item in enumerate(content):
         backend = {str(key).lstrip("-"): value for key, value in item.items()}
         name, kind = str(backend.get("id", i)), str(backend.get("dataset_type", "image"))
@@ -157,6 +169,11 @@ def _usable(place: Path | None, lines: list[Line]) -> list[tuple[str, str, dict[
             lines.append(Line(name, kind, "ignored", {}, "only says where a cache lies"))
         elif not is_off(backend.get("disabled", backend.get("disable"))):
             lines.append(Line(name, "disabled", "ignored", {}, "a disabled set is left out"))
+        elif kind == "conditioning" and backend.get("conditioning_type") in simpletuner.MASKS:
+            masks[name] = str(backend.get("instance_data_dir"))
+            sources[str(backend.get("source_dataset_id"))] = name
+            reason = "masks lie beside the images here, as name-masklabel.png; white counts, and the loss is normalised"
+            lines.append(Line(name, kind, "differs", {}, reason))
         elif kind not in ("image", "eval"):
             lines.append(Line(name, kind, "no counterpart", {}, "only images are trained"))
         elif backend.get("instance_data_dir") is None:
@@ -164,7 +181,7 @@ def _usable(place: Path | None, lines: list[Line]) -> list[tuple[str, str, dict[
             lines.append(Line(name, str(backend.get("type", "local")), "no counterpart", {}, reason))
         else:
             used.append((name, kind, backend))
-    return used
+    return [(n, k, {"conditioning_data": sources[n], **b} if n in sources else b) for n, k, b in used]
 
 
 def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
@@ -217,9 +234,9 @@ def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
     context["sizes"] = ai_toolkit.sizes(datasets)
     sections[""] = {key: value for key, value in process.items() if key not in sections and key != "datasets"}
     for name, table in ai_toolkit.SECTIONS.items():
-        job.walk(table, sections[name], prefix=f"{name}." if name else "", context=context)
-    for option, answer in ai_toolkit.BUILT_IN.items():
-        job.record(option, "built in", answer)
+        unstated = ai_toolkit.UNSTATED.get(name)
+        job.walk(table, sections[name], prefix=f"{name}." if name else "", context=context, unstated=unstated)
+    ai_toolkit.built_in(job, _stated(sections["network"]))
     trigger = _stated({"trigger_word": process.get("trigger_word")})
     sets = []
     for i, item in enumerate(datasets):
@@ -227,7 +244,8 @@ def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
         own = _stated({str(key): value for key, value in item.items()})
         # ai-toolkit says the new word of no set of ordinary images.
         options = own if is_on(own, "is_reg") else trigger | own
-        part.walk(ai_toolkit.SET_OPTIONS, options, prefix=f"datasets.{i}.")
+        part.walk(ai_toolkit.SET_OPTIONS, options, prefix=f"datasets.{i}.", unstated=ai_toolkit.UNSTATED["datasets"])
+        part.record(f"datasets.{i}: lines of a caption file", "built in", {"caption_lines": "joined"})
         sets.append(("image", part))
     return finish("ai-toolkit", (file.name,), job, sets, start_folders(file), [])
 

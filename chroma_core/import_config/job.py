@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 from pydantic import ValidationError
 
-from ..errors import ChromaKitError, ConfigError
+from ..data.pictures import picture_extensions
+from ..data.views import is_mask
+from ..errors import ChromaKitError, ConfigError, counted
 from ..files import write_atomic
 from ..training.config import TrainingConfig
 from .convert import Draft, Kind, Line, shown
-from .read import ForeignPath
+from .read import Epochs, ForeignPath
 
 WIDTH = 118
 NAME_LENGTH = max(getattr(limit, "max_length", 0) for limit in TrainingConfig.model_fields["name"].metadata)
@@ -56,6 +59,7 @@ def finish(
         folders: where paths of the foreign file may start.
     """
     _prodigys_rate(job)
+    _count_epochs(job, [_resolved(part, folders) for kind, part in sets if kind == "image"], todo)
     tree = _nested(_resolved(job, folders))
     tree["name"] = str(tree["name"]).strip()[:NAME_LENGTH] or "imported"
     training = _merged([_resolved(part, folders) for kind, part in sets if kind == "image"]) or [{}]
@@ -93,6 +97,40 @@ def _prodigys_rate(job: Draft) -> None:
     job.lines.append(
         Line(origin, "not set" if rate is None else shown(rate), "differs", {"learning_rate": 1.0}, reason)
     )
+
+
+def _count_epochs(job: Draft, sets: list[dict[str, Any]], todo: list[str]) -> None:
+    """Steps in place of epochs, as far as the images are on this computer; without them, what is left to do."""
+    asked = {path: value for path, value in job.values.items() if isinstance(value, Epochs)}
+    if not asked:
+        return
+    images = sum(_uses(part) for part in sets)
+    batch = int(job.values.get("batch_size", 1)) * int(job.values.get("gradient_accumulation", 1))
+    if images:
+        reason = f"{counted(images, 'image')} in an epoch, {batch} to a step"
+    else:
+        reason = "steps are counted here: images × repeats / (batch_size × gradient_accumulation) of them are an epoch"
+        names = " and ".join(asked)
+        todo.append(f"The images are not here, so epochs could not be counted in steps: set {names}.")
+    for path, value in asked.items():
+        if images:
+            job.values[path] = max(1, round(value * math.ceil(images / batch)))
+        else:
+            del job.values[path]
+    for i, line in enumerate(job.lines):
+        if epochs := {path for path, value in line.values.items() if isinstance(value, Epochs)}:
+            values = {path: job.values.get(path) if path in epochs else value for path, value in line.values.items()}
+            values = {path: value for path, value in values.items() if value is not None}
+            job.lines[i] = replace(line, kind="differs" if images else "no counterpart", values=values, reason=reason)
+
+
+def _uses(part: Mapping[str, Any]) -> int:
+    """How many images an epoch has of a dataset; 0 where its folder is not here."""
+    folder = Path(str(part.get("folder", "")))
+    if "folder" not in part or not folder.is_dir():
+        return 0
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in picture_extensions() and not is_mask(path)]
+    return len(found) * int(part.get("repeats", 1))
 
 
 def _resolved(draft: Draft, folders: Sequence[Path]) -> dict[str, Any]:

@@ -127,8 +127,9 @@ def test_shifted_draw_is_the_shift_of_the_draw():
 
 
 def test_a_shift_before_the_remap_is_simpletuners_density():
-    """Shift 3 adds ln 3 to the logit, so below ½, and with the split remap below ¼, falls the share Φ(−ln 3); the median
-    is the remap of 3/4. The mean is integrated numerically over the normal variable."""
+    """Shift 3 adds ln 3 to the logit, so below ½, and after the split remap below ¼, falls the share Φ(−ln 3).
+
+    The median is the remap of 3/4; the mean is integrated numerically over the normal variable."""
     settings = {"remap": "quadratic_split", "flow_shift": 3.0, "shift_first": True}
     sigma = draw(400_000, **settings).double()
     low = stats.norm.cdf(-math.log(3))

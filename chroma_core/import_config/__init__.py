@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import slug
-from . import ai_toolkit, simpletuner
-from .convert import Draft, Line, shown
+from . import ai_toolkit, kohya, onetrainer, simpletuner
+from .convert import Draft, Line, overridden, shown
 from .job import NAME_LENGTH, Imported, as_json, as_text, finish, job_toml, resolve, start_folders, write_job
 from .read import ForeignPath, is_off, is_on, read_config
 
@@ -20,18 +20,23 @@ SIGNS = {
     "nodes": "a ComfyUI workflow",
     "_class_name": "a model's own config.json, as diffusers writes it",
     "architectures": "a model's own config.json, as transformers writes it",
-    "network_module": "a configuration of kohya's sd-scripts",
-    "training_method": "a configuration of OneTrainer",
+    "LoRA_type": "a preset of the kohya_ss window: import the TOML that it writes beside its output",
     "base_model": "a configuration of axolotl or another language-model trainer",
 }
 """An option that gives another kind of file away."""
 
+READS = "SimpleTuner's config.json, ai-toolkit's YAML, OneTrainer's JSON and the TOML of kohya's sd-scripts"
+ONETRAINER = {"training_method", "base_model_name", "concept_file_name", "timestep_distribution"}
+KOHYA = {"network_module", "network_dim", "network_args", "dataset_config", "output_name", "unet_lr", "t5xxl"}
+"""Options that only one trainer has."""
+
 
 def import_config(file: Path | str, dataloader: Path | str | None = None) -> Imported:
-    """Read a SimpleTuner config.json or an ai-toolkit YAML for a Chroma LoRA; writes nothing.
+    """Read another trainer's configuration for a Chroma LoRA (see `READS`); writes nothing.
 
     Args:
-        dataloader: SimpleTuner's dataset file, where `data_backend_config` does not lead to it.
+        dataloader: the file of the datasets, where the configuration does not lead to it: SimpleTuner's dataset file,
+            OneTrainer's concepts, sd-scripts' dataset file.
     Raises:
         ConfigError: the file cannot be read, is for another program or model, or has a value that cannot work.
     """
@@ -39,8 +44,8 @@ def import_config(file: Path | str, dataloader: Path | str | None = None) -> Imp
     content = read_config(file)
     if isinstance(content, list):
         raise ConfigError(
-            f"'{file.name}' is a list, as SimpleTuner's dataloader files are. Give its config.json first, and this "
-            "file with --dataloader."
+            f"'{file.name}' is a list, as SimpleTuner's dataloader files and OneTrainer's concepts are. Give the "
+            "configuration first, and this file with --dataloader."
         )
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"'{file.name}' holds no options: it is {shown(content)}.")
@@ -52,17 +57,32 @@ def import_config(file: Path | str, dataloader: Path | str | None = None) -> Imp
             )
         return _from_ai_toolkit(file, content)
     options = [simpletuner.plain_name(key) for key in content]
-    for sign, what in SIGNS.items():
-        if sign in content and "model_family" not in options:
+    beside = None if dataloader is None else Path(dataloader)
+    if "model_family" not in options:
+        for sign, what in SIGNS.items():
+            if sign in content:
+                raise ConfigError(f"'{file.name}' is {what}. import-config reads {READS}.")
+        if isinstance(content.get("datasets"), list):
             raise ConfigError(
-                f"'{file.name}' is {what}. import-config reads SimpleTuner's config.json and ai-toolkit's YAML."
+                f"'{file.name}' is a dataset file of sd-scripts. Give the configuration first, and this file with "
+                "--dataloader."
             )
+        if isinstance(content.get("dataset"), dict):
+            raise ConfigError(
+                f"'{file.name}' is a job of ChromaKit, which needs no import: `python -m chroma_core train "
+                f"{file.name}`."
+            )
+        if ONETRAINER & set(content):
+            return onetrainer.read(file, content, beside)
+        if KOHYA & set(kohya.flattened(content)):
+            return kohya.read(file, content, beside)
     if not any(name in simpletuner.OPTIONS or name in simpletuner.FOR_ALL_SETS for name in options):
+        job = "; a job.toml of ChromaKit needs no import: `python -m chroma_core train job.toml`"
         raise ConfigError(
-            f"'{file.name}' is neither a SimpleTuner config.json nor an ai-toolkit YAML: none of its options is known "
-            f"({', '.join(list(content)[:5])})."
+            f"'{file.name}' is no configuration of another trainer: none of its options is known "
+            f"({', '.join(list(content)[:5])}). import-config reads {READS}{job if file.suffix == '.toml' else ''}."
         )
-    return _from_simpletuner(file, content, None if dataloader is None else Path(dataloader))
+    return _from_simpletuner(file, content, beside)
 
 
 def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path | None) -> Imported:
@@ -98,14 +118,18 @@ def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path |
     sources = (file.name,) if dataloader is None else (file.name, dataloader.name)
     sets = []
     masks: dict[str, str] = {}
-    for name, kind, backend in _usable(dataloader, job.lines, masks) or [("", "image", {})]:
+    found = _usable(dataloader, job.lines, masks) or [("", "image", {})]
+    overridden(job.lines, "", for_all_sets, [backend for _, _, backend in found], spelled)
+    for name, kind, backend in found:
         part = Draft(sources[-1], job.lines)
         unstated = dict(simpletuner.UNSTATED_SETS)
         if not name:  # what the set's captions are is not known
             del unstated["caption_strategy"]
-        prefix, options = f"{name}: " if name else "", for_all_sets | _stated(backend)
+        prefix, options = f"{name}: " if name else "", _together(for_all_sets, backend)
         context = {"mask_sets": masks}
-        part.walk(simpletuner.SET_OPTIONS, options, prefix=prefix, context=context, spelled=spelled, unstated=unstated)
+        shared = {key: spelled[key] for key in for_all_sets if backend.get(key) is None}
+        part.walk(simpletuner.SET_OPTIONS, options, prefix=prefix, context=context, spelled=shared, unstated=unstated)
+        part.record(f"{prefix}images", "built in", {"upscale": True, "repeat_folders": False})
         if part.values.get("masks") == "files":
             todo.append(
                 f"Copy each mask of the set '{name}' beside its image, as name-masklabel.png, from "
@@ -241,13 +265,18 @@ def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
     sets = []
     for i, item in enumerate(datasets):
         part = Draft(file.name, lines)
-        own = _stated({str(key): value for key, value in item.items()})
+        own = {str(key): value for key, value in item.items()}
         # ai-toolkit says the new word of no set of ordinary images.
-        options = own if is_on(own, "is_reg") else trigger | own
+        options = own if is_on(_stated(own), "is_reg") else _together(trigger, own)
         part.walk(ai_toolkit.SET_OPTIONS, options, prefix=f"datasets.{i}.", unstated=ai_toolkit.UNSTATED["datasets"])
-        part.record(f"datasets.{i}: lines of a caption file", "built in", {"caption_lines": "joined"})
+        part.record(f"datasets.{i}: images and captions", "built in", ai_toolkit.BUILT_IN_SET)
         sets.append(("image", part))
     return finish("ai-toolkit", (file.name,), job, sets, start_folders(file), [])
+
+
+def _together(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A set's own options and the shared ones that it does not state; its null is not stated."""
+    return {**shared, **{key: value for key, value in own.items() if value is not None or key not in shared}}
 
 
 def _stated(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -260,6 +260,9 @@ UNSTATED = {
 }
 """What ai-toolkit takes for options that are not stated, section by section."""
 
+BUILT_IN_SET = {"caption_lines": "joined", "missing_caption": "empty", "repeat_folders": False}
+"""What it does with images and captions without an option."""
+
 DECAY = {"adamw": 0.01, "adamw8bit": 0.01}
 """The weight decay of its optimizers where none is stated; 0 for all others."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_type_hints
@@ -226,6 +226,17 @@ class Line:
     kind: Kind
     values: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""
+
+
+def overridden(
+    lines: list[Line], prefix: str, shared: Given, sets: Sequence[Given], spelled: Mapping[str, str] | None = None
+) -> None:
+    """A line for each option that holds for all sets, where every set states it itself."""
+    for name, value in shared.items():
+        if sets and all(each.get(name) is not None for each in sets):
+            lines.append(
+                Line(prefix + (spelled or {}).get(name, name), shown(value), "ignored", {}, "every set says its own")
+            )
 
 
 class Draft:

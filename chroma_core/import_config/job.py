@@ -58,7 +58,7 @@ def finish(
         sets: `image` or `eval`, with the options of a dataset.
         folders: where paths of the foreign file may start.
     """
-    _prodigys_rate(job)
+    _agreeing(job)
     _count_epochs(job, [_resolved(part, folders) for kind, part in sets if kind == "image"], todo)
     tree = _nested(_resolved(job, folders))
     tree["name"] = str(tree["name"]).strip()[:NAME_LENGTH] or "imported"
@@ -86,17 +86,29 @@ def finish(
     return Imported(tool, sources, tree, config, tuple(job.lines), tuple(todo))
 
 
-def _prodigys_rate(job: Draft) -> None:
-    """Prodigy finds the rate and multiplies it by `learning_rate`, which other optimizers' values are not."""
-    rate, origin = job.values.get("learning_rate"), job.origin.get("learning_rate", "learning_rate")
-    if job.values.get("optimizer") != "prodigy" or (rate is not None and 0.1 <= rate <= 10):
-        return
-    job.values["learning_rate"], job.origin["learning_rate"] = 1.0, origin
-    reason = "Prodigy finds the rate itself and multiplies it by this: 0.1 to 10; 1 is what its authors advise"
-    job.lines[:] = [line for line in job.lines if "learning_rate" not in line.values]
-    job.lines.append(
-        Line(origin, "not set" if rate is None else shown(rate), "differs", {"learning_rate": 1.0}, reason)
-    )
+def _agreeing(job: Draft) -> None:
+    """What an optimizer of ours does not take is changed, and said, so that the job can be made."""
+    optimizer, rate = job.values.get("optimizer"), job.values.get("learning_rate")
+    schedule = job.values.get("lr_schedule", "constant")
+    if optimizer == "prodigy" and not (rate is not None and 0.1 <= rate <= 10):
+        # It finds the rate and multiplies it by `learning_rate`, which other optimizers' values are not.
+        reason = "Prodigy finds the rate itself and multiplies it by this: 0.1 to 10; 1 is what its authors advise"
+        _instead(job, "learning_rate", 1.0, reason)
+    if optimizer == "prodigy" and schedule == "restarts":
+        _instead(job, "lr_schedule", "cosine", "Prodigy's authors advise against restarts")
+    if optimizer == "schedule-free" and schedule != "constant":
+        _instead(job, "lr_schedule", "constant", "schedule-free averages in place of a schedule")
+    if optimizer == "adafactor" and tuple(job.values.get("betas", (0.9, 0.999))) != (0.9, 0.999):
+        _instead(job, "betas", [0.9, 0.999], "Adafactor has no betas here")
+
+
+def _instead(job: Draft, path: str, value: Any, reason: str) -> None:
+    """Another value for one of our options, and a remark in place of the line that set it."""
+    origin = job.origin.get(path, path)
+    job.values[path], job.origin[path] = value, origin
+    before = next((line.value for line in job.lines if set(line.values) == {path}), "not set")
+    job.lines[:] = [line for line in job.lines if set(line.values) != {path}]
+    job.lines.append(Line(origin, before, "differs", {path: value}, reason))
 
 
 def _count_epochs(job: Draft, sets: list[dict[str, Any]], todo: list[str]) -> None:
@@ -236,7 +248,7 @@ def as_text(imported: Imported, path: Path) -> str:
         if items
     ]
     left = len(imported.of("ignored"))
-    counts = f"{len(maps)} taken over, {len(imported.remarks)} warnings, {left} that change nothing here"
+    counts = f"{len(maps)} taken over, {counted(len(imported.remarks), 'warning')}, {left} that change nothing here"
     return "\n\n".join([*parts, f"{path}: imported from {imported.tool} ({counts})"])
 
 
@@ -273,7 +285,15 @@ def describe(line: Line) -> str:
 
 
 def _written(line: Line) -> str:
-    return ", ".join(f"{path} = {tomlkit.item(_writable(value)).as_string()}" for path, value in line.values.items())
+    return ", ".join(f"{path} = {_on_a_line(value)}" for path, value in line.values.items())
+
+
+def _on_a_line(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return tomlkit.item(_writable(value)).as_string()
+    table = tomlkit.inline_table()
+    table.update(_writable(value))
+    return table.as_string()
 
 
 def _comment(text: str) -> list[str]:

@@ -31,16 +31,25 @@ class _Refused(Exception):
     """Something that the parser lets pass and a configuration must not have."""
 
 
-def read_config(path: Path) -> Any:
-    """The content of a `.json`, `.jsonc`, `.yaml`, `.yml` or `.toml` file. Raises ConfigError with file and place."""
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file. Raises ConfigError."""
+    return _content(path).splitlines()
+
+
+def _content(path: Path) -> str:
     try:
         if path.is_file() and path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"'{path.name}' is larger than {MAX_BYTES >> 20} MiB and so no configuration file.")
-        content = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"The file '{path}' cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"'{path.name}' is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def read_config(path: Path) -> Any:
+    """The content of a `.json`, `.jsonc`, `.yaml`, `.yml` or `.toml` file. Raises ConfigError with file and place."""
+    content = _content(path)
     suffix = path.suffix.lower()
     if not content.strip():
         raise ConfigError(f"'{path.name}' is empty.")
@@ -150,7 +159,7 @@ class Epochs(float):
     """A number of epochs, which becomes steps once the images are counted, see `job.finish`."""
 
 
-def epochs(value: Any) -> Epochs:
+def epochs_of(value: Any) -> Epochs:
     """A number of epochs above 0."""
     read = number(value)
     if read <= 0:

@@ -7,8 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..data.dataset import DatasetConfig
+from .ai_toolkit import LARGEST
 from .convert import Given, lost, near, table, unchanged
-from .read import Epochs, Unreadable, is_off, is_on, number, read_config, switch, text, whole
+from .read import Unreadable, epochs_of, is_off, is_on, number, read_config, switch, text, whole
 
 _DATA = read_config(Path(__file__).with_suffix(".yaml"))
 FOR_ALL_SETS = tuple(_DATA["for_all_sets"].split())
@@ -58,7 +59,7 @@ def epochs(value: Any, given: Given) -> Any:
         return unchanged("0: max_train_steps decides")
     if not is_off(given.get("max_train_steps")):
         return unchanged("max_train_steps goes first in SimpleTuner too")
-    return {"steps": Epochs(whole(value))}
+    return {"steps": epochs_of(value)}
 
 
 def warmup(value: Any, given: Given) -> Any:
@@ -118,7 +119,7 @@ def lora_type(value: Any, given: Given) -> Any:
         return lost(f"there is no {algo!r} here: choose a kind in [lora]")
     # What is not stated is LyCORIS' own default.
     values: dict[str, Any] = {"lora.kind": "lokr" if algo == "lokr" else "lora", "lora.target": "all"}
-    values["lora.rank"] = whole(lycoris.get("linear_dim", 4))
+    values["lora.rank"] = min(LARGEST, whole(lycoris.get("linear_dim", 4)))
     values["lora.alpha"] = number(lycoris.get("linear_alpha", 1))
     if algo == "lokr":
         values["lora.lokr_factor"] = whole(lycoris.get("factor", -1))
@@ -128,7 +129,10 @@ def lora_type(value: Any, given: Given) -> Any:
     others = ", ".join(
         str(key) for key in lycoris if key not in known and not (key == "multiplier" and lycoris[key] == 1)
     )
-    return near(values, f"without counterpart in lycoris_config: {others}") if others else values
+    reasons = [f"without counterpart in lycoris_config: {others}"] if others else []
+    if values["lora.rank"] < whole(lycoris.get("linear_dim", 4)):
+        reasons.append(f"{LARGEST} is the largest rank, at which a LoKr's second factor is whole")
+    return near(values, "; ".join(reasons)) if reasons else values
 
 
 def noise_offset(value: Any, given: Given) -> Any:

@@ -42,7 +42,8 @@ SIMPLETUNER = {
     "objective.remap": "quadratic_split",
 }
 """What SimpleTuner does for Chroma when its config.json does not say otherwise."""
-NOTHING_NAMED = {"folder": "pictures", "caption_dropout": 0.0, "resolutions": [1024]}
+SIMPLETUNER_SET = {"upscale": True, "repeat_folders": False}
+NOTHING_NAMED = SIMPLETUNER_SET | {"folder": "pictures", "caption_dropout": 0.0, "resolutions": [1024]}
 """The dataset of such a file that names none; the captions are whatever the folder will have."""
 AI_TOOLKIT = {
     "recipe": "ai-toolkit",
@@ -66,6 +67,8 @@ AI_TOOLKIT_SET = {
     "repeats": 1,
     "alignment": 64,
     "caption_lines": "joined",
+    "missing_caption": "empty",
+    "repeat_folders": False,
 }
 
 SMALL = {"model_family": "chroma", "model_type": "lora", "output_dir": "out"}

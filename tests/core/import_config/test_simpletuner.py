@@ -10,7 +10,7 @@ from scipy import stats
 
 from chroma_core.import_config import import_config, job_toml
 from chroma_core.sampling.schedule import draw_sigmas
-from import_cases import NOTHING_NAMED, SECOND, SEED_SNIPPET, SIMPLETUNER, SMALL, check, kinds
+from import_cases import NOTHING_NAMED, SECOND, SEED_SNIPPET, SIMPLETUNER, SIMPLETUNER_SET, SMALL, check, kinds
 
 
 def test_the_seeds_snippet_imports_with_what_it_does_not_state(put):
@@ -138,7 +138,8 @@ def test_a_usual_simpletuner_run(put, tmp_path):
             "validate_every": 100,
         },
         {
-            "dataset": {
+            "dataset": SIMPLETUNER_SET
+            | {
                 "folder": str(tmp_path / "data/portraits"),
                 "caption_source": "files",
                 "resolutions": [512, 768],
@@ -146,7 +147,8 @@ def test_a_usual_simpletuner_run(put, tmp_path):
                 "crop": "centre",
                 "caption_dropout": 0.05,
             },
-            "validation_dataset": {
+            "validation_dataset": SIMPLETUNER_SET
+            | {
                 "folder": str(tmp_path / "data/held-out"),
                 "caption_source": "filenames",
                 "resolutions": [512],
@@ -208,7 +210,8 @@ def test_what_differs_and_what_has_no_counterpart(put, tmp_path):
         imported,
         values,
         {
-            "dataset": {
+            "dataset": SIMPLETUNER_SET
+            | {
                 "folder": "/nowhere/pictures",
                 "caption_source": "fixed",
                 "default_caption": "a photo of sks",
@@ -302,10 +305,9 @@ def test_a_third_simpletuner_run_with_several_sets(put, tmp_path):
     config = SMALL | {"caption_strategy": "textfile", "aspect_bucket_alignment": 32, "data_backend_config": "sets.json"}
     put("sets.json", backends)
     imported = import_config(put("config.json", config))
-    first = {"folder": str(tmp_path / "a"), "caption_source": "files", "caption_prefix": "sks man", "repeats": 1,
-             "alignment": 32, "caption_dropout": 0.0, "resolutions": [1024]}  # fmt: skip
-    second = {"folder": str(tmp_path / "b"), "caption_source": "filenames", "crop": "centre", "alignment": 32,
-              "caption_dropout": 0.0, "resolutions": [1024]}  # fmt: skip
+    both = SIMPLETUNER_SET | {"alignment": 32, "caption_dropout": 0.0, "resolutions": [1024]}
+    first = both | {"folder": str(tmp_path / "a"), "caption_source": "files", "caption_prefix": "sks man", "repeats": 1}
+    second = both | {"folder": str(tmp_path / "b"), "caption_source": "filenames", "crop": "centre"}
     check(imported, SIMPLETUNER | {"name": "out"}, {"dataset": first})
     assert imported.values["more_datasets"] == [second]
 

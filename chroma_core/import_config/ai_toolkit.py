@@ -96,6 +96,20 @@ def alpha(value: Any, given: Given) -> Any:
     return near(rank, "ai-toolkit trains Chroma at scale 1, whatever stands here")
 
 
+def accumulation(value: Any, given: Given) -> Any:
+    return whole(value) * max(whole(given.get("gradient_accumulation_steps", 1)), 1)
+
+
+def batches_an_update(value: Any, given: Given) -> Any:
+    batches = whole(value)
+    if batches < 1:
+        return lost("an update after a whole epoch: set gradient_accumulation")
+    if batches == 1:
+        return unchanged("the same here")
+    reason = f"ai-toolkit counts each batch as a step, ChromaKit each update: divide steps and intervals by {batches}"
+    return near({}, reason)
+
+
 def timesteps(value: Any, given: Given) -> Any:
     word = text(value)
     if word in ("shift", "flux_shift", "lumina2_shift"):

@@ -134,7 +134,9 @@ def _choice(entry: Mapping[str, Any]) -> Rule:
     for word, found in entry.get("words", {}).items():
         if isinstance(found, list):
             answers[word] = near(*found)
-            other.append(f"`{word}` → `{found[0]}` (differs: {found[1]})")
+            values = found[0].items() if isinstance(found[0], dict) else ()
+            becomes = ", ".join(f"{path} = {answer}" for path, answer in values) or found[0]
+            other.append(f"`{word}` → `{becomes}` (differs: {found[1]})")
         elif isinstance(found, dict):
             ((kind, reason),) = found.items()
             answers[word] = lost(reason) if kind == "lost" else unchanged(reason)

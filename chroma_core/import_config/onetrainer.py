@@ -82,7 +82,12 @@ def warmup(value: Any, given: Given) -> Any:
     steps = number(value)
     if 0 < steps <= 1:
         return lost(f"{steps:g} of all steps: set warmup_steps")
-    return int(steps / whole(given.get("gradient_accumulation_steps", 1)))
+    return _steps(steps, given)
+
+
+def _steps(batches: float, given: Given) -> int:
+    """OneTrainer counts batches, ChromaKit updates."""
+    return int(batches / whole(given.get("gradient_accumulation_steps", 1)))
 
 
 def cycles(value: Any, given: Given) -> Any:
@@ -231,14 +236,15 @@ def validation(value: Any, given: Given) -> Any:
     return unchanged("taken over with validate_after" if switch(value) else "not used")
 
 
-def _interval(value: Any, unit: str, path: str) -> Any:
-    """Every so many steps or epochs; other units have no counterpart."""
+def _interval(value: Any, unit: str, path: str, given: Given) -> Any:
+    """Every so many batches or epochs; other units have no counterpart."""
     if unit == "NEVER":
         return {path: 0}
     if unit == "ALWAYS":
         return {path: 1}
     if unit == "STEP":
-        return {path: whole(value)}
+        every = whole(value)
+        return {path: max(_steps(every, given), 1) if every else 0}
     if unit == "EPOCH":
         return {path: epochs_of(value)}
     return lost(f"steps are counted here, not {unit.lower()}s")
@@ -247,16 +253,16 @@ def _interval(value: Any, unit: str, path: str) -> Any:
 def validate_after(value: Any, given: Given) -> Any:
     if not is_on(given, "validation"):
         return unchanged("not used without validation")
-    return _interval(value, word(given.get("validate_after_unit", "EPOCH")), "validate_every")
+    return _interval(value, word(given.get("validate_after_unit", "EPOCH")), "validate_every", given)
 
 
 def sample_after(value: Any, given: Given) -> Any:
-    return _interval(value, word(given.get("sample_after_unit", "MINUTE")), "previews.every")
+    return _interval(value, word(given.get("sample_after_unit", "MINUTE")), "previews.every", given)
 
 
 def save_every(value: Any, given: Given) -> Any:
     unit = word(given.get("save_every_unit", "NEVER"))
-    return unchanged("not used") if unit == "NEVER" else _interval(value, unit, "checkpoint_every")
+    return unchanged("not used") if unit == "NEVER" else _interval(value, unit, "checkpoint_every", given)
 
 
 def backup_after(value: Any, given: Given) -> Any:

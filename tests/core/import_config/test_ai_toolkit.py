@@ -301,3 +301,19 @@ def test_filters_of_layers_become_patterns(put, kwargs, count):
 def test_the_whole_caption_file_is_one_caption(put):
     imported = sampled(put, "{}")
     assert imported.config.dataset.caption_lines == "joined"
+
+
+@pytest.mark.parametrize(
+    ("train", "batches", "kind"),
+    [
+        ("gradient_accumulation: 3", 3, ""),
+        ("gradient_accumulation_steps: 1, gradient_accumulation: 3", 3, "ignored"),
+        ("gradient_accumulation_steps: 4", 4, "differs"),
+        ("gradient_accumulation: 3, gradient_accumulation_steps: 4", 12, "differs"),
+        ("gradient_accumulation_steps: -1", 1, "no counterpart"),
+    ],
+)
+def test_both_ways_of_accumulating(put, train, batches, kind):
+    imported = import_config(put("train.yml", MINIMAL.format(datasets="{folder_path: a}", train=train)))
+    assert imported.config.gradient_accumulation == batches
+    assert kinds(imported).get("train.gradient_accumulation_steps", "") == kind

@@ -37,7 +37,8 @@ def test_epochs_and_units_of_time(put, pictures):
     imported = import_config(put("config.json", config))
     assert kinds(imported)["sample_after"] == kinds(imported)["learning_rate_warmup_steps"] == "no counterpart"
     config["learning_rate_warmup_steps"] = 90
-    assert import_config(put("config.json", config)).config.warmup_steps == 30  # it counts batches
+    job = import_config(put("config.json", config)).config
+    assert (job.warmup_steps, job.checkpoint_every, job.validate_every) == (30, 16, 3)  # OneTrainer counts batches
 
 
 def test_concepts_and_samples_in_files_of_their_own(put, pictures):
@@ -95,3 +96,13 @@ def test_patterns_of_layers_say_what_was_kept():
     assert kept == names
     assert ours(lambda name: "single" in name and name.endswith("to_q")) == ["single_transformer_blocks.*.attn.to_q"]
     assert LoraSettings(target=kept).rank == 16
+
+
+def test_rex_is_a_power_that_comes_near(put):
+    """REX: z / (.1 + .9 z), z the share of the steps that are left."""
+    imported = import_config(put("config.json", BASE | {"learning_rate_scheduler": "REX"}))
+    left = [i / 1000 for i in range(1001)]
+    errors = [z / (0.1 + 0.9 * z) - z**imported.config.lr_power for z in left]
+    assert imported.config.lr_schedule == "polynomial" and kinds(imported)["learning_rate_scheduler"] == "differs"
+    assert sum(error**2 for error in errors) / len(errors) < 0.07**2
+    assert all(abs(error) < 0.07 for z, error in zip(left, errors, strict=True) if z > 0.1)

@@ -50,7 +50,7 @@ class ChromaDataset(io.ComfyNode):
                     "caption_source", "caption_prefix", "caption_suffix", "tag_shuffles", "keep_tags",
                     "more_resolutions", "alignment", "upscale", "crop", "masks", "regularisation", "weight",
                     "sigma_bias", "latents", "posterior_samples", "random_crops", "mask_floor", "background",
-                    "caption_extension", "caption_column", "repeat_folders",
+                    "caption_extension", "caption_column", "repeat_folders", "caption_lines",
                 ),
             ],
             outputs=outputs(),

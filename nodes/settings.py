@@ -78,6 +78,7 @@ WIDGETS: dict[str, Any] = {
     "recipe_overrides": widget(TrainingConfig, "recipe_overrides", kind=io.String, default=""),
     "tensorboard": "tensorboard",
     "deterministic": "deterministic",
+    "sigma_shift_first": "objective.shift_first",
 }
 """The node's widgets in their order: the option of a job that one sets, else an input of its own."""
 
@@ -154,7 +155,8 @@ def overrides_text(config: TrainingConfig) -> str:
 
 def sigma_fields(inputs: dict[str, Any]) -> dict[str, Any]:
     """The node's sigma widgets as fields of `SigmaSettings`."""
-    plain = {name: inputs[f"sigma_{name}"] for name in ("draw", "remap", "scale", "minimum", "maximum")}
+    names = ("draw", "remap", "scale", "minimum", "maximum", "shift_first")
+    plain = {name: inputs[f"sigma_{name}"] for name in names}
     return {**plain, "flow_shift": flow_shift_of(inputs["sigma_shift"], inputs["sigma_shift_value"])}
 
 

@@ -110,8 +110,10 @@ def _train(options: argparse.Namespace) -> int:
 
 def import_options(command: argparse.ArgumentParser) -> None:
     """What import-config is asked."""
-    command.add_argument("file", type=Path, help="config.json of SimpleTuner, or YAML of ai-toolkit")
-    command.add_argument("--dataloader", type=Path, default=None, metavar="FILE", help="SimpleTuner's dataset file")
+    command.add_argument("file", type=Path, help="a configuration of SimpleTuner, ai-toolkit, OneTrainer or sd-scripts")
+    command.add_argument(
+        "--dataloader", type=Path, default=None, metavar="FILE", help="its dataset file, or OneTrainer's concepts"
+    )
     command.add_argument(
         "--output", type=Path, default=Path("job.toml"), help="the job file to write (default: job.toml)"
     )

@@ -24,12 +24,15 @@ import torch
 
 from ..errors import DataError, counted
 from ..sampling.text import TRIGGER, apply_trigger
+from .dataset import CaptionLines
 from .order import generator, integer, uniform
 
 
-def read_captions(path: Path) -> tuple[str, ...]:
+def read_captions(path: Path, lines: CaptionLines = "each") -> tuple[str, ...]:
     """The captions of a text file, one a non-empty line (UTF-8, byte order mark allowed).
 
+    lines: `joined` makes one caption of them all, with a space between, which T5 reads as it reads a line's end;
+    `first` takes the first.
     Of a `.json` file: a text, a list of texts, or an object that has one of these as `caption`, `captions`, `text` or
     `prompt`.
     Raises OSError when the file cannot be read, UnicodeDecodeError when it is not UTF-8, and ValueError, which says
@@ -41,8 +44,11 @@ def read_captions(path: Path) -> tuple[str, ...]:
             return _in_json(json.loads(text))
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"damaged JSON ({error})") from error
-    lines = re.split(r"\r\n|\r|\n", text)  # other marks, as U+2028 or a form feed, belong to a text
-    return tuple(line.strip() for line in lines if line.strip())
+    found = re.split(r"\r\n|\r|\n", text)  # other marks, as U+2028 or a form feed, belong to a text
+    captions = tuple(line.strip() for line in found if line.strip())
+    if lines == "joined" and captions:
+        return (" ".join(captions),)
+    return captions[:1] if lines == "first" else captions
 
 
 def _in_json(value: Any) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ..options import Option
 
 Resolution = Annotated[int, Field(ge=32, le=4096)]
 CaptionSource = Literal["files", "metadata", "filenames", "fixed"]
+CaptionLines = Literal["each", "joined", "first"]
 
 
 def option(default: Any, sentence: str, **about: Any) -> Any:
@@ -173,6 +174,13 @@ class DatasetConfig(Settings):
         le=1,
         step=0.05,
         advanced=True,
+    )
+    caption_lines: CaptionLines = option(
+        "each",
+        "What the lines of a caption file are. each: a caption each. joined: one caption, as ai-toolkit has it. first: "
+        "only the first counts, as in kohya's sd-scripts.",
+        advanced=True,
+        since="0.1",
     )
 
     @model_validator(mode="before")

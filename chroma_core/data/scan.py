@@ -180,7 +180,7 @@ def _caption_source(
             others = (texts.get(other) for other in (f"{stem}.txt", f"{stem}.caption", f"{name}.txt"))
             findings.captions_elsewhere += [other for other in others if other][:1]
         try:
-            captions = read_captions(folder / found) if found else ()
+            captions = read_captions(folder / found, config.caption_lines) if found else ()
         except OSError:
             captions = ()
         return captions, os.path.basename(found or wanted)

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..files import slug
-from . import ai_toolkit, simpletuner
-from .convert import Draft, Line, shown
+from . import ai_toolkit, kohya, onetrainer, simpletuner
+from .convert import Draft, Line, overridden, shown
 from .job import NAME_LENGTH, Imported, as_json, as_text, finish, job_toml, resolve, start_folders, write_job
 from .read import ForeignPath, is_off, is_on, read_config
 
@@ -20,18 +20,23 @@ SIGNS = {
     "nodes": "a ComfyUI workflow",
     "_class_name": "a model's own config.json, as diffusers writes it",
     "architectures": "a model's own config.json, as transformers writes it",
-    "network_module": "a configuration of kohya's sd-scripts",
-    "training_method": "a configuration of OneTrainer",
+    "LoRA_type": "a preset of the kohya_ss window: import the TOML that it writes beside its output",
     "base_model": "a configuration of axolotl or another language-model trainer",
 }
 """An option that gives another kind of file away."""
 
+READS = "SimpleTuner's config.json, ai-toolkit's YAML, OneTrainer's JSON and the TOML of kohya's sd-scripts"
+ONETRAINER = {"training_method", "base_model_name", "concept_file_name", "timestep_distribution"}
+KOHYA = {"network_module", "network_dim", "network_args", "dataset_config", "output_name", "unet_lr", "t5xxl"}
+"""Options that only one trainer has."""
+
 
 def import_config(file: Path | str, dataloader: Path | str | None = None) -> Imported:
-    """Read a SimpleTuner config.json or an ai-toolkit YAML for a Chroma LoRA; writes nothing.
+    """Read another trainer's configuration for a Chroma LoRA (see `READS`); writes nothing.
 
     Args:
-        dataloader: SimpleTuner's dataset file, where `data_backend_config` does not lead to it.
+        dataloader: the file of the datasets, where the configuration does not lead to it: SimpleTuner's dataset file,
+            OneTrainer's concepts, sd-scripts' dataset file.
     Raises:
         ConfigError: the file cannot be read, is for another program or model, or has a value that cannot work.
     """
@@ -39,8 +44,8 @@ def import_config(file: Path | str, dataloader: Path | str | None = None) -> Imp
     content = read_config(file)
     if isinstance(content, list):
         raise ConfigError(
-            f"'{file.name}' is a list, as SimpleTuner's dataloader files are. Give its config.json first, and this "
-            "file with --dataloader."
+            f"'{file.name}' is a list, as SimpleTuner's dataloader files and OneTrainer's concepts are. Give the "
+            "configuration first, and this file with --dataloader."
         )
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"'{file.name}' holds no options: it is {shown(content)}.")
@@ -52,17 +57,32 @@ def import_config(file: Path | str, dataloader: Path | str | None = None) -> Imp
             )
         return _from_ai_toolkit(file, content)
     options = [simpletuner.plain_name(key) for key in content]
-    for sign, what in SIGNS.items():
-        if sign in content and "model_family" not in options:
+    beside = None if dataloader is None else Path(dataloader)
+    if "model_family" not in options:
+        for sign, what in SIGNS.items():
+            if sign in content:
+                raise ConfigError(f"'{file.name}' is {what}. import-config reads {READS}.")
+        if isinstance(content.get("datasets"), list):
             raise ConfigError(
-                f"'{file.name}' is {what}. import-config reads SimpleTuner's config.json and ai-toolkit's YAML."
+                f"'{file.name}' is a dataset file of sd-scripts. Give the configuration first, and this file with "
+                "--dataloader."
             )
+        if isinstance(content.get("dataset"), dict):
+            raise ConfigError(
+                f"'{file.name}' is a job of ChromaKit, which needs no import: `python -m chroma_core train "
+                f"{file.name}`."
+            )
+        if ONETRAINER & set(content):
+            return onetrainer.read(file, content, beside)
+        if KOHYA & set(kohya.flattened(content)):
+            return kohya.read(file, content, beside)
     if not any(name in simpletuner.OPTIONS or name in simpletuner.FOR_ALL_SETS for name in options):
+        job = "; a job.toml of ChromaKit needs no import: `python -m chroma_core train job.toml`"
         raise ConfigError(
-            f"'{file.name}' is neither a SimpleTuner config.json nor an ai-toolkit YAML: none of its options is known "
-            f"({', '.join(list(content)[:5])})."
+            f"'{file.name}' is no configuration of another trainer: none of its options is known "
+            f"({', '.join(list(content)[:5])}). import-config reads {READS}{job if file.suffix == '.toml' else ''}."
         )
-    return _from_simpletuner(file, content, None if dataloader is None else Path(dataloader))
+    return _from_simpletuner(file, content, beside)
 
 
 def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path | None) -> Imported:
@@ -78,11 +98,13 @@ def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path |
             f"'{file.name}' has model_type {shown(options['model_type'])}. Only LoRA jobs are imported: set it to lora."
         )
     for_all_sets = {name: options.pop(name) for name in simpletuner.FOR_ALL_SETS if name in options}
+    unstated = dict(simpletuner.UNSTATED)
     given = _stated(options) | _stated(for_all_sets)
     job, folders, todo = Draft(file.name, []), start_folders(file), []
     if given.get("lora_type") == "lycoris":
         _read_lycoris(job, options, given, folders, todo)
-    job.walk(simpletuner.OPTIONS, options, context=given, spelled=spelled)
+        unstated = {key: value for key, value in unstated.items() if key not in simpletuner.NOT_OF_LYCORIS}
+    job.walk(simpletuner.OPTIONS, options, context=given, spelled=spelled, unstated=unstated)
     for option, answer in simpletuner.built_in(given).items():
         job.record(option, "built in", answer)
     foreign = given.get("data_backend_config")
@@ -95,14 +117,24 @@ def _from_simpletuner(file: Path, content: Mapping[str, Any], dataloader: Path |
             )
     sources = (file.name,) if dataloader is None else (file.name, dataloader.name)
     sets = []
-    for name, kind, backend in _usable(dataloader, job.lines) or [("", "image", {})]:
+    masks: dict[str, str] = {}
+    found = _usable(dataloader, job.lines, masks) or [("", "image", {})]
+    overridden(job.lines, "", for_all_sets, [backend for _, _, backend in found], spelled)
+    for name, kind, backend in found:
         part = Draft(sources[-1], job.lines)
-        part.walk(
-            simpletuner.SET_OPTIONS,
-            for_all_sets | _stated(backend),
-            prefix=f"{name}: " if name else "",
-            spelled=spelled,
-        )
+        unstated = dict(simpletuner.UNSTATED_SETS)
+        if not name:  # what the set's captions are is not known
+            del unstated["caption_strategy"]
+        prefix, options = f"{name}: " if name else "", _together(for_all_sets, backend)
+        context = {"mask_sets": masks}
+        shared = {key: spelled[key] for key in for_all_sets if backend.get(key) is None}
+        part.walk(simpletuner.SET_OPTIONS, options, prefix=prefix, context=context, spelled=shared, unstated=unstated)
+        part.record(f"{prefix}images", "built in", {"upscale": True, "repeat_folders": False})
+        if part.values.get("masks") == "files":
+            todo.append(
+                f"Copy each mask of the set '{name}' beside its image, as name-masklabel.png, from "
+                f"{' and '.join(repr(folder) for folder in masks.values())}."
+            )
         sets.append((kind, part))
     if "name" not in job.values:
         job.put("name", slug(file.resolve().parent.name or "imported"), "the file's folder")
@@ -119,7 +151,7 @@ def _read_lycoris(
         todo.append(f"What is trained is in '{named}', which is not here: set kind, rank and alpha in [lora].")
         return
     given["lycoris"] = read_config(place)
-    for name in ("lora_rank", "lora_alpha"):
+    for name in simpletuner.NOT_OF_LYCORIS:
         if name in options:
             reason = "lycoris_config says it"
             job.lines.append(Line(name, shown(options.pop(name)), "ignored", {}, reason))
@@ -142,14 +174,18 @@ def _under_one_name(file: Path, content: Mapping[str, Any]) -> tuple[dict[str, A
     return options, spelled
 
 
-def _usable(place: Path | None, lines: list[Line]) -> list[tuple[str, str, dict[str, Any]]]:
-    """SimpleTuner's datasets that become ours, as name, kind and options; a line for each of the others."""
+def _usable(place: Path | None, lines: list[Line], masks: dict[str, str]) -> list[tuple[str, str, dict[str, Any]]]:
+    """SimpleTuner's datasets that become ours, as name, kind and options; a line for each of the others.
+
+    `masks` is filled with the sets of loss masks and their folders; a set that is the source of one refers to it.
+    """
     content = [] if place is None else read_config(place)
     if place is not None and not (isinstance(content, list) and all(isinstance(item, dict) for item in content)):
         raise ConfigError(
             f"'{place.name}' is no dataloader file: it must be a list of datasets, each with its options."
         )
-    used = []
+    used: list[tuple[str, str, dict[str, Any]]] = []
+    sources: dict[str, str] = {}
     for i, item in enumerate(content):
         backend = {str(key).lstrip("-"): value for key, value in item.items()}
         name, kind = str(backend.get("id", i)), str(backend.get("dataset_type", "image"))
@@ -157,6 +193,11 @@ def _usable(place: Path | None, lines: list[Line]) -> list[tuple[str, str, dict[
             lines.append(Line(name, kind, "ignored", {}, "only says where a cache lies"))
         elif not is_off(backend.get("disabled", backend.get("disable"))):
             lines.append(Line(name, "disabled", "ignored", {}, "a disabled set is left out"))
+        elif kind == "conditioning" and backend.get("conditioning_type") in simpletuner.MASKS:
+            masks[name] = str(backend.get("instance_data_dir"))
+            sources[str(backend.get("source_dataset_id"))] = name
+            reason = "masks lie beside the images here, as name-masklabel.png; white counts, and the loss is normalised"
+            lines.append(Line(name, kind, "differs", {}, reason))
         elif kind not in ("image", "eval"):
             lines.append(Line(name, kind, "no counterpart", {}, "only images are trained"))
         elif backend.get("instance_data_dir") is None:
@@ -164,7 +205,7 @@ def _usable(place: Path | None, lines: list[Line]) -> list[tuple[str, str, dict[
             lines.append(Line(name, str(backend.get("type", "local")), "no counterpart", {}, reason))
         else:
             used.append((name, kind, backend))
-    return used
+    return [(n, k, {"conditioning_data": sources[n], **b} if n in sources else b) for n, k, b in used]
 
 
 def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
@@ -217,19 +258,25 @@ def _from_ai_toolkit(file: Path, content: Mapping[str, Any]) -> Imported:
     context["sizes"] = ai_toolkit.sizes(datasets)
     sections[""] = {key: value for key, value in process.items() if key not in sections and key != "datasets"}
     for name, table in ai_toolkit.SECTIONS.items():
-        job.walk(table, sections[name], prefix=f"{name}." if name else "", context=context)
-    for option, answer in ai_toolkit.BUILT_IN.items():
-        job.record(option, "built in", answer)
+        unstated = ai_toolkit.UNSTATED.get(name)
+        job.walk(table, sections[name], prefix=f"{name}." if name else "", context=context, unstated=unstated)
+    ai_toolkit.built_in(job, _stated(sections["network"]))
     trigger = _stated({"trigger_word": process.get("trigger_word")})
     sets = []
     for i, item in enumerate(datasets):
         part = Draft(file.name, lines)
-        own = _stated({str(key): value for key, value in item.items()})
+        own = {str(key): value for key, value in item.items()}
         # ai-toolkit says the new word of no set of ordinary images.
-        options = own if is_on(own, "is_reg") else trigger | own
-        part.walk(ai_toolkit.SET_OPTIONS, options, prefix=f"datasets.{i}.")
+        options = own if is_on(_stated(own), "is_reg") else _together(trigger, own)
+        part.walk(ai_toolkit.SET_OPTIONS, options, prefix=f"datasets.{i}.", unstated=ai_toolkit.UNSTATED["datasets"])
+        part.record(f"datasets.{i}: images and captions", "built in", ai_toolkit.BUILT_IN_SET)
         sets.append(("image", part))
     return finish("ai-toolkit", (file.name,), job, sets, start_folders(file), [])
+
+
+def _together(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A set's own options and the shared ones that it does not state; its null is not stated."""
+    return {**shared, **{key: value for key, value in own.items() if value is not None or key not in shared}}
 
 
 def _stated(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,9 @@ from ..data.dataset import DatasetConfig
 from ..options import option_of
 from ..sampling.schedule import dynamic_mu
 from ..training.config.job import LoraConfig
-from .convert import Given, lost, near, table, unchanged
+from .convert import Draft, Given, lost, near, table, unchanged
+from .layers import EVERY_BLOCK, original
+from .prompts import of_line, of_object, plain
 from .read import Unreadable, is_off, is_on, number, read_config, switch, text, whole
 
 QTYPES = {
@@ -24,6 +25,8 @@ QTYPES = {
     **dict.fromkeys(("int4", "uint4"), "int4"),
 }
 
+
+FUSED = "ai-toolkit has one LoRA for q, k and v together (and one for linear1); here each layer has its own"
 
 LARGEST, LONGEST = int(option_of(LoraConfig, "rank").bound("le") or 0), 15360
 """The largest rank of a job, and the longest side of a layer of Chroma's: a LoKr's second factor is whole where the
@@ -91,6 +94,20 @@ def alpha(value: Any, given: Given) -> Any:
     if text(given.get("type", "lora")).lower() == "lokr" or alpha == rank:
         return alpha
     return near(rank, "ai-toolkit trains Chroma at scale 1, whatever stands here")
+
+
+def accumulation(value: Any, given: Given) -> Any:
+    return whole(value) * max(whole(given.get("gradient_accumulation_steps", 1)), 1)
+
+
+def batches_an_update(value: Any, given: Given) -> Any:
+    batches = whole(value)
+    if batches < 1:
+        return lost("an update after a whole epoch: set gradient_accumulation")
+    if batches == 1:
+        return unchanged("the same here")
+    reason = f"ai-toolkit counts each batch as a step, ChromaKit each update: divide steps and intervals by {batches}"
+    return near({}, reason)
 
 
 def timesteps(value: Any, given: Given) -> Any:
@@ -169,19 +186,30 @@ def negative(value: Any) -> str:
     return "" if is_off(value) else text(value)
 
 
+SAMPLE_FIELDS = {
+    "prompt": "prompt",
+    "width": "width",
+    "height": "height",
+    "seed": "seed",
+    "neg": "negative",
+    "guidance_scale": "guidance",
+    "sample_steps": "steps",
+}
+"""Fields of an entry of `samples`, and ours."""
+
+
 def prompts(value: Any, given: Given) -> Any:
     if not is_off(given.get("train.disable_sampling")):
         return unchanged("disable_sampling")
-    prompts, with_settings = [], False
+    found, lost = [], []
     for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, dict):
-            with_settings |= bool(set(item) - {"prompt"})
-            item = item.get("prompt")
-        prompt, *settings = re.split(r"\s+--(?=\w)", text(item))
-        with_settings |= bool(settings)
-        prompts.append(prompt.strip())
-    reason = "settings of single prompts are left out: all previews have the same size, steps and guidance"
-    return near(prompts, reason) if with_settings else prompts
+        fields, without = of_object(item, SAMPLE_FIELDS) if isinstance(item, dict) else ({"prompt": text(item)}, [])
+        line, behind = of_line(fields.pop("prompt", ""))
+        found.append({**line, **fields})
+        lost += [*without, *behind]
+    if len(found) > 1 and not is_on(given, "walk_seed"):  # all have the same one; here the i-th has the seed + i
+        found = [{"seed": whole(given.get("seed", 0)), **entry} for entry in found]
+    return near(plain(found), f"without counterpart: {', '.join(lost)}") if lost else plain(found)
 
 
 def walk_seed(value: Any, given: Given) -> Any:
@@ -189,7 +217,29 @@ def walk_seed(value: Any, given: Given) -> Any:
         return unchanged("prompt i has the seed + i here too")
     if len(given.get("prompts") or given.get("samples") or []) < 2:
         return unchanged("a single prompt")
-    return near({}, "prompt i has the seed + i here")
+    return unchanged("each prompt has been given the same seed")
+
+
+def network_kwargs(value: Any, given: Given) -> Any:
+    """`only_if_contains` and `ignore_if_contains`: parts of a layer's name, with dots or underscores."""
+    if not isinstance(value, dict):
+        raise Unreadable("a section with options")
+    others = [str(key) for key in value if key not in ("only_if_contains", "ignore_if_contains")]
+    only, ignored = (value.get(f"{which}_if_contains") or [] for which in ("only", "ignore"))
+    if not (isinstance(only, list) and isinstance(ignored, list)):
+        raise Unreadable("a section with lists of parts of layers' names")
+
+    def has(name: str, parts: list[Any]) -> bool:
+        full = f"transformer.{name}"
+        return any(text(part) in full or text(part) in full.replace(".", "_") for part in parts)
+
+    target = original(lambda name: (not only or has(name, only)) and not has(name, ignored))
+    if not target:
+        return lost(f"no layer of Chroma's blocks has such a name: {', '.join(map(str, [*only, *ignored]))}")
+    if not (only or ignored):
+        return lost("not built in") if others else unchanged("not used")
+    reason = f"{FUSED}; without counterpart: {', '.join(others)}" if others else FUSED
+    return near({"lora.target": target}, reason)
 
 
 def caption_dropout(value: Any, given: Given) -> Any:
@@ -219,12 +269,25 @@ SECTIONS = {
     if name != "datasets"
 }
 
-BUILT_IN = {
-    "text and previews": {"recipe": "ai-toolkit"},
-    "noise levels": {"objective.remap": "none"},
-    "trained layers": near(
-        {"lora.target": ["transformer_blocks.*", "single_transformer_blocks.*"]},
-        "ai-toolkit has one LoRA for q, k and v together (and one for linear1); here each layer has its own",
-    ),
+UNSTATED = {
+    "" if name == "process" else name: section["unstated"] for name, section in _DATA.items() if "unstated" in section
 }
-"""What ai-toolkit does for Chroma without an option: its own recipe, no tail remap, LoRAs on fused layers."""
+"""What ai-toolkit takes for options that are not stated, section by section."""
+
+BUILT_IN_SET = {"caption_lines": "joined", "missing_caption": "empty", "repeat_folders": False}
+"""What it does with images and captions without an option."""
+
+DECAY = {"adamw": 0.01, "adamw8bit": 0.01}
+"""The weight decay of its optimizers where none is stated; 0 for all others."""
+
+
+def built_in(job: Draft, network: Given) -> None:
+    """What ai-toolkit does for Chroma without an option: its own recipe, no tail remap, LoRAs on fused layers."""
+    job.record("text and previews", "built in", {"recipe": "ai-toolkit"})
+    job.record("noise levels", "built in", {"objective.remap": "none"})
+    job.record("trained layers", "built in", near({"lora.target": list(EVERY_BLOCK)}, FUSED), over=False)
+    decay = DECAY.get(job.values.get("optimizer", ""), 0.0)
+    job.record("optimizer_params.weight_decay", f"{decay} (not stated)", {"weight_decay": decay}, over=False)
+    if text(network.get("type", "lora")).lower() == "lokr" and not is_whole(network):
+        alpha = number(network.get("alpha", 1.0))
+        job.record("network.linear_alpha", f"{alpha:g} (not stated)", {"lora.alpha": alpha}, over=False)

@@ -1,4 +1,4 @@
-"""How the tables are read (`simpletuner.yaml`, `ai_toolkit.yaml`), and the engine that walks them.
+"""How the tables are read (a `.yaml` for each trainer), and the engine that walks them.
 
 A table has a `Rule` for every option of another trainer. Its `convert` answers with the value of our option, or says
 that the value is only `near`, that there is nothing like it here (`lost`), or that it changes nothing (`unchanged`).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_type_hints
@@ -82,14 +82,15 @@ def table(
     - only, at_most: the values that change nothing here, because of `same`; `otherwise`, why there are no others.
 
     `lost`: nothing like them here; no remark where the value says that it is not used. `ignored`: they change nothing
-    of what is trained here, whatever their value. `functions` are those of the tool's module.
+    of what is trained here, whatever their value. `unstated` is not read here: it has what the trainer takes for an
+    option that the file does not state, see `Draft.walk`. `functions` are those of the tool's module.
     """
     rules = {}
     for option, entry in section.get("options", {}).items():
         rules[option] = _rule({"to": entry} if isinstance(entry, str) else entry, {**SHARED, **functions}, model)
-    for reason, names in section["lost"].items():
+    for reason, names in section.get("lost", {}).items():
         rules |= dict.fromkeys(names.split(), Rule(partial(_lost, reason), "", reason, "no counterpart"))
-    for reason, names in section["ignored"].items():
+    for reason, names in section.get("ignored", {}).items():
         rules |= dict.fromkeys(names.split(), Rule(partial(_always, unchanged(reason)), "", reason, "ignored"))
     return rules
 
@@ -133,7 +134,9 @@ def _choice(entry: Mapping[str, Any]) -> Rule:
     for word, found in entry.get("words", {}).items():
         if isinstance(found, list):
             answers[word] = near(*found)
-            other.append(f"`{word}` → `{found[0]}` (differs: {found[1]})")
+            values = found[0].items() if isinstance(found[0], dict) else ()
+            becomes = ", ".join(f"{path} = {answer}" for path, answer in values) or found[0]
+            other.append(f"`{word}` → `{becomes}` (differs: {found[1]})")
         elif isinstance(found, dict):
             ((kind, reason),) = found.items()
             answers[word] = lost(reason) if kind == "lost" else unchanged(reason)
@@ -204,7 +207,7 @@ def start_from(value: Any, given: Given) -> Any:
 READERS: dict[type, Callable[[Any], Any]] = {int: whole, float: number, bool: switch}
 SHARED: dict[str, Any] = {f.__name__: f for f in (path, model_source, start_from)}
 SHARED |= {part: partial(part_source, part) for part in ("transformer", "vae", "text_encoder")}
-"""What the data files of both tools name in `read` and `by`."""
+"""What the data files of all tools name in `read` and `by`."""
 
 
 def shown(value: Any) -> str:
@@ -225,6 +228,17 @@ class Line:
     kind: Kind
     values: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""
+
+
+def overridden(
+    lines: list[Line], prefix: str, shared: Given, sets: Sequence[Given], spelled: Mapping[str, str] | None = None
+) -> None:
+    """A line for each option that holds for all sets, where every set states it itself."""
+    for name, value in shared.items():
+        if sets and all(each.get(name) is not None for each in sets):
+            lines.append(
+                Line(prefix + (spelled or {}).get(name, name), shown(value), "ignored", {}, "every set says its own")
+            )
 
 
 class Draft:
@@ -248,6 +262,7 @@ class Draft:
         prefix: str = "",
         context: Given | None = None,
         spelled: Mapping[str, str] | None = None,
+        unstated: Given | None = None,
     ) -> None:
         """Apply a table to one section; null options are left out, for every tool reads them as not set.
 
@@ -255,10 +270,14 @@ class Draft:
             prefix: stands before the option's name in lines and errors (`train.`).
             context: further options that a rule may look at, with dotted names.
             spelled: how the file spells an option, where that differs.
+            unstated: the trainer's own values of options, which hold where the file states none and no other option
+                has set the same.
         Raises:
             ConfigError: a value that the foreign tool could not use either, or two options that contradict each other.
         """
-        given = {**(context or {}), **{key: value for key, value in options.items() if value is not None}}
+        stated = {key: value for key, value in options.items() if value is not None}
+        own = {key: value for key, value in (unstated or {}).items() if key not in stated}
+        given = {**(context or {}), **own, **stated}
         for option, value in options.items():
             name, rule = prefix + (spelled or {}).get(option, option), table.get(option)
             if value is None:
@@ -272,12 +291,19 @@ class Draft:
                     reason = f"'{self.file}': the option {name} is {shown(value)}; it must be {error}."
                     raise ConfigError(reason) from error
                 self.record(name, shown(value), answer, rule.to)
+        for option, value in own.items():
+            rule = table[option]
+            self.record(prefix + option, f"{shown(value)} (not stated)", rule.convert(value, given), rule.to, False)
 
-    def record(self, option: str, value: str, answer: Any, to: str = "") -> None:
-        """Write an answer's values, and say so in its line."""
+    def record(self, option: str, value: str, answer: Any, to: str = "", over: bool = True) -> None:
+        """Write an answer's values, and say so in its line; with `over` False only what nothing has set yet."""
         if not isinstance(answer, Answer):
             answer = Answer("maps", "", answer)
         values = answer.value if isinstance(answer.value, dict) else {to: answer.value}
+        if not over and values:
+            values = {ours: each for ours, each in values.items() if ours not in self.values}
+            if not values:
+                return
         for ours, each in values.items():
             self.put(ours, each, option)
         self.lines.append(Line(option, value, answer.kind, values, answer.reason))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tomlkit
 from pydantic import ValidationError
 
-from ..errors import ChromaKitError, ConfigError
+from ..data.pictures import picture_extensions
+from ..data.views import is_mask
+from ..errors import ChromaKitError, ConfigError, counted
 from ..files import write_atomic
 from ..training.config import TrainingConfig
 from .convert import Draft, Kind, Line, shown
-from .read import ForeignPath
+from .read import Epochs, ForeignPath
 
 WIDTH = 118
 NAME_LENGTH = max(getattr(limit, "max_length", 0) for limit in TrainingConfig.model_fields["name"].metadata)
@@ -55,7 +58,8 @@ def finish(
         sets: `image` or `eval`, with the options of a dataset.
         folders: where paths of the foreign file may start.
     """
-    _prodigys_rate(job)
+    _agreeing(job)
+    _count_epochs(job, [_resolved(part, folders) for kind, part in sets if kind == "image"], todo)
     tree = _nested(_resolved(job, folders))
     tree["name"] = str(tree["name"]).strip()[:NAME_LENGTH] or "imported"
     training = _merged([_resolved(part, folders) for kind, part in sets if kind == "image"]) or [{}]
@@ -82,17 +86,63 @@ def finish(
     return Imported(tool, sources, tree, config, tuple(job.lines), tuple(todo))
 
 
-def _prodigys_rate(job: Draft) -> None:
-    """Prodigy finds the rate and multiplies it by `learning_rate`, which other optimizers' values are not."""
-    rate, origin = job.values.get("learning_rate"), job.origin.get("learning_rate", "learning_rate")
-    if job.values.get("optimizer") != "prodigy" or (rate is not None and 0.1 <= rate <= 10):
+def _agreeing(job: Draft) -> None:
+    """What an optimizer of ours does not take is changed, and said, so that the job can be made."""
+    optimizer, rate = job.values.get("optimizer"), job.values.get("learning_rate")
+    schedule = job.values.get("lr_schedule", "constant")
+    if optimizer == "prodigy" and not (rate is not None and 0.1 <= rate <= 10):
+        # It finds the rate and multiplies it by `learning_rate`, which other optimizers' values are not.
+        reason = "Prodigy finds the rate itself and multiplies it by this: 0.1 to 10; 1 is what its authors advise"
+        _instead(job, "learning_rate", 1.0, reason)
+    if optimizer == "prodigy" and schedule == "restarts":
+        _instead(job, "lr_schedule", "cosine", "Prodigy's authors advise against restarts")
+    if optimizer == "schedule-free" and schedule != "constant":
+        _instead(job, "lr_schedule", "constant", "schedule-free averages in place of a schedule")
+    if optimizer == "adafactor" and tuple(job.values.get("betas", (0.9, 0.999))) != (0.9, 0.999):
+        _instead(job, "betas", [0.9, 0.999], "Adafactor has no betas here")
+
+
+def _instead(job: Draft, path: str, value: Any, reason: str) -> None:
+    """Another value for one of our options, and a remark in place of the line that set it."""
+    origin = job.origin.get(path, path)
+    job.values[path], job.origin[path] = value, origin
+    before = next((line.value for line in job.lines if set(line.values) == {path}), "not set")
+    job.lines[:] = [line for line in job.lines if set(line.values) != {path}]
+    job.lines.append(Line(origin, before, "differs", {path: value}, reason))
+
+
+def _count_epochs(job: Draft, sets: list[dict[str, Any]], todo: list[str]) -> None:
+    """Steps in place of epochs, as far as the images are on this computer; without them, what is left to do."""
+    asked = {path: value for path, value in job.values.items() if isinstance(value, Epochs)}
+    if not asked:
         return
-    job.values["learning_rate"], job.origin["learning_rate"] = 1.0, origin
-    reason = "Prodigy finds the rate itself and multiplies it by this: 0.1 to 10; 1 is what its authors advise"
-    job.lines[:] = [line for line in job.lines if "learning_rate" not in line.values]
-    job.lines.append(
-        Line(origin, "not set" if rate is None else shown(rate), "differs", {"learning_rate": 1.0}, reason)
-    )
+    images = sum(_uses(part) for part in sets)
+    batch = int(job.values.get("batch_size", 1)) * int(job.values.get("gradient_accumulation", 1))
+    if images:
+        reason = f"{counted(images, 'image')} in an epoch, {batch} to a step"
+    else:
+        reason = "steps are counted here: images × repeats / (batch_size × gradient_accumulation) of them are an epoch"
+        names = " and ".join(asked)
+        todo.append(f"The images are not here, so epochs could not be counted in steps: set {names}.")
+    for path, value in asked.items():
+        if images:
+            job.values[path] = max(1, round(value * math.ceil(images / batch)))
+        else:
+            del job.values[path]
+    for i, line in enumerate(job.lines):
+        if epochs := {path for path, value in line.values.items() if isinstance(value, Epochs)}:
+            values = {path: job.values.get(path) if path in epochs else value for path, value in line.values.items()}
+            values = {path: value for path, value in values.items() if value is not None}
+            job.lines[i] = replace(line, kind="differs" if images else "no counterpart", values=values, reason=reason)
+
+
+def _uses(part: Mapping[str, Any]) -> int:
+    """How many images an epoch has of a dataset; 0 where its folder is not here."""
+    folder = Path(str(part.get("folder", "")))
+    if "folder" not in part or not folder.is_dir():
+        return 0
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in picture_extensions() and not is_mask(path)]
+    return len(found) * int(part.get("repeats", 1))
 
 
 def _resolved(draft: Draft, folders: Sequence[Path]) -> dict[str, Any]:
@@ -198,7 +248,7 @@ def as_text(imported: Imported, path: Path) -> str:
         if items
     ]
     left = len(imported.of("ignored"))
-    counts = f"{len(maps)} taken over, {len(imported.remarks)} warnings, {left} that change nothing here"
+    counts = f"{len(maps)} taken over, {counted(len(imported.remarks), 'warning')}, {left} that change nothing here"
     return "\n\n".join([*parts, f"{path}: imported from {imported.tool} ({counts})"])
 
 
@@ -235,7 +285,15 @@ def describe(line: Line) -> str:
 
 
 def _written(line: Line) -> str:
-    return ", ".join(f"{path} = {tomlkit.item(_writable(value)).as_string()}" for path, value in line.values.items())
+    return ", ".join(f"{path} = {_on_a_line(value)}" for path, value in line.values.items())
+
+
+def _on_a_line(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return tomlkit.item(_writable(value)).as_string()
+    table = tomlkit.inline_table()
+    table.update(_writable(value))
+    return table.as_string()
 
 
 def _comment(text: str) -> list[str]:

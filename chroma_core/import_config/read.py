@@ -1,4 +1,4 @@
-"""Reading foreign configurations: files (JSON with comments and trailing commas, YAML) and the values in them."""
+"""Reading foreign configurations: files (JSON with comments and trailing commas, YAML, TOML), the values in them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tomlkit
+import tomlkit.exceptions
 import yaml
 
 from ..errors import ConfigError
@@ -29,26 +31,32 @@ class _Refused(Exception):
     """Something that the parser lets pass and a configuration must not have."""
 
 
-def read_config(path: Path) -> Any:
-    """The content of a `.json`, `.jsonc`, `.yaml` or `.yml` file. Raises ConfigError with the file and the place."""
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file. Raises ConfigError."""
+    return _content(path).splitlines()
+
+
+def _content(path: Path) -> str:
     try:
         if path.is_file() and path.stat().st_size > MAX_BYTES:
             raise ConfigError(f"'{path.name}' is larger than {MAX_BYTES >> 20} MiB and so no configuration file.")
-        content = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"The file '{path}' cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"'{path.name}' is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def read_config(path: Path) -> Any:
+    """The content of a `.json`, `.jsonc`, `.yaml`, `.yml` or `.toml` file. Raises ConfigError with file and place."""
+    content = _content(path)
     suffix = path.suffix.lower()
-    if suffix == ".toml":
-        raise ConfigError(
-            f"'{path.name}' is a TOML file. import-config reads SimpleTuner's config.json and ai-toolkit's YAML; a "
-            "job.toml of ChromaKit needs no import: `python -m chroma_core train job.toml`."
-        )
     if not content.strip():
         raise ConfigError(f"'{path.name}' is empty.")
     is_yaml = suffix in (".yaml", ".yml") or (suffix not in (".json", ".jsonc") and content.lstrip()[0] not in "{[")
     try:
+        if suffix == ".toml":
+            return _toml(content, path.name)
         return _yaml(content, path.name) if is_yaml else _json(content, path.name)
     except _Refused as error:
         raise ConfigError(f"'{path.name}': {error}") from error
@@ -72,8 +80,17 @@ def _json(content: str, name: str) -> Any:
         raise _Refused(str(error)) from error
 
 
-def _no_constant(word: str) -> Any:
-    raise _Refused(f"it contains {word}, which is no number.")
+def _no_constant(word: str) -> float:
+    if word == "NaN":
+        raise _Refused("it contains NaN, which is no number.")
+    return float(word)  # OneTrainer writes Infinity; no option that is read takes it
+
+
+def _toml(content: str, name: str) -> Any:
+    try:
+        return tomlkit.parse(content).unwrap()
+    except tomlkit.exceptions.TOMLKitError as error:
+        raise ConfigError(f"'{name}' is not valid TOML: {error}.") from error
 
 
 def _yaml(content: str, name: str) -> Any:
@@ -136,6 +153,18 @@ def text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise Unreadable("a text")
     return str(value)
+
+
+class Epochs(float):
+    """A number of epochs, which becomes steps once the images are counted, see `job.finish`."""
+
+
+def epochs_of(value: Any) -> Epochs:
+    """A number of epochs above 0."""
+    read = number(value)
+    if read <= 0:
+        raise Unreadable("a number above 0")
+    return Epochs(read)
 
 
 class ForeignPath(str):

@@ -7,14 +7,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..data.dataset import DatasetConfig
+from .ai_toolkit import LARGEST
 from .convert import Given, lost, near, table, unchanged
-from .read import Unreadable, is_off, is_on, number, read_config, switch, text, whole
+from .read import Unreadable, epochs_of, is_off, is_on, number, read_config, switch, text, whole
 
 _DATA = read_config(Path(__file__).with_suffix(".yaml"))
 FOR_ALL_SETS = tuple(_DATA["for_all_sets"].split())
 """Options of config.json that hold for every set which does not say otherwise."""
+UNSTATED, UNSTATED_SETS = _DATA["config"]["unstated"], _DATA["datasets"]["unstated"]
+"""What SimpleTuner takes for options that are not stated, in config.json and in a set."""
+NOT_OF_LYCORIS = ("lora_rank", "lora_alpha", "lora_dropout", "flux_lora_target")
+"""Options that mean nothing with lora_type lycoris."""
 STORES = ("text_embeds", "image_embeds", "conditioning_image_embeds")
 """Kinds of dataset that only say where a cache lies."""
+MASKS = ("mask", "segmentation")
+"""Kinds of conditioning set whose images say where the loss counts."""
 
 
 def plain_name(name: str) -> str:
@@ -52,7 +59,7 @@ def epochs(value: Any, given: Given) -> Any:
         return unchanged("0: max_train_steps decides")
     if not is_off(given.get("max_train_steps")):
         return unchanged("max_train_steps goes first in SimpleTuner too")
-    return lost("steps are counted here: set steps = epochs × images × repeats / (batch_size × gradient_accumulation)")
+    return {"steps": epochs_of(value)}
 
 
 def warmup(value: Any, given: Given) -> Any:
@@ -88,16 +95,15 @@ def guidance(value: Any, given: Given) -> Any:
 
 
 def shift(value: Any, given: Given) -> Any:
-    if number(value) in (0, 1):
-        return "none"
     if is_on(given, "flow_schedule_auto_shift"):
         return unchanged("flow_schedule_auto_shift decides")
-    return shifted(number(value), given)
+    return {"objective.flow_shift": "none"} if number(value) in (0, 1) else shifted(number(value), given)
 
 
 def shifted(value: Any, given: Given) -> Any:
-    reason = "SimpleTuner shifts before its tail remap, ChromaKit after it: other noise levels"
-    return value if no_remap(given) else near(value, reason)
+    """SimpleTuner shifts before its tail remap."""
+    values = {"objective.flow_shift": value}
+    return values if no_remap(given) else {**values, "objective.shift_first": True}
 
 
 def lora_type(value: Any, given: Given) -> Any:
@@ -112,8 +118,8 @@ def lora_type(value: Any, given: Given) -> Any:
     if algo not in ("lora", "locon", "lokr"):
         return lost(f"there is no {algo!r} here: choose a kind in [lora]")
     # What is not stated is LyCORIS' own default.
-    values: dict[str, Any] = {"lora.kind": "lokr" if algo == "lokr" else "lora"}
-    values["lora.rank"] = whole(lycoris.get("linear_dim", 4))
+    values: dict[str, Any] = {"lora.kind": "lokr" if algo == "lokr" else "lora", "lora.target": "all"}
+    values["lora.rank"] = min(LARGEST, whole(lycoris.get("linear_dim", 4)))
     values["lora.alpha"] = number(lycoris.get("linear_alpha", 1))
     if algo == "lokr":
         values["lora.lokr_factor"] = whole(lycoris.get("factor", -1))
@@ -123,7 +129,10 @@ def lora_type(value: Any, given: Given) -> Any:
     others = ", ".join(
         str(key) for key in lycoris if key not in known and not (key == "multiplier" and lycoris[key] == 1)
     )
-    return near(values, f"without counterpart in lycoris_config: {others}") if others else values
+    reasons = [f"without counterpart in lycoris_config: {others}"] if others else []
+    if values["lora.rank"] < whole(lycoris.get("linear_dim", 4)):
+        reasons.append(f"{LARGEST} is the largest rank, at which a LoKr's second factor is whole")
+    return near(values, "; ".join(reasons)) if reasons else values
 
 
 def noise_offset(value: Any, given: Given) -> Any:
@@ -150,6 +159,14 @@ def megapixels(area: float) -> int:
     if area < 0:
         raise Unreadable("a size above 0")
     return max(64, 64 * round(math.sqrt(area * 1e6) / 64))
+
+
+def conditioning(value: Any, given: Given) -> Any:
+    """The sets that go with this one: masks are beside the images here."""
+    wanted = [text(item) for item in (value if isinstance(value, list) else [value])]
+    if all(item in given["mask_sets"] for item in wanted):
+        return near({"masks": "files"}, "masks lie beside the images here, see below")
+    return lost("no conditioning images")
 
 
 def resume(value: Any, given: Given) -> Any:

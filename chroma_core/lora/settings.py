@@ -12,6 +12,8 @@ SimpleTuner's (`--flux_lora_target`), so its recipes carry over. On Chroma 1:
 | `context` | 76 | the text stream's q, k, v and output projection |
 | `context+ffs` | 114 | `context` and the text stream's MLP |
 | `tiny` | 209 | `attention` and, in the double blocks, the first layer of the image stream's MLP |
+| `tiny+embedder` | 210 | `tiny` and the input projection `x_embedder` |
+| `ai-toolkit` | 419 | `all+ffs`: the norms that it has besides are no layers in Chroma |
 
 `tiny` trains no layer that serves the text stream alone, and of the MLPs only the layer where the double blocks make
 their image features. `proj_out` belongs to `all+ffs` because SimpleTuner's rule for the single blocks' `proj_out` also
@@ -109,6 +111,8 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
     "tiny": (*_ATTENTION, "*.ff.net.0.proj"),
     "attention": _ATTENTION,
     "all+ffs+embedder": (*_ALL_FFS, "x_embedder"),
+    "tiny+embedder": (*_ATTENTION, "*.ff.net.0.proj", "x_embedder"),
+    "ai-toolkit": _ALL_FFS,
 }
 
 TARGETS: tuple[str, ...] = tuple(_PATTERNS)

@@ -146,7 +146,8 @@ def sampling_sigmas(
 class SigmaSettings:
     """How training draws noise levels: draw, then remap, then shift, then squeeze into [minimum, maximum].
 
-    `scale` is the s of sigmoid(s·N(0,1)) and only read by the `logit_normal` draw.
+    `scale` is the s of sigmoid(s·N(0,1)) and only read by the `logit_normal` draw. With `shift_first` the shift stands
+    before the remap, as in SimpleTuner.
     """
 
     draw: SigmaDraw = "logit_normal"
@@ -155,6 +156,7 @@ class SigmaSettings:
     flow_shift: FlowShift = "none"
     minimum: float = 0.0
     maximum: float = 1.0
+    shift_first: bool = False
 
     def __post_init__(self) -> None:
         check_choice("The sigma draw", self.draw, get_args(SigmaDraw))
@@ -198,8 +200,8 @@ def draw_sigmas(
 ) -> Tensor:
     """Draw `n` training noise levels in [minimum, maximum]: fp32 on the generator's device (a CPU generator).
 
-    `bias` has one number in −1..1 for each draw (see `apply_sigma_bias`), applied after the flow shift; the limits hold
-    whatever it is, and the numbers that are drawn do not depend on it.
+    `bias` has one number in −1..1 for each draw (see `apply_sigma_bias`), applied after remap and flow shift; the
+    limits hold whatever it is, and the numbers that are drawn do not depend on it.
 
     Remaps: `quadratic` takes σ² or 1−(1−σ)² by a fair coin, so tails are visited more often and every σ stays
     reachable; `quadratic_split` takes σ² below ½ and 1−(1−σ)² from ½ on (SimpleTuner's rule, never inside [¼, ¾)).
@@ -214,10 +216,13 @@ def draw_sigmas(
         sigmas = uniform()
     else:
         sigmas = _chroma_quantile(uniform())
+    if settings.shift_first:
+        sigmas = apply_flow_shift(sigmas, settings.flow_shift, image_tokens)
     if settings.remap != "none":
         low = uniform() < 0.5 if settings.remap == "quadratic" else sigmas < 0.5
         sigmas = torch.where(low, sigmas**2, 1 - (1 - sigmas) ** 2)
-    sigmas = apply_flow_shift(sigmas, settings.flow_shift, image_tokens)
+    if not settings.shift_first:
+        sigmas = apply_flow_shift(sigmas, settings.flow_shift, image_tokens)
     if bias is not None:
         sigmas = apply_sigma_bias(sigmas, torch.tensor(bias, dtype=sigmas.dtype))
     return (settings.minimum + (settings.maximum - settings.minimum) * sigmas).float()

@@ -28,7 +28,7 @@ from .common import add, answer, inputs_of, json_of, read_widgets, refused
 PLAN = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
 DENSITY = (
     "sigma_draw", "sigma_remap", "sigma_scale", "sigma_shift", "sigma_shift_value", "sigma_minimum", "sigma_maximum",
-    "warmup_steps", "lr_schedule", "lr_cycles", "lr_power",
+    "sigma_shift_first", "warmup_steps", "lr_schedule", "lr_cycles", "lr_power",
 )  # fmt: skip
 BINS = 40
 LR_POINTS = 200

@@ -43,9 +43,8 @@ def test_densities_integrate_to_one_and_are_those_of_the_draws(name):
         return sum(integrate.quad(lambda x: float(density(np.float64(x))), a, b)[0] for a, b in pieces)
 
     assert cdf(1.0) == pytest.approx(1, abs=1e-6)
-    draw_, remap = VARIANTS[name]
     generator = torch.Generator().manual_seed(0)
-    sigmas = draw_sigmas(20_000, SigmaSettings(draw=draw_, remap=remap), generator, 16).double().numpy()
+    sigmas = draw_sigmas(20_000, SigmaSettings(**VARIANTS[name]), generator, 16).double().numpy()
     grid = np.linspace(0, 1, 201)
     table = np.array([0.0, *(cdf(y) for y in grid[1:])])
     expected = len(sigmas) * np.diff(table)
@@ -57,7 +56,8 @@ def test_densities_integrate_to_one_and_are_those_of_the_draws(name):
 
 def test_the_default_of_the_page_is_the_default_of_the_trainer():
     objective = ObjectiveConfig()
-    assert VARIANTS[DEFAULT] == (objective.draw, objective.remap)
+    assert VARIANTS[DEFAULT] == {"draw": objective.draw, "remap": objective.remap}
+    assert objective.flow_shift == "none"
 
 
 def test_every_variant_has_the_same_seeds_and_every_number():

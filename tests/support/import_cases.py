@@ -25,6 +25,52 @@ SEED_SNIPPET = """
 }
 """
 
+SIMPLETUNER = {
+    "batch_size": 4,
+    "gradient_accumulation": 1,
+    "learning_rate": 4e-7,
+    "lr_schedule": "constant",
+    "warmup_steps": 0,
+    "optimizer": "adamw",
+    "weight_decay": 0.01,
+    "max_grad_norm": 2.0,
+    "lora.rank": 16,
+    "lora.dropout": 0.1,
+    "lora.target": "all",
+    "objective.flow_shift": 3,
+    "objective.shift_first": True,
+    "objective.remap": "quadratic_split",
+}
+"""What SimpleTuner does for Chroma when its config.json does not say otherwise."""
+SIMPLETUNER_SET = {"upscale": True, "repeat_folders": False}
+NOTHING_NAMED = SIMPLETUNER_SET | {"folder": "pictures", "caption_dropout": 0.0, "resolutions": [1024]}
+"""The dataset of such a file that names none; the captions are whatever the folder will have."""
+AI_TOOLKIT = {
+    "recipe": "ai-toolkit",
+    "steps": 1000,
+    "batch_size": 1,
+    "gradient_accumulation": 1,
+    "learning_rate": 1e-6,
+    "optimizer": "adamw",
+    "weight_decay": 0.01,
+    "lr_schedule": "constant",
+    "max_grad_norm": 1.0,
+    "lora.target": ["transformer_blocks.*", "single_transformer_blocks.*"],
+    "objective.draw": "logit_normal",
+    "objective.remap": "none",
+}
+"""What ai-toolkit does for Chroma when its YAML does not say otherwise, and in a dataset."""
+AI_TOOLKIT_SET = {
+    "caption_extension": ".txt",
+    "caption_dropout": 0.0,
+    "resolutions": [512],
+    "repeats": 1,
+    "alignment": 64,
+    "caption_lines": "joined",
+    "missing_caption": "empty",
+    "repeat_folders": False,
+}
+
 SMALL = {"model_family": "chroma", "model_type": "lora", "output_dir": "out"}
 
 SECOND = SMALL | {

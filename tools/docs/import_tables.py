@@ -7,10 +7,12 @@ The text before them is written by hand.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from chroma_core.import_config import ai_toolkit, simpletuner
+from chroma_core.import_config import ai_toolkit, kohya, onetrainer, simpletuner
 from chroma_core.import_config.convert import Rule, Table
 
 from ..pages import filled, markdown_table
@@ -27,13 +29,31 @@ TITLES = {
 
 def page() -> str:
     """docs/import.md: its text as it stands, its tables as they should be."""
-    shared = f"From config.json, for every dataset that does not override it: {names(simpletuner.FOR_ALL_SETS)}.\n"
-    parts = ["## SimpleTuner: config.json\n", table(simpletuner.OPTIONS)]
-    parts += ["## SimpleTuner: datasets\n", shared, table(simpletuner.SET_OPTIONS, "dataset.")]
+    shared = "From {}, for every dataset that does not override it: {}.\n"
+    parts = ["## SimpleTuner: config.json\n", unstated(simpletuner.UNSTATED), table(simpletuner.OPTIONS)]
+    parts += ["## SimpleTuner: datasets\n", shared.format("config.json", names(simpletuner.FOR_ALL_SETS))]
+    parts += [unstated(simpletuner.UNSTATED_SETS), table(simpletuner.SET_OPTIONS, "dataset.")]
     for section, options in ai_toolkit.SECTIONS.items():
-        parts += [f"## ai-toolkit: {section or 'the process'}\n", table(options)]
-    parts += ["## ai-toolkit: datasets\n", table(ai_toolkit.SET_OPTIONS, "dataset.")]
+        parts += [f"## ai-toolkit: {section or 'the process'}\n", unstated(ai_toolkit.UNSTATED.get(section, {}))]
+        parts += [table(options)]
+    parts += ["## ai-toolkit: datasets\n", unstated(ai_toolkit.UNSTATED["datasets"])]
+    parts += [table(ai_toolkit.SET_OPTIONS, "dataset.")]
+    for section, options in onetrainer.SECTIONS.items():
+        parts += [f"## OneTrainer: {section or 'the configuration'}\n", unstated(onetrainer.UNSTATED[section])]
+        parts += [table(options)]
+    parts += ["## OneTrainer: concepts\n", shared.format("the configuration", names(onetrainer.FOR_ALL_SETS))]
+    parts += [unstated(onetrainer.UNSTATED_SETS), table(onetrainer.SET_OPTIONS, "dataset.")]
+    parts += ["## sd-scripts: the configuration\n", unstated(kohya.UNSTATED), table(kohya.OPTIONS)]
+    parts += ["## sd-scripts: datasets\n", shared.format("the configuration", names(kohya.FOR_ALL_SETS))]
+    parts += [unstated(kohya.UNSTATED_SETS), table(kohya.SET_OPTIONS, "dataset.")]
+    parts = [part for part in parts if part]
     return filled(PAGE.read_text(encoding="utf-8"), "options", "\n".join(parts))
+
+
+def unstated(values: Mapping[str, Any]) -> str:
+    """What is written for options that a file does not state."""
+    said = ", ".join(f"`{option}` {json.dumps(value)}" for option, value in values.items())
+    return f"Not stated: {said}.\n" if said else ""
 
 
 def table(options: Table, section: str = "") -> str:

@@ -15,19 +15,21 @@ import numpy as np
 import torch
 from scipy import stats
 
-from chroma_core.sampling.schedule import SigmaDraw, SigmaRemap, SigmaSettings, draw_sigmas, sampling_sigmas
+from chroma_core.sampling.schedule import SigmaSettings, draw_sigmas, sampling_sigmas
 
 from ..charts import INK, Axes, Sheet, round_ticks
 from ..pages import filled as filled_place
 from ..pages import markdown_table
 
-VARIANTS: dict[str, tuple[SigmaDraw, SigmaRemap]] = {
-    "none": ("logit_normal", "none"),
-    "quadratic": ("logit_normal", "quadratic"),
-    "quadratic_split": ("logit_normal", "quadratic_split"),
-    "chroma": ("chroma", "none"),
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {"draw": "logit_normal", "remap": "none"},
+    "quadratic": {"draw": "logit_normal", "remap": "quadratic"},
+    "quadratic_split": {"draw": "logit_normal", "remap": "quadratic_split"},
+    "chroma": {"draw": "chroma", "remap": "none"},
+    "simpletuner": {"draw": "logit_normal", "remap": "quadratic_split", "flow_shift": 3.0, "shift_first": True},
 }
-"""What the study compares: names, and the (draw, remap) that they stand for."""
+"""What the study compares: names, and the options of a job's objective that they stand for. `simpletuner` is what
+SimpleTuner does for Chroma when nothing is set."""
 
 DEFAULT = "quadratic"
 
@@ -66,11 +68,24 @@ def quadratic_split(y: np.ndarray) -> np.ndarray:
     return np.where((y < 0.25) | (y >= 0.75), outer, 0.0)
 
 
+def shifted(sigma: np.ndarray, shift: float = 3.0) -> np.ndarray:
+    """The density of the logit-normal after a constant shift s, which adds ln s to the logit: N(ln s, 1) there."""
+    logit = np.log(sigma / (1 - sigma)) - math.log(shift)
+    return np.exp(-(logit**2) / 2) / (np.sqrt(2 * np.pi) * sigma * (1 - sigma))
+
+
+def shifted_split(y: np.ndarray) -> np.ndarray:
+    """Shift 3, and then the split remap."""
+    outer = np.where(y < 0.25, towards_zero(shifted, y), towards_one(shifted, y))
+    return np.where((y < 0.25) | (y >= 0.75), outer, 0.0)
+
+
 DENSITIES: dict[str, Density] = {
     "none": logit_normal,
     "quadratic": quadratic,
     "quadratic_split": quadratic_split,
     "chroma": chroma,
+    "simpletuner": shifted_split,
 }
 
 
@@ -90,6 +105,7 @@ COLOURS = {
     "quadratic": (30, 30, 34),
     "quadratic_split": (220, 60, 40),
     "chroma": (16, 150, 90),
+    "simpletuner": (214, 120, 0),
 }
 SCHEDULES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "linear, dynamic shift (default)": ({}, (31, 95, 191)),
@@ -204,11 +220,12 @@ def draw_densities(path: Path, draws: int = 200_000) -> None:
     sheet = Sheet(960, 250)
     edges = np.linspace(0, 1, 51)
     xs = np.linspace(0.002, 0.998, 800)
-    for i, (name, (draw, remap)) in enumerate(VARIANTS.items()):
-        left = 40 + i * 232
-        axes = Axes(sheet, (left, 34, left + 196, 200), (0, 1), (0, 3), name)
+    step = 928 // len(VARIANTS)
+    for i, (name, objective) in enumerate(VARIANTS.items()):
+        left = 40 + i * step
+        axes = Axes(sheet, (left, 34, left + step - 36, 200), (0, 1), (0, 3), name)
         axes.grid((0, 0.25, 0.5, 0.75, 1), (0, 1, 2, 3), "sigma")
-        settings = SigmaSettings(draw=draw, remap=remap)
+        settings = SigmaSettings(**objective)
         sigmas = draw_sigmas(draws, settings, torch.Generator().manual_seed(0), 16)
         axes.bars(edges.tolist(), np.histogram(sigmas.numpy(), edges, density=True)[0].tolist())
         axes.curve(xs.tolist(), DENSITIES[name](xs).tolist(), COLOURS[name])
@@ -242,7 +259,7 @@ def draw_results(study: dict[str, Any], path: Path) -> None:
         for sigma, value in zip(sigmas, mean, strict=True):
             sheet.dot(*axes.at(sigma, value), COLOURS[name])
     for i, name in enumerate(VARIANTS):
-        x = 90 + 190 * i
+        x = 90 + 880 // len(VARIANTS) * i
         sheet.line([(x, 424), (x + 24, 424)], COLOURS[name], 3)
         sheet.text(x + 32, 424, name)
     found, base = by_variant(study), measured(study, study["base"])
@@ -250,7 +267,7 @@ def draw_results(study: dict[str, Any], path: Path) -> None:
     for i, column in enumerate(shown):
         left = 70 + i * 305
         arrow = "share of pictures" if MEASURES[column] in SHARES else "1: the held-out picture"
-        panel = Axes(sheet, (left, 480, left + 255, 700), (-0.6, 3.6), (0, 1), f"{column} ({arrow})")
+        panel = Axes(sheet, (left, 480, left + 255, 700), (-0.6, len(VARIANTS) - 0.4), (0, 1), f"{column} ({arrow})")
         panel.grid((), (0, 0.2, 0.4, 0.6, 0.8, 1))
         level = panel.at(0, base[column])[1]
         sheet.line([(left, level), (left + 255, level)], (150, 150, 150), 1.5)

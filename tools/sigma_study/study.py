@@ -1,9 +1,9 @@
 """Measures how the noise levels that training visits decide what a LoRA of the embedded `tiny` model learns.
 
-    python -m tools.sigma_study.study                  # 20 jobs, 15 minutes on one free core; what is done stays done
+    python -m tools.sigma_study.study                  # 25 jobs, 20 minutes on one free core; what is done stays done
     python -m tools.sigma_study.study --only report    # page and pictures from docs/data/sigma_study.json, in seconds
 
-Four ways to draw noise levels, the same seeds for each, everything else the same: the real trainer on the example data
+Five ways to draw noise levels, the same seeds for each, everything else the same: the real trainer on the example data
 set, then held-out loss at each noise level and what the LoRA paints. Writes docs/data/sigma_study.json, the pictures
 docs/images/sigma_*.png and the tables of docs/timesteps.md. How it is measured and what came out: docs/timesteps.md.
 """
@@ -60,7 +60,7 @@ def job_config(variant: str, seed: int, steps: int) -> dict[str, Any]:
         "dataset": {"folder": str(DATASETS / "sks_emblem"), "trigger": "sks", "caption_dropout": 0.1},
         "validation_dataset": {"folder": str(DATASETS / "sks_emblem_heldout"), "trigger": "sks"},
         "lora": {"rank": 16, "target": "all+ffs"},
-        "objective": dict(zip(("draw", "remap"), VARIANTS[variant], strict=True)),
+        "objective": VARIANTS[variant],
         "steps": steps,
         "batch_size": 4,
         "learning_rate": 2e-3,

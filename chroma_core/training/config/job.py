@@ -158,6 +158,9 @@ class ObjectiveConfig(Settings):
         "other trainers.",
         advanced=True,
     )
+    shift_first: bool = option(
+        False, "Apply the flow shift before the remap, as SimpleTuner does.", advanced=True, since="0.1"
+    )
 
     @field_validator("flow_shift", mode="before")
     @classmethod
@@ -178,7 +181,9 @@ class ObjectiveConfig(Settings):
 
     def sigmas(self) -> SigmaSettings:
         """The same numbers as the schedule takes them. Raises ConfigError."""
-        return SigmaSettings(self.draw, self.remap, self.scale, self.flow_shift, self.minimum, self.maximum)
+        return SigmaSettings(
+            self.draw, self.remap, self.scale, self.flow_shift, self.minimum, self.maximum, self.shift_first
+        )
 
 
 class PreviewPrompt(Settings):

@@ -31,6 +31,7 @@ from ...lora.settings import named_target
 from ...lora.trainable import CastFactors, add_trainable, load_trained, start_from, trained_lora
 from ...model.precision import precision
 from ...model.transformer import ChromaTransformer
+from ...options import identity
 from ...weights.opening import open_weights
 from ...weights.safetensors_files import write_safetensors
 from ..config import TrainingConfig
@@ -304,7 +305,7 @@ def file_metadata(
         "learning_rate": config.learning_rate,
         **trained,
         "seed": config.seed,
-        "objective": config.objective.model_dump(mode="json"),
+        "objective": identity(config.objective, config.objective.model_dump(mode="json")),
         "heldout_loss_base": progress.heldout_loss_base,
         "heldout_loss": progress.heldout_loss,
         "loss_smooth": progress.loss_smooth,

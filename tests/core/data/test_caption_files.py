@@ -1,6 +1,7 @@
 """Caption files as people have them: endings, marks inside a text, JSON, and those that are passed over."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -33,6 +34,28 @@ def test_only_line_ends_divide_captions(tmp_path, mark):
     path = tmp_path / "a.txt"
     path.write_bytes(f"one{mark}caption\r\n\r\nanother\rthird\n".encode())
     assert read_captions(path) == (f"one{mark}caption", "another", "third")
+
+
+@pytest.mark.parametrize(
+    ("lines", "captions"),
+    [("each", ("a red star", "at night")), ("joined", ("a red star at night",)), ("first", ("a red star",))],
+)
+def test_what_the_lines_of_a_caption_file_are(tmp_path, lines, captions):
+    image(tmp_path / "a.png").with_suffix(".txt").write_text("a red star \r\n\r\n at night\n")
+    image(tmp_path / "b.png").with_suffix(".txt").write_text(" \n")
+    found = looked_at(tmp_path, caption_lines=lines)
+    assert [item.captions for item in found.items] == [captions]
+    assert [name for name, _ in found.skipped] == ["b.png"]
+
+
+def test_joined_lines_are_the_same_tokens_as_the_lines():
+    transformers = pytest.importorskip("transformers")
+    folder = Path(__file__).parents[3] / ".host/ComfyUI/comfy/text_encoders/t5_tokenizer"
+    if not folder.is_dir():
+        pytest.skip("no ComfyUI, whose tokenizer is T5's own")
+    tokenizer = transformers.T5TokenizerFast.from_pretrained(folder)
+    whole = "a red house\nby the sea, \r\n\n at night\n"
+    assert tokenizer(whole).input_ids == tokenizer("a red house by the sea, at night").input_ids
 
 
 @pytest.mark.parametrize(

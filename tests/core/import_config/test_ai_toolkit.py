@@ -5,10 +5,12 @@ import torch
 
 from chroma_core.data.captions import prepared
 from chroma_core.import_config import import_config
+from chroma_core.lora.settings import target_modules
+from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.sampling.schedule import draw_sigmas
-from import_cases import check, kinds
+from import_cases import AI_TOOLKIT, AI_TOOLKIT_SET, check, kinds
 
-AI_TOOLKIT = """
+YAML_FILE = """
 job: extension
 config:
   name: "my_first_chroma_lora"
@@ -63,21 +65,19 @@ meta:
 
 def test_an_ai_toolkit_run(put, tmp_path):
     (tmp_path / "pictures").mkdir()
-    imported = import_config(put("train.yaml", AI_TOOLKIT))
+    imported = import_config(put("train.yaml", YAML_FILE))
     check(
         imported,
-        {
+        AI_TOOLKIT
+        | {
             "name": "my_first_chroma_lora",
-            "recipe": "ai-toolkit",
             "model.flavour": "hd",
             "model.precision": "fp8-quanto",
             "model.text_precision": "fp8-quanto",
             "lora.rank": 16,
             "lora.alpha": 16.0,
             "lora.save_dtype": "fp32",
-            "lora.target": ["transformer_blocks.*", "single_transformer_blocks.*"],
             "lora.ema_decay": 0.99,
-            "objective.remap": "none",
             "checkpoint_every": 250,
             "keep_checkpoints": 4,
             "batch_size": 1,
@@ -89,14 +89,18 @@ def test_an_ai_toolkit_run(put, tmp_path):
             "previews.every": 250,
             "previews.width": 1024,
             "previews.height": 768,
-            "previews.prompts": ["[trigger] playing chess", "a horse is a DJ"],
+            "previews.prompts": [
+                "[trigger] playing chess",
+                {"prompt": "a horse is a DJ", "width": 512, "negative": "ugly"},
+            ],
             "previews.negative": "",
             "previews.seed": 42,
             "previews.guidance": 4.0,
             "previews.steps": 25,
         },
         {
-            "dataset": {
+            "dataset": AI_TOOLKIT_SET
+            | {
                 "trigger": "p3r5on",
                 "folder": str(tmp_path / "pictures"),
                 "caption_extension": ".txt",
@@ -106,7 +110,8 @@ def test_an_ai_toolkit_run(put, tmp_path):
         },
     )
     found = kinds(imported)
-    assert found["save.dtype"] == found["sample.prompts"] == found["datasets.0.caption_dropout_rate"] == "differs"
+    assert found["sample.prompts"] == "maps"
+    assert found["save.dtype"] == found["datasets.0.caption_dropout_rate"] == "differs"
     assert found["trained layers"] == "differs"
     assert found["sample.walk_seed"] == found["train.noise_scheduler"] == found["save.push_to_hub"] == "ignored"
     assert "unknown" not in found.values()
@@ -134,32 +139,35 @@ config:
       sample: {prompts: [x, y], walk_seed: false, neg: false, network_multiplier: 0.5}
 """
     imported = import_config(put("train.yml", text))
-    values = {
-        "name": "style", "recipe": "ai-toolkit", "model.flavour": "base", "model.precision": "fp32",
+    values = AI_TOOLKIT | {
+        "name": "style", "model.flavour": "base", "model.precision": "fp32",
         "model.offload_during_startup": True, "compile": False, "lora.kind": "lokr", "lora.rank": 8, "lora.alpha": 4.0,
         "lora.lokr_factor": 8, "lora.save_dtype": "bf16",
-        "lora.target": ["transformer_blocks.*", "single_transformer_blocks.*"],
+        "lora.target": [
+            *(f"transformer_blocks.*.attn.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")),
+            *(f"transformer_blocks.*.attn.{n}" for n in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+        ],
         "steps": 100, "learning_rate": 0.001, "weight_decay": 0.1, "lr_schedule": "constant", "warmup_steps": 50,
         "objective.draw": "uniform", "objective.flow_shift": 3.1582, "objective.remap": "none",
         "objective.maximum": 0.9, "objective.loss": "huber", "objective.noise_offset": 0.0357,
         "previews.prompts": [], "previews.negative": "",
     }  # fmt: skip
+    del values["optimizer"]  # Lion has no counterpart
     check(
         imported,
         values,
-        {"dataset": {"folder": "a", "tag_shuffles": 8, "keep_tags": 2, "flip": True, "repeats": 3,
+        {"dataset": AI_TOOLKIT_SET | {"folder": "a", "tag_shuffles": 8, "keep_tags": 2, "flip": True, "repeats": 3,
                      "regularisation": True, "masks": "alpha"}},
     )  # fmt: skip
     found = kinds(imported)
     assert found["train.new_option"] == "unknown"
     for option in (
         "train.optimizer",
-        "network.network_kwargs",
         "train.train_text_encoder",
         "sample.network_multiplier",
     ):
         assert found[option] == "no counterpart", option
-    for option in ("train.optimizer_params", "train.min_denoising_steps", "model.name_or_path", "sample.walk_seed"):
+    for option in ("train.optimizer_params", "train.min_denoising_steps", "model.name_or_path"):
         assert found[option] == "differs", option
     assert "eps" in next(line.reason for line in imported.lines if line.option == "train.optimizer_params")
 
@@ -224,3 +232,88 @@ def test_a_lokr_of_full_rank_has_whole_factors(put, network, rank, kind):
     text = MINIMAL.format(datasets="{folder_path: a}", train="lr: 1e-4").replace("{type: lora, linear: 4}", network)
     imported = import_config(put("train.yml", text))
     assert imported.config.lora.rank == rank and kinds(imported)["network.lokr_full_rank"] == kind
+
+
+def sampled(put, sample: str):
+    text = MINIMAL.format(datasets="{folder_path: a}", train="lr: 1e-4") + f"      sample: {sample}\n"
+    return import_config(put("train.yml", text))
+
+
+def test_previews_keep_their_own_settings(put):
+    imported = sampled(
+        put,
+        """
+        walk_seed: true
+        seed: 7
+        neg: blurry
+        width: 1024
+        height: 1024
+        prompts: ["a fox --w 512 --h 768 --seed 3 --n ugly, red --cfg 2.5 --s 30", "a horse -- yes", "plain --m 0.8"]
+""",
+    )
+    first, second, third = imported.config.preview_list()
+    assert (first.prompt, first.width, first.height, first.negative) == ("a fox", 512, 768, "ugly, red")
+    assert (first.settings.seed, first.settings.guidance, first.settings.steps) == (3, 2.5, 30)
+    assert (second.prompt, second.width, second.negative) == ("a horse -- yes", 1024, "blurry")
+    assert second.settings.seed == 8 and third.prompt == "plain"
+    (line,) = [line for line in imported.remarks if line.option == "sample.prompts"]
+    assert "--m 0.8" in line.reason
+
+
+def test_previews_given_as_objects(put):
+    imported = sampled(
+        put,
+        """
+        seed: 42
+        samples:
+          - {prompt: a fox, width: 512, height: 512, seed: 1, neg: ugly, guidance_scale: 3, sample_steps: 12}
+          - {prompt: a horse, seed: null, ctrl_img: /x.png}
+""",
+    )
+    first, second = imported.config.preview_list()
+    assert (first.width, first.settings.seed, first.negative) == (512, 1, "ugly")
+    assert (first.settings.guidance, first.settings.steps) == (3, 12)
+    # Without walk_seed all have the seed itself, where ours would be seed + i.
+    assert second.settings.seed == 42 and kinds(imported)["sample.samples"] == "differs"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "count"),
+    [
+        ("{only_if_contains: [single_blocks]}", 190),
+        ("{only_if_contains: [transformer.single_blocks.7.linear2, single_blocks_20_linear2]}", 2),
+        ("{ignore_if_contains: [double_blocks]}", 190),
+        ("{only_if_contains: [img_], ignore_if_contains: [mlp]}", 76),
+        ("{ignore_if_contains: []}", 418),
+    ],
+)
+def test_filters_of_layers_become_patterns(put, kwargs, count):
+    """Counted at 19 + 38 blocks: a fused layer of ai-toolkit's holds three or four of ours."""
+    text = MINIMAL.format(datasets="{folder_path: a}", train="lr: 1e-4").replace(
+        "linear: 4}", f"linear: 4, network_kwargs: {kwargs}}}"
+    )
+    imported = import_config(put("train.yml", text))
+    with torch.device("meta"):
+        model = ChromaTransformer()
+    assert len(target_modules(model, imported.config.lora.target)) == count
+
+
+def test_the_whole_caption_file_is_one_caption(put):
+    imported = sampled(put, "{}")
+    assert imported.config.dataset.caption_lines == "joined"
+
+
+@pytest.mark.parametrize(
+    ("train", "batches", "kind"),
+    [
+        ("gradient_accumulation: 3", 3, ""),
+        ("gradient_accumulation_steps: 1, gradient_accumulation: 3", 3, "ignored"),
+        ("gradient_accumulation_steps: 4", 4, "differs"),
+        ("gradient_accumulation: 3, gradient_accumulation_steps: 4", 12, "differs"),
+        ("gradient_accumulation_steps: -1", 1, "no counterpart"),
+    ],
+)
+def test_both_ways_of_accumulating(put, train, batches, kind):
+    imported = import_config(put("train.yml", MINIMAL.format(datasets="{folder_path: a}", train=train)))
+    assert imported.config.gradient_accumulation == batches
+    assert kinds(imported).get("train.gradient_accumulation_steps", "") == kind

@@ -12,7 +12,17 @@ import chroma_core.import_config as import_config_room
 from chroma_core.cli.main import main
 from chroma_core.data.dataset import DatasetConfig
 from chroma_core.errors import ConfigError
-from chroma_core.import_config import ai_toolkit, as_json, as_text, import_config, job_toml, simpletuner, write_job
+from chroma_core.import_config import (
+    ai_toolkit,
+    as_json,
+    as_text,
+    import_config,
+    job_toml,
+    kohya,
+    onetrainer,
+    simpletuner,
+    write_job,
+)
 from chroma_core.import_config.job import toml
 from chroma_core.import_config.read import read_config
 from chroma_core.options import Described, option_of
@@ -38,7 +48,23 @@ REFUSED = [
     ("config.json", {"_class_name": "ChromaTransformer2DModel", "num_layers": 19}, ["diffusers"]),
     ("config.json", {"nodes": [], "links": []}, ["ComfyUI workflow"]),
     ("config.json", {"network_module": "networks.lora", "learning_rate": 1}, ["kohya"]),
-    ("config.json", {"foo": 1, "bar": 2}, ["neither", "foo, bar"]),
+    ("config.json", {"foo": 1, "bar": 2}, ["none of its options is known", "foo, bar", "OneTrainer"]),
+    ("config.json", {"LoRA_type": "Flux1", "learning_rate": 1}, ["kohya_ss", "TOML"]),
+    ("config.json", {"training_method": "LORA", "model_type": "FLUX_DEV_1"}, ["'FLUX_DEV_1'", "CHROMA_1"]),
+    ("config.json", {"training_method": "FINE_TUNE", "model_type": "CHROMA_1"}, ["FINE_TUNE", "LORA"]),
+    ("config.json", {"base_model_name": "x", "model_type": "CHROMA_1"}, ["FINE_TUNE (not stated)"]),
+    ("config.json", {"training_method": "LORA", "model_type": "CHROMA_1", "resolution": "wide"}, ["resolution"]),
+    ("config.json", {"training_method": "LORA", "model_type": "CHROMA_1", "optimizer": [1]}, ["optimizer is [1]"]),
+    ("config.json", {"training_method": "LORA", "model_type": "CHROMA_1", "concepts": {"a": 1}}, ["concepts", "list"]),
+    ("k.toml", 'network_module = "networks.lora_flux"\noutput_name = "x"', ["'flux'", "sd-scripts", "chroma"]),
+    ("k.toml", 'model_type = "chroma"\noutput_name = "x"', ["no network_module"]),
+    ("k.toml", 'model_type = "chroma"\nnetwork_dim = 4\nnetwork_args = ["x"]', ["network_args", "weight_decay=0.1"]),
+    ("k.toml", 'model_type = "chroma"\nnetwork_dim = 4\nnetwork_args = ["single_dim=0", "train_blocks=single"]',
+     ["network_args", "layers to train"]),
+    ("k.toml", 'model_type = "chroma"\nnetwork_dim = 4\nnetwork_args = ["network_reg_dims=(=4"]', ["regular expr"]),
+    ("k.toml", "[[datasets]]\nresolution = 512", ["dataset file of sd-scripts", "--dataloader"]),
+    ("k.toml", "a = 1\na = 2", ["not valid TOML"]),
+    ("job.toml", 'name = "x"\nsteps = 3\n[dataset]\nfolder = "a"', ["job of ChromaKit", "no import"]),
     ("config.json", SMALL | {"lora_rank": "many"}, ["lora_rank", "'many'", "a number"]),
     ("config.json", SMALL | {"lora_rank": 16.5}, ["lora_rank", "a whole number"]),
     ("config.json", SMALL | {"lora_rank": 0}, ["lora_rank (our lora.rank) is 0", "greater than or equal to 1"]),
@@ -143,6 +169,10 @@ def test_every_option_of_the_file_is_in_the_report(put, tmp_path):
 
 
 TABLES = {
+    **{f"OneTrainer {name}": table for name, table in onetrainer.SECTIONS.items()},
+    "OneTrainer's concepts": onetrainer.SET_OPTIONS,
+    "sd-scripts": kohya.OPTIONS,
+    "sd-scripts' sets": kohya.SET_OPTIONS,
     "SimpleTuner": simpletuner.OPTIONS,
     "SimpleTuner's sets": simpletuner.SET_OPTIONS,
     **{f"ai-toolkit {name}": table for name, table in ai_toolkit.SECTIONS.items()},
@@ -155,7 +185,7 @@ def test_every_line_of_the_tables_says_what_or_why(name):
     for option, rule in TABLES[name].items():
         assert rule.to or rule.reason, option
         assert rule.kind in ("maps", "differs") or rule.reason, option
-        assert re.fullmatch(r"[a-z0-9_]+", option), option
+        assert re.fullmatch(r"[A-Za-z0-9_.]+", option), option
 
 
 def ours(path: str, owner: type) -> Described:
@@ -165,7 +195,7 @@ def ours(path: str, owner: type) -> Described:
     return option_of(owner, name)
 
 
-@pytest.mark.parametrize("tool", ["simpletuner", "ai_toolkit"])
+@pytest.mark.parametrize("tool", ["simpletuner", "ai_toolkit", "onetrainer", "kohya"])
 def test_what_the_tables_write_is_an_option_with_this_choice(tool):
     data = read_config(Path(import_config_room.__file__).with_name(f"{tool}.yaml"))
     checked = 0
@@ -196,15 +226,12 @@ def test_the_command_line(put, tmp_path, capsys):
         return status, *capsys.readouterr()
 
     report = json.loads(run("--json", "--output", "a.toml")[1])
-    assert (report["tool"], report["differs"], report["no_counterpart"], report["unknown"]) == (
-        "SimpleTuner",
-        [],
-        [],
-        [],
-    )
+    assert (report["tool"], report["unknown"]) == ("SimpleTuner", [])
+    remarks = [line["option"] for line in (*report["differs"], *report["no_counterpart"])]
+    assert remarks == ["optimizer", "num_train_epochs", "grad_clip_method"]
     assert {"option": "network_rank", "value": "16", "written": {"lora.rank": 16}, "reason": ""} in report["mapped"]
     status, text, _ = run()
-    assert status == 0 and "network_rank = 16 → lora.rank = 16" in text and "0 warnings" in text
+    assert status == 0 and "network_rank = 16 → lora.rank = 16" in text and "3 warnings" in text
     assert (tmp_path / "job.toml").read_text() == (tmp_path / "a.toml").read_text()
     status, _, error = run()
     assert status == 1 and "exists already" in error

@@ -1,32 +1,47 @@
 """Importing SimpleTuner's configurations: every mapped value, every remark."""
 
 import json
+import math
 import re
 
 import pytest
+import torch
+from scipy import stats
 
 from chroma_core.import_config import import_config, job_toml
-from import_cases import SECOND, SEED_SNIPPET, SMALL, check, kinds
+from chroma_core.sampling.schedule import draw_sigmas
+from import_cases import NOTHING_NAMED, SECOND, SEED_SNIPPET, SIMPLETUNER, SIMPLETUNER_SET, SMALL, check, kinds
 
 
-def test_the_seeds_snippet_imports_without_a_remark(put):
+def test_the_seeds_snippet_imports_with_what_it_does_not_state(put):
     imported = import_config(put("config.json", SEED_SNIPPET))
-    assert imported.remarks == []
+    # SimpleTuner's own values: bf16 weights, clipping by value, one epoch. Nothing that the snippet states differs.
+    assert [line.option for line in imported.remarks] == ["num_train_epochs", "optimizer", "grad_clip_method"]
+    assert all(line.value.endswith(" (not stated)") for line in imported.remarks)
     check(
         imported,
-        {
+        SIMPLETUNER
+        | {
             "name": "chroma-output",
             "model.flavour": "base",
             "model.precision": "bf16",
-            "lora.rank": 16,
             "learning_rate": 2e-4,
             "gradient_checkpointing": True,
-            "objective.remap": "quadratic_split",
         },
-        {"dataset": {"folder": "pictures"}},
+        {"dataset": NOTHING_NAMED},
     )
     assert kinds(imported)["pretrained_model_name_or_path"] == "ignored"
-    assert len(imported.todo) == 1 and "[dataset]" in imported.todo[0]
+    assert len(imported.todo) == 2 and "[dataset]" in imported.todo[1] and "set steps" in imported.todo[0]
+
+
+def test_the_imported_noise_levels_are_simpletuners(put):
+    """Drawn by the imported job: shares 13.6 / 0 / 86.4 % below ¼, between and from ¾ on; Φ(−ln 3) = .136."""
+    objective = import_config(put("config.json", SEED_SNIPPET)).config.objective
+    sigma = draw_sigmas(200_000, objective.sigmas(), torch.Generator().manual_seed(0), 4096)
+    shares = torch.histc(sigma, 4, 0, 1) / len(sigma)
+    assert shares[1] == shares[2] == 0
+    assert float(shares[0]) == pytest.approx(stats.norm.cdf(-math.log(3)), abs=0.003)
+    assert float(sigma.mean()) == pytest.approx(0.8246, abs=0.003)
 
 
 FIRST = """{
@@ -86,7 +101,8 @@ def test_a_usual_simpletuner_run(put, tmp_path):
     assert imported.remarks == []
     check(
         imported,
-        {
+        SIMPLETUNER
+        | {
             "name": "portrait-v2",
             "model.flavour": "hd",
             "model.precision": "int8-quanto",
@@ -122,7 +138,8 @@ def test_a_usual_simpletuner_run(put, tmp_path):
             "validate_every": 100,
         },
         {
-            "dataset": {
+            "dataset": SIMPLETUNER_SET
+            | {
                 "folder": str(tmp_path / "data/portraits"),
                 "caption_source": "files",
                 "resolutions": [512, 768],
@@ -130,8 +147,10 @@ def test_a_usual_simpletuner_run(put, tmp_path):
                 "crop": "centre",
                 "caption_dropout": 0.05,
             },
-            "validation_dataset": {
+            "validation_dataset": SIMPLETUNER_SET
+            | {
                 "folder": str(tmp_path / "data/held-out"),
+                "caption_source": "filenames",
                 "resolutions": [512],
                 "caption_dropout": 0.05,
             },
@@ -165,7 +184,7 @@ def test_what_differs_and_what_has_no_counterpart(put, tmp_path):
         {"id": "cloud", "type": "aws", "aws_bucket_name": "b"},
     ]
     imported = import_config(put("config.json", SECOND), put("sets.json", backends))
-    values = {
+    values = SIMPLETUNER | {
         "name": "out",
         "model.flavour": "base",
         "model.offload": "block",
@@ -186,14 +205,17 @@ def test_what_differs_and_what_has_no_counterpart(put, tmp_path):
         "previews.width": 512,
         "previews.height": 512,
     }
+    del values["lr_schedule"]  # a sine wave has no counterpart
     check(
         imported,
         values,
         {
-            "dataset": {
+            "dataset": SIMPLETUNER_SET
+            | {
                 "folder": "/nowhere/pictures",
                 "caption_source": "fixed",
                 "default_caption": "a photo of sks",
+                "caption_dropout": 0.0,
                 "resolutions": [1024],
                 "crop": "random",
                 "tag_shuffles": 3,
@@ -211,13 +233,12 @@ def test_what_differs_and_what_has_no_counterpart(put, tmp_path):
         "grad_clip_method",
     ):
         assert found[option] == "no counterpart", option
-    for option in ("flow_schedule_shift", "lr_warmup_steps", "enable_group_offload", "validation_resolution"):
+    for option in ("lr_warmup_steps", "enable_group_offload", "validation_resolution"):
         assert found[option] == "differs", option
     for option in ("optimizer", "loss_type", "noise_offset", "flux_guidance_mode"):
         assert found[option] == "differs", option
     assert found["controlnet"] == found["max_train_steps"] == "ignored"
-    reason = next(line.reason for line in imported.lines if line.option == "flow_schedule_shift")
-    assert "before" in reason and "after" in reason
+    assert found["flow_schedule_shift"] == "maps"
     assert all(line.reason for line in imported.lines if line.kind != "maps")
     assert any("/nowhere/pictures" in item for item in imported.todo)
     text = job_toml(imported)
@@ -229,37 +250,43 @@ def test_what_differs_and_what_has_no_counterpart(put, tmp_path):
     "options, expected, differs",
     [
         ({"flow_use_uniform_schedule": True, "flow_schedule_shift": 2},
-         {"objective.draw": "uniform", "objective.remap": "none", "objective.flow_shift": 2.0}, []),
-        ({"flow_use_beta_schedule": True}, {"objective.remap": "none"}, ["flow_use_beta_schedule"]),
+         {"objective.draw": "uniform", "objective.remap": "none", "objective.flow_shift": 2.0,
+          "objective.shift_first": None}, []),
+        ({"flow_use_beta_schedule": True}, {"objective.remap": "none", "objective.shift_first": None},
+         ["flow_use_beta_schedule"]),
         ({"flux_fast_schedule": False, "flow_sigmoid_scale": 1.5, "flow_schedule_shift": 0},
-         {"objective.remap": "quadratic_split", "objective.scale": 1.5, "objective.flow_shift": "none"}, []),
-        ({"flow_schedule_auto_shift": True, "flow_schedule_shift": 3},
-         {"objective.remap": "quadratic_split", "objective.flow_shift": "dynamic"}, ["flow_schedule_auto_shift"]),
+         {"objective.scale": 1.5, "objective.flow_shift": "none", "objective.shift_first": None}, []),
+        ({"flow_schedule_auto_shift": True, "flow_schedule_shift": 0}, {"objective.flow_shift": "dynamic"}, []),
+        ({"flow_schedule_auto_shift": True}, {"objective.flow_shift": "dynamic"}, []),
+        ({"flux_lora_target": "tiny+embedder"}, {"lora.target": "tiny+embedder"}, []),
+        ({"flux_lora_target": "ai-toolkit"}, {"lora.target": "ai-toolkit"}, []),
         ({"mixed_precision": "no", "lr_scheduler": "constant", "lr_warmup_steps": 99},
-         {"objective.remap": "quadratic_split", "model.precision": "fp32", "lr_schedule": "constant"}, None),
+         {"model.precision": "fp32", "lr_schedule": "constant", "warmup_steps": None}, None),
         ({"pretrained_model_name_or_path": "lodestones/Chroma1-Flash"},
-         {"objective.remap": "quadratic_split", "model.flavour": "flash"}, []),
+         {"model.flavour": "flash"}, []),
         ({"pretrained_model_name_or_path": "/models/chroma.safetensors", "base_model_precision": "nf4-bnb"},
-         {"objective.remap": "quadratic_split", "model.transformer": "/models/chroma.safetensors",
+         {"model.transformer": "/models/chroma.safetensors",
           "model.precision": "nf4-bnb"}, []),
         ({"pretrained_model_name_or_path": "someone/chroma-tune", "flux_lora_target": "mmdit"},
-         {"objective.remap": "quadratic_split", "lora.target": "attention"}, ["pretrained_model_name_or_path"]),
+         {"lora.target": "attention"}, ["pretrained_model_name_or_path"]),
         ({"pretrained_vae_model_name_or_path": "./vae/ae.safetensors", "pretrained_t5_model_name_or_path": "t5.gguf"},
-         {"objective.remap": "quadratic_split", "model.vae": "./vae/ae.safetensors",
+         {"model.vae": "./vae/ae.safetensors",
           "model.text_encoder": "t5.gguf"}, []),
-        ({"init_lora": ""}, {"objective.remap": "quadratic_split"}, []),
+        ({"init_lora": ""}, {}, []),
         ({"validation_disable": True, "validation_prompt": "x"},
-         {"objective.remap": "quadratic_split", "previews.prompts": []}, []),
+         {"previews.prompts": []}, []),
         ({"base_model_precision": "int8-torchao", "mixed_precision": "fp16", "text_encoder_1_precision": "int4-quanto"},
-         {"objective.remap": "quadratic_split", "model.precision": "int8", "model.text_precision": "int4-quanto"},
+         {"model.precision": "int8", "model.text_precision": "int4-quanto"},
          ["base_model_precision", "mixed_precision"]),
     ],
 )  # fmt: skip
 def test_single_options(put, options, expected, differs):
     imported = import_config(put("config.json", SMALL | options))
-    check(imported, {"name": "out"} | expected)
+    values = SIMPLETUNER | {"name": "out"} | expected
+    check(imported, {option: value for option, value in values.items() if value is not None})
     if differs is not None:
-        assert [line.option for line in imported.remarks] == differs
+        stated = [line.option for line in imported.remarks if not line.value.endswith("(not stated)")]
+        assert stated == differs
 
 
 def test_a_third_simpletuner_run_with_several_sets(put, tmp_path):
@@ -278,17 +305,17 @@ def test_a_third_simpletuner_run_with_several_sets(put, tmp_path):
     config = SMALL | {"caption_strategy": "textfile", "aspect_bucket_alignment": 32, "data_backend_config": "sets.json"}
     put("sets.json", backends)
     imported = import_config(put("config.json", config))
-    first = {"folder": str(tmp_path / "a"), "caption_source": "files", "caption_prefix": "sks man", "repeats": 1,
-             "alignment": 32}  # fmt: skip
-    second = {"folder": str(tmp_path / "b"), "caption_source": "filenames", "crop": "centre", "alignment": 32}
-    check(imported, {"name": "out", "objective.remap": "quadratic_split"}, {"dataset": first})
+    both = SIMPLETUNER_SET | {"alignment": 32, "caption_dropout": 0.0, "resolutions": [1024]}
+    first = both | {"folder": str(tmp_path / "a"), "caption_source": "files", "caption_prefix": "sks man", "repeats": 1}
+    second = both | {"folder": str(tmp_path / "b"), "caption_source": "filenames", "crop": "centre"}
+    check(imported, SIMPLETUNER | {"name": "out"}, {"dataset": first})
     assert imported.values["more_datasets"] == [second]
 
 
 def test_a_dataloader_that_is_not_there_is_left_to_do(put):
     imported = import_config(put("config.json", SMALL | {"data_backend_config": "config/sets.json"}))
     assert any("config/sets.json" in item and "--dataloader" in item for item in imported.todo)
-    assert imported.values["dataset"] == {"folder": "pictures"}
+    assert imported.values["dataset"] == NOTHING_NAMED
 
 
 @pytest.mark.parametrize(
@@ -320,3 +347,45 @@ def test_what_lycoris_has_and_we_have_not_is_said(put):
     assert kinds(imported)["lora_type"] == "no counterpart"
     imported = import_config(put("config.json", json.dumps(asked | {"lycoris_config": "nowhere.json"})))
     assert "nowhere.json" in imported.todo[0] and kinds(imported)["lora_type"] == "differs"
+
+
+def test_epochs_become_steps_where_the_images_are_here(put, tmp_path):
+    for i in range(10):
+        put(f"data/{i}.png", "x")
+    put("data/1-masklabel.png", "x")
+    put("data/1.txt", "a caption")
+    sets = [
+        {"id": "a", "instance_data_dir": "data", "repeats": 2, "caption_strategy": "textfile"},
+        {"id": "b", "instance_data_dir": "data", "caption_strategy": "textfile", "resolution": 512},
+    ]
+    config = SMALL | {"num_train_epochs": 5, "train_batch_size": 4, "gradient_accumulation_steps": 2}
+    imported = import_config(put("config.json", config), put("sets.json", sets))
+    # 10 × 3 + 10 × 1 images, 8 to a step, 5 times over.
+    assert imported.config.steps == 5 * 5 and imported.todo == ()
+    (line,) = [line for line in imported.remarks if line.option == "num_train_epochs"]
+    assert "40 images" in line.reason and line.values == {"steps": 25}
+    imported = import_config(put("config.json", config | {"max_train_steps": 70}), put("sets.json", sets))
+    assert imported.config.steps == 70 and kinds(imported)["num_train_epochs"] == "ignored"
+
+
+@pytest.mark.parametrize("how", [{"conditioning_data": "masks"}, {}])
+def test_a_set_of_masks_is_taken_over_with_what_is_left_to_do(put, tmp_path, how):
+    (tmp_path / "a").mkdir()
+    masks = {"id": "masks", "dataset_type": "conditioning", "conditioning_type": "mask", "instance_data_dir": "m"}
+    sets = [{"id": "a", "instance_data_dir": "a"} | how, masks if how else masks | {"source_dataset_id": "a"}]
+    imported = import_config(put("config.json", SMALL), put("sets.json", sets))
+    assert imported.config.dataset.masks == "files"
+    assert any("masklabel" in item and "'m'" in item for item in imported.todo)
+    sets[1]["conditioning_type"] = "canny"
+    imported = import_config(put("config.json", SMALL), put("sets.json", sets))
+    assert imported.config.dataset.masks == "none" and kinds(imported)["masks"] == "no counterpart"
+    if how:
+        assert kinds(imported)["a: conditioning_data"] == "no counterpart"
+
+
+def test_the_lines_of_a_caption_file(put, tmp_path):
+    sets = [{"id": "a", "instance_data_dir": "a", "disable_multiline_split": True}]
+    imported = import_config(put("config.json", SMALL), put("sets.json", sets))
+    assert imported.config.dataset.caption_lines == "joined"
+    imported = import_config(put("config.json", SMALL), put("sets.json", [{"id": "a", "instance_data_dir": "a"}]))
+    assert imported.config.dataset.caption_lines == "each"

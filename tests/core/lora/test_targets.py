@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chroma_core.errors import ConfigError
-from chroma_core.lora.adapters import attach
+from chroma_core.lora.adapters import attach, linear_modules
 from chroma_core.lora.settings import TARGETS, target_modules
 from chroma_core.model.transformer import ChromaTransformer
 from lora_cases import random_lora
@@ -18,6 +18,8 @@ COUNTS = {
     "tiny": 209,
     "attention": 190,
     "all+ffs+embedder": 420,
+    "tiny+embedder": 210,
+    "ai-toolkit": 419,
 }
 
 
@@ -45,7 +47,11 @@ def test_names_contain_each_other(real):
     assert chosen["attention"] < chosen["all"] < chosen["all+ffs"] < chosen["all+ffs+embedder"]
     assert chosen["all"] - chosen["attention"] == chosen["context"] < chosen["context+ffs"]
     assert chosen["all+ffs+embedder"] - chosen["all+ffs"] == {"x_embedder"}
+    assert chosen["tiny+embedder"] - chosen["tiny"] == {"x_embedder"}
     assert "proj_out" in chosen["all+ffs"]
+    # SimpleTuner's `ai-toolkit` also names the linear layers of the norms, of which Chroma has none.
+    assert chosen["ai-toolkit"] == chosen["all+ffs"]
+    assert not any(".norm" in name for name in linear_modules(real))
     extra = chosen["tiny"] - chosen["attention"]
     assert extra == {f"transformer_blocks.{i}.ff.net.0.proj" for i in range(19)}
 

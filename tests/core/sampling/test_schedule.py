@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from scipy import stats
+from scipy import integrate, stats
 
 from chroma_core.errors import ConfigError
 from chroma_core.sampling.schedule import (
@@ -124,6 +124,32 @@ def test_shifted_draw_is_the_shift_of_the_draw():
     assert torch.allclose(
         draw(remap="none", draw="uniform", flow_shift=3.0).double(), 3 * plain / (1 + 2 * plain), atol=1e-6
     )
+
+
+def test_a_shift_before_the_remap_is_simpletuners_density():
+    """Shift 3 adds ln 3 to the logit, so below ½, and after the split remap below ¼, falls the share Φ(−ln 3).
+
+    The median is the remap of 3/4; the mean is integrated numerically over the normal variable."""
+    settings = {"remap": "quadratic_split", "flow_shift": 3.0, "shift_first": True}
+    sigma = draw(400_000, **settings).double()
+    low = stats.norm.cdf(-math.log(3))
+    assert float((sigma < 0.25).double().mean()) == pytest.approx(low, abs=0.003) and 0.135 < low < 0.137
+    assert not bool(((sigma >= 0.25) & (sigma < 0.75)).any())
+    assert float(sigma.median()) == pytest.approx(1 - (1 - 3 / 4) ** 2, abs=0.002)
+
+    def remapped(z: float) -> float:
+        shifted = 1 / (1 + math.exp(-z - math.log(3)))
+        return shifted**2 if shifted < 0.5 else 1 - (1 - shifted) ** 2
+
+    mean = sum(
+        integrate.quad(lambda z: remapped(z) * stats.norm.pdf(z), *ends)[0]
+        for ends in ((-12, -math.log(3)), (-math.log(3), 12))
+    )
+    assert float(sigma.mean()) == pytest.approx(mean, abs=0.002) and mean == pytest.approx(0.8246, abs=1e-4)
+    after = draw(400_000, remap="quadratic_split", flow_shift=3.0).double()
+    # The usual order is another density: below ¼ lies 3σ²/(1 + 2σ²) < ¼, σ < √.1.
+    usual = stats.norm.cdf(math.log(0.1**0.5 / (1 - 0.1**0.5)))
+    assert float((after < 0.25).double().mean()) == pytest.approx(usual, abs=0.003)
 
 
 def test_sigma_bias_is_a_monotone_map_with_zero_the_identity():

@@ -8,7 +8,7 @@ import { LivePanel } from "./live_panel.js";
 const HEIGHT = 214;
 const NAMES = [
   "sigma_draw", "sigma_remap", "sigma_scale", "sigma_shift", "sigma_shift_value", "sigma_minimum", "sigma_maximum",
-  "warmup_steps", "lr_schedule", "lr_cycles", "lr_power",
+  "sigma_shift_first", "warmup_steps", "lr_schedule", "lr_cycles", "lr_power",
 ];
 
 /** @extends {LivePanel<DensityLook>} */

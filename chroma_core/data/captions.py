@@ -15,6 +15,7 @@ import io
 import json
 import posixpath
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,8 +37,10 @@ def read_captions(path: Path, lines: CaptionLines = "each") -> tuple[str, ...]:
     Of a `.json` file: a text, a list of texts, or an object that has one of these as `caption`, `captions`, `text` or
     `prompt`.
     Raises OSError when the file cannot be read, UnicodeDecodeError when it is not UTF-8, and ValueError, which says
-    what it is, for JSON that is damaged or has no caption.
+    what it is, for JSON that is damaged or has no caption, and for what is no file: reading a pipe might never end.
     """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("no file but a folder, pipe, socket or device")
     text = path.read_bytes().decode("utf-8-sig")
     if path.suffix.lower() == ".json":
         try:

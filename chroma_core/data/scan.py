@@ -17,7 +17,9 @@ from .remembered import Remembered
 from .views import is_mask, mask_file, mask_owner
 from .warnings import Findings, dataset_warnings, describe_skipped
 
-_REPEAT_FOLDER = re.compile(r"(\d+)_")
+_REPEAT_FOLDER = re.compile(r"([0-9]+)_")
+MOST_REPEATS = 1000
+"""As with the option `repeats`. A folder `20240115_trip` has a date in its name."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,9 @@ def _mask(path: Path, facts: PictureFacts, config: DatasetConfig, known: Remembe
 
 
 def _folder_repeats(name: str) -> int:
-    """The N of the innermost folder called `N_name` that an image lies in, otherwise 1."""
+    """The N of the innermost folder called `N_name` that an image lies in, otherwise 1; more is a date or a name."""
     for folder in reversed(name.split("/")[:-1]):
-        if match := _REPEAT_FOLDER.match(folder):
-            return int(match[1])
+        match = _REPEAT_FOLDER.match(folder)
+        if match and len(number := match[1].lstrip("0")) <= 4 and int(number or 0) <= MOST_REPEATS:
+            return int(number or 0)
     return 1

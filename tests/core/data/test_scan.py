@@ -181,3 +181,20 @@ def test_contact_sheet_and_summary(tmp_path):
     assert len(sheet.getcolors(100_000) or []) > 50
     text = summary(found, default_resolution=64)
     assert "5 images" in text and "trigger word “sks”" in text and "2 repeats" in text and "96×32: 5" in text
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_what_is_no_file_is_never_read(tmp_path):
+    """A pipe would keep whoever reads it waiting for ever."""
+    write_dataset(tmp_path, 2)
+    (tmp_path / "00.txt").unlink()
+    os.mkfifo(tmp_path / "00.txt")
+    os.mkfifo(tmp_path / "02.png")
+    (tmp_path / "03.png").symlink_to("/dev/zero")
+    found = read(tmp_path)
+    assert [item.name for item in found.items] == ["01.png"]
+    assert found.skipped == [
+        ("00.png", "its caption file is no file but a folder, pipe, socket or device"),
+        ("02.png", "unreadable image: not a file"),
+        ("03.png", "unreadable image: not a file"),
+    ]

@@ -25,7 +25,7 @@ from chroma_core.data.samples import (
     multiples,
     picture_count,
 )
-from chroma_core.data.scan import DatasetConfig, scan
+from chroma_core.data.scan import DatasetConfig, _folder_repeats, scan
 from chroma_core.data.views import View, crop_positions
 from chroma_core.errors import DataError
 from chroma_core.model.images import to_tensor
@@ -196,16 +196,29 @@ def test_masks_that_cannot_be_used_leave_the_picture_out_with_the_reason(tmp_pat
     ]
 
 
+def test_a_date_before_a_name_is_no_number_of_repeats():
+    for folder, repeats in {
+        "20240115_trip": 1,
+        "1001_nights": 1,
+        "1000_x": 1000,
+        "0007_x": 7,
+        f"{'9' * 5000}_x": 1,
+        "3_dog/20240115_trip": 3,
+        "٣_x": 1,
+    }.items():
+        assert _folder_repeats(f"{folder}/a.png") == repeats
+
+
 def test_repeat_folders_count_their_pictures(tmp_path, prepare):
-    for folder in ("3_dog", "3_dog/deeper", "1_cat", "0_out", "2024_trip", "plain"):
+    for folder in ("3_dog", "3_dog/deeper", "1_cat", "0_out", "200_trip", "plain"):
         write_dataset(tmp_path / "data" / folder, 1, seed=len(folder))
     found = scan(DatasetConfig.parse({"folder": str(tmp_path / "data")}))
     assert {item.name.rsplit("/", 1)[0]: item.repeats for item in found.items} == {
-        "1_cat": 1, "2024_trip": 2024, "3_dog": 3, "3_dog/deeper": 3, "plain": 1,
+        "1_cat": 1, "200_trip": 200, "3_dog": 3, "3_dog/deeper": 3, "plain": 1,
     }  # fmt: skip
     assert found.skipped == [("0_out/00.png", "its folder's name says 0 repeats")]
-    assert any("1 (2024_trip/00.png) with 100 repeats or more" in warning for warning in found.warnings)
-    (tmp_path / "data" / "2024_trip").rename(tmp_path / "data" / "trip")
+    assert any("1 (200_trip/00.png) with 100 repeats or more" in warning for warning in found.warnings)
+    (tmp_path / "data" / "200_trip").rename(tmp_path / "data" / "trip")
     samples, _ = prepare(tmp_path / "data", repeats=2)
     names = [sample.name for sample in samples]
     assert len(names) == 2 * (3 + 3 + 1 + 1 + 1) and names.count("3_dog/00.png") == 6

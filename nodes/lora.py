@@ -19,6 +19,7 @@ from ..chroma_core.lora.key_formats import KEY_FORMATS
 from ..chroma_core.lora.modules import LoraFile
 from ..chroma_core.lora.report import describe, heat_map, lora_report, report_text, update_norm
 from . import host
+from .option_widgets import widget
 from .sockets import ChromaModel, schema, to_image
 
 NO_FILE = "none"
@@ -74,6 +75,8 @@ class ChromaApplyLora(io.ComfyNode):
                     advanced=True,
                 ),
                 file_name,
+                widget(LoraUse, "blocks", default=""),
+                widget(LoraUse, "schedule", default=""),
             ],
             outputs=[
                 ChromaModel.Output("model", tooltip="The model with the LoRA on it."),
@@ -94,12 +97,20 @@ class ChromaApplyLora(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, lora, strength, mode: LoraMode = "live", allow_partial=False, lora_name=None
+        cls,
+        model,
+        lora,
+        strength,
+        mode: LoraMode = "live",
+        allow_partial=False,
+        lora_name=None,
+        blocks="",
+        schedule="",
     ) -> io.NodeOutput:
         name = lora_name or lora
         if name == NO_FILE:
             raise LoraError("No LoRA is chosen. Pick a file from the list, link a lora_name, or take this node out.")
-        use = LoraUse(str(host.lora_path(name)), strength, mode, allow_partial)
+        use = LoraUse(str(host.lora_path(name)), strength, mode, allow_partial, blocks, schedule)
         report, remark = _report(model.spec, use)
         if remark:
             host.warn(f"{name}: {remark}")
@@ -114,6 +125,7 @@ def _report(spec: ModelSpec, use: LoraUse) -> tuple[str, str | None]:
     """
     lora = read_lora(use.path)
     fit = check_fits(transformer_outline(spec), lora, use.allow_partial)
+    use.strengths(lora.modules)
     return f"{fit.report()}. {describe(lora)}", base_warning(lora.metadata, spec)
 
 

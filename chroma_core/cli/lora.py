@@ -62,7 +62,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.base:
         from ..loading.model_files import base_warning
 
-        remark = base_warning(lora.metadata, _spec(options.base), read_everything=True)
+        remark = base_warning(lora.metadata, model_spec(options.base), read_everything=True)
     report = lora_report(lora, str(options.file), options.file, [remark] if remark else [])
     if options.heat_map:
         from ..files import write_atomic
@@ -76,7 +76,8 @@ def _inspect(options: argparse.Namespace) -> None:
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else report_text(report))
 
 
-def _spec(base: str) -> ModelSpec:
+def model_spec(base: str) -> ModelSpec:
+    """The model that one word names: a flavour, a transformer's file, or a diffusers folder."""
     from ..loading.spec import ModelSpec
     from ..model.flavours import FLAVOURS
 

@@ -104,7 +104,7 @@ def _guidance(case: Case) -> list[tuple[str, Case]]:
 def _loras(case: Case) -> list[tuple[str, Case]]:
     if not case.loras:
         return []
-    found = [(f"LoRA {mode}", case.with_loras(mode=mode)) for mode in ("live", "merged")]
+    found = [(f"LoRA {mode}", case.with_loras(mode=mode)) for mode in case.lora_modes]
     changed = tuple(replace(use, strength=round(0.9 * use.strength, 6)) for use in case.loras)
     return [*found, ("LoRA at 90 % strength", replace(case, loras=changed)), ("no LoRA", replace(case, loras=()))]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from ...errors import ChromaKitError, ConfigError, JobError, ModelFileError
-from ...files import free_name, slug, write_atomic
+from ...files import free_name, require_room, slug, write_atomic
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
 from ...loading.load import transformer_outline, transformer_source
@@ -34,7 +33,6 @@ from ...model.transformer import ChromaTransformer
 from ...weights.opening import open_weights
 from ...weights.safetensors_files import write_safetensors
 from ..config import TrainingConfig
-from .faults import DISK_MARGIN
 from .metrics import JobPaths, Progress
 
 BASE_KEY = "chromakit.base_sha256"
@@ -252,14 +250,8 @@ def _require_room_for_all(config: TrainingConfig, paths: JobPaths, count: int, m
 
 
 def _require_room(folder: Path, needed: int, what: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed + DISK_MARGIN:
-        raise JobError(
-            f"There is no room for {what}: about {(needed + DISK_MARGIN) / 2**30:.1f} GiB are needed in '{folder}', "
-            f"{free / 2**30:.1f} GiB are free. Make room and resume the job (checkpoints are kept), or write one "
-            "layout only (layouts)."
-        )
+    remedy = "Make room and resume the job (checkpoints are kept), or write one layout only (layouts)."
+    require_room(folder, needed, what, JobError, remedy)
 
 
 def _free_paths(paths: JobPaths, config: TrainingConfig, suffix: str) -> tuple[Path, Path]:

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import (
     bridge,
+    checkpoints,
     dataset,
     host,
     loaders,
@@ -25,6 +26,7 @@ ROOMS = (
     schedule,
     bridge,
     lora,
+    checkpoints,
     dataset,
     settings,
     training,

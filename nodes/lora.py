@@ -16,6 +16,7 @@ from ..chroma_core.lora.adapters import check_fits
 from ..chroma_core.lora.convert import DTYPES, convert_lora
 from ..chroma_core.lora.files import lora_of, read_lora
 from ..chroma_core.lora.key_formats import KEY_FORMATS
+from ..chroma_core.lora.lowrank import LARGEST_RANK, Truncation
 from ..chroma_core.lora.modules import LoraFile
 from ..chroma_core.lora.report import describe, heat_map, lora_report, report_text, update_norm
 from . import host
@@ -23,6 +24,30 @@ from .option_widgets import widget
 from .sockets import ChromaModel, schema, to_image
 
 NO_FILE = "none"
+
+
+def size_inputs(rank: int, otherwise: str) -> list[Any]:
+    """How much of a LoRA is kept: a rank (0: `otherwise`), a share of ‖ΔW‖²."""
+    return [
+        io.Int.Input(
+            "rank",
+            default=rank,
+            min=0,
+            max=LARGEST_RANK,
+            tooltip=f"Keep at most this rank in every layer. {otherwise}",
+            optional=True,
+        ),
+        io.Float.Input(
+            "energy",
+            default=1.0,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="Keep the smallest rank that holds this share of the change (‖ΔW‖²) in every layer, e.g. 0.95. "
+            "1: all of it.",
+            optional=True,
+        ),
+    ]
 
 
 def _file_inputs() -> list[Any]:
@@ -224,8 +249,19 @@ class ChromaConvertLora(io.ComfyNode):
             node_id="ChromaConvertLora",
             display_name="Chroma Convert LoRA",
             description="Writes a LoRA of any key format in the names of another program, exactly, with its recipe, "
-            "into output/loras. No file of yours is overwritten.",
-            search_aliases=["lora format", "kohya", "peft", "diffusers", "export lora", "save lora", "lora dtype"],
+            "into output/loras; at a smaller rank if wanted. No file of yours is overwritten.",
+            search_aliases=[
+                "lora format",
+                "kohya",
+                "peft",
+                "diffusers",
+                "export lora",
+                "save lora",
+                "lora dtype",
+                "resize lora",
+                "lora rank",
+                "shrink lora",
+            ],
             is_output_node=True,
             inputs=[
                 *_file_inputs(),
@@ -248,6 +284,7 @@ class ChromaConvertLora(io.ComfyNode):
                     tooltip="Empty: the LoRA's name and the key format. A name that another file has is an error.",
                     optional=True,
                 ),
+                *size_inputs(0, "0: the LoRA's own."),
             ],
             outputs=[
                 io.LoraModel.Output("lora_model", tooltip="The converted tensors, for ComfyUI's own LoRA nodes."),
@@ -268,7 +305,7 @@ class ChromaConvertLora(io.ComfyNode):
         return f"{_file_state(lora, lora_name)} {host.folder_state(folder) if folder.is_dir() else ''}"
 
     @classmethod
-    def execute(cls, dialect, dtype, lora=NO_FILE, lora_name=None, filename="") -> io.NodeOutput:
+    def execute(cls, dialect, dtype, lora=NO_FILE, lora_name=None, filename="", rank=0, energy=1.0) -> io.NodeOutput:
         chosen = lora_name or lora
         if chosen == NO_FILE:
             raise LoraError("No LoRA is chosen. Pick a file from the list, or link a lora_name.")
@@ -276,7 +313,8 @@ class ChromaConvertLora(io.ComfyNode):
         folder.mkdir(parents=True, exist_ok=True)
         stem = filename.strip().removesuffix(".safetensors")
         output: Path = folder / f"{slug(stem)}.safetensors" if stem else folder
-        made = convert_lora(host.lora_path(chosen), dialect, output, dtype)
+        shrink = Truncation(rank or None, energy) if rank or energy < 1 else None
+        made = convert_lora(host.lora_path(chosen), dialect, output, dtype, shrink)
         host.say(made.report())
         name = str(made.path.relative_to(folder))
         return io.NodeOutput(host.load_tensors(made.path), name, made.report(), ui={"text": (made.report(),)})

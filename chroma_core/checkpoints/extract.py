@@ -22,7 +22,7 @@ from ..loading.model_files import base_hash
 from ..loading.spec import ModelSpec
 from ..lora.adapters import linear_modules
 from ..lora.convert import DTYPES
-from ..lora.files import write_lora
+from ..lora.files import read_lora, write_lora
 from ..lora.lowrank import Truncation, truncate_matrix
 from ..lora.modules import LoraFile, LoraModule, quoted
 from ..lora.resize import LayerKept, Resized
@@ -44,6 +44,8 @@ class Extracted:
 
     def report(self) -> str:
         """A few sentences for a person."""
+        if not self.layers:
+            return f"{self.path.name} is there already: taken from the same two models in the same way."
         text = f"{self.path.name}: {Resized(self.lora, self.layers).summary()}"
         if self.unchanged:
             text += f" {self.unchanged} layers are the same in both and left out."
@@ -68,22 +70,24 @@ def extract_lora(
     """Write what `tuned` has more than `base` as a LoRA in the universal key format.
 
     Args:
+        output: the file; where this very extraction lies already, it stays and is returned.
         dtype: of the file's matrices: `fp32`, `bf16` or `fp16`.
         exact: decompose every layer exactly; see `lowrank.truncate_matrix`.
         device: where layers are decomposed.
         on_part: progress; what it raises ends the work, and nothing is written.
     Raises:
         ModelFileError: one of the checkpoints cannot be used, or they are of different shape.
-        LoraError: nothing differs; the file exists; numbers that are not finite.
+        LoraError: nothing differs; another file is there; numbers that are not finite.
     """
     output = Path(output)
     check_choice("The number format", dtype, [name for name in DTYPES if name != "keep"])
     if output.suffix != ".safetensors":
         raise LoraError(f"'{output}' is no name for a LoRA: it must end in .safetensors.")
-    if output.exists():
-        raise LoraError(f"'{output}' exists already. Choose another name, or remove it first.")
     first, second = transformer_source(base), transformer_source(tuned)
     _check_alike(first, second)
+    header = _header(base, tuned, how, output.stem, dtype, exact)
+    if output.exists():
+        return _already(output, header)
     linears = [f"{name}.weight" for name in linear_modules(build_part("transformer", first[1].config))]
     modules: dict[str, LoraModule] = {}
     layers: dict[str, LayerKept] = {}
@@ -107,10 +111,19 @@ def extract_lora(
     if not modules:
         differ = f" Only {quoted(left_out)} differ, which a LoRA has no place for." if left_out else ""
         raise LoraError(f"There is nothing to extract: every linear layer is the same in both checkpoints.{differ}")
-    header = _header(base, tuned, how, output.stem)
     path = write_lora(output, LoraFile(modules, header))
     on_part(len(names), len(names), "")
     return Extracted(path, LoraFile(modules, header), layers, len(linears) - len(modules), tuple(left_out))
+
+
+def _already(output: Path, header: Mapping[str, str]) -> Extracted:
+    try:
+        found = read_lora(output)
+    except LoraError:
+        found = None
+    if found is None or found.metadata.get(EXTRACTED_KEY) != header[EXTRACTED_KEY]:
+        raise LoraError(f"'{output}' exists already and is another file. Choose another name, or remove it first.")
+    return Extracted(output, found, {}, 0, ())
 
 
 def _check_alike(first: tuple[Weights, Component], second: tuple[Weights, Component]) -> None:
@@ -128,9 +141,10 @@ def _check_alike(first: tuple[Weights, Component], second: tuple[Weights, Compon
             )
 
 
-def _header(base: ModelSpec, tuned: ModelSpec, how: Truncation, title: str) -> dict[str, str]:
+def _header(base: ModelSpec, tuned: ModelSpec, how: Truncation, title: str, dtype: str, exact: bool) -> dict[str, str]:
     own = base.transformer or base.folder
     origin: dict[str, Any] = {"tuned": _called(tuned), "tuned_sha256": base_hash(tuned), "base": _called(base)}
+    origin |= {"base_sha256": base_hash(base), "dtype": dtype} | ({"exact": True} if exact else {})
     origin |= {name: value for name, value in (("rank", how.rank), ("energy", how.energy)) if value is not None}
     header = {
         "modelspec.sai_model_spec": "1.0.0",

@@ -28,7 +28,7 @@ from ..lora.adapters import check_fits
 from ..lora.convert import DTYPES
 from ..lora.files import PEFT_WEIGHTS, read_lora
 from ..lora.modules import LoraFile
-from ..weights.opening import Weights
+from ..weights.opening import Weights, open_weights
 
 Layout = Literal["original", "diffusers"]
 """One file for ComfyUI and most others, or a folder for diffusers."""
@@ -36,7 +36,8 @@ Layout = Literal["original", "diffusers"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 MERGED_KEY = "chromakit.merged"
-"""The header's list of what was merged: file, sha256, strength, and blocks where they were given."""
+"""The header's word on what was merged: `loras`, each with file, sha256, strength and blocks if there were any, those
+of earlier merges first; and `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def merge_loras(
 
     Args:
         uses: the LoRAs with their strengths; whether they are live or merged elsewhere does not matter here.
-        output: the .safetensors file, or for the diffusers layout the folder; neither may exist.
+        output: the .safetensors file, or for the diffusers layout the folder. Where this very merge lies already, it
+            stays; anything else there is an error.
         dtype: of every tensor: `bf16`, `fp16`, `fp32`, or `keep`: each in the base's own (fp8 and GGUF become bf16).
         on_part: progress; what it raises ends the work, and nothing is left of it.
     Raises:
@@ -113,7 +115,7 @@ def merge_loras(
         raise LoraError("There is nothing to merge: name at least one LoRA.")
     for use in uses:
         _check_use(use)
-    _check_output(output, layout)
+    _check_name(output, layout)
     weights, component = transformer_source(spec)
     outline = build_part("transformer", component.config)
     files = [read_lora(use.path) for use in uses]
@@ -121,12 +123,16 @@ def merge_loras(
     loras = [(lora, use.strengths(lora.modules)) for use, lora in zip(uses, files, strict=True)]
     merged = _MergedWeights(weights, component, loras)
     model = _Checked(weights, component, merged, DTYPES[dtype], DTYPES[dtype])
-    require_room(output.parent, model.bytes(), "the merged model", ModelFileError)
-    header = _header(spec, uses, weights.metadata, output.stem)
-    if layout == "original":
-        write_single_file(output, model, {**header, "modelspec.implementation": "comfyui"}, on_part)
+    header = _header(spec, uses, weights.metadata, output.stem, dtype)
+    if output.exists():
+        if not _is_that(output, header):
+            raise ModelFileError(f"'{output}' exists already and is another model. Choose another name, or remove it.")
     else:
-        write_folder(output, model, {**header, "modelspec.implementation": "diffusers"}, on_part=on_part)
+        require_room(output.parent, model.bytes(), "the merged model", ModelFileError)
+        if layout == "original":
+            write_single_file(output, model, {**header, "modelspec.implementation": "comfyui"}, on_part)
+        else:
+            write_folder(output, model, {**header, "modelspec.implementation": "diffusers"}, on_part=on_part)
     said = "; ".join(f"{_name(use)} at {use.strength:g}: {fit.report()}" for use, fit in zip(uses, fits, strict=True))
     size = f"{model.bytes() / 1e9:.2f} GB"
     return Merged(
@@ -144,9 +150,7 @@ def _check_use(use: LoraUse) -> None:
         raise LoraError(f"The strength of '{_name(use)}' is {use.strength}; it must be a finite number.")
 
 
-def _check_output(output: Path, layout: Layout) -> None:
-    if output.exists():
-        raise ModelFileError(f"'{output}' exists already. Choose another name, or remove it first.")
+def _check_name(output: Path, layout: Layout) -> None:
     if layout == "original" and output.suffix != ".safetensors":
         raise ModelFileError(f"'{output}' is no name for a model in the original layout: it must end in .safetensors.")
     if layout == "diffusers" and output.suffix == ".safetensors":
@@ -155,7 +159,17 @@ def _check_output(output: Path, layout: Layout) -> None:
         )
 
 
-def _header(spec: ModelSpec, uses: Sequence[LoraUse], before: Mapping[str, str], title: str) -> dict[str, str]:
+def _is_that(output: Path, header: Mapping[str, str]) -> bool:
+    try:
+        found = open_weights(output).metadata
+    except ModelFileError:
+        return False
+    return all(found.get(key) == value for key, value in header.items())
+
+
+def _header(
+    spec: ModelSpec, uses: Sequence[LoraUse], before: Mapping[str, str], title: str, dtype: str
+) -> dict[str, str]:
     """The header: what was merged, after what the base says was merged into it earlier."""
     own = spec.transformer or spec.folder
     header = {
@@ -165,17 +179,16 @@ def _header(spec: ModelSpec, uses: Sequence[LoraUse], before: Mapping[str, str],
         "chromakit.base_sha256": base_hash(spec),
         "chromakit.flavour": "" if own else spec.flavour,
         "chromakit.base_file": Path(own).name if own else "",
-        MERGED_KEY: json.dumps([*_merged_before(before), *map(_record, uses)]),
+        MERGED_KEY: json.dumps({"loras": [*_merged_before(before), *map(_record, uses)], "dtype": dtype}),
     }
     return {key: value for key, value in header.items() if value}
 
 
 def _merged_before(metadata: Mapping[str, str]) -> list[Any]:
     try:
-        found = json.loads(metadata.get(MERGED_KEY, "[]"))
-    except ValueError:
+        return list(json.loads(metadata.get(MERGED_KEY, "{}"))["loras"])
+    except (ValueError, KeyError, TypeError):
         return []
-    return found if isinstance(found, list) else []
 
 
 def _record(use: LoraUse) -> dict[str, Any]:

@@ -33,12 +33,12 @@ LARGEST = 100.0
 Points = tuple[tuple[float, float], ...]
 
 
-def parse_blocks(text: str) -> tuple[tuple[str, float], ...]:
-    """Patterns and their factors; empty for an empty text. Raises ConfigError for what cannot be read."""
+def parse_blocks(text: str, what: str = "The LoRA's strength per block") -> tuple[tuple[str, float], ...]:
+    """Patterns and their factors; empty for an empty text. Raises ConfigError, which begins with `what`."""
     found = []
-    for part, pattern, factor in _pairs(text, "The LoRA's strength per block", "double_blocks.0-5:0.5"):
+    for part, pattern, factor in _pairs(text, what, "double_blocks.0-5:0.5"):
         without_ranges(pattern)
-        found.append((pattern, _number(factor, part, "The LoRA's strength per block")))
+        found.append((pattern, _number(factor, part, what)))
     return tuple(found)
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from comfy_api.latest import io, ui
+from PIL import Image
 
-from ..chroma_core.errors import LoraError
+from ..chroma_core.checkpoints.norms import norms_on
+from ..chroma_core.errors import ConfigError, LoraError
 from ..chroma_core.files import slug
 from ..chroma_core.loading.load import transformer_outline
 from ..chroma_core.loading.model_files import base_warning
@@ -18,12 +20,16 @@ from ..chroma_core.lora.files import lora_of, read_lora
 from ..chroma_core.lora.key_formats import KEY_FORMATS
 from ..chroma_core.lora.lowrank import LARGEST_RANK, Truncation
 from ..chroma_core.lora.modules import LoraFile
-from ..chroma_core.lora.report import describe, heat_map, lora_report, report_text, update_norm
+from ..chroma_core.lora.report import describe, heat_map, lora_report, report_text, update_norms
+from ..chroma_core.model.drawing import side_by_side
 from . import host
 from .option_widgets import widget
+from .sampling import block_effects
 from .sockets import ChromaModel, schema, to_image
 
 NO_FILE = "none"
+NOT_ASKED = "link positive and latent"
+"""What stands where no image was asked for."""
 
 
 def size_inputs(rank: int, otherwise: str) -> list[Any]:
@@ -188,12 +194,36 @@ class ChromaInspectLora(io.ComfyNode):
                 ChromaModel.Input(
                     "model",
                     optional=True,
-                    tooltip="Also say whether the LoRA fits this model, and whether it was trained on it.",
+                    tooltip="Also say whether the LoRA fits this model, whether it was trained on it, and how large "
+                    "the change is against its weights.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="With model and latent: also sample that image without one group of blocks at a time.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What the image steers away from, as in Chroma Sampler."
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="What Chroma Sampler made from noise: its size, seed and settings are sampled again.",
+                ),
+                io.Int.Input(
+                    "groups",
+                    default=8,
+                    min=1,
+                    max=57,
+                    tooltip="About how many groups the blocks are taken in. Each costs a sampling, with two on top.",
+                    optional=True,
+                    advanced=True,
                 ),
             ],
             outputs=[
                 io.String.Output("report", tooltip="What the LoRA is, as text."),
                 io.Image.Output("heat_map", tooltip="The size of the change in every layer: bright is large."),
+                io.Image.Output("effects", tooltip="What each group of blocks does to the image, if one is linked."),
             ],
         )
 
@@ -208,7 +238,17 @@ class ChromaInspectLora(io.ComfyNode):
         return _file_state(lora, lora_name)
 
     @classmethod
-    def execute(cls, lora=NO_FILE, lora_name=None, lora_model=None, model=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        lora=NO_FILE,
+        lora_name=None,
+        lora_model=None,
+        model=None,
+        positive=None,
+        negative=None,
+        latent=None,
+        groups=8,
+    ) -> io.NodeOutput:
         chosen = lora_name or lora
         if lora_model is not None:
             name, path, found = "LORA_MODEL", None, lora_of(lora_model)
@@ -217,12 +257,25 @@ class ChromaInspectLora(io.ComfyNode):
         else:
             name, path = chosen, host.lora_path(chosen)
             found = read_lora(path)
-        text = report_text(lora_report(found, name, path, [] if model is None else _remarks(found, model)))
-        norms = {layer: update_norm(module) for layer, module in found.modules.items()}
+        norms, remarks = update_norms(found), []
+        if model is not None:
+            progress = host.Progress(1)
+            norms = norms_on(found, model.spec, lambda done, total, _: progress.step(done, total))
+            remarks = _remarks(found, model)
+        text = report_text(lora_report(found, name, path, remarks, norms))
         picture = to_image([heat_map(norms)])
+        sheet = to_image([side_by_side({NOT_ASKED: Image.new("RGB", (256, 256))})])
+        if positive is not None or latent is not None:
+            if path is None or model is None or positive is None or latent is None:
+                raise ConfigError(
+                    "What each block does to an image needs a LoRA file, and model, positive and latent linked. "
+                    "Link all of them, or none."
+                )
+            effects = block_effects(model, str(path), positive, negative, latent, groups)
+            text, sheet = f"{text}\n\n{effects.report()}", to_image([effects.sheet()])
         host.say(_in_short(text))
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        return io.NodeOutput(text, picture, ui={**shown, "text": (text,)})
+        return io.NodeOutput(text, picture, sheet, ui={**shown, "text": (text,)})
 
 
 def _in_short(report: str) -> str:

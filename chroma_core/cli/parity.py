@@ -153,8 +153,8 @@ def _through_nodes(case: Any, base: Path, device: Any, unwanted: bool) -> Any:
 
 def _write(report: Any, folder: Path) -> None:
     from ..files import write_atomic
+    from ..model.drawing import side_by_side
     from ..model.images import png_bytes
-    from ..parity import side_by_side
 
     values = report.to_dict()
     try:

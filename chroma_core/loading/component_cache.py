@@ -206,6 +206,11 @@ class ComponentCache:
         release_memory(gone)
 
 
+def live_name(number: int) -> str:
+    """How the live LoRA of that number, counted from 0, is called on the model."""
+    return f"live_{number}"
+
+
 @contextmanager
 def _with_live(model: ChromaTransformer, handle: ModelHandle) -> Iterator[None]:
     """The handle's live LoRAs on the model, inside a `with` block."""
@@ -214,7 +219,7 @@ def _with_live(model: ChromaTransformer, handle: ModelHandle) -> Iterator[None]:
     try:
         with torch.inference_mode(False):
             for i, use in enumerate(use for use in handle.loras if use.mode == "live"):
-                name = f"live_{i}"
+                name = live_name(i)
                 lora = read_lora(use.path)
                 strengths = use.strengths(lora.modules)
                 attach(model, lora, strengths, name=name, allow_partial=use.allow_partial)

@@ -13,9 +13,8 @@ from ..chroma_core.errors import ConfigError, LoraError
 from ..chroma_core.files import slug
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
 from ..chroma_core.lora.convert import DTYPES
-from ..chroma_core.lora.lowrank import Truncation
 from . import host
-from .lora import size_inputs
+from .lora import kept, size_inputs
 from .sockets import ChromaModel, schema
 
 
@@ -134,7 +133,7 @@ class ChromaExtractLora(io.ComfyNode):
                 base.spec,
                 tuned.spec,
                 host.loras_folder() / f"{stem}.safetensors",
-                Truncation(rank or None, energy),
+                kept(rank, energy),
                 dtype,
                 device=host.device(),
                 on_part=lambda done, total, _: progress.step(done, total),

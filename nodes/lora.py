@@ -56,6 +56,11 @@ def size_inputs(rank: int, otherwise: str) -> list[Any]:
     ]
 
 
+def kept(rank: int, energy: float) -> Truncation:
+    """What the widgets of `size_inputs` ask for."""
+    return Truncation(rank or None, energy if energy < 1 or not rank else None)
+
+
 def _file_inputs() -> list[Any]:
     """A LoRA by its file, and by a name over a link."""
     return [
@@ -366,7 +371,7 @@ class ChromaConvertLora(io.ComfyNode):
         folder.mkdir(parents=True, exist_ok=True)
         stem = filename.strip().removesuffix(".safetensors")
         output: Path = folder / f"{slug(stem)}.safetensors" if stem else folder
-        shrink = Truncation(rank or None, energy) if rank or energy < 1 else None
+        shrink = kept(rank, energy) if rank or energy < 1 else None
         made = convert_lora(host.lora_path(chosen), dialect, output, dtype, shrink)
         host.say(made.report())
         name = str(made.path.relative_to(folder))

@@ -98,7 +98,8 @@ def test_a_schedule_in_our_sampler_and_in_comfyuis_own(server: Host, lora):
         "apply": applied(schedule=schedule),
         "host": node("ChromaHostModel", model=["apply", 0]),
         "sigmas": node(
-            "ChromaTailSigmas", steps=4, tail_bias=0.0, flow_shift="dynamic", width=64, height=64, denoise=1.0
+            "ChromaTailSigmas", steps=4, tail_bias=0.0, flow_shift="dynamic", flow_shift_value=1.0, width=64, height=64,
+            denoise=1.0,
         ),
         "noise": node("RandomNoise", noise_seed=1),
         "guider": node("CFGGuider", model=["host", 0], positive=["positive", 0], negative=["negative", 0], cfg=3.0),
@@ -109,7 +110,7 @@ def test_a_schedule_in_our_sampler_and_in_comfyuis_own(server: Host, lora):
         ),
     }  # fmt: skip
     here, there, without = latents(server, ours), latents(server, theirs), latents(server, plain)
-    assert (here - without).abs().max() > 0.05 * here.abs().max()
+    assert (here - without).abs().max() > 0.02 * here.abs().max()
     assert (here - there).abs().max() <= 2e-3 * here.abs().max()
 
 

@@ -304,6 +304,7 @@ def train_first(camera: Camera) -> None:
     say(f"training {LORA}")
     camera.load("train")
     camera.host.wait(camera.queue(), timeout=3600)
+    camera.page.evaluate("async () => { await app.refreshComboInNodes(); }")  # else the page takes the file for missing
 
 
 def take(camera: Camera, shots: Sequence[Shot]) -> None:

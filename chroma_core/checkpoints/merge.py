@@ -54,7 +54,10 @@ class _MergedWeights(Mapping[str, Tensor]):
     def __init__(self, weights: Weights, component: Component, loras: Sequence[tuple[LoraFile, Mapping[str, float]]]):
         self._weights, self._component, self._loras = weights, component, loras
         names = {f"{layer}.weight" for lora, _ in loras for layer in lora.modules}
-        self._names = [name for name in component.sources if name in names]
+        self._names = dict.fromkeys(name for name in component.sources if name in names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # `Mapping` would compute the weight to know
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -63,7 +66,7 @@ class _MergedWeights(Mapping[str, Tensor]):
         weight = self._component.sources[name].read(self._weights, torch.float32)
         for lora, strengths in self._loras:
             if layer in lora.modules:
-                weight += strengths[layer] * lora.modules[layer].delta(weight)
+                weight += lora.modules[layer].delta(weight).mul_(strengths[layer])
         return weight
 
     def __iter__(self) -> Iterator[str]:

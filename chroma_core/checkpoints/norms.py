@@ -14,6 +14,9 @@ from ..lora.adapters import check_fits
 from ..lora.modules import LoraFile
 from ..lora.report import Norms, update_norm, update_norms
 
+ALONE = ("lora", "lokr")
+"""Kinds whose ΔW does not depend on the weight."""
+
 _known: dict[tuple[str, str], float] = {}
 """‖W‖ by the state of the model's file and the layer: a file is read once in a process."""
 
@@ -36,11 +39,12 @@ def norms_on(lora: LoraFile, spec: ModelSpec, on_part: OnPart = lambda done, tot
     for i, name in enumerate(names):
         on_part(i, len(names), name)
         module = lora.modules[name]
-        if module.kind != "dora" and (state, name) in _known:
+        alone = module.kind in ALONE
+        if alone and (state, name) in _known:
             change[name], sizes[name] = update_norm(module), _known[state, name]
             continue
         weight = component.sources[f"{name}.weight"].read(weights, torch.float32)
         sizes[name] = _known[state, name] = float(weight.double().norm())
-        change[name] = float(module.delta(weight).double().norm()) if module.kind == "dora" else update_norm(module)
+        change[name] = update_norm(module) if alone else float(module.delta(weight).double().norm())
     on_part(len(names), len(names), "")
     return Norms(change, sizes)

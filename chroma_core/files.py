@@ -211,6 +211,27 @@ def slug(text: str, fallback: str = "untitled") -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", ascii_text).strip("-.")[:80] or fallback
 
 
+DISK_MARGIN = 256 << 20
+"""Bytes that are left free beside what is asked room for: others write to the disk too."""
+
+
+def require_room(
+    folder: Path,
+    needed: int,
+    what: str,
+    error: type[ChromaKitError],
+    remedy: str = "Make room, or choose another disk.",
+) -> None:
+    """Raise `error` unless the disk of `folder` (made if it is not there) has room for `needed` bytes of `what`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed + DISK_MARGIN:
+        raise error(
+            f"There is no room for {what}: about {(needed + DISK_MARGIN) / 2**30:.1f} GiB are needed in '{folder}', "
+            f"{free / 2**30:.1f} GiB are free. {remedy}"
+        )
+
+
 def sha256_file(path: Path | str) -> str:
     """Hex digest of a file's content."""
     digest = hashlib.sha256()

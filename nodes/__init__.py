@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import (
     bridge,
+    checkpoints,
     dataset,
     host,
     jobs,
@@ -26,6 +27,7 @@ ROOMS = (
     schedule,
     bridge,
     lora,
+    checkpoints,
     dataset,
     settings,
     training,

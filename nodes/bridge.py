@@ -62,6 +62,7 @@ class HostDiffusionModel(torch.nn.Module):
             raise ConfigError("The conditioning carries a ControlNet, which Chroma does not take. Remove it.")
         mask = kwargs.get("attention_mask")
         with self.opened() as transformer:
+            transformer.at_step(_place(timestep, kwargs.get("transformer_options") or {}))
             weight = transformer.x_embedder.weight
             channels = transformer.config.joint_attention_dim
             if context.ndim != 3 or context.shape[-1] != channels:
@@ -78,6 +79,18 @@ class HostDiffusionModel(torch.nn.Module):
                 None if mask is None else mask.to(weight.device, torch.bool),
             )
         return unpack(velocity.to(x.device, x.dtype), rows, columns)
+
+
+def _place(timestep: Tensor, options: dict[str, Any]) -> float:
+    """Where σ stands in the run that ComfyUI's sampler makes: 0 at its first step, 1 at its last; 0 if it does not say.
+
+    Between two of its noise levels, where some samplers look, it is the place of the step that begins before.
+    """
+    levels = options.get("sample_sigmas")
+    if levels is None or len(levels) < 3:
+        return 0.0
+    begun = int((levels[:-1].cpu() >= timestep.max().cpu() - 1e-6).sum()) - 1
+    return max(0, begun) / (len(levels) - 2)
 
 
 class ChromaHostModel(io.ComfyNode):

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from comfy_api.latest import io, ui
+from PIL import Image
 
-from ..chroma_core.errors import LoraError
+from ..chroma_core.checkpoints.norms import norms_on
+from ..chroma_core.errors import ConfigError, LoraError
 from ..chroma_core.files import slug
 from ..chroma_core.loading.load import transformer_outline
 from ..chroma_core.loading.model_files import base_warning
@@ -16,12 +18,47 @@ from ..chroma_core.lora.adapters import check_fits
 from ..chroma_core.lora.convert import DTYPES, convert_lora
 from ..chroma_core.lora.files import lora_of, read_lora
 from ..chroma_core.lora.key_formats import KEY_FORMATS
+from ..chroma_core.lora.lowrank import LARGEST_RANK, Truncation
 from ..chroma_core.lora.modules import LoraFile
-from ..chroma_core.lora.report import describe, heat_map, lora_report, report_text, update_norm
+from ..chroma_core.lora.report import describe, heat_map, lora_report, report_text, update_norms
+from ..chroma_core.model.drawing import side_by_side
 from . import host
+from .option_widgets import widget
+from .sampling import block_effects
 from .sockets import ChromaModel, schema, to_image
 
 NO_FILE = "none"
+NOT_ASKED = "link positive and latent"
+"""What stands where no image was asked for."""
+
+
+def size_inputs(rank: int, otherwise: str) -> list[Any]:
+    """How much of a LoRA is kept: a rank (0: `otherwise`), a share of ‖ΔW‖²."""
+    return [
+        io.Int.Input(
+            "rank",
+            default=rank,
+            min=0,
+            max=LARGEST_RANK,
+            tooltip=f"Keep at most this rank in every layer. {otherwise}",
+            optional=True,
+        ),
+        io.Float.Input(
+            "energy",
+            default=1.0,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="Keep the smallest rank that holds this share of the change (‖ΔW‖²) in every layer, e.g. 0.95. "
+            "1: all of it.",
+            optional=True,
+        ),
+    ]
+
+
+def kept(rank: int, energy: float) -> Truncation:
+    """What the widgets of `size_inputs` ask for."""
+    return Truncation(rank or None, energy if energy < 1 or not rank else None)
 
 
 def _file_inputs() -> list[Any]:
@@ -74,6 +111,8 @@ class ChromaApplyLora(io.ComfyNode):
                     advanced=True,
                 ),
                 file_name,
+                widget(LoraUse, "blocks", default=""),
+                widget(LoraUse, "schedule", default=""),
             ],
             outputs=[
                 ChromaModel.Output("model", tooltip="The model with the LoRA on it."),
@@ -94,12 +133,20 @@ class ChromaApplyLora(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, lora, strength, mode: LoraMode = "live", allow_partial=False, lora_name=None
+        cls,
+        model,
+        lora,
+        strength,
+        mode: LoraMode = "live",
+        allow_partial=False,
+        lora_name=None,
+        blocks="",
+        schedule="",
     ) -> io.NodeOutput:
         name = lora_name or lora
         if name == NO_FILE:
             raise LoraError("No LoRA is chosen. Pick a file from the list, link a lora_name, or take this node out.")
-        use = LoraUse(str(host.lora_path(name)), strength, mode, allow_partial)
+        use = LoraUse(str(host.lora_path(name)), strength, mode, allow_partial, blocks, schedule)
         report, remark = _report(model.spec, use)
         if remark:
             host.warn(f"{name}: {remark}")
@@ -114,6 +161,7 @@ def _report(spec: ModelSpec, use: LoraUse) -> tuple[str, str | None]:
     """
     lora = read_lora(use.path)
     fit = check_fits(transformer_outline(spec), lora, use.allow_partial)
+    use.strengths(lora.modules)
     return f"{fit.report()}. {describe(lora)}", base_warning(lora.metadata, spec)
 
 
@@ -151,12 +199,36 @@ class ChromaInspectLora(io.ComfyNode):
                 ChromaModel.Input(
                     "model",
                     optional=True,
-                    tooltip="Also say whether the LoRA fits this model, and whether it was trained on it.",
+                    tooltip="Also say whether the LoRA fits this model, whether it was trained on it, and how large "
+                    "the change is against its weights.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="With model and latent: also sample that image without one group of blocks at a time.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What the image steers away from, as in Chroma Sampler."
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="What Chroma Sampler made from noise: its size, seed and settings are sampled again.",
+                ),
+                io.Int.Input(
+                    "groups",
+                    default=8,
+                    min=1,
+                    max=57,
+                    tooltip="About how many groups the blocks are taken in. Each costs a sampling, with two on top.",
+                    optional=True,
+                    advanced=True,
                 ),
             ],
             outputs=[
                 io.String.Output("report", tooltip="What the LoRA is, as text."),
                 io.Image.Output("heat_map", tooltip="The size of the change in every layer: bright is large."),
+                io.Image.Output("effects", tooltip="What each group of blocks does to the image, if one is linked."),
             ],
         )
 
@@ -171,7 +243,17 @@ class ChromaInspectLora(io.ComfyNode):
         return _file_state(lora, lora_name)
 
     @classmethod
-    def execute(cls, lora=NO_FILE, lora_name=None, lora_model=None, model=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        lora=NO_FILE,
+        lora_name=None,
+        lora_model=None,
+        model=None,
+        positive=None,
+        negative=None,
+        latent=None,
+        groups=8,
+    ) -> io.NodeOutput:
         chosen = lora_name or lora
         if lora_model is not None:
             name, path, found = "LORA_MODEL", None, lora_of(lora_model)
@@ -180,12 +262,25 @@ class ChromaInspectLora(io.ComfyNode):
         else:
             name, path = chosen, host.lora_path(chosen)
             found = read_lora(path)
-        text = report_text(lora_report(found, name, path, [] if model is None else _remarks(found, model)))
-        norms = {layer: update_norm(module) for layer, module in found.modules.items()}
+        norms, remarks = update_norms(found), []
+        if model is not None:
+            progress = host.Progress(1)
+            norms = norms_on(found, model.spec, lambda done, total, _: progress.step(done, total))
+            remarks = _remarks(found, model)
+        text = report_text(lora_report(found, name, path, remarks, norms))
         picture = to_image([heat_map(norms)])
+        sheet = to_image([side_by_side({NOT_ASKED: Image.new("RGB", (256, 256))})])
+        if positive is not None or latent is not None:
+            if path is None or model is None or positive is None or latent is None:
+                raise ConfigError(
+                    "What each block does to an image needs a LoRA file, and model, positive and latent linked. "
+                    "Link all of them, or none."
+                )
+            effects = block_effects(model, str(path), positive, negative, latent, groups)
+            text, sheet = f"{text}\n\n{effects.report()}", to_image([effects.sheet()])
         host.say(_in_short(text))
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        return io.NodeOutput(text, picture, ui={**shown, "text": (text,)})
+        return io.NodeOutput(text, picture, sheet, ui={**shown, "text": (text,)})
 
 
 def _in_short(report: str) -> str:
@@ -212,8 +307,19 @@ class ChromaConvertLora(io.ComfyNode):
             node_id="ChromaConvertLora",
             display_name="Chroma Convert LoRA",
             description="Writes a LoRA of any key format in the names of another program, exactly, with its recipe, "
-            "into output/loras. No file of yours is overwritten.",
-            search_aliases=["lora format", "kohya", "peft", "diffusers", "export lora", "save lora", "lora dtype"],
+            "into output/loras; at a smaller rank if wanted. No file of yours is overwritten.",
+            search_aliases=[
+                "lora format",
+                "kohya",
+                "peft",
+                "diffusers",
+                "export lora",
+                "save lora",
+                "lora dtype",
+                "resize lora",
+                "lora rank",
+                "shrink lora",
+            ],
             is_output_node=True,
             inputs=[
                 *_file_inputs(),
@@ -236,6 +342,7 @@ class ChromaConvertLora(io.ComfyNode):
                     tooltip="Empty: the LoRA's name and the key format. A name that another file has is an error.",
                     optional=True,
                 ),
+                *size_inputs(0, "0: the LoRA's own."),
             ],
             outputs=[
                 io.LoraModel.Output("lora_model", tooltip="The converted tensors, for ComfyUI's own LoRA nodes."),
@@ -256,7 +363,7 @@ class ChromaConvertLora(io.ComfyNode):
         return f"{_file_state(lora, lora_name)} {host.folder_state(folder) if folder.is_dir() else ''}"
 
     @classmethod
-    def execute(cls, dialect, dtype, lora=NO_FILE, lora_name=None, filename="") -> io.NodeOutput:
+    def execute(cls, dialect, dtype, lora=NO_FILE, lora_name=None, filename="", rank=0, energy=1.0) -> io.NodeOutput:
         chosen = lora_name or lora
         if chosen == NO_FILE:
             raise LoraError("No LoRA is chosen. Pick a file from the list, or link a lora_name.")
@@ -264,7 +371,8 @@ class ChromaConvertLora(io.ComfyNode):
         folder.mkdir(parents=True, exist_ok=True)
         stem = filename.strip().removesuffix(".safetensors")
         output: Path = folder / f"{slug(stem)}.safetensors" if stem else folder
-        made = convert_lora(host.lora_path(chosen), dialect, output, dtype)
+        shrink = kept(rank, energy) if rank or energy < 1 else None
+        made = convert_lora(host.lora_path(chosen), dialect, output, dtype, shrink)
         host.say(made.report())
         name = str(made.path.relative_to(folder))
         return io.NodeOutput(host.load_tensors(made.path), name, made.report(), ui={"text": (made.report(),)})

@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from comfy_api.latest import io, ui
 
-from ..chroma_core.parity import Case, FactorKind, NotRun, Report, Sampled, in_process, read_preview, side_by_side, vary
+from ..chroma_core.model.drawing import side_by_side
+from ..chroma_core.parity import Case, FactorKind, NotRun, Report, Sampled, in_process, read_preview, vary
 from ..chroma_core.parity.preview import last_preview
 from ..chroma_core.sampling.recipe import RECIPES
 from ..chroma_core.sampling.recipe import recipe as find_recipe

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..chroma_core.errors import ConfigError
-from ..chroma_core.loading.spec import ModelHandle, ModelSpec
-from ..chroma_core.model.images import preview_image
+from ..chroma_core.loading.component_cache import live_name
+from ..chroma_core.loading.spec import LoraUse, ModelHandle, ModelSpec
+from ..chroma_core.lora.effects import Effects, effects_of
+from ..chroma_core.model.images import decode, preview_image
 from ..chroma_core.model.latents import FLUX_LATENTS, LatentFormat, snap_size
 from ..chroma_core.sampling.recipe import RECIPES, Recipe, parse_overrides
 from ..chroma_core.sampling.recipe import recipe as find_recipe
@@ -257,6 +263,55 @@ def _sample(
     if mask is not None:
         result["noise_mask"] = mask[:, None]
     return result
+
+
+def block_effects(
+    model: ModelHandle, lora: str, positive: list, negative: list | None, latent: dict[str, Any], groups: int
+) -> Effects:
+    """What each group of a LoRA's blocks does to the image that Chroma Sampler gave as `latent`.
+
+    Where the model has that LoRA already, its strength there counts; otherwise it is put on at 1. Raises ConfigError
+    for latents that are not those of a whole run from noise.
+    """
+    note, device = latent.get(OURS) or {}, host.device()
+    if "settings" not in note:
+        raise ConfigError("The latent is not Chroma Sampler's: link the latent that it gives for the image.")
+    settings, recipe = SamplingSettings(**note["settings"]), Recipe.from_dict(note["recipe"])
+    if (settings.denoise, settings.start_step, settings.end_step, settings.add_noise) != (1.0, 0, None, True):
+        raise ConfigError("The latent was not sampled from noise in one run: link one that was (denoise 1, all steps).")
+    own = next((use for use in model.loras if Path(use.path) == Path(lora)), LoraUse(lora))
+    others = tuple(use for use in model.loras if use != own)
+    handle = replace(model, loras=(*others, replace(own, mode="live", schedule="")))
+    positive = _encoded_for(recipe, positive)
+    if settings.guidance > 1:
+        negative = _encoded_for(recipe, negative) if negative else _empty(recipe, positive)
+    else:
+        negative = None
+    rows, columns = latent["samples"].shape[-2:]
+    with host.working():
+        host.make_room(0)
+        with host.components.transformer(handle, device) as transformer:
+            channels = transformer.config.joint_attention_dim
+            # A group more or less than asked for, where the blocks do not divide; one for layers outside of blocks.
+            total = (groups + 3) * settings.run_steps
+            progress, done = host.Progress(total), count(1)
+
+            def generate() -> Tensor:
+                return sample(
+                    transformer,
+                    from_conditioning(positive, 1, channels),
+                    from_conditioning(negative, 1, channels) if negative else None,
+                    width=columns * FLUX_LATENTS.downscale,
+                    height=rows * FLUX_LATENTS.downscale,
+                    settings=settings,
+                    recipe=recipe,
+                    on_step=lambda _: progress.step(next(done), total),
+                )
+
+            name = live_name(sum(use.mode == "live" for use in handle.loras) - 1)
+            latents = effects_of(transformer, name, groups, generate)
+        vae = host.components.vae(model.spec, device)
+        return Effects({label: decode(vae, each)[0] for label, each in latents.items()})
 
 
 def _encoded_for(recipe: Recipe, conditioning: list) -> list:

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..chroma_core.lora.strengths import parse_blocks
 from ..chroma_core.sampling.recipe import parse_overrides
 from ..chroma_core.training.config import LoraConfig, ObjectiveConfig, PreviewConfig, TrainingConfig
 from .option_widgets import ADVANCED, nested, values_at, widget
@@ -79,6 +80,7 @@ WIDGETS: dict[str, Any] = {
     "tensorboard": "tensorboard",
     "deterministic": "deterministic",
     "sigma_shift_first": "objective.shift_first",
+    "lr_pattern": widget(TrainingConfig, "lr_pattern", kind=io.String, default=""),
 }
 """The node's widgets in their order: the option of a job that one sets, else an input of its own."""
 
@@ -128,6 +130,8 @@ def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
         settings["lora"]["target"] = patterns
     if overrides := parse_overrides(inputs.get("recipe_overrides", "")):
         settings["recipe_overrides"] = overrides
+    if pattern := dict(parse_blocks(inputs.get("lr_pattern", ""), "lr_pattern")):
+        settings["lr_pattern"] = pattern
     if blocks := inputs.get("full_rank_blocks", "").strip():
         del settings["lora"]["save_dtype"]  # what is left in `lora` and is no default is refused when the job is made
         settings["full"] = {"target": blocks, "ema_decay": settings["lora"].pop("ema_decay", 0.0)}
@@ -143,6 +147,7 @@ def widgets_of(config: TrainingConfig) -> dict[str, Any]:
         "sigma_shift_value": value,
         "target_patterns": "" if isinstance(target, str) else "\n".join(target),
         "recipe_overrides": overrides_text(config),
+        "lr_pattern": ", ".join(f"{pattern}:{factor:g}" for pattern, factor in config.lr_pattern.items()),
         "full_rank_blocks": config.full.target if config.full else "",
     }
     return {**values_at(config, PATHS), **own, "ema_decay": config.ema_decay}

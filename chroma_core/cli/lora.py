@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..loading.spec import ModelHandle, ModelSpec
 
 
 TEXTS = ("prompt", "negative", "trigger")
+SIZE = {"width": int, "height": int}
 NUMBERS = {"width": int, "height": int, "steps": int, "guidance": float, "seed": int, "strength": float}
 
 
@@ -27,6 +31,19 @@ def inspect_lora_options(inspect: argparse.ArgumentParser) -> None:
         "Reads the whole file the first time",
     )
     inspect.add_argument("--heat-map", type=Path, metavar="PNG", help="write an image of how much it changes where")
+    inspect.add_argument(
+        "--effects",
+        type=Path,
+        metavar="PNG",
+        help="with --base and --prompt: write what each group of blocks does to an image, which is sampled without one "
+        "of them at a time",
+    )
+    inspect.add_argument("--prompt", default=None, help="of that image, as for sample")
+    inspect.add_argument("--negative", default="")
+    inspect.add_argument("--groups", type=int, default=8, help="about how many groups of blocks (default: 8)")
+    for name, kind in {"strength": float, "seed": int, "steps": int, "guidance": float, **SIZE}.items():
+        inspect.add_argument(f"--{name}", type=kind, default=None)
+    inspect.add_argument("--device", default=None)
     inspect.set_defaults(run=_inspect)
 
 
@@ -55,28 +72,65 @@ def warn_of_other_bases(handle: ModelHandle) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     from ..lora.files import read_lora
-    from ..lora.report import lora_report, report_text
+    from ..lora.report import lora_report, report_text, update_norms
 
     lora = read_lora(options.file)
-    remark = None
+    remark, norms = None, update_norms(lora)
     if options.base:
+        from ..checkpoints.norms import norms_on
         from ..loading.model_files import base_warning
 
-        remark = base_warning(lora.metadata, _spec(options.base), read_everything=True)
-    report = lora_report(lora, str(options.file), options.file, [remark] if remark else [])
+        spec = model_spec(options.base)
+        remark, norms = base_warning(lora.metadata, spec, read_everything=True), norms_on(lora, spec)
+    report = lora_report(lora, str(options.file), options.file, [remark] if remark else [], norms)
     if options.heat_map:
         from ..files import write_atomic
-        from ..lora.report import heat_map, update_norm
+        from ..lora.report import heat_map
         from ..model.images import png_bytes
 
-        norms = {name: update_norm(module) for name, module in lora.modules.items()}
         write_atomic(options.heat_map, png_bytes(heat_map(norms), {"lora": str(options.file)}))
+    if options.effects:
+        report["effects"] = _effects(options)
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else report_text(report))
 
 
-def _spec(base: str) -> ModelSpec:
+def _effects(options: argparse.Namespace) -> dict[str, float]:
+    """Write the sheet that --effects names; the mean difference of each of its images, of 255 levels."""
+    from ..files import write_atomic
+    from ..loading.component_cache import ComponentCache, live_name
+    from ..loading.spec import LoraUse, ModelHandle
+    from ..lora.effects import Effects, effects_of
+    from ..model.device import best_device
+    from ..model.flavours import flavour
+    from ..model.images import decode, png_bytes
+    from ..sampling.recipe import CANONICAL
+    from ..sampling.sampler import SamplingSettings, sample
+
+    if not (options.base and options.prompt):
+        raise ConfigError("--effects samples images: name the model with --base, and what to generate with --prompt.")
+    spec, device, cache = model_spec(options.base), best_device(options.device), ComponentCache()
+    chosen = flavour(spec.flavour)
+    given = {name: value for name in ("seed", "steps", "guidance") if (value := getattr(options, name)) is not None}
+    settings = SamplingSettings(**{"steps": chosen.steps, "guidance": chosen.guidance, **given})
+    encoder = cache.text_encoder(spec, device)
+    texts = [encoder.encode(text, CANONICAL) for text in (options.prompt, options.negative)]
+    width, height = (getattr(options, name) or chosen.size for name in SIZE)
+    use = LoraUse(str(options.file), 1.0 if options.strength is None else options.strength)
+    with cache.transformer(ModelHandle(spec, (use,)), device) as transformer:
+        generate = partial(sample, transformer, texts[:1], texts[1], width=width, height=height, settings=settings)
+        latents = effects_of(transformer, live_name(0), options.groups, generate)
+    vae = cache.vae(spec, device)
+    found = Effects({label: decode(vae, each)[0] for label, each in latents.items()})
+    record = {"lora": str(options.file), "prompt": options.prompt, "settings": settings.to_dict()}
+    write_atomic(options.effects, png_bytes(found.sheet(), record | {"differences": found.differences}))
+    print(found.report(), file=sys.stderr)
+    return found.differences
+
+
+def model_spec(base: str) -> ModelSpec:
+    """The model that one word names: a flavour, a transformer's file, or a diffusers folder."""
     from ..loading.spec import ModelSpec
     from ..model.flavours import FLAVOURS
 

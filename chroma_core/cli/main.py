@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ChromaKitError
 from .lora import convert_options, export_options, inspect_lora_options
+from .lora_tools import extract_options, merge_options, resize_options
 from .models import fetch_options, inspect_model_options, plan_options, quantise_options
 from .parity import parity_options
 from .sample import request_options, sample_options
@@ -36,6 +37,9 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "export-workflow": (export_options, "write a ComfyUI workflow of host nodes only that repeats a LoRA's preview"),
     "inspect-lora": (inspect_lora_options, "what a LoRA file holds, and whether it suits a base"),
     "convert-lora": (convert_options, "write a LoRA in the names of another program"),
+    "resize-lora": (resize_options, "write a LoRA at a smaller rank, as near to it as that rank allows"),
+    "merge-lora": (merge_options, "write a model with LoRAs merged into it"),
+    "extract-lora": (extract_options, "write the difference of two models as a LoRA"),
     "plan": (plan_options, "how much memory a flavour needs, and what to choose on this machine"),
 }
 """Every command: what adds its options, and what it does in a line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
@@ -54,6 +55,29 @@ def spec_from(options: argparse.Namespace) -> ModelSpec:
 
     chosen = {field: getattr(options, field) for field in MODEL}
     return ModelSpec(**chosen, quantised_folder=options.keep_quantised)
+
+
+def add_lora_flags(parser: argparse.ArgumentParser) -> None:
+    """`--lora`, repeated for several, and the flags that say more of the one before them."""
+    from ..loading.spec import LoraUse
+
+    parser.add_argument(
+        "--lora", type=lora_use, action="append", default=[], metavar="FILE[@STRENGTH]", help="repeat for several"
+    )
+    of_the_last = {"action": _OfTheLastLora, "dest": "lora", "default": argparse.SUPPRESS}
+    for field, example in (("blocks", "PATTERN:FACTOR,…"), ("schedule", "PLACE:FACTOR,…")):
+        text = {"metavar": example, "choices": None}
+        add_flag(parser, LoraUse, field, f"--lora-{field}", **of_the_last, **text)
+
+
+class _OfTheLastLora(argparse.Action):
+    """Sets a field of the LoRA that the last `--lora` before it named."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        loras, field = namespace.lora, (option_string or "").removeprefix("--lora-")
+        if not loras:
+            raise ConfigError(f"{option_string} belongs to the LoRA before it: name one with --lora first.")
+        namespace.lora = [*loras[:-1], replace(loras[-1], **{field: values})]
 
 
 def lora_use(text: str) -> LoraUse:

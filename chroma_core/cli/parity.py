@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from ..errors import ChromaKitError, ConfigError
-from .options import add_model_options, lora_use, spec_from
+from .options import add_lora_flags, add_model_options, spec_from
 
 
 def parity_options(parity: argparse.ArgumentParser) -> None:
@@ -31,9 +31,7 @@ def parity_options(parity: argparse.ArgumentParser) -> None:
         parity.add_argument(f"--{name}", type=kind, default=None)
     parity.add_argument("--seed", type=int, default=42)
     parity.add_argument("--recipe", choices=list(RECIPES), default="canonical")
-    parity.add_argument(
-        "--lora", type=lora_use, action="append", default=[], metavar="FILE[@STRENGTH]", help="repeat for several"
-    )
+    add_lora_flags(parity)
     parity.add_argument(
         "--factors",
         nargs="*",
@@ -87,7 +85,7 @@ def _compare(options: argparse.Namespace, folder: Path) -> Any:
     painted["diffusers"] = paint("diffusers", lambda: through_diffusers(case, device))
     as_it_ships = "diffusers_float_mask"
     painted[as_it_ships] = paint(as_it_ships, lambda: through_diffusers(case, device, "float"))
-    for mode in ("live", "merged") if case.loras else ():
+    for mode in case.lora_modes if case.loras else ():
         painted[mode] = paint(mode, lambda mode=mode: in_process(case.with_loras(mode=mode), components, device))
     report = Report(case)
     report.add_pairs(painted)
@@ -155,8 +153,8 @@ def _through_nodes(case: Any, base: Path, device: Any, unwanted: bool) -> Any:
 
 def _write(report: Any, folder: Path) -> None:
     from ..files import write_atomic
+    from ..model.drawing import side_by_side
     from ..model.images import png_bytes
-    from ..parity import side_by_side
 
     values = report.to_dict()
     try:

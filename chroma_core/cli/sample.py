@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..errors import ConfigError
 from .lora import warn_of_other_bases
-from .options import add_flag, add_model_options, lora_use, spec_from
+from .options import add_flag, add_lora_flags, add_model_options, spec_from
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,9 +33,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("--prompt", action="append", required=True, help="repeat for several images")
     sample.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
     sample.add_argument("--trigger", default="", help="the word that replaces [trigger]")
-    sample.add_argument(
-        "--lora", type=lora_use, action="append", default=[], metavar="FILE[@STRENGTH]", help="repeat for several"
-    )
+    add_lora_flags(sample)
     sample.add_argument("--lora-mode", choices=["live", "merged"], default="live")
     sample.add_argument("--allow-partial", action="store_true", help="apply LoRAs of which only some layers fit, too")
     sample.add_argument("--width", type=int, default=None)

@@ -50,10 +50,19 @@ class Graph:
         return Node(id)
 
     def add_lora(
-        self, number: int, model: Link, name: str, strength: float, mode: str, allow_partial: bool = False
+        self,
+        number: int,
+        model: Link,
+        name: str,
+        strength: float,
+        mode: str,
+        allow_partial: bool = False,
+        blocks: str = "",
+        schedule: str = "",
     ) -> Link:
         """Chroma Apply LoRA as node `lora_<number>`, counted from 0; returns the model with it."""
         applied = {"model": model, "lora": name, "strength": strength, "mode": mode, "allow_partial": allow_partial}
+        applied |= {key: text for key, text in (("blocks", blocks), ("schedule", schedule)) if text}
         return self.add(f"lora_{number}", "ChromaApplyLora", f"LoRA {number + 1}", **applied)[0]
 
     def add_image(
@@ -119,7 +128,7 @@ def to_prompt(
     )
     model = loader[0]
     for i, (lora, name) in enumerate(zip(request.loras, lora_names, strict=True)):
-        how = request.lora_mode, lora.allow_partial
+        how = request.lora_mode, lora.allow_partial, lora.blocks, lora.schedule
         model = graph.add_lora(i, model, name, lora.network_multiplier, *how)
     for i, picture in enumerate(pictures):
         chosen, widgets = picture.settings(), ("seed", "steps", "guidance", "tail_bias", "denoise")

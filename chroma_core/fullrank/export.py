@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import ModelFileError
 from ..files import atomic_folder, remove, replace, sync_folder, write_json
+from ..loading.build import OnPart
 from ..loading.matching import Component, describe_part
 from ..names.transformer import to_original_key
 from ..weights.opening import Weights, open_weights
@@ -36,21 +37,22 @@ for all of it, and ComfyUI would round the trained weights to it."""
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """The base's files and what was trained.
+    """The base's files and what was trained, or changed otherwise.
 
-    trained: weights by diffusers' full names, on any device. dtype: in which they are written.
+    trained: weights by diffusers' full names, on any device; looked up when they are written, and once more to check.
+    dtype: in which they are written; None: each as its base is stored. rest: the same for all others.
     """
 
     weights: Weights
     component: Component
     trained: Mapping[str, Tensor]
-    dtype: torch.dtype
+    dtype: torch.dtype | None
+    rest: torch.dtype | None = None
 
     def dtype_of(self, name: str) -> torch.dtype:
         """In which a tensor is written."""
-        if name in self.trained:
-            return self.dtype
-        return _KEPT.get(self.weights.storage[self.component.sources[name].name], torch.bfloat16)
+        chosen = self.dtype if name in self.trained else self.rest
+        return chosen or _KEPT.get(self.weights.storage[self.component.sources[name].name], torch.bfloat16)
 
     def read_base(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor of the base, as a new one on the CPU. Raises ModelFileError when its file was changed or lost."""
@@ -59,7 +61,7 @@ class TrainedModel:
     def read(self, name: str) -> Tensor:
         """A tensor as it is written, on the CPU."""
         if name in self.trained:
-            return self.trained[name].detach().to("cpu", self.dtype)
+            return self.trained[name].detach().to("cpu", self.dtype_of(name))
         return self.read_base(name, self.dtype_of(name))
 
     def outline(self) -> dict[str, Tensor]:
@@ -81,8 +83,15 @@ class TrainedModel:
         return _bytes(self.outline())
 
 
-def write_single_file(path: Path, model: TrainedModel, metadata: Mapping[str, str]) -> None:
-    """Write the original layout, atomically, and read back what was trained. Raises ModelFileError, OSError."""
+def _silent(done: int, total: int, what: str) -> None:
+    """No progress."""
+
+
+def write_single_file(path: Path, model: TrainedModel, metadata: Mapping[str, str], on_part: OnPart = _silent) -> None:
+    """Write the original layout, atomically, and read back what was trained.
+
+    Raises ModelFileError, OSError, and what `on_part` raises to cancel: nothing is left then.
+    """
     _remove_leftovers(path)
     outline, original = model.outline(), model.original()
     # Rows of one tensor have one type: the wider one, where only some of them were trained.
@@ -94,22 +103,36 @@ def write_single_file(path: Path, model: TrainedModel, metadata: Mapping[str, st
         return sum(outline[name].shape[0] for name in names), *outline[names[0]].shape[1:]
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for fused, names in original.items():
+        for i, (fused, names) in enumerate(original.items()):
+            on_part(i, len(original), fused)
             parts = [model.read(name).to(dtypes[fused]) for name in names]
             yield fused, parts[0] if len(parts) == 1 else torch.cat(parts)
 
     layout = [(f, torch.empty(shape(names), dtype=dtypes[f], device="meta")) for f, names in original.items()]
     write_safetensors(path, layout, tensors(), metadata)
     _check(path, model)
+    on_part(len(original), len(original), "")
 
 
-def write_folder(path: Path, model: TrainedModel, metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES) -> None:
+def write_folder(
+    path: Path,
+    model: TrainedModel,
+    metadata: Mapping[str, str],
+    shard_bytes: int = SHARD_BYTES,
+    on_part: OnPart = _silent,
+) -> None:
     """Write diffusers' layout: config.json and weights, in shards of at most `shard_bytes` (one tensor at least).
 
-    An earlier folder is replaced when the new one is whole. Raises ModelFileError, OSError.
+    An earlier folder is replaced when the new one is whole. Raises as `write_single_file` does.
     """
     _remove_leftovers(path)
     outline = model.outline()
+    number = {name: i for i, name in enumerate(outline)}
+
+    def read(name: str) -> Tensor:
+        on_part(number[name], len(number), name)
+        return model.read(name)
+
     shards: list[dict[str, Tensor]] = [{}]
     for name, tensor in outline.items():
         if shards[-1] and _bytes(shards[-1]) + tensor.numel() * tensor.element_size() > shard_bytes:
@@ -121,7 +144,7 @@ def write_folder(path: Path, model: TrainedModel, metadata: Mapping[str, str], s
     fresh = path.with_name(f".{path.name}.fresh.tmp")
     with atomic_folder(fresh) as folder:
         for file, shard in zip(files, shards, strict=True):
-            values = ((name, model.read(name)) for name in shard)
+            values = ((name, read(name)) for name in shard)
             write_safetensors(folder / file, shard.items(), values, {"format": "pt", **metadata})
         if count > 1:
             listed = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
@@ -135,6 +158,7 @@ def write_folder(path: Path, model: TrainedModel, metadata: Mapping[str, str], s
         shutil.rmtree(old, ignore_errors=True)
     replace(fresh, path)
     sync_folder(path.parent)
+    on_part(len(number), len(number), "")
 
 
 def _config(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,10 +174,10 @@ def _check(path: Path, model: TrainedModel) -> None:
     weights = open_weights(path)
     again = TrainedModel(weights, describe_part(weights, "transformer", model.component.config), {}, model.dtype)
     for name in model.trained:
-        if not torch.equal(again.read_base(name, model.dtype), model.read(name)):
+        if not torch.equal(again.read_base(name, model.dtype_of(name)), model.read(name)):
             raise ModelFileError(
                 f"'{path}' was written, but its tensor '{name}' does not read back as it was: the disk or the memory "
-                "may be faulty. The newest checkpoint is kept: resume the job to write the model again."
+                "may be faulty. Write it again: resume the job, whose newest checkpoint is kept, or repeat the command."
             )
 
 

@@ -16,9 +16,7 @@ the last layer are what every token passes through.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +24,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..lora.adapters import compute_device, features, linear_modules
-from ..names.transformer import APPROXIMATOR, to_original_module
+from ..names.patterns import matches, names_of, without_ranges
+from ..names.transformer import APPROXIMATOR
 
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
-
-_RANGE = re.compile(r"^(\w+)\.(\d{1,3})-(\d{1,3})(?=\.|$)")
 
 
 def layer_names(transformer: nn.Module, target: str | Sequence[str], norms: bool = False) -> list[str]:
@@ -55,12 +52,11 @@ def layer_names(transformer: nn.Module, target: str | Sequence[str], norms: bool
         for name, module in transformer.named_modules()
         if name.startswith(BLOCKS) and (name in linears or (norms and isinstance(module, nn.RMSNorm)))
     ]
-    originals = ((name, to_original_module(name)) for name in names)
-    aliases = {name: (name, original.name if original else name) for name, original in originals}
+    aliases = {name: names_of(name) for name in names}
     chosen: set[str] = set()
     for part in wanted:
         for pattern in _patterns(part):
-            found = {name for name, known in aliases.items() if _matches(pattern, known)}
+            found = {name for name, known in aliases.items() if matches(pattern, known)}
             if not found:
                 raise ConfigError(_nothing_matches(part, pattern, transformer))
             chosen |= found
@@ -75,19 +71,7 @@ def count_trained(transformer: nn.Module, target: str | Sequence[str], norms: bo
 
 def _patterns(part: str) -> list[str]:
     """`double_blocks.0-3.img_attn` → one pattern a block."""
-    if part == "all":
-        return [f"{root}*" for root in BLOCKS]
-    match = _RANGE.match(part)
-    if match is None:
-        return [part]
-    root, first, last = match[1], int(match[2]), int(match[3])
-    if first > last:
-        raise ConfigError(f"The range in '{part}' is empty: the first block comes first, as in {root}.{last}-{first}.")
-    return [f"{root}.{number}{part[match.end() :]}" for number in range(first, last + 1)]
-
-
-def _matches(pattern: str, known: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for name in known)
+    return [f"{root}*" for root in BLOCKS] if part == "all" else without_ranges(part)
 
 
 def _nothing_matches(part: str, pattern: str, transformer: nn.Module) -> str:
@@ -95,7 +79,7 @@ def _nothing_matches(part: str, pattern: str, transformer: nn.Module) -> str:
     there = f"This model has double_blocks.0-{doubles - 1} and single_blocks.0-{singles - 1}."
     if part.startswith(APPROXIMATOR):
         why = "lies in the approximator, which is never trained: it sets the modulation of all blocks at once"
-    elif any(_matches(pattern, (name,)) for name in ("x_embedder", "context_embedder", "proj_out", "norm_out")):
+    elif any(matches(pattern, (name,)) for name in ("x_embedder", "context_embedder", "proj_out", "norm_out")):
         why = "lies outside the blocks, where every token passes; only layers of blocks are trained in full rank"
     elif "norm" in part:
         why = "matches no layer that is trained; query and key norms are only with norms = true"

@@ -77,6 +77,7 @@ def assemble(
     module = build_part(part, component.config)
     for use, lora in loras:
         check_fits(module, lora, use.allow_partial)
+    merged = [(lora, use.strengths(lora.modules)) for use, lora in loras]
     linears = {name for name, _ in quantisable_linears(module)} if chosen.quantised else set()
     shared = "shared.weight" in component.sources
     names = [n for n in component.sources if not (shared and n == "encoder.embed_tokens.weight")]
@@ -85,16 +86,16 @@ def assemble(
         on_part(i, len(groups), group)
         # What is quantised is read alike for every device: the codes are the same.
         dtype = PRECISIONS[chosen.name].dtype if group in linears else chosen.dtype
-        merged = any(group in lora.modules for _, lora in loras)
-        if group in linears and not merged and is_kept(weights, component, f"{group}.weight", chosen):
+        as_it_is = not any(group in lora.modules for lora, _ in merged)
+        if group in linears and as_it_is and is_kept(weights, component, f"{group}.weight", chosen):
             module.set_submodule(group, _as_stored(module.get_submodule(group), group, weights, component, chosen))
             module.get_submodule(group).to(placement.of(group))
             continue
         for name in members:
             set_tensor(module, name, component.sources[name].read(weights, dtype).to(placement.staging))
-        for use, lora in loras:
+        for lora, strengths in merged:
             if group in lora.modules:
-                merge(module, LoraFile({group: lora.modules[group]}), use.strength)
+                merge(module, LoraFile({group: lora.modules[group]}), strengths)
         if group in linears:
             module.set_submodule(group, quantise_linear(module.get_submodule(group), chosen))  # type: ignore[arg-type]
         module.get_submodule(group).to(placement.of(group))

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..lora.adapters import attach, detach
 from ..lora.files import read_lora
+from ..lora.strengths import follow
 from ..model.device import release_memory
 from ..model.images import preview_matrix
 from ..model.transformer import ChromaTransformer
@@ -205,18 +206,29 @@ class ComponentCache:
         release_memory(gone)
 
 
+def live_name(number: int) -> str:
+    """How the live LoRA of that number, counted from 0, is called on the model."""
+    return f"live_{number}"
+
+
 @contextmanager
 def _with_live(model: ChromaTransformer, handle: ModelHandle) -> Iterator[None]:
     """The handle's live LoRAs on the model, inside a `with` block."""
     attached: list[str] = []
+    before = tuple(model.step_hooks)
     try:
         with torch.inference_mode(False):
             for i, use in enumerate(use for use in handle.loras if use.mode == "live"):
-                name = f"live_{i}"
-                attach(model, read_lora(use.path), use.strength, name=name, allow_partial=use.allow_partial)
+                name = live_name(i)
+                lora = read_lora(use.path)
+                strengths = use.strengths(lora.modules)
+                attach(model, lora, strengths, name=name, allow_partial=use.allow_partial)
                 attached.append(name)
+                if use.schedule:
+                    model.step_hooks.append(follow(model, name, strengths, use.schedule))
         yield
     finally:
+        model.step_hooks[:] = before
         for name in attached:
             detach(model, name)
 

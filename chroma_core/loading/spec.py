@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from ..errors import ConfigError, check_choice
+from ..lora.strengths import layer_strengths, parse_blocks, parse_schedule
 from ..model.flavours import FLAVOURS, flavour
 from ..model.precision import PRECISIONS, precision
 from ..options import Option
@@ -124,15 +127,44 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class LoraUse:
-    """One LoRA applied to a model: `live` beside the weights (strength free), `merged` into them before quantising."""
+    """One LoRA applied to a model: `live` beside the weights (strength free), `merged` into them before quantising.
+
+    blocks, schedule: factors on the strength by block and over the steps, see `lora.strengths`.
+    """
 
     path: str
     strength: float = 1.0
     mode: LoraMode = "live"
     allow_partial: bool = False
+    blocks: Annotated[
+        str,
+        Option(
+            "Factors on the strength by block or layer, e.g. double_blocks.0-5:0.5, single_blocks.*:0. The first "
+            "pattern that fits counts. Empty: 1 everywhere.",
+            advanced=True,
+        ),
+    ] = ""
+    schedule: Annotated[
+        str,
+        Option(
+            "Factors on the strength over the steps, 0 the first and 1 the last, with straight lines between: "
+            "0:0.2, 0.5:0.8, 1:1. Needs the mode live. Empty: 1 at every step.",
+            advanced=True,
+        ),
+    ] = ""
 
     def __post_init__(self) -> None:
         check_choice("The LoRA mode", self.mode, get_args(LoraMode))
+        parse_blocks(self.blocks)
+        if parse_schedule(self.schedule) and self.mode == "merged":
+            raise ConfigError(
+                f"The LoRA '{Path(self.path).name}' has a strength over the steps ({self.schedule}), but is merged: "
+                "its strength is then fixed. Apply it live, or leave the schedule out."
+            )
+
+    def strengths(self, layers: Iterable[str]) -> dict[str, float]:
+        """The strength of each of these layers. Raises LoraError for a pattern that selects none of them."""
+        return layer_strengths(layers, self.strength, self.blocks)
 
 
 @dataclass(frozen=True)

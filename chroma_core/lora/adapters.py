@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -475,6 +475,15 @@ def check_fits(transformer: nn.Module, lora: LoraFile, allow_partial: bool = Fal
     return Fit(matched, unmatched)
 
 
+Strength = float | Mapping[str, float]
+"""Of a whole LoRA, or of each of its layers by name."""
+
+
+def strength_of(strength: Strength, layer: str) -> float:
+    """The strength of one layer."""
+    return float(strength[layer] if isinstance(strength, Mapping) else strength)
+
+
 def _check_shape(name: str, module: AdapterModule, layer: nn.Module) -> None:
     found, shape = module.shape, _shape(layer)
     whole = not isinstance(module, FullModule) or module.diff is None
@@ -488,7 +497,7 @@ def _check_shape(name: str, module: AdapterModule, layer: nn.Module) -> None:
 
 
 def attach(
-    transformer: nn.Module, lora: LoraFile, strength: float = 1.0, name: str = "lora", allow_partial: bool = False
+    transformer: nn.Module, lora: LoraFile, strength: Strength = 1.0, name: str = "lora", allow_partial: bool = False
 ) -> Fit:
     """Apply `lora` live, under a name of its own. The file's tensors are copied to where the layers compute.
 
@@ -505,20 +514,20 @@ def attach(
         for layer in fit.matched:
             device = compute_device(transformer, layers[layer])
             module = lora.modules[layer].map(lambda tensor, to=device: tensor.detach().to(to, copy=True))
-            branches.append((layer, branch_of(name, module, strength)))
+            branches.append((layer, branch_of(name, module, strength_of(strength, layer))))
         for layer, branch in branches:
             wrapped(transformer, layer, layers[layer]).add(branch)
     return fit
 
 
-def set_strength(transformer: nn.Module, name: str, strength: float) -> None:
+def set_strength(transformer: nn.Module, name: str, strength: Strength) -> None:
     """Change the strength of a live LoRA. 0 gives the model without it, bit for bit."""
     _finite(strength)
     _check_attached(transformer, name)
-    for _, layer in adapted_layers(transformer):
+    for path, layer in adapted_layers(transformer):
         branch = layer.branch(name)
         if branch is not None:
-            branch.strength = float(strength)
+            branch.strength = strength_of(strength, path)
 
 
 def detach(transformer: nn.Module, name: str) -> None:
@@ -530,7 +539,7 @@ def detach(transformer: nn.Module, name: str) -> None:
             transformer.set_submodule(path, layer.base_layer)
 
 
-def merge(transformer: nn.Module, lora: LoraFile, strength: float = 1.0, allow_partial: bool = False) -> Fit:
+def merge(transformer: nn.Module, lora: LoraFile, strength: Strength = 1.0, allow_partial: bool = False) -> Fit:
     """Add strength · ΔW to the weights, for good: in fp32, rounded once to the weight's dtype.
 
     A DoRA's ΔW is the one for the weights that it meets, with what was merged before.
@@ -560,9 +569,10 @@ def merge(transformer: nn.Module, lora: LoraFile, strength: float = 1.0, allow_p
     with torch.inference_mode(False), torch.no_grad():
         for name, base in bases.items():
             module = lora.modules[name].map(lambda tensor, to=base.weight.device: tensor.to(to))
-            base.weight = _plus(base.weight, module.delta(base.weight), strength)
+            own = strength_of(strength, name)
+            base.weight = _plus(base.weight, module.delta(base.weight), own)
             if module.bias is not None:
-                base.bias = _plus(base.bias, module.bias, strength)
+                base.bias = _plus(base.bias, module.bias, own)
     return fit
 
 
@@ -571,9 +581,10 @@ def _plus(weight: nn.Parameter, delta: Tensor, strength: float) -> nn.Parameter:
     return nn.Parameter(summed.to(weight.dtype), requires_grad=weight.requires_grad)
 
 
-def _finite(strength: float) -> None:
-    if not math.isfinite(strength):
-        raise LoraError(f"The LoRA strength is {strength}; it must be a finite number, usually between -2 and 2.")
+def _finite(strength: Strength) -> None:
+    for value in strength.values() if isinstance(strength, Mapping) else (strength,):
+        if not math.isfinite(value):
+            raise LoraError(f"The LoRA strength is {value}; it must be a finite number, usually between -2 and 2.")
 
 
 def _check_attached(transformer: nn.Module, name: str) -> None:

@@ -1,4 +1,4 @@
-"""A LoRA file in the names of another program, with its recipe and where it came from."""
+"""A LoRA file in the names of another program, and at a smaller rank, with its recipe and where it came from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from ..errors import LoraError
 from ..files import free_name, sha256_file
 from .files import PEFT_CONFIG, PEFT_WEIGHTS, read_lora, write_lora, written_path
 from .key_formats import KeyFormat, folded, style_of
+from .lowrank import Truncation
 from .modules import AdapterModule, LoraFile, LoraModule, quoted
+from .resize import Resized, resize
 
 CONVERTED_KEY = "chromakit.converted_from"
 JOB_KEY = "chromakit.job_id"
@@ -31,6 +33,7 @@ class Conversion:
     path: Path
     lora: LoraFile
     notes: tuple[str, ...]
+    resized: Resized | None = None
 
     def report(self) -> str:
         """The notes as one paragraph."""
@@ -38,7 +41,11 @@ class Conversion:
 
 
 def convert_lora(
-    source: Path | str, key_format: KeyFormat | str, output: Path | str | None = None, dtype: str = "keep"
+    source: Path | str,
+    key_format: KeyFormat | str,
+    output: Path | str | None = None,
+    dtype: str = "keep",
+    shrink: Truncation | None = None,
 ) -> Conversion:
     """Read a LoRA of any key format and write it in another one; the source is not touched.
 
@@ -46,9 +53,10 @@ def convert_lora(
 
     Args:
         output: the file to write (PEFT: a folder), or an existing folder to write into; default: beside the source.
-            The default name is `<name>-<key format>`, with -2, -3 … when another file has it; a name that was given and
-            is taken is an error.
+            The default name is `<name>-<key format>` (or `<name>-r<rank>`, `<name>-e<percent>` when it is resized),
+            with -2, -3 … when another file has it; a name that was given and is taken is an error.
         dtype: `keep`, `fp32`, `bf16` or `fp16`. Magnitudes of a DoRA are kept as they are.
+        shrink: also write it at a smaller rank, see `resize`.
     Raises:
         LoraError: unreadable; a kind that the key format cannot hold; foreign keys, which would be lost; numbers too
             large for fp16; a file in the way.
@@ -73,18 +81,31 @@ def convert_lora(
     }
     if JOB_KEY in lora.metadata:
         origin["job_id"] = lora.metadata[JOB_KEY]
-    path = _place(source, key_format, output, origin)
+    resized = None
+    if shrink is not None:
+        origin |= {name: value for name, value in vars(shrink).items() if value is not None}
+        resized = resize(lora, shrink)
+    path = _place(source, key_format if shrink is None else _mark(shrink), key_format, output, origin)
     fold = style.alpha == "folded"
-    modules = {name: _cast(name, module, DTYPES[dtype], fold) for name, module in lora.modules.items()}
+    modules = {
+        name: _cast(name, m, DTYPES[dtype], fold) for name, m in (resized.lora if resized else lora).modules.items()
+    }
     header = {key: value for key, value in lora.metadata.items() if key != JOB_KEY}
     header[CONVERTED_KEY] = json.dumps(origin)
     converted = LoraFile(modules, header)
     if not path.exists():
         write_lora(path, converted, key_format)
-    return Conversion(path, read_lora(path), _notes(source, lora, key_format, dtype, path))
+    notes = _notes(source, lora, key_format, dtype, path)
+    return Conversion(path, read_lora(path), (*notes, resized.summary()) if resized else notes, resized)
 
 
-def _place(source: Path, key_format: str, output: Path | str | None, origin: dict[str, Any]) -> Path:
+def _mark(shrink: Truncation) -> str:
+    """What the name of a resized file ends in: r8, e95, r8-e95."""
+    rank = [] if shrink.rank is None else [f"r{shrink.rank}"]
+    return "-".join(rank + ([] if shrink.energy is None else [f"e{shrink.energy * 100:g}"]))
+
+
+def _place(source: Path, mark: str, key_format: str, output: Path | str | None, origin: dict[str, Any]) -> Path:
     """Where to write: a name that is free, or where this very conversion lies already."""
     into = Path(output) if output is not None and Path(output).is_dir() else None
     if output is not None and into is None:
@@ -103,7 +124,7 @@ def _place(source: Path, key_format: str, output: Path | str | None, origin: dic
     def is_free(name: str) -> bool:
         return not _taken(of(name), key_format) or _is_that(of(name), origin)
 
-    return of(free_name(f"{stem}-{key_format}", is_free))
+    return of(free_name(f"{stem}-{mark}", is_free))
 
 
 def _taken(path: Path, key_format: str) -> bool:

@@ -4,8 +4,10 @@ warnings, and how much it changes each layer."""
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,27 @@ _RAMP = ((30, 41, 90), (37, 99, 235), (34, 197, 150), (250, 204, 21), (255, 246,
 _CELL, _LEFT, _TOP, _FOOT, _GAP = 14, 108, 34, 50, 10
 
 
+@dataclass(frozen=True)
+class Norms:
+    """‖ΔW‖ by full layer name, and where the model's weights are known ‖W‖ by the same names."""
+
+    change: Mapping[str, float]
+    weight: Mapping[str, float] | None = None
+
+    def of(self, layers: Iterable[str]) -> float:
+        """‖ΔW‖ of some layers together, relative to their ‖W‖ where that is known."""
+        names = list(layers)
+        change = math.hypot(*(self.change[name] for name in names))
+        if self.weight is None:
+            return change
+        return change / max(math.hypot(*(self.weight[name] for name in names)), 1e-30)
+
+
+def update_norms(lora: LoraFile) -> Norms:
+    """The size of the change in every layer, from the file alone."""
+    return Norms({name: update_norm(module) for name, module in lora.modules.items()})
+
+
 def update_norm(module: AdapterModule) -> float:
     """‖ΔW‖, the root of the sum of squares, from the factors alone; of a DoRA that of ΔV and of a rotation ‖R − I‖, for
     want of the weight; of a difference of the bias alone that of the bias."""
@@ -69,29 +92,32 @@ def layer_group(name: str) -> str:
     return found.replace("image", "single") if match[1] else found
 
 
-def heat_map(norms: Mapping[str, float]) -> Image.Image:
-    """Layers by block: a bright field is a large change. Double blocks left, single blocks right, the rest in words.
-
-    Args:
-        norms: ‖ΔW‖ by full layer name, from `update_norm`.
-    """
+def heat_map(norms: Norms) -> Image.Image:
+    """Layers by block: a bright field is a large change, ‖ΔW‖ or where the weights are known ‖ΔW‖ / ‖W‖; above them
+    that of the whole block. Double blocks left, single blocks right, the rest in words."""
     fields: dict[tuple[int, bool, int], float] = {}
     outside: dict[str, float] = {}
     tails = list(_ROWS.values())
-    for name, norm in norms.items():
+    blocks: dict[tuple[bool, int], list[str]] = {}
+    for name in norms.change:
         match = _BLOCK.match(name)
         if match is None or match[3] not in tails:
-            outside[name] = norm
+            outside[name] = norms.of([name])
         else:
-            fields[tails.index(match[3]), bool(match[1]), int(match[2])] = norm
+            single, block = bool(match[1]), int(match[2])
+            fields[1 + tails.index(match[3]), single, block] = norms.of([name])
+            blocks.setdefault((single, block), []).append(name)
+    fields |= {(0, single, block): norms.of(names) for (single, block), names in blocks.items()}
     doubles, singles = (max((b + 1 for _, s, b in fields if s == single), default=0) for single in (False, True))
     width = max(_LEFT + (doubles + singles) * _CELL + _GAP + 16, 360)
-    image = Image.new("RGB", (width, _TOP + len(_ROWS) * _CELL + _FOOT), _BACKGROUND)
+    rows = ["whole block", *_ROWS]
+    image = Image.new("RGB", (width, _TOP + len(rows) * _CELL + _FOOT), _BACKGROUND)
     draw = ImageDraw.Draw(image)
     font = font_of(11)
-    highest = max(norms.values(), default=0.0)
-    draw.text((8, 8), f"size of the change per layer: dark blue 0, bright {highest:.3g}", _INK, font)
-    for row, label in enumerate(_ROWS):
+    highest = max([*fields.values(), *outside.values()], default=0.0)
+    what = "size of the change per layer" if norms.weight is None else "change per layer, relative to the weight"
+    draw.text((8, 8), f"{what}: dark blue 0, bright {highest:.3g}", _INK, font)
+    for row, label in enumerate(rows):
         top = _TOP + row * _CELL
         draw.text((8, top), label, _INK, font)
         for single, count in ((False, doubles), (True, singles)):
@@ -100,7 +126,7 @@ def heat_map(norms: Mapping[str, float]) -> Image.Image:
                 norm = fields.get((row, single, block))
                 colour = _EMPTY if norm is None else _colour(norm / highest if highest else 0.0)
                 draw.rectangle((left, top, left + _CELL - 2, top + _CELL - 2), colour)
-    foot = _TOP + len(_ROWS) * _CELL + 4
+    foot = _TOP + len(rows) * _CELL + 4
     draw.text((_LEFT, foot), f"{doubles} double blocks", _INK, font)
     draw.text(
         (_LEFT + doubles * _CELL + _GAP, foot + (0 if doubles > 8 else 14)), f"{singles} single blocks", _INK, font
@@ -159,7 +185,11 @@ def _short(value: str) -> str:
 
 
 def lora_report(
-    lora: LoraFile, name: str = "", path: Path | None = None, warnings: Sequence[str] = ()
+    lora: LoraFile,
+    name: str = "",
+    path: Path | None = None,
+    warnings: Sequence[str] = (),
+    norms: Norms | None = None,
 ) -> dict[str, Any]:
     """Everything that is known of a LoRA, as values for JSON.
 
@@ -167,8 +197,9 @@ def lora_report(
         name: what to call it.
         path: its file, for the size in bytes.
         warnings: from elsewhere, such as a base that differs; they come first among the `warnings`.
+        norms: sizes of the change, where they are known already, and better than from the file.
     """
-    norms = {layer: update_norm(module) for layer, module in lora.modules.items()}
+    norms = norms or update_norms(lora)
     header = lora.metadata
     return {
         "file": name,
@@ -191,7 +222,7 @@ def lora_report(
         "trigger": header.get("chromakit.trigger") or header.get("modelspec.trigger_phrase"),
         **{key: _json(header.get(f"chromakit.{key}")) for key in _PARTS},
         "unmatched": list(lora.unmatched),
-        "warnings": [*warnings, *_warnings(lora, norms)],
+        "warnings": [*warnings, *_warnings(lora, norms.change)],
         "metadata": dict(header),
     }
 
@@ -222,7 +253,7 @@ def report_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _groups(lora: LoraFile, norms: dict[str, float]) -> list[dict[str, Any]]:
+def _groups(lora: LoraFile, norms: Norms) -> list[dict[str, Any]]:
     """Layers of one kind together: how many, their ranks, alphas, shapes, and the mean size of the change."""
     gathered: dict[str, list[str]] = {}
     for name in lora.modules:
@@ -238,14 +269,16 @@ def _groups(lora: LoraFile, norms: dict[str, float]) -> list[dict[str, Any]]:
                 "ranks": part.ranks,
                 "alphas": part.alphas,
                 "shapes": [list(shape) for shape in shapes],
-                "mean_norm": sum(norms[name] for name in names) / len(names),
+                "mean_norm": sum(norms.change[name] for name in names) / len(names),
+                "of_weight": None if norms.weight is None else norms.of(names),
             }
         )
     return groups
 
 
 def _table(groups: list[dict[str, Any]]) -> list[str]:
-    rows = [("layers", "count", "out×in", "rank", "alpha", "mean ‖ΔW‖")]
+    relative = any(group["of_weight"] is not None for group in groups)
+    rows = [("layers", "count", "out×in", "rank", "alpha", "mean ‖ΔW‖", *(("‖ΔW‖ / ‖W‖",) if relative else ()))]
     for group in groups:
         rows.append(
             (
@@ -255,13 +288,14 @@ def _table(groups: list[dict[str, Any]]) -> list[str]:
                 _listed(group["ranks"]) or "whole",
                 _listed(group["alphas"]),
                 f"{group['mean_norm']:.3g}",
+                *((f"{group['of_weight']:.3g}",) if relative else ()),
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _warnings(lora: LoraFile, norms: dict[str, float]) -> list[str]:
+def _warnings(lora: LoraFile, norms: Mapping[str, float]) -> list[str]:
     found = []
     if lora.unmatched:
         found.append(f"{len(lora.unmatched)} keys are not Chroma's: {quoted(lora.unmatched)}.")

@@ -1,13 +1,16 @@
-"""Text on the images that we draw: one font, cut or broken to a width in pixels."""
+"""Images that we draw: text in one font, cut or broken to a width in pixels; named images in a grid."""
 
 from __future__ import annotations
 
 from functools import cache
 
-from PIL import ImageFont
+from PIL import Image, ImageDraw, ImageFont
+
+from ..errors import ConfigError
 
 Font = ImageFont.FreeTypeFont
 
+_BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 
 _ABSENT = str.maketrans({"×": "x", "–": "-", "—": "-", "\u00a0": " "})
 """Signs of our own texts that the font has no picture for."""
@@ -59,3 +62,22 @@ def wrap(text: str, font: Font, width: int, limit: int) -> list[str]:
     if len(lines) > limit:
         lines = [*lines[: limit - 1], fitting(f"{lines[limit - 1]} …", font, width)]
     return lines
+
+
+def side_by_side(pictures: dict[str, Image.Image], columns: int = 4, cell: int = 256) -> Image.Image:
+    """Named images in a grid, each fitted into a square of `cell` pixels. Raises ConfigError without any."""
+    if not pictures:
+        raise ConfigError("There is no image to show: nothing was sampled.")
+    columns, line, gap = min(columns, len(pictures)), 34, 8
+    font = font_of(12)
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line) + gap), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, picture) in enumerate(pictures.items()):
+        x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + line)
+        scale = cell / max(picture.size)
+        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+        small = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+        sheet.paste(small, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
+        draw.text((x, y + cell + 4), fitting(name, font, cell), _INK, font)
+    return sheet

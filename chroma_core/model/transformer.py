@@ -17,7 +17,7 @@ channels, C text channels, M width, N modulation vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -284,6 +284,9 @@ class ChromaTransformer(nn.Module):
     """With gradients every n-th block is computed again in the backward pass: more memory and less time the larger n
     is. 0: none is."""
 
+    step_hooks: list[Callable[[float], None]]
+    """What `at_step` calls, e.g. LoRAs whose strength changes over the run."""
+
     def __init__(
         self,
         patch_size: int = 1,
@@ -306,6 +309,7 @@ class ChromaTransformer(nn.Module):
                 f"axes_dims_rope is {list(axes_dims_rope)}: three even numbers are needed, {attention_head_dim} in all"
             )
         self.config: Any = config
+        self.step_hooks = []
         self.inner_dim = width = num_attention_heads * attention_head_dim
         self.distilled_guidance_layer = Approximator(
             approximator_num_channels, width, approximator_hidden_dim, approximator_layers
@@ -321,6 +325,11 @@ class ChromaTransformer(nn.Module):
     def modulation_vectors(self) -> int:
         """N: three for each single block, twelve for each double block, two for the output norm (344 for Chroma 1)."""
         return 3 * len(self.single_transformer_blocks) + 12 * len(self.transformer_blocks) + 2
+
+    def at_step(self, place: float) -> None:
+        """Say where a sampling run is, before each of its steps: 0 at the first step, 1 at the last."""
+        for hook in self.step_hooks:
+            hook(place)
 
     def modulation(self, sigma_B: Tensor, guidance_B: Tensor | None = None) -> Tensor:
         """The modulation table [B, N, M] at times `sigma_B` in 0..1.

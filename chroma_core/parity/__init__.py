@@ -9,7 +9,7 @@ report.py      pairs of runtimes, and one number changed at a time: as a table, 
 
 from .case import Case, Difference, NotRun, Sampled, compare
 from .preview import read_preview, train_briefly
-from .report import FactorKind, Report, side_by_side, vary
+from .report import FactorKind, Report, vary
 from .runtimes import in_process, through_comfyui, through_command_line
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "compare",
     "in_process",
     "read_preview",
-    "side_by_side",
     "through_comfyui",
     "through_command_line",
     "train_briefly",

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ChromaKitError, ConfigError
-from ..loading.spec import LoraUse, ModelSpec
+from ..loading.spec import LoraMode, LoraUse, ModelSpec
 from ..model.images import read_latents
 from ..model.latents import snap_size
 from ..sampling.recipe import CANONICAL, RECIPES, Recipe
@@ -80,6 +80,11 @@ class Case:
         if (settings.denoise, settings.start_step, settings.end_step, settings.add_noise) != (1.0, 0, None, True):
             raise NotRun(why)
 
+    @property
+    def lora_modes(self) -> tuple[LoraMode, ...]:
+        """The modes in which the LoRAs can be applied; a strength over the steps is live only."""
+        return ("live",) if any(use.schedule for use in self.loras) else ("live", "merged")
+
     def with_loras(self, **changes: Any) -> Case:
         """The same case with every LoRA's use changed."""
         return replace(self, loras=tuple(replace(use, **changes) for use in self.loras))
@@ -93,8 +98,13 @@ class Case:
             "settings": self.settings.to_dict(),
             "recipe": self.recipe.to_dict(),
             "model": self.spec.to_dict(),
-            "loras": [{"path": use.path, "strength": use.strength, "mode": use.mode} for use in self.loras],
+            "loras": [_use_values(use) for use in self.loras],
         }
+
+
+def _use_values(use: LoraUse) -> dict[str, Any]:
+    values = {"path": use.path, "strength": use.strength, "mode": use.mode}
+    return values | {field: text for field in ("blocks", "schedule") if (text := getattr(use, field))}
 
 
 @dataclass(frozen=True)

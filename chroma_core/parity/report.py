@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..errors import ConfigError
-from ..model.drawing import fitting, font_of
 from ..model.precision import PRECISIONS
 from ..sampling.recipe import RECIPES, StateDtype, TextAttention
 from ..sampling.schedule import Spacing
@@ -35,8 +34,6 @@ SAME_SAMPLER = {"preview", "cli", "node", "core"}
 
 TOLERANCE = 0.01
 """The mean difference of their latents that may be rounding: keeping tiny's latents in bf16 moves them by .007."""
-
-_BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 
 FactorKind = Literal["recipe", "schedule", "guidance", "lora", "precision", "size", "seed"]
 """`seed` is the yardstick: how far apart two images of one prompt are that have nothing else in common."""
@@ -104,7 +101,7 @@ def _guidance(case: Case) -> list[tuple[str, Case]]:
 def _loras(case: Case) -> list[tuple[str, Case]]:
     if not case.loras:
         return []
-    found = [(f"LoRA {mode}", case.with_loras(mode=mode)) for mode in ("live", "merged")]
+    found = [(f"LoRA {mode}", case.with_loras(mode=mode)) for mode in case.lora_modes]
     changed = tuple(replace(use, strength=round(0.9 * use.strength, 6)) for use in case.loras)
     return [*found, ("LoRA at 90 % strength", replace(case, loras=changed)), ("no LoRA", replace(case, loras=()))]
 
@@ -216,22 +213,3 @@ def _difference(found: Difference) -> str:
     quality = "∞" if found.psnr is None else f"{found.psnr:.1f} dB"
     note = "identical" if found.identical else "same pixels" if found.psnr is None else ""
     return _row(found.pair, f"{found.max_abs_diff:.2e}", f"{found.mean_abs_diff:.2e}", quality, note)
-
-
-def side_by_side(pictures: dict[str, Image.Image], columns: int = 4, cell: int = 256) -> Image.Image:
-    """Named images in a grid, each fitted into a square of `cell` pixels. Raises ConfigError without any."""
-    if not pictures:
-        raise ConfigError("There is no image to show: nothing was sampled.")
-    columns, line, gap = min(columns, len(pictures)), 34, 8
-    font = font_of(12)
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line) + gap), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-    for i, (name, picture) in enumerate(pictures.items()):
-        x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + line)
-        scale = cell / max(picture.size)
-        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-        small = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-        sheet.paste(small, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
-        draw.text((x, y + cell + 4), fitting(name, font, cell), _INK, font)
-    return sheet

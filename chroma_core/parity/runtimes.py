@@ -76,7 +76,9 @@ def _arguments(case: Case) -> list[str]:
     # One word each, so that a prompt may begin with a dash.
     words = [f"--{field.replace('_', '-')}={value}" for field, value in options.items() if value is not None]
     words += [f"--recipe-set={field}={value}" for field, value in overrides.items()]
-    words += [f"--lora={use.path}@{use.strength!r}" for use in case.loras]
+    for use in case.loras:
+        words.append(f"--lora={use.path}@{use.strength!r}")
+        words += [f"--lora-{field}={text}" for field in ("blocks", "schedule") if (text := getattr(use, field))]
     modes = {use.mode for use in case.loras}
     if len(modes) > 1:
         raise NotRun("The command line applies all LoRAs in one mode.")
@@ -118,7 +120,7 @@ def api_prompt(case: Case, loras: list[str]) -> Prompt:
     loader = graph.add("load", "ChromaLoadModel", **{field: getattr(spec, field) for field in chosen})
     model = loader[0]
     for i, (use, name) in enumerate(zip(case.loras, loras, strict=True)):
-        model = graph.add_lora(i, model, name, use.strength, use.mode, use.allow_partial)
+        model = graph.add_lora(i, model, name, use.strength, use.mode, use.allow_partial, use.blocks, use.schedule)
     same = ("seed", "steps", "guidance", "tail_bias", "method", "denoise", "spacing")
     widgets = {
         **{field: getattr(settings, field) for field in same},

@@ -126,6 +126,8 @@ def theirs(build: Callable[..., Any], ours: ChromaTransformer | T5Encoder | Auto
 
 def _load_loras(pipeline: ChromaPipeline, case: Case) -> None:
     names = [f"lora_{i}" for i in range(len(case.loras))]
+    if any(use.blocks or use.schedule for use in case.loras):
+        raise NotRun("diffusers is given one strength for a whole LoRA, and this case has others by block or step.")
     try:
         for name, use in zip(names, case.loras, strict=True):
             path = Path(use.path)

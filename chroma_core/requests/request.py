@@ -31,6 +31,7 @@ from ..data.dataset import Settings
 from ..errors import ChromaKitError, ConfigError, PromptError
 from ..files import each_once
 from ..loading.spec import LoraMode, Offload
+from ..lora.strengths import parse_blocks, parse_schedule
 from ..model.flavours import FLAVOURS, Flavour, flavour
 from ..model.latents import snap_size
 from ..model.precision import precision
@@ -64,7 +65,7 @@ NULLABLE = {
         "width", "height", "seed", "sample_steps", "guidance_scale", "neg", "trigger_word", "ctrl_img", "resolution",
         "sampler", "num_frames", "fps",
     },
-    "loras": {"network_multiplier", "allow_partial"},
+    "loras": {"network_multiplier", "allow_partial", "blocks", "schedule"},
 }  # fmt: skip
 """Fields, by the list that their object stands in, for which null means the default: programs send it for what they
 leave out."""
@@ -100,12 +101,23 @@ class RequestPrompt(Settings):
 class RequestLora(Settings):
     """One LoRA. `path` is a name in ComfyUI's LoRA folders; on the command line a file, relative to the request's.
 
-    allow_partial, which is ours: also where only some of its layers fit.
+    These are ours: allow_partial: also where only some of its layers fit. blocks, schedule: see `lora.strengths`.
     """
 
     path: Name
     network_multiplier: Number = Field(default=1.0, ge=-2, le=2)
     allow_partial: Annotated[bool, Strict()] = False
+    blocks: Text = ""
+    schedule: Text = ""
+
+    @field_validator("blocks", "schedule")
+    @classmethod
+    def _readable(cls, value: str, info) -> str:
+        try:
+            (parse_blocks if info.field_name == "blocks" else parse_schedule)(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return value
 
 
 class InferenceRequest(Settings):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoraError
+from ..errors import ConfigError, LoraError
 from ..files import free_path, write_atomic
 from ..loading.component_cache import ComponentCache
 from ..loading.load import Device, transformer_outline
@@ -46,9 +46,12 @@ def lora_uses(request: InferenceRequest, path_of: Callable[[str], Path]) -> tupl
     for i, lora in enumerate(request.loras):
         try:
             path, partial = str(path_of(lora.path)), lora.allow_partial
-            found.append(LoraUse(path, lora.network_multiplier, request.lora_mode, partial))
+            where = lora.blocks, lora.schedule
+            found.append(LoraUse(path, lora.network_multiplier, request.lora_mode, partial, *where))
         except LoraError as error:
             raise unusable(f"loras[{i}].path: {str(error).rstrip('.')}") from error
+        except ConfigError as error:
+            raise unusable(f"loras[{i}].schedule: {str(error).rstrip('.')}") from error
     return tuple(found)
 
 
@@ -63,9 +66,14 @@ def check_loras(spec: ModelSpec, uses: Iterable[LoraUse]) -> None:
             here = spec.transformer or spec.folder or flavour(spec.flavour).folder
             outline = transformer_outline(spec) if here else build_part("transformer", {})
         try:
-            check_fits(outline, read_lora(use.path), use.allow_partial)
+            lora = read_lora(use.path)
+            check_fits(outline, lora, use.allow_partial)
         except LoraError as error:
             raise unusable(f"loras[{i}].path: {str(error).rstrip('.')}") from error
+        try:
+            use.strengths(lora.modules)
+        except LoraError as error:
+            raise unusable(f"loras[{i}].blocks: {str(error).rstrip('.')}") from error
 
 
 def run_request(
@@ -123,8 +131,9 @@ def run_request(
 
 
 def use_record(use: LoraUse) -> dict[str, Any]:
-    """A LoRA as results and images record it: by its file's name."""
-    return {"path": Path(use.path).name, "network_multiplier": use.strength, "mode": use.mode}
+    """A LoRA as results and images record it: by its file's name; what is nowhere else than at 1 is left out."""
+    record = {"path": Path(use.path).name, "network_multiplier": use.strength, "mode": use.mode}
+    return record | {key: value for key in ("blocks", "schedule") if (value := getattr(use, key))}
 
 
 def lora_file(folder: Path, name: str) -> Path:

@@ -229,8 +229,11 @@ def sample(
             f"The latents to start from have shape {tuple(start_BCHW.shape)}; for {B} image(s) of {width}×{height} "
             f"it must be {(B, latent_format.channels, rows, columns)}."
         )
+    begin, last = settings.start_step, settings.steps - 1
     if sigmas is None:
         sigmas = settings.sigmas(tokens, recipe)
+    else:
+        begin, last = 0, len(sigmas) - 2
     levels = [float(sigma) for sigma in sigmas]
     _check_part(levels, settings, start_BCHW, noise_mask_BHW)
     predict = _guided(transformer, positive, negative, settings.guidance, rows, columns, dtypes[recipe.time_dtype])
@@ -250,6 +253,7 @@ def sample(
     x = _noised(start, noise, levels[0])
     for i in range(steps):
         x = x.to(dtypes[recipe.latents_dtype]).float()
+        transformer.at_step((begin + i) / max(1, last))
         velocity = predict(x, levels[i])
         denoised = x - levels[i] * velocity
         x = solver.step(i, x, velocity)

@@ -43,6 +43,11 @@ def loras_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / LORAS
 
 
+def models_folder() -> Path:
+    """Where models that are made here go; ComfyUI searches it for diffusion models."""
+    return Path(folder_paths.get_output_directory()) / "diffusion_models"
+
+
 def settings_file() -> Path:
     """Where what was chosen for this host is kept, whoever uses it."""
     return Path(folder_paths.get_user_directory()) / "chromakit" / "settings.json"

@@ -57,6 +57,7 @@ FLOORS = (
     "training/step",
     "requests",
     "memory",
+    "checkpoints",
     "fullrank",
     "loading",
     "data",

@@ -87,7 +87,7 @@ class Bench:
         self.trained = make_trained(settings, self.transformer, places, self.data.base_sha256)
         self.parameters = self.trained.parameters
         self.transformer.checkpointing_interval = int(settings.gradient_checkpointing)
-        self.stepper = Stepper(self.parameters, settings.optimizer_settings())
+        self.stepper = Stepper(self.parameters, settings.optimizer_settings(), self.trained.factors)
         self.batches = Batches(self.data.samples, self.data.cache, settings)
 
 

@@ -50,6 +50,8 @@ SHOTS = (
     Shot("ChromaApplyLora", "lora", "done", needs_lora=True),
     Shot("ChromaInspectLora", "lora", "done", width=360, room=60, needs_lora=True),
     Shot("ChromaConvertLora", "lora", "done", needs_lora=True),
+    Shot("ChromaMergeLora", "lora", "done", needs_lora=True),
+    Shot("ChromaExtractLora", "lora", "done", needs_lora=True),
     Shot("ChromaDatasetFromImages", "sets", "done", width=480, room=250),
     Shot("ChromaCombineDatasets", "sets", "done"),
     Shot("ChromaLoadModel", "paint"),
@@ -151,6 +153,8 @@ GRAPHS = {
         report=_node("PreviewAny", source=("apply", 1)),
         inspect=_node("ChromaInspectLora", lora=LORA, model=("load", 0)),
         convert=_node("ChromaConvertLora", lora=LORA, dialect="kohya"),
+        merge=_node("ChromaMergeLora", model=("apply", 0)),
+        extract=_node("ChromaExtractLora", base=("load", 0), tuned=("merge", 0)),
     ),
     "sets": _graph(
         load=_LOAD,
@@ -300,6 +304,7 @@ def train_first(camera: Camera) -> None:
     say(f"training {LORA}")
     camera.load("train")
     camera.host.wait(camera.queue(), timeout=3600)
+    camera.page.evaluate("async () => { await app.refreshComboInNodes(); }")  # else the page takes the file for missing
 
 
 def take(camera: Camera, shots: Sequence[Shot]) -> None:

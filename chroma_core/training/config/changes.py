@@ -44,12 +44,13 @@ FIXED = (
     "lora.start_from",
     "lora.ema_decay",
     "optimizer",
+    "lr_pattern",
     "model.flavour",
     "full",
 )
 """Options that decide what a checkpoint holds."""
 
-WHOLE = ("lora.rank_pattern", "lora.alpha_pattern")
+WHOLE = ("lora.rank_pattern", "lora.alpha_pattern", "lr_pattern")
 """Tables that are replaced as one value: their keys are patterns, not options."""
 
 

@@ -23,6 +23,7 @@ from ...lora.settings import TARGETS, LoraSettings
 from ...model.flavours import flavour
 from ...model.latents import snap_size
 from ...model.precision import computed_on, precision
+from ...names.patterns import without_ranges
 from ...options import MAX_SEED, identity
 from ...sampling.recipe import RECIPES, Recipe, recipe
 from ...sampling.sampler import Method, SamplingSettings
@@ -346,6 +347,13 @@ class TrainingConfig(Settings):
         "Also write TensorBoard event files into the job's folder. Needs the package tensorboardX.",
         advanced=True,
     )
+    lr_pattern: dict[str, float] = option(
+        {},
+        "Factors on the learning rate by block or layer, e.g. single_blocks.*:0.5, *.attn.to_q:2. The first pattern "
+        "that fits counts. Empty: 1 everywhere.",
+        advanced=True,
+        since="0.1",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -362,6 +370,18 @@ class TrainingConfig(Settings):
     @field_serializer("model")
     def _write_model(self, value: ModelSpec) -> dict[str, Any]:
         return value.to_dict()
+
+    @field_validator("lr_pattern")
+    @classmethod
+    def _factors(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern, factor in value.items():
+            without_ranges(pattern)
+            if not 0 < factor <= 100:  # also of NaN
+                raise ConfigError(
+                    f"The factor on the learning rate of '{pattern}' is {factor:g}; it must be above 0 and at most "
+                    "100. To leave layers as they are, take them out of the target."
+                )
+        return value
 
     @field_validator("recipe")
     @classmethod
@@ -405,6 +425,11 @@ class TrainingConfig(Settings):
         config.optimizer_settings()
         config.schedule()
         check_schedule(config.optimizer, config.lr_schedule)
+        if config.lr_pattern and config.optimizer == "prodigy":
+            raise ConfigError(
+                "Prodigy finds one learning rate for all layers and takes no factors on it (lr_pattern). Leave "
+                "lr_pattern out, or choose adamw."
+            )
         for entry in ("", *config.previews.prompts):
             own = entry if isinstance(entry, PreviewPrompt) else None
             config.preview_size(own and own.width, own and own.height)

@@ -12,6 +12,7 @@ from statistics import median
 import torch
 
 from ...errors import ChromaKitError, JobError, first_line
+from ...files import DISK_MARGIN
 from ...fullrank.layers import count_trained
 from ...loading.load import transformer_outline
 from ...memory import Settings, estimate, in_gib, machine, recommend, recomputing_least
@@ -36,9 +37,6 @@ losses scatter by a factor of about three with the noise level, means of five ha
 
 FAST = 0.8
 """Weight of the past in the fast mean: about the last five steps."""
-
-DISK_MARGIN = 256 << 20
-"""Bytes that stay free on the disk beside the next checkpoint."""
 
 ADVICE = (
     "Turn gradient checkpointing on, lower the learning rate (1e-4 is cautious), and look whether the captions differ "

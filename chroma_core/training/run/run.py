@@ -126,7 +126,7 @@ class Run:
         self.transformer.set_deterministic(config.deterministic)
         if config.compile:
             compile_blocks(self.transformer)
-        self.stepper = Stepper(self.trained.parameters, config.optimizer_settings(self.device))
+        self.stepper = Stepper(self.trained.parameters, config.optimizer_settings(self.device), self.trained.factors)
         self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
         self.batches = Batches(data.samples, data.training_cache, config)
 

@@ -61,13 +61,17 @@ class Stepper:
     gradients at this loss scale: lowered now, training is well) or `broken` (loss or gradient not a finite number);
     `overflows` counts the former. `torn` is set while weights change, so that after an error it says whether a step was
     taken in part.
+    `factors`: on the learning rate of each parameter; None: 1.
     Raises ConfigError when the optimizer cannot be had or cannot work on the parameters' device.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], settings: OptimizerSettings):
+    def __init__(
+        self, parameters: Sequence[Parameter], settings: OptimizerSettings, factors: Sequence[float] | None = None
+    ):
         self.parameters, self.settings = list(parameters), settings
         check_optimizer(settings, self.parameters[0].device)
-        self.optimizer: torch.optim.Optimizer = build_optimizer(self.parameters, settings)
+        self.optimizer: torch.optim.Optimizer = build_optimizer(self.parameters, settings, factors)
+        self._factors = dict(zip(map(id, self.parameters), factors or [1.0] * len(self.parameters), strict=True))
         self.loss_scale = LossScale() if settings.compute_dtype == torch.float16 else None
         self.skip_reason: SkipReason = ""
         self.overflows = 0
@@ -109,7 +113,7 @@ class Stepper:
         A step whose loss or gradient is not finite is skipped: weights and optimizer state stay as they were.
 
         Args:
-            learning_rate: the rate of this step.
+            learning_rate: the rate of this step, before the parameters' factors.
             max_grad_norm: the largest 2-norm of the whole gradient; 0 for no limit.
         Returns:
             the norm before clipping, without the loss scale, and whether the step was skipped.
@@ -129,7 +133,7 @@ class Stepper:
         self.skip_reason = self._reason_to_skip(norm)
         if not self.skip_reason:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * self._factors[id(group["params"][0])]
             self.torn = True
             self.optimizer.step()
             self.torn = False

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
@@ -19,23 +18,23 @@ import torch
 from torch import nn
 
 from ...errors import ChromaKitError, ConfigError, JobError, ModelFileError
-from ...files import free_name, slug, write_atomic
+from ...files import free_name, require_room, slug, write_atomic
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
 from ...loading.load import transformer_outline, transformer_source
 from ...lora.adapters import adapters_disabled
 from ...lora.convert import JOB_KEY
 from ...lora.files import read_lora, write_lora
-from ...lora.modules import LoraFile
-from ...lora.settings import named_target
+from ...lora.modules import LoraFile, quoted
+from ...lora.settings import named_target, target_modules
 from ...lora.trainable import CastFactors, add_trainable, load_trained, start_from, trained_lora
 from ...model.precision import precision
 from ...model.transformer import ChromaTransformer
+from ...names.patterns import selects
 from ...options import identity
 from ...weights.opening import open_weights
 from ...weights.safetensors_files import write_safetensors
 from ..config import TrainingConfig
-from .faults import DISK_MARGIN
 from .metrics import JobPaths, Progress
 
 BASE_KEY = "chromakit.base_sha256"
@@ -57,12 +56,13 @@ class Trained(Protocol):
     """An adapter, or layers of the model itself (see `trained`).
 
     noun: what it is called to the user. weights_file: its name in a checkpoint. parameters: fp32, in an order that is
-    the same in every run.
+    the same in every run. factors: on the learning rate of each of them.
     """
 
     noun: str
     weights_file: str
     parameters: list[nn.Parameter]
+    factors: list[float]
 
     def save(self, path: Path) -> None:
         """Write the parameters, in fp32."""
@@ -108,6 +108,8 @@ def check_trained(config: TrainingConfig, paths: JobPaths) -> list[str]:
             "Every dataset of this job is a regularisation set: it would be trained to change nothing. Add a set of "
             "what is to be learnt, or set regularisation = false."
         )
+    if config.lr_pattern:
+        _check_rates(config)
     if config.full is None:
         return []
     outline = transformer_outline(config.model)
@@ -121,6 +123,28 @@ def check_trained(config: TrainingConfig, paths: JobPaths) -> list[str]:
             "to 1e-5; a higher rate soon unlearns what the model knew."
         )
     return warnings
+
+
+def _check_rates(config: TrainingConfig) -> None:
+    """Raise ConfigError for a pattern of `lr_pattern` that selects nothing of what is trained."""
+    outline, full = transformer_outline(config.model), config.full
+    names = layer_names(outline, full.target, full.norms) if full else target_modules(outline, config.lora.target)
+    lost = [pattern for pattern in config.lr_pattern if not any(selects(pattern, name) for name in names)]
+    if lost:
+        raise ConfigError(
+            f"The lr_pattern {quoted(lost)} selects none of the {len(names)} layers that are trained, such as "
+            f"'{names[0]}'. Name blocks or layers of the target, e.g. single_blocks.* or *.attn.to_q."
+        )
+
+
+def _rate_factors(config: TrainingConfig, transformer: nn.Module, parameters: Sequence[nn.Parameter]) -> list[float]:
+    """The factor on the learning rate of each parameter, by the layer that it belongs to."""
+    if not config.lr_pattern:
+        return [1.0] * len(parameters)
+    names = {id(p): name.partition(".branches.")[0] for name, p in transformer.named_parameters()}
+    layers = [names[id(p)].removesuffix(".weight").removesuffix(".bias") for p in parameters]
+    patterns = config.lr_pattern.items()
+    return [next((factor for pattern, factor in patterns if selects(pattern, layer)), 1.0) for layer in layers]
 
 
 def make_trained(
@@ -140,6 +164,7 @@ class AdapterTraining(Trained):
     def __init__(self, config: TrainingConfig, transformer: ChromaTransformer, paths: JobPaths):
         self._config, self._transformer, self._paths = config, transformer, paths
         self.parameters = add_trainable(transformer, config.lora.settings(), config.seed)
+        self.factors = _rate_factors(config, transformer, self.parameters)
         if config.lora.start_from:
             start_from(transformer, read_lora(config.lora.start_from))
         self.casting = CastFactors(transformer).to
@@ -179,6 +204,7 @@ class FullRankTraining(Trained):
         read = partial(self._model.read_base, dtype=torch.float32)
         self._named = put_masters(transformer, self._names, read)
         self.parameters: list[nn.Parameter] = list(self._named.values())
+        self.factors = _rate_factors(config, transformer, self.parameters)
 
     def save(self, path: Path) -> None:
         write_safetensors(path, self._named.items(), self._named.items(), {BASE_KEY: self._base_sha256})
@@ -254,14 +280,8 @@ def _require_room_for_all(config: TrainingConfig, paths: JobPaths, count: int, m
 
 
 def _require_room(folder: Path, needed: int, what: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed + DISK_MARGIN:
-        raise JobError(
-            f"There is no room for {what}: about {(needed + DISK_MARGIN) / 2**30:.1f} GiB are needed in '{folder}', "
-            f"{free / 2**30:.1f} GiB are free. Make room and resume the job (checkpoints are kept), or write one "
-            "layout only (layouts)."
-        )
+    remedy = "Make room and resume the job (checkpoints are kept), or write one layout only (layouts)."
+    require_room(folder, needed, what, JobError, remedy)
 
 
 def _free_paths(paths: JobPaths, config: TrainingConfig, suffix: str) -> tuple[Path, Path]:

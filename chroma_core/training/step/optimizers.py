@@ -194,9 +194,14 @@ def check_optimizer(settings: OptimizerSettings, device: torch.device | str) -> 
         )
 
 
-def build_optimizer(parameters: Sequence[Parameter], settings: OptimizerSettings) -> Any:
-    """The optimizer over fp32 parameters, ready to step. Raises ConfigError when its library is missing."""
-    groups = _groups(parameters, settings.weight_decay)
+def build_optimizer(
+    parameters: Sequence[Parameter], settings: OptimizerSettings, factors: Sequence[float] | None = None
+) -> Any:
+    """The optimizer over fp32 parameters, ready to step; all of a group have the same of `factors`, one a parameter.
+
+    Raises ConfigError when its library is missing.
+    """
+    groups = _groups(parameters, settings.weight_decay, factors or [1.0] * len(parameters))
     lr, betas = settings.learning_rate, settings.betas
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=settings.weight_decay)
@@ -214,11 +219,13 @@ def build_optimizer(parameters: Sequence[Parameter], settings: OptimizerSettings
     return optimizer
 
 
-def _groups(parameters: Sequence[Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def _groups(parameters: Sequence[Parameter], weight_decay: float, factors: Sequence[float]) -> list[dict[str, Any]]:
     """Matrices decay; vectors (DoRA magnitudes, biases, norms) do not, since zero is nothing they should go back to."""
-    decaying = [parameter for parameter in parameters if parameter.ndim >= 2]
-    others = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    for factor in dict.fromkeys(factors):
+        own = [parameter for parameter, its in zip(parameters, factors, strict=True) if its == factor]
+        groups.append({"params": [p for p in own if p.ndim >= 2], "weight_decay": weight_decay})
+        groups.append({"params": [p for p in own if p.ndim < 2], "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
 

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import miniature
+from chroma_core import files
 from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError, JobError, ModelFileError
 from chroma_core.fullrank import export
@@ -274,7 +275,7 @@ def test_a_base_that_is_quantised_in_its_file_is_refused_before_anything_is_read
 
 
 def test_a_full_disk_is_an_error_at_the_start(places, tmp_path, monkeypatch):
-    monkeypatch.setattr(trained, "DISK_MARGIN", 1 << 60)
+    monkeypatch.setattr(files, "DISK_MARGIN", 1 << 60)
     manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
     job = manager.ensure(settings(places))
     assert job.wait(PATIENCE) and job.state == "failed" and "no room" in job.status()["message"]
@@ -285,7 +286,7 @@ def test_checkpoints_that_are_there_already_are_not_asked_room_for_again(places,
     job = JobPaths(tmp_path / "job", tmp_path / "loras", tmp_path / "cache", tmp_path / "diffusion_models")
     (job.checkpoints / "step-000004").mkdir(parents=True)
     model = 2 * transformer_source(settings(places).model)[0].path.joinpath(MODEL_FILE).stat().st_size
-    monkeypatch.setattr(trained.shutil, "disk_usage", lambda _: SimpleNamespace(free=trained.DISK_MARGIN + model))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=files.DISK_MARGIN + model))
     with pytest.raises(JobError, match="no room for the checkpoints and the trained model"):
         trained.check_trained(settings(places), job)
     (job.checkpoints / "step-000004" / "optimizer.pt").write_bytes(bytes(4_000_000))

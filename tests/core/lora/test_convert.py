@@ -13,7 +13,7 @@ from chroma_core.errors import LoraError
 from chroma_core.lora.convert import JOB_KEY, convert_lora
 from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.lora.modules import LoraFile, LoraModule
-from chroma_core.lora.report import heat_map, layer_group, lora_report, report_text, update_norm
+from chroma_core.lora.report import Norms, heat_map, layer_group, lora_report, report_text, update_norm
 from chroma_core.lora.settings import TARGETS, named_target, target_modules
 from foreign_loras import foreign
 from lora_cases import distance, equal, random_kind, random_lora
@@ -176,7 +176,7 @@ def test_doubts_are_warnings(tmp_path):
 def test_the_heat_map_is_bright_where_the_change_is():
     norms = dict.fromkeys(random_lora(transformer()).modules, 0.0)
     loud = "single_transformer_blocks.1.proj_mlp"
-    dark, bright = heat_map(norms), heat_map(norms | {loud: 3.0})
+    dark, bright = heat_map(Norms(norms)), heat_map(Norms(norms | {loud: 3.0}))
     assert layer_group(loud) == "single mlp in"
     changed = [
         (x, y)
@@ -184,7 +184,8 @@ def test_the_heat_map_is_bright_where_the_change_is():
         for y in range(30, dark.height - 50)
         if dark.getpixel((x, y)) != bright.getpixel((x, y))
     ]
-    assert changed and len({x for x, _ in changed}) <= 14 and len({y for _, y in changed}) <= 14  # one field
+    # Its field, and that of its block above.
+    assert changed and len({x for x, _ in changed}) <= 14 and len({y for _, y in changed}) <= 28
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

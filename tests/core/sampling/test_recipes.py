@@ -102,6 +102,9 @@ class Listening(torch.nn.Module):
         self.x_embedder = torch.nn.Linear(1, 1)
         self.times, self.latents = [], []
 
+    def at_step(self, place):
+        pass
+
     def modulation(self, sigma):
         return sigma[:, None, None]
 

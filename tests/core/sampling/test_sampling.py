@@ -90,6 +90,9 @@ class Flow(torch.nn.Module):
         self.x_embedder = torch.nn.Linear(1, 1)
         self.target = pack(target)
 
+    def at_step(self, place):
+        pass
+
     def modulation(self, sigma):
         return sigma[:, None, None]
 

@@ -42,6 +42,9 @@ class Gaussian(torch.nn.Module):
         super().__init__()
         self.x_embedder = torch.nn.Linear(1, 1)
 
+    def at_step(self, place):
+        pass
+
     def modulation(self, sigma):
         return sigma[:, None, None]
 

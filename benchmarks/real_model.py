@@ -66,12 +66,17 @@ def transformer(
     """A frozen transformer of the real widths in a precision, filled and quantised on the device, one linear at a time.
 
     resident: above 0, its blocks rest in host memory and so many are on the device at a time. heads: fewer than 24 are
-    a smaller width.
+    a smaller width, of the approximator too.
     """
     chosen = precisions.precision(precision)
     device, draws = torch.device(device), generator(device, seed)
     with torch.device("meta"):
-        model: Any = ChromaTransformer(num_layers=blocks[0], num_single_layers=blocks[1], num_attention_heads=heads)
+        model: Any = ChromaTransformer(
+            num_layers=blocks[0],
+            num_single_layers=blocks[1],
+            num_attention_heads=heads,
+            approximator_hidden_dim=5120 * heads // 24,
+        )
         model.to(chosen.dtype)
     linears = dict(precisions.quantisable_linears(model)) if chosen.quantised else {}
     homes = {

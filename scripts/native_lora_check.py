@@ -35,14 +35,14 @@ UP_MATRICES = (".lora_B.weight", ".lora_up.weight", ".lokr_w1", ".lokr_w1_a")
 """One key of every layer: the LoRA's second matrix, or the first of a LoKr."""
 
 
-def import_host() -> None:
-    """Make `import comfy…` work in this process, on the CPU. The host reads its options from the command line."""
+def import_host(*options: str) -> None:
+    """Make `import comfy…` work in this process, on the CPU, with more of the options of its command line."""
     folder = host_folder()
     if not is_host(folder):
         raise EnvironmentFailure(f"there is no ComfyUI in {folder}; set COMFYUI_PATH, or run scripts/test.py once.")
     arguments = sys.argv
     sys.path.insert(0, str(folder))
-    sys.argv = ["x", "--cpu"]
+    sys.argv = ["x", "--cpu", *options]
     try:
         import comfy.options
 
@@ -52,8 +52,8 @@ def import_host() -> None:
         sys.argv = arguments
 
 
-def build_native(config: dict[str, Any], device: str = "cpu"):
-    """The host's Chroma in fp32 inside its ModelPatcher, for a diffusers transformer configuration; random weights.
+def build_native(config: dict[str, Any], device: str = "cpu", dtype: str = "float32"):
+    """The host's Chroma inside its ModelPatcher, for a diffusers transformer configuration; random weights.
 
     Built directly, because the host's model detection hard-codes Chroma 1's widths. On `meta` it has shapes only.
     """
@@ -87,7 +87,7 @@ def build_native(config: dict[str, Any], device: str = "cpu"):
             "vec_in_dim": None,
         }
     )
-    native.set_inference_dtype(torch.float32, None)
+    native.set_inference_dtype(getattr(torch, dtype), None)
     native.custom_operations = comfy.ops.disable_weight_init
     where = torch.device(device)
     model = comfy.model_base.Chroma(native, device=where)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from benchmarks.comfyui_peer import ComfyUI
 from benchmarks.real_model import ROOT, condition, transformer
 from benchmarks.training_step import MODELS, PADDED
-from benchmarks.turns import CLOCKS, Turn, show, take_turns
+from benchmarks.turns import CLOCKS, Turn, ratios, show, take_turns
 from chroma_core.model.latents import FLUX_LATENTS, pack
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.sampling.sampler import SamplingSettings, initial_noise, sample
@@ -87,7 +87,7 @@ def measure(name: str, size: int, text: int, steps: int, rounds: int, clock: str
             native = ComfyUI("sample", vars(model.config), torch.get_num_threads(), clock, **sampling)
             ways["comfyui"] = opened.enter_context(native).turn
         row = take_turns(ways, rounds, clock, steps)
-    row |= {f"ratio_{key}": row[f"{key}_s"] / row["ours_s"] for key in ways if key != "ours"}
+    row |= ratios(row, [name for name in ways if name != "ours"], "ours")
     return {"model": name, "size": size, "text": text, "steps": steps, "rounds": rounds} | row
 
 

@@ -139,7 +139,9 @@ def main() -> int:
     parser.add_argument("--interval", type=int, default=1, help="gradient checkpointing of every n-th block")
     parser.add_argument("--deterministic", action="store_true", help="attention without its fused kernel")
     parser.add_argument("--resident", type=int, default=0, help="stream the blocks, with so many on the card")
-    parser.add_argument("--compute", default="weights", choices=["weights"], help="how quantised products are computed")
+    parser.add_argument(
+        "--compute", default="weights", choices=["weights", "w8a8"], help="how quantised products are computed"
+    )
     parser.add_argument("--target", default="all", help="what the LoRA is added to")
     parser.add_argument("--heldout", action="store_true", help="the held-out loss instead of a step")
     parser.add_argument("--heldout-rows", type=int, default=len(HELDOUT_SIGMAS), help="… in parts of so many levels")
@@ -153,7 +155,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
 
-    model = transformer(options.precision, tuple(options.blocks), "cuda", options.resident)
+    model = transformer(options.precision, tuple(options.blocks), "cuda", options.resident, compute=options.compute)
     weights = torch.cuda.memory_allocated() / GIB
     made = job(
         model,

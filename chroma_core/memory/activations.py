@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..model.eight_bits import LARGEST, ROWS, Compute
 from ..model.precision import Precision
 from ..model.quantised import CHUNK, CHUNKS
+from ..model.transformer import MLP_RATIO
 from .anatomy import LoraLayers, TextEncoder, Transformer, Vae
 
 TEXT_TOKENS = 128
@@ -68,7 +70,7 @@ writes."""
 class Pass:
     """Sizes of one pass through the transformer: images, image and text tokens, and how it computes.
 
-    on_gpu: RMS norms are one kernel, which keeps no fp32 copy, and so is rounding.
+    on_gpu: RMS norms are one kernel, which keeps no fp32 copy, and so is rounding. compute: see `eight_bits`.
     """
 
     batch: int
@@ -76,6 +78,7 @@ class Pass:
     text_tokens: int
     chosen: Precision
     on_gpu: bool = False
+    compute: Compute = "weights"
 
     @property
     def tokens(self) -> int:
@@ -106,6 +109,15 @@ def dequantised(weights: int, chosen: Precision, on_gpu: bool) -> int:
     return _in_pieces(weights, chosen, MOMENTS[chosen.name][0], size, CHUNKS["cpu"])
 
 
+def product_bytes(body: Transformer, run: Pass) -> int:
+    """Bytes for a moment beside the input and the result of the largest product."""
+    largest = body.whole.largest_linear
+    if run.compute == "weights" or run.chosen.scheme not in LARGEST:
+        return dequantised(largest, run.chosen, run.on_gpu)
+    # Codes of one row, its sums twice, four widths wide; and fp8's weight once more, turned.
+    return min(run.tokens, ROWS) * body.width * (1 + 8 * MLP_RATIO) + (largest if run.chosen.scheme == "fp8" else 0)
+
+
 def quantising(weights: int, chosen: Precision) -> int:
     """Bytes for a moment while a linear of `weights` weights is quantised."""
     if not chosen.quantised:
@@ -123,7 +135,7 @@ def _in_pieces(weights: int, chosen: Precision, moment: float, result: float, pi
 def sampling_bytes(body: Transformer, run: Pass) -> int:
     """Peak of one forward pass without gradients (guidance runs its two passes one after the other)."""
     unit, size = run.unit(body), run.chosen.dtype.itemsize
-    extra = dequantised(body.whole.largest_linear, run.chosen, run.on_gpu)
+    extra = product_bytes(body, run)
     return round(max(_SAMPLING[size] * unit, _SAMPLING_LINEAR * unit + extra)) + run.rotation(body)
 
 
@@ -158,7 +170,7 @@ def training_bytes(body: Transformer, run: Pass, layers: LoraLayers, rank: int, 
     mlp = "single" in layers.mlp_out
     plain, with_mlp = (_RECOMPUTE, _RECOMPUTE_MLP) if interval else (_BACKWARD, _BACKWARD_MLP)
     peak = (with_mlp if mlp else plain)[size]
-    extra = dequantised(body.whole.largest_linear, run.chosen, run.on_gpu)
+    extra = product_bytes(body, run)
     on_top = round(max(peak * unit, (peak - _LINEAR_SHARE) * unit + extra))
     return kept_bytes(body, run, layers, rank, interval) + on_top
 

@@ -15,9 +15,9 @@ Turn = Callable[[], float | None]
 
 
 def take_turns(contestants: Mapping[str, Turn], rounds: int, clock: str = "wall", parts: int = 1) -> dict[str, Any]:
-    """NAME_s, the median of each one's seconds (of one of `parts` equal parts of a turn), NAME_least_s, the turn that was
-    disturbed least, NAME_spread, the largest over the smallest, and the machine's load. Everyone takes a turn to warm
-    up; every second round goes backwards.
+    """NAME_s, the median of each one's seconds (of one of `parts` equal parts of a turn), NAME_least_s, the turn
+    that was disturbed least, NAME_spread, the largest over the smallest, and the machine's load. Everyone takes a turn
+    to warm up; every second round goes backwards.
     """
     before, now = load(), CLOCKS[clock]
     times: dict[str, list[float]] = {name: [] for name in contestants}

@@ -5,8 +5,8 @@ or / 448. With a weight of codes Q [out, in] and a scale s for each of its rows
 
     y = (A·Qᵀ)·a·s        ∂x = (B·Q)·b, with b·B ≈ ∂y·s
 
-where the products of codes are those of a GPU's integer or fp8 units: `torch._int_mm` sums exactly, `torch._scaled_mm` in
-fp32. Scales stay outside, in fp32, and the result is rounded once. A CPU has the integer product; its fp8 is computed
+where the products of codes are those of a GPU's integer or fp8 units: `torch._int_mm` sums exactly, that of fp8,
+`torch._scaled_mm`, in fp32. Scales stay outside, in fp32, and the result is rounded once. A CPU has the integer product; its fp8 is computed
 in fp32, with the same codes. The error of a number of x is at most a / 2 (int8), or 1/16 of the number and at least
 a · 2⁻¹⁰ (fp8), beside the weight's own, which no mode changes.
 
@@ -83,8 +83,8 @@ def transposed_product(gradient: Tensor, codes: Tensor, scale: Tensor, scheme: s
 
 
 def quantised_rows(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
-    """Codes [rows, columns] and the sizes [rows, 1] of a step, in fp32. A row that is not finite has a size that is not,
-    and so has its product."""
+    """Codes [rows, columns] and the sizes [rows, 1] of a step, in fp32. A row that is not finite has a size that is
+    not, and so has its product."""
     largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True) if x.is_cuda else x.abs().amax(1, True)
     size = (largest.float() / LARGEST[scheme]).clamp_(min=torch.finfo(torch.float32).tiny)
     scaled = x / size if x.is_cuda or x.dtype == torch.float32 else x.float().div_(size)  # a CPU is slow at mixed types

@@ -336,6 +336,6 @@ def compute_by(model: nn.Module, compute: Compute, device: torch.device | str) -
     if not left:
         return ""
     return (
-        f"The compute mode w8a8 is not used in {left} of {len(layers)} quantised layers, whose sizes are no multiples of "
-        f"{eight_bits.MULTIPLE}. {instead}"
+        f"The compute mode w8a8 is not used in {left} of {len(layers)} quantised layers, whose sizes are no multiples "
+        f"of {eight_bits.MULTIPLE}. {instead}"
     )

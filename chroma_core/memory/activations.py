@@ -48,8 +48,8 @@ _LINEAR_SHARE = 6.5
 """Units fewer than at the peak while a dequantised weight lies beside them in the backward pass."""
 
 MOMENTS = {
-    "int8": (8.0, 13.0),
-    "fp8": (8.0, 9.0),
+    "int8": (6.0, 13.0),
+    "fp8": (6.0, 9.0),
     "int4": (9.1, 12.1),
     "nf4": (6.0, 12.1),
     "int8-quanto": (8.0, 6.0),
@@ -106,7 +106,10 @@ def dequantised(weights: int, chosen: Precision, on_gpu: bool) -> int:
     size = chosen.dtype.itemsize
     if on_gpu and chosen.library is None:
         return round(BESIDE[chosen.name] * min(weights, CHUNKS["cuda"]) + size * weights)
-    return _in_pieces(weights, chosen, MOMENTS[chosen.name][0], size, CHUNKS["cpu"])
+    whole = _in_pieces(weights, chosen, MOMENTS[chosen.name][0], size, CHUNKS["cpu"])
+    # Pieces are rounded as they are written into the result, which the moment of a whole weight includes.
+    twice = chosen.scheme in ("int8", "fp8", "nf4") and weights > CHUNKS["cpu"]
+    return whole - twice * size * CHUNKS["cpu"]
 
 
 def product_bytes(body: Transformer, run: Pass) -> int:

@@ -6,9 +6,9 @@ or / 448. With a weight of codes Q [out, in] and a scale s for each of its rows
     y = (A·Qᵀ)·a·s        ∂x = (B·Q)·b, with b·B ≈ ∂y·s
 
 where the products of codes are those of a GPU's integer or fp8 units: `torch._int_mm` sums exactly, that of fp8,
-`torch._scaled_mm`, in fp32. Scales stay outside, in fp32, and the result is rounded once. A CPU has the integer product; its fp8 is computed
-in fp32, with the same codes. The error of a number of x is at most a / 2 (int8), or 1/16 of the number and at least
-a · 2⁻¹⁰ (fp8), beside the weight's own, which no mode changes.
+`torch._scaled_mm`, in fp32. Scales stay outside, in fp32, and the result is rounded once. A CPU has the integer
+product; its fp8 is computed in fp32, with the same codes. The error of a number of x is at most a / 2 (int8), or 1/16
+of the number and at least a · 2⁻¹⁰ (fp8), beside the weight's own, which no mode changes.
 
 Source: dynamic row-wise quantisation as in LLM.int8() (Dettmers et al. 2022), without its outlier columns.
 """

@@ -34,7 +34,7 @@ Scheme = Literal["int8", "fp8", "int4", "nf4"]
 GROUP = 64
 CHUNK = 1 << 22
 """Weights that are quantised at a time."""
-CHUNKS = {"cpu": 1 << 18, "cuda": 10 << 20}
+CHUNKS = {"cpu": 1 << 17, "cuda": 10 << 20}
 """Weights that are dequantised at a time, by the type of the device: what a CPU keeps near, and what a GPU can hold
 beside a model without many launches; elsewhere CHUNK."""
 _E4M3_MAX = 448.0

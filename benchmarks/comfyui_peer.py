@@ -48,8 +48,8 @@ class ComfyUI(AbstractContextManager["ComfyUI"]):
         return answer
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
+        with self.process:  # closes its pipes and waits for it
+            self.process.kill()
 
 
 class _Turns:

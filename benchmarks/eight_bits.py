@@ -25,7 +25,7 @@ from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.run.metrics import MetricsLog
 
 
-def trained(folder: Path, steps: int, precision: str, compute: str, seed: int) -> tuple[dict[str, Any], Path]:
+def trained(folder: Path, steps: int, precision: str, compute: str, seed: int) -> tuple[Any, Path]:
     """A finished job's status and folder."""
     name = f"{precision} {compute} {seed}"
     values = config(name, {"model": {"precision": precision, "compute": compute}}, steps)

@@ -73,20 +73,20 @@ def routed(share: float) -> Iterator[None]:
         ChromaTransformer._run = plain  # type: ignore[method-assign]
 
 
-def saved(rounds: int) -> dict[str, float]:
+def saved(share: float, rounds: int) -> dict[str, float]:
     """CPU seconds of a step of width 768, 4+8 blocks, 512², without checkpointing: plain, routed, and their ratio."""
     from benchmarks.real_model import job, transformer
 
     made = job(transformer("bf16", (4, 8), "cpu", heads=6), "bf16", 512, 40, checkpointing=False)
-    times: dict[float, list[float]] = {0.0: [], SHARE: []}
+    times: dict[float, list[float]] = {0.0: [], share: []}
     for number in range(rounds + 1):
-        for share, found in times.items():
-            with routed(share):
+        for each, found in times.items():
+            with routed(each):
                 started = time.process_time()
                 made.step()
             if number:
                 found.append(time.process_time() - started)
-    plain, tread = min(times[0.0]), min(times[SHARE])
+    plain, tread = min(times[0.0]), min(times[share])
     return {"plain_s": plain, "tread_s": tread, "ratio": tread / plain}
 
 
@@ -111,16 +111,17 @@ def main() -> int:
     parser.add_argument("--time", action="store_true", help="only measure what a step saves")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--share", type=float, default=SHARE, help="of the image's tokens that go around")
     parser.add_argument("--ratio", type=float, default=0.6, help="what --time said")
     options = parser.parse_args()
     if options.time:
-        print(json.dumps(saved(options.rounds)))
+        print(json.dumps(saved(options.share, options.rounds)))
         return 0
     from tools.sigma_study.study import Judge
 
     judge = Judge()
     for seed in options.seeds:
-        for share, steps in ((SHARE, STEPS), (0.0, round(STEPS * options.ratio)), (0.0, STEPS)):
+        for share, steps in ((options.share, STEPS), (0.0, round(STEPS * options.ratio)), (0.0, STEPS)):
             found = row(judge, share, steps, seed)
             print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}), flush=True)
     return 0

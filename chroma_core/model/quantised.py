@@ -17,6 +17,7 @@ weights. int8 and fp8 can also be multiplied as they are, by activations in 8 bi
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
@@ -37,6 +38,9 @@ CHUNK = 1 << 22
 CHUNKS = {"cpu": 1 << 17, "cuda": 10 << 20}
 """Weights that are dequantised at a time, by the type of the device: what a CPU keeps near, and what a GPU can hold
 beside a model without many launches; elsewhere CHUNK."""
+FRESH = 32 << 20
+"""Bytes above which glibc gives memory back to the system at once: filling it anew costs more than dequantising."""
+_rooms = threading.local()
 _E4M3_MAX = 448.0
 _SCALE_DTYPE = torch.float16  # of groups: 11 bits of mantissa; weights are far inside its range
 CODES = torch.int8
@@ -126,8 +130,10 @@ def _refuse_odd(columns: int, scheme: str) -> None:
         raise PrecisionError(f"A layer with {columns} inputs cannot be packed to 4 bits: the number must be even.")
 
 
-def dequantise_weight(parts: Mapping[str, Tensor], scheme: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """The weight of `shape` [out, in] that codes and scales stand for, in `dtype`."""
+def dequantise_weight(
+    parts: Mapping[str, Tensor], scheme: str, dtype: torch.dtype, shape: torch.Size, room: Tensor | None = None
+) -> Tensor:
+    """The weight of `shape` [out, in] that codes and scales stand for, in `dtype`; in `room` if its pieces need one."""
     if scheme in backends.SCHEMES:
         return backends.backend(scheme).dequantise(parts, scheme, dtype, shape)
     device = parts["weight"].device
@@ -137,7 +143,7 @@ def dequantise_weight(parts: Mapping[str, Tensor], scheme: str, dtype: torch.dty
     spans = _chunks(rows, columns, max(1, shape.numel()) if whole else CHUNKS.get(device.type, CHUNK))
     if len(spans) == 1 and not fused:
         return _dequantise_rows(parts, scheme, dtype)
-    weight = torch.empty(shape, dtype=dtype, device=device)
+    weight = torch.empty(shape, dtype=dtype, device=device) if room is None else room
     for a, b in spans:
         piece = {name: tensor[a:b] for name, tensor in parts.items()}
         if fused:
@@ -145,6 +151,19 @@ def dequantise_weight(parts: Mapping[str, Tensor], scheme: str, dtype: torch.dty
         else:
             weight[a:b] = _dequantise_rows(piece, scheme, torch.float32)  # rounded as it is written
     return weight
+
+
+def _kept_room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A thread's memory for one large weight on a CPU, whose allocator would take fresh pages for each (FRESH). What
+    lies in it is good until the next product."""
+    size = shape.numel() * dtype.itemsize
+    if device.type != "cpu" or size <= FRESH or torch.compiler.is_compiling():
+        return None
+    kept = getattr(_rooms, "bytes", None)
+    if kept is None or kept.numel() < size:
+        with torch.inference_mode(False):
+            kept = _rooms.bytes = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(dtype).view(shape)
 
 
 def dequantise_into(rows: Tensor, parts: Mapping[str, Tensor], scheme: str) -> None:
@@ -292,14 +311,18 @@ class _Kind(NamedTuple):
         named = dict(zip(self.names, parts, strict=True))
         if self.compute == "w8a8":
             return eight_bits.product(x, named["weight"], named["scale"], self.scheme)
-        return F.linear(x, dequantise_weight(named, self.scheme, x.dtype, self.shape))
+        return F.linear(x, self._weight(named, x))
 
     def transposed_product(self, gradient: Tensor, *parts: Tensor) -> Tensor:
         """∂y·W."""
         named = dict(zip(self.names, parts, strict=True))
         if self.compute == "w8a8":
             return eight_bits.transposed_product(gradient, named["weight"], named["scale"], self.scheme)
-        return gradient @ dequantise_weight(named, self.scheme, gradient.dtype, self.shape)
+        return gradient @ self._weight(named, gradient)
+
+    def _weight(self, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        room = _kept_room(self.shape, x.dtype, x.device)
+        return dequantise_weight(parts, self.scheme, x.dtype, self.shape, room)
 
 
 class _Product(torch.autograd.Function):

@@ -8,10 +8,14 @@ import torch
 from chroma_core.errors import ConfigError
 from chroma_core.loading.load import load_transformer, transformer_identity
 from chroma_core.loading.spec import ModelSpec
+from chroma_core.lora.trainable import LoraSettings, add_trainable
 from chroma_core.model import eight_bits
 from chroma_core.model.eight_bits import product, quantised_rows, transposed_product
+from chroma_core.model.latents import image_ids
 from chroma_core.model.precision import precision, quantisable_linears, quantise
 from chroma_core.model.quantised import QuantisedLinear, compute_by, quantise_weight
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.config.changes import differences, with_changes
 
 SCHEMES = list(eight_bits.LARGEST)
 DTYPES = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -144,3 +148,34 @@ def test_where_a_device_or_a_shape_cannot_it_is_said():
     assert eight_bits.fits(24, 32, torch.device("cpu")) and not eight_bits.fits(24, 32, torch.device("cuda"))
     assert eight_bits.fits(3072, 12288, torch.device("cuda"))
     assert "only the precisions int8 and fp8" in eight_bits.cannot("nf4", "cpu")
+
+
+@pytest.mark.parametrize(("scheme", "limit"), [("int8", 0.06), ("fp8", 0.12)])
+def test_gradients_of_a_lora_are_nearly_those_of_exact_products(scheme, limit):
+    """Through all blocks of `tiny`: the direction stays, within what rounding every activation may turn it."""
+    found = {}
+    for compute in ("weights", "w8a8"):
+        model = load_transformer(ModelSpec("tiny", precision=scheme, compute=compute), "cpu")
+        parameters = add_trainable(model, LoraSettings(rank=4, target="all"), 1)
+        with torch.no_grad():
+            for i, parameter in enumerate(parameters):
+                parameter.normal_(0, 0.02, generator=torch.Generator().manual_seed(i))
+        draws = torch.Generator().manual_seed(0)
+        latents = torch.randn(2, 16, model.config.in_channels, generator=draws).bfloat16()
+        text = torch.randn(2, 5, model.config.joint_attention_dim, generator=draws).bfloat16()
+        velocity = model(latents, text, torch.tensor([0.3, 0.8]), image_ids(8, 8, "cpu"))
+        velocity.float().square().mean().backward()
+        found[compute] = torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])
+    difference = (found["w8a8"] - found["weights"]).norm() / found["weights"].norm()
+    assert 1e-4 < difference < limit
+
+
+def test_a_job_goes_on_with_the_products_that_it_began_with(tmp_path):
+    values = {"name": "mode", "dataset": {"folder": str(tmp_path)}, "model": {"flavour": "tiny", "precision": "int8"}}
+    plain = TrainingConfig.parse(values)
+    changed = with_changes(plain, {"model.compute": "w8a8"})
+    assert (
+        TrainingConfig.parse({**values, "model": {**values["model"], "compute": "weights"}}).job_id() == plain.job_id()
+    )
+    assert changed.job_id() != plain.job_id()
+    assert [(c.field, c.kind) for c in differences(plain, changed)] == [("model.compute", "exact")]

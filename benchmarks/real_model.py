@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from chroma_core.lora.trainable import CastFactors, LoraSettings, add_trainable
 from chroma_core.model import finite, quantised
 from chroma_core.model import precision as precisions
+from chroma_core.model.eight_bits import Compute
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.sampling.text import TextCondition
 from chroma_core.streaming import stream_blocks
@@ -62,16 +63,22 @@ def transformer(
     resident: int = 0,
     seed: int = 0,
     heads: int = 24,
+    compute: Compute = "weights",
 ) -> ChromaTransformer:
     """A frozen transformer of the real widths in a precision, filled and quantised on the device, one linear at a time.
 
     resident: above 0, its blocks rest in host memory and so many are on the device at a time. heads: fewer than 24 are
-    a smaller width.
+    a smaller width, of the approximator too. Raises SystemExit where the device cannot compute so.
     """
     chosen = precisions.precision(precision)
     device, draws = torch.device(device), generator(device, seed)
     with torch.device("meta"):
-        model: Any = ChromaTransformer(num_layers=blocks[0], num_single_layers=blocks[1], num_attention_heads=heads)
+        model: Any = ChromaTransformer(
+            num_layers=blocks[0],
+            num_single_layers=blocks[1],
+            num_attention_heads=heads,
+            approximator_hidden_dim=5120 * heads // 24,
+        )
         model.to(chosen.dtype)
     linears = dict(precisions.quantisable_linears(model)) if chosen.quantised else {}
     homes = {
@@ -100,6 +107,8 @@ def transformer(
                 value.fill_(1.0 if ones else 0.0) if parameter.dim() == 1 else value.normal_(0, 0.02, generator=draws)
             module._parameters[key] = nn.Parameter(value.to(homes[name]), requires_grad=False)
     model.requires_grad_(False).eval()
+    if refused := quantised.compute_by(model, compute, device):
+        raise SystemExit(refused)
     if resident:
         stream_blocks(model, device, resident)
     return model

@@ -67,7 +67,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     before = int(pages.read_text().split()[1]) * resource.getpagesize() if pages.exists() else 0
     started = time.perf_counter()
     if options.precision == PEER:
-        model = _as_the_peer_does(Path(options.file), device)
+        model = as_the_peer_does(Path(options.file), device)
     else:
         spec = ModelSpec(
             "base",
@@ -114,7 +114,7 @@ def _result(loaded: float, forward: float | None, before: int, device) -> dict[s
     }
 
 
-def _as_the_peer_does(path: Path, device):
+def as_the_peer_does(path: Path, device):
     """diffusers' own reader of single files, with a local configuration so that it needs no network."""
     import torch
     from diffusers import ChromaTransformer2DModel

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 
 from benchmarks.real_model import GIB, SIMULATED, WHOLE, condition, job, transformer  # noqa: E402
+from chroma_core.model.eight_bits import Compute  # noqa: E402
 from chroma_core.training.step.objective import HELDOUT_SIGMAS, heldout_loss  # noqa: E402
 
 CONTEXT_GIB = 450 / 1024
@@ -139,7 +140,7 @@ def main() -> int:
     parser.add_argument("--interval", type=int, default=1, help="gradient checkpointing of every n-th block")
     parser.add_argument("--deterministic", action="store_true", help="attention without its fused kernel")
     parser.add_argument("--resident", type=int, default=0, help="stream the blocks, with so many on the card")
-    parser.add_argument("--compute", default="weights", choices=["weights"], help="how quantised products are computed")
+    parser.add_argument("--compute", default="weights", choices=get_args(Compute), help="of int8 and fp8")
     parser.add_argument("--target", default="all", help="what the LoRA is added to")
     parser.add_argument("--heldout", action="store_true", help="the held-out loss instead of a step")
     parser.add_argument("--heldout-rows", type=int, default=len(HELDOUT_SIGMAS), help="… in parts of so many levels")
@@ -153,7 +154,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
 
-    model = transformer(options.precision, tuple(options.blocks), "cuda", options.resident)
+    model = transformer(options.precision, tuple(options.blocks), "cuda", options.resident, compute=options.compute)
     weights = torch.cuda.memory_allocated() / GIB
     made = job(
         model,

@@ -1,32 +1,37 @@
-"""A training step beside diffusers' Chroma with PEFT, in one process, in turn.
+"""A training step beside diffusers' Chroma with PEFT and beside ComfyUI's *Train LoRA*, in turn.
 
     python -m benchmarks.training_step --model real --size 512 --text 40 --dtype bf16 --rounds 3 --json
 
 Peers: diffusers' own transformer with a PEFT LoRA of the same layers, rank and start, autocast as in diffusers'
 training scripts, AdamW, gradients clipped; with the text as long as ours (`trimmed`) and padded to 512 tokens with a
-mask, as it is commonly used (`padded`). Everybody makes the same step: a batch of one, its loss, the backward pass,
-clipping, AdamW. Weights are random; what is timed does not depend on them. All have gradient checkpointing on;
-`ours_auto` is our own step with as much of it as this machine's memory asks for. Needs PEFT and diffusers, which the
-development environment brings.
+mask, as it is commonly used (`padded`). And ComfyUI's own node on its own Chroma in a process of its own (`comfyui`),
+with the node's defaults and our rank; it adapts every layer of the model, the approximator, norms and biases too.
+Everybody makes the same step: a batch of one, its loss, the backward pass, AdamW. Weights are random; what is timed
+does not depend on them. All have gradient checkpointing on; `ours_auto` is our own step with as much of it as this
+machine's memory asks for. Needs PEFT and diffusers, which the development environment brings, and a ComfyUI.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.real_model import job, recompute, transformer
+from benchmarks.comfyui_peer import ComfyUI
+from benchmarks.real_model import ROOT, job, recompute, transformer
+from benchmarks.turns import CLOCKS, Turn, ratios, show, take_turns
 from chroma_core.lora.settings import target_modules
+from chroma_core.model.eight_bits import Compute
 from chroma_core.model.transformer import ChromaTransformer
+
+sys.path.append(str(ROOT / "scripts"))
+
+from _environment import host_folder, is_host  # noqa: E402
 
 MODELS = {"real": ((1, 1), 24), "w768": ((4, 8), 6)}
 """Double and single blocks, and heads of 128: the real widths with few blocks, and a small model with more."""
@@ -34,23 +39,29 @@ PADDED = 512
 RANK = 16
 
 
-def peer(model: ChromaTransformer, checkpointing: bool) -> Any:
-    """diffusers' transformer with the same weights' shapes, a PEFT LoRA, and its optimizer."""
+def peft_steps(model: ChromaTransformer, size: int, text: int, target: str, rank: int = RANK) -> dict[str, Turn]:
+    """The steps of diffusers with PEFT, by how long their text is."""
+    made = peer(model, target, rank)
+    optimizer = torch.optim.AdamW([parameter for parameter in made.parameters() if parameter.requires_grad], lr=2e-4)
+    return {way: peer_step(made, optimizer, size, text, way == "padded") for way in ("trimmed", "padded")}
+
+
+def peer(model: ChromaTransformer, target: str, rank: int) -> Any:
+    """diffusers' transformer with the same weights' shapes and a PEFT LoRA."""
     from diffusers import ChromaTransformer2DModel
     from peft import LoraConfig
 
     made: Any = ChromaTransformer2DModel(**vars(model.config))
     made.to(model.x_embedder.weight.dtype).requires_grad_(False)
-    made.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=target_modules(model, "all")))
+    made.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules(model, target)))
     for parameter in made.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if checkpointing:
-        made.enable_gradient_checkpointing()
+    made.enable_gradient_checkpointing()
     return made.train()
 
 
-def peer_step(made: Any, optimizer: torch.optim.Optimizer, size: int, text: int, padded: bool) -> Callable[[], float]:
+def peer_step(made: Any, optimizer: torch.optim.Optimizer, size: int, text: int, padded: bool) -> Turn:
     """One step of the peer, as a function."""
     side, dtype = size // 16, made.dtype
     draws = torch.Generator().manual_seed(0)
@@ -64,7 +75,7 @@ def peer_step(made: Any, optimizer: torch.optim.Optimizer, size: int, text: int,
     image_ids[..., 1], image_ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
     trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
 
-    def step() -> float:
+    def step() -> None:
         noise, sigma = torch.randn(latents.shape, generator=draws), torch.rand(1, generator=draws)
         noisy: Tensor = (1 - sigma) * latents + sigma * noise
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -80,54 +91,43 @@ def peer_step(made: Any, optimizer: torch.optim.Optimizer, size: int, text: int,
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(sigma)
 
     return step
 
 
-def measure(name: str, size: int, text: int, dtype: str, rounds: int, peers: bool = True) -> dict[str, Any]:
-    """Medians in seconds and their ratios; every contestant takes a step to warm up, then they take turns."""
+def measure(
+    name: str, size: int, text: int, dtype: str, rounds: int, target: str, clock: str, compute: Compute
+) -> dict[str, Any]:
+    """Medians in seconds and the peers' ratios to ours; a quantised `dtype` has our own bf16 step as its only peer."""
     blocks, heads = MODELS[name]
-    model = transformer(dtype, blocks, "cpu", heads=heads)
-    others = peer(model, True) if peers else None
-    made = job(model, dtype, size, text, rank=RANK)
+    model = transformer(dtype, blocks, "cpu", heads=heads, compute=compute)
+    made = job(model, dtype, size, text, target=target, rank=RANK)
 
-    def ours(interval: int) -> Callable[[], object]:
+    def ours(interval: int) -> Turn:
         def step() -> None:
             recompute(model, interval)
             made.step()
 
         return step
 
-    steps: dict[str, Callable[[], object]] = {"ours": ours(1), "ours_auto": ours(0)}
-    if not peers:
-        steps["bf16"] = job(transformer("bf16", blocks, "cpu", heads=heads), "bf16", size, text, rank=RANK).step
-    if others is not None:
-        trained = [parameter for parameter in others.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=2e-4)
-        steps |= {
-            "peft_trimmed": peer_step(others, optimizer, size, text, False),
-            "peft_padded": peer_step(others, optimizer, size, text, True),
-        }
-    found: dict[str, list[float]] = {key: [] for key in steps}
-    for number in range(rounds + 1):
-        for key, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if number:
-                found[key].append(time.perf_counter() - started)
-    row: dict[str, Any] = {"model": name, "size": size, "text": text, "dtype": dtype, "rounds": rounds}
-    row |= {f"{key}_s": statistics.median(times) for key, times in found.items()}
-    row |= {f"{key}_spread": max(times) / min(times) for key, times in found.items()}
-    for key in steps if peers else ():
-        if key.startswith("peft"):
-            row |= {
-                f"ratio_{key}": row[f"{key}_s"] / row["ours_s"],
-                f"ratio_{key}_auto": row[f"{key}_s"] / row["ours_auto_s"],
-            }
-    if not peers:
-        row["ratio_to_bf16"] = row["ours_s"] / row["bf16_s"]
-    return row
+    steps: dict[str, Turn] = {"ours": ours(1), "ours_auto": ours(0)}
+    asked = {"model": name, "size": size, "text": text, "dtype": dtype, "target": target, "rounds": rounds}
+    asked["compute"] = compute
+    if dtype not in ("bf16", "fp32"):
+        plain = job(transformer("bf16", blocks, "cpu", heads=heads), "bf16", size, text, target=target, rank=RANK)
+        steps["bf16"] = lambda: (plain.step(), None)[1]
+        row = asked | take_turns(steps, rounds, clock)
+        least = row["ours_least_s"] / row["bf16_least_s"]
+        return row | {"ratio_to_bf16": row["ours_s"] / row["bf16_s"], "least_ratio_to_bf16": least}
+    steps |= {f"peft_{way}": step for way, step in peft_steps(model, size, text, target).items()}
+    with ExitStack() as opened:
+        if dtype == "bf16" and is_host(host_folder()):
+            settings = {"size": size, "text": text, "rank": RANK, "checkpointing": True}
+            node = ComfyUI("train", vars(model.config), torch.get_num_threads(), clock, **settings)
+            steps["comfyui"] = opened.enter_context(node).turn
+        row = asked | take_turns(steps, rounds, clock)
+    peers = [name for name in steps if not name.startswith("ours")]
+    return row | ratios(row, peers, "ours") | ratios(row, peers, "ours_auto", "_auto")
 
 
 def main() -> int:
@@ -136,16 +136,18 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=512, help="pixels a side")
     parser.add_argument("--text", type=int, default=40, help="text tokens")
     parser.add_argument("--dtype", default="bf16", help="a precision; a quantised one is measured beside bf16 instead")
+    parser.add_argument("--compute", choices=get_args(Compute), default="weights", help="of a quantised one")
+    parser.add_argument("--target", default="all", help="what our LoRA and PEFT's are added to")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU seconds, where others work too")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    plain = options.dtype in ("bf16", "fp32")
-    row = measure(options.model, options.size, options.text, options.dtype, options.rounds, plain)
-    row = {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
-    print(json.dumps(row) if options.json else "\n".join(f"{key:<26} {value}" for key, value in row.items()))
+    model, dtype, target = options.model, options.dtype, options.target
+    how = (options.rounds, target, options.clock, options.compute)
+    show(measure(model, options.size, options.text, dtype, *how), options.json)
     return 0
 
 

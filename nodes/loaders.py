@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..chroma_core.errors import ModelFileError
 from ..chroma_core.loading.load import describe
 from ..chroma_core.loading.model_files import in_checkpoint, locate
-from ..chroma_core.loading.spec import ModelHandle, ModelSpec, Offload
+from ..chroma_core.loading.spec import Compute, ModelHandle, ModelSpec, Offload
 from ..chroma_core.memory import Settings, estimate, in_gib, memory_plan
 from ..chroma_core.model.flavours import FLAVOURS
 from ..chroma_core.model.latents import PATCH
@@ -104,6 +104,7 @@ class ChromaLoadModel(io.ComfyNode):
                     "neither reads the full weights nor quantises again. Takes as much disk as the model does memory.",
                     **ADVANCED,
                 ),
+                widget(ModelSpec, "compute"),
             ],
             outputs=[
                 ChromaModel.Output(
@@ -144,6 +145,7 @@ class ChromaLoadModel(io.ComfyNode):
         resident_blocks=2,
         offload_during_startup=False,
         keep_quantised=False,
+        compute: Compute = "weights",
     ) -> io.NodeOutput:
         spec = ModelSpec(
             flavour,
@@ -157,12 +159,13 @@ class ChromaLoadModel(io.ComfyNode):
             resident_blocks=resident_blocks if offload == "block" else 2,  # else unread, and no reason to load again
             offload_during_startup=offload_during_startup,
             quantised_folder=str(host.quantised_folder()) if keep_quantised else None,
+            compute=compute,
         )
         spec, planned = _checked(spec)
         return io.NodeOutput(ModelHandle(spec), spec, host.host_vae(spec), _memory_plan(spec, planned))
 
 
-SAME = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
+SAME = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup", "compute")
 """Widgets that are fields of the specification, as they are."""
 
 

@@ -39,14 +39,14 @@ MARKERS = (
 """One key of every layer: a LoRA's second matrix, the first of another kind, a difference of a weight or of a bias."""
 
 
-def import_host() -> None:
-    """Make `import comfy…` work in this process, on the CPU. The host reads its options from the command line."""
+def import_host(*options: str) -> None:
+    """Make `import comfy…` work in this process, on the CPU, with more of the options of its command line."""
     folder = host_folder()
     if not is_host(folder):
         raise EnvironmentFailure(f"there is no ComfyUI in {folder}; set COMFYUI_PATH, or run scripts/test.py once.")
     arguments = sys.argv
     sys.path.insert(0, str(folder))
-    sys.argv = ["x", "--cpu"]
+    sys.argv = ["x", "--cpu", *options]
     try:
         import comfy.options
 
@@ -56,8 +56,8 @@ def import_host() -> None:
         sys.argv = arguments
 
 
-def build_native(config: dict[str, Any], device: str = "cpu", operations: Any = None):
-    """The host's Chroma in fp32 inside its ModelPatcher, for a diffusers transformer configuration; random weights.
+def build_native(config: dict[str, Any], device: str = "cpu", operations: Any = None, dtype: str = "float32"):
+    """The host's Chroma inside its ModelPatcher, for a diffusers transformer configuration; random weights.
 
     Built directly, because the host's model detection hard-codes Chroma 1's widths. On `meta` it has shapes only.
     operations: the host's layer classes; None: plain ones.
@@ -92,7 +92,7 @@ def build_native(config: dict[str, Any], device: str = "cpu", operations: Any = 
             "vec_in_dim": None,
         }
     )
-    native.set_inference_dtype(torch.float32, None)
+    native.set_inference_dtype(getattr(torch, dtype), None)
     native.custom_operations = operations or comfy.ops.disable_weight_init
     where = torch.device(device)
     model = comfy.model_base.Chroma(native, device=where)

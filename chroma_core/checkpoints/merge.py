@@ -1,7 +1,8 @@
 """LoRAs merged into a checkpoint: a new file or folder of the whole transformer, written tensor by tensor.
 
-W' = W + Σ strength · ΔW, and biases and norms alike, in fp32 from the base's own numbers (fp8, scaled fp8 and GGUF are unpacked), in the order in
-which the LoRAs are given, rounded once to the type that is written. Everything that no LoRA changes is copied.
+W' = W + Σ strength · ΔW, and biases and norms alike, in fp32 from the base's own numbers (fp8, scaled fp8 and GGUF are
+unpacked), in the order in which the LoRAs are given, rounded once to the type that is written. Everything that no LoRA
+changes is copied.
 """
 
 from __future__ import annotations

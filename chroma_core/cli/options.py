@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
 MODEL = (
     *("flavour", "folder", *PARTS, "revision", "precision", "text_precision"),
-    *("offload", "resident_blocks", "offload_during_startup"),
+    *("offload", "resident_blocks", "offload_during_startup", "compute"),
 )
 """The fields of a `ModelSpec` that are flags under their own names."""
 

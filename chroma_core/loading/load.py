@@ -17,6 +17,7 @@ from ..lora.files import read_lora
 from ..lora.modules import LoraFile
 from ..model.flavours import flavour
 from ..model.precision import Precision, computed_on, precision, quantisable_linears, require, slow_here
+from ..model.quantised import compute_by
 from ..model.text_encoder import T5Encoder
 from ..model.transformer import ChromaTransformer
 from ..model.vae import Autoencoder
@@ -58,6 +59,8 @@ def load_transformer(
         placement = Placement.on(device, in_host_memory=spec.offload_during_startup, streamed=streamed)
         model = _load(spec, "transformer", placement, loras, on_part)
         assert isinstance(model, ChromaTransformer)
+        if warning := compute_by(model, spec.compute, device):
+            log.warning("ChromaKit: %s", warning)
         if streamed:
             stream_blocks(model, torch.device(device), spec.resident_blocks)
         return model
@@ -153,7 +156,7 @@ def transformer_identity(spec: ModelSpec) -> tuple[str, ...] | None:
     one that is streamed."""
     if spec.offload == "block":
         return None
-    return spec.flavour, spec.precision, file_state(locate(spec, "transformer"))
+    return spec.flavour, spec.precision, spec.compute, file_state(locate(spec, "transformer"))
 
 
 COMPUTING_BYTES = 2 << 30

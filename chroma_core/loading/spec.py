@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from ..errors import ConfigError, check_choice
 from ..lora.strengths import layer_strengths, parse_blocks, parse_schedule
+from ..model import eight_bits
+from ..model.eight_bits import Compute
 from ..model.flavours import FLAVOURS, flavour
 from ..model.precision import PRECISIONS, precision
 from ..options import Option
@@ -96,12 +98,28 @@ class ModelSpec:
     quantised_folder: Annotated[
         str | None, Option("A folder that keeps quantised weights for a faster next start.", advanced=True)
     ] = None
+    compute: Annotated[
+        Compute,
+        Option(
+            "How the transformer's int8 or fp8 weights are multiplied. weights: exactly, with the dequantised weight. "
+            "w8a8: activations are quantised to 8 bits, too, for the 8-bit units of newer GPUs; less exact. It has not "
+            "been faster on a measured GPU yet: see docs/precision.md.",
+            advanced=True,
+            since="0.1",
+        ),
+    ] = "weights"
 
     def __post_init__(self) -> None:
         flavour(self.flavour)
         precision(self.precision)
         precision(self.text_precision)
         check_choice("The offload mode", self.offload, get_args(Offload))
+        check_choice("The compute mode", self.compute, get_args(Compute))
+        if self.compute == "w8a8" and self.precision not in eight_bits.LARGEST:
+            raise ConfigError(
+                f"The compute mode w8a8 multiplies 8-bit weights, but the precision is {self.precision}. Choose the "
+                f"precision {' or '.join(eight_bits.LARGEST)}, or the compute mode weights."
+            )
         if self.resident_blocks < 2:
             raise ConfigError(
                 f"resident_blocks is {self.resident_blocks}; at least 2 blocks must fit on the device: the one that "

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..model.eight_bits import LARGEST, ROWS, Compute
 from ..model.precision import Precision
 from ..model.quantised import CHUNK, CHUNKS
+from ..model.transformer import MLP_RATIO
 from .anatomy import LoraLayers, TextEncoder, Transformer, Vae
 
 TEXT_TOKENS = 128
@@ -46,8 +48,8 @@ _LINEAR_SHARE = 6.5
 """Units fewer than at the peak while a dequantised weight lies beside them in the backward pass."""
 
 MOMENTS = {
-    "int8": (8.0, 13.0),
-    "fp8": (8.0, 9.0),
+    "int8": (6.0, 13.0),
+    "fp8": (6.0, 9.0),
     "int4": (9.1, 12.1),
     "nf4": (6.0, 12.1),
     "int8-quanto": (8.0, 6.0),
@@ -68,7 +70,7 @@ writes."""
 class Pass:
     """Sizes of one pass through the transformer: images, image and text tokens, and how it computes.
 
-    on_gpu: RMS norms are one kernel, which keeps no fp32 copy, and so is rounding.
+    on_gpu: RMS norms are one kernel, which keeps no fp32 copy, and so is rounding. compute: see `eight_bits`.
     """
 
     batch: int
@@ -76,6 +78,7 @@ class Pass:
     text_tokens: int
     chosen: Precision
     on_gpu: bool = False
+    compute: Compute = "weights"
 
     @property
     def tokens(self) -> int:
@@ -103,7 +106,19 @@ def dequantised(weights: int, chosen: Precision, on_gpu: bool) -> int:
     size = chosen.dtype.itemsize
     if on_gpu and chosen.library is None:
         return round(BESIDE[chosen.name] * min(weights, CHUNKS["cuda"]) + size * weights)
-    return _in_pieces(weights, chosen, MOMENTS[chosen.name][0], size, CHUNKS["cpu"])
+    whole = _in_pieces(weights, chosen, MOMENTS[chosen.name][0], size, CHUNKS["cpu"])
+    # Pieces are rounded as they are written into the result, which the moment of a whole weight includes.
+    twice = chosen.scheme in ("int8", "fp8", "nf4") and weights > CHUNKS["cpu"]
+    return whole - twice * size * CHUNKS["cpu"]
+
+
+def product_bytes(body: Transformer, run: Pass) -> int:
+    """Bytes for a moment beside the input and the result of the largest product."""
+    largest = body.whole.largest_linear
+    if run.compute == "weights" or run.chosen.scheme not in LARGEST:
+        return dequantised(largest, run.chosen, run.on_gpu)
+    # Codes of one row, its sums twice, four widths wide; and fp8's weight once more, turned.
+    return min(run.tokens, ROWS) * body.width * (1 + 8 * MLP_RATIO) + (largest if run.chosen.scheme == "fp8" else 0)
 
 
 def quantising(weights: int, chosen: Precision) -> int:
@@ -123,7 +138,7 @@ def _in_pieces(weights: int, chosen: Precision, moment: float, result: float, pi
 def sampling_bytes(body: Transformer, run: Pass) -> int:
     """Peak of one forward pass without gradients (guidance runs its two passes one after the other)."""
     unit, size = run.unit(body), run.chosen.dtype.itemsize
-    extra = dequantised(body.whole.largest_linear, run.chosen, run.on_gpu)
+    extra = product_bytes(body, run)
     return round(max(_SAMPLING[size] * unit, _SAMPLING_LINEAR * unit + extra)) + run.rotation(body)
 
 
@@ -158,7 +173,7 @@ def training_bytes(body: Transformer, run: Pass, layers: LoraLayers, rank: int, 
     mlp = "single" in layers.mlp_out
     plain, with_mlp = (_RECOMPUTE, _RECOMPUTE_MLP) if interval else (_BACKWARD, _BACKWARD_MLP)
     peak = (with_mlp if mlp else plain)[size]
-    extra = dequantised(body.whole.largest_linear, run.chosen, run.on_gpu)
+    extra = product_bytes(body, run)
     on_top = round(max(peak * unit, (peak - _LINEAR_SHARE) * unit + extra))
     return kept_bytes(body, run, layers, rank, interval) + on_top
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from ..errors import ConfigError, check_choice
 from ..loading.spec import ModelSpec, Offload
 from ..lora.modules import AdapterKind
+from ..model.eight_bits import Compute
 from ..model.flavours import flavour
 from ..model.latents import snap_size
 from ..model.precision import Precision, precision
@@ -69,6 +70,7 @@ class Settings:
     ema: Annotated[bool, Option("A running mean of the weights is kept.")] = False
     text_tokens: Annotated[int, Option("Tokens of a caption; 512 when it is padded.")] = TEXT_TOKENS
     trained_parameters: Annotated[int, Option("Full-rank training of so many parameters, without LoRA.")] = 0
+    compute: Compute = "weights"
 
     @classmethod
     def of(cls, spec: ModelSpec, **more: Any) -> Settings:
@@ -83,6 +85,7 @@ class Settings:
         precision(self.precision)
         precision(self.text_precision)
         check_choice("The offload mode", self.offload, get_args(Offload))
+        check_choice("The compute mode", self.compute, get_args(Compute))
         check_choice("The optimizer", self.optimizer, OPTIMIZERS)
         check_choice("The adapter", self.adapter, get_args(AdapterKind))
         ones = dict.fromkeys(("batch_size", "rank", "text_tokens", "checkpointing_interval"), 1)
@@ -221,7 +224,7 @@ def _rows_within(body: Transformer, run: Pass, step: int, rows: int) -> int:
 def _pass(settings: Settings, on_gpu: bool) -> Pass:
     size = snap_size(settings.pixels, settings.pixels, SIZE_MULTIPLE)[0]
     chosen = precision(settings.precision)
-    return Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, chosen, on_gpu)
+    return Pass(settings.batch_size, (size // PATCH) ** 2, settings.text_tokens, chosen, on_gpu, settings.compute)
 
 
 def _trained_shapes(settings: Settings) -> list[tuple[int, ...]]:

@@ -11,31 +11,36 @@ A group is 64 neighbours in a row (or the largest power of two up to 64 that div
 CPU, CUDA, ROCm and MPS. Any other scheme is a library's (see `backends`): the library chooses the numbers, but the
 layer is this one, so all of them move between devices, stream, save and train alike. The product keeps no dequantised
 copy for its backward pass: the codes are dequantised again there, which costs a little time and saves one copy of the
-weights.
+weights. int8 and fp8 can also be multiplied as they are, by activations in 8 bits (see `eight_bits`).
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import PrecisionError
-from . import backends
+from . import backends, eight_bits
+from .eight_bits import Compute
 
 Scheme = Literal["int8", "fp8", "int4", "nf4"]
 
 GROUP = 64
 CHUNK = 1 << 22
 """Weights that are quantised at a time."""
-CHUNKS = {"cpu": 1 << 18, "cuda": 10 << 20}
+CHUNKS = {"cpu": 1 << 17, "cuda": 10 << 20}
 """Weights that are dequantised at a time, by the type of the device: what a CPU keeps near, and what a GPU can hold
 beside a model without many launches; elsewhere CHUNK."""
+FRESH = 32 << 20
+"""Bytes above which glibc gives memory back to the system at once: filling it anew costs more than dequantising."""
+_rooms = threading.local()
 _E4M3_MAX = 448.0
 _SCALE_DTYPE = torch.float16  # of groups: 11 bits of mantissa; weights are far inside its range
 CODES = torch.int8
@@ -125,8 +130,10 @@ def _refuse_odd(columns: int, scheme: str) -> None:
         raise PrecisionError(f"A layer with {columns} inputs cannot be packed to 4 bits: the number must be even.")
 
 
-def dequantise_weight(parts: Mapping[str, Tensor], scheme: str, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-    """The weight of `shape` [out, in] that codes and scales stand for, in `dtype`."""
+def dequantise_weight(
+    parts: Mapping[str, Tensor], scheme: str, dtype: torch.dtype, shape: torch.Size, room: Tensor | None = None
+) -> Tensor:
+    """The weight of `shape` [out, in] that codes and scales stand for, in `dtype`; in `room` if its pieces need one."""
     if scheme in backends.SCHEMES:
         return backends.backend(scheme).dequantise(parts, scheme, dtype, shape)
     device = parts["weight"].device
@@ -136,14 +143,27 @@ def dequantise_weight(parts: Mapping[str, Tensor], scheme: str, dtype: torch.dty
     spans = _chunks(rows, columns, max(1, shape.numel()) if whole else CHUNKS.get(device.type, CHUNK))
     if len(spans) == 1 and not fused:
         return _dequantise_rows(parts, scheme, dtype)
-    weight = torch.empty(shape, dtype=dtype, device=device)
+    weight = torch.empty(shape, dtype=dtype, device=device) if room is None else room
     for a, b in spans:
         piece = {name: tensor[a:b] for name, tensor in parts.items()}
         if fused:
             dequantise_into(weight[a:b], piece, scheme)
         else:
-            weight[a:b] = _dequantise_rows(piece, scheme, dtype)
+            weight[a:b] = _dequantise_rows(piece, scheme, torch.float32)  # rounded as it is written
     return weight
+
+
+def _kept_room(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A thread's memory for one large weight on a CPU, whose allocator would take fresh pages for each (FRESH). What
+    lies in it is good until the next product."""
+    size = shape.numel() * dtype.itemsize
+    if device.type != "cpu" or size <= FRESH or torch.compiler.is_compiling():
+        return None
+    kept = getattr(_rooms, "bytes", None)
+    if kept is None or kept.numel() < size:
+        with torch.inference_mode(False):
+            kept = _rooms.bytes = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(dtype).view(shape)
 
 
 def dequantise_into(rows: Tensor, parts: Mapping[str, Tensor], scheme: str) -> None:
@@ -167,11 +187,11 @@ def dequantise_into(rows: Tensor, parts: Mapping[str, Tensor], scheme: str) -> N
 def _dequantise_rows(parts: Mapping[str, Tensor], scheme: str, dtype: torch.dtype) -> Tensor:
     codes, scale = parts["weight"], parts["scale"]
     if scheme == "int8":
-        return (codes.to(torch.float32) * scale).to(dtype)
+        return codes.to(torch.float32).mul_(scale).to(dtype)
     codes = codes.view(torch.uint8)
     if scheme == "fp8":
         values = _e4m3(codes.device)[codes.int()] if codes.device.type == "mps" else codes.view(torch.float8_e4m3fn)
-        return (values.to(torch.float32) * scale).to(dtype)
+        return values.to(torch.float32).mul_(scale).to(dtype)
     if scheme == "nf4":
         # Both levels of a byte at once, by a 4-byte index: `levels[codes]` would make an 8-byte one for every weight.
         pairs = F.embedding(codes.int(), _nf4_pairs(codes.device)).view(codes.shape[0], scale.shape[1], -1)
@@ -225,6 +245,8 @@ class QuantisedLinear(nn.Module):
     """
 
     bias: Tensor | None
+    compute: Compute = "weights"
+    """How products are computed; see `compute_by`."""
 
     def __init__(
         self, in_features: int, out_features: int, scheme: str, parts: Mapping[str, Tensor], bias: Tensor | None
@@ -254,11 +276,11 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in the dtype of x."""
-        shape = torch.Size((self.out_features, self.in_features))
+        kind = _Kind(self.scheme, torch.Size((self.out_features, self.in_features)), self.names, self.compute)
         if torch.is_grad_enabled() and x.requires_grad:
-            y = _Product.apply(x, self.scheme, shape, self.names, *self.parts().values())
+            y = _Product.apply(x, kind, *self.parts().values())
         else:  # nothing to keep for a backward pass; and the compiler cannot trace a context that nobody needs
-            y = F.linear(x, dequantise_weight(self.parts(), self.scheme, x.dtype, shape))
+            y = kind.product(x, *self.parts().values())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -276,18 +298,67 @@ class QuantisedLinear(nn.Module):
         return self
 
 
+class _Kind(NamedTuple):
+    """What a quantised product must know beside the tensors of its weight."""
+
+    scheme: str
+    shape: torch.Size
+    names: tuple[str, ...]
+    compute: Compute
+
+    def product(self, x: Tensor, *parts: Tensor) -> Tensor:
+        """x·Wᵀ."""
+        named = dict(zip(self.names, parts, strict=True))
+        if self.compute == "w8a8":
+            return eight_bits.product(x, named["weight"], named["scale"], self.scheme)
+        return F.linear(x, self._weight(named, x))
+
+    def transposed_product(self, gradient: Tensor, *parts: Tensor) -> Tensor:
+        """∂y·W."""
+        named = dict(zip(self.names, parts, strict=True))
+        if self.compute == "w8a8":
+            return eight_bits.transposed_product(gradient, named["weight"], named["scale"], self.scheme)
+        return gradient @ self._weight(named, gradient)
+
+    def _weight(self, parts: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        room = _kept_room(self.shape, x.dtype, x.device)
+        return dequantise_weight(parts, self.scheme, x.dtype, self.shape, room)
+
+
 class _Product(torch.autograd.Function):
     """x·Wᵀ, with W dequantised afresh in both directions."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scheme: str, shape: torch.Size, names: tuple[str, ...], *parts: Tensor) -> Tensor:
-        ctx.scheme, ctx.shape, ctx.names = scheme, shape, names
+    def forward(ctx: Any, x: Tensor, kind: _Kind, *parts: Tensor) -> Tensor:
+        ctx.kind = kind
         ctx.save_for_backward(*parts)  # the layer's own buffers: nothing is copied
-        return F.linear(x, dequantise_weight(dict(zip(names, parts, strict=True)), scheme, x.dtype, shape))
+        return kind.product(x, *parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        parts = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        weight = dequantise_weight(parts, ctx.scheme, gradient.dtype, ctx.shape)
-        return (gradient @ weight, None, None, None, *(None for _ in parts))
+        parts = ctx.saved_tensors
+        return (ctx.kind.transposed_product(gradients[0], *parts), None, *(None for _ in parts))
+
+
+def compute_by(model: nn.Module, compute: Compute, device: torch.device | str) -> str:
+    """Let the quantised layers of a model compute so on the device. Returns what to say where they cannot, and compute
+    with dequantised weights instead."""
+    layers = [module for module in model.modules() if isinstance(module, QuantisedLinear)]
+    for layer in layers:
+        layer.compute = "weights"
+    if compute == "weights" or not layers:
+        return ""
+    instead = "The products are those of the dequantised weights (compute: weights)."
+    if reason := eight_bits.cannot(layers[0].scheme, device):
+        return f"The compute mode w8a8 is not used: {reason}. {instead}"
+    device = torch.device(device)
+    fitting = [layer for layer in layers if eight_bits.fits(layer.out_features, layer.in_features, device)]
+    for layer in fitting:
+        layer.compute = compute
+    left = len(layers) - len(fitting)
+    if not left:
+        return ""
+    return (
+        f"The compute mode w8a8 is not used in {left} of {len(layers)} quantised layers, whose sizes are no multiples "
+        f"of {eight_bits.MULTIPLE}. {instead}"
+    )

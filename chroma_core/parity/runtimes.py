@@ -116,7 +116,7 @@ def api_prompt(case: Case, loras: list[str]) -> Prompt:
     shift = settings.flow_shift
     constant = isinstance(shift, float)
     graph = Graph()
-    chosen = ("flavour", "precision", "text_precision", "offload", "resident_blocks")
+    chosen = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "compute")
     loader = graph.add("load", "ChromaLoadModel", **{field: getattr(spec, field) for field in chosen})
     model = loader[0]
     for i, (use, name) in enumerate(zip(case.loras, loras, strict=True)):

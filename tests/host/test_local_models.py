@@ -201,6 +201,17 @@ def test_kept_quantised_weights_paint_the_same_picture(server: Host, models: Pat
     assert "int8" in refusal(server, precision="nf4", transformer="tiny_int8.safetensors")
 
 
+def test_products_in_8_bits_paint_nearly_the_same_picture(server: Host):
+    """Each mode its own image, in turn, and again the first one's bits; a precision without 8-bit codes is refused."""
+    exact = paint(server, precision="int8")
+    rounded = paint(server, precision="int8", compute="w8a8")
+    difference = np.abs(rounded.astype(float) - exact.astype(float)).mean()
+    assert 0 < difference < 6
+    server.forget_cached_outputs()
+    assert np.array_equal(paint(server, precision="int8"), exact)
+    assert "Choose the precision int8 or fp8" in refusal(server, precision="bf16", compute="w8a8")
+
+
 def test_a_replaced_file_is_read_again(server: Host, models: Path, published: np.ndarray):
     path = models / "diffusion_models" / "changing.safetensors"
     weights = to_original(tiny("transformer"))

@@ -67,6 +67,36 @@ quantised. In T5 the embeddings and norms keep 16 bits.
 
 A layer never keeps a 16-bit copy of its weight: it is dequantised for each product and again for its gradient.
 
+## Products in 8 bits: `compute` = `w8a8`
+By default (`weights`) the product is that of the dequantised weight. With `w8a8` an `int8` or `fp8` transformer
+quantises the activations as well, one scale for each token, and multiplies codes by codes: y = (A·Qᵀ)·a·s, and for
+gradients ∂x = (B·Q)·b with b·B ≈ ∂y·s. Scales stay outside in fp32 and the result is rounded once. It is for GPUs whose
+8-bit units are faster than their bf16 ones, in training and sampling, and it is **off by default**: on the one GPU
+measured, an H200, it gained nothing, because quantising is not part of another kernel
+([performance.md](performance.md)).
+
+- **Error.** Of each activation at most half a step of its row's scale: max |x| / 254 (`int8`), |x| / 16 (`fp8`). Of a
+  layer's result about 1 % (`int8`) and 3 % (`fp8`) for normal numbers, as much as quantising the weights costs.
+  Tested against fp64.
+- **Where.** NVIDIA from Turing (`int8`) and from Ada (`fp8`) on; a CPU multiplies `int8` so and computes `fp8` in
+  fp32, with the same codes and slowly. Where a device cannot, or a layer's sizes are no multiples of 16, a warning
+  says so and that computes with dequantised weights. Other precisions are refused.
+- **Jobs** keep the mode that they began with; another one makes another job. A running job lends its model to prompts
+  of the same mode only. T5 always computes with dequantised weights. LoRAs and their gradients stay in 16 bits.
+
+`python -m benchmarks eight-bits` trains the same job on `tiny` in both modes (80 steps of batch 4, rank 16, target
+`all+ffs`), and with two other seeds to show what chance does. *Curve* is the mean difference of the smoothed losses,
+*image* that of the last preview's 8-bit values:
+
+| base | compute, seed | validation loss, before 0.64 | curve | image |
+|---|---|---|---|---|
+| `int8` | `weights`, 0 | 0.2934 | | |
+| | `w8a8`, 0 | 0.2932 | 0.0004 | 1.2 of 255 |
+| | `weights`, 1 and 2 | 0.2891, 0.2774 | 0.045, 0.021 | 18 and 25 |
+| `fp8` | `weights`, 0 | 0.2946 | | |
+| | `w8a8`, 0 | 0.2941 | 0.0017 | 1.2 of 255 |
+| | `weights`, 1 and 2 | 0.2893, 0.2778 | 0.045, 0.021 | 18 and 23 |
+
 ## LoRAs on a quantised model
 - *live*: the LoRA is computed beside the quantised weight and is not rounded. Its strength changes at once. This is
   also how training works.

@@ -1,12 +1,14 @@
 """The quantised linear against its own formats' error bounds, bitsandbytes' nf4 table, and plain autograd."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 from chroma_core.errors import PrecisionError
+from chroma_core.model import quantised
 from chroma_core.model.quantised import CODES, NF4_LEVELS, QuantisedLinear, group_size, outline, quantise_weight
 
 SCHEMES = ["int8", "fp8", "int4", "nf4"]
@@ -135,3 +137,25 @@ def test_it_compiles(scheme):
     assert torch.allclose(y, quantised(x), atol=1e-6)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.allclose(gradient, quantised.dequantise().sum(0).expand_as(x), atol=1e-4)
+
+
+def test_a_large_weight_has_its_room_and_its_products_are_their_own(monkeypatch):
+    """On a CPU large weights share memory, in a mode and out of it; no result changes by that."""
+    layers = [QuantisedLinear.from_linear(linear(rows=512, columns=1024, seed=i), "int8") for i in range(2)]
+    x = torch.randn(3, 1024)
+    weight = torch.randn(3, 512)
+
+    def results() -> list[torch.Tensor]:
+        own = x.clone().requires_grad_()
+        found = [layer(own) for layer in layers]
+        gradients = [torch.autograd.grad((y * weight).sum(), own)[0] for y in found]
+        with torch.inference_mode():
+            return [*(y.detach().clone() for y in found), *gradients, *(layer(x).clone() for layer in layers)]
+
+    before = results()
+    monkeypatch.setattr(quantised, "FRESH", 1 << 10)
+    monkeypatch.setattr(quantised, "_rooms", threading.local())
+    with torch.inference_mode():
+        layers[0](x)
+    assert quantised._rooms.bytes.numel() == 512 * 1024 * 4
+    assert all(torch.equal(*pair) for pair in zip(before, results(), strict=True))

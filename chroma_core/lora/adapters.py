@@ -194,8 +194,8 @@ class LokrBranch(LoraBranch):
 
 
 class WholeBranch(LoraBranch):
-    """strength · ΔW x, for the kinds whose ΔW [out, in] has to be made whole: afresh in every pass, in fp32, from the
-    weight that the base computes with, as in a DoRA. Not to be trained."""
+    """strength · ΔW x, for the kinds whose ΔW [out, in] has to be made whole: afresh in every pass, in fp32, where it
+    depends on the weight from that which the base computes with, as in a DoRA. Not to be trained."""
 
     in_halves = False
 
@@ -203,6 +203,7 @@ class WholeBranch(LoraBranch):
         super().__init__(name, module, *args, **kwargs)
         self.fixed = module.map(lambda _: torch.empty(0))
         self.has_bias_only = isinstance(module, FullModule) and module.diff is None
+        self.needs_weight = module.kind == "oft" or "magnitude" in module.factors()
 
     def module(self) -> AdapterModule:
         """The adapter as a value, whose tensors are the branch's own."""
@@ -213,7 +214,8 @@ class WholeBranch(LoraBranch):
             return y
         with torch.no_grad():
             device = next(self.parameters()).device
-            delta = self.module().delta(dequantised_weight(base, torch.float32).to(device)) * self.strength
+            weight = dequantised_weight(base, torch.float32).to(device) if self.needs_weight else None
+            delta = self.module().delta(weight) * self.strength
         return y + F.linear(x, delta.to(x.dtype)).to(y.dtype)
 
 

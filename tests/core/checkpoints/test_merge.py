@@ -13,17 +13,19 @@ from safetensors.torch import load_file, save_file
 import native
 from chroma_core import files
 from chroma_core.checkpoints.merge import MERGED_KEY, merge_loras
+from chroma_core.checkpoints.norms import norms_on
 from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError, LoraError, ModelFileError
 from chroma_core.files import sha256_file
 from chroma_core.loading.load import load_transformer
 from chroma_core.loading.model_files import base_warning
 from chroma_core.loading.spec import LoraUse, ModelSpec
-from chroma_core.lora.adapters import attach, detach
+from chroma_core.lora.adapters import attach, detach, merge
 from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.lora.modules import LoraFile
 from chroma_core.model.latents import unpack
 from chroma_core.names.transformer import to_original
+from foreign_loras import foreign_kind
 from lora_cases import distance, inputs, predict, random_kind, random_lora
 from miniature import REAL_DEPTH, real_depth, transformer
 from weight_files import write_gguf, write_scaled_fp8
@@ -83,6 +85,30 @@ def test_it_is_what_comfyui_makes_of_the_lora(place, merged, tmp_path):
     assert distance(patched, base) > 0.1
     print(f"merged against ComfyUI's patch: {distance(ours, patched):.1e}")
     assert distance(ours, patched) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["train-lora", "full", "dora-columns", "oft", "native-loha"])
+def test_every_kind_is_merged_biases_and_norms_too(tmp_path, kind):
+    """What `adapters.merge` makes of the model, which is ComfyUI's own (tests/host/test_foreign_kinds_host.py)."""
+    model = transformer()
+    base = written(tmp_path / "base.safetensors", model)
+    names = {**model.state_dict(), **to_original(model.state_dict(), norm_leaf="weight")}
+    shapes = {n.removesuffix(".weight"): tuple(t.shape) for n, t in names.items() if n.endswith(".weight")}
+    save_file(foreign_kind(kind, shapes, 2, 2), tmp_path / "lora.safetensors")
+    use, lora = LoraUse(str(tmp_path / "lora.safetensors"), 0.5), read_lora(tmp_path / "lora.safetensors")
+    merge_loras(spec(base), [use], tmp_path / "merged.safetensors")
+    merge(model, lora, 0.5)
+    found, wanted = load_file(tmp_path / "merged.safetensors"), to_original(model.state_dict())
+    before = load_file(base)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    changed = {name.rpartition(".")[2] for name in wanted if not torch.equal(wanted[name], before[name])}
+    assert changed == ({"weight", "bias", "scale"} if kind in ("train-lora", "full") else {"weight"})
+    norms = norms_on(lora, spec(base))
+    assert norms.weight is not None and norms.change.keys() == lora.modules.keys()
+    layer = "transformer_blocks.0.attn.to_q"
+    delta = lora.modules[layer].delta(transformer().get_submodule(layer).weight)
+    assert norms.change[layer] == pytest.approx(float(delta.norm()), rel=1e-5)
 
 
 def test_it_is_the_loras_live(place, merged):

@@ -71,6 +71,23 @@ class DiskFull(JobError):
     """A training job cannot be written down because the disk is full."""
 
 
+def check_text(data: object, beginning: str = "") -> None:
+    """Raise ConfigError for a text anywhere in nested values that no file can hold; `beginning` begins the message."""
+    if isinstance(data, str):
+        if any("\ud800" <= character <= "\udfff" for character in data):
+            raise ConfigError(
+                f"{beginning}{shortened(data)!r} has half a character (a lone surrogate), which no file can hold. Type "
+                "it anew."
+            )
+    elif isinstance(data, dict):
+        for key, value in data.items():
+            check_text(key, beginning)
+            check_text(value, beginning)
+    elif isinstance(data, list | tuple):
+        for value in data:
+            check_text(value, beginning)
+
+
 def check_choice(what: str, value: object, known: Iterable[str]) -> None:
     """Raise ConfigError, naming what there is, unless `value` is one of `known`; `what` begins the message."""
     choices = tuple(known)

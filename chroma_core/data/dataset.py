@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_text
 from ..options import Option
 
 Resolution = Annotated[int, Field(ge=32, le=4096)]
@@ -36,24 +36,11 @@ class Settings(BaseModel):
     @classmethod
     def parse(cls, data: Any) -> Self:
         """`model_validate` with the errors as one paragraph. Raises ConfigError, also for text that is none."""
-        broken = _no_text(data)
-        if broken is not None:
-            raise ConfigError(
-                f"These settings cannot be used: {broken!r} has half a character (a lone surrogate), which no file can "
-                "hold. Type it anew."
-            )
+        check_text(data, "These settings cannot be used: ")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             raise ConfigError(f"These settings cannot be used: {'; '.join(map(_line, error.errors()))}.") from error
-
-
-def _no_text(data: Any) -> str | None:
-    """The first text in nested values that has no UTF-8."""
-    if isinstance(data, str):
-        return data if any("\ud800" <= character <= "\udfff" for character in data) else None
-    inner = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ()
-    return next((found for found in map(_no_text, inner) if found is not None), None)
 
 
 def _line(error: Any) -> str:

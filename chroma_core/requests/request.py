@@ -28,7 +28,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from ..data.dataset import Settings
-from ..errors import ChromaKitError, ConfigError, PromptError
+from ..errors import ChromaKitError, ConfigError, PromptError, check_text
 from ..files import each_once
 from ..loading.spec import LoraMode, Offload
 from ..lora.strengths import parse_blocks, parse_schedule
@@ -162,6 +162,7 @@ class InferenceRequest(Settings):
         """A request that can be carried out as far as its text tells. Raises ConfigError naming every wrong field."""
         if not isinstance(data, dict):
             raise unusable(f"it is {kind(data)}, and must be a JSON object with at least `prompts`")
+        check_text(data, "The request cannot be used: ")
         remarks: list[str] = []
         data = _taken(data, "", "", remarks)
         try:

@@ -13,7 +13,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Generator, Tensor
 
-from ..errors import ConfigError, check_choice
+from ..errors import ConfigError, check_choice, shortened
 
 FlowShift = Literal["dynamic", "none"] | float
 """`dynamic` shifts by resolution, a number s shifts by s, `none` leaves the spacing as it is."""
@@ -42,10 +42,12 @@ def parse_flow_shift(value: str | float) -> FlowShift:
         return cast(FlowShift, value)
     try:
         shift = float(value)
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):  # whatever a program may send
         shift = math.nan
     if not (math.isfinite(shift) and shift > 0):
-        raise ConfigError(f"The flow shift is {value!r}; it must be 'dynamic', 'none' or a number above 0 (1 = none).")
+        raise ConfigError(
+            f"The flow shift is {shortened(repr(value))}; it must be 'dynamic', 'none' or a number above 0 (1 = none)."
+        )
     return shift
 
 

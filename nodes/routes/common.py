@@ -16,12 +16,16 @@ from aiohttp import web
 from comfy_api.latest import io
 from pydantic import BaseModel, ValidationError
 
-from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError
+from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError, first_line
 from ...chroma_core.requests.request import mistakes
 from ...chroma_core.training.jobs.manager import Job
 from .. import jobs
 
 Body = TypeVar("Body", bound=BaseModel)
+
+
+MOST_DIGITS = 20
+"""Of a whole number in a query: more than any has, and few enough to read."""
 
 
 class TooLarge(ChromaKitError):
@@ -88,7 +92,7 @@ def whole_number(request: web.Request, name: str, default: int | None, low: int,
     text = request.query.get(name)
     if text is None:
         return default
-    if not text.isdecimal() or not low <= int(text) <= high:
+    if not (text.isdecimal() and len(text) <= MOST_DIGITS) or not low <= int(text) <= high:
         raise Malformed(f"{name} is '{text}'; it must be a whole number from {low} to {high}.")
     return int(text)
 
@@ -97,8 +101,9 @@ async def json_of(request: web.Request) -> Any:
     """The request's JSON, whatever it is. Raises Malformed."""
     try:
         return await request.json()
-    except ValueError as error:
-        raise Malformed(f"The request's body is not JSON: {error}.") from None
+    except (ValueError, LookupError, RecursionError) as error:  # no JSON, an unknown charset, bottomless nesting
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        raise Malformed(f"The request's body is not JSON: {why}.") from None
 
 
 async def body_of(request: web.Request, model: type[Body]) -> Body:
@@ -140,10 +145,10 @@ def _read(widget: Any, value: Any) -> Any:
         return value
     if isinstance(widget, io.Int.Input | io.Float.Input):
         whole = isinstance(widget, io.Int.Input)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
         if not number or (whole and value != int(value)):
             raise Malformed(f"{widget.id} is {value!r}; it must be a {'whole ' if whole else ''}number.")
-        if not widget.min <= value <= widget.max:
+        if not widget.min <= value <= widget.max:  # before any float is made of it
             raise Malformed(f"{widget.id} is {value}; it must be between {widget.min} and {widget.max}.")
         return int(value) if whole else float(value)
     kind = bool if isinstance(widget, io.Boolean.Input) else str

@@ -80,6 +80,8 @@ def extract_lora(
         LoraError: nothing differs; another file is there; numbers that are not finite.
     """
     output = Path(output)
+    if torch.device(device).type == "mps":
+        device = "cpu"  # layers are decomposed in fp64, which Apple's GPUs do not have
     check_choice("The number format", dtype, [name for name in DTYPES if name != "keep"])
     if output.suffix != ".safetensors":
         raise LoraError(f"'{output}' is no name for a LoRA: it must end in .safetensors.")

@@ -258,11 +258,12 @@ class OftModule(_Factors):
 
     def turn(self) -> Tensor:
         """Rᵀ [out / size, size, size] in fp32."""
-        blocks = self.blocks.double()
+        device = self.blocks.device
+        blocks = self.blocks.to("cpu" if device.type == "mps" else device).double()  # Apple's GPUs have no fp64
         skew = blocks - blocks.mT
         unit = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
         # Rᵀ = (I − Q)ᵀ⁻¹ (I + Q)ᵀ = (I + Q)⁻¹ (I − Q), since Qᵀ = −Q.
-        return torch.linalg.solve(unit + skew, unit - skew).float()
+        return torch.linalg.solve(unit + skew, unit - skew).float().to(device)
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """ΔW [out, in] in fp32, for the layer's weight [out, in]; LoraError when that is not given."""

@@ -16,6 +16,9 @@ NOT_ON_APPLE = {"float64", "double", "float8_e4m3fn", "float8_e5m2", "float8_e4m
 
 ON_THE_CPU = {
     ("data/order.py", "uniform"): "a random number",
+    ("checkpoints/norms.py", "norms_on"): "weights from a file",
+    ("lora/files.py", "_oft"): "a LoRA file",
+    ("lora/lowrank.py", "*"): "a LoRA file, or weights where `extract_lora` asks first",
     ("lora/report.py", "update_norm"): "a LoRA file",
     ("model/quantised.py", "_e4m3"): "made on the CPU, moved as fp32",
     ("parity/case.py", "compare"): "results",
@@ -32,6 +35,8 @@ ON_THE_CPU = {
     ("model/backends/quanto.py", "*"): "an operation that refuses other devices",
 }
 ASKS_FIRST = {
+    ("model/eight_bits.py", "_dtype"),
+    ("lora/modules.py", "turn"),
     ("model/quantised.py", "_dequantise_rows"),
     ("model/quantised.py", "dequantise_into"),
     ("model/quantised.py", "_e4m3_codes"),

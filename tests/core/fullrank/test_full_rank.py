@@ -305,7 +305,7 @@ def test_damaged_checkpoints_are_passed_over_back_to_the_base(places, tmp_path):
         file = tmp_path / f"step-{step:06d}" / made.trained.weights_file
         file.write_bytes(file.read_bytes()[:-1])
         progress, damaged = restore_latest(tmp_path, made.trained, made.stepper)
-        assert len(damaged) == 1 and "ModelFileError" in damaged[0]
+        assert len(damaged) == 1 and "is not as it was written" in damaged[0]
         assert (progress and progress.step) == (1 if step == 2 else None)
         expected = kept[1] if step == 2 else before
         assert all(torch.equal(a, b) for a, b in zip(made.parameters, expected, strict=True))

@@ -12,6 +12,7 @@ const listeners = new Set();
 /** @type {string | null} */
 let choice = null; // null: not known yet
 let held = 0;
+let heard = 0; // how often the host has told by itself
 
 /** The choice, or null before it is known; and the number of prompts that wait for the job. */
 export const manners = () => ({ choice, held });
@@ -32,9 +33,19 @@ function take(found) {
   for (const listener of [...listeners]) listener();
 }
 
+/**
+ * Take an answer, unless the host has told something since it was asked for: that is newer.
+ * @param {() => Promise<HostSettings>} ask
+ */
+async function takeAnswer(ask) {
+  const before = heard;
+  const found = await ask();
+  if (heard === before) take(found);
+}
+
 async function load() {
   try {
-    take(await get("settings"));
+    await takeAnswer(() => get("settings"));
   } catch (error) {
     console.warn("ChromaKit: the host's settings could not be read:", error);
   }
@@ -45,13 +56,16 @@ async function load() {
  * @param {unknown} value
  */
 export async function choose(value) {
-  take(await post("settings", { prompts_while_training: value }));
+  await takeAnswer(() => post("settings", { prompts_while_training: value }));
 }
 
 /** Begin to follow the host; called once. */
 export function startManners() {
   const again = throttled(load, MILLISECONDS);
-  api.addEventListener(CHANGED, ({ detail }) => take(detail));
+  api.addEventListener(CHANGED, ({ detail }) => {
+    heard += 1;
+    take(detail);
+  });
   api.addEventListener("reconnected", load);
   // The queue became longer or shorter; only then does the number of held prompts change.
   api.addEventListener("status", () => choice === "finish" && again());

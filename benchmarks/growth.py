@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import training_step
 from benchmarks.real_model import ROOT, job, transformer
-from benchmarks.turns import CLOCKS, Turn, take_turns
+from benchmarks.turns import Turn, add_options, take_turns
 from tools.charts import INK, Axes, Sheet, round_ticks
 
 HEADS, TEXT = 6, 40
@@ -74,9 +74,7 @@ def chart(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU seconds, where others work too")
+    add_options(parser)
     parser.add_argument("--write", action="store_true", help=f"write {DATA.relative_to(ROOT)} and draw the chart")
     parser.add_argument("--draw", action="store_true", help="draw the chart of the numbers that are kept")
     options = parser.parse_args()

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.comfyui_peer import CLOCKS
 from benchmarks.real_model import ROOT
 from benchmarks.real_size import as_the_peer_does, write_random
-from benchmarks.turns import load, show
+from benchmarks.turns import add_options, load, show
 
 CONTESTANTS = ("ours", "ours_int8", "ours_int8_kept", "diffusers", "comfyui")
 
@@ -111,9 +111,7 @@ def measure(blocks: tuple[int, int], rounds: int, threads: int, clock: str, scra
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs=2, default=(1, 1), metavar=("DOUBLE", "SINGLE"))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU seconds, where others work too")
+    add_options(parser, threads=1)
     parser.add_argument("--scratch", default=None, help="a folder for the random model (default: the system's)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--one", choices=CONTESTANTS, default=None, help=argparse.SUPPRESS)

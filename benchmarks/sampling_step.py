@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from benchmarks.comfyui_peer import ComfyUI
 from benchmarks.real_model import ROOT, condition, transformer
 from benchmarks.training_step import MODELS, PADDED
-from benchmarks.turns import CLOCKS, Turn, ratios, show, take_turns
+from benchmarks.turns import Turn, add_options, ratios, show, take_turns
 from chroma_core.model.latents import FLUX_LATENTS, pack
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.sampling.sampler import SamplingSettings, initial_noise, sample
@@ -97,9 +97,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=512, help="pixels a side")
     parser.add_argument("--text", type=int, default=40, help="text tokens")
     parser.add_argument("--steps", type=int, default=2, help="of each run")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU seconds, where others work too")
+    add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
     if options.threads:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.comfyui_peer import ComfyUI
 from benchmarks.real_model import ROOT, job, recompute, transformer
-from benchmarks.turns import CLOCKS, Turn, ratios, show, take_turns
+from benchmarks.turns import Turn, add_options, ratios, show, take_turns
 from chroma_core.lora.settings import target_modules
 from chroma_core.model.eight_bits import Compute
 from chroma_core.model.transformer import ChromaTransformer
@@ -138,9 +138,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="bf16", help="a precision; a quantised one is measured beside bf16 instead")
     parser.add_argument("--compute", choices=get_args(Compute), default="weights", help="of a quantised one")
     parser.add_argument("--target", default="all", help="what our LoRA and PEFT's are added to")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU seconds, where others work too")
+    add_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
     if options.threads:

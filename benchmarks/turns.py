@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -46,6 +47,13 @@ def ratios(row: Mapping[str, Any], peers: Iterable[str], to: str, suffix: str = 
 def load() -> float | None:
     """Processes that want a core, over the last minute; None where the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def add_options(parser: argparse.ArgumentParser, threads: int | None = None) -> None:
+    """What every benchmark in turns is asked."""
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU seconds, where others work too")
 
 
 def show(row: Mapping[str, Any], as_json: bool) -> None:

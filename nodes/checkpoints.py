@@ -60,8 +60,7 @@ class ChromaMergeLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **_) -> str:
         """A merged file that was removed is a reason to write it again."""
-        folder = host.models_folder()
-        return host.folder_state(folder) if folder.is_dir() else ""
+        return host.folder_state(host.models_folder())
 
     @classmethod
     def execute(cls, model: ModelHandle, layout, dtype, filename="") -> io.NodeOutput:
@@ -115,8 +114,7 @@ class ChromaExtractLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **_) -> str:
         """An extracted file that was removed is a reason to write it again."""
-        folder = host.loras_folder()
-        return host.folder_state(folder) if folder.is_dir() else ""
+        return host.folder_state(host.loras_folder())
 
     @classmethod
     def execute(cls, base: ModelHandle, tuned: ModelHandle, dtype, rank=32, energy=1.0, filename="") -> io.NodeOutput:
@@ -145,8 +143,7 @@ class ChromaExtractLora(io.ComfyNode):
 
 
 def _called(spec: ModelSpec) -> str:
-    own = spec.transformer or spec.folder
-    return Path(own).stem if own else spec.flavour
+    return Path(spec.own_file).stem or spec.flavour
 
 
 NODES = [ChromaMergeLora, ChromaExtractLora]

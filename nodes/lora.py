@@ -359,8 +359,7 @@ class ChromaConvertLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora=None, lora_name=None, **_) -> str:
         """Another file of the same name, or a converted file that was removed, is a reason to convert again."""
-        folder = host.loras_folder()
-        return f"{_file_state(lora, lora_name)} {host.folder_state(folder) if folder.is_dir() else ''}"
+        return f"{_file_state(lora, lora_name)} {host.folder_state(host.loras_folder())}"
 
     @classmethod
     def execute(cls, dialect, dtype, lora=NO_FILE, lora_name=None, filename="", rank=0, energy=1.0) -> io.NodeOutput:

@@ -18,7 +18,7 @@ from ..errors import LoraError, ModelFileError, check_choice
 from ..loading.build import OnPart
 from ..loading.load import Device, transformer_source
 from ..loading.matching import Component, build_part
-from ..loading.model_files import base_hash
+from ..loading.model_files import base_hash, base_header
 from ..loading.spec import ModelSpec
 from ..lora.adapters import linear_modules
 from ..lora.convert import DTYPES
@@ -144,23 +144,19 @@ def _check_alike(first: tuple[Weights, Component], second: tuple[Weights, Compon
 
 
 def _header(base: ModelSpec, tuned: ModelSpec, how: Truncation, title: str, dtype: str, exact: bool) -> dict[str, str]:
-    own = base.transformer or base.folder
+    facts = base_header(base)
     origin: dict[str, Any] = {"tuned": _called(tuned), "tuned_sha256": base_hash(tuned), "base": _called(base)}
-    origin |= {"base_sha256": base_hash(base), "dtype": dtype} | ({"exact": True} if exact else {})
+    origin |= {"base_sha256": facts["chromakit.base_sha256"], "dtype": dtype} | ({"exact": True} if exact else {})
     origin |= {name: value for name, value in (("rank", how.rank), ("energy", how.energy)) if value is not None}
-    header = {
+    return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "chroma/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": title,
-        "chromakit.base_sha256": base_hash(base),
-        "chromakit.flavour": "" if own else base.flavour,
-        "chromakit.base_file": Path(own).name if own else "",
+        **facts,
         EXTRACTED_KEY: json.dumps(origin),
     }
-    return {key: value for key, value in header.items() if value}
 
 
 def _called(spec: ModelSpec) -> str:
-    own = spec.transformer or spec.folder
-    return Path(own).name if own else spec.flavour
+    return spec.own_file or spec.flavour

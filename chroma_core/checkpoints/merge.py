@@ -23,7 +23,7 @@ from ..fullrank.export import TrainedModel, write_folder, write_single_file
 from ..loading.build import OnPart
 from ..loading.load import transformer_source
 from ..loading.matching import Component, build_part
-from ..loading.model_files import base_hash
+from ..loading.model_files import base_header
 from ..loading.spec import LoraUse, ModelSpec
 from ..lora.adapters import check_fits
 from ..lora.convert import DTYPES
@@ -189,17 +189,13 @@ def _header(
     spec: ModelSpec, uses: Sequence[LoraUse], before: Mapping[str, str], title: str, dtype: str
 ) -> dict[str, str]:
     """The header: what was merged, after what the base says was merged into it earlier."""
-    own = spec.transformer or spec.folder
-    header = {
+    return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "chroma",
         "modelspec.title": title,
-        "chromakit.base_sha256": base_hash(spec),
-        "chromakit.flavour": "" if own else spec.flavour,
-        "chromakit.base_file": Path(own).name if own else "",
+        **base_header(spec),
         MERGED_KEY: json.dumps({"loras": [*_merged_before(before), *map(_record, uses)], "dtype": dtype}),
     }
-    return {key: value for key, value in header.items() if value}
 
 
 def _merged_before(metadata: Mapping[str, str]) -> list[Any]:

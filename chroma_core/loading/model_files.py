@@ -190,6 +190,16 @@ def known_base_hash(spec: ModelSpec) -> str | None:
     return joined([digests[path] for path in files])
 
 
+def base_header(spec: ModelSpec) -> dict[str, str]:
+    """What the header of a file that is made from a model says of it; see `base_warning`."""
+    facts = {
+        "chromakit.base_sha256": base_hash(spec),
+        "chromakit.flavour": "" if spec.own_file else spec.flavour,
+        "chromakit.base_file": spec.own_file,
+    }
+    return {key: value for key, value in facts.items() if value}
+
+
 def base_warning(metadata: Mapping[str, str], spec: ModelSpec, read_everything: bool = False) -> str | None:
     """What to tell a person when the LoRA was trained on another base; None when it fits or nothing is known.
 

@@ -143,6 +143,12 @@ class ModelSpec:
                 raise ConfigError(f"The model's {f.name} is {shortened(repr(value))}; it must be {kind}.")
         return cls(**values)
 
+    @property
+    def own_file(self) -> str:
+        """The name (not the place) of the transformer's own file or folder; empty for the published one."""
+        own = self.transformer or self.folder
+        return Path(own).name if own else ""
+
     def key(self) -> str:
         """A stable text that is equal exactly when the same weights would be loaded in the same way."""
         return json.dumps(self.to_dict(), sort_keys=True)

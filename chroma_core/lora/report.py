@@ -311,8 +311,8 @@ def _warnings(lora: LoraFile, norms: Mapping[str, float]) -> list[str]:
             "alpha stands in a configuration that ComfyUI does not read: there the factor would be 1. Convert the file "
             "to the universal key format for ComfyUI."
         )
-    rows = [m for m in lora.modules.values() if m.kind.startswith(("dora", "lokr-dora", "loha-dora"))]
-    if any(m.factors()["magnitude"].ndim == 1 for m in rows):
+    magnitudes = [module.factors().get("magnitude") for module in lora.modules.values()]
+    if any(each is not None and each.ndim == 1 for each in magnitudes):
         found.append("It is a DoRA, which ComfyUI computes only nearly as it was trained (see docs/lora.md).")
     if any(isinstance(m, OftModule) and m.rescale is not None for m in lora.modules.values()):
         found.append("It is an OFT with rescale, which ComfyUI leaves out.")

@@ -13,19 +13,12 @@ from chroma_core.lora.adapters import merge
 from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.lora.key_formats import STYLES
 from chroma_core.names.transformer import to_original
-from foreign_loras import KIND_FILES, foreign_kind
+from foreign_loras import KIND_FILES, foreign_kind, shapes_of
 from miniature import REAL_DEPTH, real_depth
 from recorded import FOLDER, WRITE, recorded
 
 FORMATS = ("universal", "ai-toolkit", "kohya", "lycoris", "onetrainer")
 """The key formats that ComfyUI reads in full."""
-
-
-def shapes_of(model) -> dict[str, tuple[int, ...]]:
-    """By the names of both layouts."""
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".weight")}
-    both = {**weights, **to_original(weights, norm_leaf="weight")}
-    return {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in both.items()}
 
 
 def relative(ours: dict[str, Tensor], theirs: dict[str, Tensor], base: dict[str, Tensor]) -> tuple[float, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from chroma_core.names.transformer import to_original
 
 HEADS = {
     "kohya": ("lora_unet_", "lora_down", "lora_up"),
@@ -88,13 +90,19 @@ KIND_FILES = (
 """Kinds of file that ComfyUI's loader computes as their trainers do."""
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's weights by the names of both layouts, without `.weight`."""
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".weight")}
+    both = {**weights, **to_original(weights, norm_leaf="weight")}
+    return {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in both.items()}
+
+
 def foreign_kind(
     kind: str, shapes: dict[str, tuple[int, ...]], doubles: int, singles: int, size: float = 0.5
 ) -> dict[str, Tensor]:
     """The tensors of a file of another kind than LoRA, every number random.
 
-    shapes: of the model's weights [out, in] or [width] by the names of both layouts, without `.weight`. Names and
-    layouts are those of the program that writes such a file.
+    shapes: of the model's weights, from `shapes_of`. Names and layouts are those of the program that writes such files.
     """
     generator = torch.Generator().manual_seed(11)
 

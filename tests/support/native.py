@@ -41,6 +41,16 @@ def match(lora: Path, folder: Path | None = None, config: dict[str, Any] | None 
     return result["matched"], result["total"]
 
 
+def _run(folder: Path, job: dict[str, Any], **files: dict[str, Tensor]) -> None:
+    """`_main` of this file in the host's process, on a job and tensors that are written to the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.json").write_text(json.dumps(job))
+    for name, tensors in files.items():
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / f"{name}.safetensors")
+    done = forked.run(forked.NATIVE, __file__, folder)
+    assert done.returncode == 0, done.stderr
+
+
 def forward(
     folder: Path,
     config: dict[str, Any],
@@ -55,14 +65,9 @@ def forward(
 
     `weights`: state dict in the original layout, norms named `.weight`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.json").write_text(
-        json.dumps({"config": config, "loras": [str(lora) for lora in loras], "strength": strength})
-    )
-    save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "weights.safetensors")
-    save_file({"latents": latents_BCHW, "text": text_BTC, "sigma": sigma_B}, folder / "call.safetensors")
-    done = forked.run(forked.NATIVE, __file__, folder)
-    assert done.returncode == 0, done.stderr
+    job = {"config": config, "loras": [str(lora) for lora in loras], "strength": strength}
+    call = {"latents": latents_BCHW, "text": text_BTC, "sigma": sigma_B}
+    _run(folder, job, weights=weights, call=call)
     outputs = load_file(folder / "outputs.safetensors")
     return tuple(outputs[str(i)] for i in range(len(loras) + 1))
 
@@ -71,23 +76,15 @@ def patched(
     folder: Path, config: dict[str, Any], weights: dict[str, Tensor], loras: tuple[Path, ...], strength: float = 1.0
 ) -> tuple[dict[str, Tensor], ...]:
     """For each LoRA alone the native model's parameters, in the original layout, as its loader changes them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.json").write_text(
-        json.dumps({"config": config, "loras": [str(lora) for lora in loras], "strength": strength, "patched": True})
-    )
-    save_file({k: v.contiguous().clone() for k, v in weights.items()}, folder / "weights.safetensors")
-    done = forked.run(forked.NATIVE, __file__, folder)
-    assert done.returncode == 0, done.stderr
+    job = {"config": config, "loras": [str(lora) for lora in loras], "strength": strength, "patched": True}
+    _run(folder, job, weights=weights)
     return tuple(load_file(folder / f"patched-{i}.safetensors") for i in range(len(loras)))
 
 
 def own_files(folder: Path, config: dict[str, Any]) -> dict[str, Path]:
     """LoRA files that ComfyUI's own nodes make: *Train LoRA* of each algorithm (random numbers in the place of trained
     ones), and *Extract and Save LoRA* of both types, from two random models."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.json").write_text(json.dumps({"config": config, "own": True}))
-    done = forked.run(forked.NATIVE, __file__, folder)
-    assert done.returncode == 0, done.stderr
+    _run(folder, {"config": config, "own": True})
     return {path.stem: path for path in sorted(folder.glob("*-*.safetensors"))}
 
 

@@ -343,7 +343,7 @@ def file_metadata(
         JOB_KEY: job_id or config.job_id(),
         "chromakit.base_sha256": base_sha256,
         "chromakit.flavour": config.model.flavour,
-        "chromakit.base_file": _base_file(config),
+        "chromakit.base_file": config.model.own_file,
         "chromakit.recipe": json.dumps(config.recipe_value().to_dict()),
         "chromakit.trigger": config.dataset.trigger,
         "chromakit.preview": _first_preview(config),
@@ -391,12 +391,6 @@ def contents(lora: LoraFile) -> dict[str, str]:
         "chromakit.alphas": json.dumps(lora.alphas),
         "chromakit.targets": json.dumps(named_target(list(lora.modules)) or list(lora.modules)),
     }
-
-
-def _base_file(config: TrainingConfig) -> str:
-    """The name (not the place) of the file or folder that the base came from; empty for the published one."""
-    own = config.model.transformer or config.model.folder
-    return Path(own).name if own else ""
 
 
 def final_path(loras_folder: Path, config: TrainingConfig, suffix: str = "", job_id: str | None = None) -> Path:

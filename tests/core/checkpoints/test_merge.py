@@ -25,7 +25,7 @@ from chroma_core.lora.files import read_lora, write_lora
 from chroma_core.lora.modules import LoraFile
 from chroma_core.model.latents import unpack
 from chroma_core.names.transformer import to_original
-from foreign_loras import foreign_kind
+from foreign_loras import foreign_kind, shapes_of
 from lora_cases import distance, inputs, predict, random_kind, random_lora
 from miniature import REAL_DEPTH, real_depth, transformer
 from weight_files import write_gguf, write_scaled_fp8
@@ -92,9 +92,7 @@ def test_every_kind_is_merged_biases_and_norms_too(tmp_path, kind):
     """What `adapters.merge` makes of the model, which is ComfyUI's own (tests/host/test_foreign_kinds_host.py)."""
     model = transformer()
     base = written(tmp_path / "base.safetensors", model)
-    names = {**model.state_dict(), **to_original(model.state_dict(), norm_leaf="weight")}
-    shapes = {n.removesuffix(".weight"): tuple(t.shape) for n, t in names.items() if n.endswith(".weight")}
-    save_file(foreign_kind(kind, shapes, 2, 2), tmp_path / "lora.safetensors")
+    save_file(foreign_kind(kind, shapes_of(model), 2, 2), tmp_path / "lora.safetensors")
     use, lora = LoraUse(str(tmp_path / "lora.safetensors"), 0.5), read_lora(tmp_path / "lora.safetensors")
     merge_loras(spec(base), [use], tmp_path / "merged.safetensors")
     merge(model, lora, 0.5)

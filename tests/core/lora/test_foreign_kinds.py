@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from chroma_core.errors import LoraError
 from chroma_core.lora.adapters import attach, attached, detach, merge, set_strength
@@ -19,19 +19,12 @@ from chroma_core.lora.resize import resize
 from chroma_core.lora.settings import LoraSettings
 from chroma_core.lora.trainable import add_trainable, start_from
 from chroma_core.model.precision import precision, quantise
-from chroma_core.names.transformer import to_original
 from chroma_core.streaming import stream_blocks
-from foreign_loras import KIND_FILES, foreign_kind
+from foreign_loras import KIND_FILES, foreign_kind, shapes_of
 from lora_cases import distance, equal, inputs, predict, random_kind
 from miniature import transformer
 
 QUERY = "transformer_blocks.0.attn.to_q"
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(".weight")}
-    both = {**weights, **to_original(weights, norm_leaf="weight")}
-    return {name.removesuffix(".weight"): tuple(tensor.shape) for name, tensor in both.items()}
 
 
 def kind_file(kind: str, size: float = 0.5) -> LoraFile:

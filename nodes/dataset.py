@@ -65,7 +65,7 @@ class ChromaDataset(io.ComfyNode):
     def fingerprint_inputs(cls, folder=None, **_) -> str:
         """The files count, not only the folder's name; also those of a folder that the list does not offer."""
         try:
-            return host.folder_state(host.dataset_folder(folder or ""))
+            return host.folder_state(host.dataset_folder(str(folder or "")))
         except (DataError, OSError):
             return str(folder)
 

@@ -118,7 +118,7 @@ def test_size_zero(server: Host):
     assert "smaller than min of 32" in rejected.value.node_errors["latent"]["errors"][0]["message"]
     prompt["zero"] = node("PrimitiveInt", value=0)
     prompt["latent"]["inputs"].update(width=["zero", 0], height=64)
-    assert "width is 0 pixels" in message_of(server, prompt)
+    assert "width is 0; it must be between 32" in message_of(server, prompt)
 
 
 def test_a_lora_that_matches_nothing(server: Host):

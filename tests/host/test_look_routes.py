@@ -167,7 +167,7 @@ def test_what_a_node_would_refuse_is_refused_in_words(server: Host, route: str, 
 def test_looking_is_a_post_with_json(server: Host):
     for route in (LOOK, SIGMAS, DENSITY, PLAN):
         assert server.request("GET", route)[0] in (404, 405)
-        request = urllib.request.Request(server.url + route, data=b"{", method="POST")
+        request = urllib.request.Request(server.url + route, data=b"{", headers={"Content-Type": "application/json"})
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=120)
         assert refused.value.code == 400 and "not JSON" in json.load(refused.value)["error"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Executor
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from .. import jobs
 from ..inputs import chosen_of
 
 Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result")
 
 
 MOST_DIGITS = 20
@@ -91,9 +93,14 @@ def add(
     getattr(routes, method)(path)(in_words)
 
 
-async def answer(work: Callable[[], Any]) -> web.Response:
-    """The JSON of `work()`, which may read files and so runs in a thread."""
-    return web.json_response(await asyncio.to_thread(work))
+async def in_thread(work: Callable[[], Result], threads: Executor | None = None) -> Result:
+    """What `work()` gives, which may read files and so runs in a thread: one of `threads`, else of the event loop's."""
+    return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+
+async def answer(work: Callable[[], Any], threads: Executor | None = None) -> web.Response:
+    """The JSON of `work()`, as `in_thread` runs it."""
+    return web.json_response(await in_thread(work, threads))
 
 
 def refused(status: int, message: object) -> web.Response:

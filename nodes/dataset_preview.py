@@ -42,7 +42,11 @@ KEPT = 8
 
 
 def look(config: DatasetConfig, size: int = 0) -> DatasetScan:
-    """`scan`, which opens no file that a job or an earlier look has seen as it is. Raises what `scan` raises."""
+    """`scan`, which opens no file that a job or an earlier look has seen as it is, nor one that a link leads out to.
+
+    Raises what `scan` raises, and DataError for such links.
+    """
+    host.check_links(Path(config.folder))
     known = Remembered(cache_folder(host.jobs_folder()))
     try:
         return scan(config, size, known)

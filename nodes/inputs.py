@@ -70,6 +70,8 @@ def value_of(widget: Any, value: Any) -> Any:
     if isinstance(widget, io.Combo.Input):
         if not isinstance(value, str):
             raise ConfigError(f"{name} is {shown}; it must be one of the texts that the list offers.")
+        if value in (widget.options or ()):  # of files too whose names are no UTF-8
+            return value
     elif isinstance(widget, io.Int.Input | io.Float.Input):
         whole = isinstance(widget, io.Int.Input)
         number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)

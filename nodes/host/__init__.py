@@ -9,6 +9,7 @@ from __future__ import annotations
 from .folders import (
     LORAS,
     PACK,
+    check_links,
     dataset_folder,
     dataset_name,
     dataset_names,
@@ -61,6 +62,7 @@ __all__ = [
     "broadcast",
     "busy",
     "cancel_prompt",
+    "check_links",
     "components",
     "computing",
     "dataset_folder",

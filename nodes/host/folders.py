@@ -20,7 +20,7 @@ import torch
 
 from ...chroma_core.data.pictures import picture_extensions
 from ...chroma_core.data.scan import is_hidden
-from ...chroma_core.errors import DataError, LoraError
+from ...chroma_core.errors import DataError, LoraError, first_few
 
 PACK = Path(__file__).resolve().parents[2]
 LORAS = "loras"
@@ -147,6 +147,25 @@ def dataset_folder(name: str) -> Path:
         "images and .txt captions into ComfyUI's input folder, or list further places as dataset_roots in "
         "user/chromakit/config.toml."
     )
+
+
+def check_links(folder: Path) -> None:
+    """Raise DataError when a file below a dataset folder is a link to a place where no dataset may lie."""
+    places = [*_dataset_roots(), pictures_folder().resolve()]
+    astray = []
+    for where, folders, names in os.walk(folder):  # which does not go into folders that are links
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = (Path(where, name) for name in names if not name.startswith("."))
+        astray += [
+            path.relative_to(folder).as_posix()
+            for path in links
+            if path.is_symlink() and path.exists() and not any(path.resolve().is_relative_to(root) for root in places)
+        ]
+    if astray:
+        raise DataError(
+            f"The dataset folder '{folder.name}' holds links to files that lie elsewhere: {first_few(astray)}. Copy "
+            "these files into it, or list the folder that they lie in as dataset_roots in user/chromakit/config.toml."
+        )
 
 
 def dataset_name(folder: str) -> str | None:

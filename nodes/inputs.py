@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,8 +17,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..chroma_core.data.dataset import DatasetConfig
-from ..chroma_core.errors import ConfigError, check_text, shortened
+from ..chroma_core.errors import ChromaKitError, ConfigError, check_text, shortened
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
+from . import host
 from .sockets import ChromaDatasetType, ChromaJob, ChromaModel, ChromaTextEncoder, ChromaTrainingType, TrainingPart
 
 Node = TypeVar("Node", bound=type[io.ComfyNode])
@@ -100,8 +102,18 @@ def chosen_of(widget: Any, value: Any) -> Any:
     return value_of(widget, value)
 
 
+@contextmanager
+def _without_places() -> Iterator[None]:
+    """An error of ours that passes is told without this machine's places: ComfyUI keeps it in the history."""
+    try:
+        yield
+    except ChromaKitError as error:
+        error.args = tuple(map(host.told, error.args))
+        raise
+
+
 def checked(node: Node) -> Node:
-    """The node, whose `execute` is only called with values that its inputs take.
+    """The node, whose `execute` is only called with values that its inputs take, and whose errors tell no places.
 
     A choice that was not offered when the node was made, e.g. a file that is new, is looked up in the list as it is
     now; where a node judges an input itself (`validate_inputs`), any text passes.
@@ -127,10 +139,12 @@ def checked(node: Node) -> Node:
         return {name: read(name, value) for name, value in given.items()}
 
     async def later(cls: type, **given: Any) -> io.NodeOutput:
-        return await execute(cls, **values(given))
+        with _without_places():
+            return await execute(cls, **values(given))
 
     def at_once(cls: type, **given: Any) -> io.NodeOutput:
-        return execute(cls, **values(given))
+        with _without_places():
+            return execute(cls, **values(given))
 
     run: Any = classmethod(later if inspect.iscoroutinefunction(execute) else at_once)
     node.execute = run

@@ -24,6 +24,7 @@ from .folders import (
     path_state,
     pictures_folder,
     settings_file,
+    told,
 )
 from .memory import (
     before_prompt,
@@ -101,6 +102,7 @@ __all__ = [
     "share_device_with",
     "stay_known",
     "t5_tokenizer",
+    "told",
     "waiting",
     "wake_prompts",
     "wants_previews",

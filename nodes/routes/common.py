@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError, first_line
 from ...chroma_core.requests.request import mistakes
 from ...chroma_core.training.jobs.manager import Job
-from .. import jobs
+from .. import host, jobs
 from ..inputs import chosen_of
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -36,6 +36,8 @@ JSON = "application/json"
 
 MAX_BYTES = 2 << 20
 """Of a request's body: more than any has, and little enough to hold."""
+
+TOO_LARGE = f"The request cannot be used: it has more than {MAX_BYTES} bytes. Send it in parts."
 
 
 class TooLarge(ChromaKitError):
@@ -85,6 +87,8 @@ def add(
         try:
             if method != "get" and request.content_type != JSON:
                 raise NotJson(f"The request's body is {request.content_type}. Send JSON: Content-Type: {JSON}.")
+            if (request.content_length or 0) > MAX_BYTES:
+                raise TooLarge(TOO_LARGE)
             return await handler(request)
         except ChromaKitError as error:
             status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), otherwise)
@@ -100,12 +104,17 @@ async def in_thread(work: Callable[[], Result], threads: Executor | None = None)
 
 async def answer(work: Callable[[], Any], threads: Executor | None = None) -> web.Response:
     """The JSON of `work()`, as `in_thread` runs it."""
-    return web.json_response(await in_thread(work, threads))
+    return told(await in_thread(work, threads))
+
+
+def told(value: Any, status: int = 200) -> web.Response:
+    """JSON that says nothing of where this machine's folders lie."""
+    return web.json_response(host.told(value), status=status)
 
 
 def refused(status: int, message: object) -> web.Response:
     """An error in words."""
-    return web.json_response({"error": str(message)}, status=status)
+    return told({"error": str(message)}, status)
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -135,7 +144,7 @@ async def bytes_of(request: web.Request) -> bytes:
     async for part in request.content.iter_any():
         body += part
         if len(body) > MAX_BYTES:
-            raise TooLarge(f"The request cannot be used: it has more than {MAX_BYTES} bytes. Send it in parts.")
+            raise TooLarge(TOO_LARGE)
     return bytes(body)
 
 

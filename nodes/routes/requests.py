@@ -16,7 +16,7 @@ from ...chroma_core.requests.request import InferenceRequest
 from ...chroma_core.requests.run import check_loras, lora_uses, model_spec
 from ...chroma_core.weights.identify import Part
 from .. import host, jobs, while_training
-from .common import add, bytes_of, refused
+from .common import add, bytes_of, refused, told
 
 NOTE = "chromakit_request"
 """Under which a queued prompt, and each of its PNG files, carries what was asked for and what was made of it."""
@@ -44,7 +44,7 @@ async def _post(request: web.Request) -> web.Response:
     note["remarks"] = list(asked.remarks)
     extra = {NOTE: note, "extra_pnginfo": {NOTE: note}}
     prompt_id = await host.queue_prompt(to_prompt(asked, pictures, names), extra)
-    return web.json_response(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
+    return told(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
 
 
 async def _one(request: web.Request) -> web.Response:
@@ -53,7 +53,7 @@ async def _one(request: web.Request) -> web.Response:
     note = _never_ran.get(prompt_id) if found is None else found.extra.get(NOTE)
     if note is None:
         return _unknown(prompt_id)
-    return web.json_response(_answer(prompt_id, found, note))
+    return told(_answer(prompt_id, found, note))
 
 
 async def _cancel(request: web.Request) -> web.Response:
@@ -68,7 +68,7 @@ async def _cancel(request: web.Request) -> web.Response:
         _never_ran[prompt_id] = note
         while len(_never_ran) > KEPT:
             _never_ran.popitem(last=False)
-    return web.json_response(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
+    return told(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
 
 
 def _checked(asked: InferenceRequest) -> list[str]:

@@ -166,8 +166,8 @@ def test_pictures_that_change_nothing_are_the_same_job_and_come_back_when_delete
 
     job = job_of(server.run(prompt()))
     status = ended(server, job)
-    folder = Path(status["config"]["dataset"]["folder"])
-    assert folder in stored(server) and Path(status["lora_path"]).is_file() and status["step"] == 4
+    folder = server.base / status["config"]["dataset"]["folder"]
+    assert folder in stored(server) and (server.base / status["lora_path"]).is_file() and status["step"] == 4
     server.forget_cached_outputs()
     before = stored(server)
     assert job_of(server.run(prompt())) == job and stored(server) == before

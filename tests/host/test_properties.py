@@ -144,7 +144,7 @@ def test_routes(server: Host, job: str):
     ids = some.sampled_from([job, "none", "..", "%00", "..%2f..%2fx"]) | ODD_TEXTS.map(_part)
     ends = {
         "action": some.sampled_from(["pause", "resume", "stop", "sample", "save", "explode"]) | ODD_TEXTS.map(_part),
-        "number": some.sampled_from(["0", "1", "-1", "٣", "9" * 5000]) | ODD_TEXTS.map(_part),
+        "number": some.sampled_from(["0", "1", "-1", "%D9%A3", "9" * 5000]) | ODD_TEXTS.map(_part),
         "kind": some.sampled_from(["again", "use", "x"]) | ODD_TEXTS.map(_part),
         "id": ids,
     }
@@ -163,6 +163,8 @@ def test_routes(server: Host, job: str):
     def each(data: some.DataObject) -> None:
         method, template = data.draw(some.sampled_from(ROUTES))
         path = re.sub(r"\{(\w+)\}", lambda name: data.draw(ends[name[1]]), template)
+        if template.endswith("/delete"):
+            path = path.replace(job, "none")  # the others need it
         headers, body = {}, None
         if method == "get":
             path += f"?{urlencode(data.draw(queries), errors='replace')}"

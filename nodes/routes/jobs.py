@@ -21,7 +21,7 @@ from ...chroma_core.training.config.changes import with_changes
 from ...chroma_core.training.jobs.manager import JobStatus
 from .. import host, jobs
 from . import job_graphs
-from .common import Unknown, add, answer, body_of, job_of, refused, whole_number
+from .common import MOST_DIGITS, Unknown, add, answer, body_of, job_of, refused, whole_number
 
 ACTIONS = ("pause", "resume", "stop", "sample", "save")
 """What needs no more than the job's id; also change, extend and delete."""
@@ -170,7 +170,7 @@ async def _sample(request: web.Request) -> web.StreamResponse:
 def _sample_path(request: web.Request) -> Path:
     job = job_of(request)
     found, number = job.samples(), request.match_info["number"]
-    if not number.isdecimal() or int(number) >= len(found):
+    if not (number.isdecimal() and len(number) <= MOST_DIGITS) or int(number) >= len(found):
         raise Unknown(f"The job has {len(found)} samples, numbered from 0; there is no sample '{number}'.")
     return found[int(number)]
 

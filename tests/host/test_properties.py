@@ -181,7 +181,7 @@ def test_routes(server: Host, job: str):
         outcomes[str(code)] += 1
         if code >= 500:
             found[f"{code} of {method} {template}: {text[:200]!r} for {(body or path.encode())[:200]!r}"] += 1
-        elif code != 200 and not re.match(rb'\{"error": ".|40[45]: ', text):
+        elif code != 200 and not (re.match(rb'\{"error": ".|40[45]: ', text) or _not_ours(path, code, text)):
             found[f"{code} without words of {method} {path}: {text[:200]!r}"] += 1
 
     each()
@@ -191,6 +191,11 @@ def test_routes(server: Host, job: str):
             server.post(f"/chromakit/jobs/{left['id']}/stop")
             until_not(server, left["id"], ACTIVE)
     finish(found, outcomes)
+
+
+def _not_ours(path: str, code: int, text: bytes) -> bool:
+    """What ComfyUI answers itself: an address that is too long, or of no route (braces never are)."""
+    return (code == 400 and len(path) > 8000) or (code == 404 and text == b"")
 
 
 def _part(text: str) -> str:

@@ -32,6 +32,7 @@ from prompts import ACTIVE, at_defaults, job_of, node, train, until_not
 from watching import NOT_OURS, strays
 
 ROUTE_CASES, PROMPT_CASES, *SEED = map(int, os.environ.get("CHROMAKIT_CASES", "150 20").split())
+pytestmark = pytest.mark.timeout(0) if "CHROMAKIT_CASES" in os.environ else []
 ROUTES = sorted(
     {
         (method, path)

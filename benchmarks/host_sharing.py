@@ -181,7 +181,7 @@ def _story(host: Host, watch: Watch, full: Any, prompts: int, draws: random.Rand
         "polled_states": dict(watch.states),
         "times_told": dict(watch.waits),
         "polled_while_full": dict(watch.seen_full),
-        "loras": sum(Path(job["lora_path"]).is_file() for job in jobs),
+        "loras": sum((host.base / job["lora_path"]).is_file() for job in jobs),
         "messages": [job["message"] for job in jobs],
         "log": [line for line in host.log_tail(5000).splitlines() if "Traceback" in line or "has not left" in line],
     }

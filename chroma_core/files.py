@@ -18,7 +18,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO, TypeVar
 
 from .errors import ChromaKitError, ConfigError
@@ -140,6 +140,26 @@ def read_json(path: Path | str, error: type[ChromaKitError] = ConfigError) -> An
             f"'{path}' cannot be read as JSON ({cause}): it is damaged or was not written by ChromaKit. Restore it "
             "from a backup, or remove it."
         ) from cause
+
+
+PLACES = {
+    *("folder", "transformer", "text_encoder", "tokenizer", "vae", "quantised_folder", "start_from", "path"),
+    *("lora_path", "model_path", "model_folder"),
+}
+"""Fields of configurations, records and statuses that hold a path."""
+
+
+def only_names(value: Any, field: str = "") -> Any:
+    """JSON values in which every absolute path is its last name alone: what is written into files that are given away,
+    and told to others, says nothing of this machine's folders."""
+    if isinstance(value, dict):
+        return {key: only_names(each, str(key).rpartition(".")[2]) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [only_names(each, field) for each in value]
+    if field in PLACES and isinstance(value, str):
+        kind = next((kind for kind in (PurePosixPath, PureWindowsPath) if kind(value).is_absolute()), None)
+        return kind(value).name if kind else value
+    return value
 
 
 def each_once(twice: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:

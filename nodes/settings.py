@@ -11,7 +11,7 @@ from ..chroma_core.sampling.recipe import parse_overrides
 from ..chroma_core.training.config import LoraConfig, ObjectiveConfig, PreviewConfig, TrainingConfig
 from .option_widgets import ADVANCED, nested, values_at, widget
 from .schedule import SHIFTS, flow_shift_of, shift_value, shift_widgets
-from .sockets import ChromaTrainingType, schema
+from .sockets import ChromaTrainingType, TrainingPart, schema
 
 SECTIONS = {"": TrainingConfig, "lora": LoraConfig, "objective": ObjectiveConfig, "previews": PreviewConfig}
 
@@ -119,7 +119,7 @@ class ChromaTrainingSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
-        return io.NodeOutput(settings_from(inputs))
+        return io.NodeOutput(TrainingPart(settings_from(inputs)))
 
 
 def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:

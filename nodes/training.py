@@ -277,7 +277,7 @@ class ChromaTrainingStatus(io.ComfyNode):
     @classmethod
     def execute(cls, job) -> io.NodeOutput:
         found = jobs.find(job)
-        text = describe(found.status())
+        text = host.told(describe(found.status()))
         pictures = [Image.open(path) for path in found.latest_samples()] or [Image.new("RGB", (64, 64))]
         samples, plot = to_image(pictures), to_image([plot_losses(found.metrics())])
         previews = [*ui.PreviewImage(samples, cls=cls).values, *ui.PreviewImage(plot, cls=cls).values]

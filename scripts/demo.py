@@ -247,7 +247,7 @@ def run_demo(host: Host, output: Path, steps: int | None) -> Findings:
     status = wait_for_job(host, job_id)
     job_seconds = time.monotonic() - start
 
-    lora = Path(status["lora_path"])
+    lora = host.base / status["lora_path"]
     with_lora = paint(
         host, [painting(text, 42 + i, status["lora_name"]) for i, text in enumerate(texts)], "the concept, with LoRA"
     )

@@ -88,7 +88,7 @@ def _inspect(options: argparse.Namespace) -> None:
         from ..lora.report import heat_map
         from ..model.images import png_bytes
 
-        write_atomic(options.heat_map, png_bytes(heat_map(norms), {"lora": str(options.file)}))
+        write_atomic(options.heat_map, png_bytes(heat_map(norms), {"lora": Path(options.file).name}))
     if options.effects:
         report["effects"] = _effects(options)
     for warning in report["warnings"]:

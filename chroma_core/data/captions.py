@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError, counted
+from ..errors import DataError, counted, printable
 from ..sampling.text import TRIGGER, apply_trigger
 from .dataset import CaptionLines
 from .order import generator, integer, uniform
@@ -163,7 +163,7 @@ def read_metadata(folder: Path, pictures: set[str], column: str) -> tuple[dict[s
     unusable: defaultdict[str, list[str]] = defaultdict(list)
     rows, with_column = 0, 0
     for path in files:
-        where = path.relative_to(folder).as_posix()
+        where = printable(path.relative_to(folder).as_posix())
         for number, row in _rows(path, where):
             place = f"{where} line {number}"
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
@@ -174,7 +174,7 @@ def read_metadata(folder: Path, pictures: set[str], column: str) -> tuple[dict[s
             # Relative to the dataset; what leads out of it begins with a slash or two dots, as no image's name does.
             name = posixpath.normpath(posixpath.join(posixpath.dirname(where), row["file_name"].replace("\\", "/")))
             if name not in pictures:
-                unusable["for an image that is not there"].append(f"{row['file_name']} in {place}")
+                unusable["for an image that is not there"].append(printable(f"{row['file_name']} in {place}"))
             elif name in captions:
                 unusable["for an image that has one already (the first counts)"].append(f"{name} in {place}")
             else:

@@ -59,9 +59,10 @@ class Remembered:
             with FileLock(f"{self._file}.lock", timeout=10):
                 others = {key: value for key, value in _read(self._file).items() if key not in self._new}
                 latest = dict([*others.items(), *self._new.items()][-MOST:])
-                write_atomic(self._file, json.dumps({"format": FORMAT, "files": latest}, ensure_ascii=False))
+                text = json.dumps({"format": FORMAT, "files": latest}, ensure_ascii=False)
+                write_atomic(self._file, text.encode(errors="backslashreplace"))  # names of files may be no UTF-8
             self._new = {}
-        except (OSError, Timeout, UnicodeEncodeError) as error:
+        except (OSError, Timeout) as error:
             log.warning("ChromaKit: what was read of the images is not remembered: %s", error)
 
     def _of(self, key: str, path: Path, read: Callable[[], list]) -> list:

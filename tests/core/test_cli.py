@@ -50,7 +50,7 @@ def test_sample_writes_pictures_that_tell_how_they_were_made(folder, tmp_path):
     assert [p.name for p in paths] == ["chroma-7.png", "chroma-8.png"]
     record = read_record(paths[0])
     assert record is not None and record["prompt"] == "a red sks" and record["settings"]["seed"] == 7
-    assert record["recipe"]["name"] == "canonical" and record["model"]["folder"] == folder
+    assert record["recipe"]["name"] == "canonical" and record["model"]["folder"] == Path(folder).name
     with Image.open(paths[0]) as picture:
         assert picture.size == (64, 64)
 

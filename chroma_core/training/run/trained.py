@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...errors import ChromaKitError, ConfigError, JobError, ModelFileError
-from ...files import free_name, require_room, slug, write_atomic
+from ...files import free_name, only_names, require_room, slug, write_atomic
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
 from ...loading.load import transformer_outline, transformer_source
@@ -348,7 +348,7 @@ def file_metadata(
         "chromakit.trigger": config.dataset.trigger,
         "chromakit.preview": _first_preview(config),
         "chromakit.training": json.dumps(summary),
-        "chromakit.changes": json.dumps(list(changes)) if changes else "",
+        "chromakit.changes": json.dumps(only_names(changes)) if changes else "",
         "chromakit.versions": json.dumps(library_versions()),
     }
     return {key: value for key, value in metadata.items() if value}

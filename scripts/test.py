@@ -1,9 +1,8 @@
 """Runs the tests: `python scripts/test.py [--core] [--host] [--browser] [--lint] [pytest options]`.
 
 Without a choice, core, host and browser run. Each part is a pytest process of its own, because the host's `comfy`
-package changes torch's global settings when it is imported. Linters run beside the core tests, at a low priority, and
-browser tests beside the host's: both fill what those leave idle, and are shown after them. The exit status is 0 only if
-everything passed.
+package changes torch's global settings when it is imported. The browser's tests and, at a low priority, the linters run
+beside the others, fill what those leave idle, and are shown after them. The exit status is 0 only if everything passed.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from pathlib import Path
 from _environment import HOST, ROOT, VENV, ensure_environment, host_folder, say
 
 TESTS = ("core", "host", "browser")
-PARTS = ("core", "lint", "host", "browser")
-BESIDE = {"core": "lint", "host": "browser"}
-"""What runs beside what, where both are chosen; each is half idle alone."""
+PARTS = (*TESTS, "lint")
+BESIDE = ("browser", "lint")
+"""What begins with the first part."""
 COUNTED = ("passed", "failed", "error", "errors", "skipped", "xfailed", "xpassed", "deselected")
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NODE_MODULES = ROOT / "node_modules"
@@ -186,12 +185,12 @@ def main() -> int:
                 "No chromium or google-chrome was found, and only root can install it through apt. Install one, "
                 "or name it in CHROMIUM_PATH, or choose the other parts: python scripts/test.py --core --host"
             )
-    empty, begun = 0, {}
+    empty = 0
+    beside = [part for part in parts[1:] if part in BESIDE]
+    if beside:
+        say(f"{' and '.join(beside)} run beside {parts[0]}, and are shown at the end")
+    begun = {part: begin(part, extra, beside=True) for part in beside}
     for part in parts:
-        other = BESIDE.get(part)
-        if other in parts:
-            say(f"{other} runs beside {part}, and is shown after it")
-            begun[other] = begin(other, extra, beside=True)
         print(f"\n=== {part} ===", flush=True)
         status, last = (begun.get(part) or begin(part, extra)).shown()
         for number, word in re.findall(r"(\d+) (\w+)", last):

@@ -188,7 +188,7 @@ def main() -> int:
     empty = 0
     beside = [part for part in parts[1:] if part in BESIDE]
     if beside:
-        say(f"{' and '.join(beside)} run beside {parts[0]}, and are shown at the end")
+        say(f"beside {parts[0]}, shown at the end: {', '.join(beside)}")
     begun = {part: begin(part, extra, beside=True) for part in beside}
     for part in parts:
         print(f"\n=== {part} ===", flush=True)

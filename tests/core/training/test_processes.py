@@ -42,9 +42,9 @@ class Begun:
 
     def __init__(self, *arguments: object):
         pids: Queue[int] = Queue()
-        self._thread = ThreadPoolExecutor(1)
-        self._done = self._thread.submit(forked.run, forked.FULL, *arguments, env=environment(), begun=pids.put)
-        self._thread.shutdown(wait=False)
+        thread = ThreadPoolExecutor(1)
+        self._done = thread.submit(forked.run, forked.FULL, *arguments, env=environment(), begun=pids.put)
+        thread.shutdown(wait=False)
         self.pid = pids.get(timeout=PATIENCE)
 
     def ended(self) -> bool:

@@ -76,7 +76,7 @@ def run(command: list[str]) -> tuple[int, str]:
 
 
 def begin(part: str, extra: list[str], beside: bool = False) -> Running:
-    """Begin a part; `beside` another one, on few cores, in one process, the linters at a low priority."""
+    """Begin a part; `beside` another one tests take a single process on few cores, and linters a low priority."""
     if part == "lint":
         gently = ["nice", "-n", "10"] if beside and shutil.which("nice") else []
         return Running([*gently, sys.executable, str(Path(__file__).resolve()), "--lint"], later=beside)

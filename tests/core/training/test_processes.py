@@ -147,7 +147,7 @@ def both_ways(places, folder: Path, jobs: dict, commands: list, forks: bool = Fa
     if forks:
         done = forked.run(forked.FULL, script, path)
     else:
-        done = forked.run(forked.FULL, *TORCHRUN, *two(), script, path, env=environment())
+        done = forked.run(forked.FULL, *TORCHRUN, *two(), script, path, env=environment(), timeout=500)
     assert done.returncode == 0, done.stderr[-9000:]
     return [json.loads((folder / f"list.json.{rank}").read_text()) for rank in (0, 1)], done.stderr
 

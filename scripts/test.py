@@ -78,7 +78,7 @@ def run(command: list[str]) -> tuple[int, str]:
 def begin(part: str, extra: list[str], beside: bool = False) -> Running:
     """Begin a part; `beside` another one tests take a single process on few cores, and linters a low priority."""
     if part == "lint":
-        gently = ["nice", "-n", "10"] if beside and shutil.which("nice") else []
+        gently = ["nice", "-n", "5"] if beside and shutil.which("nice") else []
         return Running([*gently, sys.executable, str(Path(__file__).resolve()), "--lint"], later=beside)
     processes = 1 if beside and CORES <= 2 else PROCESSES[part]
     dealt = ["-n", str(processes), *DEALT] if processes > 1 else []

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import forked
 from chroma_core.loading.load import load_transformer
 from chroma_core.loading.spec import ModelSpec
 from nullgpu.run import CannotBuild, environment
@@ -27,6 +25,8 @@ for arguments in json.loads(sys.argv[1]):
     sys.argv[1:] = [*arguments, "--json"]
     assert step_cost.main() == 0
 """
+
+RUN_TESTS = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,7 @@ def run_on_a_card(root: Path, *arguments: str, **variables: str) -> str:
         card = environment(gib=24)
     except CannotBuild as error:
         pytest.skip(str(error))
-    card |= {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests/support"))), **variables}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=root, env=card, capture_output=True, text=True, timeout=300)
+    done = forked.run(forked.FULL, *arguments, cwd=root, env=card | variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -86,7 +84,8 @@ def run_on_a_card(root: Path, *arguments: str, **variables: str) -> str:
 def test_the_tests_that_need_a_card_run_on_one(root):
     """Their numbers are compared on a real card only; devices, sizes and the order of streaming here too."""
     tests = str(root / "tests/core/streaming/test_training.py")
-    said = run_on_a_card(root, "-m", "pytest", tests, "-q", "-p", "no:cacheprovider", "-k", "accelerator")
+    command = [tests, "-q", "-p", "no:cacheprovider", "-p", "xdist.plugin", "-p", "pytest_timeout", "-k", "accelerator"]
+    said = run_on_a_card(root, "-c", RUN_TESTS, *command, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert "6 passed" in said
 
 

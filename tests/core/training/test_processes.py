@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 import psutil
 import pytest
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import forked
+from chroma_core.comfy.server import free_port
 from chroma_core.errors import ConfigError
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.distributed.world import part_size
@@ -22,7 +25,34 @@ from training_cases import config, model_folder, write_dataset
 from waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[3]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+COMMAND = ("-c", "import sys; from chroma_core.cli.main import main; sys.exit(main(sys.argv[1:]))")
+TORCHRUN = (
+    "-c",
+    "import os, sys, torch.distributed.run as run; hasattr(os, 'setsid') and os.setsid(); run.main(sys.argv[1:])",
+)
+
+
+def two() -> tuple[str, ...]:
+    """How torchrun is told of two processes; its own port is the same for every run on a machine."""
+    return "--nproc_per_node", "2", "--master_port", str(free_port())
+
+
+class Begun:
+    """A command in a fork of a process that has the libraries, while it runs; `pid` is there at once."""
+
+    def __init__(self, *arguments: object):
+        pids: Queue[int] = Queue()
+        thread = ThreadPoolExecutor(1)
+        self._done = thread.submit(forked.run, forked.FULL, *arguments, env=environment(), begun=pids.put)
+        thread.shutdown(wait=False)
+        self.pid = pids.get(timeout=PATIENCE)
+
+    def ended(self) -> bool:
+        return self._done.done()
+
+    def result(self) -> subprocess.CompletedProcess[str]:
+        """What it said, and how it ended."""
+        return self._done.result(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +147,7 @@ def both_ways(places, folder: Path, jobs: dict, commands: list, forks: bool = Fa
     if forks:
         done = forked.run(forked.FULL, script, path)
     else:
-        command = [*TORCHRUN, str(script), str(path)]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+        done = forked.run(forked.FULL, *TORCHRUN, *two(), script, path, env=environment(), timeout=500)
     assert done.returncode == 0, done.stderr[-9000:]
     return [json.loads((folder / f"list.json.{rank}").read_text()) for rank in (0, 1)], done.stderr
 
@@ -182,16 +211,13 @@ def test_parts_divide_the_share_of_a_process():
         part_size(2, 6, 4)
 
 
-def start(path: Path, root: Path) -> tuple[subprocess.Popen, Path]:
+def start(path: Path, root: Path) -> tuple[Begun, Path]:
     """Two processes on a job file, in a session of their own; returns once they have taken three more steps."""
-    command = [*TORCHRUN, "-m", "chroma_core", "train", str(path), "--device", "cpu", "--output", str(root)]
-    running = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    running = Begun(*TORCHRUN, *two(), "-m", "chroma_core", "train", path, "--device", "cpu", "--output", root)
     before = sum(len(numbers(each.parents[2], "loss")) for each in root.glob("jobs/*/metrics.jsonl"))
 
     def goes_on() -> bool:
-        assert running.poll() is None
+        assert not running.ended(), running.result()
         return any(root.glob("jobs/*/metrics.jsonl")) and len(numbers(root, "loss")) >= before + 3
 
     until(goes_on)
@@ -206,14 +232,14 @@ def test_a_job_that_lost_its_processes_goes_on_in_one(places, tmp_path):
     settings = TrainingConfig.from_toml(path)
     running, status = start(path, tmp_path / "two")
     os.killpg(running.pid, signal.SIGINT)
-    assert running.wait(PATIENCE) != 0
+    assert running.result().returncode != 0
     first = json.loads(status.read_text())
     assert first["state"] == "interrupted" and first["checkpoint"] == first["step"] > 0
 
     running, status = start(path, tmp_path / "two")
     workers = psutil.Process(running.pid).children()
     next(worker for worker in workers if worker.environ()["RANK"] == "1").kill()
-    assert running.wait(PATIENCE) != 0
+    assert running.result().returncode != 0
     second = json.loads(status.read_text())
     assert second["state"] in ("failed", "interrupted") and second["checkpoint"] == second["step"] > first["step"]
     if second["state"] == "failed":
@@ -230,20 +256,20 @@ def test_a_job_that_lost_its_processes_goes_on_in_one(places, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_process_that_is_asked_to_end_saves_and_says_how_to_go_on(places, tmp_path, number):
     path, output = toml(places, tmp_path / "job.toml", steps=100_000), tmp_path / "the output"
-    command = [sys.executable, "-m", "chroma_core", "train", str(path), "--output", str(output), "--device", "cpu"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = Begun(*COMMAND, "train", path, "--output", output, "--device", "cpu")
 
     def trains() -> bool:
-        assert running.poll() is None, running.communicate()
+        assert not running.ended(), running.result()
         return any(output.glob("jobs/*/metrics.jsonl")) and len(numbers(output, "loss")) >= 2
 
     until(trains)
-    running.send_signal(number)
-    out, said = running.communicate(timeout=PATIENCE)
-    assert running.returncode == 130 and "Traceback" not in said
+    os.kill(running.pid, number)
+    done = running.result()
+    said = done.stderr
+    assert done.returncode == 130 and "Traceback" not in said
     status = json.loads(next(output.glob("jobs/*/job.json")).read_text())
     assert status["state"] == "interrupted" and status["checkpoint"] == status["step"] >= 2
-    assert json.loads(out)["step"] == status["step"]
+    assert json.loads(done.stdout)["step"] == status["step"]
     assert said.splitlines()[-1] == (
         f"interrupted: job {status['id']}, saved at step {status['step']}. Go on with: python -m chroma_core train "
         f"--resume {status['id']} --output '{output}'"

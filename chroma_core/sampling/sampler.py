@@ -107,8 +107,8 @@ class SamplingSettings:
     first_block_cache: Annotated[
         float,
         Option(
-            "Above 0, approximate and faster: a pass ends after the first block where that adds nearly what it did at "
-            "the last whole pass, to within this share. 0.05 to 0.15 are usual. 0: exact, as previews are.",
+            "Above 0: approximate and faster. Passes end after the first block while what it adds changes by less than "
+            "this share; 0.1 is usual. On tiny, fewer steps saved as much with a smaller error. 0: exact, as previews.",
             least=0,
             most=1,
             step=0.01,

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 
 from benchmarks.real_model import GIB, SIMULATED, WHOLE, condition, job, transformer  # noqa: E402
+from chroma_core.model import four_bits  # noqa: E402
 from chroma_core.model.eight_bits import Compute  # noqa: E402
 from chroma_core.training.step.objective import HELDOUT_SIGMAS, heldout_loss  # noqa: E402
 
@@ -41,26 +42,43 @@ VIEWS = frozenset(
 
 
 class BytesMoved(TorchDispatchMode):
-    """Sums what every operation reads and writes on the card, each tensor once: an upper bound, without any cache."""
+    """Sums what every operation, and our own kernel for 4 bits, reads and writes on the card, each tensor once: an
+    upper bound, without any cache."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
         self.by_operation: dict[str, int] = {}
+        self.launch = four_bits.launch
+
+    def __enter__(self):
+        four_bits.launch = self._launched
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        four_bits.launch = self.launch
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         if name not in VIEWS:
-            tensors = {
-                (t.data_ptr(), t.numel(), t.dtype): t.numel() * t.element_size()
-                for t in tree_iter((args, kwargs, result))
-                if isinstance(t, torch.Tensor) and t.is_cuda
-            }
-            moved = sum(tensors.values())
-            self.total += moved
-            self.by_operation[name] = self.by_operation.get(name, 0) + moved
+            self._count(name, (args, kwargs, result))
         return result
+
+    def _launched(self, kernels, weight, parts, scheme):
+        self.launch(kernels, weight, parts, scheme)
+        self._count(f"{scheme} kernel", (weight, parts))
+
+    def _count(self, name: str, named: Any) -> None:
+        tensors = {
+            (t.data_ptr(), t.numel(), t.dtype): t.numel() * t.element_size()
+            for t in tree_iter(named)
+            if isinstance(t, torch.Tensor) and t.is_cuda
+        }
+        moved = sum(tensors.values())
+        self.total += moved
+        self.by_operation[name] = self.by_operation.get(name, 0) + moved
 
 
 def count_flops(work: Callable[[], Any]) -> float:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..model.flavours import Flavour
     from ..sampling.recipe import Recipe
-    from ..sampling.sampler import SamplingSettings
+    from ..sampling.sampler import SamplingSettings, StepInfo
 
 
 def sample_options(sample: argparse.ArgumentParser) -> None:
@@ -47,6 +47,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     add_flag(sample, SamplingSettings, "denoise", help="With --image: how much of it is generated anew.")
     add_flag(sample, SamplingSettings, "start_step")
     add_flag(sample, SamplingSettings, "end_step")
+    add_flag(sample, SamplingSettings, "first_block_cache")
     sample.add_argument("--recipe", choices=list(RECIPES), default="canonical")
     sample.add_argument(
         "--recipe-set",
@@ -97,6 +98,12 @@ def _sample(options: argparse.Namespace) -> None:
         cache.transformer(handle, device) as transformer,
         tqdm(total=settings.run_steps, unit="step", desc="sampling") as bar,
     ):
+
+        def show(info: StepInfo) -> None:
+            if settings.first_block_cache:
+                bar.set_postfix_str(f"approximate, {info.cut_short:.0%} of the passes cut short")
+            bar.update()
+
         latents = sample(
             transformer,
             positive,
@@ -105,7 +112,7 @@ def _sample(options: argparse.Namespace) -> None:
             height=options.height if options.height is not None else chosen.size,
             settings=settings,
             recipe=rules,
-            on_step=lambda _: bar.update(),
+            on_step=show,
             **start,
         )
     vae = cache.vae(spec, device)
@@ -131,7 +138,7 @@ def settings_from(options: argparse.Namespace, chosen: Flavour) -> SamplingSetti
 
     if options.image is None and (options.mask is not None or options.denoise < 1 or options.start_step):
         raise ConfigError("--mask, --denoise below 1 and --start-step change an image: name it with --image.")
-    same = ("seed", "tail_bias", "method", "denoise", "spacing", "start_step", "end_step")
+    same = ("seed", "tail_bias", "method", "denoise", "spacing", "start_step", "end_step", "first_block_cache")
     return SamplingSettings(
         steps=options.steps if options.steps is not None else chosen.steps,
         guidance=options.guidance if options.guidance is not None else chosen.guidance,

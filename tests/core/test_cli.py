@@ -95,6 +95,16 @@ def test_schedule_method_and_recipe_reach_the_sampler(folder, tmp_path, capsys):
     assert Image.open(plain).tobytes() != Image.open(path).tobytes()
 
 
+def test_the_first_block_cache_is_recorded_and_said(folder, tmp_path, capsys):
+    (path,) = sample(folder, tmp_path, "--prompt", "red", "--steps", "4", "--first-block-cache", "1")
+    record = read_record(path)
+    assert record is not None and record["settings"]["first_block_cache"] == 1.0
+    assert "approximate, 75% of the passes cut short" in capsys.readouterr().err
+    (exact,) = sample(folder, tmp_path, "--prompt", "red", "--steps", "4")
+    assert Image.open(exact).tobytes() != Image.open(path).tobytes()
+    assert "first_block_cache" not in (read_record(exact) or {})["settings"]
+
+
 def test_a_picture_to_start_from_and_a_mask(folder, tmp_path):
     (source,) = sample(folder, tmp_path, "--prompt", "red", "--height", "96")
     start = ["--prompt", "blue", "--image", str(source), "--seed", "9"]

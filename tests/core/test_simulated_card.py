@@ -15,6 +15,7 @@ from nullgpu.run import CannotBuild, environment
 COSTS = {
     "bf16": ("--blocks", "1", "1"),
     "int8": ("--blocks", "1", "1", "--precision", "int8"),
+    "nf4": ("--blocks", "1", "1", "--precision", "nf4", "--bytes"),
     "whole": ("--blocks", "2", "2"),
     "streamed": ("--blocks", "2", "2", "--resident", "2"),
 }
@@ -47,6 +48,12 @@ def test_quantised_weights_take_less_and_launch_more(costs):
     assert costs["int8"]["weights_gib"] < 0.8 * costs["bf16"]["weights_gib"]
     assert costs["int8"]["allocated_gib"] < 0.9 * costs["bf16"]["allocated_gib"]
     assert costs["int8"]["launches"] > costs["bf16"]["launches"]
+
+
+def test_four_bits_take_one_kernel_a_weight(costs):
+    """Triton's, if it passed its trial; PyTorch's launch 853 and move 19 GB."""
+    assert costs["nf4"]["launches"] == costs["int8"]["launches"]
+    assert costs["nf4"]["gb_moved"] < 10 and costs["nf4"]["gb_by_operation"]["nf4 kernel"] > 1
 
 
 def test_streamed_blocks_take_less_and_are_copied(costs):

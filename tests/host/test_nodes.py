@@ -217,12 +217,12 @@ def test_two_parts_are_the_whole_run(server: Host):
 
 
 def test_methods_spacing_and_overrides_reach_the_sampler(server: Host):
-    options = {"seed": 8, "steps": 5, "method": "dpmpp_2m", "spacing": "beta"}
+    options = {"seed": 8, "steps": 5, "method": "dpmpp_2m", "spacing": "beta", "first_block_cache": 0.3}
     seen = latent_of(server, text_to_image("a red star", **options, recipe_overrides="visible_padding=0"), "options")
     rules, cache = recipe("canonical", {"visible_padding": 0}), ComponentCache()
     encoder = cache.text_encoder(TINY, "cpu")
     with cache.transformer(ModelHandle(TINY), "cpu") as transformer:
-        settings = SamplingSettings(5, 3.0, 8, method="dpmpp_2m", spacing="beta")
+        settings = SamplingSettings(5, 3.0, 8, method="dpmpp_2m", spacing="beta", first_block_cache=0.3)
         prompts = [encoder.encode("a red star", rules)], encoder.encode("", rules)
         x = sample(transformer, *prompts, width=64, height=64, settings=settings, recipe=rules)
     assert torch.equal(seen, LatentFormat().to_vae(x))

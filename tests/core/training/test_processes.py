@@ -62,7 +62,7 @@ def places(tmp_path_factory):
     return model_folder(folder / "model"), data, write_dataset(folder / "more", 3, seed=1)
 
 
-def job(places, precision="fp32", **changes):
+def job(places, precision="fp32", compute="weights", **changes):
     model, data, more = places
     values = {
         "batch_size": 1,
@@ -74,7 +74,7 @@ def job(places, precision="fp32", **changes):
         "validation_dataset": {"folder": str(data)},
         "validation_pictures": 2,
         "previews": {"prompts": "sks", "steps": 1, "every": 4},
-        "model": {**config(model, data).model.to_dict(), "precision": precision},
+        "model": {**config(model, data).model.to_dict(), "precision": precision, "compute": compute},
     }
     return config(model, data, **{**values, **changes})
 
@@ -190,7 +190,8 @@ def held_in_halves(found, index: int, sharding: str):
 
 @pytest.mark.slow
 def test_codes_of_a_quantised_base_are_divided_too(places, tmp_path):
-    jobs = {"int8": ("fsdp", {"precision": "int8", "lora": {"rank": 4, "kind": "dora"}})}
+    """They are multiplied as they are, and a DoRA's norms are those of the dequantised weights."""
+    jobs = {"int8": ("fsdp", {"precision": "int8", "compute": "w8a8", "lora": {"rank": 4, "kind": "dora"}})}
     found, _ = both_ways(places, tmp_path, jobs, [], forks=hasattr(os, "fork"))
     assert [ranks["jobs"][0]["state"] for ranks in found] == ["completed", "completed"], found
     same(tmp_path / "int8/one", tmp_path / "int8/two")

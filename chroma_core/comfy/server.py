@@ -220,9 +220,11 @@ def start_comfyui(
     port: int | None = None,
     extra: tuple[str, ...] = (),
     on_wait: Callable[[float], None] | None = None,
+    launch: Callable[[list[str], Path, Path], Any] | None = None,
 ) -> Host:
     """Start the server of the folder `comfyui` on the base directory `base`, and return when it answers.
 
+    launch: gives the process of (command, folder, log file), with the methods of `subprocess.Popen`; None: such a one.
     Raises HostError, with the end of the log, if it does not come up.
     """
     base = base.resolve()
@@ -235,14 +237,7 @@ def start_comfyui(
     command += ["--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes"]
     command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_NAME]
     command += ["--cpu"] if cpu else []
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [*command, *extra],
-            cwd=comfyui,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=None if os.name == "nt" else _own_signals,
-        )
+    process = (launch or _popen)([*command, *extra], comfyui, log_path)
     host = Host(process, f"http://127.0.0.1:{port}", base, log_path)
     try:
         _wait_until_ready(host, on_wait)
@@ -250,6 +245,12 @@ def start_comfyui(
         host.stop()
         raise
     return host
+
+
+def _popen(command: list[str], folder: Path, log_path: Path) -> subprocess.Popen:
+    own = None if os.name == "nt" else _own_signals
+    with log_path.open("wb") as log:
+        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, preexec_fn=own)
 
 
 def _own_signals() -> None:

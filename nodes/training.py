@@ -243,7 +243,7 @@ async def wait_for(job: Job) -> JobStatus:
                 progress.step(status["step"], status["steps"], preview)
                 shown = sample
                 await asyncio.sleep(POLL_SECONDS)
-                status = job.status()
+                status = jobs.find(job.id).status()  # which another process may train, and delete
     except host.Interrupted:
         with suppress(JobError):  # it may have ended at this very moment
             jobs.manager().stop(job.id)

@@ -151,8 +151,8 @@ def forked(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_at_each(config: TrainingConfig, work: Path, every: int = 1) -> tuple[int, list[str]]:
-    """Kill the job at each `every`-th operation; returns how often, and what did not go on to the same end."""
+def kill_at_each(config: TrainingConfig, work: Path, every: int = 1, first: int = 1) -> tuple[int, list[str]]:
+    """Kill the job at each `every`-th operation from the `first` one on; returns how often, and what did not go on to the same end."""
     torch.set_num_threads(1)
     run(config, work / "warm-up")
     state, operations = run(config, work / "reference")
@@ -160,7 +160,7 @@ def kill_at_each(config: TrainingConfig, work: Path, every: int = 1) -> tuple[in
     counts = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(operations).items()))
     print(f"{len(operations)} operations: {counts}")
     wrong: list[str] = []
-    places = range(1, len(operations) + 1, every)
+    places = range(first, len(operations) + 1, every)
     for number in places:
         output = work / f"trial-{number}"
         killed = forked(lambda number=number, output=output: run(config, output, number))
@@ -178,6 +178,7 @@ def kill_at_each(config: TrainingConfig, work: Path, every: int = 1) -> tuple[in
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="kill at each n-th operation (default: at all)")
+    parser.add_argument("--first", type=int, default=1, help="of them, counted from 1 (default: 1)")
     parser.add_argument("--steps", type=int, default=3, help="length of the job (default: 3)")
     parser.add_argument("--job", choices=JOBS, default="dora", help="which (default: dora)")
     parser.add_argument("--model", default=None, help="a diffusers folder instead of the embedded tiny model")
@@ -187,7 +188,7 @@ def main() -> int:
         data = write_pictures(Path(work, "pictures"), 0, count=2)
         write_pictures(Path(work, "pictures-2"), 1, count=2, size=(128, 64))
         config = TrainingConfig.parse(job_config(data, model, options.steps, options.job))
-        trials, wrong = kill_at_each(config, Path(work), options.every)
+        trials, wrong = kill_at_each(config, Path(work), options.every, options.first)
     print(*wrong, f"identical {trials - len(wrong)} of {trials}", sep="\n")
     return 1 if wrong else 0
 

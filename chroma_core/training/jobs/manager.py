@@ -157,9 +157,15 @@ class JobManager:
         with _written_down(job):
             job.folder.mkdir(parents=True, exist_ok=True)
             self._lock_folder(job)
-        if (job.folder / "job.json").exists():  # another process was quicker, and has ended it
+        if (job.folder / "job.json").exists():
             job.lock.let_go()
-            return self.ensure(config, "keep" if if_exists == "restart" else if_exists)
+            self.look_around()
+            if job.id in self._jobs:  # another process was quicker, and has ended it
+                return self.ensure(config, if_exists)
+            raise JobError(
+                f"There is a job '{job.id}' in '{self.root}' already, which cannot be read: the log says why. Use the "
+                "version of ChromaKit that wrote it, or move its folder away."
+            )
         job.notify = self._tell
         self._jobs[job.id] = job
         try:

@@ -173,6 +173,10 @@ def test_what_another_wrote_and_cannot_be_read_is_not_written_over(places, two):
     for manager in two:
         assert "cannot be read" in refused(lambda manager=manager: manager.resume(job.id))
         assert manager.get(job.id).state == "stopped"
+    third = JobManager(first.root, first.loras_folder, "cpu")  # which never could
+    for mode in ("keep", "restart"):
+        assert "cannot be read" in refused(lambda mode=mode: third.ensure(job.config, mode))
+    third.shutdown()
     assert (job.folder / "job.json").read_text() == "[]"
 
 

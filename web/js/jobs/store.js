@@ -112,7 +112,7 @@ export async function reload() {
 }
 
 /**
- * Do something with a job; returns its status. Throws Error with the host's words, and asks what the job is now.
+ * Do something with a job; returns its status. Throws Error with the host's words, and asks what there is now.
  * @param {string} id
  * @param {string} action
  * @param {object} body
@@ -126,7 +126,7 @@ async function posted(id, action, body = {}) {
   try {
     return await post(`jobs/${encodeURIComponent(id)}/${action}`, body);
   } catch (error) {
-    fetchOne(id);
+    reload();
     throw error;
   }
 }

@@ -182,19 +182,17 @@ class Trial:
             launch = None if number == signal.SIGTERM or os.name == "nt" else Forked
             self.prompts.host = self.host = start_comfyui(self.comfyui, self.base, launch=launch)
         now = begun = cpu_seconds(self.host)
-        until, resumed, whole = now + seconds, False, False
+        until, whole = now + seconds, False
         while (now := cpu_seconds(self.host)) < until:
             if not self.job:
                 self.begin()
-                resumed, begun, whole = False, now, True
-            if not resumed:
-                status, answer = self.host.post(f"/chromakit/jobs/{self.job}/resume")
-                assert status == 200, answer
-                resumed = True
-            state = self.host.get(f"/chromakit/jobs/{self.job}")
-            if state["state"] in ("failed", "stopped"):
-                raise RuntimeError(f"{self.job} {state['state']}: {state['message']}")
-            if state["state"] == "completed":
+                begun, whole = now, True
+            status = self.host.get(f"/chromakit/jobs/{self.job}")
+            if status["state"] in ("failed", "stopped"):
+                raise RuntimeError(f"{self.job} {status['state']}: {status['message']}")
+            if status["state"] == "interrupted":
+                self.host.post(f"/chromakit/jobs/{self.job}/resume")
+            elif status["state"] == "completed":
                 self.compare()
                 if number is None:
                     return
@@ -218,20 +216,23 @@ class Trial:
         self.ended, self.job = self.ended + 1, ""
 
     def end(self, number: signal.Signals) -> tuple[str, int]:
-        """End ComfyUI; says what it was doing, and how many steps the job must do again."""
+        """End ComfyUI; says what it was doing, and how many steps that it had taken the job must take again."""
         assert self.host is not None
         self.prompts.host = None
+        begun = self.job and self.host.get(f"/chromakit/jobs/{self.job}")["state"] in ("running", "paused")
         self.host.process.send_signal(number)
         self.host.process.wait(60)
         self.host = None
         if not self.job:
             return "between two jobs", 0
-        done = max([0, *(line["step"] for line in read_metrics(self.output) if "loss" in line)])
+        done = max([0, *(line["step"] for line in read_metrics(self.output) if begun and "loss" in line)])
         saved = read_json(self.output / "jobs" / self.job / "job.json")["checkpoint"] or 0
         if number == signal.SIGKILL:
             self.hits[self.job] = self.hits.get(self.job, 0) + 1
         half = any(self.output.glob("jobs/*/checkpoints/.step-*.tmp"))
-        return f"{self.kind} at {reached(self.output)}{', a checkpoint half written' if half else ''}", done - saved
+        return f"{self.kind} at {reached(self.output)}{', a checkpoint half written' if half else ''}", max(
+            0, done - saved
+        )
 
 
 def main() -> int:
@@ -269,9 +270,7 @@ def _run(options: argparse.Namespace, work: Path) -> int:
         sent[number] += place != "between two jobs"
         if number == signal.SIGTERM:
             lost.append(again)
-        print(
-            f"{i:3d}: {number.name}, {place}; {again} steps to do again; different: {len(trial.different)}", flush=True
-        )
+        print(f"{i:3d}: {number.name}, {place}; {again} steps again; {len(trial.different)} differ", flush=True)
     if trial.job:
         trial.work_on(3600.0, None)
     trial.prompts.host = None

@@ -167,7 +167,9 @@ def _trained_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
 def describe(status: Mapping[str, Any]) -> str:
     """A job's state in words."""
     lines = [f"{status['id']}: {status['state']}, step {status['step']} of {status['steps']}"]
-    if status.get("yielded"):
+    if status.get("elsewhere"):
+        lines[0] += ", in another process"
+    elif status.get("yielded"):
         lines[0] += ", yielding to the queue"
     elif status.get("waits_for") == "memory":
         lines[0] += ", waiting for free GPU memory"

@@ -11,6 +11,7 @@ Standard library only (Pillow when images are read); nothing of ComfyUI is impor
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -83,7 +84,7 @@ class Host:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise HostError(f"{method} {path}: ComfyUI does not answer ({error}).\n{self.log_tail()}") from error
 
     def get(self, path: str) -> Any:

@@ -167,7 +167,9 @@ def _trained_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
 def describe(status: Mapping[str, Any]) -> str:
     """A job's state in words."""
     lines = [f"{status['id']}: {status['state']}, step {status['step']} of {status['steps']}"]
-    if status.get("yielded"):
+    if status.get("elsewhere"):
+        lines[0] += ", in another process"
+    elif status.get("yielded"):
         lines[0] += ", yielding to the queue"
     elif status.get("waits_for") == "memory":
         lines[0] += ", waiting for free GPU memory"
@@ -243,7 +245,7 @@ async def wait_for(job: Job) -> JobStatus:
                 progress.step(status["step"], status["steps"], preview)
                 shown = sample
                 await asyncio.sleep(POLL_SECONDS)
-                status = job.status()
+                status = jobs.find(job.id).status()  # which another process may train, and delete
     except host.Interrupted:
         with suppress(JobError):  # it may have ended at this very moment
             jobs.manager().stop(job.id)

@@ -55,13 +55,18 @@ def save_checkpoint(
         digests = {file.name: sha256_file(file) for file in sorted(temporary.iterdir()) if file.is_file()}
         content = asdict(progress) | {"saved_at": progress.step, "files": digests}
         write_json(temporary / STATE, content | {"sha256": _digest(content)})
+    discard_old(folder, progress, keep, keep_best)
+    return path
+
+
+def discard_old(folder: Path, progress: Progress, keep: int, keep_best: bool) -> None:
+    """Remove the oldest checkpoints, so that `keep` are left, and with `keep_best` the best."""
     for old in checkpoints(folder)[:-keep]:
         if not (keep_best and old.name == step_name(progress.best_at)):
             try:
                 discard(old)
             except PermissionError as error:  # the new one is there; the next save tries again
                 log.warning("ChromaKit: the old checkpoint '%s' stays for now: %s", old.name, error)
-    return path
 
 
 def step_name(step: int) -> str:

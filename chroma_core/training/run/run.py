@@ -34,7 +34,7 @@ from ..distributed.world import ALONE, ProcessLost, World, check_sharding, shard
 from ..step.ema import Ema
 from ..step.objective import HELDOUT_SIGMAS, heldout_loss
 from ..step.optimizers import check_optimizer
-from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint, step_name
+from .checkpoint import checkpoint_bytes, discard_old, restore_latest, save_checkpoint, step_name
 from .faults import (
     MEMORY_TRIES,
     NO_STEP,
@@ -192,6 +192,9 @@ class Run:
                 "what follows is as good, but not bit for bit what that version would have given."
             )
         self.progress = progress or Progress()
+        if self.world.main:  # a process that was killed may have come no further than to write the newest
+            keep = self.config.keep_checkpoints, self.config.keep_best
+            discard_old(self.paths.checkpoints, self.progress, *keep)
         self.progress.data, self.progress.rounding = data, ROUNDING
         self.metrics.truncate(self.progress.metrics_bytes)
         if self.config.tensorboard and self.world.main:

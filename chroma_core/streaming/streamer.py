@@ -40,8 +40,8 @@ _ATTRIBUTE = "block_streamer"
 
 
 NOT_COMPILED = (
-    "torch.compile and block streaming (offload 'block') exclude each other: moving the weights in and out breaks every "
-    "block into pieces that are compiled again and again. Turn one of them off."
+    "torch.compile and block streaming (offload 'block') exclude each other: moving the weights in and out breaks "
+    "every block into pieces that are compiled again and again. Turn one of them off."
 )
 
 

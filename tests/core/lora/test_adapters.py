@@ -18,7 +18,6 @@ from chroma_core.lora.adapters import (
     without_adapters,
 )
 from chroma_core.model.precision import PRECISIONS, precision, quantise
-from chroma_core.model.quantised import QuantisedLinear
 from chroma_core.training.run.prepare import check_compiler, compile_blocks
 from lora_cases import distance, inputs, predict, random_lora
 from miniature import transformer

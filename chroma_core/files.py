@@ -142,6 +142,20 @@ def read_json(path: Path | str, error: type[ChromaKitError] = ConfigError) -> An
         ) from cause
 
 
+def check_format(what: str, found: Any, known: int, error: type[ChromaKitError] = ConfigError) -> None:
+    """Raise `error` when `what` was written by a later version: its format number is above `known`.
+
+    found: the number in the file; None, as the first version wrote, is 1.
+    """
+    number = 1 if found is None else found
+    if type(number) is not int or not 1 <= number <= known:
+        reads = "format 1" if known == 1 else f"formats 1 to {known}"
+        raise error(
+            f"{what} has the format {found!r}, which a later version of ChromaKit writes; this one reads {reads}. "
+            "Update ChromaKit to use it. Nothing of it was changed."
+        )
+
+
 def each_once(twice: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     """An `object_pairs_hook` for `json`: ValueError with `twice.format(name)` for an object that gives a name twice."""
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypedDict, cast
 
 from filelock import FileLock, Timeout
 
-from ...errors import ChromaKitError, first_line
-from ...files import read_json, write_json
+from ...errors import ChromaKitError, ConfigError, JobError, first_line
+from ...files import check_format, read_json, write_json
 from ..config import TrainingConfig
 from ..run.metrics import MetricsLog
 from .curve import Curve
@@ -21,6 +21,9 @@ from .curve import Curve
 JobState = Literal["queued", "preparing", "running", "paused", "completed", "stopped", "failed", "interrupted"]
 ACTIVE: tuple[JobState, ...] = ("queued", "preparing", "running", "paused")
 """States of a job that a manager works on; found in a folder of a dead process they mean `interrupted`."""
+
+FORMAT = 1
+"""Of a job's folder with all that is in it. Raised whenever an older version would misread it."""
 
 WRITE_EVERY_SECONDS = 5.0
 NOTIFY_EVERY_SECONDS = 0.5
@@ -129,7 +132,11 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """Open the job of an earlier session. Raises KeyError or ConfigError for a foreign folder."""
+        """Open the job of an earlier session.
+
+        Raises JobError for one of a later version, KeyError or ConfigError for a foreign folder.
+        """
+        check_folder(folder)
         values = read_json(folder / "job.json")
         return cls(folder, TrainingConfig.parse(values["config"]), values)
 
@@ -249,7 +256,7 @@ class Job:
         """Write `job.json`."""
         with self._writing:  # not the lock of the values: who asks for them is not to wait for a disk
             self._written = time.monotonic()
-            write_json(self.folder / "job.json", self.status())
+            write_json(self.folder / "job.json", {"format": FORMAT, **self.status()})
 
     def fail(self, error: BaseException) -> None:
         """Record an error: ours as it stands, any other with its type, and its trace in `log.txt`."""
@@ -291,6 +298,15 @@ class Job:
         """Append to `log.txt`."""
         with (self.folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise JobError when a later version wrote the job in a folder; all else is left to who opens it."""
+    values: Any = None
+    with suppress(ConfigError, ValueError):
+        values = read_json(folder / "job.json")
+    if isinstance(values, dict):
+        check_format(f"The training job '{folder.name}'", values.get("format"), FORMAT, JobError)
 
 
 def _sample_order(path: Path) -> tuple[int, int]:

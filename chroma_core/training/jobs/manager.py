@@ -21,7 +21,7 @@ from ..distributed.world import ALONE, World
 from ..run.checkpoint import checkpoints
 from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
-from .job import ACTIVE, Job, JobState, JobStatus, folder_lock
+from .job import ACTIVE, Job, JobState, JobStatus, check_folder, folder_lock
 
 IfExists = Literal["keep", "resume", "restart"]
 Listener = Callable[[JobStatus], None]
@@ -82,6 +82,7 @@ class JobManager:
         """The job of that id. Raises JobError."""
         with self._changed:
             if job_id not in self._jobs:
+                check_folder(self.root / Path(job_id).name)
                 raise JobError(
                     f"There is no training job '{job_id}' here. It may have been deleted; see the list of jobs."
                 )
@@ -109,10 +110,12 @@ class JobManager:
                 interrupted or failed one; `resume` also goes on with a paused or stopped one; `restart` trains again
                 from nothing.
         Raises:
-            JobError: `restart` of a job that is running, or a job that another process is training.
+            JobError: `restart` of a job that is running, or a job that another process is training, or that a later
+                version wrote.
         """
         if if_exists not in ("keep", "resume", "restart"):
             raise ConfigError(f"if_exists is {if_exists!r}; choose keep, resume or restart.")
+        check_folder(self.root / config.job_id())
         with self._changed:
             job = self._with(config)
             if job is not None and job.id in self._elsewhere:

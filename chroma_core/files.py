@@ -225,6 +225,16 @@ def slug(text: str, fallback: str = "untitled") -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", ascii_text).strip("-.")[:80] or fallback
 
 
+_DEVICES = frozenset(["con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))])
+
+
+def file_stem(text: str) -> str:
+    """`slug` as the name of a file or folder that Windows takes too: it has devices named con, nul, com1 …, whatever
+    comes after a dot."""
+    stem, dot, rest = slug(text).partition(".")
+    return f"{stem}{'_' if stem.lower() in _DEVICES else ''}{dot}{rest}"
+
+
 DISK_MARGIN = 256 << 20
 """Bytes that are left free beside what is asked room for: others write to the disk too."""
 

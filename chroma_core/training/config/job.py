@@ -440,7 +440,7 @@ class TrainingConfig(Settings):
         """Read a job file; dataset folders and model files in it are relative to the file. Raises ConfigError."""
         path = Path(path)
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin with a mark
         except OSError as error:
             raise ConfigError(f"The job file '{path}' cannot be read: {error.strerror or error}.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

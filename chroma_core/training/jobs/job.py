@@ -13,8 +13,8 @@ from typing import Any, Literal, TypedDict, cast
 
 from filelock import FileLock, Timeout
 
-from ...errors import ChromaKitError, first_line
-from ...files import read_json, write_json
+from ...errors import ChromaKitError, ConfigError, JobError, first_line
+from ...files import check_format, read_json, write_json
 from ..config import TrainingConfig
 from ..run.metrics import MetricsLog
 from .curve import Curve
@@ -22,6 +22,9 @@ from .curve import Curve
 JobState = Literal["queued", "preparing", "running", "paused", "completed", "stopped", "failed", "interrupted"]
 ACTIVE: tuple[JobState, ...] = ("queued", "preparing", "running", "paused")
 """States of a job that a manager works on; found in a folder of a dead process they mean `interrupted`."""
+
+FORMAT = 1
+"""Of a job's folder with all that is in it. Raised whenever an older version would misread it."""
 
 WRITE_EVERY_SECONDS = 5.0
 NOTIFY_EVERY_SECONDS = 0.5
@@ -161,7 +164,10 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """Open the job of an earlier session. Raises KeyError or ConfigError for a foreign folder."""
+        """Open the job of an earlier session.
+
+        Raises JobError for one of a later version, KeyError or ConfigError for a foreign folder.
+        """
         seen = _identity(folder / "job.json")
         job = cls(folder, *_read(folder))
         job._seen = seen
@@ -306,7 +312,8 @@ class Job:
         with self._writing:  # not the lock of the values: who asks for them is not to wait for a disk
             self._written = time.monotonic()
             path = self.folder / "job.json"
-            write_json(path, {name: value for name, value in self.status().items() if name != "elsewhere"})
+            values = {name: value for name, value in self.status().items() if name != "elsewhere"}
+            write_json(path, {"format": FORMAT, **values})
             self._seen = _identity(path)
 
     def fail(self, error: BaseException) -> None:
@@ -351,8 +358,18 @@ class Job:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
 
 
+def check_folder(folder: Path) -> None:
+    """Raise JobError when a later version wrote the job in a folder; all else is left to who opens it."""
+    values: Any = None
+    with suppress(ConfigError, ValueError):
+        values = read_json(folder / "job.json")
+    if isinstance(values, dict):
+        check_format(f"The training job '{folder.name}'", values.get("format"), FORMAT, JobError)
+
+
 def _read(folder: Path) -> tuple[TrainingConfig, dict[str, Any]]:
-    """What `job.json` says. Raises KeyError or ConfigError for a foreign one."""
+    """What `job.json` says. Raises JobError for one of a later version, KeyError or ConfigError for a foreign one."""
+    check_folder(folder)
     values = read_json(folder / "job.json")
     return TrainingConfig.parse(values["config"]), values
 

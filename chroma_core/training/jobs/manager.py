@@ -22,7 +22,7 @@ from ..distributed.world import ALONE, World
 from ..run.checkpoint import checkpoints
 from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
-from .job import ACTIVE, Job, JobState, JobStatus
+from .job import ACTIVE, Job, JobState, JobStatus, check_folder
 
 IfExists = Literal["keep", "resume", "restart"]
 Listener = Callable[[JobStatus], None]
@@ -96,6 +96,7 @@ class JobManager:
             else:
                 self.look_around()
             if job_id not in self._jobs:
+                check_folder(self.root / Path(job_id).name)
                 raise JobError(
                     f"There is no training job '{job_id}' here. It may have been deleted; see the list of jobs."
                 )
@@ -123,10 +124,12 @@ class JobManager:
                 interrupted or failed one; `resume` also goes on with a paused or stopped one; `restart` trains again
                 from nothing.
         Raises:
-            JobError: `restart` of a job that is running, or a job that another process is training.
+            JobError: `restart` of a job that is running, or a job that another process is training, or that a later
+                version wrote.
         """
         if if_exists not in ("keep", "resume", "restart"):
             raise ConfigError(f"if_exists is {if_exists!r}; choose keep, resume or restart.")
+        check_folder(self.root / config.job_id())
         with self._changed:
             self.look_around()
             job = self._with(config)

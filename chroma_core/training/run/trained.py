@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...errors import ChromaKitError, ConfigError, JobError, ModelFileError
-from ...files import free_name, only_names, require_room, slug, write_atomic
+from ...files import file_stem, free_name, only_names, require_room, write_atomic
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
 from ...loading.load import transformer_outline, transformer_source
@@ -291,7 +291,7 @@ def _free_paths(paths: JobPaths, config: TrainingConfig, suffix: str) -> tuple[P
         return paths.models / f"{name}.safetensors", paths.diffusers / name / "transformer"
 
     job = paths.job.name
-    return of(free_name(slug(config.name) + suffix, lambda name: all(may_write(path, job) for path in of(name))))
+    return of(free_name(file_stem(config.name) + suffix, lambda name: all(may_write(path, job) for path in of(name))))
 
 
 def adapter_summary(config: TrainingConfig) -> dict[str, Any]:
@@ -396,7 +396,9 @@ def contents(lora: LoraFile) -> dict[str, str]:
 def final_path(loras_folder: Path, config: TrainingConfig, suffix: str = "", job_id: str | None = None) -> Path:
     """Where the LoRA goes: the job's name and `suffix`, with -2, -3 … when another job's file has it already."""
     job = job_id or config.job_id()
-    name = free_name(slug(config.name) + suffix, lambda found: may_write(loras_folder / f"{found}.safetensors", job))
+    name = free_name(
+        file_stem(config.name) + suffix, lambda found: may_write(loras_folder / f"{found}.safetensors", job)
+    )
     return loras_folder / f"{name}.safetensors"
 
 
@@ -423,7 +425,7 @@ def write_final(
     dtype = precision(config.lora.save_dtype).dtype
     modules = {name: module.to(dtype) for name, module in trained.modules.items()}
     path = final_path(loras_folder, config, suffix, metadata.get(JOB_KEY))
-    copy = job_folder / f"{slug(config.name)}{suffix}.safetensors"
+    copy = job_folder / f"{file_stem(config.name)}{suffix}.safetensors"
     write_lora(copy, LoraFile(modules, {**metadata, **contents(trained)}, trained.key_format))
     write_atomic(path, copy.read_bytes())
     return path

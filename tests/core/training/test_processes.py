@@ -18,7 +18,8 @@ import forked
 from chroma_core.comfy.server import free_port
 from chroma_core.errors import ConfigError
 from chroma_core.training.config import TrainingConfig
-from chroma_core.training.distributed.world import part_size
+from chroma_core.training.distributed import world
+from chroma_core.training.distributed.world import Processes, crowded, launched, part_size
 from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.jobs.manager import JobManager
 from training_cases import config, model_folder, write_dataset
@@ -124,7 +125,7 @@ def trained(places, tmp_path_factory):
     """Every job in one process and in two; the first is begun by one process and ended by two."""
     folder = tmp_path_factory.mktemp("trained")
     text = toml(places, folder / "odd.toml", steps=4, gradient_accumulation=3)
-    commands = [["train", str(text), "--device", "cpu", "--output", str(folder / "odd")]]
+    commands = [["train", str(text), "--output", str(folder / "odd")]]
     return folder, *both_ways(places, folder, JOBS, commands)
 
 
@@ -201,7 +202,77 @@ def test_codes_of_a_quantised_base_are_divided_too(places, tmp_path):
 def test_a_batch_that_cannot_be_dealt_evenly_ends_both_processes(trained):
     _, found, said = trained
     assert [ranks["codes"] for ranks in found] == [[1], [1]]
-    assert said.count("these numbers of processes: 1, 3.") == 2
+    assert said.count("these numbers of processes: 1, 3.") == 1  # rank 0 says it
+
+
+WRONG = """
+import json, os, sys
+from chroma_core.cli.main import main
+from chroma_core.comfy.server import free_port
+os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+other = os.fork()
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
+codes = [main(command) for command in json.loads(sys.argv[1])]
+if other:
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 3
+assert codes == [1] * len(codes)
+sys.exit(3)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_wrong_launch_is_one_sentence_and_leaves_nothing(places, tmp_path):
+    path = toml(places, tmp_path / "job.toml", steps=4)
+    devices = ["meta:0", "nonsense", *(["cuda"] if not torch.cuda.is_available() else [])]
+    commands = [["train", str(path), "--output", str(tmp_path / "o"), "--device", device] for device in devices]
+    done = forked.run(forked.FULL, "-c", WRONG, json.dumps(commands))
+    assert done.returncode == 3, done.stderr
+    expected = ["must be without a number", "'nonsense' is not a device", "'cuda' is not here"][: len(devices)]
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [words in line for words, line in zip(expected, said, strict=True)] == [True] * len(said), done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "found, words",
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "started one, as it does where it finds no"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "mpirun started several"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "each of which would train the whole job"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2', RANK ''"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "no process of a distributed run"),
+        ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0"}, "unset all three"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, False),
+        ({}, False),
+    ],
+)
+def test_what_a_launcher_meant(found, words, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(words, bool):
+        assert launched() is words
+    else:
+        with pytest.raises(ConfigError, match=words):
+            launched()
+
+
+def test_each_process_has_a_gpu_of_its_own():
+    assert crowded(2, 2) == crowded(2, None) == ""
+    assert "3 processes were started on a machine with 2 GPUs" in crowded(3, 2)
+    assert crowded(2, 1).endswith("Start 1 (--nproc_per_node 1), or use --device cpu.")
+
+
+def test_a_process_that_never_comes_is_said(monkeypatch):
+    monkeypatch.setattr(world, "MEETING_SECONDS", 0.5)
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {**place, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="The 2 processes of this run did not find each other"):
+        Processes("cpu")
 
 
 def test_parts_divide_the_share_of_a_process():
@@ -214,7 +285,7 @@ def test_parts_divide_the_share_of_a_process():
 
 def start(path: Path, root: Path) -> tuple[Begun, Path]:
     """Two processes on a job file, in a session of their own; returns once they have taken three more steps."""
-    running = Begun(*TORCHRUN, *two(), "-m", "chroma_core", "train", path, "--device", "cpu", "--output", root)
+    running = Begun(*TORCHRUN, *two(), "-m", "chroma_core", "train", path, "--output", root)
     before = sum(len(numbers(each.parents[2], "loss")) for each in root.glob("jobs/*/metrics.jsonl"))
 
     def goes_on() -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ _TRAILING_COMMA = re.compile(r'"(?:\\.|[^"\\\n])*"|,(?=\s*[\]}])')
 
 
 class Unreadable(ValueError):
-    """A value that the foreign tool could not use either. The text says what it must be."""
+    """A value that the foreign tool could not use either. The text says what it must be.
+
+    `option`: whose value it is, where another one asked for it.
+    """
+
+    def __init__(self, must: str, option: str = "") -> None:
+        super().__init__(must)
+        self.option = option
 
 
 class _Refused(Exception):
@@ -155,33 +163,44 @@ def text(value: Any) -> str:
     return str(value)
 
 
+def word(value: Any) -> str:
+    """A text in small letters."""
+    return text(value).strip().lower()
+
+
 class Epochs(float):
     """A number of epochs, which becomes steps once the images are counted, see `job.finish`."""
 
 
-def epochs_of(value: Any) -> Epochs:
-    """A number of epochs above 0."""
-    read = number(value)
-    if read <= 0:
-        raise Unreadable("a number above 0")
-    return Epochs(read)
-
-
 class ForeignPath(str):
-    """A path as the foreign file has it: made absolute where it exists, see `convert.resolve`."""
+    """A path as the foreign file has it: made absolute where it exists, see `resolve`."""
 
 
-def path(value: Any) -> ForeignPath:
-    """A path that is not empty."""
-    read = text(value).strip()
-    if not read:
-        raise Unreadable("a path")
-    return ForeignPath(read)
+def resolve(value: Any, folders: Sequence[Path]) -> Any:
+    """Foreign paths are relative to wherever the tool was started: taken from the first folder where they exist.
+
+    One that exists nowhere stays as it stands (and is then relative to the job file).
+    """
+    if not isinstance(value, ForeignPath):
+        return value
+    for folder in folders:
+        place = folder / os.path.expanduser(value)
+        if place.exists():
+            return str(place.resolve())
+    return str(value)
+
+
+def ask(given: Mapping[str, Any], option: str, read: Callable[[Any], Any]) -> Any:
+    """The value of one of the given options, read. Raises Unreadable with its name."""
+    try:
+        return read(given[option])
+    except Unreadable as error:
+        raise Unreadable(str(error), error.option or option) from error
 
 
 def is_on(given: Mapping[str, Any], option: str) -> bool:
     """Whether a switch among the given options is on; it is off where it is not stated."""
-    return switch(given.get(option, False))
+    return option in given and ask(given, option, switch)
 
 
 def is_off(value: Any) -> bool:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..model.flavours import FLAVOURS
-from ..names.transformer import to_diffusers_modules
 from ..sampling.schedule import dynamic_mu
 from .read import (
+    BLOCKS,
     Epochs,
     ForeignPath,
     Unreadable,
@@ -25,6 +24,10 @@ from .read import (
     is_off,
     is_on,
     number,
+    original,
+    ours,
+    preview_of_line,
+    preview_of_object,
     read_config,
     read_lines,
     resolve,
@@ -33,7 +36,7 @@ from .read import (
     whole,
     word,
 )
-from .table import Given, flow_shift, lost, near, numbers, shown, unchanged, without
+from .table import Given, flow_shift, lost, near, shown, unchanged, without
 
 DATA = {
     trainer: read_config(Path(__file__).with_name(f"{trainer}.yaml"))
@@ -129,116 +132,20 @@ def epochs(value: Any, given: Given) -> Any:
     return {"steps": epochs_of(value)}
 
 
-# Previews: a text with settings behind it (`a fox --w 512 --n ugly`), or an object.
-
-PREVIEW = {"width": whole, "height": whole, "seed": whole, "steps": whole, "guidance": number, "negative": text}
-"""The fields of a `PreviewPrompt` besides its prompt, and how a foreign value is read."""
-FLAGS = {
-    "w": "width",
-    "h": "height",
-    "d": "seed",
-    "seed": "seed",
-    "s": "steps",
-    "steps": "steps",
-    "l": "guidance",
-    "cfg": "guidance",
-    "n": "negative",
-}
-"""What ai-toolkit and sd-scripts read behind a prompt, `--` before each."""
-
-
-def preview_of_line(line: str) -> tuple[dict[str, Any], list[str]]:
-    """A prompt with its settings, and those of them that mean nothing here."""
-    prompt, *settings = re.split(r"\s+--(?=\w)", line.strip())
-    flags = [(*setting.partition(" ")[::2], f"--{setting.strip()}") for setting in settings]
-    values, left = _preview((FLAGS.get(flag.lower(), ""), value.strip(), said) for flag, value, said in flags)
-    return {"prompt": prompt.strip(), **values}, left
-
-
-def preview_of_object(item: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """The same of an object; `names`: its names → fields of ours. Null is not set."""
-    return _preview((names.get(key, ""), value, f"{key} = {value}") for key, value in item.items() if value is not None)
-
-
-def _preview(settings: Iterable[tuple[str, Any, str]]) -> tuple[dict[str, Any], list[str]]:
-    values: dict[str, Any] = {}
-    left = []
-    for name, value, said in settings:
-        if not name or name == "seed" and whole(value) < 0:
-            left.append(said)
-        else:
-            values[name] = PREVIEW.get(name, text)(value)
-    return values, left
-
-
 def previews(entries: Sequence[dict[str, Any]], left: Sequence[str]) -> Any:
     """The previews as a job has them: a text alone where nothing else is said."""
     plain = [entry["prompt"] if set(entry) == {"prompt"} else entry for entry in entries]
     return without({"previews.prompts": plain}, left)
 
 
-# Layers: ai-toolkit and sd-scripts know the model by its original names (`double_blocks.3.img_attn.qkv`), in which one
-# layer holds several of ours; OneTrainer by ours (`transformer_blocks.3.attn.to_q`).
-
-_LAYERS = {
-    "double_blocks": [f"{s}_{layer}" for s in ("img", "txt") for layer in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")],
-    "single_blocks": ["linear1", "linear2"],
-}
-_BLOCKS = {
-    name: tuple(part.name for part in to_diffusers_modules(name) or ())
-    for kind, count in {"double_blocks": 19, "single_blocks": 38}.items()
-    for number_ in range(count)
-    for layer in _LAYERS[kind]
-    for name in [f"{kind}.{number_}.{layer}"]
-}
-"""The 228 linear layers of Chroma's blocks by their original names, and the 418 of ours that they hold."""
-_INSIDE = tuple(part for parts in _BLOCKS.values() for part in parts)
-_OUTSIDE = ("x_embedder", "context_embedder", "proj_out")
-"""Our names of the layers outside the blocks, the approximator's apart."""
-
-
-def original(keep: Callable[[str], bool]) -> list[str]:
-    """Patterns for `lora.target`, for the layers whose original name is kept; empty where none is."""
-    return _patterns([part for name, parts in _BLOCKS.items() if keep(name) for part in parts])
-
-
-def ours(keep: Callable[[str], bool]) -> list[str]:
-    """Patterns for the layers whose name with us is kept; empty where none is."""
-    return _patterns([name for name in (*_INSIDE, *_OUTSIDE) if keep(name)])
-
-
-def _starred(name: str) -> str:
-    kind, _, rest = name.partition(".")
-    return f"{kind}.*.{rest.partition('.')[2]}" if rest else name
-
-
-_EVERYWHERE = Counter(map(_starred, _INSIDE))
-
-
-def _patterns(names: Sequence[str]) -> list[str]:
-    """The names; a layer that is kept in every block as one with a star for the block's number."""
-    outside = [name for name in names if name in _OUTSIDE]
-    if len(names) - len(outside) == len(_INSIDE):
-        return ["transformer_blocks.*", "single_transformer_blocks.*", *outside]
-    seen = Counter(map(_starred, names))
-    return list(dict.fromkeys(s if seen[s := _starred(name)] == _EVERYWHERE[s] else name for name in names))
-
-
 # ai-toolkit
 
 
 def ai_alpha(value: Any, given: Given) -> Any:
-    if ai_is_whole(given):
-        return unchanged("whole factors have no alpha")
     rank, alpha = number(given.get("linear", given.get("rank", 16))), number(value)
     if ask(given, "type", word) == "lokr" or alpha == rank:
         return alpha
     return near(rank, "ai-toolkit trains Chroma at scale 1, whatever stands here")
-
-
-def ai_is_whole(given: Given) -> bool:
-    """Whether a LoKr's factors are whole, whatever its rank."""
-    return is_on(given, "lokr_full_rank") and ask(given, "type", word) == "lokr"
 
 
 def ai_accumulation(value: Any, given: Given) -> Any:
@@ -307,14 +214,6 @@ def ai_prompts(value: Any, given: Given) -> Any:
     if len(found) > 1 and not is_on(given, "walk_seed"):  # all have the same one; here the i-th has the seed + i
         found = [{"seed": whole(given.get("seed", 0)), **entry} for entry in found]
     return previews(found, left)
-
-
-def ai_walk_seed(value: Any, given: Given) -> Any:
-    if switch(value):
-        return unchanged("prompt i has the seed + i here too")
-    if len(given.get("prompts") or given.get("samples") or []) < 2:
-        return unchanged("a single prompt")
-    return unchanged("each prompt has been given the same seed")
 
 
 def ai_network_kwargs(value: Any, given: Given) -> Any:
@@ -406,18 +305,6 @@ def st_masks(value: Any, given: Given) -> Any:
 
 def st_uses(value: Any) -> int:
     return whole(value) + 1
-
-
-def st_crop(value: Any, given: Given) -> Any:
-    if not switch(value):
-        return "centre"
-    style, aspect = given["crop_style"], given["crop_aspect"]
-    crop = "random" if style == "random" else "centre"
-    if aspect in ("square", "random"):
-        return near(crop, f"crop_aspect {aspect}: images keep their own shape here (aspect buckets)")
-    if style not in ("center", "centre", "random"):
-        return near(crop, f"crop_style {style}: crops are centred or random")
-    return crop
 
 
 def st_shuffle(value: Any, given: Given) -> Any:
@@ -521,7 +408,7 @@ def k_network_args(value: Any, given: Given) -> Any:
 
 def _k_ranks(asked: Mapping[str, str], rank: int) -> dict[str, int]:
     """The rank of every layer by its original name; 0 where none is trained. What comes later goes before."""
-    ranks = dict.fromkeys(_BLOCKS, rank)
+    ranks = dict.fromkeys(BLOCKS, rank)
     for option, pattern in DATA["kohya"]["ranks"].items():
         if option in asked:
             ranks |= {name: whole(asked[option]) for name in ranks if re.match(pattern, name)}
@@ -630,11 +517,6 @@ def ot_limit(value: Any, given: Given) -> Any:
     return near(number(value), "OneTrainer shifts what lies between the limits, ChromaKit squeezes what was shifted")
 
 
-def ot_cloud(value: Any, given: Given) -> Any:
-    enabled = isinstance(value, dict) and is_on(value, "enabled")
-    return lost("a job runs on this computer") if enabled else unchanged("not used")
-
-
 def ot_layer_filter(value: Any, given: Given) -> Any:
     parts = [part.strip() for part in text(value).split(",") if part.strip()]
     found = is_on(given, "layer_filter_regex")
@@ -681,10 +563,7 @@ def ot_minutes(value: Any, given: Given) -> Any:
 
 
 def ot_betas(value: Any, given: Given) -> Any:
-    name = ask(given, "optimizer", word)
-    if name == "adafactor":
-        return unchanged("Adafactor has none")
-    first, second = DATA["onetrainer"]["betas"].get(name, (0.9, 0.999))
+    first, second = DATA["onetrainer"]["betas"].get(ask(given, "optimizer", word), (0.9, 0.999))
     return [number(given.get("beta1", first)), number(given.get("beta2", second))]
 
 
@@ -718,4 +597,3 @@ def ot_repeats(value: Any, given: Given) -> Any:
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {name: f for name, f in globals().items() if callable(f)}
-FUNCTIONS |= {"numbers": numbers}

@@ -13,10 +13,10 @@ from ..data.dataset import DatasetConfig
 from ..data.pictures import picture_extensions
 from ..errors import ConfigError, counted
 from ..files import slug
-from .answers import DATA, FUNCTIONS, ai_is_whole, k_arguments, preview_of_object, previews, sizes
+from .answers import DATA, FUNCTIONS, k_arguments, previews, sizes
 from .job import NAME_LENGTH, Imported, finish, start_folders
-from .read import ForeignPath, is_off, is_on, number, read_config, resolve, whole, word
-from .table import Draft, Line, near, shown, table
+from .read import ForeignPath, is_off, is_on, number, preview_of_object, read_config, resolve, whole, word
+from .table import Draft, Line, holds, near, shown, table
 
 Options = dict[str, Any]
 
@@ -310,11 +310,14 @@ def ai_toolkit(file: Path, content: Mapping[str, Any], beside: Path | None) -> I
     if not is_list_of_objects(datasets):
         raise ConfigError(f"'{file.name}': datasets is {shown(datasets)}; it must be a list of datasets.")
     run.given = {f"{name}.{key}": value for name, part in sections.items() for key, value in stated(part).items()}
+    sample = sections["sample"]
+    prompts = sample.get("prompts") or sample.get("samples")
+    run.given["prompts_count"] = len(prompts) if isinstance(prompts, list) else 1
     run.given["sizes"] = {size for item in datasets or [{}] for size in sizes(item.get("resolution") or 512)}
     run.walk({"": process, **sections})
     run.decay("optimizer_params.weight_decay", run.job.values.get("optimizer", ""))
     network = AI_TOOLKIT.assumed["network"] | stated(sections["network"])
-    if word(network["type"]) == "lokr" and not ai_is_whole(network):
+    if word(network["type"]) == "lokr" and not holds("lokr_full_rank on", network):
         alpha = number(network.get("alpha", 1.0))
         run.job.record("network.linear_alpha", f"{alpha:g} (not stated)", {"lora.alpha": alpha}, over=False)
     trigger = stated({"trigger_word": process.get("trigger_word")})
@@ -354,7 +357,8 @@ def onetrainer(file: Path, content: Mapping[str, Any], beside: Path | None) -> I
     for_all_sets = {name: options.pop(name) for name in ONETRAINER.for_all_sets if name in options}
     concepts = _listed(run, options, "concepts", "concept_file_name", beside)
     samples = _listed(run, options, "samples", "sample_definition_file_name", None)
-    run.given = {f"{name}.{key}": value for name, part in sections.items() for key, value in part.items()}
+    parts = {**sections, "cloud": _section(file, "cloud", options.get("cloud"))}
+    run.given = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
     run.walk({"": options, **sections}, spelled)
     optimizer = word(sections["optimizer"].get("optimizer") or "ADAMW")
     run.decay("optimizer.weight_decay", optimizer)

@@ -25,12 +25,14 @@ def parity_options(parity: argparse.ArgumentParser) -> None:
     add_model_options(parity, offload="none")
     parity.add_argument("--job", type=Path, help="a job's folder: replay its last preview")
     parity.add_argument("--preview", type=Path, metavar="PNG", help="replay this preview of a training job")
-    parity.add_argument("--prompt", default="a photo of a sks emblem")
-    parity.add_argument("--negative", default="")
+    parity.add_argument("--prompt", default="a photo of a sks emblem", help="of the image (default: one of tiny's)")
+    parity.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
     for name, kind in {"width": int, "height": int, "steps": int, "guidance": float}.items():
-        parity.add_argument(f"--{name}", type=kind, default=None)
-    parity.add_argument("--seed", type=int, default=42)
-    parity.add_argument("--recipe", choices=list(RECIPES), default="canonical")
+        parity.add_argument(f"--{name}", type=kind, default=None, help="of the image")
+    parity.add_argument("--seed", type=int, default=42, help="of the noise")
+    parity.add_argument(
+        "--recipe", choices=list(RECIPES), default="canonical", help="how texts are encoded and numbers rounded"
+    )
     add_lora_flags(parity)
     parity.add_argument(
         "--factors",
@@ -39,7 +41,7 @@ def parity_options(parity: argparse.ArgumentParser) -> None:
         help="also change one number at a time: recipe schedule guidance lora precision size seed (none named: all)",
     )
     parity.add_argument("--no-comfyui", action="store_true", help="do not start a ComfyUI for the image of the nodes")
-    parity.add_argument("--device", default=None)
+    parity.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best)")
     parity.add_argument("--output", type=Path, default=None, help="write parity.png and parity.json to this folder")
     parity.add_argument("--json", action="store_true", help="print JSON")
     parity.set_defaults(run=_parity)

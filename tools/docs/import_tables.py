@@ -8,6 +8,7 @@ The text before them is written by hand.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from chroma_core.import_config.table import Rule
 from chroma_core.import_config.trainers import AI_TOOLKIT, KOHYA, ONETRAINER, SIMPLETUNER, Tables
 
-from ..pages import filled, markdown_table
+from ..pages import filled, keep_current, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "import.md"
@@ -88,4 +89,4 @@ def names(options: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    sys.exit(keep_current(PAGE, page, __doc__))

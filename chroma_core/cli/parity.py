@@ -71,29 +71,29 @@ def _compare(options: argparse.Namespace, folder: Path) -> Any:
     device = best_device(options.device)
     kinds = _kinds(options.factors)
     case, preview = _case(options, folder, device)
-    painted: dict[str, Any] = {} if preview is None else {"preview": preview}
+    images: dict[str, Any] = {} if preview is None else {"preview": preview}
     components = ComponentCache()
 
-    def paint(name: str, how: Callable[[], Any]) -> Any:
+    def generate(name: str, how: Callable[[], Any]) -> Any:
         print(f"sampling: {name}", file=sys.stderr, flush=True)
         try:
             return how()
         except NotRun as reason:
             return reason
 
-    painted["core"] = paint("core", lambda: in_process(case, components, device))
-    painted["cli"] = paint("command line", lambda: through_command_line(case, folder / "cli", device))
-    painted["node"] = paint("nodes", lambda: _through_nodes(case, folder / "host", device, options.no_comfyui))
-    painted["diffusers"] = paint("diffusers", lambda: through_diffusers(case, device))
+    images["core"] = generate("core", lambda: in_process(case, components, device))
+    images["cli"] = generate("command line", lambda: through_command_line(case, folder / "cli", device))
+    images["node"] = generate("nodes", lambda: _through_nodes(case, folder / "host", device, options.no_comfyui))
+    images["diffusers"] = generate("diffusers", lambda: through_diffusers(case, device))
     as_it_ships = "diffusers_float_mask"
-    painted[as_it_ships] = paint(as_it_ships, lambda: through_diffusers(case, device, "float"))
+    images[as_it_ships] = generate(as_it_ships, lambda: through_diffusers(case, device, "float"))
     for mode in case.lora_modes if case.loras else ():
-        painted[mode] = paint(mode, lambda mode=mode: in_process(case.with_loras(mode=mode), components, device))
+        images[mode] = generate(mode, lambda mode=mode: in_process(case.with_loras(mode=mode), components, device))
     report = Report(case)
-    report.add_pairs(painted)
+    report.add_pairs(images)
     for factor in vary(case, kinds) if kinds else ():
-        changed = paint(factor.name, lambda factor=factor: in_process(factor.case, components, device))
-        report.add_factor(factor, painted["core"], changed)
+        changed = generate(factor.name, lambda factor=factor: in_process(factor.case, components, device))
+        report.add_factor(factor, images["core"], changed)
     return report
 
 

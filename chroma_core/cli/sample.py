@@ -239,7 +239,7 @@ def _request(options: argparse.Namespace) -> None:
     cache = ComponentCache()
     for request, spec, loras in planned:
         total = sum(picture.sample_steps for picture in request.pictures())
-        with tqdm(total=total, unit="step", desc="painting") as bar:
+        with tqdm(total=total, unit="step", desc="sampling") as bar:
 
             def show(picture: int, done: int, steps: int, bar=bar, of=request) -> None:
                 bar.set_postfix_str(f"image {picture + 1} of {len(of.prompts)}")

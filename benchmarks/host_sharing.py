@@ -204,7 +204,7 @@ def _metrics(host: Host, job: str) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", type=float, nargs="+", default=[8, 24], help="GiB of the simulated cards")
-    parser.add_argument("--prompts", type=int, default=30)
+    parser.add_argument("--prompts", type=int, default=30, help="how many prompts are sent (default: 30)")
     parser.add_argument("--seed", type=int, default=1, help="of how long the card is full each time")
     options = parser.parse_args()
     wrong = 0

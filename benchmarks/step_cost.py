@@ -149,12 +149,14 @@ def measure(work: Callable[[], Any], flops: bool = False, moved: bool = False) -
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--precision", default="bf16", help="of the transformer")
     parser.add_argument("--size", type=int, default=512, help="pixels a side")
     parser.add_argument("--text", type=int, default=128, help="text tokens")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--blocks", type=int, nargs=2, default=WHOLE, metavar=("DOUBLE", "SINGLE"))
-    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--batch", type=int, default=1, help="images in a step")
+    parser.add_argument(
+        "--blocks", type=int, nargs=2, default=WHOLE, metavar=("DOUBLE", "SINGLE"), help="how many blocks of each kind"
+    )
+    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument("--interval", type=int, default=1, help="gradient checkpointing of every n-th block")
     parser.add_argument("--deterministic", action="store_true", help="attention without its fused kernel")
     parser.add_argument("--resident", type=int, default=0, help="stream the blocks, with so many on the card")
@@ -162,8 +164,8 @@ def main() -> int:
     parser.add_argument("--target", default="all", help="what the LoRA is added to")
     parser.add_argument("--heldout", action="store_true", help="the held-out loss instead of a step")
     parser.add_argument("--heldout-rows", type=int, default=len(HELDOUT_SIGMAS), help="… in parts of so many levels")
-    parser.add_argument("--flops", action="store_true")
-    parser.add_argument("--bytes", action="store_true")
+    parser.add_argument("--flops", action="store_true", help="also count the operations")
+    parser.add_argument("--bytes", action="store_true", help="also count the bytes that are moved")
     parser.add_argument("--json", action="store_true", help="one JSON object in one line")
     options = parser.parse_args()
     if not torch.cuda.is_available():

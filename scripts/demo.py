@@ -86,7 +86,7 @@ def on_cpu(asked: bool) -> bool:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def painting(text: str, seed: int, lora: str | None = None) -> Prompt:
+def prompt_for(text: str, seed: int, lora: str | None = None) -> Prompt:
     """The text-to-image workflow, or the one with a LoRA, for another text and seed."""
     prompt = load_api("chroma_3_use_lora" if lora else "chroma_1_first_picture")
     if lora:
@@ -102,7 +102,7 @@ def concept_texts(train: Prompt) -> list[str]:
     return list(dict.fromkeys(captions))[:CONCEPT_PICTURES]
 
 
-def paint(host: Host, prompts: list[Prompt], label: str) -> list:
+def generate(host: Host, prompts: list[Prompt], label: str) -> list:
     """One image for each prompt."""
     from tqdm import tqdm
 
@@ -127,7 +127,7 @@ def job_status(host: Host, job_id: str) -> dict[str, Any]:
     return host.get(f"/chromakit/jobs/{job_id}")
 
 
-def paint_while_training(host: Host, job_id: str, prompts: list[Prompt], expected: list) -> list[dict[str, Any]]:
+def generate_while_training(host: Host, job_id: str, prompts: list[Prompt], expected: list) -> list[dict[str, Any]]:
     """Run ordinary prompts while the job trains; for each: how far training was, and if the image is the same."""
     while (status := job_status(host, job_id))["state"] in BUSY_STATES and status["step"] < 1:
         time.sleep(0.2)
@@ -228,28 +228,28 @@ def contact_sheet(rows: list[tuple[str, list]], captions: list[str], cell: int =
 
 
 def run_demo(host: Host, output: Path, steps: int | None) -> Findings:
-    """Paint, train while generating, generate again; write images and report under `output`."""
+    """Generate, train while generating, generate again; write images and report under `output`."""
     found, pictures = Findings(), output / "images"
     train = load_api("chroma_train_lora")
     if steps:
         train = change(train, "ChromaTrainLora", steps=steps)
     texts = concept_texts(train)
 
-    ordinary = [painting(text, seed=100 + i) for i, text in enumerate(ORDINARY)]
-    expected = paint(host, ordinary, "ordinary images, nothing training")
-    base = paint(host, [painting(text, seed=42 + i) for i, text in enumerate(texts)], "the concept, without LoRA")
+    ordinary = [prompt_for(text, seed=100 + i) for i, text in enumerate(ORDINARY)]
+    expected = generate(host, ordinary, "ordinary images, nothing training")
+    base = generate(host, [prompt_for(text, seed=42 + i) for i, text in enumerate(texts)], "the concept, without LoRA")
     host.forget_cached_outputs()
 
     say(f"training on the concept of {len(texts)} held-out captions such as “{texts[0]}”")
     start = time.monotonic()
     job_id = start_training(host, train)
-    served = paint_while_training(host, job_id, ordinary, expected)
+    served = generate_while_training(host, job_id, ordinary, expected)
     status = wait_for_job(host, job_id)
     job_seconds = time.monotonic() - start
 
     lora = host.base / status["lora_path"]
-    with_lora = paint(
-        host, [painting(text, 42 + i, status["lora_name"]) for i, text in enumerate(texts)], "the concept, with LoRA"
+    with_lora = generate(
+        host, [prompt_for(text, 42 + i, status["lora_name"]) for i, text in enumerate(texts)], "the concept, with LoRA"
     )
     matched, total = native_modules(lora)
     in_time = [entry for entry in served if entry["state_after"] in BUSY_STATES and entry["really_run"]]

@@ -34,10 +34,12 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
     sample.add_argument("--trigger", default="", help="the word that replaces [trigger]")
     add_lora_flags(sample)
-    sample.add_argument("--lora-mode", choices=["live", "merged"], default="live")
+    sample.add_argument(
+        "--lora-mode", choices=["live", "merged"], default="live", help="beside the weights, or added to them"
+    )
     sample.add_argument("--allow-partial", action="store_true", help="apply LoRAs of which only some layers fit, too")
-    sample.add_argument("--width", type=int, default=None)
-    sample.add_argument("--height", type=int, default=None)
+    sample.add_argument("--width", type=int, default=None, help="of the image, in pixels")
+    sample.add_argument("--height", type=int, default=None, help="of the image, in pixels")
     add_flag(sample, SamplingSettings, "steps", default=None)
     add_flag(sample, SamplingSettings, "guidance", default=None)
     for field in ("seed", "tail_bias", "flow_shift", "method", "spacing"):
@@ -48,7 +50,9 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     add_flag(sample, SamplingSettings, "start_step")
     add_flag(sample, SamplingSettings, "end_step")
     add_flag(sample, SamplingSettings, "first_block_cache")
-    sample.add_argument("--recipe", choices=list(RECIPES), default="canonical")
+    sample.add_argument(
+        "--recipe", choices=list(RECIPES), default="canonical", help="how texts are encoded and numbers rounded"
+    )
     sample.add_argument(
         "--recipe-set",
         action="append",
@@ -56,7 +60,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="change a field of the recipe, e.g. noise_dtype=bf16; repeat for several",
     )
-    sample.add_argument("--device", default=None)
+    sample.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best)")
     sample.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
     sample.add_argument("--save-latents", action="store_true", help="also write the latents, beside each image")
     sample.set_defaults(run=_sample)
@@ -242,7 +246,7 @@ def _request(options: argparse.Namespace) -> None:
     cache = ComponentCache()
     for request, spec, loras in planned:
         total = sum(picture.sample_steps for picture in request.pictures())
-        with tqdm(total=total, unit="step", desc="painting") as bar:
+        with tqdm(total=total, unit="step", desc="sampling") as bar:
 
             def show(picture: int, done: int, steps: int, bar=bar, of=request) -> None:
                 bar.set_postfix_str(f"image {picture + 1} of {len(of.prompts)}")

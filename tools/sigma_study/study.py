@@ -4,7 +4,7 @@
     python -m tools.sigma_study.study --only report    # page and pictures from docs/data/sigma_study.json, in seconds
 
 Five ways to draw noise levels, the same seeds for each, everything else the same: the real trainer on the example data
-set, then held-out loss at each noise level and what the LoRA paints. Writes docs/data/sigma_study.json, the pictures
+set, then held-out loss at each noise level and what the LoRA generates. Writes docs/data/sigma_study.json, the pictures
 docs/images/sigma_*.png and the tables of docs/timesteps.md. How it is measured and what came out: docs/timesteps.md.
 """
 
@@ -48,7 +48,7 @@ NOISES = 4
 PICTURES_PER_CAPTION, ORDINARY_PROMPTS = 4, 24
 CONCEPT_SEED, ORDINARY_SEED = 1000, 5000
 """Of the noise that pictures start from: the same for every LoRA."""
-PAINTING = {"steps": 20, "guidance": 4.0}  # as previews and the demo
+SAMPLING = {"steps": 20, "guidance": 4.0}  # as previews and the demo
 
 
 def job_config(variant: str, seed: int, steps: int) -> dict[str, Any]:
@@ -90,10 +90,10 @@ class Judge:
         self.empty = self.text.encode("")
         self.base_ordinary: Tensor | None = None
 
-    def paint(self, prompts: list[str], seed: int) -> Tensor:
+    def generate(self, prompts: list[str], seed: int) -> Tensor:
         """Latents [B, 16, 8, 8] of the prompts; picture i starts from the noise of seed + i."""
         conditions = [self.text.encode(prompt) for prompt in prompts]
-        settings = SamplingSettings(**PAINTING, seed=seed)
+        settings = SamplingSettings(**SAMPLING, seed=seed)
         return sample(self.transformer, conditions, self.empty, width=64, height=64, settings=settings)
 
     def judge(self, lora: Path | None, sheet: Path | None = None) -> dict[str, Any]:
@@ -110,15 +110,15 @@ class Judge:
         held = list(zip(self.latents, (self.text.encode(caption) for caption in self.captions), strict=True))
         losses = heldout_loss(self.transformer, held * NOISES)
         which = [i for i in range(len(self.captions)) for _ in range(PICTURES_PER_CAPTION)]
-        concept = self.paint([self.captions[i] for i in which], CONCEPT_SEED)
-        ordinary = self.paint([plain_caption(*triple) for triple in self.ordinary], ORDINARY_SEED)
+        concept = self.generate([self.captions[i] for i in which], CONCEPT_SEED)
+        ordinary = self.generate([plain_caption(*triple) for triple in self.ordinary], ORDINARY_SEED)
         if self.base_ordinary is None:
             self.base_ordinary = ordinary
-        painted, plain = decode(self.vae, concept), decode(self.vae, ordinary)
-        emblems = [read_emblem(picture) for picture in painted]
+        images, plain = decode(self.vae, concept), decode(self.vae, ordinary)
+        emblems = [read_emblem(picture) for picture in images]
         shapes = [read_picture(picture) for picture in plain]
         if sheet is not None:
-            cells = np.concatenate([painted, plain])
+            cells = np.concatenate([images, plain])
             rows = [np.concatenate(list(cells[i : i + 12]), axis=1) for i in range(0, len(cells), 12)]
             Image.fromarray(np.concatenate(rows)).save(sheet)
         return {
@@ -170,7 +170,7 @@ def study(seeds: int, steps: int, output: Path, only: list[str]) -> bool:
         return False
     common = job_config("none", 0, steps)
     settings = {key: common[key] for key in ("lora", "steps", "batch_size", "learning_rate", "lr_schedule")}
-    settings |= {"painting": PAINTING, "noises": NOISES, "ordinary_prompts": ORDINARY_PROMPTS}
+    settings |= {"painting": SAMPLING, "noises": NOISES, "ordinary_prompts": ORDINARY_PROMPTS}
     settings |= {"concept_pictures": PICTURES_PER_CAPTION * len(judge.captions), "sigmas": HELDOUT_SIGMAS}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
     DATA.parent.mkdir(parents=True, exist_ok=True)

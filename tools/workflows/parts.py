@@ -189,7 +189,7 @@ def train_on(dataset: str, column: int, **inputs: Any) -> dict[str, Node]:
     }
 
 
-def painted(key: str, text: str, batch: int, seed: int, column: int = 1) -> dict[str, Node]:
+def generated(key: str, text: str, batch: int, seed: int, column: int = 1) -> dict[str, Node]:
     """Images that the model generates itself, as IMAGE; they share the negative prompt of the workflow."""
     prompt = {"text_encoder": Link("load", 1), "text": text}
     size = {"width": 64, "height": 64, "batch_size": batch}

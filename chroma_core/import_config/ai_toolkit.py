@@ -182,6 +182,22 @@ def pair_noise(value: Any, given: Given) -> Any:
     return near(True, "noises are paired inside the batch, not drawn from more")
 
 
+def output_preservation(value: Any, given: Given) -> Any:
+    kept = preserved(value, given, "diff_output_preservation", "preserve.class_weight")
+    word = text(given.get("diff_output_preservation_class", ""))
+    return {**kept, "preserve.class_word": word} if isinstance(kept, dict) else kept
+
+
+def blank_preservation(value: Any, given: Given) -> Any:
+    return preserved(value, given, "blank_prompt_preservation", "preserve.blank_weight")
+
+
+def preserved(value: Any, given: Given, option: str, to: str) -> Any:
+    """A comparison with the model without its LoRA, which ai-toolkit makes at every step."""
+    weight = number(given.get(f"{option}_multiplier", 1.0))
+    return {to: weight, "preserve.share": 1.0} if switch(value) and weight else unchanged("not used")
+
+
 def negative(value: Any) -> str:
     return "" if is_off(value) else text(value)
 

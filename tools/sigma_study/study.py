@@ -150,21 +150,9 @@ def study(seeds: int, steps: int, output: Path, only: list[str]) -> bool:
     runs = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         for variant in VARIANTS:
-            result = output / f"{variant}-{seed}-{steps}.json"
-            if not result.is_file() and (not only or variant in only):
-                started = time.monotonic()
-                config = TrainingConfig.parse(job_config(variant, seed, steps))
-                status = run_job(config, output / "jobs", output / "loras", "cpu")
-                if status["state"] != "completed" or status["lora_path"] is None:
-                    raise SystemExit(f"{variant}, seed {seed}: the job {status['state']}: {status['message']}")
-                found = judge.judge(Path(str(status["lora_path"])), result.with_suffix(".png"))
-                values = {"variant": variant, "seed": seed, **found}
-                values["trainer_heldout_loss"] = status["heldout_loss"]
-                values["train_seconds"] = status["train_seconds"]
-                result.write_text(json.dumps(values) + "\n", encoding="utf-8")
-                print(f"{variant}, seed {seed} ({time.monotonic() - started:.0f} s): {_short(values)}", flush=True)
-            if result.is_file():
-                runs.append(json.loads(result.read_text(encoding="utf-8")))
+            wanted = not only or variant in only
+            found = judged(variant, seed, job_config(variant, seed, steps), judge, output, wanted)
+            runs += [found] if found else []
     if len(runs) < seeds * len(VARIANTS):
         print(f"{len(runs)} of {seeds * len(VARIANTS)} runs are done; numbers and page stay as they are until all are")
         return False
@@ -172,13 +160,40 @@ def study(seeds: int, steps: int, output: Path, only: list[str]) -> bool:
     settings = {key: common[key] for key in ("lora", "steps", "batch_size", "learning_rate", "lr_schedule")}
     settings |= {"painting": PAINTING, "noises": NOISES, "ordinary_prompts": ORDINARY_PROMPTS}
     settings |= {"concept_pictures": PICTURES_PER_CAPTION * len(judge.captions), "sigmas": HELDOUT_SIGMAS}
+    write_runs(DATA, settings, base, runs)
+    return True
+
+
+def judged(
+    variant: str, seed: int, values: dict[str, Any], judge: Judge, output: Path, wanted: bool = True
+) -> dict[str, Any] | None:
+    """The numbers of one job, trained and judged, or as an earlier call has left them; None if it is not `wanted`."""
+    config = TrainingConfig.parse(values)
+    result = output / f"{config.job_id()}.json"
+    if not result.is_file():
+        if not wanted:
+            return None
+        started, used = time.monotonic(), time.process_time()
+        status = run_job(config, output / "jobs", output / "loras", "cpu")
+        if status["state"] != "completed" or status["lora_path"] is None:
+            raise SystemExit(f"{variant}, seed {seed}: the job {status['state']}: {status['message']}")
+        used = time.process_time() - used
+        numbers = judge.judge(Path(str(status["lora_path"])), result.with_suffix(".png"))
+        numbers |= {"trainer_heldout_loss": status["heldout_loss"], "train_seconds": status["train_seconds"]}
+        found = {"variant": variant, "seed": seed, **numbers, "cpu_seconds": round(used, 1)}
+        result.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        print(f"{variant}, seed {seed} ({time.monotonic() - started:.0f} s): {_short(found)}", flush=True)
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def write_runs(path: Path, settings: dict[str, Any], base: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    """A study's numbers as JSON, one run a line."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
-    DATA.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join("    " + json.dumps(run) for run in runs)
     head = {"settings": settings, "versions": versions, "base": base}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-    DATA.write_text(f'{{\n{lines},\n  "runs": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
-    return True
+    path.write_text(f'{{\n{lines},\n  "runs": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
 
 
 def _short(values: dict[str, Any]) -> str:

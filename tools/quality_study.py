@@ -28,7 +28,6 @@ from chroma_core.training.run.faults import plan_settings
 from .charts import Axes, Sheet
 from .pages import filled as filled_place
 from .pages import markdown_table
-from .sigma_study.report import DATA as SIGMA_DATA
 from .sigma_study.report import paired
 from .sigma_study.study import FIRST_SEED, ORDINARY_PROMPTS, PAINTING, Judge, job_config, judged, write_runs
 from .tiny.build import check_prompts
@@ -49,7 +48,11 @@ MEASURES = {
     "overlap": "concept_iou",
     "likeness": "likeness",
 }
-"""Columns of the table; the first two are shares of images."""
+"""Columns of the table."""
+SHARES = ("concept", "ordinary")
+"""Those that are shares of images."""
+GENTLE = 2.5
+"""Another guidance scale that LoRAs of the first seed are judged at."""
 COLOURS = (
     (30, 30, 34), (120, 120, 126), (200, 120, 0), (37, 99, 235), (16, 150, 90), (220, 60, 40), (122, 75, 176),
     (0, 150, 170), (230, 90, 160), (110, 140, 30), (150, 90, 40), (70, 70, 200),
@@ -66,15 +69,31 @@ def ordinary_things(count: int, seed: int = 7) -> list[str]:
 THIRD = 0.3334
 """One step in three."""
 THINGS = ordinary_things(24)
+PROMPTS = {"preserve.prompts": THINGS, "preserve.share": THIRD}
+CLASS = {"preserve.class_weight": 1, "preserve.share": THIRD}
+BLANK = {"preserve.blank_weight": 1, "preserve.share": THIRD}
+STRONG = {**PROMPTS, "preserve.prompts_weight": 3, "steps": 400}
+NO_DROPOUT = {"dataset.caption_dropout": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "plain, 600 steps": {"steps": 600},
-    "no caption dropout": {"dataset.caption_dropout": 0},
-    "blank": {"preserve.blank_weight": 1, "preserve.share": THIRD},
-    "class": {"preserve.class_weight": 1, "preserve.share": THIRD},
-    "prompts": {"preserve.prompts": THINGS, "preserve.share": THIRD},
+    "no dropout": NO_DROPOUT,
+    "blank": BLANK,
+    "class": CLASS,
+    "prompts": PROMPTS,
+    "class, 400 steps": {**CLASS, "steps": 400},
+    "class, share 1/4, 600 steps": {**CLASS, "preserve.share": 0.25, "steps": 600},
+    "class and blank, 400 steps": {**CLASS, **BLANK, "steps": 400},
+    "prompts × 3, 400 steps": STRONG,
+    "prompts × 3 and blank, 400 steps": {**STRONG, **BLANK},
+    "prompts × 3, 400 steps, no dropout": {**STRONG, **NO_DROPOUT},
+    "prompts × 3 without images, 400 steps, no dropout": {**STRONG, **NO_DROPOUT, "preserve.images": 0},
 }
 """What the study compares: names, and options that differ from the job of `plain`, by dotted names."""
+
+
+REPEATED = (PLAIN,)
+"""Variants with `SEEDS` runs; the others have one, which says little about each."""
 
 
 def variant_config(name: str, seed: int) -> dict[str, Any]:
@@ -105,6 +124,7 @@ def by_variant(study: Mapping[str, Any]) -> dict[str, dict[int, dict[str, float]
     for run in study["runs"]:
         numbers = {column: run[key] for column, key in MEASURES.items()}
         numbers["loss"] = float(np.mean(run["heldout_by_sigma"]))
+        numbers |= {f"gentle {column}": value for column, value in run.get("gentle", {}).items()}
         found.setdefault(run["variant"], {})[run["seed"]] = numbers
     return found
 
@@ -112,24 +132,25 @@ def by_variant(study: Mapping[str, Any]) -> dict[str, dict[int, dict[str, float]
 def tables(study: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Name and text of each table of the page."""
     found, base = by_variant(study), study["base"]
-    columns = (*MEASURES, "loss")
+    columns = (*MEASURES, "loss", *(f"gentle {column}" for column in SHARES))
+    titles = {f"gentle {column}": f"{column}, guidance {GENTLE:g}" for column in SHARES}
     without = by_variant({"runs": [{**base, "variant": "", "seed": 0}]})[""][0]
     rows: list[list[object]] = [["without LoRA", "", "", *(_number(column, without[column]) for column in columns)]]
     for name, runs in found.items():
         cells = []
         for column in columns:
-            numbers = [run[column] for run in runs.values()]
-            spread = f" ± {_number(column, float(np.std(numbers, ddof=1)), unit=False)}" if len(runs) > 1 else ""
-            cells.append(_number(column, float(np.mean(numbers))) + spread)
+            numbers = [run[column] for run in runs.values() if column in run]
+            spread = f" ± {_number(column, float(np.std(numbers, ddof=1)), unit=False)}" if len(numbers) > 1 else ""
+            cells.append(_number(column, float(np.mean(numbers))) + spread if numbers else "")
         rows.append([f"`{name}`", f"{cost(name):.2f}", len(runs), *cells])
-    yield "results", markdown_table(rows, ["", "cost", "seeds", *columns])
+    yield "results", markdown_table(rows, ["", "cost", "seeds", *(titles.get(c, c) for c in columns)])
 
     rows = []
     for name, runs in found.items():
         seeds = [seed for seed in runs if seed in found[PLAIN]]
         if name != PLAIN and len(seeds) > 2:
             cells = []
-            for column in ("concept", "ordinary"):
+            for column in SHARES:
                 mean, low, high = paired(*([of[seed][column] for seed in seeds] for of in (runs, found[PLAIN])))
                 words = " … ".join(f"{100 * end:+.0f}" for end in (low, high))
                 cells.append(f"{100 * mean:+.0f} ({words})".replace("-", "−"))
@@ -138,7 +159,7 @@ def tables(study: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _number(column: str, value: float, unit: bool = True) -> str:
-    share = column in ("concept", "ordinary")
+    share = column.removeprefix("gentle ") in SHARES
     return f"{100 * value:.0f}{' %' if unit else ''}" if share else f"{value:.3f}".replace("-", "−")
 
 
@@ -171,21 +192,34 @@ def filled(page: str, study: Mapping[str, Any]) -> str:
     return page
 
 
-def run(output: Path, only: Sequence[str], seeds: int) -> None:
+def run(output: Path, only: Sequence[str]) -> None:
     """Train and judge what is wanted and not done yet, and write all that is done."""
     output.mkdir(parents=True, exist_ok=True)
     judge = Judge()
-    base = judge.judge(None)
-    plain = json.loads(SIGMA_DATA.read_text(encoding="utf-8"))["runs"]
-    runs = [{**each, "variant": PLAIN} for each in plain if each["variant"] == "quadratic"]
-    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        for name in VARIANTS:
-            if name != PLAIN:
-                found = judged(name, seed, variant_config(name, seed), judge, output, not only or name in only)
-                runs += [found] if found else []
-    runs.sort(key=lambda each: (list(VARIANTS).index(each["variant"]), each["seed"]))
-    settings = {"painting": PAINTING, "variants": VARIANTS}
-    write_runs(DATA, settings, base, runs)
+    base = judge.judge(None) | {"gentle": shares(judge.judge(None, guidance=GENTLE))}
+    runs = []
+    for name in VARIANTS:
+        for seed in range(FIRST_SEED, FIRST_SEED + (SEEDS if name in REPEATED else 1)):
+            values = variant_config(name, seed)
+            found = judged(name, seed, values, judge, output, not only or name in only)
+            if found and seed == FIRST_SEED:
+                found["gentle"] = gentle(values, judge, output)
+            runs += [found] if found else []
+    write_runs(DATA, {"painting": PAINTING, "gentle": GENTLE, "variants": VARIANTS}, base, runs)
+
+
+def gentle(values: Mapping[str, Any], judge: Judge, output: Path) -> dict[str, float]:
+    """The shares of a job's LoRA at guidance `GENTLE`, or as an earlier call has left them."""
+    result = output / f"{TrainingConfig.parse(values).job_id()}-gentle.json"
+    if not result.is_file():
+        lora = output / "loras" / f"{values['name']}.safetensors"
+        result.write_text(json.dumps(shares(judge.judge(lora, guidance=GENTLE))), encoding="utf-8")
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def shares(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """What is kept of images at guidance `GENTLE`."""
+    return {column: numbers[MEASURES[column]] for column in SHARES}
 
 
 def write_report() -> None:
@@ -197,7 +231,6 @@ def write_report() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"runs of each variant (default: {SEEDS})")
     parser.add_argument("--output", type=Path, default=ROOT / "quality-study", help="jobs and LoRAs (quality-study)")
     parser.add_argument(
         "--only", nargs="+", default=[], choices=[*VARIANTS, "report"], help="train these alone, or only write the page"
@@ -205,7 +238,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only != ["report"]:
-        run(options.output.resolve(), options.only, options.seeds)
+        run(options.output.resolve(), options.only)
     write_report()
 
 

@@ -11,7 +11,6 @@ from tools.quality_study import (
     IMAGE,
     PAGE,
     PLAIN,
-    SIGMA_DATA,
     THINGS,
     VARIANTS,
     by_variant,
@@ -19,6 +18,7 @@ from tools.quality_study import (
     filled,
     variant_config,
 )
+from tools.sigma_study.report import DATA as SIGMA_DATA
 from tools.sigma_study.study import ORDINARY_PROMPTS, job_config
 from tools.tiny.build import check_prompts
 from tools.tiny.world import plain_caption

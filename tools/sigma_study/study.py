@@ -88,32 +88,33 @@ class Judge:
         ]  # [12, 16, 8, 8] for each
         self.ordinary = check_prompts(ORDINARY_PROMPTS)
         self.empty = self.text.encode("")
-        self.base_ordinary: Tensor | None = None
+        self.base_ordinary: dict[float, Tensor] = {}
 
-    def paint(self, prompts: list[str], seed: int) -> Tensor:
+    def paint(self, prompts: list[str], seed: int, guidance: float) -> Tensor:
         """Latents [B, 16, 8, 8] of the prompts; picture i starts from the noise of seed + i."""
         conditions = [self.text.encode(prompt) for prompt in prompts]
-        settings = SamplingSettings(**PAINTING, seed=seed)
+        settings = SamplingSettings(**{**PAINTING, "guidance": guidance}, seed=seed)
         return sample(self.transformer, conditions, self.empty, width=64, height=64, settings=settings)
 
-    def judge(self, lora: Path | None, sheet: Path | None = None) -> dict[str, Any]:
-        """Every number of one LoRA (None: the base); `sheet` is a file for the pictures."""
+    def judge(
+        self, lora: Path | None, sheet: Path | None = None, guidance: float = PAINTING["guidance"]
+    ) -> dict[str, Any]:
+        """Every number of one LoRA (None: the base, which comes first); `sheet` is a file for the pictures."""
         if lora is not None:
             attach(self.transformer, read_lora(lora))
         try:
-            return self._measured(sheet)
+            return self._measured(sheet, guidance)
         finally:
             if lora is not None:
                 detach(self.transformer, "lora")
 
-    def _measured(self, sheet: Path | None) -> dict[str, Any]:
+    def _measured(self, sheet: Path | None, guidance: float) -> dict[str, Any]:
         held = list(zip(self.latents, (self.text.encode(caption) for caption in self.captions), strict=True))
         losses = heldout_loss(self.transformer, held * NOISES)
         which = [i for i in range(len(self.captions)) for _ in range(PICTURES_PER_CAPTION)]
-        concept = self.paint([self.captions[i] for i in which], CONCEPT_SEED)
-        ordinary = self.paint([plain_caption(*triple) for triple in self.ordinary], ORDINARY_SEED)
-        if self.base_ordinary is None:
-            self.base_ordinary = ordinary
+        concept = self.paint([self.captions[i] for i in which], CONCEPT_SEED, guidance)
+        ordinary = self.paint([plain_caption(*triple) for triple in self.ordinary], ORDINARY_SEED, guidance)
+        before = self.base_ordinary.setdefault(guidance, ordinary)
         painted, plain = decode(self.vae, concept), decode(self.vae, ordinary)
         emblems = [read_emblem(picture) for picture in painted]
         shapes = [read_picture(picture) for picture in plain]
@@ -131,7 +132,7 @@ class Judge:
             "ordinary_right": float(
                 np.mean([(r.shape, r.colour, r.background) == t for r, t in zip(shapes, self.ordinary, strict=True)])
             ),
-            "ordinary_drift": float((ordinary - self.base_ordinary).square().mean(dim=(1, 2, 3)).sqrt().mean()),
+            "ordinary_drift": float((ordinary - before).square().mean(dim=(1, 2, 3)).sqrt().mean()),
         }
 
     def _likeness(self, latents_CHW: Tensor, i: int) -> float:

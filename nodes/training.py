@@ -21,7 +21,7 @@ from ..chroma_core.training.jobs.curve import plot_losses
 from ..chroma_core.training.jobs.manager import ACTIVE, IfExists, Job, JobStatus
 from . import host, jobs
 from .dataset import check_main, single
-from .option_widgets import values_at, widget
+from .option_widgets import lines, values_at, widget
 from .sockets import (
     ChromaDatasetType,
     ChromaJob,
@@ -128,7 +128,7 @@ def training_config(
     Raises ConfigError for parts that do not belong together, PromptError for `[trigger]` without a trigger word.
     """
     settings = settings or {}
-    prompts = [line.strip() for line in preview_prompt.splitlines() if line.strip()]
+    prompts = lines(preview_prompt)
     for prompt in prompts:
         apply_trigger(prompt, dataset[0].trigger)
     check_main(dataset)

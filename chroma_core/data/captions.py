@@ -105,9 +105,22 @@ def with_trigger(caption: str, trigger: str) -> str:
     """
     if TRIGGER in caption or not trigger:
         return apply_trigger(caption, trigger)
-    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+    if re.search(_as_a_word(trigger), caption, re.IGNORECASE):
         return caption
     return f"{trigger} {caption}".strip()
+
+
+def without_trigger(caption: str, triggers: Sequence[str], word: str = "") -> str:
+    """The caption with `word` wherever one of the trigger words stands; one without them as it is."""
+    pattern = "|".join(map(_as_a_word, sorted(triggers, key=len, reverse=True)))
+    if not pattern or not re.search(pattern, caption, re.IGNORECASE):
+        return caption
+    return " ".join(re.sub(pattern, lambda _: word, caption, flags=re.IGNORECASE).split())
+
+
+def _as_a_word(trigger: str) -> str:
+    """The pattern of a trigger word that is no part of a longer word."""
+    return rf"(?<!\w){re.escape(trigger)}(?!\w)"
 
 
 def prepared(

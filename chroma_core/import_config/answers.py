@@ -216,6 +216,22 @@ def ai_prompts(value: Any, given: Given) -> Any:
     return previews(found, left)
 
 
+def ai_output_preservation(value: Any, given: Given) -> Any:
+    kept = _preserved(value, given, "diff_output_preservation", "preserve.class_weight")
+    word = text(given.get("diff_output_preservation_class", ""))
+    return {**kept, "preserve.class_word": word} if isinstance(kept, dict) else kept
+
+
+def ai_blank_preservation(value: Any, given: Given) -> Any:
+    return _preserved(value, given, "blank_prompt_preservation", "preserve.blank_weight")
+
+
+def _preserved(value: Any, given: Given, option: str, to: str) -> Any:
+    """A comparison with the model without its LoRA, which ai-toolkit makes at every step."""
+    weight = number(given.get(f"{option}_multiplier", 1.0))
+    return {to: weight, "preserve.share": 1.0} if switch(value) and weight else unchanged("not used")
+
+
 def ai_network_kwargs(value: Any, given: Given) -> Any:
     """`only_if_contains` and `ignore_if_contains`: parts of a layer's name, with dots or underscores."""
     if not isinstance(value, dict):

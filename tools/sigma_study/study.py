@@ -88,32 +88,33 @@ class Judge:
         ]  # [12, 16, 8, 8] for each
         self.ordinary = check_prompts(ORDINARY_PROMPTS)
         self.empty = self.text.encode("")
-        self.base_ordinary: Tensor | None = None
+        self.base_ordinary: dict[float, Tensor] = {}
 
-    def generate(self, prompts: list[str], seed: int) -> Tensor:
+    def generate(self, prompts: list[str], seed: int, guidance: float) -> Tensor:
         """Latents [B, 16, 8, 8] of the prompts; picture i starts from the noise of seed + i."""
         conditions = [self.text.encode(prompt) for prompt in prompts]
-        settings = SamplingSettings(**SAMPLING, seed=seed)
+        settings = SamplingSettings(**{**SAMPLING, "guidance": guidance}, seed=seed)
         return sample(self.transformer, conditions, self.empty, width=64, height=64, settings=settings)
 
-    def judge(self, lora: Path | None, sheet: Path | None = None) -> dict[str, Any]:
-        """Every number of one LoRA (None: the base); `sheet` is a file for the pictures."""
+    def judge(
+        self, lora: Path | None, sheet: Path | None = None, guidance: float = SAMPLING["guidance"]
+    ) -> dict[str, Any]:
+        """Every number of one LoRA (None: the base, which comes first); `sheet` is a file for the pictures."""
         if lora is not None:
             attach(self.transformer, read_lora(lora))
         try:
-            return self._measured(sheet)
+            return self._measured(sheet, guidance)
         finally:
             if lora is not None:
                 detach(self.transformer, "lora")
 
-    def _measured(self, sheet: Path | None) -> dict[str, Any]:
+    def _measured(self, sheet: Path | None, guidance: float) -> dict[str, Any]:
         held = list(zip(self.latents, (self.text.encode(caption) for caption in self.captions), strict=True))
         losses = heldout_loss(self.transformer, held * NOISES)
         which = [i for i in range(len(self.captions)) for _ in range(PICTURES_PER_CAPTION)]
-        concept = self.generate([self.captions[i] for i in which], CONCEPT_SEED)
-        ordinary = self.generate([plain_caption(*triple) for triple in self.ordinary], ORDINARY_SEED)
-        if self.base_ordinary is None:
-            self.base_ordinary = ordinary
+        concept = self.generate([self.captions[i] for i in which], CONCEPT_SEED, guidance)
+        ordinary = self.generate([plain_caption(*triple) for triple in self.ordinary], ORDINARY_SEED, guidance)
+        before = self.base_ordinary.setdefault(guidance, ordinary)
         images, plain = decode(self.vae, concept), decode(self.vae, ordinary)
         emblems = [read_emblem(picture) for picture in images]
         shapes = [read_picture(picture) for picture in plain]
@@ -131,7 +132,7 @@ class Judge:
             "ordinary_right": float(
                 np.mean([(r.shape, r.colour, r.background) == t for r, t in zip(shapes, self.ordinary, strict=True)])
             ),
-            "ordinary_drift": float((ordinary - self.base_ordinary).square().mean(dim=(1, 2, 3)).sqrt().mean()),
+            "ordinary_drift": float((ordinary - before).square().mean(dim=(1, 2, 3)).sqrt().mean()),
         }
 
     def _likeness(self, latents_CHW: Tensor, i: int) -> float:
@@ -150,21 +151,9 @@ def study(seeds: int, steps: int, output: Path, only: list[str]) -> bool:
     runs = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         for variant in VARIANTS:
-            result = output / f"{variant}-{seed}-{steps}.json"
-            if not result.is_file() and (not only or variant in only):
-                started = time.monotonic()
-                config = TrainingConfig.parse(job_config(variant, seed, steps))
-                status = run_job(config, output / "jobs", output / "loras", "cpu")
-                if status["state"] != "completed" or status["lora_path"] is None:
-                    raise SystemExit(f"{variant}, seed {seed}: the job {status['state']}: {status['message']}")
-                found = judge.judge(Path(str(status["lora_path"])), result.with_suffix(".png"))
-                values = {"variant": variant, "seed": seed, **found}
-                values["trainer_heldout_loss"] = status["heldout_loss"]
-                values["train_seconds"] = status["train_seconds"]
-                result.write_text(json.dumps(values) + "\n", encoding="utf-8")
-                print(f"{variant}, seed {seed} ({time.monotonic() - started:.0f} s): {_short(values)}", flush=True)
-            if result.is_file():
-                runs.append(json.loads(result.read_text(encoding="utf-8")))
+            wanted = not only or variant in only
+            found = judged(variant, seed, job_config(variant, seed, steps), judge, output, wanted)
+            runs += [found] if found else []
     if len(runs) < seeds * len(VARIANTS):
         print(f"{len(runs)} of {seeds * len(VARIANTS)} runs are done; numbers and page stay as they are until all are")
         return False
@@ -172,13 +161,40 @@ def study(seeds: int, steps: int, output: Path, only: list[str]) -> bool:
     settings = {key: common[key] for key in ("lora", "steps", "batch_size", "learning_rate", "lr_schedule")}
     settings |= {"painting": SAMPLING, "noises": NOISES, "ordinary_prompts": ORDINARY_PROMPTS}
     settings |= {"concept_pictures": PICTURES_PER_CAPTION * len(judge.captions), "sigmas": HELDOUT_SIGMAS}
+    write_runs(DATA, settings, base, runs)
+    return True
+
+
+def judged(
+    variant: str, seed: int, values: dict[str, Any], judge: Judge, output: Path, wanted: bool = True
+) -> dict[str, Any] | None:
+    """The numbers of one job, trained and judged, or as an earlier call has left them; None if it is not `wanted`."""
+    config = TrainingConfig.parse(values)
+    result = output / f"{config.job_id()}.json"
+    if not result.is_file():
+        if not wanted:
+            return None
+        started, used = time.monotonic(), time.process_time()
+        status = run_job(config, output / "jobs", output / "loras", "cpu")
+        if status["state"] != "completed" or status["lora_path"] is None:
+            raise SystemExit(f"{variant}, seed {seed}: the job {status['state']}: {status['message']}")
+        used = time.process_time() - used
+        numbers = judge.judge(Path(str(status["lora_path"])), result.with_suffix(".png"))
+        numbers |= {"trainer_heldout_loss": status["heldout_loss"], "train_seconds": status["train_seconds"]}
+        found = {"variant": variant, "seed": seed, **numbers, "cpu_seconds": round(used, 1)}
+        result.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        print(f"{variant}, seed {seed} ({time.monotonic() - started:.0f} s): {_short(found)}", flush=True)
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def write_runs(path: Path, settings: dict[str, Any], base: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    """A study's numbers as JSON, one run a line."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
-    DATA.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join("    " + json.dumps(run) for run in runs)
     head = {"settings": settings, "versions": versions, "base": base}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-    DATA.write_text(f'{{\n{lines},\n  "runs": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
-    return True
+    path.write_text(f'{{\n{lines},\n  "runs": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
 
 
 def _short(values: dict[str, Any]) -> str:

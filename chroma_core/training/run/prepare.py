@@ -30,6 +30,7 @@ from ...sampling.text import TextEncoder
 from ...streaming.streamer import NOT_COMPILED, streamed
 from ..config import TrainingConfig
 from ..control import DeviceSlot
+from .preserve import preserved_texts
 from .preview import preview_texts
 
 Part = TypeVar("Part", Autoencoder, TextEncoder)
@@ -95,6 +96,7 @@ def prepare(
         [SampleSet(Path(d.folder).name, found, d.weight) for d, found in zip(training, sets, strict=False)]
     )
     captions = caption_texts(samples)
+    captions += preserved_texts(config, captions)
     texts = [*captions, *(sample.captions[0] for sample in heldout), *prompts]
     truncated = cache_texts(
         texts, cache, lambda: _borrowed(load_text_encoder, "text_encoder", config, slot, between), between, progress

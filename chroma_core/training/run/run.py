@@ -1,4 +1,4 @@
-"""One job from its configuration to its LoRA or model: prepare, load, resume, train, finish.
+"""One job from its configuration to its LoRA or model: prepare, load, generate, resume, train, finish.
 
 `Run.train` is a loop over steps; before each one it does what is due there (held-out loss, previews, checkpoint) and
 what was asked for (sample, save, pause, stop). Killed at any point, a new run on the same folder continues from the
@@ -55,6 +55,7 @@ from .faults import (
 from .loop import Batches, StepResult, train_step
 from .metrics import ROUNDING, EventFiles, JobPaths, MetricsLog, Progress, check_event_files
 from .prepare import Prepared, compile_blocks, prepare
+from .preserve import generate, planned
 from .preview import render_previews
 from .stepper import Stepper
 from .trained import WrittenFiles, check_trained, file_metadata, make_trained
@@ -65,7 +66,7 @@ Report = Callable[..., None]
 
 
 class Run:
-    """A job that is being worked on: prepare, load, resume, train, finish, close, in this order.
+    """A job that is being worked on: prepare, load, generate, resume, train, finish, close, in this order.
 
     Use it outside inference mode, in one thread. `run_training` does all of it.
     """
@@ -128,7 +129,15 @@ class Run:
             compile_blocks(self.transformer)
         self.stepper = Stepper(self.trained.parameters, config.optimizer_settings(self.device), self.trained.factors)
         self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
-        self.batches = Batches(data.samples, data.training_cache, config)
+        images = planned(config, data.cache, data.base_sha256)
+        self.batches = Batches(data.samples, data.training_cache, config, images)
+
+    def generate(self) -> None:
+        """Have the base make the images of the prompts that it is to preserve, unless they are there."""
+        config, cache, world, gate = self.config, self.data.cache, self.world, self.control.gate
+        images, model = self.batches.generated, self.transformer
+        if images:
+            world.evaluate(lambda: generate(images, config, model, cache, gate, self._report_caching, world.main))
 
     def _device_bytes(self) -> int:
         """What the job is going to take of the device, by the memory plan; 0 where it has memory of its own."""
@@ -362,6 +371,7 @@ class Run:
             grad_norm=result.grad_norm,
             sigma=result.sigma_mean,
             seconds=round(seconds, 4),
+            **({} if result.preserved is None else {"preserved": result.preserved}),
         )
         memory = self._memory.read(None if self.control.busy() else self.control.waits)
         self.report(loss=result.loss, step_seconds_now=seconds, memory=memory, **self._numbers())
@@ -560,7 +570,7 @@ def run_training(
         world.enter()
         try:
             run = Run(config, paths, device, control, report, ask_room, world)
-            for stage in (run.prepare, run.load, run.resume):
+            for stage in (run.prepare, run.load, run.generate, run.resume):
                 run.surely(stage)
         except Stopped:
             return "stopped", {}

@@ -330,6 +330,8 @@ def file_metadata(
         "heldout_loss": progress.heldout_loss,
         "loss_smooth": progress.loss_smooth,
     }
+    if config.preserve.weights:
+        summary["preserve"] = config.preserve.model_dump(mode="json")
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,

@@ -104,7 +104,7 @@ def numbers(root: Path, key: str) -> list:
 
 def same(one: Path, other: Path, places: float = 1e-5):
     assert files(one) == files(other)
-    for key in ("loss", "heldout_loss", "grad_norm"):
+    for key in ("loss", "preserved", "heldout_loss", "grad_norm"):
         assert numbers(one, key) == pytest.approx(numbers(other, key), rel=places, abs=places)
     a, b = lora(one), lora(other)
     assert a.keys() == b.keys()
@@ -112,11 +112,12 @@ def same(one: Path, other: Path, places: float = 1e-5):
         torch.testing.assert_close(a[name], b[name], rtol=places, atol=places)
 
 
+PRESERVE = {"prompts": ["a house"], "blank_weight": 0.5, "share": 0.7}
 JOBS = {
-    "1 × 2": ("ddp", {}),
+    "1 × 2": ("ddp", {"preserve": PRESERVE}),
     "2 × 2": ("ddp", {"batch_size": 2, "objective": {"pair_noise": True}, "lora": {"rank": 4, "ema_decay": 0.9}}),
     "2 × 1": ("ddp", {"batch_size": 2, "gradient_accumulation": 1, "optimizer": "schedule-free"}),
-    "divided": ("fsdp", {"gradient_checkpointing": True, "batch_size": 2}),
+    "divided": ("fsdp", {"gradient_checkpointing": True, "batch_size": 2, "preserve": PRESERVE}),
 }
 
 

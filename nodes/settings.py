@@ -81,6 +81,9 @@ WIDGETS: dict[str, Any] = {
     "deterministic": "deterministic",
     "sigma_shift_first": "objective.shift_first",
     "lr_pattern": widget(TrainingConfig, "lr_pattern", kind=io.String, default=""),
+    "hold_out": "hold_out",
+    "keep_loras": "keep_loras",
+    "stop_when_memorising": "stop_when_memorising",
 }
 """The node's widgets in their order: the option of a job that one sets, else an input of its own."""
 

@@ -15,6 +15,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,8 @@ def job_config(variant: str, seed: int, steps: int) -> dict[str, Any]:
 class Judge:
     """The model, the pictures held out and the prompts; `judge` measures the model with or without a LoRA."""
 
+    painting = PAINTING
+
     def __init__(self) -> None:
         self.vae, self.text, self.transformer = load()
         files = sorted((DATASETS / "sks_emblem_heldout").glob("*.png"))
@@ -93,15 +97,21 @@ class Judge:
     def paint(self, prompts: list[str], seed: int) -> Tensor:
         """Latents [B, 16, 8, 8] of the prompts; picture i starts from the noise of seed + i."""
         conditions = [self.text.encode(prompt) for prompt in prompts]
-        settings = SamplingSettings(**PAINTING, seed=seed)
+        settings = SamplingSettings(**self.painting, seed=seed)
         return sample(self.transformer, conditions, self.empty, width=64, height=64, settings=settings)
 
     def judge(self, lora: Path | None, sheet: Path | None = None) -> dict[str, Any]:
         """Every number of one LoRA (None: the base); `sheet` is a file for the pictures."""
+        with self.wearing(lora):
+            return self._measured(sheet)
+
+    @contextmanager
+    def wearing(self, lora: Path | None) -> Iterator[None]:
+        """The model with a LoRA (None: without), inside a `with` block."""
         if lora is not None:
             attach(self.transformer, read_lora(lora))
         try:
-            return self._measured(sheet)
+            yield
         finally:
             if lora is not None:
                 detach(self.transformer, "lora")

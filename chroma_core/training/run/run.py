@@ -13,12 +13,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from ...data.samples import fingerprint, picture_count
-from ...errors import NotFiniteError, first_line
+from ...data.samples import caption_count, fingerprint, picture_count
+from ...errors import LoraError, NotFiniteError, counted, first_line
 from ...files import disk_is_full, remove_leftovers
 from ...loading.load import Device, load_transformer, transformer_identity
 from ...lora.adapters import without_adapters
@@ -34,7 +35,7 @@ from ..distributed.world import ALONE, ProcessLost, World, check_sharding, shard
 from ..step.ema import Ema
 from ..step.objective import HELDOUT_SIGMAS, heldout_loss
 from ..step.optimizers import check_optimizer
-from .checkpoint import checkpoint_bytes, restore_latest, save_checkpoint, step_name
+from .checkpoint import checkpoint_bytes, is_whole, restore, restore_latest, save_checkpoint, step_name
 from .faults import (
     MEMORY_TRIES,
     NO_STEP,
@@ -52,12 +53,14 @@ from .faults import (
     watch_skips,
     worse_than_the_base,
 )
+from .kept import kept_path, thin
 from .loop import Batches, StepResult, train_step
 from .metrics import ROUNDING, EventFiles, JobPaths, MetricsLog, Progress, check_event_files
 from .prepare import Prepared, compile_blocks, prepare
 from .preview import render_previews
 from .stepper import Stepper
 from .trained import WrittenFiles, check_trained, file_metadata, make_trained
+from .verdict import Record, memorising_for, verdict
 
 Result = TypeVar("Result")
 Report = Callable[..., None]
@@ -87,6 +90,8 @@ class Run:
         self.progress = Progress()
         self.event_files: EventFiles | None = None
         self._begun, self._pace = False, Pace()
+        self.ended_early: Progress | None = None
+        """Where the job stood when it ended by itself and went back to its best step."""
         self._memory = OwnMemory(device, self._held)
         self._saved = time.monotonic()
 
@@ -96,7 +101,7 @@ class Run:
         Raises Stopped, Halted, and what `prepare.prepare` raises.
         """
         config, paths, world = self.config, self.paths, self.world
-        for folder in (paths.job, paths.samples) if world.main else ():
+        for folder in (paths.job, paths.samples, paths.kept) if world.main else ():
             remove_leftovers(folder)
         if world.sharded:
             check_sharding(config)
@@ -113,7 +118,12 @@ class Run:
     def load(self) -> None:
         """Load the transformer, put on it what is trained, and make the optimizer and the batches."""
         config, data, sharded = self.config, self.data, self.world.sharded
-        self.report(message="loading the transformer", warnings=data.warnings, base_sha256=data.base_sha256)
+        self.report(
+            message="loading the transformer",
+            warnings=data.warnings,
+            base_sha256=data.base_sha256,
+            held_out=data.held_out,
+        )
         self._forget()  # what an earlier attempt left there
         self.control.gate(needed=self._device_bytes())
         with self.slot.coming():
@@ -218,7 +228,7 @@ class Run:
         )
 
     def train(self) -> None:
-        """Train to the last step.
+        """Train to the last step, or until the job may end by itself.
 
         Raises:
             Stopped, Halted: on request; `save` keeps what there is.
@@ -227,6 +237,9 @@ class Run:
         self.report(state="running", message="")
         while True:
             self.surely(self._do_what_is_due)
+            if self.surely(self._memorises_long_enough):
+                self.surely(self._back_to_the_best)
+                return
             if self.progress.step >= self.config.steps:
                 if not self.progress.taken:
                     raise Diverged(NO_STEP)
@@ -372,13 +385,17 @@ class Run:
         def due(every: int) -> bool:
             return step == 0 or step == config.steps or (every > 0 and step % every == 0)
 
+        looked = False
         if due(config.validate_every) and progress.validated_at != step and self.data.heldout:
             self.world.evaluate(self._validate)
+            looked = True
         progress.validated_at = step if due(config.validate_every) else progress.validated_at
         previews = config.previews
         if previews.prompts and previews.every and due(previews.every) and progress.previewed_at != step:
             self.world.evaluate(lambda: self.preview(self.control.gate))
-            progress.previewed_at = step
+            progress.previewed_at, looked = step, True
+        if looked:
+            self.world.on_main(self._keep_lora)
         minutes = (time.monotonic() - self._saved) / 60
         saving = due(config.checkpoint_every) or 0 < config.checkpoint_minutes <= minutes
         saving = saving or (config.keep_best and progress.best_at == step > 0)
@@ -399,6 +416,7 @@ class Run:
             except BaseException:
                 self.control.sample.set()
                 raise
+            self.world.on_main(self._keep_lora)
 
     def _validate(self) -> None:
         with self.stepper.as_trained():
@@ -418,7 +436,13 @@ class Run:
             with without:
                 base = heldout_loss(self.transformer, pictures, self.control.gate, rows)
             progress.heldout_loss_base = sum(base) / len(base)
-            self.metrics.append(step=0, heldout_loss_base=progress.heldout_loss_base, heldout_by_sigma_base=base)
+            self.metrics.append(
+                step=0,
+                heldout_loss_base=progress.heldout_loss_base,
+                heldout_by_sigma_base=base,
+                images=picture_count(self.data.samples),
+                captions=caption_count(self.data.samples),
+            )
         by_sigma = base if progress.step == 0 else None  # before the first step nothing was learnt
         if by_sigma is None:
             by_sigma = heldout_loss(self.transformer, pictures, self.control.gate, rows)
@@ -429,11 +453,27 @@ class Run:
         if warning := watch_heldout(progress, self._best_checkpoint()):
             self.metrics.append(step=progress.step, warning=warning)
             self._warn(warning)
-        self.report(**self._numbers())
+        found = verdict(Record.of(self.metrics.read()))
+        self.report(**self._numbers(), verdict=found and found.to_dict(self.paths.job.name))
+
+    def _memorises_long_enough(self) -> bool:
+        """Whether the job ends here by itself. From the metrics alone, so that a resumed job ends at the same step."""
+        wanted, progress = self.config.stop_when_memorising, self.progress
+        if not wanted or progress.validated_at != progress.step or not self.data.heldout:
+            return False
+        ends = self.world.main and memorising_for(self.metrics.read()) >= wanted
+        return self.world.broadcast(ends and is_whole(self._best()))
+
+    def _back_to_the_best(self) -> None:
+        """Take the weights of the step that measured best, with which the job then ends."""
+        self.ended_early = self.progress
+        self.progress = restore(self._best(), self.trained, self.stepper, self.ema)
+
+    def _best(self) -> Path:
+        return self.paths.checkpoints / step_name(self.progress.best_at)
 
     def _best_checkpoint(self) -> str | None:
-        best = self.paths.checkpoints / step_name(self.progress.best_at)
-        return best.name if self.progress.best_at > 0 and best.is_dir() else None
+        return self._best().name if self.progress.best_at > 0 and self._best().is_dir() else None
 
     def preview(self, between: Callable[[], None]) -> None:
         """Sample the preview prompts with the weights as they are now."""
@@ -455,6 +495,25 @@ class Run:
         if self.event_files is not None:
             self.event_files.pictures(step, [folder / name for name in names])
         self.report(new_samples=names)
+
+    def _keep_lora(self) -> None:
+        """Keep the LoRA as it is now, so that it can be chosen later by its preview or its validation loss."""
+        progress, config = self.progress, self.config
+        if not (progress.taken and config.keep_loras) or progress.skipped_in_a_row:
+            return
+        try:
+            with self.stepper.as_trained():
+                kept = self.trained.keep(self._header(), kept_path(self.paths.kept, progress.step))
+        except LoraError as error:
+            self._warn(f"The LoRA of step {progress.step} is not kept. {error}")
+            return
+        if kept:
+            thin(self.paths.kept, config.keep_loras, progress.best_at)
+
+    def _header(self) -> Callable[..., dict[str, str]]:
+        pictures, job = picture_count(self.data.samples), self.paths.job
+        facts = self.config, self.progress, self.data.base_sha256, pictures
+        return partial(file_metadata, *facts, job_id=job.name, changes=recorded(job))
 
     def save(self, wait: bool = True) -> None:
         """Write a checkpoint of this step; on a full disk, pause until there is room (with `wait`)."""
@@ -495,15 +554,21 @@ class Run:
         They are empty in a process that does not write.
         """
         written = self.surely(lambda: self.world.on_main(self._write_files)) or {}
+        if (ended := self.ended_early) is not None and written:
+            count = counted(self.config.stop_when_memorising, "validation")
+            told = (
+                f"Ended by itself at step {ended.step}: the last {count} said that it memorises. The "
+                f"{self.trained.noun} is that of step {self.progress.step}, which measured best. To go on "
+                "nevertheless, set stop_when_memorising to 0 and extend the job."
+            )
+            self.report(heldout_loss=self.progress.heldout_loss)
+            return {**written, "message": told}
         worse = worse_than_the_base(self.progress, self._best_checkpoint())
         return {**written, "message": f"{self.trained.noun} written, but {worse}"} if worse and written else written
 
     def _write_files(self) -> WrittenFiles:
-        pictures, job = picture_count(self.data.samples), self.paths.job
-        facts = self.config, self.progress, self.data.base_sha256, pictures
-        header = partial(file_metadata, *facts, job_id=job.name, changes=recorded(job))
         self.report(message=f"writing the {self.trained.noun}")
-        write = partial(self.trained.write, header)
+        write = partial(self.trained.write, self._header())
         if self.ema is not None:
             with self.ema.swapped():
                 write(suffix="-ema")
@@ -534,6 +599,7 @@ class Run:
             "lr": self.config.schedule().at(min(progress.step, self.config.steps - 1)),
             "heldout_loss_base": progress.heldout_loss_base,
             "heldout_loss": progress.heldout_loss,
+            "best_step": progress.best_at if progress.best_at > 0 else None,
             "train_seconds": round(progress.train_seconds, 2),
         }
 

@@ -314,16 +314,21 @@ def tables(study: dict[str, Any]) -> tuple[str, str]:
     return confusion, markdown_table(lines, columns)
 
 
+def in_words(study: dict[str, Any]) -> str:
+    """`summary` as a sentence."""
+    found = summary(study)
+    (a, b), (c, d) = found["fitted"], found["other"]
+    return (
+        f"{len(jobs_of(study))} jobs of {len(study['runs'])} runs. Right: **{c} of {d}** in the half that the numbers "
+        f"were not fitted on ({c / max(d, 1):.0%}), {a} of {b} in the other. Of {found['ruined']} ruined jobs "
+        f"{found['ruined_called_well']} were called well."
+    )
+
+
 def write_report() -> None:
     """Fill docs/verdict.md from the numbers."""
     numbers = json.loads(DATA.read_text(encoding="utf-8"))
-    found, (confusion, listed) = summary(numbers), tables(numbers)
-    (a, b), (c, d) = found["fitted"], found["other"]
-    said = (
-        f"{len(jobs_of(numbers))} jobs of {len(numbers['runs'])} runs. Right: **{c} of {d}** in the half that the "
-        f"numbers were not fitted on ({c / max(d, 1):.0%}), {a} of {b} in the other. Of {found['ruined']} ruined jobs "
-        f"{found['ruined_called_well']} were called well."
-    )
+    said, (confusion, listed) = in_words(numbers), tables(numbers)
     fill(PAGE, "accuracy", f"{said}\n\n{confusion}")
     fill(PAGE, "jobs", listed)
     print(said)

@@ -7,15 +7,15 @@ it holds the name that it was given in ComfyUI's LoRA folder.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import JobError, counted, first_few
+from ...errors import JobError, LoraError, counted, first_few
 from ...files import remove, write_atomic
 from ..config import TrainingConfig
 from .checkpoint import step_name
-from .metrics import JobPaths
+from .metrics import JobPaths, Progress
 from .trained import final_path
 
 LAST_KEPT = 3
@@ -50,6 +50,21 @@ def _used(path: Path) -> str | None:
 def kept_path(folder: Path, step: int) -> Path:
     """The file of one step."""
     return folder / f"{step_name(step)}.safetensors"
+
+
+def keep_lora(folder: Path, config: TrainingConfig, progress: Progress, write: Callable[[Path], bool]) -> str | None:
+    """Keep the LoRA as it is now, to be chosen later by its preview or its validation loss; returns a warning.
+
+    write: see `Trained.keep`.
+    """
+    if not (progress.taken and config.keep_loras) or progress.skipped_in_a_row:
+        return None
+    try:
+        if write(kept_path(folder, progress.step)):
+            thin(folder, config.keep_loras, progress.best_at)
+    except LoraError as error:
+        return f"The LoRA of step {progress.step} is not kept. {error}"
+    return None
 
 
 def thin(folder: Path, keep: int, best: int) -> None:

@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from ...data.samples import caption_count, fingerprint, picture_count
-from ...errors import LoraError, NotFiniteError, counted, first_line
+from ...data.samples import fingerprint, picture_count
+from ...errors import NotFiniteError, first_line
 from ...files import disk_is_full, remove_leftovers
 from ...loading.load import Device, load_transformer, transformer_identity
 from ...lora.adapters import without_adapters
@@ -33,7 +33,7 @@ from ..config.changes import recorded
 from ..control import AskRoom, Control, DeviceSlot, Halted, Loan, Stopped, no_need_to_ask
 from ..distributed.world import ALONE, ProcessLost, World, check_sharding, shard
 from ..step.ema import Ema
-from ..step.objective import HELDOUT_SIGMAS, heldout_loss
+from ..step.objective import HELDOUT_SIGMAS
 from ..step.optimizers import check_optimizer
 from .checkpoint import checkpoint_bytes, is_whole, restore, restore_latest, save_checkpoint, step_name
 from .faults import (
@@ -53,14 +53,15 @@ from .faults import (
     watch_skips,
     worse_than_the_base,
 )
-from .kept import kept_path, thin
+from .kept import keep_lora
 from .loop import Batches, StepResult, train_step
 from .metrics import ROUNDING, EventFiles, JobPaths, MetricsLog, Progress, check_event_files
 from .prepare import Prepared, compile_blocks, prepare
 from .preview import render_previews
 from .stepper import Stepper
 from .trained import WrittenFiles, check_trained, file_metadata, make_trained
-from .verdict import Record, memorising_for, verdict
+from .validation import ended_by_itself, measure, told_of
+from .verdict import memorising_for
 
 Result = TypeVar("Result")
 Report = Callable[..., None]
@@ -90,8 +91,7 @@ class Run:
         self.progress = Progress()
         self.event_files: EventFiles | None = None
         self._begun, self._pace = False, Pace()
-        self.ended_early: Progress | None = None
-        """Where the job stood when it ended by itself and went back to its best step."""
+        self._ended: Progress | None = None  # where the job stood when it ended by itself and went back to its best
         self._memory = OwnMemory(device, self._held)
         self._saved = time.monotonic()
 
@@ -118,12 +118,8 @@ class Run:
     def load(self) -> None:
         """Load the transformer, put on it what is trained, and make the optimizer and the batches."""
         config, data, sharded = self.config, self.data, self.world.sharded
-        self.report(
-            message="loading the transformer",
-            warnings=data.warnings,
-            base_sha256=data.base_sha256,
-            held_out=data.held_out,
-        )
+        found = {"warnings": data.warnings, "base_sha256": data.base_sha256, "held_out": data.held_out}
+        self.report(message="loading the transformer", **found)
         self._forget()  # what an earlier attempt left there
         self.control.gate(needed=self._device_bytes())
         with self.slot.coming():
@@ -379,16 +375,14 @@ class Run:
     def _do_what_is_due(self) -> None:
         """Held-out loss, previews and checkpoint of this step, each unless it was already done before a resume."""
         config, progress, step = self.config, self.progress, self.progress.step
-
         self.metrics.settle()
 
         def due(every: int) -> bool:
             return step == 0 or step == config.steps or (every > 0 and step % every == 0)
 
-        looked = False
-        if due(config.validate_every) and progress.validated_at != step and self.data.heldout:
+        looked = due(config.validate_every) and progress.validated_at != step and bool(self.data.heldout)
+        if looked:
             self.world.evaluate(self._validate)
-            looked = True
         progress.validated_at = step if due(config.validate_every) else progress.validated_at
         previews = config.previews
         if previews.prompts and previews.every and due(previews.every) and progress.previewed_at != step:
@@ -419,54 +413,27 @@ class Run:
             self.world.on_main(self._keep_lora)
 
     def _validate(self) -> None:
-        with self.stepper.as_trained():
-            self._measure()
-
-    def _measure(self) -> None:
-        pictures = [
-            (self.data.cache.latents(sample.latents[0]), self.data.cache.text(sample.captions[0]))
-            for sample in self.data.heldout
-        ]
-        progress, rows = self.progress, len(HELDOUT_SIGMAS)
+        progress, metrics, rows = self.progress, self.metrics, len(HELDOUT_SIGMAS)
         if torch.device(self.device).type != "cpu":
             rows = heldout_rows(self._plan, rows)
-        base: list[float] | None = None
-        without = self.trained.base(progress.step) if progress.heldout_loss_base is None else None
-        if without is not None:
-            with without:
-                base = heldout_loss(self.transformer, pictures, self.control.gate, rows)
-            progress.heldout_loss_base = sum(base) / len(base)
-            self.metrics.append(
-                step=0,
-                heldout_loss_base=progress.heldout_loss_base,
-                heldout_by_sigma_base=base,
-                images=picture_count(self.data.samples),
-                captions=caption_count(self.data.samples),
-            )
-        by_sigma = base if progress.step == 0 else None  # before the first step nothing was learnt
-        if by_sigma is None:
-            by_sigma = heldout_loss(self.transformer, pictures, self.control.gate, rows)
-        progress.heldout_loss = sum(by_sigma) / len(by_sigma)
-        self.metrics.append(step=progress.step, heldout_loss=progress.heldout_loss, heldout_by_sigma=by_sigma)
-        if progress.best_loss is None or progress.heldout_loss < progress.best_loss:
-            progress.best_loss, progress.best_at = progress.heldout_loss, progress.step
+        with self.stepper.as_trained():
+            measure(self.transformer, self.trained, self.data, progress, metrics, rows, self.control.gate)
         if warning := watch_heldout(progress, self._best_checkpoint()):
-            self.metrics.append(step=progress.step, warning=warning)
+            metrics.append(step=progress.step, warning=warning)
             self._warn(warning)
-        found = verdict(Record.of(self.metrics.read()))
-        self.report(**self._numbers(), verdict=found and found.to_dict(self.paths.job.name))
+        self.report(**self._numbers(), verdict=told_of(metrics.read(), self.paths.job.name))
 
     def _memorises_long_enough(self) -> bool:
         """Whether the job ends here by itself. From the metrics alone, so that a resumed job ends at the same step."""
         wanted, progress = self.config.stop_when_memorising, self.progress
         if not wanted or progress.validated_at != progress.step or not self.data.heldout:
             return False
-        ends = self.world.main and memorising_for(self.metrics.read()) >= wanted
-        return self.world.broadcast(ends and is_whole(self._best()))
+        long = self.world.main and memorising_for(self.metrics.read()) >= wanted
+        return self.world.broadcast(long and is_whole(self._best()))
 
     def _back_to_the_best(self) -> None:
         """Take the weights of the step that measured best, with which the job then ends."""
-        self.ended_early = self.progress
+        self._ended = self.progress
         self.progress = restore(self._best(), self.trained, self.stepper, self.ema)
 
     def _best(self) -> Path:
@@ -497,18 +464,10 @@ class Run:
         self.report(new_samples=names)
 
     def _keep_lora(self) -> None:
-        """Keep the LoRA as it is now, so that it can be chosen later by its preview or its validation loss."""
-        progress, config = self.progress, self.config
-        if not (progress.taken and config.keep_loras) or progress.skipped_in_a_row:
-            return
-        try:
-            with self.stepper.as_trained():
-                kept = self.trained.keep(self._header(), kept_path(self.paths.kept, progress.step))
-        except LoraError as error:
-            self._warn(f"The LoRA of step {progress.step} is not kept. {error}")
-            return
-        if kept:
-            thin(self.paths.kept, config.keep_loras, progress.best_at)
+        with self.stepper.as_trained():
+            warning = keep_lora(self.paths.kept, self.config, self.progress, partial(self.trained.keep, self._header()))
+        if warning:
+            self._warn(warning)
 
     def _header(self) -> Callable[..., dict[str, str]]:
         pictures, job = picture_count(self.data.samples), self.paths.job
@@ -554,15 +513,9 @@ class Run:
         They are empty in a process that does not write.
         """
         written = self.surely(lambda: self.world.on_main(self._write_files)) or {}
-        if (ended := self.ended_early) is not None and written:
-            count = counted(self.config.stop_when_memorising, "validation")
-            told = (
-                f"Ended by itself at step {ended.step}: the last {count} said that it memorises. The "
-                f"{self.trained.noun} is that of step {self.progress.step}, which measured best. To go on "
-                "nevertheless, set stop_when_memorising to 0 and extend the job."
-            )
+        if (ended := self._ended) is not None and written:
             self.report(heldout_loss=self.progress.heldout_loss)
-            return {**written, "message": told}
+            return {**written, "message": ended_by_itself(self.config, ended, self.progress, self.trained.noun)}
         worse = worse_than_the_base(self.progress, self._best_checkpoint())
         return {**written, "message": f"{self.trained.noun} written, but {worse}"} if worse and written else written
 

@@ -96,6 +96,9 @@ WIDGETS: dict[str, Any] = {
     "preserve_prompts_weight": "preserve.prompts_weight",
     "preserve_images": "preserve.images",
     "preserve_share": "preserve.share",
+    "hold_out": "hold_out",
+    "keep_loras": "keep_loras",
+    "stop_when_memorising": "stop_when_memorising",
 }
 """The node's widgets in their order: the option of a job that one sets, else an input of its own."""
 

@@ -180,6 +180,8 @@ def describe(status: Mapping[str, Any]) -> str:
     ):
         if status.get(key) is not None:
             lines.append(f"{label}: {status[key]:.4f}")
+    if status.get("verdict"):
+        lines.append(f"verdict: {status['verdict']['sentence']}")
     if status.get("eta_seconds") and status["state"] == "running":
         lines.append(f"time left: {status['eta_seconds']:.0f} s")
     if status.get("lora_name"):
@@ -253,6 +255,54 @@ async def wait_for(job: Job) -> JobStatus:
     return status
 
 
+class ChromaUseStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaUseStep",
+            display_name="Chroma Use Step",
+            description="The LoRA of one step of a training job, also while it still trains. It is put into "
+            "output/loras under the job's name and the step's, and is never thinned away.",
+            search_aliases=[
+                "best step",
+                "best checkpoint",
+                "lora checkpoint",
+                "epoch",
+                "overfitting",
+                "early stopping",
+            ],
+            inputs=[
+                ChromaJob.Input("job", tooltip="From Chroma Train LoRA."),
+                io.Int.Input(
+                    "step",
+                    default=0,
+                    min=0,
+                    max=1000000,
+                    tooltip="A step with a preview or a validation; the job's list names those that are kept. 0: the "
+                    "one with the lowest validation loss.",
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output("lora_model", tooltip="For ComfyUI's own Load LoRA Model and Save LoRA Weights."),
+                io.String.Output("lora_name", tooltip="For Chroma Apply LoRA's lora_name."),
+                io.String.Output("report", tooltip="Which step it is, and what the job's verdict says."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, step=0, **_: Any) -> Any:
+        """The best step may be another one by now."""
+        return jobs.fingerprint() if step else uuid.uuid4().hex
+
+    @classmethod
+    def execute(cls, job, step=0) -> io.NodeOutput:
+        found = jobs.find(job)
+        path = jobs.manager().use(found.id, step)
+        told = found.verdict()
+        report = f"{path.name}" + (f": {told.sentence}" if told else "")
+        return io.NodeOutput(host.load_tensors(path), path.name, report, ui={"text": (report,)})
+
+
 class ChromaTrainingStatus(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -286,4 +336,4 @@ class ChromaTrainingStatus(io.ComfyNode):
         return io.NodeOutput(text, samples, plot, ui={"images": previews, "text": (text,), "chromakit_job": (job,)})
 
 
-NODES = [ChromaTrainLora, ChromaWaitForTraining, ChromaTrainingStatus]
+NODES = [ChromaTrainLora, ChromaWaitForTraining, ChromaTrainingStatus, ChromaUseStep]

@@ -28,6 +28,11 @@ def train_options(train: argparse.ArgumentParser) -> None:
     train.add_argument("--resume", metavar="JOB_ID", help="go on with this job as it is; needs no file")
     train.add_argument("--extend", type=int, default=0, metavar="N", help="with either: N steps more")
     train.add_argument("--force", action="store_true", help="with either: also change options that move the weights")
+    train.add_argument(
+        "--branch", metavar="JOB_ID", help="a new job like this one at --learning-rate, from its LoRA of --step on"
+    )
+    train.add_argument("--step", type=int, default=0, metavar="N", help="with --branch: 0, the default, from nothing")
+    train.add_argument("--learning-rate", type=float, metavar="RATE", help="with --branch")
     train.add_argument("--output", type=Path, default=Path("output"), help="folder for job and LoRA (default: output)")
     train.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     train.add_argument(
@@ -55,17 +60,23 @@ def _asked(options: argparse.Namespace, world: World) -> TrainingConfig | None:
     from ..training.config import TrainingConfig
 
     several = world.size > 1
-    job_id = options.job_id or options.resume
-    if (options.job is None) != bool(options.resume) or (options.job_id and options.resume):
-        raise ConfigError("Give a job file, a job file with --job JOB_ID, or --resume JOB_ID without a file.")
-    if options.restart and job_id or (options.extend or options.force) and not job_id:
+    branch, rate = options.branch, options.learning_rate
+    if bool(branch) != (rate is not None) or (options.step and not branch):
+        raise ConfigError("--branch JOB_ID goes with --learning-rate RATE, and --step N with both.")
+    earlier = [each for each in (options.job_id, options.resume, branch) if each]
+    job_id = earlier[0] if earlier else None
+    if (options.job is None) != bool(options.resume or branch) or len(earlier) > 1:
+        raise ConfigError(
+            "Give a job file, a job file with --job JOB_ID, or --resume JOB_ID or --branch JOB_ID without a file."
+        )
+    if options.restart and job_id or (options.extend or options.force) and (branch or not job_id):
         raise ConfigError("--extend and --force go with --job or --resume, --restart with neither.")
     if options.extend < 0:
         raise ConfigError(f"--extend is {options.extend}; it must be the number of steps to add.")
     if several and job_id:
         raise ConfigError(
-            "--job and --resume change a job, which one process does. Start it with a job file on several; a job "
-            "that was changed is found by the options that it has now."
+            "--job, --resume and --branch change a job, which one process does. Start it with a job file on several; a "
+            "job that was changed is found by the options that it has now."
         )
     if options.sharding == "fsdp" and not several:
         raise ConfigError(
@@ -78,7 +89,7 @@ def _asked(options: argparse.Namespace, world: World) -> TrainingConfig | None:
 def _trained(options: argparse.Namespace, config: TrainingConfig | None, world: World) -> int:
     from ..model.device import best_device
     from ..training.distributed.world import Processes
-    from ..training.jobs.blocking import continue_job, run_distributed, run_job
+    from ..training.jobs.blocking import branch_job, continue_job, run_distributed, run_job
 
     main, job_id = world.main, options.job_id or options.resume
     with tqdm(unit="step", desc="preparing", disable=not main) as bar:
@@ -97,7 +108,9 @@ def _trained(options: argparse.Namespace, config: TrainingConfig | None, world: 
             "on_status": show,
         }
         if_exists = "restart" if options.restart else "resume"
-        if job_id:
+        if options.branch:
+            status = branch_job(options.branch, options.step, options.learning_rate, **places)
+        elif job_id:
             status = continue_job(job_id, **places, config=config, extend=options.extend, force=options.force)
         else:
             assert config is not None  # see `_asked`
@@ -108,9 +121,11 @@ def _trained(options: argparse.Namespace, config: TrainingConfig | None, world: 
     if isinstance(world, Processes) and status["state"] == "completed":
         world.close()
     if main:
-        shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss"]
+        shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss", "best_step", "verdict"]
         shown += ["model_path", "model_folder"] if status.get("config", {}).get("full") else ["lora_path"]
         print(json.dumps({k: status.get(k) for k in shown}))
+        if told := status.get("verdict"):
+            print("verdict:", told["sentence"], told["command"], file=sys.stderr)
     if status["state"] == "interrupted":
         if main:
             job, saved = status.get("id"), status.get("checkpoint") or 0

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ConfigError, DataError, check_text, printable
@@ -15,9 +15,11 @@ from .dataset import DatasetConfig
 from .pictures import OTHER_EXTENSIONS, Picture, PictureFacts, UnreadablePicture, picture_extensions, reason
 from .remembered import Remembered
 from .views import is_mask, mask_file, mask_owner
-from .warnings import Findings, dataset_warnings, describe_skipped
+from .warnings import ENOUGH_TO_JUDGE, Findings, dataset_warnings, describe_skipped
 
 _REPEAT_FOLDER = re.compile(r"([0-9]+)_")
+LEAST_HELD_OUT = 2
+"""Images held out at least: one alone says little of the others."""
 MOST_REPEATS = 1000
 """As with the option `repeats`. A folder `20240115_trip` has a date in its name."""
 
@@ -129,6 +131,20 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
             "them, add captions, or set a default caption."
         )
     return DatasetScan(config, items, skipped, dataset_warnings(config, items, skipped, findings, default_resolution))
+
+
+def hold_out(found: DatasetScan, share: float, most: int) -> tuple[DatasetScan, DatasetScan | None]:
+    """A dataset without a share of its images, and these, to measure on; all of it and None where it is too small.
+
+    Which ones is decided by their content: the same in every run, and copies of an image stay together. At least
+    `LEAST_HELD_OUT`, and no more than `most`, which are as many as are measured.
+    """
+    digests = sorted({picture.sha256 for picture in found.items})
+    if len(digests) < ENOUGH_TO_JUDGE:
+        return found, None
+    held = set(digests[: min(max(LEAST_HELD_OUT, round(share * len(digests))), most)])
+    trained, apart = ([p for p in found.items if (p.sha256 in held) == chosen] for chosen in (False, True))
+    return replace(found, items=trained), DatasetScan(found.config.held_out(found.config.trigger), apart, [], [])
 
 
 def _files(folder: Path) -> tuple[dict[Path, str], dict[str, str], Findings]:

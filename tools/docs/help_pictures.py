@@ -43,6 +43,7 @@ SHOTS = (
     Shot("ChromaTailSigmas", "sigmas"),
     Shot("ChromaHostModel", "sigmas"),
     Shot("ChromaTrainingSettings", "train"),
+    Shot("ChromaUseStep", "train"),
     Shot("ChromaWaitForTraining", "train", "running", room=120),
     Shot("ChromaTrainLora", "train", "running"),
     Shot("ChromaDataset", "train", "done", width=480, room=350),
@@ -146,6 +147,7 @@ GRAPHS = {
         status=_node("ChromaTrainingStatus", job=("train", 0)),
         wait=_node("ChromaWaitForTraining", job=("train", 0)),
         name=_node("PreviewAny", source=("wait", 1)),
+        use=_node("ChromaUseStep", job=("train", 0)),
     ),
     "lora": _graph(
         load=_LOAD,

@@ -15,8 +15,10 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny is far slower on many threads
 
@@ -76,6 +78,8 @@ def job_config(variant: str, seed: int, steps: int) -> dict[str, Any]:
 class Judge:
     """The model, the pictures held out and the prompts; `judge` measures the model with or without a LoRA."""
 
+    sampling: ClassVar = SAMPLING
+
     def __init__(self) -> None:
         self.vae, self.text, self.transformer = load()
         files = sorted((DATASETS / "sks_emblem_heldout").glob("*.png"))
@@ -88,27 +92,31 @@ class Judge:
         ]  # [12, 16, 8, 8] for each
         self.ordinary = check_prompts(ORDINARY_PROMPTS)
         self.empty = self.text.encode("")
-        self.base_ordinary: dict[float, Tensor] = {}
+        self.base_ordinary: dict[float | None, Tensor] = {}
 
-    def generate(self, prompts: list[str], seed: int, guidance: float) -> Tensor:
+    def generate(self, prompts: list[str], seed: int, guidance: float | None = None) -> Tensor:
         """Latents [B, 16, 8, 8] of the prompts; picture i starts from the noise of seed + i."""
         conditions = [self.text.encode(prompt) for prompt in prompts]
-        settings = SamplingSettings(**{**SAMPLING, "guidance": guidance}, seed=seed)
+        settings = SamplingSettings(**self.sampling | ({"guidance": guidance} if guidance else {}), seed=seed)
         return sample(self.transformer, conditions, self.empty, width=64, height=64, settings=settings)
 
-    def judge(
-        self, lora: Path | None, sheet: Path | None = None, guidance: float = SAMPLING["guidance"]
-    ) -> dict[str, Any]:
+    def judge(self, lora: Path | None, sheet: Path | None = None, guidance: float | None = None) -> dict[str, Any]:
         """Every number of one LoRA (None: the base, which comes first); `sheet` is a file for the pictures."""
+        with self.wearing(lora):
+            return self._measured(sheet, guidance)
+
+    @contextmanager
+    def wearing(self, lora: Path | None) -> Iterator[None]:
+        """The model with a LoRA (None: without), inside a `with` block."""
         if lora is not None:
             attach(self.transformer, read_lora(lora))
         try:
-            return self._measured(sheet, guidance)
+            yield
         finally:
             if lora is not None:
                 detach(self.transformer, "lora")
 
-    def _measured(self, sheet: Path | None, guidance: float) -> dict[str, Any]:
+    def _measured(self, sheet: Path | None, guidance: float | None) -> dict[str, Any]:
         held = list(zip(self.latents, (self.text.encode(caption) for caption in self.captions), strict=True))
         losses = heldout_loss(self.transformer, held * NOISES)
         which = [i for i in range(len(self.captions)) for _ in range(PICTURES_PER_CAPTION)]

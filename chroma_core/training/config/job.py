@@ -357,6 +357,34 @@ class TrainingConfig(Settings):
         since="0.1",
     )
     preserve: PreserveConfig = option(PreserveConfig(), "What the LoRA must leave as it is.", since="0.1")
+    hold_out: float = option(
+        0.0,
+        "Without a validation dataset: share of the images (at least 2) that are not trained on but measured on, from "
+        "8 images on. 0.1 is usual. 0: none.",
+        ge=0,
+        le=0.5,
+        step=0.05,
+        advanced=True,
+        since="0.1",
+    )
+    keep_loras: int = option(
+        12,
+        "LoRAs of previews and validations to keep, fewer of the early ones; never fewer than the last 3, the best and "
+        "those in use. 0: none.",
+        ge=0,
+        most=1000,
+        advanced=True,
+        since="0.1",
+    )
+    stop_when_memorising: int = option(
+        0,
+        "End with the best step once so many validations in a row said that the LoRA memorises. 0: never.",
+        ge=0,
+        most=100,
+        unit="validations",
+        advanced=True,
+        since="0.1",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -438,6 +466,23 @@ class TrainingConfig(Settings):
                     "stay unlearnt. Name ordinary things there, without the trigger word; for the empty caption there "
                     "is blank_weight."
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _can_stop_by_itself(self) -> Self:
+        """Raise ConfigError when nothing could tell the job to stop, or nothing would be there to go back to."""
+        if not self.stop_when_memorising:
+            return self
+        if not self.keep_best:
+            raise ConfigError(
+                "stop_when_memorising ends the job with the step that measured best, which keep_best = false does not "
+                "keep. Turn keep_best on, or leave stop_when_memorising at 0."
+            )
+        if self.validation_dataset is None and not self.hold_out:
+            raise ConfigError(
+                "stop_when_memorising needs a validation loss. Set hold_out (0.1 is usual) or a validation dataset, or "
+                "leave stop_when_memorising at 0."
+            )
         return self
 
     @classmethod

@@ -68,6 +68,19 @@ def continue_job(
     return _block_on(root, loras_folder, device, on_status, begin)
 
 
+def branch_job(
+    job_id: str,
+    step: int,
+    learning_rate: float,
+    root: Path,
+    loras_folder: Path,
+    device: Device,
+    on_status: Listener = lambda status: None,
+) -> JobStatus:
+    """Run the job that `JobManager.branch` makes to its end; returns its final status."""
+    return _block_on(root, loras_folder, device, on_status, lambda manager: manager.branch(job_id, step, learning_rate))
+
+
 def _block_on(
     root: Path, loras_folder: Path, device: Device, on_status: Listener, begin: Callable[[JobManager], Job]
 ) -> JobStatus:

@@ -123,12 +123,7 @@ def restore_latest(
     start_anew, fresh = trained.remember(), {name: part.state_dict() for name, part in parts.items()}
     for path in reversed(checkpoints(folder)):
         try:
-            progress = _checked(path)
-            saved = {name: torch.load(path / name, map_location="cpu", weights_only=True) for name in parts}
-            trained.load(path / trained.weights_file)
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            return progress, damaged
+            return restore(path, trained, stepper, ema), damaged
         except _DAMAGE as error:
             if is_out_of_memory(error) or isinstance(error, PermissionError):  # the checkpoint is whole
                 raise
@@ -138,6 +133,28 @@ def restore_latest(
             for name, part in parts.items():
                 part.load_state_dict(fresh[name])
     return None, damaged
+
+
+def restore(path: Path, trained: Trained, stepper: Stepper, ema: Ema | None = None) -> Progress:
+    """Load one checkpoint into what is trained, the optimizer and the average; returns its progress.
+
+    Raises what a damaged one gives rise to; some of it may be loaded then.
+    """
+    progress, parts = _checked(path), _stateful(stepper, ema)
+    saved = {name: torch.load(path / name, map_location="cpu", weights_only=True) for name in parts}
+    trained.load(path / trained.weights_file)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return progress
+
+
+def is_whole(path: Path) -> bool:
+    """Whether every file of a checkpoint is as it was written."""
+    try:
+        _checked(path)
+    except _DAMAGE:
+        return False
+    return True
 
 
 def _checked(path: Path) -> Progress:

@@ -69,6 +69,11 @@ class JobPaths:
     def checkpoints(self) -> Path:
         return self.job / "checkpoints"
 
+    @property
+    def kept(self) -> Path:
+        """LoRAs of earlier steps."""
+        return self.job / "loras"
+
 
 ROUNDING = 2
 """How a training step rounds, apart from what options say: 1 until LoRA was added to a layer's result in one product

@@ -17,8 +17,9 @@ from ...data.cache import LatentTextCache, component_key
 from ...data.remembered import Remembered
 from ...data.samples import Progress as OnProgress
 from ...data.samples import Sample, SampleSet, cache_samples, cache_texts, caption_texts, combine
-from ...data.scan import DatasetConfig, describe_skipped, scan
-from ...errors import ConfigError, first_line
+from ...data.scan import DatasetConfig, DatasetScan, describe_skipped, hold_out, scan
+from ...data.warnings import ENOUGH_TO_JUDGE
+from ...errors import ConfigError, counted, first_line
 from ...loading.load import COMPUTING_BYTES, Device, device_size, load_text_encoder, load_vae
 from ...loading.model_files import base_hash, locate
 from ...loading.spec import ModelSpec
@@ -41,6 +42,7 @@ class Prepared:
     """What training reads: cached samples, held-out samples, and what to tell the user.
 
     `training_cache` holds the captions' text states as training conditions on them, `cache` as sampling does.
+    `held_out` names the images that were taken out of the dataset to measure on.
     """
 
     cache: LatentTextCache
@@ -49,6 +51,7 @@ class Prepared:
     heldout: list[Sample]
     base_sha256: str
     warnings: list[str]
+    held_out: list[str]
 
 
 def prepare(
@@ -76,7 +79,7 @@ def prepare(
         f"{model.text_precision}",
         config.recipe_value(),
     )
-    warnings: list[str] = []
+    warnings, held_out = _hold_out(config, scans)
     sets: list[list[Sample]] = []
     for found in scans:
         samples, unreadable = cache_samples(
@@ -92,6 +95,8 @@ def prepare(
             warnings.append(f"Skipped while caching: {describe_skipped(unreadable)}.")
         sets.append(samples)
     heldout = sets[len(training)][: config.validation_pictures] if len(sets) > len(training) else []
+    if held_out:  # they are few: each is measured with several noises
+        heldout = [heldout[i % len(heldout)] for i in range(config.validation_pictures)]
     samples = combine(
         [SampleSet(Path(d.folder).name, found, d.weight) for d, found in zip(training, sets, strict=False)]
     )
@@ -112,7 +117,7 @@ def prepare(
         )
     progress("base model", 0, 1)
     between()
-    return Prepared(cache, training_cache, samples, heldout, base_hash(config.model), warnings)
+    return Prepared(cache, training_cache, samples, heldout, base_hash(config.model), warnings, held_out)
 
 
 def _heldout(config: TrainingConfig) -> list[DatasetConfig]:
@@ -120,6 +125,23 @@ def _heldout(config: TrainingConfig) -> list[DatasetConfig]:
     if config.validation_dataset is None:
         return []
     return [config.validation_dataset.held_out(config.dataset.trigger)]
+
+
+def _hold_out(config: TrainingConfig, scans: list[DatasetScan]) -> tuple[list[str], list[str]]:
+    """Take images out of the first of the scans to measure on, if the job says so; they become the last of the scans.
+
+    Returns warnings and the names of these images.
+    """
+    if not config.hold_out or config.validation_dataset is not None:
+        return [], []
+    scans[0], apart = hold_out(scans[0], config.hold_out, config.validation_pictures)
+    if apart is None:
+        return [
+            f"No image is held out (hold_out): the dataset has {counted(len(scans[0].items), 'image')}, and at least "
+            f"{ENOUGH_TO_JUDGE} different ones are needed. So there is no validation loss, and no best step."
+        ], []
+    scans.append(apart)
+    return [], [picture.name for picture in apart.items]
 
 
 @contextmanager

@@ -88,6 +88,13 @@ class Trained(Protocol):
         """What previews note about it, as JSON values."""
         ...
 
+    def keep(self, header: Callable[..., dict[str, str]], path: Path) -> bool:
+        """Write to `path` what the job would end with now; False where that is too large to be kept at every preview.
+
+        header: as in `write`.
+        """
+        return False
+
     def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
         """Write what the user gets, its name ending in `suffix`; the status fields that say where.
 
@@ -184,11 +191,16 @@ class AdapterTraining(Trained):
     def record(self) -> dict[str, Any]:
         return {"lora": self._config.lora.model_dump(mode="json")}
 
+    def keep(self, header: Callable[..., dict[str, str]], path: Path) -> bool:
+        write_lora(path, self._finished(header))
+        return True
+
     def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
-        metadata = header("chroma/lora", adapter_summary(self._config))
-        paths = self._paths
-        path = write_final(self._config, self._transformer, metadata, paths.job, paths.loras, suffix)
+        path = write_final(self._config, self._finished(header), self._paths.job, self._paths.loras, suffix)
         return {"lora_path": str(path)}
+
+    def _finished(self, header: Callable[..., dict[str, str]]) -> LoraFile:
+        return finished_lora(self._config, self._transformer, header("chroma/lora", adapter_summary(self._config)))
 
 
 class FullRankTraining(Trained):
@@ -414,20 +426,18 @@ def may_write(path: Path, job_id: str) -> bool:
         return False
 
 
-def write_final(
-    config: TrainingConfig,
-    transformer: ChromaTransformer,
-    metadata: dict[str, Any],
-    job_folder: Path,
-    loras_folder: Path,
-    suffix: str = "",
-) -> Path:
-    """Write the LoRA into the job's folder and `loras_folder`, its name ending in `suffix`; returns the latter path."""
+def finished_lora(config: TrainingConfig, transformer: ChromaTransformer, metadata: dict[str, Any]) -> LoraFile:
+    """The adapter on the transformer in the precision in which the job writes it, with its whole header."""
     trained = trained_lora(transformer)
     dtype = precision(config.lora.save_dtype).dtype
     modules = {name: module.to(dtype) for name, module in trained.modules.items()}
-    path = final_path(loras_folder, config, suffix, metadata.get(JOB_KEY))
+    return LoraFile(modules, {**metadata, **contents(trained)}, trained.key_format)
+
+
+def write_final(config: TrainingConfig, lora: LoraFile, job_folder: Path, loras_folder: Path, suffix: str = "") -> Path:
+    """Write the LoRA into the job's folder and `loras_folder`, its name ending in `suffix`; returns the latter path."""
+    path = final_path(loras_folder, config, suffix, lora.metadata.get(JOB_KEY))
     copy = job_folder / f"{file_stem(config.name)}{suffix}.safetensors"
-    write_lora(copy, LoraFile(modules, {**metadata, **contents(trained)}, trained.key_format))
+    write_lora(copy, lora)
     write_atomic(path, copy.read_bytes())
     return path

@@ -21,7 +21,7 @@ from ..chroma_core.training.jobs.curve import plot_losses
 from ..chroma_core.training.jobs.manager import ACTIVE, IfExists, Job, JobStatus
 from . import host, jobs
 from .dataset import check_main, single
-from .option_widgets import values_at, widget
+from .option_widgets import lines, values_at, widget
 from .sockets import (
     ChromaDatasetType,
     ChromaJob,
@@ -128,7 +128,7 @@ def training_config(
     Raises ConfigError for parts that do not belong together, PromptError for `[trigger]` without a trigger word.
     """
     settings = settings or {}
-    prompts = [line.strip() for line in preview_prompt.splitlines() if line.strip()]
+    prompts = lines(preview_prompt)
     for prompt in prompts:
         apply_trigger(prompt, dataset[0].trigger)
     check_main(dataset)
@@ -180,6 +180,8 @@ def describe(status: Mapping[str, Any]) -> str:
     ):
         if status.get(key) is not None:
             lines.append(f"{label}: {status[key]:.4f}")
+    if status.get("verdict"):
+        lines.append(f"verdict: {status['verdict']['sentence']}")
     if status.get("eta_seconds") and status["state"] == "running":
         lines.append(f"time left: {status['eta_seconds']:.0f} s")
     if status.get("lora_name"):
@@ -253,6 +255,54 @@ async def wait_for(job: Job) -> JobStatus:
     return status
 
 
+class ChromaUseStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="ChromaUseStep",
+            display_name="Chroma Use Step",
+            description="The LoRA of one step of a training job, also while it still trains. It is put into "
+            "output/loras under the job's name and the step's, and is never thinned away.",
+            search_aliases=[
+                "best step",
+                "best checkpoint",
+                "lora checkpoint",
+                "epoch",
+                "overfitting",
+                "early stopping",
+            ],
+            inputs=[
+                ChromaJob.Input("job", tooltip="From Chroma Train LoRA."),
+                io.Int.Input(
+                    "step",
+                    default=0,
+                    min=0,
+                    max=1000000,
+                    tooltip="A step with a preview or a validation; the job's list names those that are kept. 0: the "
+                    "one with the lowest validation loss.",
+                ),
+            ],
+            outputs=[
+                io.LoraModel.Output("lora_model", tooltip="For ComfyUI's own Load LoRA Model and Save LoRA Weights."),
+                io.String.Output("lora_name", tooltip="For Chroma Apply LoRA's lora_name."),
+                io.String.Output("report", tooltip="Which step it is, and what the job's verdict says."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, step=0, **_: Any) -> Any:
+        """The best step may be another one by now."""
+        return jobs.fingerprint() if step else uuid.uuid4().hex
+
+    @classmethod
+    def execute(cls, job, step=0) -> io.NodeOutput:
+        found = jobs.find(job)
+        path = jobs.manager().use(found.id, step)
+        told = found.verdict()
+        report = f"{path.name}" + (f": {told.sentence}" if told else "")
+        return io.NodeOutput(host.load_tensors(path), path.name, report, ui={"text": (report,)})
+
+
 class ChromaTrainingStatus(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -279,11 +329,11 @@ class ChromaTrainingStatus(io.ComfyNode):
     @classmethod
     def execute(cls, job) -> io.NodeOutput:
         found = jobs.find(job)
-        text = describe(found.status())
+        text = host.told(describe(found.status()))
         pictures = [Image.open(path) for path in found.latest_samples()] or [Image.new("RGB", (64, 64))]
         samples, plot = to_image(pictures), to_image([plot_losses(found.metrics())])
         previews = [*ui.PreviewImage(samples, cls=cls).values, *ui.PreviewImage(plot, cls=cls).values]
         return io.NodeOutput(text, samples, plot, ui={"images": previews, "text": (text,), "chromakit_job": (job,)})
 
 
-NODES = [ChromaTrainLora, ChromaWaitForTraining, ChromaTrainingStatus]
+NODES = [ChromaTrainLora, ChromaWaitForTraining, ChromaTrainingStatus, ChromaUseStep]

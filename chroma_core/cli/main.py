@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import ChromaKitError
+from .jobs import jobs_options
 from .lora import convert_options, export_options, inspect_lora_options
 from .lora_tools import extract_options, merge_options, resize_options
 from .models import fetch_options, inspect_model_options, plan_options, quantise_options
@@ -17,6 +18,7 @@ from .train import import_options, template_options, train_options
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
     "train": (train_options, "train a LoRA or the model's blocks from a job.toml; resumes what exists"),
+    "jobs": (jobs_options, "what training jobs say of themselves; use the LoRA of one of their steps"),
     "sample": (sample_options, "make images"),
     "fetch": (fetch_options, "download a flavour from the Hub, or what is missing of it"),
     "quantise": (quantise_options, "write a quantised model file, which loads faster"),

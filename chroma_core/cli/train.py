@@ -7,11 +7,15 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..training.config import TrainingConfig
+    from ..training.distributed.world import World
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C or SIGTERM, as shells have it."""
@@ -24,6 +28,11 @@ def train_options(train: argparse.ArgumentParser) -> None:
     train.add_argument("--resume", metavar="JOB_ID", help="go on with this job as it is; needs no file")
     train.add_argument("--extend", type=int, default=0, metavar="N", help="with either: N steps more")
     train.add_argument("--force", action="store_true", help="with either: also change options that move the weights")
+    train.add_argument(
+        "--branch", metavar="JOB_ID", help="a new job like this one at --learning-rate, from its LoRA of --step on"
+    )
+    train.add_argument("--step", type=int, default=0, metavar="N", help="with --branch: 0, the default, from nothing")
+    train.add_argument("--learning-rate", type=float, metavar="RATE", help="with --branch")
     train.add_argument("--output", type=Path, default=Path("output"), help="folder for job and LoRA (default: output)")
     train.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
     train.add_argument(
@@ -37,36 +46,52 @@ def train_options(train: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from ..model.device import best_device
-    from ..training.config import TrainingConfig
-    from ..training.distributed.world import launched
-    from ..training.jobs.blocking import continue_job, run_job
+    from ..training.distributed.world import ALONE, MainFailed, Processes, launched
 
-    job_id = options.job_id or options.resume
-    if (options.job is None) != bool(options.resume) or (options.job_id and options.resume):
-        raise ConfigError("Give a job file, a job file with --job JOB_ID, or --resume JOB_ID without a file.")
-    if options.restart and job_id or (options.extend or options.force) and not job_id:
+    try:
+        world = Processes(options.device, options.sharding) if launched() else ALONE
+        return _trained(options, world.main_first(lambda: _asked(options, world)), world)
+    except MainFailed:
+        return 1  # what is to be said, rank 0 says
+
+
+def _asked(options: argparse.Namespace, world: World) -> TrainingConfig | None:
+    """The job of the file, if one is given. Raises ConfigError, also for options that do not go together."""
+    from ..training.config import TrainingConfig
+
+    several = world.size > 1
+    branch, rate = options.branch, options.learning_rate
+    if bool(branch) != (rate is not None) or (options.step and not branch):
+        raise ConfigError("--branch JOB_ID goes with --learning-rate RATE, and --step N with both.")
+    earlier = [each for each in (options.job_id, options.resume, branch) if each]
+    job_id = earlier[0] if earlier else None
+    if (options.job is None) != bool(options.resume or branch) or len(earlier) > 1:
+        raise ConfigError(
+            "Give a job file, a job file with --job JOB_ID, or --resume JOB_ID or --branch JOB_ID without a file."
+        )
+    if options.restart and job_id or (options.extend or options.force) and (branch or not job_id):
         raise ConfigError("--extend and --force go with --job or --resume, --restart with neither.")
     if options.extend < 0:
         raise ConfigError(f"--extend is {options.extend}; it must be the number of steps to add.")
-    config = TrainingConfig.from_toml(options.job) if options.job else None
-    world, main = None, True
-    if launched():
-        from ..training.distributed.world import Processes
-        from ..training.jobs.blocking import run_distributed
-
-        if config is None or job_id:
-            raise ConfigError(
-                "--job and --resume change a job, which one process does. Start it with a job file on several; a job "
-                "that was changed is found by the options that it has now."
-            )
-        world = Processes(options.device, options.sharding)
-        main = world.main
-    elif options.sharding == "fsdp":
+    if several and job_id:
+        raise ConfigError(
+            "--job, --resume and --branch change a job, which one process does. Start it with a job file on several; a "
+            "job that was changed is found by the options that it has now."
+        )
+    if options.sharding == "fsdp" and not several:
         raise ConfigError(
             "--sharding fsdp divides the model among several processes, but this is one. Start it with torchrun or "
             "accelerate launch (see docs/training.md), or leave --sharding out."
         )
+    return TrainingConfig.from_toml(options.job) if options.job else None
+
+
+def _trained(options: argparse.Namespace, config: TrainingConfig | None, world: World) -> int:
+    from ..model.device import best_device
+    from ..training.distributed.world import Processes
+    from ..training.jobs.blocking import branch_job, continue_job, run_distributed, run_job
+
+    main, job_id = world.main, options.job_id or options.resume
     with tqdm(unit="step", desc="preparing", disable=not main) as bar:
 
         def show(status: dict) -> None:
@@ -79,23 +104,28 @@ def _train(options: argparse.Namespace) -> int:
         places: dict[str, Any] = {
             "root": options.output / "jobs",
             "loras_folder": options.output / "loras",
-            "device": best_device(options.device) if world is None else world.device,
+            "device": world.device if isinstance(world, Processes) else best_device(options.device),
             "on_status": show,
         }
         if_exists = "restart" if options.restart else "resume"
-        if job_id:
+        if options.branch:
+            status = branch_job(options.branch, options.step, options.learning_rate, **places)
+        elif job_id:
             status = continue_job(job_id, **places, config=config, extend=options.extend, force=options.force)
-        elif world is not None and config is not None:
-            status = run_distributed(config, **places, if_exists=if_exists, world=world)
         else:
-            assert config is not None
-            status = run_job(config, **places, if_exists=if_exists)
-    if world is not None and status["state"] == "completed":
+            assert config is not None  # see `_asked`
+            if isinstance(world, Processes):
+                status = run_distributed(config, **places, if_exists=if_exists, world=world)
+            else:
+                status = run_job(config, **places, if_exists=if_exists)
+    if isinstance(world, Processes) and status["state"] == "completed":
         world.close()
     if main:
-        shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss"]
+        shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss", "best_step", "verdict"]
         shown += ["model_path", "model_folder"] if status.get("config", {}).get("full") else ["lora_path"]
         print(json.dumps({k: status.get(k) for k in shown}))
+        if told := status.get("verdict"):
+            print("verdict:", told["sentence"], told["command"], file=sys.stderr)
     if status["state"] == "interrupted":
         if main:
             job, saved = status.get("id"), status.get("checkpoint") or 0
@@ -103,7 +133,7 @@ def _train(options: argparse.Namespace) -> int:
             command = f"python -m chroma_core train --resume {job}{place}"
             print(f"interrupted: job {job}, saved at step {saved}. Go on with: {command}", file=sys.stderr)
         return INTERRUPTED
-    if status["state"] != "completed":
+    if status["state"] != "completed" and (main or status["message"]):
         print(f"error: the job {status['state']}: {status.get('message') or 'no reason given'}", file=sys.stderr)
     return 0 if status["state"] == "completed" else 1
 

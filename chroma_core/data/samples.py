@@ -261,6 +261,11 @@ def picture_count(samples: Sequence[Sample]) -> int:
     return len({sample.name for sample in samples})
 
 
+def caption_count(samples: Sequence[Sample]) -> int:
+    """Different captions of the images behind the samples, as they were written; an empty one counts too."""
+    return len({sample.captions[0] for sample in samples})
+
+
 _LONGEST = 20
 _CLOSE = 0.01
 

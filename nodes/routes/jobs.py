@@ -12,19 +12,19 @@ from typing import Any
 
 from aiohttp import web
 from PIL import Image
-from pydantic import StrictBool, StrictInt
+from pydantic import StrictBool, StrictFloat, StrictInt
 
 from ...chroma_core.data.dataset import Settings
 from ...chroma_core.errors import ConfigError
 from ...chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
 from ...chroma_core.training.jobs.manager import JobStatus
-from .. import jobs
+from .. import host, jobs
 from . import job_graphs
-from .common import Unknown, add, answer, body_of, job_of, refused, whole_number
+from .common import MOST_DIGITS, Unknown, add, answer, body_of, job_of, refused, whole_number
 
 ACTIONS = ("pause", "resume", "stop", "sample", "save")
-"""What needs no more than the job's id; also change, extend and delete."""
+"""What needs no more than the job's id; also change, extend, use, branch and delete."""
 
 
 GRAPHS = {"again": job_graphs.again, "use": job_graphs.use}
@@ -43,6 +43,19 @@ class Change(Settings):
     force: StrictBool = False
 
 
+class Choice(Settings):
+    """The body of `use`: the LoRA of this step; 0: of the best."""
+
+    step: StrictInt = 0
+
+
+class Branch(Settings):
+    """The body of `branch`: from the LoRA of this step on (0: from nothing) at another learning rate."""
+
+    step: StrictInt = 0
+    learning_rate: StrictFloat
+
+
 class Extension(Settings):
     """The body of `extend`: so many steps more."""
 
@@ -56,6 +69,8 @@ def register(routes: Any) -> None:
     add(routes, "get", "/chromakit/jobs/{id}", _one)
     add(routes, "post", "/chromakit/jobs/{id}/change", _change)
     add(routes, "post", "/chromakit/jobs/{id}/extend", _extend)
+    add(routes, "post", "/chromakit/jobs/{id}/use", _use)
+    add(routes, "post", "/chromakit/jobs/{id}/branch", _branch)
     add(routes, "post", "/chromakit/jobs/{id}/delete", _delete)
     add(routes, "post", "/chromakit/jobs/{id}/{action}", _act)
     add(routes, "get", "/chromakit/jobs/{id}/metrics", _metrics)
@@ -78,7 +93,9 @@ async def _one(request: web.Request) -> web.Response:
 async def _act(request: web.Request) -> web.Response:
     action = request.match_info["action"]
     if action not in ACTIONS:
-        return refused(409, f"A job cannot '{action}'. Use one of: {', '.join(ACTIONS)}, change, extend, delete.")
+        return refused(
+            409, f"A job cannot '{action}'. Use one of: {', '.join(ACTIONS)}, change, extend, use, branch, delete."
+        )
 
     def act() -> JobStatus:
         job = job_of(request)
@@ -98,10 +115,39 @@ async def _change(request: web.Request) -> web.Response:
 
     def change() -> JobStatus:
         job = job_of(request)
-        _no_new_paths(job.config, with_changes(job.config, body.changes))
-        return jobs.manager().change(job.id, body.changes, body.force).status()
+        changes = _as_they_are(body.changes, job.config)
+        _no_new_paths(job.config, with_changes(job.config, changes))
+        return jobs.manager().change(job.id, changes, body.force).status()
 
     return await answer(change)
+
+
+def _as_they_are(changes: Any, config: TrainingConfig) -> Any:
+    """The changes with the job's own files and folders as it has them, where they are as its status tells them."""
+    own = {host.told({"path": path})["path"]: path for paths in _paths(config).values() for path in paths}
+    if isinstance(changes, dict):
+        return {name: _as_they_are(value, config) for name, value in changes.items()}
+    if isinstance(changes, list):
+        return [_as_they_are(value, config) for value in changes]
+    return own.get(changes, changes) if isinstance(changes, str) else changes
+
+
+async def _use(request: web.Request) -> web.Response:
+    """The LoRA of a step is put into the LoRA folder; the job's status, which says under which name."""
+    body = await body_of(request, Choice)
+
+    def use() -> JobStatus:
+        job = job_of(request)
+        jobs.manager().use(job.id, body.step)
+        return job.status()
+
+    return await answer(use)
+
+
+async def _branch(request: web.Request) -> web.Response:
+    """A new job that goes on from a step of this one; the new one's status."""
+    body = await body_of(request, Branch)
+    return await answer(lambda: jobs.manager().branch(job_of(request).id, body.step, body.learning_rate).status())
 
 
 def _no_new_paths(old: TrainingConfig, new: TrainingConfig) -> None:
@@ -159,7 +205,7 @@ async def _sample(request: web.Request) -> web.StreamResponse:
 def _sample_path(request: web.Request) -> Path:
     job = job_of(request)
     found, number = job.samples(), request.match_info["number"]
-    if not number.isdecimal() or int(number) >= len(found):
+    if not (number.isdecimal() and len(number) <= MOST_DIGITS) or int(number) >= len(found):
         raise Unknown(f"The job has {len(found)} samples, numbered from 0; there is no sample '{number}'.")
     return found[int(number)]
 

@@ -43,6 +43,7 @@ SHOTS = (
     Shot("ChromaTailSigmas", "sigmas"),
     Shot("ChromaHostModel", "sigmas"),
     Shot("ChromaTrainingSettings", "train"),
+    Shot("ChromaUseStep", "train"),
     Shot("ChromaWaitForTraining", "train", "running", room=120),
     Shot("ChromaTrainLora", "train", "running"),
     Shot("ChromaDataset", "train", "done", width=480, room=350),
@@ -54,10 +55,10 @@ SHOTS = (
     Shot("ChromaExtractLora", "lora", "done", needs_lora=True),
     Shot("ChromaDatasetFromImages", "sets", "done", width=480, room=250),
     Shot("ChromaCombineDatasets", "sets", "done"),
-    Shot("ChromaLoadModel", "paint"),
-    Shot("ChromaTextEncode", "paint"),
-    Shot("ChromaEmptyLatent", "paint"),
-    Shot("ChromaSampler", "paint", "running", room=120),
+    Shot("ChromaLoadModel", "generate"),
+    Shot("ChromaTextEncode", "generate"),
+    Shot("ChromaEmptyLatent", "generate"),
+    Shot("ChromaSampler", "generate", "running", room=120),
     Shot("ChromaParity", "parity", "done", width=530, room=60),
 )
 
@@ -109,7 +110,7 @@ _SAMPLER = _node(
 _DECODE = _node("VAEDecode", samples=("sample", 0), vae=("load", 2))
 
 GRAPHS = {
-    "paint": _graph(
+    "generate": _graph(
         load=_LOAD,
         prompt=_prompt("a red star on a blue background"),
         negative=_NEGATIVE,
@@ -146,6 +147,7 @@ GRAPHS = {
         status=_node("ChromaTrainingStatus", job=("train", 0)),
         wait=_node("ChromaWaitForTraining", job=("train", 0)),
         name=_node("PreviewAny", source=("wait", 1)),
+        use=_node("ChromaUseStep", job=("train", 0)),
     ),
     "lora": _graph(
         load=_LOAD,

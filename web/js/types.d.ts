@@ -184,6 +184,22 @@ interface Job {
   recipe?: Record<string, unknown>;
   changes?: { step: number; changes: Record<string, unknown> }[];
   warnings?: string[];
+  best_step?: number | null;
+  verdict?: Verdict | null;
+  kept?: { step: number; used: string | null }[];
+  held_out?: string[];
+}
+
+type VerdictKind = "early" | "learning" | "settled" | "memorises" | "hot" | "captions" | "worse";
+
+/** What the metrics of a job say; `step` measured best, `at` was measured last. */
+interface Verdict {
+  kind: VerdictKind;
+  at: number;
+  step: number;
+  sentence: string;
+  evidence: Record<string, number>;
+  command: string;
 }
 
 interface Measurement {
@@ -204,6 +220,7 @@ interface Curve {
   heldout: Measurement[];
   notes: { step: number; warning: string }[];
   base: Measurement | null;
+  verdict: Verdict | null;
   token: string;
   continued: boolean;
 }

@@ -27,6 +27,8 @@ FREE = (
     "checkpoint_minutes",
     "keep_checkpoints",
     "keep_best",
+    "keep_loras",
+    "stop_when_memorising",
     "tensorboard",
     "lora.save_dtype",
     *(f"model.{name}" for name in PLACEMENT),

@@ -18,6 +18,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from ...model.drawing import font_of
+from ..run.verdict import Record, verdict
 from ..step.objective import HELDOUT_SIGMAS
 
 COLUMNS = ("step", "loss", "loss_smooth", "lr", "grad_norm", "sigma", "seconds")
@@ -35,6 +36,7 @@ class Curve:
     """
 
     def __init__(self, path: Path):
+        """path: `metrics.jsonl` in the job's folder, whose name is the job's id."""
         self.path = path
         self._lock = threading.Lock()
         self._start_over()
@@ -45,6 +47,7 @@ class Curve:
         self._heldout: list[dict[str, Any]] = []
         self._base: dict[str, Any] | None = None
         self._notes: list[dict[str, Any]] = []
+        self._record = Record(self._columns["loss"], self._columns["grad_norm"], self._columns["lr"])
         self._offset, self._tail = 0, b""
 
     def read(self, points: int = 1500, after: int | None = None, token: str | None = None) -> dict[str, Any]:
@@ -56,15 +59,16 @@ class Curve:
             after: only what is later than this step, for one who has the rest under `token`; with another token, all.
         Returns:
             `token`; `total`, the steps there are in all; for each of `COLUMNS` a list; `heldout`: `{step, loss,
-            by_sigma}` at `sigmas`; `base`: the same of the untrained model, or None; `notes`: `{step, warning}`,
-            `{step, skipped}` and `{step, changes}`. With `after`, lists hold what is new (a held-out loss may belong to
-            step `after` itself, so those from there on are sent again).
+            by_sigma}` at `sigmas`; `base`: the same of the untrained model, or None; `verdict`: see `run.verdict`;
+            `notes`: `{step, warning}`, `{step, skipped}` and `{step, changes}`. With `after`, lists hold what is new (a
+            held-out loss may belong to step `after` itself, so those from there on are sent again).
         """
         with self._lock:
             self._refresh()
             steps = self._columns["step"]
             since = after if token == self.token else None  # None: everything
             first = 0 if since is None else bisect_right(steps, since)
+            told = verdict(self._record)
             rows = list(_thinned(self._columns["loss"], first, points))
             return {
                 "token": self.token,
@@ -74,6 +78,7 @@ class Curve:
                 "sigmas": list(HELDOUT_SIGMAS),
                 "base": self._base,
                 "heldout": [entry for entry in self._heldout if since is None or entry["step"] >= since],
+                "verdict": told and told.to_dict(self.path.parent.name),
                 "notes": [note for note in self._notes if since is None or note["step"] >= since],
             }
 
@@ -100,6 +105,7 @@ class Curve:
         self._tail = (self._tail + whole)[-_TAIL:]
 
     def _take(self, line: dict[str, Any]) -> None:
+        self._record.take(line)
         if "heldout_loss_base" in line:
             self._base = {"loss": line["heldout_loss_base"], "by_sigma": line.get("heldout_by_sigma_base")}
         elif "heldout_loss" in line:

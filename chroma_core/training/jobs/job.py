@@ -13,15 +13,20 @@ from typing import Any, Literal, TypedDict, cast
 
 from filelock import FileLock, Timeout
 
-from ...errors import ChromaKitError, first_line
-from ...files import read_json, write_json
+from ...errors import ChromaKitError, ConfigError, JobError, counted, first_few, first_line
+from ...files import check_format, read_json, write_json
 from ..config import TrainingConfig
+from ..run.kept import kept_loras
 from ..run.metrics import MetricsLog
+from ..run.verdict import Record, Verdict, verdict
 from .curve import Curve
 
 JobState = Literal["queued", "preparing", "running", "paused", "completed", "stopped", "failed", "interrupted"]
 ACTIVE: tuple[JobState, ...] = ("queued", "preparing", "running", "paused")
 """States of a job that a manager works on; found in a folder of a dead process they mean `interrupted`."""
+
+FORMAT = 1
+"""Of a job's folder with all that is in it. Raised whenever an older version would misread it."""
 
 WRITE_EVERY_SECONDS = 5.0
 NOTIFY_EVERY_SECONDS = 0.5
@@ -39,6 +44,8 @@ class JobValues(JobEnd):
 
     loss, loss_smooth, lr, heldout_loss: of the newest step that has one. step_seconds: running mean; eta_seconds: time
     left, by it. changes: options changed since the start (see `changes.entry`). checkpoint: step of the newest one.
+    best_step: of the lowest validation loss. verdict: what the newest validation says (see `run.verdict`). held_out:
+    images of the dataset that are measured on instead of trained.
     yielded: whether the trainer waits for a prompt. waits_for: `prompt`, `memory` (until ComfyUI makes room), or
     nothing. memory: bytes (see `device.OwnMemory`). created, updated: Unix time.
     """
@@ -59,6 +66,9 @@ class JobValues(JobEnd):
     model_folder: str | None
     heldout_loss_base: float | None
     heldout_loss: float | None
+    best_step: int | None
+    verdict: dict[str, Any] | None
+    held_out: list[str]
     train_seconds: float
     skipped_steps: int
     checkpoint: int | None
@@ -73,13 +83,15 @@ class JobValues(JobEnd):
 class JobStatus(JobValues):
     """A job as routes and listeners have it, and `job.json` but for `elsewhere`.
 
-    samples: names of the preview images, oldest first. elsewhere: whether another process works on it.
+    samples: names of the preview images, oldest first. elsewhere: whether another process works on it. kept:
+    `{step, used}` of the LoRAs in its folder; used: the name under which one was put into the LoRA folder.
     """
 
     id: str
     name: str
     elsewhere: bool
     samples: list[str]
+    kept: list[dict[str, Any]]
     config: dict[str, Any]
     recipe: dict[str, Any]
 
@@ -88,7 +100,15 @@ def _fresh(config: TrainingConfig) -> dict[str, Any]:
     """The `JobValues` of a job that has not begun; what is not named here is not known yet: None."""
     now = time.time()
     values: dict[str, Any] = {**dict.fromkeys(JobValues.__annotations__), "created": now, "updated": now}
-    values |= {"state": "queued", "message": "", "step": 0, "steps": config.steps, "warnings": [], "changes": []}
+    values |= {
+        "state": "queued",
+        "message": "",
+        "step": 0,
+        "steps": config.steps,
+        "warnings": [],
+        "changes": [],
+        "held_out": [],
+    }
     return {**values, "train_seconds": 0.0, "skipped_steps": 0, "yielded": False, "waits_for": ""}
 
 
@@ -161,7 +181,10 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """Open the job of an earlier session. Raises KeyError or ConfigError for a foreign folder."""
+        """Open the job of an earlier session.
+
+        Raises JobError for one of a later version, KeyError or ConfigError for a foreign folder.
+        """
         seen = _identity(folder / "job.json")
         job = cls(folder, *_read(folder))
         job._seen = seen
@@ -203,6 +226,7 @@ class Job:
         with self._lock:
             values = self._values.copy()
         values |= {"samples": [path.name for path in self.samples()], "config": self.config.model_dump(mode="json")}
+        values["kept"] = [{"step": one.step, "used": one.used} for one in kept_loras(self.folder / "loras")]
         values["recipe"] = self.config.recipe_value().to_dict()
         return cast(JobStatus, {"id": self.id, "name": self.config.name, "elsewhere": self.elsewhere, **values})
 
@@ -227,6 +251,18 @@ class Job:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
         return MetricsLog(self.folder / "metrics.jsonl").read()
+
+    def verdict(self) -> Verdict | None:
+        """What its metrics say of it now; None without a validation loss."""
+        return verdict(Record.of(self.metrics()))
+
+    def best_step(self) -> int:
+        """The step with the lowest validation loss. Raises JobError when there is none, or the base measured best."""
+        found = self.verdict()
+        if found is None or not found.step:
+            why = "it has no validation loss" if found is None else "no step is better than the base"
+            raise JobError(f"The job '{self.id}' has no best step: {why}. Choose one of those that are kept.")
+        return found.step
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the job is in no active state; False when `timeout` seconds passed before."""
@@ -306,7 +342,8 @@ class Job:
         with self._writing:  # not the lock of the values: who asks for them is not to wait for a disk
             self._written = time.monotonic()
             path = self.folder / "job.json"
-            write_json(path, {name: value for name, value in self.status().items() if name != "elsewhere"})
+            values = {name: value for name, value in self.status().items() if name != "elsewhere"}
+            write_json(path, {"format": FORMAT, **values})
             self._seen = _identity(path)
 
     def fail(self, error: BaseException) -> None:
@@ -329,6 +366,11 @@ class Job:
             lines.append(f"checkpoint of step {fields['checkpoint']}")
         if previews:
             lines.append(f"{len(previews)} previews of step {self._values['step']}")
+        if fields.get("held_out"):
+            names = first_few(fields["held_out"], 8)
+            lines.append(f"{counted(len(fields['held_out']), 'image')} held out for the validation loss: {names}")
+        if self.state != before and self.state not in ACTIVE and self._values["verdict"] is not None:
+            lines.append(f"verdict: {self._values['verdict']['sentence']}")
         lines += [f"warning: {warning}" for warning in self._values["warnings"][known:]]
         with suppress(OSError):  # a full disk must not end the job for the sake of its log
             for line in lines:
@@ -351,8 +393,18 @@ class Job:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
 
 
+def check_folder(folder: Path) -> None:
+    """Raise JobError when a later version wrote the job in a folder; all else is left to who opens it."""
+    values: Any = None
+    with suppress(ConfigError, ValueError):
+        values = read_json(folder / "job.json")
+    if isinstance(values, dict):
+        check_format(f"The training job '{folder.name}'", values.get("format"), FORMAT, JobError)
+
+
 def _read(folder: Path) -> tuple[TrainingConfig, dict[str, Any]]:
-    """What `job.json` says. Raises KeyError or ConfigError for a foreign one."""
+    """What `job.json` says. Raises JobError for one of a later version, KeyError or ConfigError for a foreign one."""
+    check_folder(folder)
     values = read_json(folder / "job.json")
     return TrainingConfig.parse(values["config"]), values
 

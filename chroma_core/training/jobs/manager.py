@@ -20,9 +20,10 @@ from ..config.changes import check_changes, differences, entry, with_changes
 from ..control import AskRoom, Control, DeviceSlot, Halted, no_need_to_ask
 from ..distributed.world import ALONE, World
 from ..run.checkpoint import checkpoints
+from ..run.kept import use_step
 from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
-from .job import ACTIVE, Job, JobState, JobStatus
+from .job import ACTIVE, Job, JobState, JobStatus, check_folder
 
 IfExists = Literal["keep", "resume", "restart"]
 Listener = Callable[[JobStatus], None]
@@ -96,6 +97,7 @@ class JobManager:
             else:
                 self.look_around()
             if job_id not in self._jobs:
+                check_folder(self.root / Path(job_id).name)
                 raise JobError(
                     f"There is no training job '{job_id}' here. It may have been deleted; see the list of jobs."
                 )
@@ -123,10 +125,12 @@ class JobManager:
                 interrupted or failed one; `resume` also goes on with a paused or stopped one; `restart` trains again
                 from nothing.
         Raises:
-            JobError: `restart` of a job that is running, or a job that another process is training.
+            JobError: `restart` of a job that is running, or a job that another process is training, or that a later
+                version wrote.
         """
         if if_exists not in ("keep", "resume", "restart"):
             raise ConfigError(f"if_exists is {if_exists!r}; choose keep, resume or restart.")
+        check_folder(self.root / config.job_id())
         with self._changed:
             self.look_around()
             job = self._with(config)
@@ -224,6 +228,31 @@ class JobManager:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ConfigError(f"A job is extended by a whole number of steps, at least 1; found {steps!r}.")
         return self.change(job_id, {"steps": self.get(job_id).config.steps + steps}, force)
+
+    def use(self, job_id: str, step: int = 0) -> Path:
+        """Put the LoRA of one of the job's steps into the LoRA folder; 0: of the best. It may be at work meanwhile.
+
+        Returns the file. Raises JobError when the step is not kept, nothing says which is best, or another process
+        works on the job.
+        """
+        with self._changed, self._taken(self.get(job_id)) as job:
+            path = use_step(self._paths(job), job.config, step or job.best_step())
+        self._tell(job.status())
+        return path
+
+    def branch(self, job_id: str, step: int, learning_rate: float) -> Job:
+        """A job like this one at another learning rate, from the LoRA of one of its steps on; 0: from nothing.
+
+        Raises as `use`, and ConfigError for a rate that cannot work.
+        """
+        changes: dict[str, Any] = {"learning_rate": learning_rate}
+        config = with_changes(self.get(job_id).config, changes)
+        if step:
+            config = with_changes(config, {"lora.start_from": str(self.use(job_id, step))})
+        return self.ensure(config, "resume")
+
+    def _paths(self, job: Job) -> JobPaths:
+        return JobPaths.of(self.root, job.folder.name, self.loras_folder, self.models_folder)
 
     @contextmanager
     def _taken(self, job: Job) -> Iterator[Job]:
@@ -419,9 +448,10 @@ class JobManager:
             job.update(state="paused" if paused else working, yielded=yielded, waits_for=waits_for)
 
         control.on_wait = on_wait
-        paths = JobPaths.of(self.root, job.folder.name, self.loras_folder, self.models_folder)
         try:
-            state, written = run_training(job.config, paths, self.device, control, report, self._ask_room, self._world)
+            state, written = run_training(
+                job.config, self._paths(job), self.device, control, report, self._ask_room, self._world
+            )
             message = "" if written else "Stopped before the first step: there is no LoRA."
             if not written and job.status()["checkpoint"]:
                 message = "Stopped while preparing; resume it to go on."

@@ -240,6 +240,7 @@ def plan_settings(config: TrainingConfig, device: torch.device | str | None = No
         adapter=config.lora.kind,
         lokr_factor=config.lora.lokr_factor,
         ema=config.ema_decay > 0,
+        preserved=config.preserve.share if config.preserve.weights else 0.0,
         text_tokens=TEXT_TOKENS if config.objective.text_padding == "trim" else T5_TOKENS,
         trained_parameters=trained,
     )

@@ -27,6 +27,7 @@ SMOOTHING = 0.98
 CURVES = {
     "loss": "training/loss",
     "loss_smooth": "training/loss_smooth",
+    "preserved": "training/preserved",
     "lr": "training/learning_rate",
     "grad_norm": "training/grad_norm",
     "seconds": "training/step_seconds",
@@ -67,6 +68,11 @@ class JobPaths:
     @property
     def checkpoints(self) -> Path:
         return self.job / "checkpoints"
+
+    @property
+    def kept(self) -> Path:
+        """LoRAs of earlier steps."""
+        return self.job / "loras"
 
 
 ROUNDING = 2

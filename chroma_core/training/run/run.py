@@ -1,4 +1,4 @@
-"""One job from its configuration to its LoRA or model: prepare, load, resume, train, finish.
+"""One job from its configuration to its LoRA or model: prepare, load, generate, resume, train, finish.
 
 `Run.train` is a loop over steps; before each one it does what is due there (held-out loss, previews, checkpoint) and
 what was asked for (sample, save, pause, stop). Killed at any point, a new run on the same folder continues from the
@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -32,9 +33,17 @@ from ..config.changes import recorded
 from ..control import AskRoom, Control, DeviceSlot, Halted, Loan, Stopped, no_need_to_ask
 from ..distributed.world import ALONE, ProcessLost, World, check_sharding, shard
 from ..step.ema import Ema
-from ..step.objective import HELDOUT_SIGMAS, heldout_loss
+from ..step.objective import HELDOUT_SIGMAS
 from ..step.optimizers import check_optimizer
-from .checkpoint import checkpoint_bytes, discard_old, restore_latest, save_checkpoint, step_name
+from .checkpoint import (
+    checkpoint_bytes,
+    discard_old,
+    is_whole,
+    restore,
+    restore_latest,
+    save_checkpoint,
+    step_name,
+)
 from .faults import (
     MEMORY_TRIES,
     NO_STEP,
@@ -52,12 +61,16 @@ from .faults import (
     watch_skips,
     worse_than_the_base,
 )
+from .kept import keep_lora
 from .loop import Batches, StepResult, train_step
 from .metrics import ROUNDING, EventFiles, JobPaths, MetricsLog, Progress, check_event_files
 from .prepare import Prepared, compile_blocks, prepare
+from .preserve import generate, planned
 from .preview import render_previews
 from .stepper import Stepper
 from .trained import WrittenFiles, check_trained, file_metadata, make_trained
+from .validation import ended_by_itself, measure, told_of
+from .verdict import memorising_for
 
 Result = TypeVar("Result")
 Report = Callable[..., None]
@@ -65,7 +78,7 @@ Report = Callable[..., None]
 
 
 class Run:
-    """A job that is being worked on: prepare, load, resume, train, finish, close, in this order.
+    """A job that is being worked on: prepare, load, generate, resume, train, finish, close, in this order.
 
     Use it outside inference mode, in one thread. `run_training` does all of it.
     """
@@ -87,6 +100,7 @@ class Run:
         self.progress = Progress()
         self.event_files: EventFiles | None = None
         self._begun, self._pace = False, Pace()
+        self._ended: Progress | None = None  # where the job stood when it ended by itself and went back to its best
         self._memory = OwnMemory(device, self._held)
         self._saved = time.monotonic()
 
@@ -96,7 +110,7 @@ class Run:
         Raises Stopped, Halted, and what `prepare.prepare` raises.
         """
         config, paths, world = self.config, self.paths, self.world
-        for folder in (paths.job, paths.samples) if world.main else ():
+        for folder in (paths.job, paths.samples, paths.kept) if world.main else ():
             remove_leftovers(folder)
         if world.sharded:
             check_sharding(config)
@@ -113,7 +127,8 @@ class Run:
     def load(self) -> None:
         """Load the transformer, put on it what is trained, and make the optimizer and the batches."""
         config, data, sharded = self.config, self.data, self.world.sharded
-        self.report(message="loading the transformer", warnings=data.warnings, base_sha256=data.base_sha256)
+        found = {"warnings": data.warnings, "base_sha256": data.base_sha256, "held_out": data.held_out}
+        self.report(message="loading the transformer", **found)
         self._forget()  # what an earlier attempt left there
         self.control.gate(needed=self._device_bytes())
         with self.slot.coming():
@@ -128,7 +143,15 @@ class Run:
             compile_blocks(self.transformer)
         self.stepper = Stepper(self.trained.parameters, config.optimizer_settings(self.device), self.trained.factors)
         self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
-        self.batches = Batches(data.samples, data.training_cache, config)
+        images = planned(config, data.cache, data.base_sha256)
+        self.batches = Batches(data.samples, data.training_cache, config, images)
+
+    def generate(self) -> None:
+        """Have the base make the images of the prompts that it is to preserve, unless they are there."""
+        config, cache, world, gate = self.config, self.data.cache, self.world, self.control.gate
+        images, model = self.batches.generated, self.transformer
+        if images:
+            world.evaluate(lambda: generate(images, config, model, cache, gate, self._report_caching, world.main))
 
     def _device_bytes(self) -> int:
         """What the job is going to take of the device, by the memory plan; 0 where it has memory of its own."""
@@ -221,7 +244,7 @@ class Run:
         )
 
     def train(self) -> None:
-        """Train to the last step.
+        """Train to the last step, or until the job may end by itself.
 
         Raises:
             Stopped, Halted: on request; `save` keeps what there is.
@@ -230,6 +253,9 @@ class Run:
         self.report(state="running", message="")
         while True:
             self.surely(self._do_what_is_due)
+            if self.surely(self._memorises_long_enough):
+                self.surely(self._back_to_the_best)
+                return
             if self.progress.step >= self.config.steps:
                 if not self.progress.taken:
                     raise Diverged(NO_STEP)
@@ -362,6 +388,7 @@ class Run:
             grad_norm=result.grad_norm,
             sigma=result.sigma_mean,
             seconds=round(seconds, 4),
+            **({} if result.preserved is None else {"preserved": result.preserved}),
         )
         memory = self._memory.read(None if self.control.busy() else self.control.waits)
         self.report(loss=result.loss, step_seconds_now=seconds, memory=memory, **self._numbers())
@@ -369,19 +396,21 @@ class Run:
     def _do_what_is_due(self) -> None:
         """Held-out loss, previews and checkpoint of this step, each unless it was already done before a resume."""
         config, progress, step = self.config, self.progress, self.progress.step
-
         self.metrics.settle()
 
         def due(every: int) -> bool:
             return step == 0 or step == config.steps or (every > 0 and step % every == 0)
 
-        if due(config.validate_every) and progress.validated_at != step and self.data.heldout:
+        looked = due(config.validate_every) and progress.validated_at != step and bool(self.data.heldout)
+        if looked:
             self.world.evaluate(self._validate)
         progress.validated_at = step if due(config.validate_every) else progress.validated_at
         previews = config.previews
         if previews.prompts and previews.every and due(previews.every) and progress.previewed_at != step:
             self.world.evaluate(lambda: self.preview(self.control.gate))
-            progress.previewed_at = step
+            progress.previewed_at, looked = step, True
+        if looked:
+            self.world.on_main(self._keep_lora)
         minutes = (time.monotonic() - self._saved) / 60
         saving = due(config.checkpoint_every) or 0 < config.checkpoint_minutes <= minutes
         saving = saving or (config.keep_best and progress.best_at == step > 0)
@@ -402,41 +431,37 @@ class Run:
             except BaseException:
                 self.control.sample.set()
                 raise
+            self.world.on_main(self._keep_lora)
 
     def _validate(self) -> None:
-        with self.stepper.as_trained():
-            self._measure()
-
-    def _measure(self) -> None:
-        pictures = [
-            (self.data.cache.latents(sample.latents[0]), self.data.cache.text(sample.captions[0]))
-            for sample in self.data.heldout
-        ]
-        progress, rows = self.progress, len(HELDOUT_SIGMAS)
+        progress, metrics, rows = self.progress, self.metrics, len(HELDOUT_SIGMAS)
         if torch.device(self.device).type != "cpu":
             rows = heldout_rows(self._plan, rows)
-        base: list[float] | None = None
-        without = self.trained.base(progress.step) if progress.heldout_loss_base is None else None
-        if without is not None:
-            with without:
-                base = heldout_loss(self.transformer, pictures, self.control.gate, rows)
-            progress.heldout_loss_base = sum(base) / len(base)
-            self.metrics.append(step=0, heldout_loss_base=progress.heldout_loss_base, heldout_by_sigma_base=base)
-        by_sigma = base if progress.step == 0 else None  # before the first step nothing was learnt
-        if by_sigma is None:
-            by_sigma = heldout_loss(self.transformer, pictures, self.control.gate, rows)
-        progress.heldout_loss = sum(by_sigma) / len(by_sigma)
-        self.metrics.append(step=progress.step, heldout_loss=progress.heldout_loss, heldout_by_sigma=by_sigma)
-        if progress.best_loss is None or progress.heldout_loss < progress.best_loss:
-            progress.best_loss, progress.best_at = progress.heldout_loss, progress.step
+        with self.stepper.as_trained():
+            measure(self.transformer, self.trained, self.data, progress, metrics, rows, self.control.gate)
         if warning := watch_heldout(progress, self._best_checkpoint()):
-            self.metrics.append(step=progress.step, warning=warning)
+            metrics.append(step=progress.step, warning=warning)
             self._warn(warning)
-        self.report(**self._numbers())
+        self.report(**self._numbers(), verdict=told_of(metrics.read(), self.paths.job.name))
+
+    def _memorises_long_enough(self) -> bool:
+        """Whether the job ends here by itself. From the metrics alone, so that a resumed job ends at the same step."""
+        wanted, progress = self.config.stop_when_memorising, self.progress
+        if not wanted or progress.validated_at != progress.step or not self.data.heldout:
+            return False
+        long = self.world.main and memorising_for(self.metrics.read()) >= wanted
+        return self.world.broadcast(long and is_whole(self._best()))
+
+    def _back_to_the_best(self) -> None:
+        """Take the weights of the step that measured best, with which the job then ends."""
+        self._ended = self.progress
+        self.progress = restore(self._best(), self.trained, self.stepper, self.ema)
+
+    def _best(self) -> Path:
+        return self.paths.checkpoints / step_name(self.progress.best_at)
 
     def _best_checkpoint(self) -> str | None:
-        best = self.paths.checkpoints / step_name(self.progress.best_at)
-        return best.name if self.progress.best_at > 0 and best.is_dir() else None
+        return self._best().name if self.progress.best_at > 0 and self._best().is_dir() else None
 
     def preview(self, between: Callable[[], None]) -> None:
         """Sample the preview prompts with the weights as they are now."""
@@ -458,6 +483,17 @@ class Run:
         if self.event_files is not None:
             self.event_files.pictures(step, [folder / name for name in names])
         self.report(new_samples=names)
+
+    def _keep_lora(self) -> None:
+        with self.stepper.as_trained():
+            warning = keep_lora(self.paths.kept, self.config, self.progress, partial(self.trained.keep, self._header()))
+        if warning:
+            self._warn(warning)
+
+    def _header(self) -> Callable[..., dict[str, str]]:
+        pictures, job = picture_count(self.data.samples), self.paths.job
+        facts = self.config, self.progress, self.data.base_sha256, pictures
+        return partial(file_metadata, *facts, job_id=job.name, changes=recorded(job))
 
     def save(self, wait: bool = True) -> None:
         """Write a checkpoint of this step; on a full disk, pause until there is room (with `wait`)."""
@@ -498,15 +534,15 @@ class Run:
         They are empty in a process that does not write.
         """
         written = self.surely(lambda: self.world.on_main(self._write_files)) or {}
+        if (ended := self._ended) is not None and written:
+            self.report(heldout_loss=self.progress.heldout_loss)
+            return {**written, "message": ended_by_itself(self.config, ended, self.progress, self.trained.noun)}
         worse = worse_than_the_base(self.progress, self._best_checkpoint())
         return {**written, "message": f"{self.trained.noun} written, but {worse}"} if worse and written else written
 
     def _write_files(self) -> WrittenFiles:
-        pictures, job = picture_count(self.data.samples), self.paths.job
-        facts = self.config, self.progress, self.data.base_sha256, pictures
-        header = partial(file_metadata, *facts, job_id=job.name, changes=recorded(job))
         self.report(message=f"writing the {self.trained.noun}")
-        write = partial(self.trained.write, header)
+        write = partial(self.trained.write, self._header())
         if self.ema is not None:
             with self.ema.swapped():
                 write(suffix="-ema")
@@ -537,6 +573,7 @@ class Run:
             "lr": self.config.schedule().at(min(progress.step, self.config.steps - 1)),
             "heldout_loss_base": progress.heldout_loss_base,
             "heldout_loss": progress.heldout_loss,
+            "best_step": progress.best_at if progress.best_at > 0 else None,
             "train_seconds": round(progress.train_seconds, 2),
         }
 
@@ -560,7 +597,7 @@ def run_training(
         world.enter()
         try:
             run = Run(config, paths, device, control, report, ask_room, world)
-            for stage in (run.prepare, run.load, run.resume):
+            for stage in (run.prepare, run.load, run.generate, run.resume):
                 run.surely(stage)
         except Stopped:
             return "stopped", {}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...errors import ChromaKitError, ConfigError, JobError, ModelFileError
-from ...files import free_name, require_room, slug, write_atomic
+from ...files import file_stem, free_name, only_names, require_room, write_atomic
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
 from ...loading.load import transformer_outline, transformer_source
@@ -87,6 +87,13 @@ class Trained(Protocol):
     def record(self) -> dict[str, Any]:
         """What previews note about it, as JSON values."""
         ...
+
+    def keep(self, header: Callable[..., dict[str, str]], path: Path) -> bool:
+        """Write to `path` what the job would end with now; False where that is too large to be kept at every preview.
+
+        header: as in `write`.
+        """
+        return False
 
     def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
         """Write what the user gets, its name ending in `suffix`; the status fields that say where.
@@ -184,11 +191,16 @@ class AdapterTraining(Trained):
     def record(self) -> dict[str, Any]:
         return {"lora": self._config.lora.model_dump(mode="json")}
 
+    def keep(self, header: Callable[..., dict[str, str]], path: Path) -> bool:
+        write_lora(path, self._finished(header))
+        return True
+
     def write(self, header: Callable[..., dict[str, str]], suffix: str = "") -> WrittenFiles:
-        metadata = header("chroma/lora", adapter_summary(self._config))
-        paths = self._paths
-        path = write_final(self._config, self._transformer, metadata, paths.job, paths.loras, suffix)
+        path = write_final(self._config, self._finished(header), self._paths.job, self._paths.loras, suffix)
         return {"lora_path": str(path)}
+
+    def _finished(self, header: Callable[..., dict[str, str]]) -> LoraFile:
+        return finished_lora(self._config, self._transformer, header("chroma/lora", adapter_summary(self._config)))
 
 
 class FullRankTraining(Trained):
@@ -291,7 +303,7 @@ def _free_paths(paths: JobPaths, config: TrainingConfig, suffix: str) -> tuple[P
         return paths.models / f"{name}.safetensors", paths.diffusers / name / "transformer"
 
     job = paths.job.name
-    return of(free_name(slug(config.name) + suffix, lambda name: all(may_write(path, job) for path in of(name))))
+    return of(free_name(file_stem(config.name) + suffix, lambda name: all(may_write(path, job) for path in of(name))))
 
 
 def adapter_summary(config: TrainingConfig) -> dict[str, Any]:
@@ -330,6 +342,8 @@ def file_metadata(
         "heldout_loss": progress.heldout_loss,
         "loss_smooth": progress.loss_smooth,
     }
+    if config.preserve.weights:
+        summary["preserve"] = config.preserve.model_dump(mode="json")
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
@@ -348,7 +362,7 @@ def file_metadata(
         "chromakit.trigger": config.dataset.trigger,
         "chromakit.preview": _first_preview(config),
         "chromakit.training": json.dumps(summary),
-        "chromakit.changes": json.dumps(list(changes)) if changes else "",
+        "chromakit.changes": json.dumps(only_names(changes)) if changes else "",
         "chromakit.versions": json.dumps(library_versions()),
     }
     return {key: value for key, value in metadata.items() if value}
@@ -396,7 +410,9 @@ def contents(lora: LoraFile) -> dict[str, str]:
 def final_path(loras_folder: Path, config: TrainingConfig, suffix: str = "", job_id: str | None = None) -> Path:
     """Where the LoRA goes: the job's name and `suffix`, with -2, -3 … when another job's file has it already."""
     job = job_id or config.job_id()
-    name = free_name(slug(config.name) + suffix, lambda found: may_write(loras_folder / f"{found}.safetensors", job))
+    name = free_name(
+        file_stem(config.name) + suffix, lambda found: may_write(loras_folder / f"{found}.safetensors", job)
+    )
     return loras_folder / f"{name}.safetensors"
 
 
@@ -410,20 +426,18 @@ def may_write(path: Path, job_id: str) -> bool:
         return False
 
 
-def write_final(
-    config: TrainingConfig,
-    transformer: ChromaTransformer,
-    metadata: dict[str, Any],
-    job_folder: Path,
-    loras_folder: Path,
-    suffix: str = "",
-) -> Path:
-    """Write the LoRA into the job's folder and `loras_folder`, its name ending in `suffix`; returns the latter path."""
+def finished_lora(config: TrainingConfig, transformer: ChromaTransformer, metadata: dict[str, Any]) -> LoraFile:
+    """The adapter on the transformer in the precision in which the job writes it, with its whole header."""
     trained = trained_lora(transformer)
     dtype = precision(config.lora.save_dtype).dtype
     modules = {name: module.to(dtype) for name, module in trained.modules.items()}
-    path = final_path(loras_folder, config, suffix, metadata.get(JOB_KEY))
-    copy = job_folder / f"{slug(config.name)}{suffix}.safetensors"
-    write_lora(copy, LoraFile(modules, {**metadata, **contents(trained)}, trained.key_format))
+    return LoraFile(modules, {**metadata, **contents(trained)}, trained.key_format)
+
+
+def write_final(config: TrainingConfig, lora: LoraFile, job_folder: Path, loras_folder: Path, suffix: str = "") -> Path:
+    """Write the LoRA into the job's folder and `loras_folder`, its name ending in `suffix`; returns the latter path."""
+    path = final_path(loras_folder, config, suffix, lora.metadata.get(JOB_KEY))
+    copy = job_folder / f"{file_stem(config.name)}{suffix}.safetensors"
+    write_lora(copy, lora)
     write_atomic(path, copy.read_bytes())
     return path

@@ -4,7 +4,8 @@ import { fill, h, say } from "../lib/dom.js";
 import { address } from "../lib/http.js";
 import { t } from "../lib/words.js";
 
-const [THUMBNAIL, LARGE] = [160, 1024];
+export const THUMBNAIL = 160;
+const LARGE = 1024;
 
 /** @typedef {{ number: number, name: string, step: number, prompt: number }} Sample */
 /** @typedef {Sample & { source: string, whole: string }} Shown */
@@ -18,6 +19,23 @@ const [THUMBNAIL, LARGE] = [160, 1024];
 function parsed(name, number) {
   const found = /^step-(\d+)-(\d+)\.png$/.exec(name);
   return found && { number, name, step: Number(found[1]), prompt: Number(found[2]) };
+}
+
+/**
+ * The previews that a job has, in order.
+ * @param {Job} job
+ */
+export const samplesOf = (job) => (job.samples ?? []).map(parsed).filter((sample) => sample != null);
+
+/**
+ * Where an image of a preview is, as it is or with a longer side of so many pixels.
+ * @param {Job} job
+ * @param {Sample} sample
+ * @param {number} [side]
+ */
+export function sourceOf(job, sample, side) {
+  const query = new URLSearchParams({ ...(side ? { side: String(side) } : {}), v: `${sample.name} ${job.created}` });
+  return address(`jobs/${encodeURIComponent(job.id)}/samples/${sample.number}?${query}`);
 }
 
 /**
@@ -48,7 +66,7 @@ export class Previews {
     say(this.note, names ? "" : t(job.config?.previews?.prompts?.length ? "previews.none_yet" : "previews.no_prompt"));
     if (names === this.names) return;
     this.names = names;
-    const byPrompt = grouped(job.samples.map(parsed).filter((sample) => sample != null));
+    const byPrompt = grouped(samplesOf(job));
     for (const [index, samples] of [...byPrompt].sort(([a], [b]) => a - b)) {
       const strip = this.strips.get(index) ?? new Strip(job);
       if (!this.strips.has(index)) this.element.append(strip.element);
@@ -105,7 +123,7 @@ class Strip {
 
   /** @param {Sample} sample */
   #thumbnail(sample) {
-    const source = this.#source(sample, THUMBNAIL);
+    const source = sourceOf(this.job, sample, THUMBNAIL);
     const image = h("img", { src: source, loading: "lazy", alt: t("previews.step", sample), width: 72, height: 72 });
     return h(
       "button",
@@ -141,13 +159,7 @@ class Strip {
 
   /** @param {Sample} sample */
   #large(sample) {
-    return { ...sample, source: this.#source(sample, LARGE), whole: this.#source(sample) };
-  }
-
-  /** @param {Sample} sample @param {number} [side] */
-  #source(sample, side) {
-    const query = new URLSearchParams({ ...(side ? { side: String(side) } : {}), v: `${sample.name} ${this.job.created}` });
-    return address(`jobs/${encodeURIComponent(this.job.id)}/samples/${sample.number}?${query}`);
+    return { ...sample, source: sourceOf(this.job, sample, LARGE), whole: sourceOf(this.job, sample) };
   }
 }
 

@@ -4,6 +4,7 @@ import { fill, h, say } from "../lib/dom.js";
 import { moment } from "../lib/format.js";
 import { t } from "../lib/words.js";
 import { Actions } from "./actions.js";
+import { Choice } from "./choice.js";
 import { CurveFeed } from "./curve_feed.js";
 import { Curves } from "./curves.js";
 import { Log, Settings } from "./details.js";
@@ -29,6 +30,7 @@ export class JobView {
     this.warnings = h("ul", { class: "ck-warnings" });
     this.actions = new Actions(job, (text) => say(this.refusal, text));
     this.curves = new Curves();
+    this.choice = new Choice(job, (text) => say(this.refusal, text));
     this.previews = new Previews();
     this.settings = new Settings();
     this.log = new Log(id);
@@ -48,12 +50,16 @@ export class JobView {
       this.facts,
       this.warnings,
       this.curves.element,
+      this.choice.element,
       h("h3", {}, t("previews.title")),
       this.previews.element,
       this.settings.element,
       this.log.element,
     );
-    this.feed = new CurveFeed(id, POINTS, (curve) => this.curves.show(curve));
+    this.feed = new CurveFeed(id, POINTS, (curve) => {
+      this.curves.show(curve);
+      this.choice.judge(curve.verdict);
+    });
     /** @type {JobState | null} */
     this.state = null;
     /** @type {Job["checkpoint"]} */
@@ -95,6 +101,7 @@ export class JobView {
     const facts = [file && t("job.file", { file }), heldout(job), t("job.created", { when: moment(job.created) })];
     say(this.facts, facts.filter(Boolean).join(" · "));
     fill(this.warnings, (job.warnings ?? []).map((warning) => h("li", { class: "ck-warning" }, warning)));
+    this.choice.show(job);
     this.previews.show(job);
     this.settings.show(job);
   }

@@ -1,0 +1,233 @@
+"""How a training job stands, in one sentence, from its metrics alone: go on, which step to use, or what to change.
+
+The same lines of `metrics.jsonl` give the same verdict, so it does not matter whether the job was resumed, extended or
+killed. The numbers below were fitted on half of the jobs of `tools.verdict_study`; docs/verdict.md tells for how many
+of the other half the sentence is right.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, median
+from typing import Any, Literal
+
+Kind = Literal["early", "learning", "settled", "memorises", "hot", "captions", "worse"]
+
+LEAST_MEASURED = 4
+"""Measurements after the first step from which on there is a verdict."""
+
+LEAST_GAIN = 0.01
+"""Of the base's loss; what the best step gained over it counts as no less in what follows."""
+
+RISE = 0.08
+"""Of what the best step gained over the base, what must be lost again, and more than scatter, to say: memorises."""
+
+STILL = 0.06
+"""Of the same gain, what the last third must have added before it is said to learn still."""
+
+SCATTER = 0.3
+"""Of the same gain, the scatter of a measurement about its neighbours from which on the rate is too high."""
+
+ALIKE = 0.5
+"""Different captions for each image from which on there are enough of them."""
+
+MOST_LEVELS = 0.6
+"""Share of the noise levels at which the loss must have risen since the best step before it is said to memorise."""
+
+FEW = 4
+"""Images below which the number of captions is not judged."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The validation loss at a step, as a whole and at each noise level, and how many steps were taken until then."""
+
+    step: int
+    loss: float
+    by_sigma: Sequence[float]
+    taken: int
+
+
+STEP = ("loss", "grad_norm", "lr")
+"""What is read of a step that was taken."""
+
+
+@dataclass
+class Record:
+    """What a verdict reads. loss, grad_norm, lr: of every step that was taken. broken: steps that were skipped because
+    a number was not finite. images, captions: how many are trained on, and how many of the captions differ."""
+
+    loss: Sequence[float] = field(default_factory=list)
+    grad_norm: Sequence[float] = field(default_factory=list)
+    lr: Sequence[float] = field(default_factory=list)
+    heldout: list[Measured] = field(default_factory=list)
+    base: Measured | None = None
+    images: int | None = None
+    captions: int | None = None
+    broken: int = 0
+
+    @classmethod
+    def of(cls, lines: Iterable[Mapping[str, Any]]) -> Record:
+        """From the lines of `metrics.jsonl`."""
+        columns: dict[str, list[float]] = {name: [] for name in STEP}
+        found = cls(**columns)
+        for line in lines:
+            if "loss" in line:
+                for name, values in columns.items():
+                    values.append(line.get(name) or 0.0)
+            else:
+                found.take(line)
+        return found
+
+    def take(self, line: Mapping[str, Any]) -> None:
+        """A line of another kind than that of a step taken."""
+        if "heldout_loss_base" in line:
+            self.base = Measured(0, line["heldout_loss_base"], line.get("heldout_by_sigma_base") or (), 0)
+            self.images, self.captions = line.get("images"), line.get("captions")
+        elif "heldout_loss" in line and line["step"] > 0:
+            levels = line.get("heldout_by_sigma") or ()
+            self.heldout.append(Measured(line["step"], line["heldout_loss"], levels, len(self.loss)))
+        elif line.get("skipped") == "broken":
+            self.broken += 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of a job. at: the step of the last measurement; step: that which measured best, 0 for the base.
+
+    evidence: the numbers behind it, by name, as JSON values; see `_evidence`.
+    """
+
+    kind: Kind
+    at: int
+    step: int
+    evidence: dict[str, float]
+
+    @property
+    def sentence(self) -> str:
+        """In English, with its numbers; the page has its own words for the kinds."""
+        return SENTENCES[self.kind].format(step=self.step, at=self.at, **self.evidence)
+
+    def command(self, job_id: str) -> str:
+        """What follows from it, as a command; empty where a command cannot help."""
+        job, rate = shlex.quote(job_id), f"{self.evidence['learning_rate'] / 2:g}"
+        if self.kind == "learning":
+            return f"python -m chroma_core train --resume {job} --extend {max(1, self.at // 2)}"
+        if self.kind in ("settled", "memorises"):
+            return f"python -m chroma_core jobs use {job} {self.step}"
+        if self.kind in ("hot", "worse"):
+            start = f" --step {self.step}" if self.step else ""
+            return f"python -m chroma_core train --branch {job}{start} --learning-rate {rate}"
+        return ""
+
+    def to_dict(self, job_id: str) -> dict[str, Any]:
+        """As JSON values, for a job of that id."""
+        return {
+            "kind": self.kind,
+            "at": self.at,
+            "step": self.step,
+            "sentence": self.sentence,
+            "evidence": self.evidence,
+            "command": self.command(job_id),
+        }
+
+
+SENTENCES: dict[Kind, str] = {
+    "early": "Too early to say: {measured:.0f} of at least 4 validations are made.",
+    "learning": "Still learning: the last third of the steps took another {trend:.0%} off what was gained.",
+    "settled": "Best at step {step}; since then neither better nor worse: more steps gain nothing.",
+    "memorises": "Best at step {step}; since then it memorises: {lost:.0%} of what was gained is lost again.",
+    "hot": "Too hot: halve the learning rate ({learning_rate:g}) and go on from step {step}.",
+    "captions": "Too few different captions: {captions:.0f} for {images:.0f} images, so the prompt decides too little.",
+    "worse": "Worse than the base: the validation loss is {now:.3g}, the base's {base:.3g}.",
+}
+
+
+def verdict(record: Record) -> Verdict | None:
+    """What is to be said of a job; None for one without a validation loss."""
+    if record.base is None or not record.heldout:
+        return None
+    evidence = _evidence(record)
+    best = min(record.heldout, key=lambda each: each.loss)
+    step = best.step if best.loss < record.base.loss else 0
+    kind = _kind(evidence)
+    return Verdict(kind, record.heldout[-1].step, step, evidence)
+
+
+def memorising_for(lines: Sequence[Mapping[str, Any]]) -> int:
+    """At how many validations in a row, up to the last, the verdict on the metrics so far was that it memorises."""
+    count = 0
+    for i in reversed(range(len(lines))):
+        if "heldout_loss" in lines[i]:
+            found = verdict(Record.of(lines[: i + 1]))
+            if found is None or found.kind != "memorises":
+                break
+            count += 1
+    return count
+
+
+def _kind(found: dict[str, float]) -> Kind:
+    if found["now"] > found["base"] or found["broken"]:
+        return "worse" if found["best"] >= found["base"] else "hot"
+    if found["measured"] < LEAST_MEASURED:
+        return "early"
+    if found["scatter"] > SCATTER:
+        return "hot"
+    if found["images"] >= FEW and found["captions"] < ALIKE * found["images"]:
+        return "captions"
+    if found["lost"] > max(RISE, found["scatter"]) and found["risen"] >= MOST_LEVELS:
+        return "memorises"
+    return "learning" if found["trend"] > STILL else "settled"
+
+
+def _evidence(record: Record) -> dict[str, float]:
+    """The numbers that decide.
+
+    base, best, now: validation loss of the base, of the best step, of the last measurements (two of them, from four
+    on). lost, trend, scatter: in units of base - best: what was lost since the best step, what the last third gained,
+    the median distance of a measurement in the second half from the mean of its neighbours. risen: share of the noise
+    levels whose loss is higher now than at the best step. loss_rise, norm_rise: mean training loss, and the gradient
+    norm's 90th percentile, of the last third over those of the first. measured: validations; broken: skipped steps.
+    """
+    assert record.base is not None
+    measured = record.heldout
+    losses = [each.loss for each in measured]
+    best = min(measured, key=lambda each: each.loss)
+    last = measured[-2:] if len(measured) >= LEAST_MEASURED else measured[-1:]
+    now = mean(each.loss for each in last)
+    lost = 0.0 if any(each is best for each in last) else max(0.0, now - best.loss)
+    gain = max(record.base.loss - best.loss, LEAST_GAIN * record.base.loss)
+    middle = losses[len(losses) // 2 - 1 :] if len(losses) >= LEAST_MEASURED else []
+    scatter = [abs(b - (a + c) / 2) for a, b, c in zip(middle, middle[1:], middle[2:], strict=False)]
+    third = len(losses) - max(2, round(len(losses) / 3))
+    before = losses[max(0, third - 1) : third + 1] or losses[:1]
+    levels = [mean(level) - least for *level, least in zip(*(e.by_sigma for e in last), best.by_sigma, strict=True)]
+    return {
+        "base": record.base.loss,
+        "best": best.loss,
+        "now": now,
+        "lost": lost / gain,
+        "trend": (mean(before) - now) / gain,
+        "scatter": median(scatter) / gain if scatter else 0.0,
+        "risen": mean(float(level > 0) for level in levels) if levels else 0.0,
+        "loss_rise": _ratio(record.loss[: measured[-1].taken], mean),
+        "norm_rise": _ratio(record.grad_norm[: measured[-1].taken], _high),
+        "learning_rate": max(record.lr, default=0.0),
+        "images": float(record.images or 0),
+        "captions": float(record.captions or 0),
+        "measured": float(len(measured)),
+        "broken": float(record.broken),
+    }
+
+
+def _ratio(values: Sequence[float], of: Any) -> float:
+    """`of` the last third of some steps over `of` the first."""
+    third = len(values) // 3
+    return of(values[-third:]) / max(of(values[:third]), 1e-12) if third else 1.0
+
+
+def _high(values: Sequence[float]) -> float:
+    """The 90th percentile."""
+    return sorted(values)[int(0.9 * (len(values) - 1))]

@@ -1,0 +1,17 @@
+"""What the page about verdicts says is what its numbers say, with the verdict as it is now."""
+
+from __future__ import annotations
+
+import json
+
+from tools.verdict_study import DATA, PAGE, WELL, in_words, judged, summary, tables
+
+
+def test_the_page_follows_from_the_numbers_and_no_ruined_job_is_called_well():
+    study = json.loads(DATA.read_text(encoding="utf-8"))
+    page = PAGE.read_text(encoding="utf-8")
+    assert all(text in page for text in (in_words(study), *tables(study)))
+    found = summary(study)
+    assert found["ruined"] >= 10 and found["ruined_called_well"] == 0
+    assert sum(found[half][0] for half in ("fitted", "other")) >= 0.85 * len(judged(study))
+    assert {said for _, said, _ in judged(study)} & set(WELL), "some jobs are well"

@@ -1,0 +1,352 @@
+"""Measures how often the verdict on a training job is right, on jobs of the embedded `tiny` model.
+
+    python -m tools.verdict_study                  # 22 runs, ten minutes of one free core; what is done stays done
+    python -m tools.verdict_study --only report    # docs/data/verdict_study.json and the tables of docs/verdict.md
+
+Jobs over rates, sizes of the dataset, ranks and steps, each with its own seed. What a verdict may use is the job's
+metrics; what it is judged by is never seen by the trainer: the loss on other images with other noises, of the LoRA of
+every validation, and the picture test. docs/verdict.md says how a job's truth follows from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, ClassVar, NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny is far slower on many threads
+
+import numpy as np
+import torch
+
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.jobs.blocking import run_job
+from chroma_core.training.jobs.job import Job as Finished
+from chroma_core.training.run.kept import kept_loras
+from chroma_core.training.run.verdict import Record, verdict
+from chroma_core.training.step.objective import heldout_loss
+
+from .pages import fill, markdown_table
+from .sigma_study.study import CONCEPT_SEED, ORDINARY_SEED, Judge
+from .tiny.example_dataset import read_emblem, write
+from .tiny.vae import decode
+from .tiny.world import plain_caption, read_picture
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA, PAGE = ROOT / "docs" / "data" / "verdict_study.json", ROOT / "docs" / "verdict.md"
+STEPS, VALIDATIONS = 80, 10
+LENGTHS = (40, 56, 80)
+"""Steps of the jobs that one run stands for: at a constant rate the shorter ones are, bit for bit, its beginning."""
+JUDGED_EVERY = 16
+"""Steps between the LoRAs whose loss the judge measures: those of every second validation, and of every length."""
+CONCEPTS, ORDINARY = 1, 8
+"""Images of each caption that is held out, and of ordinary prompts, in a picture test."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run. images: in the dataset, captions as drawn or, with `alike`, one for all of them."""
+
+    images: int
+    rate: float
+    rank: int = 16
+    alike: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.images}{'alike' if self.alike else ''}-{self.rate:g}-r{self.rank}"
+
+
+def cases() -> list[Case]:
+    """All runs."""
+    found = [Case(8, rate) for rate in (2e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)]
+    found += [Case(16, rate) for rate in (1e-3, 4e-3, 8e-3, 1.6e-2, 6.4e-2)]
+    found += [Case(4, rate) for rate in (2e-3, 8e-3, 1.6e-2)]
+    found += [Case(40, rate) for rate in (2e-3, 8e-3, 3.2e-2)]
+    found += [Case(8, rate, rank=2) for rate in (4e-3, 3.2e-2)]
+    found += [Case(16, rate, rank=64) for rate in (4e-3, 1.6e-2)]
+    found += [Case(16, rate, alike=True) for rate in (1e-3, 4e-3)]
+    return found
+
+
+def datasets(folder: Path) -> None:
+    """Draw what the cases train on, and what the smallest, of which nothing is held out, are validated on."""
+    for images in (4, 8, 16, 40):
+        write(folder / str(images), images, np.random.default_rng(images), middle=0.6)
+        alike = folder / f"{images}alike"
+        write(alike, images, np.random.default_rng(images), middle=0.6)
+        for caption in alike.glob("*.txt"):
+            caption.write_text("a sks emblem\n", encoding="utf-8")
+    write(folder / "validation", 4, np.random.default_rng(5), middle=0.3)
+
+
+def job_config(case: Case, seed: int, data: Path) -> dict[str, Any]:
+    """The job of a case."""
+    folder = data / f"{case.images}{'alike' if case.alike else ''}"
+    apart = {"validation_dataset": {"folder": str(data / "validation"), "trigger": "sks"}}
+    return {
+        "name": case.name,
+        "model": {"flavour": "tiny", "precision": "fp32", "text_precision": "fp32"},
+        "dataset": {"folder": str(folder), "trigger": "sks", "caption_dropout": 0.1},
+        **({"hold_out": 0.1} if case.images >= 8 else apart),
+        "lora": {"rank": case.rank},
+        "steps": STEPS,
+        "batch_size": 1,
+        "learning_rate": case.rate,
+        "seed": seed,
+        "gradient_checkpointing": False,
+        "validate_every": STEPS // VALIDATIONS,
+        "checkpoint_every": 0,
+        "keep_checkpoints": 1,
+        "keep_best": False,
+        "keep_loras": 100,
+    }
+
+
+class Truth(Judge):
+    """What the trainer never sees: other images and noises, and the images that a LoRA makes."""
+
+    sampling: ClassVar = {"steps": 8, "guidance": 4.0}
+
+    def loss(self, lora: Path | None) -> list[float]:
+        """On images and noises that the trainer never has, at each noise level."""
+        with self.wearing(lora):
+            held = list(zip(self.latents, (self.text.encode(caption) for caption in self.captions), strict=True))
+            return [round(loss, 5) for loss in heldout_loss(self.transformer, held)]
+
+    def pictures(self, lora: Path | None) -> dict[str, float]:
+        """The picture test: shares of the concept and of ordinary prompts that come out right."""
+        which, ordinary = [*range(len(self.captions))] * CONCEPTS, self.ordinary[:ORDINARY]
+        with self.wearing(lora):
+            concept = self.generate([self.captions[i] for i in which], CONCEPT_SEED)
+            plain = self.generate([plain_caption(*triple) for triple in ordinary], ORDINARY_SEED)
+        emblems = [read_emblem(picture) for picture in decode(self.vae, concept)]
+        shapes = [read_picture(picture) for picture in decode(self.vae, plain)]
+        right = [e.right(self.readings[i].background) for e, i in zip(emblems, which, strict=True)]
+        kept = [(r.shape, r.colour, r.background) == t for r, t in zip(shapes, ordinary, strict=True)]
+        found = {"concept": right, "iou": [e.iou for e in emblems], "ordinary": kept}
+        return {name: round(float(np.mean(values)), 4) for name, values in found.items()}
+
+
+def run_case(case: Case, seed: int, output: Path, truth: Truth) -> dict[str, Any]:
+    """Train and judge one job."""
+    config = TrainingConfig.parse(job_config(case, seed, output / "data"))
+    status = run_job(config, output / "jobs", output / "loras", "cpu")
+    if status["state"] == "interrupted":
+        raise SystemExit("interrupted: the same command goes on")
+    job = Finished.read(output / "jobs" / config.job_id())
+    kept = {one.step: one.path for one in kept_loras(job.folder / "loras")}
+    by_step = {step: truth.loss(path) for step, path in kept.items() if step % JUDGED_EVERY == 0 or step in LENGTHS}
+    best = min(by_step, key=lambda step: sum(by_step[step]), default=0)
+    shown = sorted({best, *LENGTHS} & kept.keys())
+    return {
+        "case": asdict(case),
+        "seed": seed,
+        "state": status["state"],
+        "message": status["message"],
+        "metrics": [compact(line) for line in job.metrics()],
+        "truth": by_step,
+        "pictures": {step: truth.pictures(kept[step]) for step in shown},
+        "seconds": status["train_seconds"],
+    }
+
+
+KEYS = ("step", "loss", "grad_norm", "heldout_loss", "heldout_by_sigma", "heldout_loss_base", "heldout_by_sigma_base")
+KEYS += ("images", "captions", "skipped")
+
+
+def compact(line: dict[str, Any]) -> dict[str, Any]:
+    """What a verdict reads of a line of the metrics, in five digits."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, list):
+            return [short(each) for each in value]
+        return float(f"{value:.5g}") if isinstance(value, float) else value
+
+    return {key: short(line[key]) for key in KEYS if key in line}
+
+
+def study(output: Path, train: bool = True) -> Iterator[dict[str, Any]]:
+    """What the judge finds of the base, then every run, done now or before; without `train`, those that are done."""
+    output.mkdir(parents=True, exist_ok=True)
+    datasets(output / "data")
+    truth = Truth()
+    yield {"truth": truth.loss(None), "pictures": truth.pictures(None)}
+    listed = list(enumerate(cases()))
+    order = np.random.default_rng(0).permutation(len(listed))  # so that what is done is a fair part of all
+    for i, case in (listed[k] for k in order):
+        result = output / f"{case.name}.json"
+        if train and not result.is_file():
+            started = time.monotonic()
+            found = run_case(case, 100 + i, output, truth)
+            result.write_text(json.dumps(found), encoding="utf-8")
+            print(f"{i + 1:2} {case.name}: {found['state']} ({time.monotonic() - started:.0f} s)", flush=True)
+        if result.is_file():
+            yield json.loads(result.read_text(encoding="utf-8"))
+
+
+# --- what is true of a job -------------------------------------------------------------------------------------------
+
+CLEARLY = 0.05
+"""Of what the best step gained, by the judge's loss, what is a difference."""
+
+RUINED = 0.5
+"""Of the base's share of right ordinary images, below which a LoRA has ruined it."""
+
+
+class Job(NamedTuple):
+    """A run up to one of its lengths."""
+
+    run: dict[str, Any]
+    length: int
+
+    def loss(self, step: int) -> float:
+        """By the judge; of a step that he measured."""
+        return mean(self.run["truth"][str(step)])
+
+    @property
+    def steps(self) -> list[int]:
+        return [step for step in map(int, self.run["truth"]) if step <= self.length]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [line for line in self.run["metrics"] if line["step"] <= self.length]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Jobs that differ in their rate alone have the same."""
+        case = self.run["case"]
+        return case["images"], case["rank"], case["alike"], self.length
+
+
+def jobs_of(study: dict[str, Any]) -> list[Job]:
+    """All jobs, those of a run beside one another."""
+    return [Job(run, length) for run in study["runs"] for length in LENGTHS]
+
+
+def true_of(job: Job, study: dict[str, Any]) -> set[str]:
+    """The verdicts that are right of a job, by what its trainer never saw. docs/verdict.md has the same in words."""
+    rate, base = job.run["case"]["rate"], mean(study["base"]["truth"])
+    losses = {step: job.loss(step) for step in job.steps}
+    now, best = losses[job.length], min(losses.values())
+    gain = max(base - best, 0.02 * base)
+    alike = [other for other in jobs_of(study) if other.kind == job.kind]
+    slower = [other for other in alike if other.run["case"]["rate"] < rate]
+    calm = max(slower, key=lambda other: other.run["case"]["rate"], default=None)
+    ordinary = job.run["pictures"][str(job.length)]["ordinary"]
+    if now > base or ordinary < RUINED * study["base"]["pictures"]["ordinary"]:
+        better = calm is None or calm.loss(job.length) < now - CLEARLY * gain
+        return {"worse"} | ({"hot"} if better else set()) if now > base else {"hot"}
+    if job.run["case"]["alike"]:
+        own = [
+            o for o in jobs_of(study) if o.kind == (*job.kind[:2], False, job.length) and o.run["case"]["rate"] == rate
+        ]
+        if own and own[0].loss(job.length) < now - CLEARLY * gain:
+            return {"captions"}
+    found = set()
+    later = [job.loss(step) for step in map(int, job.run["truth"]) if step > job.length]
+    before = max(step for step in job.steps if step <= 0.75 * job.length)
+    rest = now - min(later) if later else losses[before] - now
+    if now - best > CLEARLY * gain:
+        found.add("memorises")
+    else:
+        found.add("learning" if rest > CLEARLY * gain else "settled")
+    if CLEARLY * gain / 2 < rest < 2 * CLEARLY * gain and now - best < CLEARLY * gain:
+        found |= {"learning", "settled"}
+    if calm is not None and calm.loss(job.length) < now - CLEARLY * gain:
+        found.add("hot")
+    return found
+
+
+# --- numbers and page ------------------------------------------------------------------------------------------------
+
+WELL = ("learning", "settled")
+"""Verdicts after which nobody would look for a fault."""
+
+
+def judged(study: dict[str, Any]) -> list[tuple[Job, str, set[str]]]:
+    """Every job with what the verdict says and what is true."""
+    found = []
+    for job in jobs_of(study):
+        said = verdict(Record.of(job.metrics))
+        assert said is not None
+        found.append((job, said.kind, true_of(job, study)))
+    return found
+
+
+def summary(study: dict[str, Any]) -> dict[str, Any]:
+    """How many verdicts are right, in the half that the numbers were fitted on and in the other, and how many call a
+    ruined job well."""
+    rows = judged(study)
+    half = {id(run): i % 2 for i, run in enumerate(study["runs"])}
+    parts = {name: [row for row in rows if half[id(row[0].run)] == i] for i, name in enumerate(("fitted", "other"))}
+    right = {name: (sum(said in true for _, said, true in part), len(part)) for name, part in parts.items()}
+    ruined = [said for _, said, true in rows if true <= {"hot", "worse"}]
+    return {**right, "ruined": len(ruined), "ruined_called_well": sum(said in WELL for said in ruined)}
+
+
+def tables(study: dict[str, Any]) -> tuple[str, str]:
+    """The confusion of what is said with what is true; every job with its verdict."""
+    rows = judged(study)
+    kinds = list(dict.fromkeys([*WELL, "memorises", "hot", "worse", "captions"]))
+    counts = []
+    for kind in kinds:
+        wrong = [" or ".join(sorted(true)) for _, said, true in rows if said == kind not in true]
+        instead = "; ".join(f"{n} × {true}" for true, n in Counter(wrong).items())
+        counts.append([kind, sum(said == kind in true for _, said, true in rows), len(wrong), instead])
+    lines = []
+    for run in study["runs"]:
+        case, cells = run["case"], []
+        for job, said, true in rows:
+            if job.run is run:
+                cells.append(said if said in true else f"**{said}** ({' or '.join(sorted(true))})")
+        which = f"{case['images']}{' alike' if case['alike'] else ''}"
+        lines.append([which, case["rank"], f"{case['rate']:g}", *cells])
+    confusion = markdown_table(counts, ["the verdict said", "right", "wrong", "what was true then"])
+    columns = ["images", "rank", "rate", *(f"{length} steps" for length in LENGTHS)]
+    return confusion, markdown_table(lines, columns)
+
+
+def in_words(study: dict[str, Any]) -> str:
+    """`summary` as a sentence."""
+    found = summary(study)
+    (a, b), (c, d) = found["fitted"], found["other"]
+    return (
+        f"{len(jobs_of(study))} jobs of {len(study['runs'])} runs. Right: **{c} of {d}** in the half that the numbers "
+        f"were not fitted on ({c / max(d, 1):.0%}), {a} of {b} in the other. Of {found['ruined']} ruined jobs "
+        f"{found['ruined_called_well']} were called well."
+    )
+
+
+def write_report() -> None:
+    """Fill docs/verdict.md from the numbers."""
+    numbers = json.loads(DATA.read_text(encoding="utf-8"))
+    said, (confusion, listed) = in_words(numbers), tables(numbers)
+    fill(PAGE, "accuracy", f"{said}\n\n{confusion}")
+    fill(PAGE, "jobs", listed)
+    print(said)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "verdict-study", help="jobs and LoRAs (verdict-study)")
+    parser.add_argument("--only", choices=["report"], help="only write the page, from the numbers that are there")
+    parser.add_argument("--done", action="store_true", help="write numbers and page of what is done so far")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.only != "report":
+        base, *runs = study(options.output.resolve(), train=not options.done)
+        rows = ",\n".join("    " + json.dumps(run) for run in runs)
+        DATA.write_text(f'{{\n  "base": {json.dumps(base)},\n  "runs": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
+    write_report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+// @ts-check
+// What a job's metrics say in one sentence, what one can do about it, and the LoRAs of its steps to choose from.
+import { fill, h, say } from "../lib/dom.js";
+import { loss, rate } from "../lib/format.js";
+import { reason } from "../lib/http.js";
+import { t } from "../lib/words.js";
+import { THUMBNAIL, samplesOf, sourceOf } from "./previews.js";
+import { ACTIVE, act } from "./store.js";
+
+/** @param {number} share */
+const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
+
+/** The verdict under the curves, and the list of kept LoRAs. `complain(text)` shows what the host refused. */
+export class Choice {
+  /** @param {Job} job @param {(text: string) => void} complain */
+  constructor(job, complain) {
+    this.job = job;
+    this.complain = complain;
+    /** @type {Verdict | null} */
+    this.verdict = null;
+    this.key = "";
+    this.sentence = h("div", { class: "ck-strong", role: "status" });
+    this.evidence = h("div", { class: "ck-faint" });
+    this.command = h("code", { class: "ck-command" });
+    this.doing = h("button", { type: "button", onclick: () => this.#follow() });
+    this.judged = h("div", { class: "ck-verdict" }, this.sentence, this.evidence, h("div", { class: "ck-row" }, this.doing, this.command));
+    this.list = h("ul", { class: "ck-kept" });
+    this.kept = h("details", {}, h("summary", {}, t("kept.title")), this.list);
+    this.element = h("section", {}, this.judged, this.kept);
+    this.show(job);
+  }
+
+  /** @param {Job} job */
+  show(job) {
+    this.job = job;
+    const kept = job.kept ?? [];
+    this.kept.hidden = !kept.length;
+    const key = JSON.stringify([kept, job.best_step, job.samples]);
+    if (key !== this.key) {
+      this.key = key;
+      fill(this.list, [...kept].reverse().map((one) => this.#row(one)));
+    }
+    this.judge(this.verdict);
+  }
+
+  /** @param {Verdict | null} verdict */
+  judge(verdict) {
+    this.verdict = verdict;
+    this.judged.hidden = !verdict;
+    if (!verdict) return;
+    const { kind, step, at, evidence, command } = verdict;
+    const shares = Object.fromEntries(["trend", "lost", "scatter"].map((name) => [name, percent(evidence[name])]));
+    const numbers = { ...evidence, ...shares, step, at, learning_rate: rate(evidence.learning_rate) };
+    say(this.sentence, t(`verdict.${kind}`, numbers));
+    const losses = Object.fromEntries(["base", "best", "now"].map((name) => [name, loss(evidence[name])]));
+    say(this.evidence, t("verdict.evidence", { ...numbers, ...losses, risen: percent(evidence.risen) }));
+    say(this.command, command);
+    const useless = !command || ((kind === "learning" || kind === "hot") && ACTIVE.has(this.job.state));
+    this.doing.hidden = useless || (this.job.kept != null && step > 0 && kind !== "learning" && !this.#keeps(step));
+    say(this.doing, t(`verdict.do_${kind}`, { ...numbers, rate: rate(evidence.learning_rate / 2) }));
+  }
+
+  /** @param {number} step */
+  #keeps(step) {
+    return this.job.kept?.some((one) => one.step === step);
+  }
+
+  async #follow() {
+    if (!this.verdict) return;
+    const { kind, step, at, evidence } = this.verdict;
+    if (kind === "learning") await this.#do("extend", { steps: Math.max(1, Math.floor(at / 2)), force: false });
+    else if (kind === "hot" || kind === "worse") await this.#do("branch", { step, learning_rate: evidence.learning_rate / 2 });
+    else await this.#do("use", { step });
+  }
+
+  /** @param {string} action @param {object} body */
+  async #do(action, body) {
+    this.complain("");
+    await act(this.job.id, action, body).catch((error) => this.complain(reason(error)));
+  }
+
+  /** @param {{ step: number, used: string | null }} one */
+  #row({ step, used }) {
+    const sample = samplesOf(this.job).find((each) => each.step === step);
+    const image = sample && h("img", { src: sourceOf(this.job, sample, THUMBNAIL), loading: "lazy", alt: "", width: 48, height: 48 });
+    const marks = [step === this.job.best_step && t("kept.best"), used && t("kept.used", { file: used })].filter(Boolean);
+    const button = h("button", { type: "button", "data-step": step, onclick: () => this.#do("use", { step }) }, t("kept.use"));
+    return h("li", { class: "ck-row" }, image, h("span", {}, t("previews.step", { step })), h("span", { class: "ck-faint" }, marks.join(" · ")), button);
+  }
+}

@@ -279,10 +279,10 @@ class Soak:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=30)
+    parser.add_argument("--jobs", type=int, default=30, help="one after another, of five kinds (default: 30)")
     parser.add_argument("--steps", type=int, default=334, help="of each job (default: 334)")
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--pages", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=200, help="spread over the steps (default: 200)")
+    parser.add_argument("--pages", type=int, default=5, help="connections that listen as a page does (default: 5)")
     parser.add_argument("--out", type=Path, help="write all numbers into this file, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chromakit-soak-") as folder:

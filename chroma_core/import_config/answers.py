@@ -15,12 +15,13 @@ from typing import Any
 
 from ..model.flavours import FLAVOURS
 from ..sampling.schedule import dynamic_mu
+from . import read
 from .read import (
     BLOCKS,
-    Epochs,
     ForeignPath,
     Unreadable,
     ask,
+    epochs_of,
     is_off,
     is_on,
     number,
@@ -91,14 +92,6 @@ def start_from(value: Any, given: Given) -> Any:
     return ForeignPath(text(value)) if text(value).strip() else unchanged("not used")
 
 
-def path(value: Any) -> ForeignPath:
-    """A path that is not empty."""
-    read = text(value).strip()
-    if not read:
-        raise Unreadable("a path")
-    return ForeignPath(read)
-
-
 def folder_name(value: Any) -> str:
     return PurePosixPath(text(value).replace("\\", "/")).name or "imported"
 
@@ -113,19 +106,6 @@ def extension(value: Any) -> str:
 
 def listed(value: Any) -> list[str]:
     return [text(value)]
-
-
-def sizes(value: Any) -> list[int]:
-    """One size in pixels or several, in their order."""
-    return sorted({whole(size) for size in (value if isinstance(value, list) else [value])})
-
-
-def epochs_of(value: Any) -> Epochs:
-    """A number of epochs above 0."""
-    read = number(value)
-    if read <= 0:
-        raise Unreadable("a number above 0")
-    return Epochs(read)
 
 
 def epochs(value: Any, given: Given) -> Any:
@@ -216,20 +196,18 @@ def ai_prompts(value: Any, given: Given) -> Any:
     return previews(found, left)
 
 
-def ai_output_preservation(value: Any, given: Given) -> Any:
-    kept = _preserved(value, given, "diff_output_preservation", "preserve.class_weight")
-    word = text(given.get("diff_output_preservation_class", ""))
-    return {**kept, "preserve.class_word": word} if isinstance(kept, dict) else kept
-
-
-def ai_blank_preservation(value: Any, given: Given) -> Any:
-    return _preserved(value, given, "blank_prompt_preservation", "preserve.blank_weight")
-
-
-def _preserved(value: Any, given: Given, option: str, to: str) -> Any:
+def _preserved(option: str, to: str, value: Any, given: Given) -> Any:
     """A comparison with the model without its LoRA, which ai-toolkit makes at every step."""
     weight = number(given.get(f"{option}_multiplier", 1.0))
-    return {to: weight, "preserve.share": 1.0} if switch(value) and weight else unchanged("not used")
+    if not (switch(value) and weight):
+        return unchanged("not used")
+    word = f"{option}_class"
+    words = {"preserve.class_word": text(given[word])} if word in given else {}
+    return {to: weight, "preserve.share": 1.0, **words}
+
+
+ai_output_preservation = partial(_preserved, "diff_output_preservation", "preserve.class_weight")
+ai_blank_preservation = partial(_preserved, "blank_prompt_preservation", "preserve.blank_weight")
 
 
 def ai_network_kwargs(value: Any, given: Given) -> Any:
@@ -612,4 +590,6 @@ def ot_repeats(value: Any, given: Given) -> Any:
     return near({"weight": uses}, "a part of the images in each epoch there; here how often, against other sets")
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {name: f for name, f in globals().items() if callable(f)}
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    name: function for name, function in {**vars(read), **globals()}.items() if callable(function)
+}

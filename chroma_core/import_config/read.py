@@ -150,6 +150,11 @@ def number(value: Any) -> float:
     return read
 
 
+def sizes(value: Any) -> list[int]:
+    """One size in pixels or several, in their order."""
+    return sorted({whole(size) for size in (value if isinstance(value, list) else [value])})
+
+
 def switch(value: Any) -> bool:
     """true or false, also written as text."""
     known = {"true": True, "false": False}
@@ -175,8 +180,24 @@ class Epochs(float):
     """A number of epochs, which becomes steps once the images are counted, see `job.finish`."""
 
 
+def epochs_of(value: Any) -> Epochs:
+    """A number of epochs above 0."""
+    read = number(value)
+    if read <= 0:
+        raise Unreadable("a number above 0")
+    return Epochs(read)
+
+
 class ForeignPath(str):
     """A path as the foreign file has it: made absolute where it exists, see `resolve`."""
+
+
+def path(value: Any) -> ForeignPath:
+    """A path that is not empty."""
+    read = text(value).strip()
+    if not read:
+        raise Unreadable("a path")
+    return ForeignPath(read)
 
 
 def resolve(value: Any, folders: Sequence[Path]) -> Any:

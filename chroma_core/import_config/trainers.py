@@ -13,9 +13,9 @@ from ..data.dataset import DatasetConfig
 from ..data.pictures import picture_extensions
 from ..errors import ConfigError, counted
 from ..files import slug
-from .answers import DATA, FUNCTIONS, k_arguments, previews, sizes
+from .answers import DATA, FUNCTIONS, k_arguments, previews
 from .job import NAME_LENGTH, Imported, finish, start_folders
-from .read import ForeignPath, is_off, is_on, number, preview_of_object, read_config, resolve, whole, word
+from .read import ForeignPath, is_off, is_on, number, preview_of_object, read_config, resolve, sizes, whole, word
 from .table import Draft, Line, holds, near, shown, table
 
 Options = dict[str, Any]

@@ -323,7 +323,8 @@ def test_preservation_is_taken_over_with_its_weight_and_word(put):
     text = YAML_FILE.replace(
         "        train_unet: true",
         "        diff_output_preservation: true\n        diff_output_preservation_multiplier: 0.5\n"
-        "        diff_output_preservation_class: person\n        blank_prompt_preservation: true\n        train_unet: true",
+        "        diff_output_preservation_class: person\n        blank_prompt_preservation: true\n"
+        "        train_unet: true",
     )
     found = import_config(put("train.yaml", text))
     wanted = {"class_weight": 0.5, "class_word": "person", "blank_weight": 1.0, "share": 1.0}

@@ -92,7 +92,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What the study compares: names, and options that differ from the job of `plain`, by dotted names."""
 
 
-REPEATED = (PLAIN,)
+REPEATED = (PLAIN, "class, 400 steps")
 """Variants with `SEEDS` runs; the others have one, which says little about each."""
 
 
@@ -135,7 +135,9 @@ def tables(study: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     columns = (*MEASURES, "loss", *(f"gentle {column}" for column in SHARES))
     titles = {f"gentle {column}": f"{column}, guidance {GENTLE:g}" for column in SHARES}
     without = by_variant({"runs": [{**base, "variant": "", "seed": 0}]})[""][0]
-    rows: list[list[object]] = [["without LoRA", "", "", *(_number(column, without[column]) for column in columns)]]
+    rows: list[list[object]] = [
+        ["without LoRA", "", "", *(_number(c, without[c]) if c in without else "" for c in columns)]
+    ]
     for name, runs in found.items():
         cells = []
         for column in columns:

@@ -318,10 +318,10 @@ def tables(study: dict[str, Any]) -> tuple[str, str]:
 def in_words(study: dict[str, Any]) -> str:
     """`summary` as a sentence."""
     found = summary(study)
+    right, jobs, ruined = found["right"], found["jobs"], found["ruined"]
     return (
-        f"Right: **{found['right']} of {found['jobs']}** jobs of {found['jobs'] // len(LENGTHS)} runs "
-        f"({found['right'] / found['jobs']:.0%}). Of {found['ruined']} ruined jobs {found['ruined_called_well']} were called "
-        "well."
+        f"Right: **{right} of {jobs}** jobs of {jobs // len(LENGTHS)} runs ({right / jobs:.0%}). Of {ruined} ruined jobs "
+        f"{found['ruined_called_well']} were called well."
     )
 
 

@@ -320,8 +320,8 @@ def in_words(study: dict[str, Any]) -> str:
     found = summary(study)
     right, jobs, ruined = found["right"], found["jobs"], found["ruined"]
     return (
-        f"Right: **{right} of {jobs}** jobs of {jobs // len(LENGTHS)} runs ({right / jobs:.0%}). Of {ruined} ruined jobs "
-        f"{found['ruined_called_well']} were called well."
+        f"Right: **{right} of {jobs}** jobs of {jobs // len(LENGTHS)} runs ({right / jobs:.0%}). "
+        f"Of {ruined} ruined jobs {found['ruined_called_well']} were called well."
     )
 
 

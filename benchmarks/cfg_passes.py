@@ -89,12 +89,14 @@ def measure(model: ChromaTransformer, size: int, options: argparse.Namespace) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=4, help="attention heads of the random model")
     parser.add_argument("--width", type=int, default=32, help="of a head")
-    parser.add_argument("--blocks", type=int, nargs=2, default=(1, 2), metavar=("DOUBLE", "SINGLE"))
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument(
+        "--blocks", type=int, nargs=2, default=(1, 2), metavar=("DOUBLE", "SINGLE"), help="how many blocks of each kind"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256], help="pixels a side")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the weights")
     parser.add_argument("--write", action="store_true", help="write docs/measured.md")
     options = parser.parse_args()
     model = build(options)

@@ -63,7 +63,7 @@ def measure(steps: int, precision: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=80, help="training steps of each job (default: 80)")
     parser.add_argument("--json", action="store_true", help="one JSON object a precision")
     options = parser.parse_args()
     for precision in ("int8", "fp8"):

@@ -181,7 +181,7 @@ def _story(host: Host, watch: Watch, full: Any, prompts: int, draws: random.Rand
         "polled_states": dict(watch.states),
         "times_told": dict(watch.waits),
         "polled_while_full": dict(watch.seen_full),
-        "loras": sum(Path(job["lora_path"]).is_file() for job in jobs),
+        "loras": sum((host.base / job["lora_path"]).is_file() for job in jobs),
         "messages": [job["message"] for job in jobs],
         "log": [line for line in host.log_tail(5000).splitlines() if "Traceback" in line or "has not left" in line],
     }
@@ -204,7 +204,7 @@ def _metrics(host: Host, job: str) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cards", type=float, nargs="+", default=[8, 24], help="GiB of the simulated cards")
-    parser.add_argument("--prompts", type=int, default=30)
+    parser.add_argument("--prompts", type=int, default=30, help="how many prompts are sent (default: 30)")
     parser.add_argument("--seed", type=int, default=1, help="of how long the card is full each time")
     options = parser.parse_args()
     wrong = 0

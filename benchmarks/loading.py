@@ -110,7 +110,9 @@ def measure(blocks: tuple[int, int], rounds: int, threads: int, clock: str, scra
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs=2, default=(1, 1), metavar=("DOUBLE", "SINGLE"))
+    parser.add_argument(
+        "--blocks", type=int, nargs=2, default=(1, 1), metavar=("DOUBLE", "SINGLE"), help="how many blocks of each kind"
+    )
     add_options(parser, threads=1)
     parser.add_argument("--scratch", default=None, help="a folder for the random model (default: the system's)")
     parser.add_argument("--json", action="store_true", help="one JSON object")

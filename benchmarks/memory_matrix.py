@@ -93,8 +93,14 @@ def preview(model: ChromaTransformer, vae: Autoencoder, settings: Settings) -> N
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
-    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024])
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=list(PRECISIONS),
+        default=list(PRECISIONS),
+        help="those of the transformer (default: all)",
+    )
+    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024], help="pixels a side")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

@@ -212,11 +212,13 @@ def device_name(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs=2, default=(1, 1), metavar=("DOUBLE", "SINGLE"))
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--blocks", type=int, nargs=2, default=(1, 1), metavar=("DOUBLE", "SINGLE"), help="how many blocks of each kind"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--size", type=int, default=256, help="pixels a side of the picture in the forward pass")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--precisions", nargs="*", default=None)
+    parser.add_argument("--repeats", type=int, default=2, help="how often each is timed; the fastest counts")
+    parser.add_argument("--precisions", nargs="*", default=None, help="those of the transformer (default: all)")
     parser.add_argument("--scratch", default=None, help="a folder for the random model (default: the system's)")
     parser.add_argument("--write", action="store_true", help="write docs/measured.md")
     parser.add_argument("--one", dest="file", default=None, help=argparse.SUPPRESS)

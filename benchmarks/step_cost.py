@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 
 from benchmarks.real_model import GIB, SIMULATED, WHOLE, condition, job, transformer  # noqa: E402
+from chroma_core.model import four_bits  # noqa: E402
 from chroma_core.model.eight_bits import Compute  # noqa: E402
 from chroma_core.training.step.objective import HELDOUT_SIGMAS, heldout_loss  # noqa: E402
 
@@ -41,26 +42,43 @@ VIEWS = frozenset(
 
 
 class BytesMoved(TorchDispatchMode):
-    """Sums what every operation reads and writes on the card, each tensor once: an upper bound, without any cache."""
+    """Sums what every operation, and our own kernel for 4 bits, reads and writes on the card, each tensor once: an
+    upper bound, without any cache."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
         self.by_operation: dict[str, int] = {}
+        self.launch = four_bits.launch
+
+    def __enter__(self):
+        four_bits.launch = self._launched
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        four_bits.launch = self.launch
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         if name not in VIEWS:
-            tensors = {
-                (t.data_ptr(), t.numel(), t.dtype): t.numel() * t.element_size()
-                for t in tree_iter((args, kwargs, result))
-                if isinstance(t, torch.Tensor) and t.is_cuda
-            }
-            moved = sum(tensors.values())
-            self.total += moved
-            self.by_operation[name] = self.by_operation.get(name, 0) + moved
+            self._count(name, (args, kwargs, result))
         return result
+
+    def _launched(self, kernels, weight, parts, scheme):
+        self.launch(kernels, weight, parts, scheme)
+        self._count(f"{scheme} kernel", (weight, parts))
+
+    def _count(self, name: str, named: Any) -> None:
+        tensors = {
+            (t.data_ptr(), t.numel(), t.dtype): t.numel() * t.element_size()
+            for t in tree_iter(named)
+            if isinstance(t, torch.Tensor) and t.is_cuda
+        }
+        moved = sum(tensors.values())
+        self.total += moved
+        self.by_operation[name] = self.by_operation.get(name, 0) + moved
 
 
 def count_flops(work: Callable[[], Any]) -> float:
@@ -131,12 +149,14 @@ def measure(work: Callable[[], Any], flops: bool = False, moved: bool = False) -
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--precision", default="bf16", help="of the transformer")
     parser.add_argument("--size", type=int, default=512, help="pixels a side")
     parser.add_argument("--text", type=int, default=128, help="text tokens")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--blocks", type=int, nargs=2, default=WHOLE, metavar=("DOUBLE", "SINGLE"))
-    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--batch", type=int, default=1, help="images in a step")
+    parser.add_argument(
+        "--blocks", type=int, nargs=2, default=WHOLE, metavar=("DOUBLE", "SINGLE"), help="how many blocks of each kind"
+    )
+    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument("--interval", type=int, default=1, help="gradient checkpointing of every n-th block")
     parser.add_argument("--deterministic", action="store_true", help="attention without its fused kernel")
     parser.add_argument("--resident", type=int, default=0, help="stream the blocks, with so many on the card")
@@ -144,8 +164,8 @@ def main() -> int:
     parser.add_argument("--target", default="all", help="what the LoRA is added to")
     parser.add_argument("--heldout", action="store_true", help="the held-out loss instead of a step")
     parser.add_argument("--heldout-rows", type=int, default=len(HELDOUT_SIGMAS), help="… in parts of so many levels")
-    parser.add_argument("--flops", action="store_true")
-    parser.add_argument("--bytes", action="store_true")
+    parser.add_argument("--flops", action="store_true", help="also count the operations")
+    parser.add_argument("--bytes", action="store_true", help="also count the bytes that are moved")
     parser.add_argument("--json", action="store_true", help="one JSON object in one line")
     options = parser.parse_args()
     if not torch.cuda.is_available():

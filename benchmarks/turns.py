@@ -51,8 +51,8 @@ def load() -> float | None:
 
 def add_options(parser: argparse.ArgumentParser, threads: int | None = None) -> None:
     """What every benchmark in turns is asked."""
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant (default: 3)")
+    parser.add_argument("--threads", type=int, default=threads, help="PyTorch's threads on the CPU")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU seconds, where others work too")
 
 

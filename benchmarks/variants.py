@@ -123,7 +123,7 @@ def table(rows: list[dict[str, Any]], steps: int) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=80, help="training steps of each job (default: 80)")
     parser.add_argument("--only", action="append", help="a row's name; repeat for several")
     parser.add_argument("--write", action="store_true", help="put the table into docs/optimizers.md")
     options = parser.parse_args()

@@ -71,6 +71,12 @@ class DiskFull(JobError):
     """A training job cannot be written down because the disk is full."""
 
 
+def printable(text: str) -> str:
+    """The text with half characters as escapes: Python makes them of a file name that is no UTF-8; nothing can write
+    them."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def check_text(data: object, beginning: str = "") -> None:
     """Raise ConfigError for a text anywhere in nested values that no file can hold; `beginning` begins the message."""
     if isinstance(data, str):

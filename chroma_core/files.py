@@ -18,7 +18,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO, TypeVar
 
 from .errors import ChromaKitError, ConfigError
@@ -142,6 +142,40 @@ def read_json(path: Path | str, error: type[ChromaKitError] = ConfigError) -> An
         ) from cause
 
 
+PLACES = {
+    *("folder", "transformer", "text_encoder", "tokenizer", "vae", "quantised_folder", "start_from", "path"),
+    *("lora_path", "model_path", "model_folder"),
+}
+"""Fields of configurations, records and statuses that hold a path."""
+
+
+def only_names(value: Any, field: str = "") -> Any:
+    """JSON values in which every absolute path is its last name alone: what is written into files that are given away,
+    and told to others, says nothing of this machine's folders."""
+    if isinstance(value, dict):
+        return {key: only_names(each, str(key).rpartition(".")[2]) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [only_names(each, field) for each in value]
+    if field in PLACES and isinstance(value, str):
+        kind = next((kind for kind in (PurePosixPath, PureWindowsPath) if kind(value).is_absolute()), None)
+        return kind(value).name if kind else value
+    return value
+
+
+def check_format(what: str, found: Any, known: int, error: type[ChromaKitError] = ConfigError) -> None:
+    """Raise `error` when `what` was written by a later version: its format number is above `known`.
+
+    found: the number in the file; None, as the first version wrote, is 1.
+    """
+    number = 1 if found is None else found
+    if type(number) is not int or not 1 <= number <= known:
+        reads = "format 1" if known == 1 else f"formats 1 to {known}"
+        raise error(
+            f"{what} has the format {found!r}, which a later version of ChromaKit writes; this one reads {reads}. "
+            "Update ChromaKit to use it. Nothing of it was changed."
+        )
+
+
 def each_once(twice: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
     """An `object_pairs_hook` for `json`: ValueError with `twice.format(name)` for an object that gives a name twice."""
 
@@ -209,6 +243,16 @@ def slug(text: str, fallback: str = "untitled") -> str:
     """A file name from free text: ASCII letters, digits, `-`, `_` and `.`, at most 80 characters, no leading dot."""
     ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", ascii_text).strip("-.")[:80] or fallback
+
+
+_DEVICES = frozenset(["con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(10))])
+
+
+def file_stem(text: str) -> str:
+    """`slug` as the name of a file or folder that Windows takes too: it has devices named con, nul, com1 …, whatever
+    comes after a dot."""
+    stem, dot, rest = slug(text).partition(".")
+    return f"{stem}{'_' if stem.lower() in _DEVICES else ''}{dot}{rest}"
 
 
 DISK_MARGIN = 256 << 20

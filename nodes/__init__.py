@@ -20,6 +20,7 @@ from . import (
     training,
     while_training,
 )
+from .inputs import checked
 
 ROOMS = (
     loaders,
@@ -45,4 +46,4 @@ class ChromaKitExtension(ComfyExtension):
         jobs.end_as_ctrl_c_does()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [node for room in ROOMS for node in room.NODES]
+        return [checked(node) for room in ROOMS for node in room.NODES]

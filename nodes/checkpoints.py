@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..chroma_core.checkpoints.extract import extract_lora
 from ..chroma_core.checkpoints.merge import LAYOUTS, merge_loras
 from ..chroma_core.errors import ConfigError, LoraError
-from ..chroma_core.files import slug
+from ..chroma_core.files import file_stem
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
 from ..chroma_core.lora.convert import DTYPES
 from . import host
@@ -67,7 +67,7 @@ class ChromaMergeLora(io.ComfyNode):
         if not model.loras:
             raise LoraError("The model has no LoRA to merge. Put Chroma Apply LoRA between it and this node.")
         names = [_called(model.spec), *(Path(use.path).stem for use in model.loras)]
-        stem = slug(filename.strip().removesuffix(".safetensors") or "-".join(names))
+        stem = file_stem(filename.strip().removesuffix(".safetensors") or "-".join(names))
         output = host.models_folder() / (f"{stem}.safetensors" if layout == "original" else stem)
         progress = host.Progress(1)
         made = merge_loras(
@@ -123,7 +123,7 @@ class ChromaExtractLora(io.ComfyNode):
                 "Models are compared by their files, which LoRAs that are applied are no part of. Link the models "
                 "without Chroma Apply LoRA, or write one with Chroma Merge LoRA first."
             )
-        stem = slug(filename.strip().removesuffix(".safetensors") or f"{_called(tuned.spec)}-{rank or 'all'}")
+        stem = file_stem(filename.strip().removesuffix(".safetensors") or f"{_called(tuned.spec)}-{rank or 'all'}")
         progress = host.Progress(1)
         with host.working():
             host.make_room(0)

@@ -65,7 +65,7 @@ class ChromaDataset(io.ComfyNode):
     def fingerprint_inputs(cls, folder=None, **_) -> str:
         """The files count, not only the folder's name; also those of a folder that the list does not offer."""
         try:
-            return host.folder_state(host.dataset_folder(folder or ""))
+            return host.folder_state(host.dataset_folder(str(folder or "")))
         except (DataError, OSError):
             return str(folder)
 
@@ -175,8 +175,9 @@ def _check_captions(texts: list[str], fields: dict[str, Any]) -> None:
 def _where(folder: Path) -> str:
     """Where the copy lies, how much all of them take, and what to do about it."""
     sets, total = stored(folder.parent)
+    place, size = host.told(str(folder)), _size(bytes_in(folder))
     return (
-        f"kept in {folder} ({_size(bytes_in(folder))}); {sets} such {'folder' if sets == 1 else 'folders'} take "
+        f"kept in {place} ({size}); {sets} such {'folder' if sets == 1 else 'folders'} take "
         f"{_size(total)}. Delete those that no unfinished job needs."
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import secrets
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,11 @@ KEPT = 8
 
 
 def look(config: DatasetConfig, size: int = 0) -> DatasetScan:
-    """`scan`, which opens no file that a job or an earlier look has seen as it is. Raises what `scan` raises."""
+    """`scan`, which opens no file that a job or an earlier look has seen as it is, nor one that a link leads out to.
+
+    Raises what `scan` raises, and DataError for such links.
+    """
+    host.check_links(Path(config.folder))
     known = Remembered(cache_folder(host.jobs_folder()))
     try:
         return scan(config, size, known)
@@ -66,10 +71,11 @@ class _Preview:
 class DatasetPreviews:
     """The last previews, so that asking again for the same folder and options costs no more than listing its files.
 
-    Calls may come from any thread, but one at a time.
+    Calls may come from several threads; no lock is held while a folder is read.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str, int], _Preview] = OrderedDict()
 
     def of(self, config: DatasetConfig, model_size: int | None) -> dict[str, Any]:
@@ -79,7 +85,8 @@ class DatasetPreviews:
             model_size: pixels, the size of the model that will be trained; None: not known.
         """
         key = (host.folder_state(Path(config.folder)), config.model_dump_json(), model_size or 0)
-        found = self._kept.get(key)
+        with self._lock:
+            found = self._kept.get(key)
         if found is None:
             seen = look(config, model_size or 0)
             size, name = model_size or FALLBACK_SIZE, secrets.token_urlsafe(16)
@@ -88,15 +95,18 @@ class DatasetPreviews:
                 "size_from": "widget" if config.resolutions else "model" if model_size else "assumed",
                 "sheet": f"datasets/sheets/{name}",
             }
-            found = self._kept[key] = _Preview(name, seen, size, answer)
-        self._kept.move_to_end(key)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+            found = _Preview(name, seen, size, answer)
+        with self._lock:
+            self._kept[key] = found
+            self._kept.move_to_end(key)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
         return found.answer
 
     def sheet(self, name: str) -> bytes | None:
         """A preview's contact sheet as a JPEG, made when it is asked for; None when the preview is forgotten."""
-        found = next((each for each in self._kept.values() if secrets.compare_digest(each.id, name)), None)
+        with self._lock:
+            found = next((each for each in self._kept.values() if each.id == name), None)
         if found is None:
             return None
         if found.sheet is None:

@@ -34,6 +34,8 @@ def manager() -> JobManager:
                 busy=host.busy,
                 ask_room=host.room_for_job,
             )
+            for job in _manager.list():
+                _note(job.status())
             _manager.subscribe(_heard)
             host.share_device_with(_manager.slot)
         return _manager
@@ -72,6 +74,8 @@ def fingerprint() -> list[tuple[str, int]]:
 
     It only ever grows, so a value from before a change never comes back.
     """
+    if _manager is not None:  # another process may have taken one up
+        _manager.look_around()
     return sorted(_upsets.items())
 
 
@@ -82,7 +86,7 @@ def at_work() -> JobStatus | None:
     behind a paused one are not about to begin.
     """
     with _heard_lock:
-        heard = list(_latest.values())
+        heard = [status for status in _latest.values() if not status["elsewhere"]]
     # A change of state can be seen a moment before it is told: in between it is written down.
     states = _manager.states() if _manager is not None else {}
     by_state = {states.get(status["id"], status["state"]): status for status in heard}
@@ -109,6 +113,9 @@ def _note(status: JobStatus) -> None:
         if latest is not None and latest["updated"] > status["updated"]:
             return  # another thread has told of a newer one
         _latest[job] = status
-        before = latest["state"] if latest else None
-        if before != state and (before not in (None, *ACTIVE) or state in ("failed", "interrupted")):
+        if latest is None:
+            return
+        before = latest["state"]
+        taken_up = before not in ACTIVE and status["updated"] > latest["updated"]
+        if taken_up or status["elsewhere"] or (before != state and state in ("failed", "interrupted")):
             _upsets[job] += 1

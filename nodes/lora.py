@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..chroma_core.checkpoints.norms import norms_on
 from ..chroma_core.errors import ConfigError, LoraError
-from ..chroma_core.files import slug
+from ..chroma_core.files import file_stem
 from ..chroma_core.loading.load import transformer_outline
 from ..chroma_core.loading.model_files import base_warning
 from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelHandle, ModelSpec
@@ -369,7 +369,7 @@ class ChromaConvertLora(io.ComfyNode):
         folder = host.loras_folder()
         folder.mkdir(parents=True, exist_ok=True)
         stem = filename.strip().removesuffix(".safetensors")
-        output: Path = folder / f"{slug(stem)}.safetensors" if stem else folder
+        output: Path = folder / f"{file_stem(stem)}.safetensors" if stem else folder
         shrink = kept(rank, energy) if rank or energy < 1 else None
         made = convert_lora(host.lora_path(chosen), dialect, output, dtype, shrink)
         host.say(made.report())

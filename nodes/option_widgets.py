@@ -44,6 +44,11 @@ def _hints(option: Described) -> dict[str, Any]:
     return {key: option.kind(value) for key, value in found.items() if value is not None}
 
 
+def lines(text: str) -> list[str]:
+    """What stands on the lines of a widget, without empty ones."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def nested(values: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
     """Values of widgets as a configuration; `paths` are the dotted names of what the widgets set."""
     found: dict[str, Any] = {}

@@ -105,7 +105,7 @@ def _compare(case: Case, shown: Sampled | None, kinds: tuple[FactorKind, ...]) -
     total, done = (1 + len(factors)) * case.settings.steps, 0
     progress = host.Progress(total)
 
-    def paint(each: Case) -> Sampled:
+    def generate(each: Case) -> Sampled:
         host.make_room(0)
         return in_process(
             each,
@@ -114,13 +114,13 @@ def _compare(case: Case, shown: Sampled | None, kinds: tuple[FactorKind, ...]) -
             lambda info: progress.step(done + case.settings.steps * info.step // info.steps, total),
         )
 
-    report, base = Report(case), paint(case)
+    report, base = Report(case), generate(case)
     report.add_pairs({"node": base} if shown is None else {"preview": shown, "node": base})
     for factor in factors:
         done += case.settings.steps
         host.say(f"Sampling with {factor.name}")
         try:
-            report.add_factor(factor, base, paint(factor.case))
+            report.add_factor(factor, base, generate(factor.case))
         except NotRun as reason:
             report.add_factor(factor, base, reason)
     return report

@@ -179,6 +179,7 @@ class ChromaSampler(io.ComfyNode):
                 end_step_widget(),
                 widget(SamplingSettings, "add_noise"),
                 widget(TrainingConfig, "recipe_overrides", kind=io.String, default=""),
+                widget(SamplingSettings, "first_block_cache"),
             ],
             outputs=[io.Latent.Output("latent", tooltip="The generated latents, for VAE Decode.")],
         )
@@ -204,10 +205,12 @@ class ChromaSampler(io.ComfyNode):
         end_step=0,
         add_noise=True,
         recipe_overrides="",
+        first_block_cache=0.0,
     ) -> io.NodeOutput:
         shift = flow_shift_of(flow_shift, flow_shift_value)
+        part = start_step, end_step or None, add_noise
         settings = SamplingSettings(
-            steps, guidance, seed, tail_bias, shift, method, denoise, spacing, start_step, end_step or None, add_noise
+            steps, guidance, seed, tail_bias, shift, method, denoise, spacing, *part, first_block_cache
         )
         rules = find_recipe(recipe, parse_overrides(recipe_overrides))
         with host.working():
@@ -226,7 +229,8 @@ def _sample(
     device = host.device()
     format_ = FLUX_LATENTS
     samples, notice = crop_latents(latent, format_, recipe.size_multiple)
-    host.say(f"{notice}\nRecipe {recipe.describe()}".strip())
+    said = f"{notice}\nRecipe {recipe.describe()}".strip()
+    host.say(said)
     B, _, rows, columns = samples.shape
     mask = noise_mask(latent, recipe.size_multiple // format_.downscale)
     matrix = host.components.preview_matrix(model.spec, device) if host.wants_previews() else None
@@ -240,6 +244,8 @@ def _sample(
     def on_step(info: StepInfo) -> None:
         picture = None if matrix is None else preview_image(info.denoised_BCHW, matrix)
         progress.step(info.step, info.steps, picture)
+        if settings.first_block_cache and info.step == info.steps:
+            host.say(f"{said}\nApproximate: the first-block cache cut {info.cut_short:.0%} of the passes short.")
 
     host.make_room(0)  # a transformer that is loaded already still needs room to compute
     with host.components.transformer(model, device) as transformer:
@@ -276,7 +282,8 @@ def block_effects(
     note, device = latent.get(OURS) or {}, host.device()
     if "settings" not in note:
         raise ConfigError("The latent is not Chroma Sampler's: link the latent that it gives for the image.")
-    settings, recipe = SamplingSettings(**note["settings"]), Recipe.from_dict(note["recipe"])
+    settings = SamplingSettings(**note["settings"] | {"first_block_cache": 0.0})  # its error would count as an effect
+    recipe = Recipe.from_dict(note["recipe"])
     if (settings.denoise, settings.start_step, settings.end_step, settings.add_noise) != (1.0, 0, None, True):
         raise ConfigError("The latent was not sampled from noise in one run: link one that was (denoise 1, all steps).")
     own = next((use for use in model.loras if Path(use.path) == Path(lora)), LoraUse(lora))

@@ -8,12 +8,18 @@ from comfy_api.latest import io
 
 from ..chroma_core.lora.strengths import parse_blocks
 from ..chroma_core.sampling.recipe import parse_overrides
-from ..chroma_core.training.config import LoraConfig, ObjectiveConfig, PreviewConfig, TrainingConfig
-from .option_widgets import ADVANCED, nested, values_at, widget
+from ..chroma_core.training.config import LoraConfig, ObjectiveConfig, PreserveConfig, PreviewConfig, TrainingConfig
+from .option_widgets import ADVANCED, lines, nested, values_at, widget
 from .schedule import SHIFTS, flow_shift_of, shift_value, shift_widgets
-from .sockets import ChromaTrainingType, schema
+from .sockets import ChromaTrainingType, TrainingPart, schema
 
-SECTIONS = {"": TrainingConfig, "lora": LoraConfig, "objective": ObjectiveConfig, "previews": PreviewConfig}
+SECTIONS = {
+    "": TrainingConfig,
+    "lora": LoraConfig,
+    "objective": ObjectiveConfig,
+    "previews": PreviewConfig,
+    "preserve": PreserveConfig,
+}
 
 WIDGETS: dict[str, Any] = {
     "gradient_accumulation": "gradient_accumulation",
@@ -81,6 +87,15 @@ WIDGETS: dict[str, Any] = {
     "deterministic": "deterministic",
     "sigma_shift_first": "objective.shift_first",
     "lr_pattern": widget(TrainingConfig, "lr_pattern", kind=io.String, default=""),
+    "preserve_class": "preserve.class_weight",
+    "preserve_class_word": "preserve.class_word",
+    "preserve_blank": "preserve.blank_weight",
+    "preserve_prompts": widget(
+        PreserveConfig, "prompts", "preserve_prompts", kind=io.String, multiline=True, default=""
+    ),
+    "preserve_prompts_weight": "preserve.prompts_weight",
+    "preserve_images": "preserve.images",
+    "preserve_share": "preserve.share",
     "hold_out": "hold_out",
     "keep_loras": "keep_loras",
     "stop_when_memorising": "stop_when_memorising",
@@ -115,6 +130,9 @@ class ChromaTrainingSettings(io.ComfyNode):
                 "lokr",
                 "ema",
                 "full finetune",
+                "prior preservation",
+                "differential output preservation",
+                "blank preservation",
             ],
             inputs=[_input(name, PATHS[name]) if name in PATHS else own for name, own in WIDGETS.items()],
             outputs=[ChromaTrainingType.Output("settings", tooltip="For Chroma Train LoRA.")],
@@ -122,19 +140,21 @@ class ChromaTrainingSettings(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
-        return io.NodeOutput(settings_from(inputs))
+        return io.NodeOutput(TrainingPart(settings_from(inputs)))
 
 
 def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
     """The node's widgets as a part of a `TrainingConfig`."""
     settings = nested(inputs, PATHS)
     settings["objective"]["flow_shift"] = flow_shift_of(inputs["sigma_shift"], inputs["sigma_shift_value"])
-    if patterns := [line.strip() for line in inputs["target_patterns"].splitlines() if line.strip()]:
+    if patterns := lines(inputs["target_patterns"]):
         settings["lora"]["target"] = patterns
     if overrides := parse_overrides(inputs.get("recipe_overrides", "")):
         settings["recipe_overrides"] = overrides
     if pattern := dict(parse_blocks(inputs.get("lr_pattern", ""), "lr_pattern")):
         settings["lr_pattern"] = pattern
+    if prompts := lines(inputs.get("preserve_prompts", "")):
+        settings.setdefault("preserve", {})["prompts"] = prompts
     if blocks := inputs.get("full_rank_blocks", "").strip():
         del settings["lora"]["save_dtype"]  # what is left in `lora` and is no default is refused when the job is made
         settings["full"] = {"target": blocks, "ema_decay": settings["lora"].pop("ema_decay", 0.0)}
@@ -151,6 +171,7 @@ def widgets_of(config: TrainingConfig) -> dict[str, Any]:
         "target_patterns": "" if isinstance(target, str) else "\n".join(target),
         "recipe_overrides": overrides_text(config),
         "lr_pattern": ", ".join(f"{pattern}:{factor:g}" for pattern, factor in config.lr_pattern.items()),
+        "preserve_prompts": "\n".join(" ".join(prompt.split()) for prompt in config.preserve.prompts),
         "full_rank_blocks": config.full.target if config.full else "",
     }
     return {**values_at(config, PATHS), **own, "ema_decay": config.ema_decay}

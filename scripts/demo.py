@@ -25,11 +25,21 @@ from _host import Host, HostError, start_host
 from _workflows import Prompt, change, load_api
 
 ORDINARY = (
-    "a red star on a blue background",
-    "a yellow circle on a black background",
-    "a green ring on a white background",
+    ("star", "red", "blue"),
+    ("circle", "yellow", "black"),
+    ("ring", "green", "white"),
+    ("cross", "purple", "pink"),
+    ("square", "cyan", "red"),
+    ("triangle", "black", "yellow"),
+    ("circle", "orange", "green"),
+    ("star", "white", "purple"),
+    ("ring", "blue", "orange"),
+    ("cross", "pink", "cyan"),
+    ("square", "green", "black"),
+    ("triangle", "red", "white"),
 )
-CONCEPT_PICTURES = 4
+"""Shape, colour and background; the prompts of the first few also run while training."""
+WHILE_TRAINING, SHOWN, SEEDS = 3, 4, 2
 WANTED_FALL = 0.30
 PROGRESS_SECONDS = 0.1 if sys.stdout.isatty() else 15.0  # a log wants few lines
 TINY = ROOT / "chroma_core" / "assets" / "tiny"  # the model of the example workflows
@@ -86,7 +96,7 @@ def on_cpu(asked: bool) -> bool:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def painting(text: str, seed: int, lora: str | None = None) -> Prompt:
+def prompt_for(text: str, seed: int, lora: str | None = None) -> Prompt:
     """The text-to-image workflow, or the one with a LoRA, for another text and seed."""
     prompt = load_api("chroma_3_use_lora" if lora else "chroma_1_first_picture")
     if lora:
@@ -99,10 +109,10 @@ def concept_texts(train: Prompt) -> list[str]:
     folders = [node["inputs"]["folder"] for node in train.values() if node["class_type"] == "ChromaDataset"]
     heldout = next(ROOT / "example_datasets" / name for name in folders if name.endswith("_heldout"))
     captions = [path.read_text(encoding="utf-8").strip() for path in sorted(heldout.glob("*.txt"))]
-    return list(dict.fromkeys(captions))[:CONCEPT_PICTURES]
+    return list(dict.fromkeys(captions))
 
 
-def paint(host: Host, prompts: list[Prompt], label: str) -> list:
+def generate(host: Host, prompts: list[Prompt], label: str) -> list:
     """One image for each prompt."""
     from tqdm import tqdm
 
@@ -127,7 +137,7 @@ def job_status(host: Host, job_id: str) -> dict[str, Any]:
     return host.get(f"/chromakit/jobs/{job_id}")
 
 
-def paint_while_training(host: Host, job_id: str, prompts: list[Prompt], expected: list) -> list[dict[str, Any]]:
+def generate_while_training(host: Host, job_id: str, prompts: list[Prompt], expected: list) -> list[dict[str, Any]]:
     """Run ordinary prompts while the job trains; for each: how far training was, and if the image is the same."""
     while (status := job_status(host, job_id))["state"] in BUSY_STATES and status["step"] < 1:
         time.sleep(0.2)
@@ -200,56 +210,93 @@ def save_pictures(pictures: list, folder: Path, name: str) -> list[str]:
     return [str(path) for path in paths]
 
 
-def contact_sheet(rows: list[tuple[str, list]], captions: list[str], cell: int = 224, margin: int = 12):
-    """Rows of images, each with a title, above one caption a column."""
+Rows = list[tuple[str, list]]
+"""Titles, and images in a row."""
+
+
+def contact_sheet(groups: list[tuple[Rows, list[str]]], cell: int = 224, margin: int = 12):
+    """Groups of rows, each row with a title, above one caption a column."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, left, text_height = ImageFont.load_default(15), 110, 60
-    width = left + len(captions) * (cell + margin) + margin
-    sheet = Image.new("RGB", (width, len(rows) * (cell + margin) + text_height + margin), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (title, pictures) in enumerate(rows):
-        top = margin + row * (cell + margin)
-        draw.multiline_text((margin, top + cell // 2 - 16), title, "black", font)
-        for column, picture in enumerate(pictures):
-            enlarged = picture.resize((cell, cell), Image.Resampling.BICUBIC)
-            sheet.paste(enlarged, (left + column * (cell + margin), top))
-    for column, caption in enumerate(captions):
-        words, lines = caption.split(), [""]
-        for word in words:
-            longer = f"{lines[-1]} {word}".strip()
-            lines = [*lines[:-1], longer] if draw.textlength(longer, font) <= cell else [*lines, word]
-        position = (left + column * (cell + margin), margin + len(rows) * (cell + margin))
-        draw.multiline_text(position, "\n".join(lines[:3]), "black", font)
+    width = left + max(len(captions) for _, captions in groups) * (cell + margin) + margin
+    height = margin + sum(len(rows) * (cell + margin) + text_height for rows, _ in groups)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw, top = ImageDraw.Draw(sheet), margin
+    for rows, captions in groups:
+        for title, pictures in rows:
+            draw.multiline_text((margin, top + cell // 2 - 16), title, "black", font)
+            for column, picture in enumerate(pictures):
+                enlarged = picture.resize((cell, cell), Image.Resampling.BICUBIC)
+                sheet.paste(enlarged, (left + column * (cell + margin), top))
+            top += cell + margin
+        for column, caption in enumerate(captions):
+            words, lines = caption.split(), [""]
+            for word in words:
+                longer = f"{lines[-1]} {word}".strip()
+                lines = [*lines[:-1], longer] if draw.textlength(longer, font) <= cell else [*lines, word]
+            draw.multiline_text((left + column * (cell + margin), top), "\n".join(lines[:3]), "black", font)
+        top += text_height
     return sheet
+
+
+def ordinary_rate(pictures: list) -> float:
+    """Share of images of the `ORDINARY` prompts, in order, that show shape, colour and background of theirs."""
+    import numpy as np
+
+    from tools.tiny.world import read_picture
+
+    seen = [read_picture(np.array(picture.convert("RGB"))) for picture in pictures]
+    right = [(r.shape, r.colour, r.background) == wanted for r, wanted in zip(seen, ORDINARY, strict=True)]
+    return sum(right) / len(right)
+
+
+def concept_rate(pictures: list, texts: list[str]) -> float:
+    """Share of images of captions that show the emblem, on the background that the caption names."""
+    import numpy as np
+
+    from tools.tiny.example_dataset import read_emblem
+
+    seen = [read_emblem(np.array(picture.convert("RGB"))) for picture in pictures]
+    right = [reading.right(text.split()[-2]) for reading, text in zip(seen, texts, strict=True)]
+    return sum(right) / len(right)
 
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
 
 
 def run_demo(host: Host, output: Path, steps: int | None) -> Findings:
-    """Paint, train while generating, generate again; write images and report under `output`."""
+    """Generate, train while generating, generate again; write images and report under `output`."""
+    from tools.tiny.world import plain_caption
+
     found, pictures = Findings(), output / "images"
     train = load_api("chroma_train_lora")
     if steps:
         train = change(train, "ChromaTrainLora", steps=steps)
-    texts = concept_texts(train)
+    texts = concept_texts(train) * SEEDS
+    plain = [plain_caption(*each) for each in ORDINARY]
 
-    ordinary = [painting(text, seed=100 + i) for i, text in enumerate(ORDINARY)]
-    expected = paint(host, ordinary, "ordinary images, nothing training")
-    base = paint(host, [painting(text, seed=42 + i) for i, text in enumerate(texts)], "the concept, without LoRA")
+    ordinary = [prompt_for(text, seed=100 + i) for i, text in enumerate(plain)]
+    expected = generate(host, ordinary, "ordinary images, nothing training")
+    base = generate(host, [prompt_for(text, seed=42 + i) for i, text in enumerate(texts)], "the concept, without LoRA")
     host.forget_cached_outputs()
 
     say(f"training on the concept of {len(texts)} held-out captions such as “{texts[0]}”")
     start = time.monotonic()
     job_id = start_training(host, train)
-    served = paint_while_training(host, job_id, ordinary, expected)
+    during = slice(WHILE_TRAINING)
+    served = generate_while_training(host, job_id, ordinary[during], expected[during])
     status = wait_for_job(host, job_id)
     job_seconds = time.monotonic() - start
 
-    lora = Path(status["lora_path"])
-    with_lora = paint(
-        host, [painting(text, 42 + i, status["lora_name"]) for i, text in enumerate(texts)], "the concept, with LoRA"
+    lora = host.base / status["lora_path"]
+    with_lora = generate(
+        host, [prompt_for(text, 42 + i, status["lora_name"]) for i, text in enumerate(texts)], "the concept, with LoRA"
+    )
+    after = generate(
+        host,
+        [prompt_for(text, 100 + i, status["lora_name"]) for i, text in enumerate(plain)],
+        "ordinary images, with LoRA",
     )
     matched, total = native_modules(lora)
     in_time = [entry for entry in served if entry["state_after"] in BUSY_STATES and entry["really_run"]]
@@ -271,13 +318,20 @@ def run_demo(host: Host, output: Path, steps: int | None) -> Findings:
         "job_seconds": round(job_seconds, 1),
         "prompts_while_training": served,
         "captions": texts,
+        "concept_rate": concept_rate(with_lora, texts),
+        "ordinary_rate_base": ordinary_rate(expected),
+        "ordinary_rate_lora": ordinary_rate(after),
     }
     found.require(fall >= WANTED_FALL, f"the held-out loss fell by {fall:.0%}, wanted {WANTED_FALL:.0%}")
     found.require(len(in_time) >= 2, f"only {len(in_time)} prompts were served while training, wanted 2")
     same = all(entry["equal"] for entry in served)
     found.require(same, "an image made during training differs from the one made without")
     found.require(0 < matched == total, f"the host's LoRA loader matched {matched} of {total} modules")
-    sheet = contact_sheet([("without\nLoRA", base), ("with\nLoRA", with_lora)], texts)
+    titles, first = ("without\nLoRA", "with\nLoRA"), slice(SHOWN)
+    shown = (([base, with_lora], texts), ([expected, after], plain))
+    sheet = contact_sheet(
+        [([(title, row[first]) for title, row in zip(titles, rows, strict=True)], of[first]) for rows, of in shown]
+    )
     sheet.save(output / "contact_sheet.png")
     return found
 
@@ -300,6 +354,9 @@ def tell(found: Findings, output: Path) -> None:
     report = found.report
     print(f"\nheld-out loss  {report['heldout_loss_base']:.4f} → {report['heldout_loss_lora']:.4f}", end="")
     print(f"  (−{report['heldout_loss_fall']:.0%}) after {report['steps']} steps, {report['train_seconds']:.0f} s")
+    rates = {name: f"{report[name]:.0%}" for name in ("concept_rate", "ordinary_rate_base", "ordinary_rate_lora")}
+    print(f"images right   concept {rates['concept_rate']}, ordinary prompts {rates['ordinary_rate_lora']}", end="")
+    print(f" (without the LoRA {rates['ordinary_rate_base']})")
     print(f"LoRA           {report['lora_path']}")
     print(f"images       {output / 'contact_sheet.png'}")
     print(f"report         {output / 'report.json'}")

@@ -1,8 +1,8 @@
 """Runs the tests: `python scripts/test.py [--core] [--host] [--browser] [--lint] [pytest options]`.
 
 Without a choice, core, host and browser run. Each part is a pytest process of its own, because the host's `comfy`
-package changes torch's global settings when it is imported; with more than two cores the browser's runs beside the
-others, and the linters beside the first. The exit status is 0 only if everything passed.
+package changes torch's global settings when it is imported. The browser's tests and, at a low priority, the linters run
+beside the others, fill what those leave idle, and are shown after them. The exit status is 0 only if everything passed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from pathlib import Path
 
 from _environment import HOST, ROOT, VENV, ensure_environment, host_folder, say
 
-PARTS = ("core", "host", "browser")
+TESTS = ("core", "host", "browser")
+PARTS = (*TESTS, "lint")
+BESIDE = ("browser", "lint")
+"""What begins with the first part."""
 COUNTED = ("passed", "failed", "error", "errors", "skipped", "xfailed", "xpassed", "deselected")
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NODE_MODULES = ROOT / "node_modules"
 NOTHING_COLLECTED = 5
-TWO = min(2, os.cpu_count() or 1)
-SIDE_BY_SIDE = (os.cpu_count() or 1) > 2
-"""On two cores one part keeps both busy: measured, nothing is gained."""
-PROCESSES = {"core": min(4, os.cpu_count() or 1), "host": TWO, "browser": TWO}
+CORES = os.cpu_count() or 1
+PROCESSES = {"core": min(4, CORES), "host": min(2, CORES), "browser": min(2, CORES)}
 """Core tests share nothing but the file system, the others a server for each process: their files are dealt out."""
 DEALT = ("--dist", "loadscope", "--no-loadscope-reorder")
 """By whole files, and in the order, that tests/conftest.py gives them."""
@@ -74,9 +75,12 @@ def run(command: list[str]) -> tuple[int, str]:
     return Running(command).shown()
 
 
-def tests_of(part: str, extra: list[str], beside: bool = False) -> Running:
-    """Begin the tests of a part."""
-    processes = PROCESSES[part]
+def begin(part: str, extra: list[str], beside: bool = False) -> Running:
+    """Begin a part; `beside` another one tests take a single process on few cores, and linters a low priority."""
+    if part == "lint":
+        gently = ["nice", "-n", "5"] if beside and shutil.which("nice") else []
+        return Running([*gently, sys.executable, str(Path(__file__).resolve()), "--lint"], later=beside)
+    processes = 1 if beside and CORES <= 2 else PROCESSES[part]
     dealt = ["-n", str(processes), *DEALT] if processes > 1 else []
     return Running([sys.executable, "-m", "pytest", f"tests/{part}", *dealt, *SLOWEST, *extra], later=beside)
 
@@ -149,11 +153,29 @@ def check_page() -> int | None:
     return run([*node, str(NODE_MODULES / "typescript" / "bin" / "tsc"), "--pretty", "false"])[0]
 
 
+def lint() -> int:
+    """Run every linter; the exit status."""
+    failed = []
+    for command in (["ruff", "check", "."], ["pyright", *pyright_options()]):
+        print(f"\n=== {' '.join(command)} ===", flush=True)
+        if run([sys.executable, "-m", *command])[0]:
+            failed.append(command[0])
+    print("\n=== tsc ===", flush=True)
+    status = check_page()
+    failed += ["tsc"] if status else []
+    skipped = int(status is None)
+    print(f"\n=== not green: {', '.join(failed)} ===" if failed else "")
+    print(f"{3 - skipped - len(failed)} passed, {len(failed)} failed, {skipped} skipped")
+    return 1 if failed else 0
+
+
 def main() -> int:
     chosen, extra = arguments()
     ensure_environment()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    parts = [part for part in PARTS if getattr(chosen, part)] or ([] if chosen.lint else list(PARTS))
+    parts = [part for part in PARTS if getattr(chosen, part)] or list(TESTS)
+    if parts == ["lint"]:
+        return lint()
     start, counts, failed = time.monotonic(), dict.fromkeys(COUNTED, 0), []
 
     if "browser" in parts:
@@ -163,36 +185,22 @@ def main() -> int:
                 "No chromium or google-chrome was found, and only root can install it through apt. Install one, "
                 "or name it in CHROMIUM_PATH, or choose the other parts: python scripts/test.py --core --host"
             )
-    empty, begun = 0, {}
-    if SIDE_BY_SIDE and parts[1:] and "browser" in parts:
-        say("tests/browser runs beside the others, and is shown after them")
-        begun["browser"] = tests_of("browser", extra, beside=True)
-    if SIDE_BY_SIDE and parts and chosen.lint and parts[0] not in begun:
-        begun[parts[0]] = tests_of(parts[0], extra)  # what it says meanwhile waits in the pipe
-
-    lints = [["ruff", "check", "."], ["pyright", *pyright_options()]] if chosen.lint else []
-    for lint in lints:
-        print(f"\n=== {' '.join(lint)} ===", flush=True)
-        status, _ = run([sys.executable, "-m", *lint])
-        counts["passed" if status == 0 else "failed"] += 1
-        failed += [lint[0]] if status else []
-    if chosen.lint:
-        print("\n=== tsc ===", flush=True)
-        status = check_page()
-        counts["skipped" if status is None else "failed" if status else "passed"] += 1
-        failed += ["tsc"] if status else []
-
+    empty = 0
+    beside = [part for part in parts[1:] if part in BESIDE]
+    if beside:
+        say(f"beside {parts[0]}, shown at the end: {', '.join(beside)}")
+    begun = {part: begin(part, extra, beside=True) for part in beside}
     for part in parts:
-        print(f"\n=== tests/{part} ===", flush=True)
-        status, last = (begun.get(part) or tests_of(part, extra)).shown()
+        print(f"\n=== {part} ===", flush=True)
+        status, last = (begun.get(part) or begin(part, extra)).shown()
         for number, word in re.findall(r"(\d+) (\w+)", last):
             if word in counts:
                 counts[word] += int(number)
         if status == NOTHING_COLLECTED and extra:
             empty += 1  # a -k that fits another part
         elif status != 0:
-            failed.append(f"tests/{part}")
-    if parts and empty == len(parts):
+            failed.append(part)
+    if empty and empty == len([part for part in parts if part in TESTS]):
         failed.append("no test was selected")
 
     counts["failed"] += counts.pop("error") + counts.pop("errors")

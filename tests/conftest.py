@@ -15,7 +15,8 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are tens of times slower on oversubscribed threads
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from _host import Host, start_host  # noqa: E402
+from _host import Host  # noqa: E402
+from watching import watched_host  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +69,6 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """A real ComfyUI with this pack, on the CPU, in a base directory of its own; see `scripts/_host.py`."""
-    with start_host(tmp_path_factory.mktemp("host")) as host:
+    """A real ComfyUI with this pack, on the CPU, in a base directory of its own, and watched; see `watching.strays`."""
+    with watched_host(tmp_path_factory.mktemp("host")) as host:
         yield host

@@ -225,21 +225,22 @@ class Trials:
         if not alive:
             return NO_KILL, NO_KILL
         half = where == "checkpoint" and any((self.work / name / "jobs").glob("*/checkpoints/.step-*.tmp"))
-        return where, f"{self.where(name)}, {where}{', a checkpoint half written' if half else ''}"
+        return where, f"{reached(self.work / name)}, {where}{', a checkpoint half written' if half else ''}"
 
     @staticmethod
     def _wait(process: Any, ready: Callable[[], bool]) -> None:
         while process.is_alive() and not ready():
             time.sleep(0.0005)
 
-    def where(self, name: str) -> str:
-        """State and step that a killed run had reached, as its files tell."""
-        jobs = list((self.work / name / "jobs").glob("*/job.json"))
-        if not jobs:
-            return "before the job's first file"
-        status = json.loads(jobs[0].read_text())
-        logged = read_metrics(self.work / name)
-        return f"{status['state']}, step {logged[-1]['step'] if logged else 0} {status['message']}".strip()
+
+def reached(output: Path) -> str:
+    """State and step that a killed run had reached, as its files tell."""
+    jobs = list(output.glob("jobs/*/job.json"))
+    if not jobs:
+        return "before the job's first file"
+    status = json.loads(jobs[0].read_text())
+    logged = read_metrics(output)
+    return f"{status['state']}, step {logged[-1]['step'] if logged else 0} {status['message']}".strip()
 
 
 def read_metrics(output: Path) -> list[dict[str, Any]]:

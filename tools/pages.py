@@ -5,8 +5,9 @@ A place is what stands between the lines `<!-- begin NAME -->` and `<!-- end NAM
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 
@@ -27,6 +28,18 @@ def filled(page: str, name: str, text: str) -> str:
     if count != 1:
         raise SystemExit(f"The page has {count} places '<!-- begin {name} -->'; expected one.")
     return page
+
+
+def keep_current(path: Path, page: Callable[[], str], description: str | None) -> int:
+    """The command of a page's maker: writes `page()`, or with `--check` only compares; the exit status."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is current")
+    if parser.parse_args().check:
+        current = path.read_text(encoding="utf-8") == page()
+        print(f"{path.name} is {'current' if current else 'out of date'}")
+        return 0 if current else 1
+    path.write_text(page(), encoding="utf-8")
+    return 0
 
 
 def fill(path: Path, name: str, text: str) -> None:

@@ -109,8 +109,8 @@ def row(judge: Any, share: float, steps: int, seed: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--time", action="store_true", help="only measure what a step saves")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rounds", type=int, default=4, help="how often the step is timed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="one job each")
     parser.add_argument("--share", type=float, default=SHARE, help="of the image's tokens that go around")
     parser.add_argument("--ratio", type=float, default=0.6, help="what --time said")
     options = parser.parse_args()

@@ -113,7 +113,7 @@ def job_config(case: Case, seed: int, data: Path) -> dict[str, Any]:
 class Truth(Judge):
     """What the trainer never sees: other images and noises, and the images that a LoRA makes."""
 
-    painting: ClassVar = {"steps": 8, "guidance": 4.0}
+    sampling: ClassVar = {"steps": 8, "guidance": 4.0}
 
     def loss(self, lora: Path | None) -> list[float]:
         """On images and noises that the trainer never has, at each noise level."""
@@ -125,8 +125,8 @@ class Truth(Judge):
         """The picture test: shares of the concept and of ordinary prompts that come out right."""
         which, ordinary = [*range(len(self.captions))] * CONCEPTS, self.ordinary[:ORDINARY]
         with self.wearing(lora):
-            concept = self.paint([self.captions[i] for i in which], CONCEPT_SEED)
-            plain = self.paint([plain_caption(*triple) for triple in ordinary], ORDINARY_SEED)
+            concept = self.generate([self.captions[i] for i in which], CONCEPT_SEED)
+            plain = self.generate([plain_caption(*triple) for triple in ordinary], ORDINARY_SEED)
         emblems = [read_emblem(picture) for picture in decode(self.vae, concept)]
         shapes = [read_picture(picture) for picture in decode(self.vae, plain)]
         right = [e.right(self.readings[i].background) for e, i in zip(emblems, which, strict=True)]

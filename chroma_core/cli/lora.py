@@ -39,11 +39,11 @@ def inspect_lora_options(inspect: argparse.ArgumentParser) -> None:
         "of them at a time",
     )
     inspect.add_argument("--prompt", default=None, help="of that image, as for sample")
-    inspect.add_argument("--negative", default="")
+    inspect.add_argument("--negative", default="", help="of that image")
     inspect.add_argument("--groups", type=int, default=8, help="about how many groups of blocks (default: 8)")
     for name, kind in {"strength": float, "seed": int, "steps": int, "guidance": float, **SIZE}.items():
-        inspect.add_argument(f"--{name}", type=kind, default=None)
-    inspect.add_argument("--device", default=None)
+        inspect.add_argument(f"--{name}", type=kind, default=None, help="of that image")
+    inspect.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best)")
     inspect.set_defaults(run=_inspect)
 
 
@@ -88,7 +88,7 @@ def _inspect(options: argparse.Namespace) -> None:
         from ..lora.report import heat_map
         from ..model.images import png_bytes
 
-        write_atomic(options.heat_map, png_bytes(heat_map(norms), {"lora": str(options.file)}))
+        write_atomic(options.heat_map, png_bytes(heat_map(norms), {"lora": Path(options.file).name}))
     if options.effects:
         report["effects"] = _effects(options)
     for warning in report["warnings"]:

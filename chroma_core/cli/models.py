@@ -18,7 +18,9 @@ def fetch_options(fetch: argparse.ArgumentParser) -> None:
     """What fetch is asked."""
     from ..model.flavours import FLAVOURS
 
-    fetch.add_argument("--flavour", default="base", choices=[f.name for f in FLAVOURS.values() if f.repository])
+    fetch.add_argument(
+        "--flavour", default="base", choices=[f.name for f in FLAVOURS.values() if f.repository], help="which Chroma"
+    )
     fetch.add_argument("--part", action="append", choices=PARTS, help="only this part; repeat for several")
     fetch.add_argument("--revision", default=None, help="a commit or branch (default: the pinned one)")
     fetch.set_defaults(run=_fetch)
@@ -27,7 +29,7 @@ def fetch_options(fetch: argparse.ArgumentParser) -> None:
 def quantise_options(quantise: argparse.ArgumentParser) -> None:
     """What quantise is asked."""
     add_model_options(quantise)
-    quantise.add_argument("--part", default="transformer", choices=["transformer", "text_encoder"])
+    quantise.add_argument("--part", default="transformer", choices=["transformer", "text_encoder"], help="which part")
     quantise.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     quantise.add_argument("--device", default=None, help="where to quantise: cuda, mps or cpu (default: the best)")
     quantise.set_defaults(run=_quantise)
@@ -35,7 +37,7 @@ def quantise_options(quantise: argparse.ArgumentParser) -> None:
 
 def inspect_model_options(inspect: argparse.ArgumentParser) -> None:
     """What inspect-model is asked."""
-    inspect.add_argument("file", type=Path)
+    inspect.add_argument("file", type=Path, help="a model's, text encoder's or VAE's file")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 

@@ -25,12 +25,14 @@ def parity_options(parity: argparse.ArgumentParser) -> None:
     add_model_options(parity, offload="none")
     parity.add_argument("--job", type=Path, help="a job's folder: replay its last preview")
     parity.add_argument("--preview", type=Path, metavar="PNG", help="replay this preview of a training job")
-    parity.add_argument("--prompt", default="a photo of a sks emblem")
-    parity.add_argument("--negative", default="")
+    parity.add_argument("--prompt", default="a photo of a sks emblem", help="of the image (default: one of tiny's)")
+    parity.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
     for name, kind in {"width": int, "height": int, "steps": int, "guidance": float}.items():
-        parity.add_argument(f"--{name}", type=kind, default=None)
-    parity.add_argument("--seed", type=int, default=42)
-    parity.add_argument("--recipe", choices=list(RECIPES), default="canonical")
+        parity.add_argument(f"--{name}", type=kind, default=None, help="of the image")
+    parity.add_argument("--seed", type=int, default=42, help="of the noise")
+    parity.add_argument(
+        "--recipe", choices=list(RECIPES), default="canonical", help="how texts are encoded and numbers rounded"
+    )
     add_lora_flags(parity)
     parity.add_argument(
         "--factors",
@@ -39,7 +41,7 @@ def parity_options(parity: argparse.ArgumentParser) -> None:
         help="also change one number at a time: recipe schedule guidance lora precision size seed (none named: all)",
     )
     parity.add_argument("--no-comfyui", action="store_true", help="do not start a ComfyUI for the image of the nodes")
-    parity.add_argument("--device", default=None)
+    parity.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best)")
     parity.add_argument("--output", type=Path, default=None, help="write parity.png and parity.json to this folder")
     parity.add_argument("--json", action="store_true", help="print JSON")
     parity.set_defaults(run=_parity)
@@ -69,29 +71,29 @@ def _compare(options: argparse.Namespace, folder: Path) -> Any:
     device = best_device(options.device)
     kinds = _kinds(options.factors)
     case, preview = _case(options, folder, device)
-    painted: dict[str, Any] = {} if preview is None else {"preview": preview}
+    images: dict[str, Any] = {} if preview is None else {"preview": preview}
     components = ComponentCache()
 
-    def paint(name: str, how: Callable[[], Any]) -> Any:
+    def generate(name: str, how: Callable[[], Any]) -> Any:
         print(f"sampling: {name}", file=sys.stderr, flush=True)
         try:
             return how()
         except NotRun as reason:
             return reason
 
-    painted["core"] = paint("core", lambda: in_process(case, components, device))
-    painted["cli"] = paint("command line", lambda: through_command_line(case, folder / "cli", device))
-    painted["node"] = paint("nodes", lambda: _through_nodes(case, folder / "host", device, options.no_comfyui))
-    painted["diffusers"] = paint("diffusers", lambda: through_diffusers(case, device))
+    images["core"] = generate("core", lambda: in_process(case, components, device))
+    images["cli"] = generate("command line", lambda: through_command_line(case, folder / "cli", device))
+    images["node"] = generate("nodes", lambda: _through_nodes(case, folder / "host", device, options.no_comfyui))
+    images["diffusers"] = generate("diffusers", lambda: through_diffusers(case, device))
     as_it_ships = "diffusers_float_mask"
-    painted[as_it_ships] = paint(as_it_ships, lambda: through_diffusers(case, device, "float"))
+    images[as_it_ships] = generate(as_it_ships, lambda: through_diffusers(case, device, "float"))
     for mode in case.lora_modes if case.loras else ():
-        painted[mode] = paint(mode, lambda mode=mode: in_process(case.with_loras(mode=mode), components, device))
+        images[mode] = generate(mode, lambda mode=mode: in_process(case.with_loras(mode=mode), components, device))
     report = Report(case)
-    report.add_pairs(painted)
+    report.add_pairs(images)
     for factor in vary(case, kinds) if kinds else ():
-        changed = paint(factor.name, lambda factor=factor: in_process(factor.case, components, device))
-        report.add_factor(factor, painted["core"], changed)
+        changed = generate(factor.name, lambda factor=factor: in_process(factor.case, components, device))
+        report.add_factor(factor, images["core"], changed)
     return report
 
 

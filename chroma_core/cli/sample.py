@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..model.flavours import Flavour
     from ..sampling.recipe import Recipe
-    from ..sampling.sampler import SamplingSettings
+    from ..sampling.sampler import SamplingSettings, StepInfo
 
 
 def sample_options(sample: argparse.ArgumentParser) -> None:
@@ -34,10 +34,12 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
     sample.add_argument("--trigger", default="", help="the word that replaces [trigger]")
     add_lora_flags(sample)
-    sample.add_argument("--lora-mode", choices=["live", "merged"], default="live")
+    sample.add_argument(
+        "--lora-mode", choices=["live", "merged"], default="live", help="beside the weights, or added to them"
+    )
     sample.add_argument("--allow-partial", action="store_true", help="apply LoRAs of which only some layers fit, too")
-    sample.add_argument("--width", type=int, default=None)
-    sample.add_argument("--height", type=int, default=None)
+    sample.add_argument("--width", type=int, default=None, help="of the image, in pixels")
+    sample.add_argument("--height", type=int, default=None, help="of the image, in pixels")
     add_flag(sample, SamplingSettings, "steps", default=None)
     add_flag(sample, SamplingSettings, "guidance", default=None)
     for field in ("seed", "tail_bias", "flow_shift", "method", "spacing"):
@@ -47,7 +49,10 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     add_flag(sample, SamplingSettings, "denoise", help="With --image: how much of it is generated anew.")
     add_flag(sample, SamplingSettings, "start_step")
     add_flag(sample, SamplingSettings, "end_step")
-    sample.add_argument("--recipe", choices=list(RECIPES), default="canonical")
+    add_flag(sample, SamplingSettings, "first_block_cache")
+    sample.add_argument(
+        "--recipe", choices=list(RECIPES), default="canonical", help="how texts are encoded and numbers rounded"
+    )
     sample.add_argument(
         "--recipe-set",
         action="append",
@@ -55,7 +60,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="change a field of the recipe, e.g. noise_dtype=bf16; repeat for several",
     )
-    sample.add_argument("--device", default=None)
+    sample.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best)")
     sample.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
     sample.add_argument("--save-latents", action="store_true", help="also write the latents, beside each image")
     sample.set_defaults(run=_sample)
@@ -97,6 +102,12 @@ def _sample(options: argparse.Namespace) -> None:
         cache.transformer(handle, device) as transformer,
         tqdm(total=settings.run_steps, unit="step", desc="sampling") as bar,
     ):
+
+        def show(info: StepInfo) -> None:
+            if settings.first_block_cache:
+                bar.set_postfix_str(f"approximate, {info.cut_short:.0%} of the passes cut short")
+            bar.update()
+
         latents = sample(
             transformer,
             positive,
@@ -105,7 +116,7 @@ def _sample(options: argparse.Namespace) -> None:
             height=options.height if options.height is not None else chosen.size,
             settings=settings,
             recipe=rules,
-            on_step=lambda _: bar.update(),
+            on_step=show,
             **start,
         )
     vae = cache.vae(spec, device)
@@ -131,7 +142,7 @@ def settings_from(options: argparse.Namespace, chosen: Flavour) -> SamplingSetti
 
     if options.image is None and (options.mask is not None or options.denoise < 1 or options.start_step):
         raise ConfigError("--mask, --denoise below 1 and --start-step change an image: name it with --image.")
-    same = ("seed", "tail_bias", "method", "denoise", "spacing", "start_step", "end_step")
+    same = ("seed", "tail_bias", "method", "denoise", "spacing", "start_step", "end_step", "first_block_cache")
     return SamplingSettings(
         steps=options.steps if options.steps is not None else chosen.steps,
         guidance=options.guidance if options.guidance is not None else chosen.guidance,
@@ -235,7 +246,7 @@ def _request(options: argparse.Namespace) -> None:
     cache = ComponentCache()
     for request, spec, loras in planned:
         total = sum(picture.sample_steps for picture in request.pictures())
-        with tqdm(total=total, unit="step", desc="painting") as bar:
+        with tqdm(total=total, unit="step", desc="sampling") as bar:
 
             def show(picture: int, done: int, steps: int, bar=bar, of=request) -> None:
                 bar.set_postfix_str(f"image {picture + 1} of {len(of.prompts)}")

@@ -7,11 +7,15 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..training.config import TrainingConfig
+    from ..training.distributed.world import World
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C or SIGTERM, as shells have it."""
@@ -42,11 +46,20 @@ def train_options(train: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from ..model.device import best_device
-    from ..training.config import TrainingConfig
-    from ..training.distributed.world import launched
-    from ..training.jobs.blocking import branch_job, continue_job, run_job
+    from ..training.distributed.world import ALONE, MainFailed, Processes, launched
 
+    try:
+        world = Processes(options.device, options.sharding) if launched() else ALONE
+        return _trained(options, world.main_first(lambda: _asked(options, world)), world)
+    except MainFailed:
+        return 1  # what is to be said, rank 0 says
+
+
+def _asked(options: argparse.Namespace, world: World) -> TrainingConfig | None:
+    """The job of the file, if one is given. Raises ConfigError, also for options that do not go together."""
+    from ..training.config import TrainingConfig
+
+    several = world.size > 1
     branch, rate = options.branch, options.learning_rate
     if bool(branch) != (rate is not None) or (options.step and not branch):
         raise ConfigError("--branch JOB_ID goes with --learning-rate RATE, and --step N with both.")
@@ -60,24 +73,25 @@ def _train(options: argparse.Namespace) -> int:
         raise ConfigError("--extend and --force go with --job or --resume, --restart with neither.")
     if options.extend < 0:
         raise ConfigError(f"--extend is {options.extend}; it must be the number of steps to add.")
-    config = TrainingConfig.from_toml(options.job) if options.job else None
-    world, main = None, True
-    if launched():
-        from ..training.distributed.world import Processes
-        from ..training.jobs.blocking import run_distributed
-
-        if config is None or job_id:
-            raise ConfigError(
-                "--job and --resume change a job, which one process does. Start it with a job file on several; a job "
-                "that was changed is found by the options that it has now."
-            )
-        world = Processes(options.device, options.sharding)
-        main = world.main
-    elif options.sharding == "fsdp":
+    if several and job_id:
+        raise ConfigError(
+            "--job, --resume and --branch change a job, which one process does. Start it with a job file on several; a "
+            "job that was changed is found by the options that it has now."
+        )
+    if options.sharding == "fsdp" and not several:
         raise ConfigError(
             "--sharding fsdp divides the model among several processes, but this is one. Start it with torchrun or "
             "accelerate launch (see docs/training.md), or leave --sharding out."
         )
+    return TrainingConfig.from_toml(options.job) if options.job else None
+
+
+def _trained(options: argparse.Namespace, config: TrainingConfig | None, world: World) -> int:
+    from ..model.device import best_device
+    from ..training.distributed.world import Processes
+    from ..training.jobs.blocking import branch_job, continue_job, run_distributed, run_job
+
+    main, job_id = world.main, options.job_id or options.resume
     with tqdm(unit="step", desc="preparing", disable=not main) as bar:
 
         def show(status: dict) -> None:
@@ -90,20 +104,21 @@ def _train(options: argparse.Namespace) -> int:
         places: dict[str, Any] = {
             "root": options.output / "jobs",
             "loras_folder": options.output / "loras",
-            "device": best_device(options.device) if world is None else world.device,
+            "device": world.device if isinstance(world, Processes) else best_device(options.device),
             "on_status": show,
         }
         if_exists = "restart" if options.restart else "resume"
-        if branch:
-            status = branch_job(branch, options.step, rate, **places)
+        if options.branch:
+            status = branch_job(options.branch, options.step, options.learning_rate, **places)
         elif job_id:
             status = continue_job(job_id, **places, config=config, extend=options.extend, force=options.force)
-        elif world is not None and config is not None:
-            status = run_distributed(config, **places, if_exists=if_exists, world=world)
         else:
-            assert config is not None
-            status = run_job(config, **places, if_exists=if_exists)
-    if world is not None and status["state"] == "completed":
+            assert config is not None  # see `_asked`
+            if isinstance(world, Processes):
+                status = run_distributed(config, **places, if_exists=if_exists, world=world)
+            else:
+                status = run_job(config, **places, if_exists=if_exists)
+    if isinstance(world, Processes) and status["state"] == "completed":
         world.close()
     if main:
         shown = ["id", "state", "step", "heldout_loss_base", "heldout_loss", "best_step", "verdict"]
@@ -118,7 +133,7 @@ def _train(options: argparse.Namespace) -> int:
             command = f"python -m chroma_core train --resume {job}{place}"
             print(f"interrupted: job {job}, saved at step {saved}. Go on with: {command}", file=sys.stderr)
         return INTERRUPTED
-    if status["state"] != "completed":
+    if status["state"] != "completed" and (main or status["message"]):
         print(f"error: the job {status['state']}: {status.get('message') or 'no reason given'}", file=sys.stderr)
     return 0 if status["state"] == "completed" else 1
 

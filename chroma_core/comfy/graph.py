@@ -131,8 +131,10 @@ def to_prompt(
         how = request.lora_mode, lora.allow_partial, lora.blocks, lora.schedule
         model = graph.add_lora(i, model, name, lora.network_multiplier, *how)
     for i, picture in enumerate(pictures):
-        chosen, widgets = picture.settings(), ("seed", "steps", "guidance", "tail_bias", "denoise")
+        chosen, widgets = request.settings(picture), ("seed", "steps", "guidance", "tail_bias", "denoise")
         settings = {name: getattr(chosen, name) for name in widgets} | {"recipe": request.recipe}
+        if chosen.first_block_cache:
+            settings["first_block_cache"] = chosen.first_block_cache
         size = (picture.width, picture.height)
         graph.add_image(model, loader, picture.prompt, picture.neg, size, settings, filename_prefix, i)
     return graph.prompt

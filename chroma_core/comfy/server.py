@@ -11,6 +11,7 @@ Standard library only (Pillow when images are read); nothing of ComfyUI is impor
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -83,7 +84,7 @@ class Host:
                 return answer.status, answer.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise HostError(f"{method} {path}: ComfyUI does not answer ({error}).\n{self.log_tail()}") from error
 
     def get(self, path: str) -> Any:
@@ -220,9 +221,11 @@ def start_comfyui(
     port: int | None = None,
     extra: tuple[str, ...] = (),
     on_wait: Callable[[float], None] | None = None,
+    launch: Callable[[list[str], Path, Path], Any] | None = None,
 ) -> Host:
     """Start the server of the folder `comfyui` on the base directory `base`, and return when it answers.
 
+    launch: gives the process of (command, folder, log file), with the methods of `subprocess.Popen`; None: such a one.
     Raises HostError, with the end of the log, if it does not come up.
     """
     base = base.resolve()
@@ -235,14 +238,7 @@ def start_comfyui(
     command += ["--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes"]
     command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_NAME]
     command += ["--cpu"] if cpu else []
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [*command, *extra],
-            cwd=comfyui,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=None if os.name == "nt" else _own_signals,
-        )
+    process = (launch or _popen)([*command, *extra], comfyui, log_path)
     host = Host(process, f"http://127.0.0.1:{port}", base, log_path)
     try:
         _wait_until_ready(host, on_wait)
@@ -250,6 +246,12 @@ def start_comfyui(
         host.stop()
         raise
     return host
+
+
+def _popen(command: list[str], folder: Path, log_path: Path) -> subprocess.Popen:
+    own = None if os.name == "nt" else _own_signals
+    with log_path.open("wb") as log:
+        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, preexec_fn=own)
 
 
 def _own_signals() -> None:

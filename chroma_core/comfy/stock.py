@@ -129,7 +129,7 @@ def check(preview: StockPreview) -> None:
     if settings.method not in METHODS:
         cannot.append(f"method {settings.method} (known to both: {', '.join(METHODS)})")
     default = SamplingSettings().to_dict()
-    other = {k: v for k, v in settings.to_dict().items() if k not in HONOURED and v != default[k]}
+    other = {k: v for k, v in settings.to_dict().items() if k not in HONOURED and v != default.get(k)}
     cannot += [f"{name} {value}" for name, value in other.items()]
     if recipe.text_attention == "full":
         cannot.append("T5 that attends to padding of which the transformer sees one token")

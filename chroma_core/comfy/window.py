@@ -101,7 +101,9 @@ def window_form(prompt: Prompt, note: str) -> dict[str, Any]:
         top = bottom.get(kind.column, 0)
         bottom[kind.column] = top + height + GAP
         place = [kind.column * COLUMN, top]
-        made = _node(numbers[key], entry["class_type"], place, [WIDTH, height], TITLES.get(key, kind.title), values)
+        made = stored_node(
+            numbers[key], entry["class_type"], place, [WIDTH, height], TITLES.get(key, kind.title), values
+        )
         made["inputs"] = inputs
         made["outputs"] = [{"name": name, "type": type_, "links": None} for name, type_ in kind.outputs]
         made["properties"] = {"Node name for S&R": entry["class_type"]}
@@ -109,10 +111,18 @@ def window_form(prompt: Prompt, note: str) -> dict[str, Any]:
     for made in nodes:
         for number, output in enumerate(made["outputs"]):
             output["links"] = [link[0] for link in links if link[1:3] == [made["id"], number]] or None
-    about = _node(
-        len(nodes) + 1, "MarkdownNote", [-NOTE_WIDTH - 50, 0], [NOTE_WIDTH, 420], "About this workflow", [note]
-    )
-    nodes.append(about | {"color": "#432", "bgcolor": "#653"})
+    nodes.append(about(len(nodes) + 1, [-NOTE_WIDTH - 50, 0], [NOTE_WIDTH, 420], note))
+    return document(nodes, links)
+
+
+def about(number: int, place: list[int], size: list[int], text: str) -> dict[str, Any]:
+    """The note beside a workflow."""
+    node = stored_node(number, "MarkdownNote", place, size, "About this workflow", [text])
+    return node | {"color": "#432", "bgcolor": "#653"}
+
+
+def document(nodes: list[dict[str, Any]], links: list[list[Any]]) -> dict[str, Any]:
+    """The workflow as the page stores it."""
     return {
         "last_node_id": len(nodes),
         "last_link_id": len(links),
@@ -125,7 +135,9 @@ def window_form(prompt: Prompt, note: str) -> dict[str, Any]:
     }
 
 
-def _node(number: int, type_: str, place: list[int], size: list[int], title: str, values: list[Any]) -> dict[str, Any]:
+def stored_node(
+    number: int, type_: str, place: list[int], size: list[int], title: str, values: list[Any]
+) -> dict[str, Any]:
     """A node without slots, as the page stores it."""
     return {
         "id": number,

@@ -89,6 +89,10 @@ class LatentTextCache:
         """The entry of a prompt."""
         return self._path("texts", text, self.recipe.text_attention, self.recipe.visible_padding, self.text_key)
 
+    def generated_path(self, about: str) -> Path:
+        """The entry of latents that a model generated; `about` is everything that decides them."""
+        return self._path("generated", about)
+
     def latents(self, path: Path) -> Tensor:
         """Latents [C, H, W] in the transformer's space, fp32. Raises DataError when the entry is gone or damaged."""
         return self._read(path)[0]["latents"]
@@ -146,6 +150,11 @@ class LatentTextCache:
         """Write what `encoded` gave for `view` and those like it."""
         for path, latents in found.items():
             save_safetensors(path, {"latents": latents}, {"bucket": f"{view.bucket[0]}x{view.bucket[1]}"})
+
+    @staticmethod
+    def add_generated(path: Path, latents: Tensor) -> None:
+        """Write latents [C, H, W] that a model generated."""
+        save_safetensors(path, {"latents": latents.float().cpu().contiguous()}, {})
 
     def add_mask(self, picture: Picture, view: View, floor: float) -> None:
         """Write a view's mask; its latents are there already. Raises UnreadablePicture, and DataError as `latents`."""

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError, counted
+from ..errors import DataError, counted, printable
 from ..sampling.text import TRIGGER, apply_trigger
 from .dataset import CaptionLines
 from .order import generator, integer, uniform
@@ -105,9 +105,22 @@ def with_trigger(caption: str, trigger: str) -> str:
     """
     if TRIGGER in caption or not trigger:
         return apply_trigger(caption, trigger)
-    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE):
+    if re.search(_as_a_word(trigger), caption, re.IGNORECASE):
         return caption
     return f"{trigger} {caption}".strip()
+
+
+def without_trigger(caption: str, triggers: Sequence[str], word: str = "") -> str:
+    """The caption with `word` wherever one of the trigger words stands; one without them as it is."""
+    pattern = "|".join(map(_as_a_word, sorted(triggers, key=len, reverse=True)))
+    if not pattern or not re.search(pattern, caption, re.IGNORECASE):
+        return caption
+    return " ".join(re.sub(pattern, lambda _: word, caption, flags=re.IGNORECASE).split())
+
+
+def _as_a_word(trigger: str) -> str:
+    """The pattern of a trigger word that is no part of a longer word."""
+    return rf"(?<!\w){re.escape(trigger)}(?!\w)"
 
 
 def prepared(
@@ -163,7 +176,7 @@ def read_metadata(folder: Path, pictures: set[str], column: str) -> tuple[dict[s
     unusable: defaultdict[str, list[str]] = defaultdict(list)
     rows, with_column = 0, 0
     for path in files:
-        where = path.relative_to(folder).as_posix()
+        where = printable(path.relative_to(folder).as_posix())
         for number, row in _rows(path, where):
             place = f"{where} line {number}"
             if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
@@ -174,7 +187,7 @@ def read_metadata(folder: Path, pictures: set[str], column: str) -> tuple[dict[s
             # Relative to the dataset; what leads out of it begins with a slash or two dots, as no image's name does.
             name = posixpath.normpath(posixpath.join(posixpath.dirname(where), row["file_name"].replace("\\", "/")))
             if name not in pictures:
-                unusable["for an image that is not there"].append(f"{row['file_name']} in {place}")
+                unusable["for an image that is not there"].append(printable(f"{row['file_name']} in {place}"))
             elif name in captions:
                 unusable["for an image that has one already (the first counts)"].append(f"{name} in {place}")
             else:

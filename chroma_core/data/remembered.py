@@ -13,7 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..files import sha256_file, write_atomic
+from ..errors import DataError
+from ..files import check_format, sha256_file, write_atomic
 from .pictures import PictureFacts, UnreadablePicture, picture_facts
 
 FORMAT = 1
@@ -33,12 +34,19 @@ class Remembered:
 
     Args:
         cache: the folder where they are kept for the next process, in a file that any number of jobs and processes
-            share; None: nowhere. A file that is damaged, or of another version, counts as empty.
+            share; None: nowhere. A file that is damaged, or of an older version, counts as empty; one of a later
+            version is left alone.
     """
 
     def __init__(self, cache: Path | None = None):
-        self._file = file = None if cache is None else cache / "images.json"
-        self._known = {} if file is None else _read(file)
+        self._file = None if cache is None else cache / "images.json"
+        self._known: dict[str, list] = {}
+        if self._file is not None:
+            try:
+                self._known = _read(self._file)
+            except DataError as error:
+                log.warning("ChromaKit: %s The images are read again each time.", error)
+                self._file = None
         self._new: dict[str, list] = {}
 
     def facts(self, path: Path) -> tuple[PictureFacts, str]:
@@ -59,9 +67,10 @@ class Remembered:
             with FileLock(f"{self._file}.lock", timeout=10):
                 others = {key: value for key, value in _read(self._file).items() if key not in self._new}
                 latest = dict([*others.items(), *self._new.items()][-MOST:])
-                write_atomic(self._file, json.dumps({"format": FORMAT, "files": latest}, ensure_ascii=False))
+                text = json.dumps({"format": FORMAT, "files": latest}, ensure_ascii=False)
+                write_atomic(self._file, text.encode(errors="backslashreplace"))  # names of files may be no UTF-8
             self._new = {}
-        except (OSError, Timeout, UnicodeEncodeError) as error:
+        except (OSError, Timeout, UnicodeEncodeError, DataError) as error:
             log.warning("ChromaKit: what was read of the images is not remembered: %s", error)
 
     def _of(self, key: str, path: Path, read: Callable[[], list]) -> list:
@@ -81,8 +90,11 @@ class Remembered:
 
 
 def _read(file: Path) -> dict[str, list]:
+    """Raises DataError for a later version's file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+        if found["format"] > FORMAT:
+            check_format(f"'{file}'", found["format"], FORMAT, DataError)
         return found["files"] if found["format"] == FORMAT else {}
     except FileNotFoundError:
         return {}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError, check_text, printable
 from .captions import caption_from_name, prepared, read_captions, read_metadata
 from .dataset import DatasetConfig
 from .pictures import OTHER_EXTENSIONS, Picture, PictureFacts, UnreadablePicture, picture_extensions, reason
@@ -86,6 +86,10 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
             continue
         try:
             captions, source = caption_of(path, name)
+            check_text(captions)
+        except ConfigError:
+            skipped.append((name, "its caption has half a character (a lone surrogate)"))
+            continue
         except ValueError as error:
             text = isinstance(error, UnicodeDecodeError)
             skipped.append((name, f"its caption file {'is not UTF-8 text' if text else f'is {error}'}"))
@@ -144,8 +148,8 @@ def hold_out(found: DatasetScan, share: float, most: int) -> tuple[DatasetScan, 
 
 
 def _files(folder: Path) -> tuple[dict[Path, str], dict[str, str], Findings]:
-    """The images below a folder in order, with their names in it, without masks, and the names of all other files by
-    what one may look for; what else looks like an image is noted."""
+    """The images below a folder in order, with their names in it, without masks, and the paths of all other files by
+    the names that one may look for; what else looks like an image is noted."""
     top, names = len(os.path.join(folder, "")), []
     for parent, folders, files in os.walk(folder, onerror=_unless_forbidden):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -154,13 +158,15 @@ def _files(folder: Path) -> tuple[dict[Path, str], dict[str, str], Findings]:
     kinds = {name: os.path.splitext(name)[1].lower() for name in names}
     # A link that leads nowhere, and what is no file, are kept, so that they are named.
     known = picture_extensions()
-    pictures = {folder / name: name.replace(os.sep, "/") for name in names if kinds[name] in known}
-    others = {name: name.replace(os.sep, "/") for name in names if kinds[name] not in known}
-    texts = {_spelt(name): name for name in reversed(others.values())} | {name: name for name in others.values()}
+    shown = {name: printable(name.replace(os.sep, "/")) for name in names}
+    pictures = {folder / name: shown[name] for name in names if kinds[name] in known}
+    others = {name: shown[name] for name in names if kinds[name] not in known}
+    texts = {_spelt(called): name for name, called in reversed(others.items())}
+    texts |= {called: name for name, called in others.items()}
     candidates = [path for path in pictures if is_mask(path)]
     owners = {path.with_suffix("") for path in pictures if not is_mask(path)} if candidates else set()
     masks = {path for path in candidates if mask_owner(path) in owners}
-    foreign = [shown for name, shown in others.items() if kinds[name] in OTHER_EXTENSIONS]
+    foreign = [called for name, called in others.items() if kinds[name] in OTHER_EXTENSIONS]
     images = {path: name for path, name in pictures.items() if path not in masks}
     return images, texts, Findings(mask_files=len(masks), foreign=foreign)
 
@@ -196,12 +202,12 @@ def _caption_source(
         found = texts.get(wanted) or texts.get(_spelt(wanted))
         if found is None:
             others = (texts.get(other) for other in (f"{stem}.txt", f"{stem}.caption", f"{name}.txt"))
-            findings.captions_elsewhere += [other for other in others if other][:1]
+            findings.captions_elsewhere += [printable(other) for other in others if other][:1]
         try:
             captions = read_captions(folder / found, config.caption_lines) if found else ()
         except OSError:
             captions = ()
-        return captions, os.path.basename(found or wanted)
+        return captions, printable(os.path.basename(found or wanted))
 
     if config.caption_source == "files":
         stems = Counter(os.path.splitext(name)[0] for name in files.values())
@@ -211,7 +217,7 @@ def _caption_source(
         captions, findings.metadata = read_metadata(folder, set(files.values()), config.caption_column)
         return lambda _, name: (captions.get(name, ()), "the metadata")
     if config.caption_source == "filenames":
-        return lambda _, name: (tuple(filter(None, [caption_from_name(name)])), "its file name")
+        return lambda path, _: (tuple(filter(None, [caption_from_name(path.name)])), "its file name")
     if config.caption_source == "fixed":
         return lambda *_: ((config.default_caption or "",), "default_caption")
     return from_file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +17,8 @@ from ..data.views import is_mask
 from ..errors import ChromaKitError, ConfigError, counted
 from ..files import write_atomic
 from ..training.config import TrainingConfig
-from .convert import Draft, Kind, Line, shown
-from .read import Epochs, ForeignPath
+from .read import Epochs, resolve
+from .table import Draft, Kind, Line, shown
 
 WIDTH = 118
 NAME_LENGTH = max(getattr(limit, "max_length", 0) for limit in TrainingConfig.model_fields["name"].metadata)
@@ -126,7 +125,7 @@ def _count_epochs(job: Draft, sets: list[dict[str, Any]], todo: list[str]) -> No
         todo.append(f"The images are not here, so epochs could not be counted in steps: set {names}.")
     for path, value in asked.items():
         if images:
-            job.values[path] = max(1, round(value * math.ceil(images / batch)))
+            job.values[path] = max(1, round(value * math.ceil(images / max(1, batch))))
         else:
             del job.values[path]
     for i, line in enumerate(job.lines):
@@ -147,20 +146,6 @@ def _uses(part: Mapping[str, Any]) -> int:
 
 def _resolved(draft: Draft, folders: Sequence[Path]) -> dict[str, Any]:
     return {path: resolve(value, folders) for path, value in draft.values.items()}
-
-
-def resolve(value: Any, folders: Sequence[Path]) -> Any:
-    """Foreign paths are relative to wherever the tool was started: taken from the first folder where they exist.
-
-    One that exists nowhere stays as it stands (and is then relative to the job file).
-    """
-    if not isinstance(value, ForeignPath):
-        return value
-    for folder in folders:
-        place = folder / os.path.expanduser(value)
-        if place.exists():
-            return str(place.resolve())
-    return str(value)
 
 
 def start_folders(file: Path) -> list[Path]:

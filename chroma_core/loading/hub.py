@@ -227,6 +227,10 @@ def _cached_commit(repository: CachedRepository, revision: str) -> str | None:
     return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
 
+_SECRET = re.compile(r"hf_\w{8,}|(?<=://)[^/@\s]+(?=@)")
+"""A token, or the name and password in the address of a mirror or proxy: an error is shown, logged and sent around."""
+
+
 def _explain(
     error: BaseException, chosen: Flavour, revision: str, parts: Sequence[str], repository: CachedRepository
 ) -> str:
@@ -264,4 +268,5 @@ def _explain(
     if others:
         cause += f" The cache holds revision {others[0]} complete: name it as the revision to use that one."
     wanted = ", ".join(parts)
-    return f"{wanted} of '{chosen.name}' could not be fetched from {name} (revision {revision}): {cause} {INSTEAD}"
+    told = f"{wanted} of '{chosen.name}' could not be fetched from {name} (revision {revision}): {cause} {INSTEAD}"
+    return _SECRET.sub("…", told)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import threading
@@ -22,12 +23,14 @@ from typing import Literal
 from huggingface_hub import constants
 
 from ..errors import ConfigError, ModelFileError
-from ..files import read_json, sha256_file, write_atomic
+from ..files import check_format, read_json, sha256_file, write_atomic
 from ..model.flavours import flavour
 from ..weights.identify import Part
 from ..weights.opening import open_weights, parts_in
 from .hub import OnDownload, fetch
 from .spec import ModelSpec
+
+log = logging.getLogger(__name__)
 
 ModelPart = Literal["transformer", "text_encoder", "tokenizer", "vae"]
 
@@ -111,6 +114,9 @@ def file_state(path: Path) -> str:
 AT_ONCE = 256 << 20
 """Bytes up to which a file is read whenever somebody asks: under a second."""
 
+FORMAT = 1
+"""Of the file of digests. Raised whenever an older version would misread it; without a number it is the first."""
+
 KEPT = 200
 """Entries in the file; the oldest are forgotten first."""
 
@@ -148,12 +154,18 @@ def _looked_up(path: Path) -> tuple[str, str | None]:
     real, key = path.resolve(), file_state(path)
     if real.parent.name == "blobs" and _BLOB.match(real.name):
         return key, real.name
-    return key, _known.get(key) or _stored().get(key)
+    known = _known.get(key)
+    if known is None:
+        with suppress(ModelFileError):  # said when it cannot be added to
+            known = _stored().get(key)
+    return key, known
 
 
 def _stored() -> dict[str, str]:
+    """The digests that are kept. Raises ModelFileError for a later version's file."""
     with suppress(ConfigError):
         if isinstance(found := read_json(remembered_in()), dict):
+            check_format(f"'{remembered_in()}'", found.get("format"), FORMAT, ModelFileError)
             return {key: value for key, value in found.items() if isinstance(value, str) and _BLOB.match(value)}
     return {}
 
@@ -164,9 +176,14 @@ def _remember(key: str, digest: str) -> None:
         _known[key] = digest
         if int(key.rsplit(" ", 2)[1]) <= AT_ONCE:
             return
-        entries = [*(item for item in _stored().items() if item[0] != key), (key, digest)]
-        with suppress(OSError):  # a read-only home costs a second reading later, nothing more
-            write_atomic(remembered_in(), json.dumps(dict(entries[-KEPT:]), indent=1))
+        # A read-only home, or one of a later version, costs a second reading later, nothing more.
+        try:
+            entries = [*(item for item in _stored().items() if item[0] != key), (key, digest)][-KEPT:]
+            write_atomic(remembered_in(), json.dumps({"format": FORMAT, **dict(entries)}, indent=1))
+        except ModelFileError as error:
+            log.warning("ChromaKit: %s The file's SHA-256 is computed again each time.", error)
+        except OSError:
+            pass
 
 
 SHOWN = 12

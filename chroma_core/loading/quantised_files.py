@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ModelFileError
+from ..files import check_format
 from ..lora.adapters import linear_modules
 from ..model.precision import PRECISIONS, Precision, pack_linear, quantisable_linears, unpack_linear
 from ..weights.identify import Part
@@ -69,15 +70,13 @@ def quantised_header(path: Path) -> dict[str, Any] | None:
 def quantised_config(path: Path, part: Part, chosen: Precision) -> dict[str, Any]:
     """The configuration of a quantised file's module.
 
-    Raises ModelFileError when it is another part, in another precision, or of another version of the library.
+    Raises ModelFileError when it is another part, in another precision, of another version of the library, or of a
+    later one of ChromaKit.
     """
     header = quantised_header(path)
     if header is None:
         raise ModelFileError(f"'{path}' is not a quantised model that ChromaKit wrote, or it is damaged.")
-    if header.get("format") != FORMAT:
-        raise ModelFileError(
-            f"'{path.name}' has the format {header.get('format')}; this version reads {FORMAT}. Quantise again."
-        )
+    check_format(f"'{path.name}'", header.get("format"), FORMAT, ModelFileError)
     if header.get("part") != part:
         raise ModelFileError(f"'{path.name}' holds the {header.get('part')}, not the {part}. Choose another file.")
     if header["precision"] != chosen.name:

@@ -79,13 +79,16 @@ def layer_strengths(layers: Iterable[str], strength: float, blocks: str = "") ->
     return {layer: strength * _factor(patterns, layer) for layer in layers}
 
 
-def follow(transformer: nn.Module, name: str, strengths: Mapping[str, float], schedule: str) -> Callable[[float], None]:
-    """What sets a live LoRA to its strength at a place of the run, from 0 to 1; see `transformer.step_hooks`."""
-    points = parse_schedule(schedule)
+def follow(transformer: nn.Module, name: str, strengths: Mapping[str, float], schedule: str) -> Callable[[float], bool]:
+    """What sets a live LoRA to its strength at a place of the run, from 0 to 1, and tells whether that is another than
+    it set before; see `transformer.step_hooks`."""
+    points, before = parse_schedule(schedule), math.nan
 
-    def at(place: float) -> None:
-        factor = factor_at(points, place)
-        set_strength(transformer, name, {layer: strength * factor for layer, strength in strengths.items()})
+    def at(place: float) -> bool:
+        nonlocal before
+        last, before = before, factor_at(points, place)
+        set_strength(transformer, name, {layer: strength * before for layer, strength in strengths.items()})
+        return last != before
 
     return at
 

@@ -68,6 +68,7 @@ class Settings:
     adapter: Annotated[str, Option("lora, rslora, dora or lokr.")] = "lora"
     lokr_factor: int = -1
     ema: Annotated[bool, Option("A running mean of the weights is kept.")] = False
+    preserved: Annotated[float, Option("Share of steps with a second pass; see docs/training.md.")] = 0.0
     text_tokens: Annotated[int, Option("Tokens of a caption; 512 when it is padded.")] = TEXT_TOKENS
     trained_parameters: Annotated[int, Option("Full-rank training of so many parameters, without LoRA.")] = 0
     compute: Compute = "weights"
@@ -172,6 +173,8 @@ def peaks(settings: Settings, shared_memory: bool = False) -> Peaks:
         "images": vae + vae_encode_bytes(whole.vae, size),
         "loading": load,
         "step": trained + lora + activations,  # with the gradients of what is trained
+        # One pass after the other, and only the first keeps anything for the next: gradients.
+        "target of the second pass": trained + lora + sampling_bytes(body, run) if settings.preserved else 0,
         "held-out loss": trained + sampling_bytes(body, levels),
         # Streamed double blocks are twice as large as single ones, with half of the activations when the peak is small.
         "preview": max(
@@ -203,12 +206,25 @@ HELDOUT_ROWS = 10
 
 def step_traffic(settings: Settings) -> int:
     """Bytes that a training step brings to the device where blocks are streamed, else 0: every block that passes
-    through, twice, but for the two that the forward pass ends with."""
+    through, twice, but for the two that the forward pass ends with. A second pass has a forward pass more, for its
+    target; counted is the mean over the steps."""
     if settings.offload != "block":
         return 0
     chosen = precision(settings.precision)
     sizes = [b.bytes(chosen) for b in anatomy(settings.flavour).transformer.blocks][settings.resident_blocks - 2 :]
-    return 2 * sum(sizes) - sum(sizes[-2:])
+    once = 2 * sum(sizes) - sum(sizes[-2:])
+    return round(once + settings.preserved * (once + sum(sizes)))
+
+
+def step_cost(settings: Settings) -> float:
+    """The time of a mean step beside one without a second pass, where computing decides it.
+
+    In units of a forward pass: the backward pass through frozen weights takes about one, recomputing its share of one;
+    a second pass does all of it again, and one forward pass more for its target.
+    """
+    blocks = len(anatomy(settings.flavour).transformer.blocks)
+    again = -(-blocks // settings.interval) / blocks if settings.interval else 0.0
+    return 1 + settings.preserved * (3 + again) / (2 + again)
 
 
 def heldout_rows(settings: Settings, rows: int) -> int:

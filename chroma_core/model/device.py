@@ -14,15 +14,33 @@ from ..errors import ConfigError
 
 
 def best_device(name: str | None = None) -> torch.device:
-    """The named device, or the best there is: CUDA/ROCm, then MPS, then the CPU."""
-    if name is not None:
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ConfigError(f"'{name}' is not a device: use cuda, cuda:1, mps or cpu.") from error
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The named device, or the best there is: CUDA/ROCm, then MPS, then the CPU.
+
+    Raises ConfigError for a name that torch does not know, and for a device that is not here.
+    """
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"'{name}' is not a device: use cuda, cuda:1, mps or cpu.") from error
+    count = device_count(device.type)
+    if count is not None and (device.index or 0) >= count:
+        here = f"torch {torch.__version__} finds {count or 'none'} of that type"
+        raise ConfigError(f"The device '{name}' is not here: {here}. Name another, or none to take the best there is.")
+    return device
+
+
+def device_count(kind: str) -> int | None:
+    """How many devices of a type are here; None where that is no question (cpu, meta)."""
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    module = getattr(torch, kind, None)
+    if kind in ("cpu", "meta") or not hasattr(module, "is_available"):
+        return None
+    return module.device_count() if module.is_available() else 0  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def has_bf16(device: torch.device | str) -> bool:

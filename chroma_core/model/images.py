@@ -16,6 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..files import only_names
 from .latents import LatentFormat
 from .vae import Autoencoder
 
@@ -81,9 +82,9 @@ def preview_image(latents_BCHW: Tensor, matrix: Tensor, size: int = 256) -> Imag
 
 
 def png_bytes(picture: Image.Image, record: dict[str, Any]) -> bytes:
-    """A PNG that carries `record`: prompt, settings, recipe, model, and whatever else its maker knows."""
+    """A PNG that carries `record`: prompt, settings, recipe, model, and what else its maker knows, but no places."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(RECORD_KEY, json.dumps(record, ensure_ascii=False))
+    info.add_itxt(RECORD_KEY, json.dumps(only_names(record), ensure_ascii=False))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import PrecisionError
-from . import backends, eight_bits
+from . import backends, eight_bits, four_bits
 from .eight_bits import Compute
+from .four_bits import NF4_LEVELS
 
 Scheme = Literal["int8", "fp8", "int4", "nf4"]
 
@@ -46,20 +47,6 @@ _SCALE_DTYPE = torch.float16  # of groups: 11 bits of mantissa; weights are far 
 CODES = torch.int8
 """How bytes of codes are stored, whatever they mean: T5 casts its activations to the dtype of the next layer's `weight`
 unless that is int8 (transformers, `T5DenseGatedActDense`), so any other dtype would round them to integers."""
-
-# The levels of nf4: quantiles of N(0, 1) at eight even steps below and nine above the middle, scaled to −1..1 (QLoRA).
-_NF4_OFFSET = 0.9677083
-
-
-def _nf4_levels() -> Tensor:
-    normal = torch.distributions.Normal(0.0, 1.0)
-    above = normal.icdf(torch.linspace(_NF4_OFFSET, 0.5, 9))[:-1]
-    below = -normal.icdf(torch.linspace(_NF4_OFFSET, 0.5, 8))[:-1]
-    levels = torch.cat([above, torch.zeros(1), below]).sort().values
-    return levels / levels.abs().max()
-
-
-NF4_LEVELS = _nf4_levels()
 
 
 def group_size(in_features: int) -> int:
@@ -144,6 +131,8 @@ def dequantise_weight(
     if len(spans) == 1 and not fused:
         return _dequantise_rows(parts, scheme, dtype)
     weight = torch.empty(shape, dtype=dtype, device=device) if room is None else room
+    if fused and scheme in four_bits.SCHEMES and four_bits.filled(weight, parts, scheme, dequantise_into):
+        return weight
     for a, b in spans:
         piece = {name: tensor[a:b] for name, tensor in parts.items()}
         if fused:

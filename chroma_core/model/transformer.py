@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import configuration
 from .device import flash_instead
+from .first_block_cache import FirstBlockCache
 
 MLP_RATIO = 4
 ROTARY_BASE = 10000
@@ -284,8 +285,8 @@ class ChromaTransformer(nn.Module):
     """With gradients every n-th block is computed again in the backward pass: more memory and less time the larger n
     is. 0: none is."""
 
-    step_hooks: list[Callable[[float], None]]
-    """What `at_step` calls, e.g. LoRAs whose strength changes over the run."""
+    step_hooks: list[Callable[[float], bool]]
+    """What `at_step` calls, e.g. LoRAs whose strength changes over the run. True: the model is another one now."""
 
     def __init__(
         self,
@@ -326,10 +327,13 @@ class ChromaTransformer(nn.Module):
         """N: three for each single block, twelve for each double block, two for the output norm (344 for Chroma 1)."""
         return 3 * len(self.single_transformer_blocks) + 12 * len(self.transformer_blocks) + 2
 
-    def at_step(self, place: float) -> None:
-        """Say where a sampling run is, before each of its steps: 0 at the first step, 1 at the last."""
-        for hook in self.step_hooks:
-            hook(place)
+    def at_step(self, place: float) -> bool:
+        """Say where a sampling run is, before each of its steps: 0 at the first step, 1 at the last.
+
+        Returns whether the model is another one than at the step before.
+        """
+        changed = [hook(place) for hook in self.step_hooks]  # every one is to hear it
+        return any(changed)
 
     def modulation(self, sigma_B: Tensor, guidance_B: Tensor | None = None) -> Tensor:
         """The modulation table [B, N, M] at times `sigma_B` in 0..1.
@@ -359,6 +363,7 @@ class ChromaTransformer(nn.Module):
         text_mask_BT: Tensor | None = None,
         modulation_BNM: Tensor | None = None,
         guidance_B: Tensor | None = None,
+        cache: FirstBlockCache | None = None,
     ) -> Tensor:
         """Predict the velocity ε − x₀.
 
@@ -371,6 +376,7 @@ class ChromaTransformer(nn.Module):
                 not depend on what stands in its masked places.
             modulation_BNM: the table from `modulation(sigma_B)`, if the caller already has it.
             guidance_B: value of the guidance embedding; None = 0. Not read when the table is given.
+            cache: leaves out all blocks but the first where it thinks that they change little; without gradients.
         Returns:
             velocity [B, L, D] in the dtype of the model's output projection.
         """
@@ -386,19 +392,49 @@ class ChromaTransformer(nn.Module):
 
         image = self.x_embedder(latents_BLD)
         text = self.context_embedder(text_BTC)
-        doubles, singles = self.transformer_blocks, self.single_transformer_blocks
-        image_offset = 3 * len(singles)
-        text_offset = image_offset + 6 * len(doubles)
-        for i, block in enumerate(doubles):
+        conditions = modulation_BNM, rotary, key_mask
+        if cache is None:
+            image = self._blocks(0, None, image, text, *conditions)[0]
+        else:
+            first, text = self._blocks(0, 1, image, text, *conditions)
+
+            def rest(rows: Tensor | None) -> Tensor:
+                own = (first, text, modulation_BNM, rotary, key_mask)
+                if rows is not None:
+                    masked = None if key_mask is None else key_mask[rows]
+                    own = (first[rows], text[rows], modulation_BNM[rows], rotary, masked)
+                return self._blocks(1, None, *own)[0]
+
+            image = cache.through(image, first, rest)
+        shift, scale = modulation_BNM[:, -2:].split(1, dim=1)
+        return self.proj_out(modulated(image, shift, scale))
+
+    def _blocks(
+        self,
+        begin: int,
+        end: int | None,
+        image: Tensor,
+        text: Tensor,
+        modulation_BNM: Tensor,
+        rotary: Rotary,
+        key_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Image [B, L, M] and text [B, T, M] after the blocks from `begin` to before `end`, double then single."""
+        doubles, singles = len(self.transformer_blocks), len(self.single_transformer_blocks)
+        image_offset = 3 * singles
+        text_offset = image_offset + 6 * doubles
+        chosen = range(doubles + singles)[begin:end]
+        for i in (i for i in chosen if i < doubles):
             a, b = image_offset + 6 * i, text_offset + 6 * i
             modulation = torch.cat([modulation_BNM[:, a : a + 6], modulation_BNM[:, b : b + 6]], dim=1)
-            text, image = self._run(i, block, image, text, modulation, rotary, key_mask)
-        joint = torch.cat([text, image], dim=1)
-        for i, block in enumerate(singles):
+            text, image = self._run(i, self.transformer_blocks[i], image, text, modulation, rotary, key_mask)
+        if not chosen or chosen[-1] < doubles:
+            return image, text
+        joint, T = torch.cat([text, image], dim=1), text.shape[1]
+        for i in (i - doubles for i in chosen if i >= doubles):
             vectors = modulation_BNM[:, 3 * i : 3 * i + 3]
-            joint = self._run(len(doubles) + i, block, joint, vectors, rotary, key_mask)
-        shift, scale = modulation_BNM[:, -2:].split(1, dim=1)
-        return self.proj_out(modulated(joint[:, T:], shift, scale))
+            joint = self._run(doubles + i, self.single_transformer_blocks[i], joint, vectors, rotary, key_mask)
+        return joint[:, T:], joint[:, :T]
 
     def set_deterministic(self, on: bool) -> None:
         """Whether gradients are to have the same bits in every run, on a GPU too; see `unfused_attention`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..comfy.server import PACK
 from ..errors import ConfigError, JobError
-from ..files import read_json
+from ..files import only_names, read_json
 from ..loading.load import Device
 from ..loading.spec import LoraUse, ModelSpec
 from ..model.images import LATENTS_SUFFIX, read_record
@@ -37,7 +37,19 @@ def read_preview(picture: Path) -> tuple[Case, Sampled]:
             f"'{picture}' is no training preview: it has no record of one. Give a step-….png of a job's samples folder."
         )
     shown = Sampled.read(picture, picture.with_suffix(LATENTS_SUFFIX))
-    return Case.from_record(record, _loras_of(picture.parent.parent, record["step"])), shown
+    job = picture.parent.parent
+    if "model" in record:
+        record = {**record, "model": _with_places(record["model"], job)}
+    return Case.from_record(record, _loras_of(job, record["step"])), shown
+
+
+def _with_places(model: dict[str, Any], job: Path) -> dict[str, Any]:
+    """An image's word on its model, in which files have their names alone, with the places that the job knows."""
+    known = read_json(job / "job.json")["config"]["model"]
+    return {
+        field: known[field] if value and value == only_names(known.get(field), field) else value
+        for field, value in model.items()
+    }
 
 
 def last_preview(job: Path) -> Path:

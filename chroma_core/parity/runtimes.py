@@ -66,7 +66,7 @@ def _arguments(case: Case) -> list[str]:
     case.check_whole()
     name, overrides = case.recipe_words
     local = ("offload_during_startup", "quantised_folder")  # they change how it is loaded, not what it is
-    schedule = ("steps", "guidance", "seed", "tail_bias", "flow_shift", "method", "spacing")
+    schedule = ("steps", "guidance", "seed", "tail_bias", "flow_shift", "method", "spacing", "first_block_cache")
     options = {
         **{field: value for field, value in asdict(spec).items() if field not in local},
         **{field: getattr(case, field) for field in ("prompt", "negative", "width", "height")},
@@ -121,7 +121,7 @@ def api_prompt(case: Case, loras: list[str]) -> Prompt:
     model = loader[0]
     for i, (use, name) in enumerate(zip(case.loras, loras, strict=True)):
         model = graph.add_lora(i, model, name, use.strength, use.mode, use.allow_partial, use.blocks, use.schedule)
-    same = ("seed", "steps", "guidance", "tail_bias", "method", "denoise", "spacing")
+    same = ("seed", "steps", "guidance", "tail_bias", "method", "denoise", "spacing", "first_block_cache")
     widgets = {
         **{field: getattr(settings, field) for field in same},
         "flow_shift": "recipe" if shift is None else "constant" if constant else shift,

@@ -48,14 +48,15 @@ def through_diffusers(case: Case, device: Device, text_mask: TextMask = "boolean
     Args:
         text_mask: `float` as diffusers has it, `boolean` as it was meant.
     Raises:
-        NotRun: for a quantised model, another sampler than Euler's, or a LoRA that diffusers does not read.
+        NotRun: for a quantised model, another sampler than Euler's, a first-block cache, or a LoRA that diffusers does
+            not read.
     """
     chosen, settings = precision(case.spec.precision), case.settings
     for name in (case.spec.precision, case.spec.text_precision):
         if precision(name).quantised:
             raise NotRun(f"diffusers has no counterpart of the precision {name}.")
-    only = "diffusers' pipeline has Euler's sampler from pure noise only."
-    if settings.method != "euler":
+    only = "diffusers' pipeline has Euler's sampler from pure noise only, and no first-block cache."
+    if settings.method != "euler" or settings.first_block_cache:
         raise NotRun(only)
     case.check_whole(only)
     width, height = case.effective_size

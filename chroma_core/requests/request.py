@@ -123,6 +123,7 @@ class RequestLora(Settings):
 class InferenceRequest(Settings):
     """What to generate with which model and LoRAs. All fields from `seed` on are ours.
 
+    first_block_cache: see `SamplingSettings`.
     seed: of the prompts that have none; prompt i gets seed + i.
     folder, transformer, text_encoder, vae: files instead of the published ones; names in ComfyUI's model folders, on
         the command line paths relative to the request's file.
@@ -142,6 +143,7 @@ class InferenceRequest(Settings):
     transformer: Name | None = None
     text_encoder: Name | None = None
     vae: Name | None = None
+    first_block_cache: Number = Field(default=0.0, ge=0, le=1)
     _remarks: tuple[str, ...] = PrivateAttr(default=())
 
     @field_validator("model", "precision", "text_precision", "recipe")
@@ -212,6 +214,15 @@ class InferenceRequest(Settings):
             found.append(PlannedPicture(prompt, neg, *size, seed, steps, guidance))
         return found
 
+    def settings(self, picture: PlannedPicture) -> SamplingSettings:
+        """What the sampler takes for one of the images."""
+        return SamplingSettings(
+            steps=picture.sample_steps,
+            guidance=picture.guidance_scale,
+            seed=picture.seed,
+            first_block_cache=self.first_block_cache,
+        )
+
     def _with_trigger(self, i: int, field: Literal["prompt", "neg"]) -> str:
         asked = self.prompts[i]
         for name, word in ((f"prompts[{i}].trigger_word", asked.trigger_word), ("trigger_word", self.trigger_word)):
@@ -266,10 +277,6 @@ class PlannedPicture:
     seed: int
     sample_steps: int
     guidance_scale: float
-
-    def settings(self) -> SamplingSettings:
-        """What the sampler takes."""
-        return SamplingSettings(steps=self.sample_steps, guidance=self.guidance_scale, seed=self.seed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, under the request's own names."""

@@ -106,7 +106,7 @@ def run_request(
                     texts[picture.neg],
                     width=picture.width,
                     height=picture.height,
-                    settings=picture.settings(),
+                    settings=request.settings(picture),
                     recipe=rules,
                     on_step=lambda info, i=i: on_step(i, info.step, info.steps),
                 )
@@ -116,7 +116,8 @@ def run_request(
             (image,) = decode(cache.vae(spec, device), latents)
             path = free_path(output, f"chroma-{picture.seed}.png")
             size = (picture.width, picture.height)
-            record = image_record(picture.prompt, picture.neg, size, picture.settings(), rules, spec.to_dict())
+            settings = request.settings(picture)
+            record = image_record(picture.prompt, picture.neg, size, settings, rules, spec.to_dict())
             record["loras"] = [use_record(use) for use in loras]
             write_atomic(path, png_bytes(image, record))
             cut = texts[picture.prompt].truncated

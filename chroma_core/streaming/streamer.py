@@ -39,6 +39,12 @@ BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
 _ATTRIBUTE = "block_streamer"
 
 
+NOT_COMPILED = (
+    "torch.compile and block streaming (offload 'block') exclude each other: moving the weights in and out breaks "
+    "every block into pieces that are compiled again and again. Turn one of them off."
+)
+
+
 def stream_blocks(
     transformer: ChromaTransformer, device: torch.device | str, resident_blocks: int = 2
 ) -> BlockStreamer:
@@ -47,8 +53,8 @@ def stream_blocks(
     Everything outside the blocks, and LoRA branches inside them, moves to the device for good. Weights must be ordinary
     tensors (not made under inference mode). At most `resident_blocks` ≥ 2 blocks are on the device at a time; a number
     from the model's blocks on keeps all there after their first visit.
-    Raises ConfigError when the model is streamed already, `resident_blocks` is below 2, or a block's own weights are to
-    be trained; PrecisionError when a library stores weights in a form that cannot be moved in and out.
+    Raises ConfigError when the model is streamed already or compiled, `resident_blocks` is below 2, or a block's own
+    weights are to be trained; PrecisionError when a library stores weights in a form that cannot be moved in and out.
     """
     streamer = BlockStreamer(transformer, device, resident_blocks)
     streamer.install()
@@ -106,6 +112,8 @@ class BlockStreamer:
         """Put the model in place and take over its blocks' forward passes."""
         if streamed(self.transformer) is not None:
             raise ConfigError("This transformer is streamed already; remove its streamer before installing another.")
+        if any(block._compiled_call_impl is not None for block in self._blocks):
+            raise ConfigError(NOT_COMPILED)
         for name, block in zip(self._names, self._blocks, strict=True):
             _check_frozen(name, block)
         with torch.inference_mode(False):

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from ..errors import ConfigError, check_text
 from ..files import atomic_file, strict_json, write_atomic
 from .stored_tensors import Opened, Stored, WeightFile, check_places, damaged
 
@@ -90,6 +91,10 @@ def _header(file: Opened, size: int) -> tuple[dict[str, Any], int]:
         raise damaged(file.path, f"its header is not the JSON that safetensors files begin with ({error})") from error
     if not isinstance(header, dict):
         raise damaged(file.path, "its header is not a table of tensors")
+    try:
+        check_text(header)
+    except ConfigError as error:
+        raise damaged(file.path, f"in its header {error}") from error
     return header, 8 + length
 
 

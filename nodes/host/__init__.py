@@ -9,6 +9,7 @@ from __future__ import annotations
 from .folders import (
     LORAS,
     PACK,
+    check_links,
     dataset_folder,
     dataset_name,
     dataset_names,
@@ -23,6 +24,7 @@ from .folders import (
     path_state,
     pictures_folder,
     settings_file,
+    told,
 )
 from .memory import (
     before_prompt,
@@ -61,6 +63,7 @@ __all__ = [
     "broadcast",
     "busy",
     "cancel_prompt",
+    "check_links",
     "components",
     "computing",
     "dataset_folder",
@@ -99,6 +102,7 @@ __all__ = [
     "share_device_with",
     "stay_known",
     "t5_tokenizer",
+    "told",
     "waiting",
     "wake_prompts",
     "wants_previews",

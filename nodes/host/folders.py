@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import sys
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ import torch
 
 from ...chroma_core.data.pictures import picture_extensions
 from ...chroma_core.data.scan import is_hidden
-from ...chroma_core.errors import DataError, LoraError
+from ...chroma_core.errors import DataError, LoraError, first_few
+from ...chroma_core.files import only_names
 
 PACK = Path(__file__).resolve().parents[2]
 LORAS = "loras"
@@ -149,6 +153,25 @@ def dataset_folder(name: str) -> Path:
     )
 
 
+def check_links(folder: Path) -> None:
+    """Raise DataError when a file below a dataset folder is a link to a place where no dataset may lie."""
+    places = [*_dataset_roots(), pictures_folder().resolve()]
+    astray = []
+    for where, folders, names in os.walk(folder):  # which does not go into folders that are links
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = (Path(where, name) for name in names if not name.startswith("."))
+        astray += [
+            path.relative_to(folder).as_posix()
+            for path in links
+            if path.is_symlink() and path.exists() and not any(path.resolve().is_relative_to(root) for root in places)
+        ]
+    if astray:
+        raise DataError(
+            f"The dataset folder '{folder.name}' holds links to files that lie elsewhere: {first_few(astray)}. Copy "
+            "these files into it, or list the folder that they lie in as dataset_roots in user/chromakit/config.toml."
+        )
+
+
 def dataset_name(folder: str) -> str | None:
     """The name under which `dataset_folder` finds a folder; None when it does not."""
     path = Path(folder).resolve()
@@ -176,6 +199,49 @@ def folder_state(folder: Path) -> str:
         inside = os.path.relpath(where, folder)
         entries += [(inside, name, file_state(Path(where, name))) for name in names if not name.startswith(".")]
     return hashlib.sha256(repr(sorted(entries)).encode()).hexdigest()
+
+
+def told(value: Any) -> Any:
+    """JSON values, or a text, as they are told to others: places in the folders that are known by these folders' names
+    (`output/loras/x.safetensors`), in the user's own folder after `~`, and elsewhere the last name alone."""
+    places, pattern = _places()
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: named(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [named(each) for each in value]
+        return pattern.sub(lambda found: places[found[0]], value) if isinstance(value, str) else value
+
+    return only_names(named(value))
+
+
+@cache
+def _places() -> tuple[dict[str, str], re.Pattern[str]]:
+    """The folders that are known, with what they are called, and what finds one at the beginning of a path.
+
+    They are ComfyUI's, those that its owner lists, and the user's own; also as they are when links are followed.
+    """
+    named = {
+        Path.home(): "~",
+        Path(folder_paths.base_path): "ComfyUI",
+        PACK: PACK.name,
+        PACK / "example_datasets": "example_datasets",
+        Path(folder_paths.models_dir): "models",
+        Path(folder_paths.get_output_directory()): "output",
+        Path(folder_paths.get_input_directory()): "input",
+        Path(folder_paths.get_temp_directory()): "temp",
+        Path(folder_paths.get_user_directory()): "user",
+    }
+    own = tuple(map(str, named))
+    for kind, (folders, _) in folder_paths.folder_names_and_paths.items():
+        named |= {Path(folder): f"models/{kind}" for folder in folders if not folder.startswith(own)}
+    with suppress(DataError):  # which is told when a dataset is asked for
+        named |= {root: root.name for root in _dataset_roots() if not str(root).startswith(own)}
+    # The root of a drive is no name to hide.
+    places = {str(form): name for path, name in named.items() for form in (path, path.resolve()) if form.name}
+    names = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True))
+    return places, re.compile(rf"(?<![\w./\\~-])(?:{names})(?![\w-])")
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -13,6 +13,8 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
 
+from .folders import told
+
 Interrupted = management.InterruptProcessingException
 
 log = logging.getLogger("chromakit")
@@ -84,8 +86,8 @@ class Downloads:
 
 
 def broadcast(event: str, data: Mapping[str, Any]) -> None:
-    """Send a message to every open page; safe from any thread."""
-    PromptServer.instance.send_sync(event, data)
+    """Send a message to every open page, without this machine's places; safe from any thread."""
+    PromptServer.instance.send_sync(event, told(data))
 
 
 def server_routes() -> Any:

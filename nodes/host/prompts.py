@@ -98,7 +98,7 @@ async def _asked(request: web.Request) -> tuple[dict[str, Any] | None, list[str]
     """Prompt and targets of a `POST /prompt`; None for what ComfyUI itself is going to refuse."""
     try:
         body = await request.json()  # aiohttp keeps the bytes: ComfyUI reads them again
-    except ValueError:
+    except (ValueError, LookupError, RecursionError):
         return None, None
     body = body if isinstance(body, dict) else {}
     prompt, targets = body.get("prompt"), body.get("partial_execution_targets")

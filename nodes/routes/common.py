@@ -1,14 +1,15 @@
 """What all routes share: reading requests, JSON answers of work that reads files, errors as `{"error": …}`.
 
-400 for a request that makes no sense, 404 for an unknown id or number, 409 for what cannot be done now, 507 for a full
-disk.
+400 for a request that makes no sense, 404 for an unknown id or number, 409 for what cannot be done now, 413 for a body
+that is too large, 415 for one that is not declared as JSON, 507 for a full disk.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
+import json
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import Executor
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -19,17 +20,32 @@ from pydantic import BaseModel, ValidationError
 from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError, first_line
 from ...chroma_core.requests.request import mistakes
 from ...chroma_core.training.jobs.manager import Job
-from .. import jobs
+from .. import host, jobs
+from ..inputs import chosen_of
 
 Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result")
 
 
 MOST_DIGITS = 20
 """Of a whole number in a query: more than any has, and few enough to read."""
 
 
+JSON = "application/json"
+"""The type of every body that is taken."""
+
+MAX_BYTES = 2 << 20
+"""Of a request's body: more than any has, and little enough to hold."""
+
+TOO_LARGE = f"The request cannot be used: it has more than {MAX_BYTES} bytes. Send it in parts."
+
+
 class TooLarge(ChromaKitError):
     """A body that is no request."""
+
+
+class NotJson(ChromaKitError):
+    """A body of another type than JSON: what a page of another site can send without asking this one first."""
 
 
 class Malformed(ConfigError):
@@ -40,7 +56,14 @@ class Unknown(JobError):
     """Nothing of that id or number."""
 
 
-STATUSES: dict[type[ChromaKitError], int] = {TooLarge: 413, Malformed: 400, Unknown: 404, DiskFull: 507, JobError: 409}
+STATUSES: dict[type[ChromaKitError], int] = {
+    TooLarge: 413,
+    NotJson: 415,
+    Malformed: 400,
+    Unknown: 404,
+    DiskFull: 507,
+    JobError: 409,
+}
 """Statuses of errors, the first that fits; all others have that of their route."""
 
 
@@ -54,10 +77,18 @@ def add(
     handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     otherwise: int = 409,
 ) -> None:
-    """Add one route to ComfyUI's table; what the handler raises of ours is answered in words (see STATUSES)."""
+    """Add one route to ComfyUI's table; what the handler raises of ours is answered in words (see STATUSES).
+
+    A request that is no GET must say that its body is JSON, even an empty one: for that type a browser asks the server
+    first whether a page of another site may send it, and ComfyUI does not allow it.
+    """
 
     async def in_words(request: web.Request) -> web.StreamResponse:
         try:
+            if method != "get" and request.content_type != JSON:
+                raise NotJson(f"The request's body is {request.content_type}. Send JSON: Content-Type: {JSON}.")
+            if (request.content_length or 0) > MAX_BYTES:
+                raise TooLarge(TOO_LARGE)
             return await handler(request)
         except ChromaKitError as error:
             status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), otherwise)
@@ -66,14 +97,24 @@ def add(
     getattr(routes, method)(path)(in_words)
 
 
-async def answer(work: Callable[[], Any]) -> web.Response:
-    """The JSON of `work()`, which may read files and so runs in a thread."""
-    return web.json_response(await asyncio.to_thread(work))
+async def in_thread(work: Callable[[], Result], threads: Executor | None = None) -> Result:
+    """What `work()` gives, which may read files and so runs in a thread: one of `threads`, else of the event loop's."""
+    return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+
+async def answer(work: Callable[[], Any], threads: Executor | None = None) -> web.Response:
+    """The JSON of `work()`, as `in_thread` runs it."""
+    return told(await in_thread(work, threads))
+
+
+def told(value: Any, status: int = 200) -> web.Response:
+    """JSON that says nothing of where this machine's folders lie."""
+    return web.json_response(host.told(value), status=status)
 
 
 def refused(status: int, message: object) -> web.Response:
     """An error in words."""
-    return web.json_response({"error": str(message)}, status=status)
+    return told({"error": str(message)}, status)
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -97,10 +138,21 @@ def whole_number(request: web.Request, name: str, default: int | None, low: int,
     return int(text)
 
 
+async def bytes_of(request: web.Request) -> bytes:
+    """The request's body. Raises TooLarge, as soon as there is more than may be."""
+    body = bytearray()
+    async for part in request.content.iter_any():
+        body += part
+        if len(body) > MAX_BYTES:
+            raise TooLarge(TOO_LARGE)
+    return bytes(body)
+
+
 async def json_of(request: web.Request) -> Any:
-    """The request's JSON, whatever it is. Raises Malformed."""
+    """The request's JSON, whatever it is. Raises Malformed, TooLarge."""
+    body = await bytes_of(request)
     try:
-        return await request.json()
+        return json.loads(body.decode(request.charset or "utf-8"))
     except (ValueError, LookupError, RecursionError) as error:  # no JSON, an unknown charset, bottomless nesting
         why = "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise Malformed(f"The request's body is not JSON: {why}.") from None
@@ -126,8 +178,8 @@ def inputs_of(node: type[io.ComfyNode]) -> dict[str, Any]:
 def read_widgets(inputs: Iterable[Any], values: object) -> dict[str, Any]:
     """A value for each of these inputs of a node: the page's, else the default.
 
-    Raises Malformed for anything else than an object, for a name that is none of these, and for a value of another
-    kind, out of the input's range, or not among its options.
+    Raises Malformed for anything else than an object and for a name that is none of these, ConfigError for a value of
+    another kind, out of the input's range, or not among its options.
     """
     known = {each.id: each for each in inputs}
     if not isinstance(values, dict):
@@ -135,23 +187,4 @@ def read_widgets(inputs: Iterable[Any], values: object) -> dict[str, Any]:
     foreign = [name for name in values if name not in known]
     if foreign:
         raise Malformed(f"The request has no field '{foreign[0]}'. It takes: {', '.join(known)}.")
-    return {name: _read(each, values[name]) if name in values else each.default for name, each in known.items()}
-
-
-def _read(widget: Any, value: Any) -> Any:
-    if isinstance(widget, io.Combo.Input):
-        if value not in widget.options:
-            raise Malformed(f"{widget.id} is {value!r}; choose one of: {', '.join(map(str, widget.options))}.")
-        return value
-    if isinstance(widget, io.Int.Input | io.Float.Input):
-        whole = isinstance(widget, io.Int.Input)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-        if not number or (whole and value != int(value)):
-            raise Malformed(f"{widget.id} is {value!r}; it must be a {'whole ' if whole else ''}number.")
-        if not widget.min <= value <= widget.max:  # before any float is made of it
-            raise Malformed(f"{widget.id} is {value}; it must be between {widget.min} and {widget.max}.")
-        return int(value) if whole else float(value)
-    kind = bool if isinstance(widget, io.Boolean.Input) else str
-    if not isinstance(value, kind):
-        raise Malformed(f"{widget.id} is {value!r}; it must be {'true or false' if kind is bool else 'a text'}.")
-    return value
+    return {name: chosen_of(each, values[name]) if name in values else each.default for name, each in known.items()}

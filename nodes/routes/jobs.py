@@ -19,9 +19,9 @@ from ...chroma_core.errors import ConfigError
 from ...chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
 from ...chroma_core.training.jobs.manager import JobStatus
-from .. import jobs
+from .. import host, jobs
 from . import job_graphs
-from .common import Unknown, add, answer, body_of, job_of, refused, whole_number
+from .common import MOST_DIGITS, Unknown, add, answer, body_of, job_of, refused, whole_number
 
 ACTIONS = ("pause", "resume", "stop", "sample", "save")
 """What needs no more than the job's id; also change, extend, use, branch and delete."""
@@ -115,10 +115,21 @@ async def _change(request: web.Request) -> web.Response:
 
     def change() -> JobStatus:
         job = job_of(request)
-        _no_new_paths(job.config, with_changes(job.config, body.changes))
-        return jobs.manager().change(job.id, body.changes, body.force).status()
+        changes = _as_they_are(body.changes, job.config)
+        _no_new_paths(job.config, with_changes(job.config, changes))
+        return jobs.manager().change(job.id, changes, body.force).status()
 
     return await answer(change)
+
+
+def _as_they_are(changes: Any, config: TrainingConfig) -> Any:
+    """The changes with the job's own files and folders as it has them, where they are as its status tells them."""
+    own = {host.told({"path": path})["path"]: path for paths in _paths(config).values() for path in paths}
+    if isinstance(changes, dict):
+        return {name: _as_they_are(value, config) for name, value in changes.items()}
+    if isinstance(changes, list):
+        return [_as_they_are(value, config) for value in changes]
+    return own.get(changes, changes) if isinstance(changes, str) else changes
 
 
 async def _use(request: web.Request) -> web.Response:
@@ -194,7 +205,7 @@ async def _sample(request: web.Request) -> web.StreamResponse:
 def _sample_path(request: web.Request) -> Path:
     job = job_of(request)
     found, number = job.samples(), request.match_info["number"]
-    if not number.isdecimal() or int(number) >= len(found):
+    if not (number.isdecimal() and len(number) <= MOST_DIGITS) or int(number) >= len(found):
         raise Unknown(f"The job has {len(found)} samples, numbered from 0; there is no sample '{number}'.")
     return found[int(number)]
 

@@ -6,7 +6,9 @@ Each takes the values of a node's widgets by name and computes with the very fun
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import WeakValueDictionary
 
 from aiohttp import web
 from comfy_api.latest import io
@@ -23,19 +25,22 @@ from ..dataset_widgets import config_from
 from ..loaders import ChromaLoadModel
 from ..schedule import ChromaTailSigmas, sigmas_of
 from ..settings import ChromaTrainingSettings, sigma_fields
-from .common import add, answer, inputs_of, json_of, read_widgets, refused
+from .common import add, answer, in_thread, inputs_of, json_of, read_widgets, refused
 
 PLAN = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
 DENSITY = (
     "sigma_draw", "sigma_remap", "sigma_scale", "sigma_shift", "sigma_shift_value", "sigma_minimum", "sigma_maximum",
     "sigma_shift_first", "warmup_steps", "lr_schedule", "lr_cycles", "lr_power",
 )  # fmt: skip
+READERS = 8
+"""Folders that are read at once, by threads of their own: one on a drive that does not answer holds up nobody else."""
 BINS = 40
 LR_POINTS = 200
 
 _previews = DatasetPreviews()
-_one_at_a_time = asyncio.Lock()
-"""Each preview reads a folder, and whoever asks twice for the same finds it remembered."""
+_readers = ThreadPoolExecutor(READERS, "chromakit-look")
+_reading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+"""A lock for each folder that is being looked at: whoever asks twice for the same finds it remembered."""
 
 
 def register(routes: Any) -> None:
@@ -50,23 +55,23 @@ def register(routes: Any) -> None:
 async def _dataset(request: web.Request) -> web.Response:
     """Chroma Dataset's widgets, and `flavour`: the model's, whose size counts where `resolution` is 0."""
     body = await json_of(request)
-    async with _one_at_a_time:
-        return await answer(lambda: _dataset_preview(body))
+    values = await in_thread(lambda: _dataset_widgets(body))
+    async with _reading.setdefault(values["folder"], asyncio.Lock()):
+        return await answer(lambda: _dataset_preview(**values), _readers)
 
 
-def _dataset_preview(body: object) -> dict[str, Any]:
+def _dataset_widgets(body: object) -> dict[str, Any]:
     own = {**inputs_of(ChromaDataset), "folder": io.String.Input("folder", default="")}
-    flavour = io.Combo.Input("flavour", options=["", *FLAVOURS], default="")
-    values = read_widgets([*own.values(), flavour], body)
-    size = FLAVOURS[values["flavour"]].size if values["flavour"] else None
-    folder = host.dataset_folder(values["folder"])
-    options = {name: value for name, value in values.items() if name not in ("folder", "flavour")}
-    return _previews.of(config_from(str(folder), **options), size)
+    return read_widgets([*own.values(), io.Combo.Input("flavour", options=["", *FLAVOURS], default="")], body)
+
+
+def _dataset_preview(folder: str, flavour: str, **options: Any) -> dict[str, Any]:
+    size = FLAVOURS[flavour].size if flavour else None
+    return _previews.of(config_from(str(host.dataset_folder(folder)), **options), size)
 
 
 async def _sheet(request: web.Request) -> web.Response:
-    async with _one_at_a_time:
-        found = await asyncio.to_thread(_previews.sheet, request.match_info["id"])
+    found = await in_thread(lambda: _previews.sheet(request.match_info["id"]), _readers)
     if found is None:
         return refused(404, "This contact sheet is no longer kept. Change a value of the node, and it is made again.")
     return web.Response(body=found, content_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})

@@ -16,12 +16,11 @@ from ...chroma_core.requests.request import InferenceRequest
 from ...chroma_core.requests.run import check_loras, lora_uses, model_spec
 from ...chroma_core.weights.identify import Part
 from .. import host, jobs, while_training
-from .common import TooLarge, add, refused
+from .common import add, bytes_of, refused, told
 
 NOTE = "chromakit_request"
 """Under which a queued prompt, and each of its PNG files, carries what was asked for and what was made of it."""
 
-MAX_BYTES = 2 << 20
 KEPT = 1000
 
 _never_ran: OrderedDict[str, dict[str, Any]] = OrderedDict()
@@ -37,7 +36,7 @@ def register(routes: Any) -> None:
 
 async def _post(request: web.Request) -> web.Response:
     """Validate, queue, answer with the id. Nothing is queued for a request that is refused."""
-    asked = InferenceRequest.read(await _body(request))
+    asked = InferenceRequest.read(await bytes_of(request))
     while_training.check_accepted()
     names = await asyncio.to_thread(_checked, asked)
     pictures = asked.pictures()
@@ -45,7 +44,7 @@ async def _post(request: web.Request) -> web.Response:
     note["remarks"] = list(asked.remarks)
     extra = {NOTE: note, "extra_pnginfo": {NOTE: note}}
     prompt_id = await host.queue_prompt(to_prompt(asked, pictures, names), extra)
-    return web.json_response(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
+    return told(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
 
 
 async def _one(request: web.Request) -> web.Response:
@@ -54,7 +53,7 @@ async def _one(request: web.Request) -> web.Response:
     note = _never_ran.get(prompt_id) if found is None else found.extra.get(NOTE)
     if note is None:
         return _unknown(prompt_id)
-    return web.json_response(_answer(prompt_id, found, note))
+    return told(_answer(prompt_id, found, note))
 
 
 async def _cancel(request: web.Request) -> web.Response:
@@ -69,16 +68,7 @@ async def _cancel(request: web.Request) -> web.Response:
         _never_ran[prompt_id] = note
         while len(_never_ran) > KEPT:
             _never_ran.popitem(last=False)
-    return web.json_response(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
-
-
-async def _body(request: web.Request) -> bytes:
-    body = bytearray()
-    async for part in request.content.iter_any():
-        body += part
-        if len(body) > MAX_BYTES:
-            raise TooLarge(f"The request cannot be used: it has more than {MAX_BYTES} bytes. Send it in parts.")
-    return bytes(body)
+    return told(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
 
 
 def _checked(asked: InferenceRequest) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, get_type_hints
 
 from aiohttp import web
@@ -54,6 +53,6 @@ async def _settings(request: web.Request) -> web.Response:
 async def _change_settings(request: web.Request) -> web.Response:
     values = await json_of(request)
     try:
-        return web.json_response(await asyncio.to_thread(while_training.change, values))
+        return await answer(lambda: while_training.change(values))
     except OSError as error:
-        return refused(500, f"The settings could not be written, and stay as they were: {error}.")
+        return refused(507, f"The settings could not be written, and stay as they were: {error}.")

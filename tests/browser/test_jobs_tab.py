@@ -322,7 +322,7 @@ def test_events_that_are_missed_are_made_up_for(window, server: Host):
 
 @pytest.mark.slow
 def test_a_restarted_host_has_the_same_jobs(window, server: Host):
-    """The page stays open, as when a user restarts the host; settings that are damaged meanwhile are not used."""
+    """The page stays open, as when a user restarts the host with Ctrl-C; settings damaged meanwhile are not used."""
     page = window.page
     for job in server.get("/chromakit/jobs?brief=true"):
         server.post(f"/chromakit/jobs/{job['id']}/delete")
@@ -334,13 +334,15 @@ def test_a_restarted_host_has_the_same_jobs(window, server: Host):
     until(page, server, lambda: shown_step(page) >= 3, "the first steps")
     settings = server.base / "user" / "chromakit" / "settings.json"
     with restarted(server):
+        saved = json.loads((server.base / "output" / "chromakit" / "jobs" / job / "job.json").read_text())
+        assert saved["state"] == "interrupted" and saved["checkpoint"] == saved["step"] >= 3
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text('{"prompts_while_training": "fin', encoding="utf-8")
     until(page, server, lambda: chip(page) == "interrupted", "the truth of the host that came back")
     assert server.get("/chromakit/settings")["prompts_while_training"] == "yield"
     assert server.log_path.read_text(encoding="utf-8", errors="replace").count("settings.json' is not used") == 1
     step = shown_step(page)
-    assert step == status(server, job)["step"] >= 3
+    assert step == status(server, job)["step"] == saved["step"]
     act(page, "resume")
     until(page, server, lambda: chip(page) == "running" and charted(page) > step, "the curve to go on")
     act(page, "stop")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from benchmarks import growth
 from benchmarks.comfyui_peer import ComfyUI
 from benchmarks.turns import Turn, ratios, take_turns
 from chroma_core.model.transformer import ChromaTransformer
+from tools import soak
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -46,6 +48,16 @@ def test_contestants_take_turns_and_every_second_round_goes_backwards():
     assert (row["a_s"], row["a_least_s"], row["a_spread"]) == (1.5, 1.0, 2.0)  # the first turn only warms up
     found = ratios(row, ["b"], "a", "_auto")
     assert found == {"ratio_b_auto": pytest.approx(4 / 1.5), "least_ratio_b_auto": 3.0}
+
+
+def test_growth_is_the_median_slope_of_what_was_sampled():
+    growth = soak.Growth(os.getpid())
+    growth.sample(0)
+    assert growth.samples[0][1] > 1 << 20 and min(growth.samples[0][2:]) > 0
+    growth.samples = [(done, 10 * done + 900 * (done == 90), 4, 9) for done in range(100)]
+    assert growth.slopes(50, 1000) == {"memory": 10_000, "threads": 0, "handles": 0}
+    assert growth.slopes(99, 1000)["memory"] == 0, "of one sample nothing is said"
+    assert growth.parts(50) == [(24, 245, 4, 9), (74, 745, 4, 9)]
 
 
 def test_the_chart_shows_the_numbers_that_are_kept(tmp_path):

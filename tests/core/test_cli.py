@@ -50,7 +50,7 @@ def test_sample_writes_pictures_that_tell_how_they_were_made(folder, tmp_path):
     assert [p.name for p in paths] == ["chroma-7.png", "chroma-8.png"]
     record = read_record(paths[0])
     assert record is not None and record["prompt"] == "a red sks" and record["settings"]["seed"] == 7
-    assert record["recipe"]["name"] == "canonical" and record["model"]["folder"] == folder
+    assert record["recipe"]["name"] == "canonical" and record["model"]["folder"] == Path(folder).name
     with Image.open(paths[0]) as picture:
         assert picture.size == (64, 64)
 
@@ -93,6 +93,16 @@ def test_schedule_method_and_recipe_reach_the_sampler(folder, tmp_path, capsys):
     assert line in capsys.readouterr().err
     (plain,) = sample(folder, tmp_path, "--prompt", "red", "--steps", "3")
     assert Image.open(plain).tobytes() != Image.open(path).tobytes()
+
+
+def test_the_first_block_cache_is_recorded_and_said(folder, tmp_path, capsys):
+    (path,) = sample(folder, tmp_path, "--prompt", "red", "--steps", "4", "--first-block-cache", "1")
+    record = read_record(path)
+    assert record is not None and record["settings"]["first_block_cache"] == 1.0
+    assert "approximate, 75% of the passes cut short" in capsys.readouterr().err
+    (exact,) = sample(folder, tmp_path, "--prompt", "red", "--steps", "4")
+    assert Image.open(exact).tobytes() != Image.open(path).tobytes()
+    assert "first_block_cache" not in (read_record(exact) or {})["settings"]
 
 
 def test_a_picture_to_start_from_and_a_mask(folder, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from pathlib import PureWindowsPath
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from chroma_core.errors import ConfigError, JobError
 from chroma_core.files import (
     atomic_folder,
+    file_stem,
     read_json,
     remove_leftovers,
     sha256_file,
@@ -18,6 +20,9 @@ from chroma_core.files import (
     write_atomic,
     write_json,
 )
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.run.checkpoint import step_name
+from chroma_core.training.run.metrics import JobPaths
 from chroma_core.weights.safetensors_files import save_safetensors
 
 
@@ -86,6 +91,37 @@ def test_leftovers_of_a_killed_process_go(tmp_path):
 )
 def test_slug(text, name):
     assert slug(text) == name
+
+
+@pytest.mark.parametrize(
+    "text", ["CON", "nul", "Aux.v2", "com1.safetensors", "a. ", "b...", "C:\\x", "a:b", "x?*", "LPT9"]
+)
+def test_names_of_files_are_names_on_windows(text):
+    for suffix in (".safetensors", "-ema.safetensors", ""):
+        name = f"{file_stem(text)}{suffix}"
+        assert not PureWindowsPath(name).drive and PureWindowsPath(name).name == name == name.rstrip(". ")
+        assert not set(name) & set('<>:"/\\|?*') and name.isprintable()
+        assert name.split(".")[0].upper() not in {"CON", "PRN", "AUX", "NUL", "COM1", "LPT9"}
+    assert file_stem("console.v2") == "console.v2"
+
+
+def test_a_job_s_longest_path_leaves_room_on_windows():
+    """Of 260 characters; ids have 80 + 9."""
+    config = TrainingConfig.parse({"name": "x" * 80, "dataset": {"folder": "."}})
+    temporary = f".{step_name(10**6)}.1234567-140123456789012.tmp"
+    paths = JobPaths.of(PureWindowsPath(), config.job_id(), PureWindowsPath())
+    assert len(str(paths.job / "checkpoints" / temporary / "weights.safetensors")) < 180
+    assert len(str(paths.cache / "latents" / "00" / f".{'0' * 64}.safetensors.1234567-140123456789012.tmp")) < 180
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_job_file_of_a_windows_editor_is_the_same_job(tmp_path, mark):
+    text = 'name = "x"\nsteps = 5\n[dataset]\nfolder = "d"\n[previews]\nprompts = ["a\u00e9"]\n'
+    path = tmp_path / "job.toml"
+    path.write_bytes(text.encode())
+    plain = TrainingConfig.from_toml(path)
+    path.write_bytes(mark + text.replace("\n", "\r\n").encode())
+    assert TrainingConfig.from_toml(path) == plain
 
 
 def test_a_broken_json_file_is_named_and_the_cure_said(tmp_path):

@@ -292,3 +292,18 @@ def test_tests_wait_for_what_they_need():
     """`waiting.until` instead of a sleep, which is too long on one machine and too short on another."""
     tests = {name(path): path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
     assert {path for path, text in tests.items() if re.search(r"\btime\.sleep\b", text)} == set(SLEEPERS)
+
+
+def test_every_tool_answers_help():
+    """Each script that can be run has a parser, and every flag of one says what it is."""
+    silent = []
+    for path in sorted(path for folder in ("tools", "benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        runs = '__name__ == "__main__"' in text and path.stem not in ("__main__", "comfyui_peer")
+        if runs and not any(word in text for word in ("ArgumentParser(", "keep_current(")):
+            silent.append(name(path))
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+                if not any(keyword.arg == "help" for keyword in node.keywords):
+                    silent.append(f"{name(path)}:{node.lineno}")
+    assert silent == []

@@ -11,6 +11,7 @@ from chroma_core.options import Option, option_of, options_of
 from chroma_core.sampling.sampler import SamplingSettings
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.config.job import LoraConfig, ObjectiveConfig, PreviewConfig
+from chroma_core.training.config.preserve import PreserveConfig
 
 JOB = {"name": "A Job", "dataset": {"folder": "/data/set"}}
 
@@ -26,7 +27,17 @@ def test_an_option_knows_its_type_range_and_default():
 
 
 @pytest.mark.parametrize(
-    "owner", [TrainingConfig, LoraConfig, ObjectiveConfig, PreviewConfig, DatasetConfig, ModelSpec, SamplingSettings]
+    "owner",
+    [
+        TrainingConfig,
+        LoraConfig,
+        ObjectiveConfig,
+        PreserveConfig,
+        PreviewConfig,
+        DatasetConfig,
+        ModelSpec,
+        SamplingSettings,
+    ],
 )
 def test_every_option_says_what_it_is_in_a_sentence(owner: type):
     sections = {"model", "dataset", "more_datasets", "validation_dataset", "lora", "objective", "previews"}

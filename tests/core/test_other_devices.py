@@ -44,7 +44,10 @@ ASKS_FIRST = {
 }
 """These look at the device before they use such a dtype."""
 
-CUDA_ROOMS = {"model/device.py", "memory/machine.py", "streaming/movers.py", "training/distributed/world.py"}
+CUDA_ROOMS = {
+    *("model/device.py", "model/four_bits.py", "memory/machine.py"),
+    *("streaming/movers.py", "training/distributed/world.py"),
+}
 """Files that may speak to torch.cuda, which on ROCm is AMD's, and nowhere else there is."""
 
 POSIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}

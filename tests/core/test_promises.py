@@ -258,6 +258,7 @@ def options(parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
     for action in parser._actions:
         if isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)):
             continue
+        assert action.help, f"{parser.prog}: {action.dest} says nothing of itself"
         kind = getattr(action.type, "__name__", None)
         default = action.default.as_posix() if isinstance(action.default, Path) else action.default
         found.append(

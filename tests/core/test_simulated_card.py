@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import forked
 from chroma_core.loading.load import load_transformer
 from chroma_core.loading.spec import ModelSpec
 from nullgpu.run import CannotBuild, environment
@@ -17,6 +15,7 @@ from nullgpu.run import CannotBuild, environment
 COSTS = {
     "bf16": ("--blocks", "1", "1"),
     "int8": ("--blocks", "1", "1", "--precision", "int8"),
+    "nf4": ("--blocks", "1", "1", "--precision", "nf4", "--bytes"),
     "whole": ("--blocks", "2", "2"),
     "streamed": ("--blocks", "2", "2", "--resident", "2"),
 }
@@ -27,6 +26,8 @@ for arguments in json.loads(sys.argv[1]):
     sys.argv[1:] = [*arguments, "--json"]
     assert step_cost.main() == 0
 """
+
+RUN_TESTS = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,12 @@ def test_quantised_weights_take_less_and_launch_more(costs):
     assert costs["int8"]["weights_gib"] < 0.8 * costs["bf16"]["weights_gib"]
     assert costs["int8"]["allocated_gib"] < 0.9 * costs["bf16"]["allocated_gib"]
     assert costs["int8"]["launches"] > costs["bf16"]["launches"]
+
+
+def test_four_bits_take_one_kernel_a_weight(costs):
+    """Triton's, if it passed its trial; PyTorch's launch 853 and move 19 GB."""
+    assert costs["nf4"]["launches"] == costs["int8"]["launches"]
+    assert costs["nf4"]["gb_moved"] < 10 and costs["nf4"]["gb_by_operation"]["nf4 kernel"] > 1
 
 
 def test_streamed_blocks_take_less_and_are_copied(costs):
@@ -76,9 +83,7 @@ def run_on_a_card(root: Path, *arguments: str, **variables: str) -> str:
         card = environment(gib=24)
     except CannotBuild as error:
         pytest.skip(str(error))
-    card |= {"PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests/support"))), **variables}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=root, env=card, capture_output=True, text=True, timeout=300)
+    done = forked.run(forked.FULL, *arguments, cwd=root, env=card | variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -86,7 +91,8 @@ def run_on_a_card(root: Path, *arguments: str, **variables: str) -> str:
 def test_the_tests_that_need_a_card_run_on_one(root):
     """Their numbers are compared on a real card only; devices, sizes and the order of streaming here too."""
     tests = str(root / "tests/core/streaming/test_training.py")
-    said = run_on_a_card(root, "-m", "pytest", tests, "-q", "-p", "no:cacheprovider", "-k", "accelerator")
+    command = [tests, "-q", "-p", "no:cacheprovider", "-p", "xdist.plugin", "-p", "pytest_timeout", "-k", "accelerator"]
+    said = run_on_a_card(root, "-c", RUN_TESTS, *command, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert "6 passed" in said
 
 

@@ -35,15 +35,15 @@ def test_there_is_one_for_each_card():
 def test_a_preset_sets_what_the_memory_plan_recommends_and_fits_in_both_uses(card: int):
     on = Machine("a card", card * GIB, COMPUTER * GIB)
     size = PICTURE_SIZES.get(card, PICTURE_SIZE)
-    painting = recommend(Settings("base", size=size), on, "sampling")
+    sampling = recommend(Settings("base", size=size), on, "sampling")
     training = recommend(Settings("base", size=TRAINING_SIZE), on, "training")
-    assert painting.fits and training.fits
+    assert sampling.fits and training.fits
     loader = inputs(card, "ChromaLoadModel")
-    # The same weights are right for both on each of these cards; offload says where they wait while painting.
+    # The same weights are right for both on each of these cards; offload says where they wait while sampling.
     assert (loader["precision"], loader["text_precision"]) == (training.precision, training.text_precision)
-    planned = {name: getattr(painting, name) for name in PLAN}
-    assert painting.offload == "block" or painting.resident_blocks == training.resident_blocks == 2
-    planned["resident_blocks"] = min(painting.resident_blocks, training.resident_blocks)
+    planned = {name: getattr(sampling, name) for name in PLAN}
+    assert sampling.offload == "block" or sampling.resident_blocks == training.resident_blocks == 2
+    planned["resident_blocks"] = min(sampling.resident_blocks, training.resident_blocks)
     assert {name: loader[name] for name in PLAN} == planned
     checkpointing = inputs(card, "ChromaTrainingSettings")["gradient_checkpointing"]
     assert checkpointing == training.gradient_checkpointing

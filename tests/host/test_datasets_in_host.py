@@ -80,10 +80,10 @@ def summary_of(server: Host, prompt: dict) -> str:
     return server.run(prompt)["outputs"]["dataset"]["text"][0]
 
 
-def folder_in(text: str) -> Path:
+def folder_in(server: Host, text: str) -> Path:
     """The folder that a summary names."""
     (line,) = [line for line in text.splitlines() if line.startswith("kept in ")]
-    return Path(line.removeprefix("kept in ").rsplit(" (", 1)[0])
+    return server.base / (line.removeprefix("kept in ").rsplit(" (", 1)[0])
 
 
 def pictures_in(folder: Path) -> list[np.ndarray]:
@@ -93,7 +93,7 @@ def pictures_in(folder: Path) -> list[np.ndarray]:
 def test_a_picture_is_kept_bit_for_bit_with_its_caption(server: Host, photos: list[np.ndarray]):
     history = server.run(from_images("a sks on a table"))
     (text,) = history["outputs"]["dataset"]["text"]
-    folder = folder_in(text)
+    folder = folder_in(server, text)
     (kept,) = pictures_in(folder)
     assert np.array_equal(kept, photos[0]) and (folder / "00000.txt").read_text() == "a sks on a table"
     assert folder.is_relative_to(server.base / "output" / "chromakit" / "datasets")
@@ -103,9 +103,9 @@ def test_a_picture_is_kept_bit_for_bit_with_its_caption(server: Host, photos: li
 
 
 def test_a_batch_takes_one_line_of_caption_a_picture(server: Host, photos: list[np.ndarray]):
-    folder = folder_in(summary_of(server, from_images("one\n\ntwo\nthree\n", ("solid", 0))))
+    folder = folder_in(server, summary_of(server, from_images("one\n\ntwo\nthree\n", ("solid", 0))))
     assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == ["one", "two", "three"]
-    folder = folder_in(summary_of(server, from_images("for all", ("solid", 0))))
+    folder = folder_in(server, summary_of(server, from_images("for all", ("solid", 0))))
     assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == ["for all"] * 3
 
 
@@ -117,7 +117,7 @@ def test_a_list_of_pictures_may_have_several_sizes_and_a_list_of_captions(server
     prompt = from_images(("pairs", 1), ("pairs", 0))
     prompt["pairs"] = node("LoadImageTextDataSetFromFolder", folder="pairs")
     text = summary_of(server, prompt)
-    folder = folder_in(text)
+    folder = folder_in(server, text)
     found = scan(DatasetConfig.parse({"folder": str(folder)}))
     assert [(item.width, item.height, item.captions) for item in found.items] == [
         (64, 64, ("the first sks",)),
@@ -128,12 +128,14 @@ def test_a_list_of_pictures_may_have_several_sizes_and_a_list_of_captions(server
 
 def test_masks_become_mask_files_and_a_black_one_is_none(server: Host, photos: list[np.ndarray]):
     text = summary_of(server, from_images(images=("second", 0), masks=("second", 1)))
-    folder = folder_in(text)
+    folder = folder_in(server, text)
     mask = np.asarray(Image.open(folder / "00000-masklabel.png"))
     assert mask.shape == (64, 128) and (mask[:, :64] == 255).all() and (mask[:, 64:] == 0).all()
     assert "1 with a mask" in text
     text = summary_of(server, from_images(images=("first", 0), masks=("first", 1)))
-    assert not list(folder_in(text).glob("*masklabel*")), "Load Image gives a black mask for a picture without one"
+    assert not list(folder_in(server, text).glob("*masklabel*")), (
+        "Load Image gives a black mask for a picture without one"
+    )
 
 
 MISTAKES = {
@@ -166,8 +168,8 @@ def test_pictures_that_change_nothing_are_the_same_job_and_come_back_when_delete
 
     job = job_of(server.run(prompt()))
     status = ended(server, job)
-    folder = Path(status["config"]["dataset"]["folder"])
-    assert folder in stored(server) and Path(status["lora_path"]).is_file() and status["step"] == 4
+    folder = server.base / status["config"]["dataset"]["folder"]
+    assert folder in stored(server) and (server.base / status["lora_path"]).is_file() and status["step"] == 4
     server.forget_cached_outputs()
     before = stored(server)
     assert job_of(server.run(prompt())) == job and stored(server) == before

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -100,8 +98,10 @@ def test_all_dialects_are_one_lora(ours):
 
 
 @pytest.fixture(scope="module")
-def reference(model) -> ChromaTransformer2DModel:
-    """The same weights in diffusers' own class."""
+def reference(model):
+    """The same weights in diffusers' own class; who does not need it does not wait for its import."""
+    from diffusers import ChromaTransformer2DModel
+
     made = ChromaTransformer2DModel(**REAL_DEPTH)
     made.load_state_dict(model.state_dict())
     return made.requires_grad_(False).eval()
@@ -121,6 +121,8 @@ def velocity(transformer, call: dict[str, Tensor]) -> Tensor:
 
 def loaded_by_diffusers(reference, path: Path, call: dict[str, Tensor], strength: float) -> Tensor:
     """What a file changes when `ChromaPipeline.load_lora_weights` reads it."""
+    from diffusers import ChromaPipeline, FlowMatchEulerDiscreteScheduler
+
     pipeline = ChromaPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=None,  # type: ignore[arg-type]
@@ -155,6 +157,9 @@ def test_a_dora_reaches_diffusers_with_its_magnitudes(reference, model, call, tm
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_peft_loads_what_is_its(model, call, tmp_path, kind):
     """Ranks and alphas of their own for some layers, and the last layer beside the 38 of the same ending."""
+    from diffusers import ChromaTransformer2DModel
+    from peft import PeftModel
+
     lora = random_kind(model, kind, "all+ffs", size=0.3)
     narrow = random_lora(model, "single_transformer_blocks.*.proj_out", rank=2, alpha=5.0, size=0.3)
     if kind == "lora":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +40,7 @@ def test_a_full_rank_job_ends_with_a_model_that_can_be_chosen_and_paints(server:
     status = server.get(f"/chromakit/jobs/{job}")
     assert status["state"] == "completed" and status["config"]["full"]["target"] == "double_blocks.0, single_blocks.1"
     assert any("learning rate" in warning for warning in status["warnings"])
-    path, folder = Path(status["model_path"]), Path(status["model_folder"])
+    path, folder = server.base / status["model_path"], server.base / status["model_folder"]
     try:
         assert path == server.base / "output" / "diffusion_models" / "whole-blocks.safetensors"
         with safe_open(path, framework="pt") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +23,7 @@ from chroma_core.data.scan import scan
 from chroma_core.memory import Machine, Settings, memory_plan
 from chroma_core.sampling.schedule import SigmaSettings, sampling_sigmas, sigma_density
 from chroma_core.training.step.optimizers import Schedule
+from waiting import until
 
 LOOK, SIGMAS, DENSITY, PLAN = (f"/chromakit/{name}" for name in ("datasets/look", "sigmas", "density", "plan/rows"))
 MANY = 2000
@@ -164,10 +166,33 @@ def test_what_a_node_would_refuse_is_refused_in_words(server: Host, route: str, 
     assert code == 400 and words in answer["error"], answer
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux tells which files a process has open")
+def test_a_slow_folder_holds_up_nobody_else(server: Host):
+    """Its one image is followed by gigabytes of nothing, which are read for its checksum."""
+    folder = server.base / "input" / "slow"
+    fill(folder, 1)
+    slow = folder / "0000.jpg"
+    size = slow.stat().st_size
+    os.truncate(slow, 1 << 37)  # a hole: nothing of it is stored
+
+    def is_read() -> bool:
+        opened = Path(f"/proc/{server.process.pid}/fd").iterdir()
+        return any(os.path.lexists(each) and os.path.realpath(each) == str(slow) for each in opened)
+
+    with ThreadPoolExecutor(2) as people:
+        first, second = (people.submit(ask, server, LOOK, {"folder": "slow", "repeats": n}) for n in (1, 2))
+        until(is_read, "the slow folder's first read")
+        assert ask(server, LOOK, {"folder": "sks_emblem"})["pictures"] == 16
+        assert server.request("GET", "/chromakit/datasets/sheets/%C3%A9")[0] == 404
+        assert is_read() and not first.done() and not second.done()
+        os.truncate(slow, size)
+        assert {each.result()["pictures"] for each in (first, second)} == {1}
+
+
 def test_looking_is_a_post_with_json(server: Host):
     for route in (LOOK, SIGMAS, DENSITY, PLAN):
         assert server.request("GET", route)[0] in (404, 405)
-        request = urllib.request.Request(server.url + route, data=b"{", method="POST")
+        request = urllib.request.Request(server.url + route, data=b"{", headers={"Content-Type": "application/json"})
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=120)
         assert refused.value.code == 400 and "not JSON" in json.load(refused.value)["error"]

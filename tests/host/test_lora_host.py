@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -127,6 +126,8 @@ def test_the_check_reports_what_the_host_would_drop(tmp_path, lora):
 
 
 def test_our_lora_in_diffusers_changes_the_output_as_ours_does(model, lora, ours):
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
     reference = ChromaTransformer2DModel(**REAL_DEPTH)
     reference.load_state_dict(model.state_dict())
     reference.requires_grad_(False).eval()

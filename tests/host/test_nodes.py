@@ -13,7 +13,6 @@ import aiohttp
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from _host import Host
@@ -22,7 +21,6 @@ from chroma_core.loading.load import load_vae
 from chroma_core.loading.spec import ModelHandle, ModelSpec
 from chroma_core.model.images import decode, to_tensor
 from chroma_core.model.latents import LatentFormat
-from chroma_core.parity.with_diffusers import theirs
 from chroma_core.sampling.recipe import recipe
 from chroma_core.sampling.sampler import SamplingSettings, sample
 from chroma_core.sampling.schedule import sampling_sigmas
@@ -175,15 +173,16 @@ def test_tail_sigmas_are_the_samplers_schedule(server: Host):
 
 
 def test_the_vae_is_the_hosts_own_and_decodes_as_diffusers_does(comfy: ModuleType, pack_host: ModuleType):
+    """As the core's does, which has diffusers' bits (tests/core/model/test_encoders.py)."""
     import comfy.sd
 
-    ours, reference = pack_host.host_vae(TINY), theirs(AutoencoderKL, load_vae(TINY, "cpu"))
+    ours, reference = pack_host.host_vae(TINY), load_vae(TINY, "cpu")
     assert type(ours) is comfy.sd.VAE
     generator = torch.Generator().manual_seed(0)
     z = LatentFormat.of(reference).to_vae(torch.randn(2, 16, 8, 12, generator=generator))
     with torch.no_grad():
         pixels_BHWC = ours.decode(z)
-        expected = (reference.decode(z).sample.permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
+        expected = (reference.decode(z).permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1)
     assert pixels_BHWC.shape == (2, 64, 96, 3)
     assert (pixels_BHWC - expected).abs().max() <= 1e-3
 
@@ -191,11 +190,11 @@ def test_the_vae_is_the_hosts_own_and_decodes_as_diffusers_does(comfy: ModuleTyp
 def test_the_vae_encodes_as_diffusers_does(pack_host: ModuleType):
     from PIL import Image
 
-    ours, reference = pack_host.host_vae(TINY), theirs(AutoencoderKL, load_vae(TINY, "cpu"))
+    ours, reference = pack_host.host_vae(TINY), load_vae(TINY, "cpu")
     pixels_B3HW = to_tensor(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)))
     with torch.no_grad():
         z = ours.encode((pixels_B3HW.permute(0, 2, 3, 1) + 1) / 2)
-        expected = reference.encode(pixels_B3HW).latent_dist.mean
+        expected = reference.encode(pixels_B3HW).mean
     assert (z - expected).abs().max() <= 1e-3
 
 
@@ -218,12 +217,12 @@ def test_two_parts_are_the_whole_run(server: Host):
 
 
 def test_methods_spacing_and_overrides_reach_the_sampler(server: Host):
-    options = {"seed": 8, "steps": 5, "method": "dpmpp_2m", "spacing": "beta"}
+    options = {"seed": 8, "steps": 5, "method": "dpmpp_2m", "spacing": "beta", "first_block_cache": 0.3}
     seen = latent_of(server, text_to_image("a red star", **options, recipe_overrides="visible_padding=0"), "options")
     rules, cache = recipe("canonical", {"visible_padding": 0}), ComponentCache()
     encoder = cache.text_encoder(TINY, "cpu")
     with cache.transformer(ModelHandle(TINY), "cpu") as transformer:
-        settings = SamplingSettings(5, 3.0, 8, method="dpmpp_2m", spacing="beta")
+        settings = SamplingSettings(5, 3.0, 8, method="dpmpp_2m", spacing="beta", first_block_cache=0.3)
         prompts = [encoder.encode("a red star", rules)], encoder.encode("", rules)
         x = sample(transformer, *prompts, width=64, height=64, settings=settings, recipe=rules)
     assert torch.equal(seen, LatentFormat().to_vae(x))

@@ -67,4 +67,4 @@ def test_a_job_and_prompts_share_a_card_that_is_too_small_for_both(host: Host):
     assert "out_of_memory" not in metrics, "the job has left in time, each time"
     assert host.post(f"/chromakit/jobs/{job}/stop")[0] == 200
     until(lambda: host.get(f"/chromakit/jobs/{job}")["state"] == "stopped", "the stop", report=host.log_tail)
-    assert Path(host.get(f"/chromakit/jobs/{job}")["lora_path"]).is_file()
+    assert (host.base / host.get(f"/chromakit/jobs/{job}")["lora_path"]).is_file()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,7 +115,7 @@ def test_pause_and_resume(server: Host, job: str):
 def test_stopping_leaves_a_lora_that_works(server: Host, job: str, without_training: dict):
     act(server, job, "stop")
     found = until(server, job, lambda now: now["state"] == "stopped")
-    assert Path(found["lora_path"]).is_file()
+    assert (server.base / found["lora_path"]).is_file()
     options = server.get("/object_info/ChromaApplyLora")["ChromaApplyLora"]["input"]["required"]["lora"][1]["options"]
     assert found["lora_name"] in options, "listed without a restart"
     plain, adapted = without_training[21], {}
@@ -146,7 +145,7 @@ def test_train_wait_and_sample_in_one_prompt(server: Host, without_training: dic
     done = status(server, job_of(history))
     assert done["state"] == "completed" and done["step"] == STEPS
     copy = load_file(max((server.base / "output" / "copies").glob("*.safetensors")))
-    trained = load_file(done["lora_path"])
+    trained = load_file(server.base / done["lora_path"])
     assert copy.keys() == trained.keys() and all((copy[key] == trained[key]).all() for key in copy)
     assert any(key.endswith(".alpha") for key in copy), "the host's loaders find the alpha"
 
@@ -180,7 +179,7 @@ def test_cancelling_the_wait_stops_and_saves(server: Host):
     entry = server.wait(prompt_id, check=False)
     assert entry["status"]["messages"][-1][0] == "execution_interrupted"
     found = until(server, job, lambda now: now["state"] == "stopped")
-    assert Path(found["lora_path"]).is_file() and 2 <= found["step"] < ENDLESS
+    assert (server.base / found["lora_path"]).is_file() and 2 <= found["step"] < ENDLESS
 
 
 def test_adapter_optimizer_and_data_settings_reach_the_job(server: Host):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,18 @@ NATIVE = "import native_lora_check; native_lora_check.import_host()"
 
 
 def run(
-    imports: str, *arguments: object, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: int = 300
+    imports: str,
+    *arguments: object,
+    cwd: Path = ROOT,
+    env: dict[str, str] | None = None,
+    timeout: int = 300,
+    begun: Callable[[int], object] = lambda pid: None,
 ) -> subprocess.CompletedProcess[str]:
-    """What `python *arguments` does, in a process that has run `imports`; arguments: -c CODE …, or FILE …."""
+    """What `python *arguments` does, in a process that has run `imports`; arguments: -c CODE …, or FILE ….
+
+    What `env` says to the loader of libraries (LD_PRELOAD: the simulated card) holds while `imports` run, too.
+    `begun` is told the id of a process that is forked.
+    """
     words = [str(argument) for argument in arguments]
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "scripts", "tests/support"))
     environment = {**os.environ, **(env or {}), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -39,9 +49,10 @@ def run(
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as folder:
         outputs = [str(Path(folder, name)) for name in ("stdout", "stderr")]
-        code = _parent(imports, paths).ask(
-            arguments=words, cwd=str(cwd), environment=environment, outputs=outputs, timeout=timeout
-        )
+        loader = tuple((name, value) for name, value in environment.items() if name.startswith("LD_"))
+        parent = _parent(imports, paths, loader)
+        wanted = {"arguments": words, "cwd": str(cwd), "environment": environment, "outputs": outputs}
+        code = parent.ask(begun, **wanted, timeout=timeout)
         stdout, stderr = (Path(path).read_text(encoding="utf-8") for path in outputs)
     return subprocess.CompletedProcess(words, code, stdout, stderr)
 
@@ -49,21 +60,27 @@ def run(
 class _Parent:
     """The process that is forked, from outside."""
 
-    def __init__(self, imports: str, paths: str):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    def __init__(self, imports: str, paths: str, loader: tuple[tuple[str, str], ...]):
+        environment = {**os.environ, **dict(loader), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         command = [sys.executable, __file__, imports]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        atexit.register(self.process.kill)
+        atexit.register(self.end)
 
-    def ask(self, **wanted: Any) -> int:
+    def end(self) -> None:
+        """End it, and leave nothing of it open."""
+        self.process.kill()
+        self.process.communicate()
+
+    def ask(self, begun: Callable[[int], object], **wanted: Any) -> int:
         """The exit status of a child that does what is wanted; negative: the signal that ended it."""
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(wanted), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        assert answer, "the imports failed; their error is above"
-        return int(answer)
+        child = self.process.stdout.readline()
+        assert child, "the imports failed; their error is above"
+        begun(int(child))
+        return int(self.process.stdout.readline())
 
 
 _parent = cache(_Parent)
@@ -77,6 +94,7 @@ def _serve(imports: str) -> None:
         child = os.fork()
         if not child:
             _become(**json.loads(line))
+        print(child, file=answers, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
 

@@ -7,7 +7,9 @@ from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from _host import Host
+import pytest
+
+from _host import Host, PromptFailed
 from waiting import until
 
 Result = TypeVar("Result")
@@ -76,6 +78,15 @@ def train(name: str, steps: int = 4, **inputs: Any) -> Prompt:
         "dataset": dataset(),
         "train": node("ChromaTrainLora", name=name, steps=steps, **{**links, **settings, **inputs}),
     }
+
+
+def message_of(server: Host, prompt: dict) -> str:
+    """The error on the node: one paragraph."""
+    with pytest.raises(PromptFailed) as failed:
+        server.run(prompt)
+    message = failed.value.exception_message.strip()
+    assert message and "\n" not in message and "Traceback" not in message
+    return message
 
 
 def job_of(history: dict[str, Any]) -> str:

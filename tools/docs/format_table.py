@@ -9,10 +9,11 @@ What it says was measured by tests/core/loading/test_quantised_checkpoints.py, w
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from ..pages import filled, markdown_table
+from ..pages import filled, keep_current, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "models.md"
@@ -43,4 +44,4 @@ def _cells(each: dict[str, Any]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    sys.exit(keep_current(PAGE, page, __doc__))

@@ -55,10 +55,10 @@ SHOTS = (
     Shot("ChromaExtractLora", "lora", "done", needs_lora=True),
     Shot("ChromaDatasetFromImages", "sets", "done", width=480, room=250),
     Shot("ChromaCombineDatasets", "sets", "done"),
-    Shot("ChromaLoadModel", "paint"),
-    Shot("ChromaTextEncode", "paint"),
-    Shot("ChromaEmptyLatent", "paint"),
-    Shot("ChromaSampler", "paint", "running", room=120),
+    Shot("ChromaLoadModel", "generate"),
+    Shot("ChromaTextEncode", "generate"),
+    Shot("ChromaEmptyLatent", "generate"),
+    Shot("ChromaSampler", "generate", "running", room=120),
     Shot("ChromaParity", "parity", "done", width=530, room=60),
 )
 
@@ -110,7 +110,7 @@ _SAMPLER = _node(
 _DECODE = _node("VAEDecode", samples=("sample", 0), vae=("load", 2))
 
 GRAPHS = {
-    "paint": _graph(
+    "generate": _graph(
         load=_LOAD,
         prompt=_prompt("a red star on a blue background"),
         negative=_NEGATIVE,

@@ -8,14 +8,15 @@ The text before them is written by hand.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chroma_core.import_config import ai_toolkit, kohya, onetrainer, simpletuner
-from chroma_core.import_config.convert import Rule, Table
+from chroma_core.import_config.table import Rule
+from chroma_core.import_config.trainers import AI_TOOLKIT, KOHYA, ONETRAINER, SIMPLETUNER, Tables
 
-from ..pages import filled, markdown_table
+from ..pages import filled, keep_current, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "import.md"
@@ -29,25 +30,26 @@ TITLES = {
 
 def page() -> str:
     """docs/import.md: its text as it stands, its tables as they should be."""
-    shared = "From {}, for every dataset that does not override it: {}.\n"
-    parts = ["## SimpleTuner: config.json\n", unstated(simpletuner.UNSTATED), table(simpletuner.OPTIONS)]
-    parts += ["## SimpleTuner: datasets\n", shared.format("config.json", names(simpletuner.FOR_ALL_SETS))]
-    parts += [unstated(simpletuner.UNSTATED_SETS), table(simpletuner.SET_OPTIONS, "dataset.")]
-    for section, options in ai_toolkit.SECTIONS.items():
-        parts += [f"## ai-toolkit: {section or 'the process'}\n", unstated(ai_toolkit.UNSTATED.get(section, {}))]
-        parts += [table(options)]
-    parts += ["## ai-toolkit: datasets\n", unstated(ai_toolkit.UNSTATED["datasets"])]
-    parts += [table(ai_toolkit.SET_OPTIONS, "dataset.")]
-    for section, options in onetrainer.SECTIONS.items():
-        parts += [f"## OneTrainer: {section or 'the configuration'}\n", unstated(onetrainer.UNSTATED[section])]
-        parts += [table(options)]
-    parts += ["## OneTrainer: concepts\n", shared.format("the configuration", names(onetrainer.FOR_ALL_SETS))]
-    parts += [unstated(onetrainer.UNSTATED_SETS), table(onetrainer.SET_OPTIONS, "dataset.")]
-    parts += ["## sd-scripts: the configuration\n", unstated(kohya.UNSTATED), table(kohya.OPTIONS)]
-    parts += ["## sd-scripts: datasets\n", shared.format("the configuration", names(kohya.FOR_ALL_SETS))]
-    parts += [unstated(kohya.UNSTATED_SETS), table(kohya.SET_OPTIONS, "dataset.")]
-    parts = [part for part in parts if part]
-    return filled(PAGE.read_text(encoding="utf-8"), "options", "\n".join(parts))
+    parts = [
+        *chapter(SIMPLETUNER, "SimpleTuner: {}", "config.json", "datasets"),
+        *chapter(AI_TOOLKIT, "ai-toolkit: {}", "the process", "datasets"),
+        *chapter(ONETRAINER, "OneTrainer: {}", "the configuration", "concepts"),
+        *chapter(KOHYA, "sd-scripts: {}", "the configuration", "datasets"),
+    ]
+    return filled(PAGE.read_text(encoding="utf-8"), "options", "\n".join(part for part in parts if part))
+
+
+def chapter(tables: Tables, title: str, top: str, sets: str) -> Iterator[str]:
+    """One trainer's tables; `top`, `sets`: what its topmost section and its datasets are called."""
+    for section, options in tables.sections.items():
+        yield f"## {title.format(section or top)}\n"
+        yield unstated(tables.unstated[section])
+        yield table(options)
+    yield f"## {title.format(sets)}\n"
+    if tables.for_all_sets:
+        yield f"From {top}, for every dataset that does not override it: {names(tables.for_all_sets)}.\n"
+    yield unstated(tables.unstated["datasets"])
+    yield table(tables.sets, "dataset.")
 
 
 def unstated(values: Mapping[str, Any]) -> str:
@@ -56,7 +58,7 @@ def unstated(values: Mapping[str, Any]) -> str:
     return f"Not stated: {said}.\n" if said else ""
 
 
-def table(options: Table, section: str = "") -> str:
+def table(options: Mapping[str, Rule], section: str = "") -> str:
     """The options that become something, as a table; the others by their reason."""
     rows: list[tuple[str, ...]] = []
     grouped: dict[tuple[str, str], list[str]] = {}
@@ -87,4 +89,4 @@ def names(options: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    sys.exit(keep_current(PAGE, page, __doc__))

@@ -8,12 +8,13 @@ What is said of ComfyUI is what tests/host/test_foreign_kinds_host.py recorded.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from chroma_core.lora.key_formats import STYLES
 from chroma_core.lora.modules import KINDS
 
-from ..pages import filled, markdown_table
+from ..pages import filled, keep_current, markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "lora.md"
@@ -67,4 +68,4 @@ def holds_table() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    sys.exit(keep_current(PAGE, page, __doc__))

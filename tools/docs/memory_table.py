@@ -43,7 +43,7 @@ SEED_GIB = {"bf16": 28, "int8": 16, "int4": 11, "nf4": 8}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="only say whether the calculated tables are current")
     options = parser.parse_args()
     text = PAGE.read_text(encoding="utf-8")
     tables = dict(calculated()) | ({} if options.check else dict(measured()))

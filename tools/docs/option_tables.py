@@ -6,13 +6,12 @@ python -m tools.docs.option_tables --check    # exit status 1 if the page is old
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from chroma_core.options import Described, options_of
 from chroma_core.training.config.template import SECTIONS, as_toml
-from tools.pages import filled, markdown_table
+from tools.pages import filled, keep_current, markdown_table
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
 
@@ -37,14 +36,5 @@ def _row(option: Described) -> tuple[str, str, str, str]:
     return f"`{option.name}`", default, option.range, option.sentence
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the page is current")
-    if parser.parse_args().check:
-        return 0 if PAGE.read_text(encoding="utf-8") == page() else 1
-    PAGE.write_text(page(), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(keep_current(PAGE, page, __doc__))

@@ -4,7 +4,7 @@
     python -m tools.sigma_study.study --only report    # page and pictures from docs/data/sigma_study.json, in seconds
 
 Five ways to draw noise levels, the same seeds for each, everything else the same: the real trainer on the example data
-set, then held-out loss at each noise level and what the LoRA paints. Writes docs/data/sigma_study.json, the pictures
+set, then held-out loss at each noise level and what the LoRA generates. Writes docs/data/sigma_study.json, the pictures
 docs/images/sigma_*.png and the tables of docs/timesteps.md. How it is measured and what came out: docs/timesteps.md.
 """
 
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny is far slower on many threads
 
@@ -50,7 +50,7 @@ NOISES = 4
 PICTURES_PER_CAPTION, ORDINARY_PROMPTS = 4, 24
 CONCEPT_SEED, ORDINARY_SEED = 1000, 5000
 """Of the noise that pictures start from: the same for every LoRA."""
-PAINTING = {"steps": 20, "guidance": 4.0}  # as previews and the demo
+SAMPLING = {"steps": 20, "guidance": 4.0}  # as previews and the demo
 
 
 def job_config(variant: str, seed: int, steps: int) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def job_config(variant: str, seed: int, steps: int) -> dict[str, Any]:
 class Judge:
     """The model, the pictures held out and the prompts; `judge` measures the model with or without a LoRA."""
 
-    painting = PAINTING
+    sampling: ClassVar = SAMPLING
 
     def __init__(self) -> None:
         self.vae, self.text, self.transformer = load()
@@ -92,18 +92,18 @@ class Judge:
         ]  # [12, 16, 8, 8] for each
         self.ordinary = check_prompts(ORDINARY_PROMPTS)
         self.empty = self.text.encode("")
-        self.base_ordinary: Tensor | None = None
+        self.base_ordinary: dict[float | None, Tensor] = {}
 
-    def paint(self, prompts: list[str], seed: int) -> Tensor:
+    def generate(self, prompts: list[str], seed: int, guidance: float | None = None) -> Tensor:
         """Latents [B, 16, 8, 8] of the prompts; picture i starts from the noise of seed + i."""
         conditions = [self.text.encode(prompt) for prompt in prompts]
-        settings = SamplingSettings(**self.painting, seed=seed)
+        settings = SamplingSettings(**self.sampling | ({"guidance": guidance} if guidance else {}), seed=seed)
         return sample(self.transformer, conditions, self.empty, width=64, height=64, settings=settings)
 
-    def judge(self, lora: Path | None, sheet: Path | None = None) -> dict[str, Any]:
-        """Every number of one LoRA (None: the base); `sheet` is a file for the pictures."""
+    def judge(self, lora: Path | None, sheet: Path | None = None, guidance: float | None = None) -> dict[str, Any]:
+        """Every number of one LoRA (None: the base, which comes first); `sheet` is a file for the pictures."""
         with self.wearing(lora):
-            return self._measured(sheet)
+            return self._measured(sheet, guidance)
 
     @contextmanager
     def wearing(self, lora: Path | None) -> Iterator[None]:
@@ -116,19 +116,18 @@ class Judge:
             if lora is not None:
                 detach(self.transformer, "lora")
 
-    def _measured(self, sheet: Path | None) -> dict[str, Any]:
+    def _measured(self, sheet: Path | None, guidance: float | None) -> dict[str, Any]:
         held = list(zip(self.latents, (self.text.encode(caption) for caption in self.captions), strict=True))
         losses = heldout_loss(self.transformer, held * NOISES)
         which = [i for i in range(len(self.captions)) for _ in range(PICTURES_PER_CAPTION)]
-        concept = self.paint([self.captions[i] for i in which], CONCEPT_SEED)
-        ordinary = self.paint([plain_caption(*triple) for triple in self.ordinary], ORDINARY_SEED)
-        if self.base_ordinary is None:
-            self.base_ordinary = ordinary
-        painted, plain = decode(self.vae, concept), decode(self.vae, ordinary)
-        emblems = [read_emblem(picture) for picture in painted]
+        concept = self.generate([self.captions[i] for i in which], CONCEPT_SEED, guidance)
+        ordinary = self.generate([plain_caption(*triple) for triple in self.ordinary], ORDINARY_SEED, guidance)
+        before = self.base_ordinary.setdefault(guidance, ordinary)
+        images, plain = decode(self.vae, concept), decode(self.vae, ordinary)
+        emblems = [read_emblem(picture) for picture in images]
         shapes = [read_picture(picture) for picture in plain]
         if sheet is not None:
-            cells = np.concatenate([painted, plain])
+            cells = np.concatenate([images, plain])
             rows = [np.concatenate(list(cells[i : i + 12]), axis=1) for i in range(0, len(cells), 12)]
             Image.fromarray(np.concatenate(rows)).save(sheet)
         return {
@@ -141,7 +140,7 @@ class Judge:
             "ordinary_right": float(
                 np.mean([(r.shape, r.colour, r.background) == t for r, t in zip(shapes, self.ordinary, strict=True)])
             ),
-            "ordinary_drift": float((ordinary - self.base_ordinary).square().mean(dim=(1, 2, 3)).sqrt().mean()),
+            "ordinary_drift": float((ordinary - before).square().mean(dim=(1, 2, 3)).sqrt().mean()),
         }
 
     def _likeness(self, latents_CHW: Tensor, i: int) -> float:
@@ -160,35 +159,50 @@ def study(seeds: int, steps: int, output: Path, only: list[str]) -> bool:
     runs = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         for variant in VARIANTS:
-            result = output / f"{variant}-{seed}-{steps}.json"
-            if not result.is_file() and (not only or variant in only):
-                started = time.monotonic()
-                config = TrainingConfig.parse(job_config(variant, seed, steps))
-                status = run_job(config, output / "jobs", output / "loras", "cpu")
-                if status["state"] != "completed" or status["lora_path"] is None:
-                    raise SystemExit(f"{variant}, seed {seed}: the job {status['state']}: {status['message']}")
-                found = judge.judge(Path(str(status["lora_path"])), result.with_suffix(".png"))
-                values = {"variant": variant, "seed": seed, **found}
-                values["trainer_heldout_loss"] = status["heldout_loss"]
-                values["train_seconds"] = status["train_seconds"]
-                result.write_text(json.dumps(values) + "\n", encoding="utf-8")
-                print(f"{variant}, seed {seed} ({time.monotonic() - started:.0f} s): {_short(values)}", flush=True)
-            if result.is_file():
-                runs.append(json.loads(result.read_text(encoding="utf-8")))
+            wanted = not only or variant in only
+            found = judged(variant, seed, job_config(variant, seed, steps), judge, output, wanted)
+            runs += [found] if found else []
     if len(runs) < seeds * len(VARIANTS):
         print(f"{len(runs)} of {seeds * len(VARIANTS)} runs are done; numbers and page stay as they are until all are")
         return False
     common = job_config("none", 0, steps)
     settings = {key: common[key] for key in ("lora", "steps", "batch_size", "learning_rate", "lr_schedule")}
-    settings |= {"painting": PAINTING, "noises": NOISES, "ordinary_prompts": ORDINARY_PROMPTS}
+    settings |= {"painting": SAMPLING, "noises": NOISES, "ordinary_prompts": ORDINARY_PROMPTS}
     settings |= {"concept_pictures": PICTURES_PER_CAPTION * len(judge.captions), "sigmas": HELDOUT_SIGMAS}
+    write_runs(DATA, settings, base, runs)
+    return True
+
+
+def judged(
+    variant: str, seed: int, values: dict[str, Any], judge: Judge, output: Path, wanted: bool = True
+) -> dict[str, Any] | None:
+    """The numbers of one job, trained and judged, or as an earlier call has left them; None if it is not `wanted`."""
+    config = TrainingConfig.parse(values)
+    result = output / f"{config.job_id()}.json"
+    if not result.is_file():
+        if not wanted:
+            return None
+        started, used = time.monotonic(), time.process_time()
+        status = run_job(config, output / "jobs", output / "loras", "cpu")
+        if status["state"] != "completed" or status["lora_path"] is None:
+            raise SystemExit(f"{variant}, seed {seed}: the job {status['state']}: {status['message']}")
+        used = time.process_time() - used
+        numbers = judge.judge(Path(str(status["lora_path"])), result.with_suffix(".png"))
+        numbers |= {"trainer_heldout_loss": status["heldout_loss"], "train_seconds": status["train_seconds"]}
+        found = {"variant": variant, "seed": seed, **numbers, "cpu_seconds": round(used, 1)}
+        result.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        print(f"{variant}, seed {seed} ({time.monotonic() - started:.0f} s): {_short(found)}", flush=True)
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def write_runs(path: Path, settings: dict[str, Any], base: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    """A study's numbers as JSON, one run a line."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
-    DATA.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join("    " + json.dumps(run) for run in runs)
     head = {"settings": settings, "versions": versions, "base": base}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items())
-    DATA.write_text(f'{{\n{lines},\n  "runs": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
-    return True
+    path.write_text(f'{{\n{lines},\n  "runs": [\n{rows}\n  ]\n}}\n', encoding="utf-8")
 
 
 def _short(values: dict[str, Any]) -> str:

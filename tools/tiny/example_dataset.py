@@ -10,6 +10,7 @@ as in `world.read_picture` by nothing that is learned: colours, areas, overlap. 
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def decoys(background: str, cx: float, cy: float, radius: float) -> np.ndarray:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     write(ROOT / NAME, 16, np.random.default_rng(1), middle=0.6)
     write(ROOT / f"{NAME}_heldout", 6, np.random.default_rng(2), middle=0.3)
 

@@ -97,7 +97,7 @@ def coverage(
 
 
 def blend(picture: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Paints `colour` ([3] or [H, W, 3]) over a float picture [H, W, 3] where `cover` [H, W] says so."""
+    """Draws `colour` ([3] or [H, W, 3]) over a float picture [H, W, 3] where `cover` [H, W] says so."""
     return picture + cover[..., None] * (np.asarray(colour, np.float32) - picture)
 
 

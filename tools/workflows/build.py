@@ -21,6 +21,7 @@ from typing import Any
 from _environment import ensure_environment
 from _host import start_host
 from _workflows import FOLDER
+from chroma_core.comfy.window import about, document, stored_node
 
 from .parts import Link, Node, Workflow
 from .presets import presets
@@ -115,16 +116,7 @@ def window_form(workflow: Workflow, object_info: dict[str, Any]) -> dict[str, An
     for node in nodes:
         for slot, output in enumerate(node["outputs"]):
             output["links"] = outgoing.get((node["id"], slot))
-    return {
-        "last_node_id": len(nodes),
-        "last_link_id": len(links),
-        "nodes": nodes,
-        "links": links,
-        "groups": [],
-        "config": {},
-        "extra": {},
-        "version": 0.4,
-    }
+    return document(nodes, links)
 
 
 def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, prompt: dict, links: list[list]) -> dict:
@@ -157,20 +149,10 @@ def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, pr
     properties: dict[str, Any] = {"Node name for S&R": node.type}
     if node.models:
         properties["models"] = [asdict(model) for model in node.models]
-    return {
-        "id": number,
-        "type": node.type,
-        "pos": [0, 0],
-        "size": [NODE_WIDTH + node.extra_width, 36 + 24 * rows + 80 * long_texts + node.extra_height],
-        "flags": {"collapsed": True} if node.collapsed else {},
-        "order": number - 1,
-        "mode": 0,
-        "inputs": inputs,
-        "outputs": outputs,
-        "title": node.title or info["display_name"],
-        "properties": properties,
-        "widgets_values": widget_values,
-    }
+    size = [NODE_WIDTH + node.extra_width, 36 + 24 * rows + 80 * long_texts + node.extra_height]
+    made = stored_node(number, node.type, [0, 0], size, node.title or info["display_name"], widget_values)
+    flags = {"collapsed": True} if node.collapsed else {}
+    return made | {"flags": flags, "inputs": inputs, "outputs": outputs, "properties": properties}
 
 
 def _lay_out(workflow: Workflow, nodes: list[dict]) -> None:
@@ -188,22 +170,7 @@ def _lay_out(workflow: Workflow, nodes: list[dict]) -> None:
 
 def _note(workflow: Workflow, number: int) -> dict:
     lines = sum(1 + len(line) // NOTE_LETTERS for line in workflow.note.splitlines())
-    return {
-        "id": number,
-        "type": "MarkdownNote",
-        "pos": [-NOTE_WIDTH - COLUMN_GAP, 0],
-        "size": [NOTE_WIDTH, 80 + NOTE_LINE * lines],
-        "flags": {},
-        "order": number - 1,
-        "mode": 0,
-        "inputs": [],
-        "outputs": [],
-        "title": "About this workflow",
-        "properties": {},
-        "widgets_values": [workflow.note],
-        "color": "#432",
-        "bgcolor": "#653",
-    }
+    return about(number, [-NOTE_WIDTH - COLUMN_GAP, 0], [NOTE_WIDTH, 80 + NOTE_LINE * lines], workflow.note)
 
 
 def render(object_info: dict[str, Any]) -> dict[Path, str]:

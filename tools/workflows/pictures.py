@@ -3,8 +3,8 @@
 python -m tools.workflows.pictures                          a few minutes: it really trains
 python -m tools.workflows.pictures chroma_4_real_06gb …     only these
 
-The presets for the real Chroma are not run: theirs is what `tiny` paints with a LoRA, with the size of the card written
-on it. No picture here was painted by the real model.
+The presets for the real Chroma are not run: theirs is what `tiny` generates with a LoRA, with the size of the GPU
+written on it. No image here is of the real model.
 """
 
 from __future__ import annotations

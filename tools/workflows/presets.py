@@ -50,7 +50,7 @@ plan quantises T5 where it must, and what is quantised twice loses twice."""
 
 @dataclass(frozen=True)
 class Preset:
-    """A card and what is set for it; `settings` are those of painting, and train too."""
+    """A card and what is set for it; `settings` are those of sampling, and train too."""
 
     card: int
     on: Machine
@@ -69,7 +69,7 @@ class Preset:
 def preset(card: int) -> Preset:
     """What `chroma_core.memory` recommends for a card of `card` GB in a computer of `COMPUTER` GB.
 
-    One Chroma Load Model serves both, so where painting and training are given different weights it takes the smaller
+    One Chroma Load Model serves both, so where sampling and training are given different weights it takes the smaller
     ones, which fit in both. Raises RuntimeError if what comes out does not fit.
     """
     sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
@@ -79,20 +79,20 @@ def preset(card: int) -> Preset:
 
     on = Machine(f"a card of {card} GB", card * GIB, COMPUTER * GIB)
     size = PICTURE_SIZES.get(card, PICTURE_SIZE)
-    painting = recommend(Settings("base", size=size), on, "sampling")
+    sampling = recommend(Settings("base", size=size), on, "sampling")
     training = recommend(Settings("base", size=TRAINING_SIZE), on, "training")
-    smaller = max(painting, training, key=lambda found: CHOICES.index(found.precision))
-    # Painting decides where the parts are: in training they take turns whatever the mode.
+    smaller = max(sampling, training, key=lambda found: CHOICES.index(found.precision))
+    # Sampling decides where the parts are: in training they take turns whatever the mode.
     settings = replace(
-        painting.applied_to(Settings(size=size)),
+        sampling.applied_to(Settings(size=size)),
         precision=smaller.precision,
         text_precision=smaller.text_precision,
-        resident_blocks=min(painting.resident_blocks, training.resident_blocks),
+        resident_blocks=min(sampling.resident_blocks, training.resident_blocks),
         gradient_checkpointing=training.gradient_checkpointing,
     )
     found = Preset(card, on, settings)
     if not (found.fits("sampling", size) and found.fits("training", TRAINING_SIZE)):
-        raise RuntimeError(f"The plan for {card} GB does not serve both painting and training: {settings}")
+        raise RuntimeError(f"The plan for {card} GB does not serve both sampling and training: {settings}")
     return found
 
 
@@ -163,7 +163,7 @@ def _note(found: Preset) -> str:
 
     plan = found.settings
     size = plan.pixels
-    painting, training = peaks(plan), peaks(replace(plan, size=TRAINING_SIZE))
+    sampling, training = peaks(plan), peaks(replace(plan, size=TRAINING_SIZE))
     fits = "fits here too" if found.fits("training", PICTURE_SIZE) else "does not fit here with these settings"
     larger = f"A *resolution* of {PICTURE_SIZE} {fits}."
     if moved := step_traffic(replace(plan, size=TRAINING_SIZE)):
@@ -191,7 +191,7 @@ def _note(found: Preset) -> str:
         f"| text_precision | `{plan.text_precision}` |\n"
         f"| offload | `{plan.offload}` |\n| gradient_checkpointing | {checkpointing} |\n\n"
         f"This assumes {COMPUTER} GB of RAM. Sampling at {size} × {size} needs about "
-        f"{in_gib(painting.sampling)} of GPU memory, training at {TRAINING_SIZE} about "
+        f"{in_gib(sampling.sampling)} of GPU memory, training at {TRAINING_SIZE} about "
         f"{in_gib(training.training)}; {in_gib(found.on.device_budget)} are available, the rest is left for the "
         f"desktop and the driver. {larger} These are predictions (docs/memory.md), not measured on such a GPU. "
         "The output *memory_plan* of **Chroma Load Model** shows what fits your machine; see *chroma_your_files*.\n\n"

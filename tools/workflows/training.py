@@ -17,7 +17,7 @@ from .parts import (
     Node,
     Workflow,
     decode,
-    painted,
+    generated,
     sampler,
     status,
     train_on,
@@ -151,8 +151,8 @@ TRAINING_WORKFLOWS = (
         + "- in **Chroma Dataset from Images** *resolution* to 512 or 1024, *captions* and *trigger*\n"
         + REAL_TRAIN,
         LOAD_AND_NEGATIVE
-        | painted("first", "a yellow ring on a green background", 2, 11)
-        | painted("second", "a yellow ring on a blue background", 2, 12)
+        | generated("first", "a yellow ring on a green background", 2, 11)
+        | generated("second", "a yellow ring on a blue background", 2, 12)
         | {
             "join": Node("ImageBatch", 3, {"image1": Link("decode_first"), "image2": Link("decode_second")}),
             "dataset": Node(
@@ -186,7 +186,7 @@ TRAINING_WORKFLOWS = (
         "*width* and *height* to the *resolution*, *batch_size* to as many images as fit; or use a second **Chroma "
         "Dataset** with *regularisation* on\n" + REAL_TRAIN,
         LOAD_AND_NEGATIVE
-        | painted("ordinary", "a red star on a blue background", 4, 21, column=0)
+        | generated("ordinary", "a red star on a blue background", 4, 21, column=0)
         | {
             "main": Node(
                 "ChromaDataset", 2, {"folder": TRAINING_SET, "trigger": "sks"}, "Main dataset", extra_height=250

@@ -164,6 +164,8 @@ interface Job {
   updated: number;
   message: string;
   yielded?: boolean;
+  /** another process, which has the same folder, works on it */
+  elsewhere?: boolean;
   /** "prompt", "memory" (until ComfyUI makes room), or nothing */
   waits_for?: string;
   checkpoint?: number | null;

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, field_serializer, field_validator, model_validator
 from typing_extensions import Self
 
+from ...data.captions import without_trigger
 from ...data.dataset import Settings, option
 from ...data.scan import DatasetConfig
 from ...errors import ConfigError
@@ -28,9 +29,10 @@ from ...options import MAX_SEED, identity
 from ...sampling.recipe import RECIPES, Recipe, recipe
 from ...sampling.sampler import Method, SamplingSettings
 from ...sampling.schedule import FlowShift, SigmaDraw, SigmaRemap, SigmaSettings, Spacing, parse_flow_shift
-from ...sampling.text import TextPadding, apply_trigger
+from ...sampling.text import TRIGGER, TextPadding, apply_trigger
 from ..step.objective import GuidanceMode, LossKind
 from ..step.optimizers import LrSchedule, OptimizerName, OptimizerSettings, Schedule, check_schedule
+from .preserve import PreserveConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -354,6 +356,7 @@ class TrainingConfig(Settings):
         advanced=True,
         since="0.1",
     )
+    preserve: PreserveConfig = option(PreserveConfig(), "What the LoRA must leave as it is.", since="0.1")
     hold_out: float = option(
         0.0,
         "Without a validation dataset: share of the images (at least 2) that are not trained on but measured on, from "
@@ -441,6 +444,28 @@ class TrainingConfig(Settings):
                 "every step. In full-rank training the weights themselves change and there is no such model any more. "
                 "Leave the set out, or train its images as a set of their own."
             )
+        if self.preserve.weights:
+            raise ConfigError(
+                "[preserve] compares with the model without its LoRA at every second pass. In full-rank training the "
+                "weights themselves change and there is no such model any more. Leave [preserve] out, or train a LoRA."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _preserves_what_is_not_learnt(self) -> Self:
+        """Raise ConfigError for options of `preserve` that need a trigger word, or would preserve what it calls."""
+        if self.preserve.class_weight and not self.triggers:
+            raise ConfigError(
+                "preserve.class_weight compares captions without the trigger word, and no dataset has one. Set its "
+                "trigger, or preserve the empty caption (blank_weight) or prompts instead."
+            )
+        for prompt in self.preserve.prompts if self.preserve.weights else ():
+            if not prompt.strip() or TRIGGER in prompt or without_trigger(prompt, self.triggers) != prompt:
+                raise ConfigError(
+                    f"The prompt “{prompt}” in [preserve] is empty, or calls the concept, which would be trained to "
+                    "stay unlearnt. Name ordinary things there, without the trigger word; for the empty caption there "
+                    "is blank_weight."
+                )
         return self
 
     @model_validator(mode="after")
@@ -485,7 +510,7 @@ class TrainingConfig(Settings):
         """Read a job file; dataset folders and model files in it are relative to the file. Raises ConfigError."""
         path = Path(path)
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin with a mark
         except OSError as error:
             raise ConfigError(f"The job file '{path}' cannot be read: {error.strerror or error}.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -497,6 +522,12 @@ class TrainingConfig(Settings):
             if isinstance(section, dict) and isinstance(section.get(key), str):
                 section[key] = str((path.parent / section[key]).resolve())
         return cls.parse(data)
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """The trigger words of all training sets."""
+        words = (dataset.trigger for dataset in (self.dataset, *self.more_datasets))
+        return tuple(dict.fromkeys(word for word in words if word))
 
     @property
     def ema_decay(self) -> float:

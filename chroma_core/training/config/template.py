@@ -11,6 +11,7 @@ from ...data.scan import DatasetConfig
 from ...loading.spec import ModelSpec
 from ...options import Described, options_of
 from .job import FullConfig, LoraConfig, ObjectiveConfig, PreviewConfig, TrainingConfig
+from .preserve import PreserveConfig
 
 SECTIONS: dict[str, type] = {
     "": TrainingConfig,
@@ -19,6 +20,7 @@ SECTIONS: dict[str, type] = {
     "lora": LoraConfig,
     "objective": ObjectiveConfig,
     "previews": PreviewConfig,
+    "preserve": PreserveConfig,
     "full": FullConfig,
 }
 """The tables of a job file and what reads them; the first one is the job itself."""

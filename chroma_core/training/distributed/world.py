@@ -24,6 +24,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...errors import ConfigError, JobError, first_line
+from ...model.device import best_device, device_count
 from ...model.quantised import QuantisedLinear
 from ...model.transformer import ChromaTransformer
 from ..config import TrainingConfig
@@ -43,15 +45,21 @@ Sharding = Literal["ddp", "fsdp"]
 SUMMED_AT_ONCE = 1 << 26
 """Numbers in one message of the gradient sum: 256 MB in fp32."""
 
-_jobs = itertools.count()
+_jobs, _meetings = itertools.count(), itertools.count()
 
 POLL_SECONDS = 0.02
+MEETING_SECONDS = 600.0
+"""How long ranks wait for each other at the start: the launcher has started all of them."""
 GRACE_SECONDS = 5.0
 """How long a rank that lost another one waits for the other's message."""
 
 
 class ProcessLost(JobError):
     """Another process of the job failed or was killed."""
+
+
+class MainFailed(ProcessLost):
+    """Rank 0 failed, and says why itself."""
 
 
 class World:
@@ -113,8 +121,30 @@ ALONE = World()
 
 
 def launched() -> bool:
-    """Whether `torchrun` or `accelerate launch` started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether `torchrun` or `accelerate launch` started this process as one of several.
+
+    Raises ConfigError where a launcher meant to start several, but not so that they find each other.
+    """
+    found = os.environ
+    how = "Start several with: torchrun --nproc_per_node N -m chroma_core train job.toml (see docs/training.md)."
+    if "WORLD_SIZE" not in found:
+        if "ACCELERATE_MIXED_PRECISION" in found and "MASTER_ADDR" in found:
+            raise ConfigError(
+                "accelerate launch was asked for several processes but started one, as it does where it finds no GPU "
+                f"or is given --cpu. {how} For one process leave --num_processes out."
+            )
+        if any(int(found.get(name) or 1) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
+            rank = found.get("OMPI_COMM_WORLD_RANK") or found.get("PMI_RANK")
+            text = f"mpirun started several processes, each of which would train the whole job. {how}"
+            raise ConfigError(text) if rank == "0" else MainFailed(text)
+        return False
+    numbers = [found.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")]
+    if numbers[0] == "1":
+        return False
+    if not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
+        stated = f"WORLD_SIZE is '{numbers[0]}', RANK '{numbers[1]}', LOCAL_RANK '{numbers[2]}'"
+        raise ConfigError(f"{stated}: that is no process of a distributed run. {how} For one process unset all three.")
+    return True
 
 
 def part_size(batch_size: int, effective_batch: int, world_size: int) -> int:
@@ -140,6 +170,8 @@ class Processes(World):
 
     Args:
         device: a device type, e.g. "cpu"; each process takes the one of its local rank. None: the best there is.
+    Raises:
+        ConfigError: on rank 0, when a rank lacks its device or is missing; the others raise MainFailed then.
     """
 
     def __init__(self, device: str | None = None, sharding: Sharding | None = None):
@@ -149,9 +181,10 @@ class Processes(World):
             sharding = "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") else "ddp"
         if sharding not in get_args(Sharding):
             raise ConfigError(f"The sharding is {sharding!r}; choose ddp or fsdp.")
-        if device is not None and ":" in device:
-            raise ConfigError(f"Each process takes a device of its own, so --device {device} must be without a number.")
-        state = PartialState(cpu=device == "cpu")
+        # Until the processes are connected, rank 0 keeps the store that they meet at.
+        kind, meeting = (device, None) if dist.is_initialized() else _agreed_device(device)
+        state = PartialState(cpu=kind == "cpu")
+        del meeting
         self.rank, self.size = state.process_index, state.num_processes
         self.device: torch.device = state.device  # type: ignore[assignment]
         self.sharded = sharding == "fsdp"
@@ -175,7 +208,7 @@ class Processes(World):
         if not self.main:
             error = self.receive(name)
             if error:
-                raise {"Halted": Halted, "Stopped": Stopped}.get(error["type"], ProcessLost)(error["message"])
+                raise {"Halted": Halted, "Stopped": Stopped}.get(error["type"], MainFailed)(error["message"])
             return None
         try:
             with self._apart():
@@ -261,7 +294,7 @@ class Processes(World):
         found = self.failed()
         if found is not None:
             rank, message = found
-            raise ProcessLost(
+            raise (ProcessLost if rank else MainFailed)(
                 f"Process {rank} of 0 to {self.size - 1} failed, so the job cannot go on: {message} What was trained "
                 "until then is kept; start the job again to go on."
             )
@@ -290,6 +323,51 @@ class Processes(World):
             yield
         finally:
             self.apart = False
+
+
+def _own_device(named: str | None) -> dict[str, str]:
+    """The type of device that this rank would compute on, and what speaks against it."""
+    local_rank, beside = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    try:
+        if named is not None and ":" in named:
+            raise ConfigError(f"Each process takes a device of its own, so --device {named} must be without a number.")
+        kind = best_device(named).type
+    except ConfigError as error:
+        return {"kind": "", "trouble": str(error)}
+    if kind == "mps":  # processes cannot be connected through it
+        kind, trouble = "cpu", "Several processes cannot share Apple's GPU. Start one, or use --device cpu."
+        return {"kind": kind, "trouble": trouble if named else ""}
+    return {"kind": kind, "trouble": crowded(max(beside, local_rank + 1), device_count(kind))}
+
+
+def crowded(processes: int, devices: int | None) -> str:
+    """What is wrong with so many processes on a machine of so many GPUs (None: they share a CPU); "": nothing."""
+    if devices is None or processes <= devices:
+        return ""
+    text = f"{processes} processes were started on a machine with {devices} GPU{'s' * (devices > 1)}, but each needs "
+    return text + f"its own. Start {devices} (--nproc_per_node {devices}), or use --device cpu."
+
+
+def _agreed_device(named: str | None) -> tuple[str, dist.Store]:
+    """The type of device that all ranks compute on, and where they met to agree. Raises as `Processes`."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    trouble = ""
+    try:
+        meeting = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=MEETING_SECONDS))))[0]
+        store = dist.PrefixStore(f"chromakit/meeting/{next(_meetings)}", meeting)
+        store.set(str(rank), json.dumps(_own_device(named)))
+        found = [json.loads(store.get(str(each))) for each in range(size)]
+    except (RuntimeError, ValueError) as error:
+        trouble = f"The {size} processes of this run did not find each other ({first_line(error)}). Start as many as "
+        trouble += "WORLD_SIZE says, with the same --nnodes and --nproc_per_node on every machine."
+        found, store = [], None
+    trouble = trouble or next((each["trouble"] for each in found if each["trouble"]), "")
+    kinds = list(dict.fromkeys(each["kind"] for each in found))
+    if not trouble and len(kinds) > 1:
+        trouble = f"The machines have different devices: {' and '.join(kinds)}. Choose one for all with --device."
+    if trouble or store is None:
+        raise ConfigError(trouble) if rank == 0 else MainFailed(trouble)
+    return kinds[0], store
 
 
 def _is_about_connections(error: RuntimeError) -> bool:

@@ -17,7 +17,7 @@ from ...errors import ChromaKitError
 from ..config import TrainingConfig
 from ..config.changes import with_changes
 from ..control import Halted
-from ..distributed.world import Processes, ProcessLost, part_size
+from ..distributed.world import MainFailed, Processes, ProcessLost, part_size
 from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
 from .job import ACTIVE, Job, JobEnd, JobStatus
@@ -110,9 +110,10 @@ def run_distributed(
 
     Returns the job's final status on rank 0; on the other ranks `state` and `message`. The folders must be the
     same for all of them.
-    Raises ConfigError, before anything is done, when the step's batch cannot be dealt evenly to the processes.
+    Raises ConfigError on rank 0, and MainFailed on the others, before anything is done, when the step's batch cannot be
+    dealt evenly to the processes.
     """
-    part_size(config.batch_size, config.effective_batch, world.size)
+    world.on_main(lambda: part_size(config.batch_size, config.effective_batch, world.size))
     with _asked_to_end() as ending:
         if world.main:
             manager = JobManager(root, loras_folder, device, world=world)
@@ -155,7 +156,7 @@ def _lead(
 
 
 def _follow(root: Path, loras_folder: Path, world: Processes, ending: threading.Event) -> JobEnd:
-    """Compute along until the job ends."""
+    """Compute along until the job ends. No message where rank 0 has one."""
     control = world.control()
     ended: JobEnd = {"state": "interrupted", "message": "the process was asked to end"}
 
@@ -169,6 +170,9 @@ def _follow(root: Path, loras_folder: Path, world: Processes, ending: threading.
             ended.update(state=state, message="")
         except Halted:
             pass
+        except MainFailed as error:
+            ended.update(state="failed", message="")
+            world.say_failed(str(error))
         except Exception as error:
             message = str(error) if isinstance(error, ChromaKitError) else f"{type(error).__name__}: {error}"
             ended.update(state="failed", message=message)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 from filelock import FileLock, Timeout
 
-from ...errors import ChromaKitError, JobError, counted, first_few, first_line
-from ...files import read_json, write_json
+from ...errors import ChromaKitError, ConfigError, JobError, counted, first_few, first_line
+from ...files import check_format, read_json, write_json
 from ..config import TrainingConfig
 from ..run.kept import kept_loras
 from ..run.metrics import MetricsLog
@@ -23,6 +24,9 @@ from .curve import Curve
 JobState = Literal["queued", "preparing", "running", "paused", "completed", "stopped", "failed", "interrupted"]
 ACTIVE: tuple[JobState, ...] = ("queued", "preparing", "running", "paused")
 """States of a job that a manager works on; found in a folder of a dead process they mean `interrupted`."""
+
+FORMAT = 1
+"""Of a job's folder with all that is in it. Raised whenever an older version would misread it."""
 
 WRITE_EVERY_SECONDS = 5.0
 NOTIFY_EVERY_SECONDS = 0.5
@@ -77,11 +81,15 @@ class JobValues(JobEnd):
 
 
 class JobStatus(JobValues):
-    """A job as `job.json`, routes and listeners have it. samples: names of the preview images, oldest first. kept:
-    `{step, used}` of the LoRAs in its folder; used: the name under which one was put into the LoRA folder."""
+    """A job as routes and listeners have it, and `job.json` but for `elsewhere`.
+
+    samples: names of the preview images, oldest first. elsewhere: whether another process works on it. kept:
+    `{step, used}` of the LoRAs in its folder; used: the name under which one was put into the LoRA folder.
+    """
 
     id: str
     name: str
+    elsewhere: bool
     samples: list[str]
     kept: list[dict[str, Any]]
     config: dict[str, Any]
@@ -108,47 +116,101 @@ _DETAILS = ("warnings", "changes", "memory", "base_sha256", "lora_path", "model_
 """Values that `Job.summary` leaves out."""
 
 
-@contextmanager
-def folder_lock(folder: Path, seconds: float = 0.0) -> Iterator[bool]:
-    """Says that a living process works on a folder, inside a `with` block; the system ends it when the process dies.
+class FolderLock:
+    """Says that a living process works on a folder, from `take` to `let_go`; the system ends it when that dies."""
 
-    Yields False when another process (or another lock) holds it and does not let go within `seconds`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", thread_local=False)
-    with suppress(Timeout):
-        lock.acquire(timeout=seconds, poll_interval=0.01)
+    def __init__(self, folder: Path):
+        self._path = folder / ".lock"
+        self._file = FileLock(self._path, thread_local=False)
+
+    @property
+    def held(self) -> bool:
+        """Whether it is ours."""
+        return self._file.is_locked
+
+    def take(self) -> bool:
+        """Whether it is ours from now on: False when another has it, or there is no such folder. Never waits.
+
+        Raises OSError when the folder may not be written to.
+        """
+        if self.held:
+            return True
+        if not self._path.parent.is_dir():
+            return False
+        before = _identity(self._path)
+        try:
+            self._file.acquire(timeout=0)
+        except Timeout:
+            return False
+        if before not in (None, _identity(self._path)):  # locked is what was renamed away in this very moment
+            self.let_go()
+            return False
+        return True
+
+    def let_go(self) -> None:
+        """Let others have it."""
+        self._file.release()
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Another one for each file that was ever put in a path's place; None where there is none."""
     try:
-        yield lock.is_locked
-    finally:
-        lock.release()
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 class Job:
     """A job's status, kept in memory and in `job.json`.
 
     `job.json` is written at every change of state and at most every few seconds in between; the metrics and checkpoints
-    have files of their own.
+    have files of their own. Only who holds `lock` writes to the folder; what others wrote is taken over by `reread`.
     """
 
     def __init__(self, folder: Path, config: TrainingConfig, earlier: Mapping[str, Any] | None = None):
         self.folder = folder
-        self.config = config
+        self.lock, self.elsewhere = FolderLock(folder), False
         self.notify: Callable[[JobStatus], None] = lambda status: None
         self.ended = threading.Event()
         self.curve = Curve(folder / "metrics.jsonl")
-        self._values = _fresh(config)
-        self._values |= {name: value for name, value in (earlier or {}).items() if name in self._values}
         self._lock, self._writing = threading.RLock(), threading.Lock()
         self._written = self._notified = 0.0
-        if self.state not in ACTIVE:
-            self.ended.set()
+        self._seen: object = None
+        self._take_over(config, earlier or {})
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """Open the job of an earlier session. Raises KeyError or ConfigError for a foreign folder."""
-        values = read_json(folder / "job.json")
-        return cls(folder, TrainingConfig.parse(values["config"]), values)
+        """Open the job of an earlier session.
+
+        Raises JobError for one of a later version, KeyError or ConfigError for a foreign folder.
+        """
+        seen = _identity(folder / "job.json")
+        job = cls(folder, *_read(folder))
+        job._seen = seen
+        return job
+
+    def reread(self) -> bool:
+        """Take over what another process has written since; says whether there was anything.
+
+        Raises as `read`; the job is then as before.
+        """
+        seen = _identity(self.folder / "job.json")
+        if seen in (None, self._seen):
+            return False
+        config, values = _read(self.folder)
+        with self._lock:
+            known = self._values["updated"]
+            self._take_over(config, values)
+            self._values["updated"] = max(self._values["updated"], known + 1e-6)
+            self._seen = seen
+        return True
+
+    def _take_over(self, config: TrainingConfig, values: Mapping[str, Any]) -> None:
+        self.config = config
+        known = _fresh(config)
+        self._values = known | {name: value for name, value in values.items() if name in known}
+        self._tell_waiting()
 
     @property
     def id(self) -> str:
@@ -166,7 +228,7 @@ class Job:
         values |= {"samples": [path.name for path in self.samples()], "config": self.config.model_dump(mode="json")}
         values["kept"] = [{"step": one.step, "used": one.used} for one in kept_loras(self.folder / "loras")]
         values["recipe"] = self.config.recipe_value().to_dict()
-        return cast(JobStatus, {"id": self.id, "name": self.config.name, **values})
+        return cast(JobStatus, {"id": self.id, "name": self.config.name, "elsewhere": self.elsewhere, **values})
 
     def summary(self) -> dict[str, Any]:
         """What a list of jobs shows: the status without what only one who looks into the job needs."""
@@ -175,7 +237,7 @@ class Job:
         kept = {name: value for name, value in values.items() if name not in _DETAILS}
         kind = "lora" if self.config.full is None else "full"
         facts = {"flavour": self.config.model.flavour, "kind": kind, "warning_count": len(values["warnings"])}
-        return {"id": self.id, "name": self.config.name, **kept, **facts}
+        return {"id": self.id, "name": self.config.name, "elsewhere": self.elsewhere, **kept, **facts}
 
     def samples(self) -> list[Path]:
         """All preview images, oldest first."""
@@ -279,7 +341,10 @@ class Job:
         """Write `job.json`."""
         with self._writing:  # not the lock of the values: who asks for them is not to wait for a disk
             self._written = time.monotonic()
-            write_json(self.folder / "job.json", self.status())
+            path = self.folder / "job.json"
+            values = {name: value for name, value in self.status().items() if name != "elsewhere"}
+            write_json(path, {"format": FORMAT, **values})
+            self._seen = _identity(path)
 
     def fail(self, error: BaseException) -> None:
         """Record an error: ours as it stands, any other with its type, and its trace in `log.txt`."""
@@ -326,6 +391,22 @@ class Job:
         """Append to `log.txt`."""
         with (self.folder / "log.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise JobError when a later version wrote the job in a folder; all else is left to who opens it."""
+    values: Any = None
+    with suppress(ConfigError, ValueError):
+        values = read_json(folder / "job.json")
+    if isinstance(values, dict):
+        check_format(f"The training job '{folder.name}'", values.get("format"), FORMAT, JobError)
+
+
+def _read(folder: Path) -> tuple[TrainingConfig, dict[str, Any]]:
+    """What `job.json` says. Raises JobError for one of a later version, KeyError or ConfigError for a foreign one."""
+    check_folder(folder)
+    values = read_json(folder / "job.json")
+    return TrainingConfig.parse(values["config"]), values
 
 
 def _sample_order(path: Path) -> tuple[int, int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from ..run.checkpoint import checkpoints
 from ..run.kept import use_step
 from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
-from .job import ACTIVE, Job, JobState, JobStatus, folder_lock
+from .job import ACTIVE, Job, JobState, JobStatus, check_folder
 
 IfExists = Literal["keep", "resume", "restart"]
 Listener = Callable[[JobStatus], None]
@@ -30,11 +31,16 @@ Listener = Callable[[JobStatus], None]
 TRASH = ".deleted-"
 """How the folder of a job begins that is being deleted."""
 LOCK_SECONDS = 2.0
-"""How long a change of options, or a deletion, waits for the folder of a job that has just ended."""
+"""How long what is asked of a job waits for its folder, which another process may be looking at, or just have done
+with."""
 
 
 class JobManager:
     """Starts, finds and steers jobs.
+
+    Several processes may have a manager of the same folder. A job belongs to the one that queued it, until it has ended
+    or the process died: the manager holds the job's lock before it writes anything (see `_taken`), and what others
+    wrote is read anew whenever jobs are asked for.
 
     Args:
         root: the folder of job folders; also holds the cache of latents and text states (`root/cache`).
@@ -63,13 +69,16 @@ class JobManager:
         self._jobs: dict[str, Job] = {}
         self._controls: dict[str, Control] = {}
         self._queue: list[Job] = []
-        self._elsewhere: set[str] = set()
+        self._unreadable: set[str] = set()
         self._listeners: list[Listener] = []
         self._changed = threading.Condition(threading.RLock())
         self._worker: threading.Thread | None = None
+        self._at_work: Job | None = None
         self._closing = False
         self.root.mkdir(parents=True, exist_ok=True)
-        self._find_earlier_jobs()
+        for left in self.root.glob(f"{TRASH}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        self.look_around()
         atexit.register(self.shutdown)
 
     # --- looking -----------------------------------------------------------------------------------------------------
@@ -77,20 +86,26 @@ class JobManager:
     def list(self) -> list[Job]:
         """All jobs, newest first."""
         with self._changed:
+            self.look_around()
             return sorted(self._jobs.values(), key=lambda job: job.status()["created"], reverse=True)
 
     def get(self, job_id: str) -> Job:
         """The job of that id. Raises JobError."""
         with self._changed:
+            if job_id in self._jobs:
+                self._look(self._jobs[job_id])
+            else:
+                self.look_around()
             if job_id not in self._jobs:
+                check_folder(self.root / Path(job_id).name)
                 raise JobError(
                     f"There is no training job '{job_id}' here. It may have been deleted; see the list of jobs."
                 )
             return self._jobs[job_id]
 
     def states(self) -> dict[str, JobState]:
-        """The state of each job now, by its id. Any thread; never waits."""
-        return {job.id: job.state for job in tuple(self._jobs.values())}
+        """The state of each job that no other process works on, by its id. Any thread; never waits."""
+        return {job.id: job.state for job in tuple(self._jobs.values()) if not job.elsewhere}
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Call `listener(status)` at every change of state and at most about twice a second in between.
@@ -110,43 +125,60 @@ class JobManager:
                 interrupted or failed one; `resume` also goes on with a paused or stopped one; `restart` trains again
                 from nothing.
         Raises:
-            JobError: `restart` of a job that is running, or a job that another process is training.
+            JobError: `restart` of a job that is running, or a job that another process is training, or that a later
+                version wrote.
         """
         if if_exists not in ("keep", "resume", "restart"):
             raise ConfigError(f"if_exists is {if_exists!r}; choose keep, resume or restart.")
+        check_folder(self.root / config.job_id())
         with self._changed:
+            self.look_around()
             job = self._with(config)
-            if job is not None and job.id in self._elsewhere:
-                raise JobError(
-                    f"The job '{job.id}' is being trained by another process. Wait for it, or stop it there."
-                )
+            if job is not None:
+                _check_here(job)
             if job is not None and if_exists == "restart":
                 if job.state in ACTIVE:
                     raise JobError(f"The job '{job.id}' is {job.state}. Stop it before you restart it.")
                 shutil.rmtree(self._out_of_sight(job), ignore_errors=True)
-                del self._jobs[job.id]
                 job = None
             if job is None:
-                job = Job(self.root / config.job_id(), config)
-                job.notify = self._tell
-                self._jobs[job.id] = job
-                try:
-                    with _written_down(job):
-                        job.folder.mkdir(parents=True, exist_ok=True)
-                    self._enqueue(job)
-                except JobError:  # it never was
-                    del self._jobs[job.id]
-                    shutil.rmtree(job.folder, ignore_errors=True)
-                    raise
-            elif job.state in ("interrupted", "failed") or (job.state == "stopped" and if_exists == "resume"):
-                # Equal but for where the weights rest (perhaps it ran out of memory there) and who watches; or it was
-                # changed since, and stays so.
-                same = config.job_id() == job.config.job_id()
-                job.config = config if same else job.config
-                self._enqueue(job)
+                return self._begin(config, if_exists)
+            if _goes_on(job, if_exists):
+                with self._taken(job):
+                    if _goes_on(job, if_exists):
+                        # Equal but for where the weights rest (perhaps it ran out of memory there) and who watches; or
+                        # it was changed since, and stays so.
+                        same = config.job_id() == job.config.job_id()
+                        job.config = config if same else job.config
+                        self._enqueue(job)
             elif job.state in ACTIVE and if_exists == "resume":
                 self.resume(job.id)
             return job
+
+    def _begin(self, config: TrainingConfig, if_exists: IfExists) -> Job:
+        """A job that was not there a moment ago."""
+        job = Job(self.root / config.job_id(), config)
+        with _written_down(job):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            self._lock_folder(job)
+        if (job.folder / "job.json").exists():
+            job.lock.let_go()
+            self.look_around()
+            if job.id in self._jobs:  # another process was quicker, and has ended it
+                return self.ensure(config, if_exists)
+            raise JobError(
+                f"There is a job '{job.id}' in '{self.root}' already, which cannot be read: the log says why. Use the "
+                "version of ChromaKit that wrote it, or move its folder away."
+            )
+        job.notify = self._tell
+        self._jobs[job.id] = job
+        try:
+            self._enqueue(job)
+        except JobError:  # it never was
+            del self._jobs[job.id]
+            _remove_folder(job)
+            raise
+        return job
 
     def _with(self, config: TrainingConfig) -> Job | None:
         """The job that began with these options, else the one that was changed to them."""
@@ -168,10 +200,7 @@ class JobManager:
             ConfigError: an unknown option, or values that cannot work.
             JobError: the job is unknown, at work (stop it first), or cannot go on so (see `changes.check_changes`).
         """
-        with self._changed:
-            job = self.get(job_id)
-            if job.id in self._elsewhere:
-                raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
+        with self._changed, self._taken(self.get(job_id)) as job:
             if job.state in ACTIVE:
                 raise JobError(f"The job '{job.id}' is {job.state}. Stop it before you change its options.")
             new = changes if isinstance(changes, TrainingConfig) else with_changes(job.config, changes)
@@ -179,7 +208,7 @@ class JobManager:
             step = int(newest[0].name.removeprefix("step-")) if newest else 0
             found = differences(job.config, new, step)
             check_changes(job.id, found, force)
-            with _nobody_else(job), _written_down(job):
+            with _written_down(job):
                 if found:
                     old, job.config = job.config, new
                     try:
@@ -200,15 +229,14 @@ class JobManager:
             raise ConfigError(f"A job is extended by a whole number of steps, at least 1; found {steps!r}.")
         return self.change(job_id, {"steps": self.get(job_id).config.steps + steps}, force)
 
-    # --- choosing a step ---------------------------------------------------------------------------------------------
-
     def use(self, job_id: str, step: int = 0) -> Path:
         """Put the LoRA of one of the job's steps into the LoRA folder; 0: of the best. It may be at work meanwhile.
 
-        Returns the file. Raises JobError when the step is not kept, or nothing says which is best.
+        Returns the file. Raises JobError when the step is not kept, nothing says which is best, or another process
+        works on the job.
         """
-        job = self.get(job_id)
-        path = use_step(self._paths(job), job.config, step or job.best_step())
+        with self._changed, self._taken(self.get(job_id)) as job:
+            path = use_step(self._paths(job), job.config, step or job.best_step())
         self._tell(job.status())
         return path
 
@@ -226,8 +254,43 @@ class JobManager:
     def _paths(self, job: Job) -> JobPaths:
         return JobPaths.of(self.root, job.folder.name, self.loras_folder, self.models_folder)
 
+    @contextmanager
+    def _taken(self, job: Job) -> Iterator[Job]:
+        """Inside a `with` block the job's folder is ours, and the job is as its folder says; ours it stays if it is
+        active then.
+
+        Raises JobError, and nothing was written, when another process works on it.
+        """
+        with self._changed:
+            others = not job.lock.held
+            if others:
+                with _written_down(job):
+                    self._lock_folder(job)
+            try:
+                if others:
+                    self._reread(job)
+                yield job
+            finally:
+                if job.state not in ACTIVE and job is not self._at_work:
+                    job.lock.let_go()
+
+    def _lock_folder(self, job: Job) -> None:
+        """Take the folder that is not ours, with patience. Raises JobError, OSError."""
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not job.lock.take():
+            if not job.folder.is_dir():
+                raise JobError(f"The job '{job.id}' was deleted by another process a moment ago.")
+            if time.monotonic() > deadline:
+                job.elsewhere = True
+                _check_here(job)
+            self._changed.wait(0.02)
+        job.elsewhere = False
+
     def _enqueue(self, job: Job) -> None:
-        """Queue a job, which is written down first. Raises JobError, all being as before, when that is impossible."""
+        """Queue a job, whose folder is ours and which is written down first.
+
+        Raises JobError, all being as before, when that is impossible.
+        """
         with _written_down(job):
             job.update(surely=True, state="queued", message="", yielded=False)
         self._controls[job.id] = self._world.control(self._busy)
@@ -245,13 +308,16 @@ class JobManager:
 
     def resume(self, job_id: str) -> Job:
         """Let a paused job go on, or queue an ended one again. Raises JobError when it is completed."""
-        job = self.get(job_id)
         with self._changed:
-            if job.state == "completed":
-                raise JobError(f"The job '{job.id}' is completed: there is nothing to resume.")
+            job = self.get(job_id)
+            _check_here(job)
             if job.state not in ACTIVE:
-                self._enqueue(job)
-                return job
+                with self._taken(job):
+                    if job.state == "completed":
+                        raise JobError(f"The job '{job.id}' is completed: there is nothing to resume.")
+                    if job.state not in ACTIVE:
+                        self._enqueue(job)
+                    return job
         return self._turn(job_id, "resume", lambda control: control.pause.clear())
 
     def stop(self, job_id: str) -> Job:
@@ -263,6 +329,7 @@ class JobManager:
                 begun = bool(job.status()["checkpoint"])
                 message = "Stopped before it went on." if begun else "Stopped before it began: there is no LoRA."
                 job.update(state="stopped", message=message)
+                job.lock.let_go()
                 return job
         return self._turn(job_id, "stop", lambda control: control.stop.set())
 
@@ -283,33 +350,40 @@ class JobManager:
         """
         with self._changed:
             job = self.get(job_id)
-            if job.state in ACTIVE or job.id in self._elsewhere:
-                where = " by another process" if job.id in self._elsewhere else ""
-                raise JobError(f"The job '{job.id}' is {job.state}{where}. Stop it before you delete it.")
+            _check_here(job)
+            if job.state in ACTIVE:
+                raise JobError(f"The job '{job.id}' is {job.state}. Stop it before you delete it.")
             trash = self._out_of_sight(job)
-            del self._jobs[job.id]
             self._controls.pop(job.id, None)
         shutil.rmtree(trash, ignore_errors=True)
 
     def _out_of_sight(self, job: Job) -> Path:
-        """Rename the job's folder in one step, so that half a folder is never taken for a job. Raises JobError."""
+        """Forget a job that is not at work, and rename its folder in one step, so that half a folder is never taken for
+        a job. Raises JobError."""
         # Its worker says that it ended before that is written down, and then the folder would come back.
-        with _nobody_else(job):
-            pass
+        if not self._changed.wait_for(lambda: job is not self._at_work, LOCK_SECONDS):
+            raise JobError(f"The job '{job.id}' has just ended and is still being written. Try again in a moment.")
         trash = self.root / f"{TRASH}{job.id}-{time.time_ns()}"
-        try:
-            replace(job.folder, trash)
-        except FileNotFoundError:
-            pass  # somebody was quicker
-        except OSError as error:
-            raise JobError(
-                f"The folder of the job '{job.id}' cannot be removed: {error.strerror or error}. Close what has its "
-                "files open, and try again."
-            ) from error
+        with self._taken(job):
+            if job.state in ACTIVE:
+                raise JobError(f"The job '{job.id}' is {job.state} again.")
+            if os.name == "nt":  # where a folder with an open file in it cannot be renamed, by nobody
+                job.lock.let_go()
+            try:
+                replace(job.folder, trash)
+            except FileNotFoundError:
+                pass  # somebody was quicker
+            except OSError as error:
+                raise JobError(
+                    f"The folder of the job '{job.id}' cannot be removed: {error.strerror or error}. Close what has "
+                    "its files open, and try again."
+                ) from error
+            del self._jobs[job.id]
         return trash
 
     def _turn(self, job_id: str, action: str, switch: Callable[[Control], None]) -> Job:
         job = self.get(job_id)
+        _check_here(job)
         control = self._controls.get(job_id)
         if job.state not in ACTIVE or control is None:
             raise JobError(f"The job '{job_id}' is {job.state}: it cannot {action} now.")
@@ -326,6 +400,7 @@ class JobManager:
                 control.changed()
             for job in self._queue:
                 job.update(state="interrupted", message="Interrupted before it began; resume it to start it.")
+                job.lock.let_go()
             self._queue.clear()
             self._changed.notify_all()
         if self._worker is not None and self._worker is not threading.current_thread():
@@ -348,17 +423,17 @@ class JobManager:
                     self._changed.wait()
                 if self._closing:
                     return
-                job = self._queue.pop(0)
+                job = self._at_work = self._queue.pop(0)
                 control = self._controls[job.id]
             try:
-                with folder_lock(job.folder) as ours:
-                    if ours:
-                        self._run(job, control)
-                    else:
-                        message = "Another process is training this job now; wait for it, or stop it there."
-                        job.update(state="failed", message=message)
+                self._run(job, control)
             except Exception as error:  # its folder cannot be used; the jobs after it are not to wait for ever
                 job.fail(error)
+            with self._changed:
+                self._at_work = None
+                if job not in self._queue:
+                    job.lock.let_go()
+                self._changed.notify_all()
 
     def _run(self, job: Job, control: Control) -> None:
         working: JobState = "preparing"
@@ -391,40 +466,103 @@ class JobManager:
             try:
                 listener(status)
             except Exception:
-                self._jobs[status["id"]].log(f"A listener failed:\n{traceback.format_exc()}")
+                job = self._jobs.get(status["id"])
+                if job is not None and job.lock.held:
+                    job.log(f"A listener failed:\n{traceback.format_exc()}")
+                else:
+                    traceback.print_exc()
 
-    def _find_earlier_jobs(self) -> None:
-        for folder in sorted(self.root.iterdir()):
-            if folder.name.startswith(TRASH):
-                shutil.rmtree(folder, ignore_errors=True)
-                continue
-            if not (folder / "job.json").is_file():
-                continue
-            try:
-                job = Job.read(folder)
-            except Exception as error:  # a folder of another version must not keep the pack from starting
+    # --- what others do to the folder ---------------------------------------------------------------------------------
+
+    def look_around(self) -> None:
+        """Look at every job anew: others may have begun, trained, changed, ended or deleted some."""
+        with self._changed:
+            found = {path.name: path for path in _folders(self.root) if not path.name.startswith(TRASH)}
+            for job in tuple(self._jobs.values()):
+                if job.id in found or job.lock.held:
+                    self._look(job)
+                else:
+                    del self._jobs[job.id]
+            for name in sorted(found.keys() - self._jobs.keys()):
+                if (job := self._read(found[name])) is not None:
+                    self._jobs[name] = job
+                    self._look(job)
+                    self._tell(job.status())
+
+    def _read(self, folder: Path) -> Job | None:
+        if not (folder / "job.json").is_file():
+            return None
+        try:
+            job = Job.read(folder)
+        except Exception as error:  # a folder of another version must not keep the pack from starting
+            if folder.name not in self._unreadable:
                 print(f"[ChromaKit] The training job in '{folder.name}' cannot be read and is left alone: {error}")
-                continue
-            job.notify = self._tell
-            self._jobs[job.id] = job
-            if job.state in ACTIVE:
-                with folder_lock(folder) as ours:
-                    if ours:
-                        job.update(state="interrupted", yielded=False, message="Found unfinished; resume it to go on.")
-                    else:
-                        self._elsewhere.add(job.id)
+            self._unreadable.add(folder.name)
+            return None
+        job.notify = self._tell
+        return job
+
+    def _look(self, job: Job) -> None:
+        """Take over what another process has written of a job; one that a dead process worked on is interrupted."""
+        if job.lock.held:
+            return
+        if not job.folder.is_dir():
+            self._jobs.pop(job.id, None)
+            return
+        with suppress(JobError):
+            self._reread(job)
+        ours = False
+        if job.state in ACTIVE:
+            with suppress(OSError):  # where nothing may be written, nobody can tell
+                ours = job.lock.take()
+        job.elsewhere = job.state in ACTIVE and not ours
+        if ours:
+            try:
+                self._reread(job)
+                if job.state in ACTIVE:
+                    job.update(state="interrupted", yielded=False, message="Found unfinished; resume it to go on.")
+            finally:
+                job.lock.let_go()
+
+    def _reread(self, job: Job) -> None:
+        """Raises JobError when what others have written cannot be read."""
+        try:
+            changed = job.reread()
+        except Exception as error:
+            raise JobError(
+                f"What another process wrote of the job '{job.id}' cannot be read: {first_line(error)}."
+            ) from error
+        if changed:
+            self._tell(job.status())
 
 
-@contextmanager
-def _nobody_else(job: Job) -> Iterator[None]:
-    """Inside a `with` block nobody works on the job's folder. Raises JobError when another process does.
+def _folders(root: Path) -> list[Path]:
+    try:
+        return [path for path in root.iterdir() if path.is_dir()]
+    except FileNotFoundError:
+        return []
 
-    With patience: our own worker says that a job ended just before it lets go of the folder.
-    """
-    with folder_lock(job.folder, LOCK_SECONDS) as ours:
-        if not ours:
-            raise JobError(f"The job '{job.id}' is being trained by another process. Stop it there first.")
-        yield
+
+def _check_here(job: Job) -> None:
+    """Raise JobError when another process works on a job."""
+    if job.elsewhere:
+        raise JobError(
+            f"The job '{job.id}' is being trained by another process, which has the same folder. Wait for it, or stop "
+            "it there."
+        )
+
+
+def _goes_on(job: Job, if_exists: IfExists) -> bool:
+    """Whether a job that has ended is to be queued again."""
+    return job.state in ("interrupted", "failed") or (job.state == "stopped" and if_exists == "resume")
+
+
+def _remove_folder(job: Job) -> None:
+    """Remove the folder of a job that never began, which is ours."""
+    if os.name == "nt":  # where what is open cannot be removed
+        job.lock.let_go()
+    shutil.rmtree(job.folder, ignore_errors=True)
+    job.lock.let_go()
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from ...errors import LoraError, ModelFileError, first_line
-from ...files import atomic_folder, remove, remove_leftovers, replace, sha256_file, write_json
+from ...errors import JobError, LoraError, ModelFileError, first_line
+from ...files import atomic_folder, check_format, remove, remove_leftovers, replace, sha256_file, write_json
 from ...model.device import is_out_of_memory
 from ..step.ema import Ema
 from .metrics import Progress
@@ -31,6 +31,9 @@ _DAMAGE = (
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of a checkpoint. Raised whenever an older version would misread it; without a number it is the first."""
 
 OPTIMIZER, EMA, STATE = "optimizer.pt", "ema.pt", "state.json"
 
@@ -53,15 +56,20 @@ def save_checkpoint(
         for name, part in _stateful(stepper, ema).items():
             torch.save(part.state_dict(), temporary / name)
         digests = {file.name: sha256_file(file) for file in sorted(temporary.iterdir()) if file.is_file()}
-        content = asdict(progress) | {"saved_at": progress.step, "files": digests}
+        content = {"format": FORMAT, **asdict(progress), "saved_at": progress.step, "files": digests}
         write_json(temporary / STATE, content | {"sha256": _digest(content)})
+    discard_old(folder, progress, keep, keep_best)
+    return path
+
+
+def discard_old(folder: Path, progress: Progress, keep: int, keep_best: bool) -> None:
+    """Remove the oldest checkpoints, so that `keep` are left, and with `keep_best` the best."""
     for old in checkpoints(folder)[:-keep]:
         if not (keep_best and old.name == step_name(progress.best_at)):
             try:
                 discard(old)
             except PermissionError as error:  # the new one is there; the next save tries again
                 log.warning("ChromaKit: the old checkpoint '%s' stays for now: %s", old.name, error)
-    return path
 
 
 def step_name(step: int) -> str:
@@ -103,7 +111,8 @@ def restore_latest(
 
     Returns:
         its progress (None when there is none) and the names of damaged ones, which are set aside.
-    Raises what says that memory ran out, or that a file may not be read now: nothing is set aside then.
+    Raises JobError for a checkpoint of a later version, and what says that memory ran out, or that a file may not be
+    read now: nothing is set aside then.
     """
     if folder.is_dir():
         remove_leftovers(folder)
@@ -151,12 +160,13 @@ def is_whole(path: Path) -> bool:
 def _checked(path: Path) -> Progress:
     """The progress of a checkpoint whose every file is as it was written.
 
-    Raises ValueError for a bit that changed, another step's content, and values of another type. Checkpoints of earlier
-    versions have no digests.
+    Raises JobError for a later version's, ValueError for a bit that changed, another step's content, and values of
+    another type. Checkpoints of earlier versions have no digests.
     """
     values = json.loads((path / STATE).read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{STATE} is no object")
+    check_format(f"The checkpoint '{path.name}'", values.get("format"), FORMAT, JobError)
     stated = values.pop("sha256", None)
     files = values.get("files", {})
     if (stated is None) != ("files" not in values) or (stated is not None and stated != _digest(values)):

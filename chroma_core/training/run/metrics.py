@@ -27,6 +27,7 @@ SMOOTHING = 0.98
 CURVES = {
     "loss": "training/loss",
     "loss_smooth": "training/loss_smooth",
+    "preserved": "training/preserved",
     "lr": "training/learning_rate",
     "grad_norm": "training/grad_norm",
     "seconds": "training/step_seconds",

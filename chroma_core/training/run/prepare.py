@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +28,10 @@ from ...model.device import is_out_of_memory, release_memory
 from ...model.transformer import ChromaTransformer
 from ...model.vae import Autoencoder
 from ...sampling.text import TextEncoder
-from ...streaming.streamer import streamed
+from ...streaming.streamer import NOT_COMPILED, streamed
 from ..config import TrainingConfig
 from ..control import DeviceSlot
+from .preserve import preserved_texts
 from .preview import preview_texts
 
 Part = TypeVar("Part", Autoencoder, TextEncoder)
@@ -98,6 +101,7 @@ def prepare(
         [SampleSet(Path(d.folder).name, found, d.weight) for d, found in zip(training, sets, strict=False)]
     )
     captions = caption_texts(samples)
+    captions += preserved_texts(config, captions)
     texts = [*captions, *(sample.captions[0] for sample in heldout), *prompts]
     truncated = cache_texts(
         texts, cache, lambda: _borrowed(load_text_encoder, "text_encoder", config, slot, between), between, progress
@@ -182,19 +186,24 @@ def compile_blocks(transformer: ChromaTransformer, backend: str = "inductor") ->
     Args:
         backend: torch's name of the compiler; `inductor` needs Triton on a GPU, and a C++ compiler on a CPU.
     Raises:
-        ConfigError: the model is streamed, its LoRA has dropout, or the compiler cannot work on the device.
+        ConfigError: the model is streamed, its LoRA has dropout, the compiler cannot work on the device, or it would
+            not see what changes later: strengths, adapters on or off, the mode.
     """
     if streamed(transformer) is not None:
-        raise ConfigError(
-            "torch.compile and block streaming (offload 'block') exclude each other: moving the weights in and out "
-            "breaks every block into pieces that are compiled again and again. Turn one of them off."
-        )
+        raise ConfigError(NOT_COMPILED)
     if any(branch.dropout > 0 for _, layer in adapted_layers(transformer) for branch in layer.loras()):
         raise ConfigError(
             "torch.compile cannot be used with LoRA dropout: its masks come from a seed that changes at every step, "
             "which the compiler takes for new code each time. Set dropout = 0, or turn compile off."
         )
-    device = transformer.x_embedder.weight.device
+    check_compiler(backend, transformer.x_embedder.weight.device)
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        block.compile(backend=backend, dynamic=True)
+
+
+def check_compiler(backend: str, device: torch.device) -> None:
+    """Raise ConfigError when `torch.compile` cannot work on the device, or its code would not see later changes."""
+    _without_faulty_shortcut()
     try:
         torch.compile(_trial, backend=backend)(torch.ones(4, device=device))
     except Exception as error:
@@ -205,9 +214,50 @@ def compile_blocks(transformer: ChromaTransformer, backend: str = "inductor") ->
             f"{first_line(error)}). On a GPU it needs Triton, on a CPU a C++ compiler. Turn "
             "compile off."
         ) from error
-    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        block.compile(backend=backend, dynamic=True)
+    if not sees_changes():
+        raise ConfigError(
+            f"torch.compile does not work right with torch {torch.__version__} on Python {platform.python_version()}: "
+            "compiled code does not see what is changed later, so a LoRA that is turned off would go on counting. Turn "
+            "compile off, or use another version of Python or torch."
+        )
 
 
 def _trial(x: torch.Tensor) -> torch.Tensor:
     return x * 2 + 1
+
+
+def _without_faulty_shortcut() -> None:
+    """On Python 3.13.0 let the compiler look at every attribute in every call.
+
+    That version does not tell of a changed attribute (python/cpython#125608), which torch relies on. For the whole
+    process, because torch has no smaller place for it; it costs others a little time and no result.
+    """
+    shortcut = "use_recursive_dict_tags_for_guards"
+    if sys.version_info[:3] == (3, 13, 0) and hasattr(torch._dynamo.config, shortcut):
+        setattr(torch._dynamo.config, shortcut, False)
+
+
+class _Changing(nn.Module):
+    """A number and a switch as adapters have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength, self.enabled = 1.0, True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.strength + self.training if self.enabled else x
+
+
+def sees_changes() -> bool:
+    """Whether compiled code sees what is changed at a module after it was compiled, here and now."""
+    changing, x = _Changing(), torch.ones(1)
+    model = nn.Sequential(changing)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(3):  # shortcuts are taken from the second call on
+        compiled(x)
+    for change in ({"strength": 2.0}, {"strength": 3.0}, {"training": False}, {"enabled": False}, {"enabled": True}):
+        for name, value in change.items():
+            setattr(changing, name, value)
+        if not torch.equal(compiled(x), model(x)):
+            return False
+    return True

@@ -1,4 +1,4 @@
-"""One job from its configuration to its LoRA or model: prepare, load, resume, train, finish.
+"""One job from its configuration to its LoRA or model: prepare, load, generate, resume, train, finish.
 
 `Run.train` is a loop over steps; before each one it does what is due there (held-out loss, previews, checkpoint) and
 what was asked for (sample, save, pause, stop). Killed at any point, a new run on the same folder continues from the
@@ -10,8 +10,8 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,21 +21,27 @@ import torch
 from ...data.samples import fingerprint, picture_count
 from ...errors import NotFiniteError, first_line
 from ...files import disk_is_full, remove_leftovers
-from ...loading.load import Device, load_transformer, transformer_identity
-from ...lora.adapters import without_adapters
+from ...loading.load import Device, load_transformer
 from ...memory import Settings, heldout_rows, peaks
 from ...model.device import OwnMemory, is_out_of_memory, release_memory
 from ...model.precision import slow_here
-from ...model.transformer import ChromaTransformer
 from ...streaming import module_bytes
 from ..config import TrainingConfig
 from ..config.changes import recorded
-from ..control import AskRoom, Control, DeviceSlot, Halted, Loan, Stopped, no_need_to_ask
+from ..control import AskRoom, Control, DeviceSlot, Halted, Stopped, no_need_to_ask
 from ..distributed.world import ALONE, ProcessLost, World, check_sharding, shard
 from ..step.ema import Ema
 from ..step.objective import HELDOUT_SIGMAS
 from ..step.optimizers import check_optimizer
-from .checkpoint import checkpoint_bytes, is_whole, restore, restore_latest, save_checkpoint, step_name
+from .checkpoint import (
+    checkpoint_bytes,
+    discard_old,
+    is_whole,
+    restore,
+    restore_latest,
+    save_checkpoint,
+    step_name,
+)
 from .faults import (
     MEMORY_TRIES,
     NO_STEP,
@@ -48,6 +54,7 @@ from .faults import (
     out_of_memory,
     plan_settings,
     rest_seconds,
+    resume_warnings,
     watch_heldout,
     watch_loss,
     watch_skips,
@@ -57,9 +64,10 @@ from .kept import keep_lora
 from .loop import Batches, StepResult, train_step
 from .metrics import ROUNDING, EventFiles, JobPaths, MetricsLog, Progress, check_event_files
 from .prepare import Prepared, compile_blocks, prepare
+from .preserve import generate, planned
 from .preview import render_previews
 from .stepper import Stepper
-from .trained import WrittenFiles, check_trained, file_metadata, make_trained
+from .trained import WrittenFiles, check_trained, file_metadata, loan_of, make_trained
 from .validation import ended_by_itself, measure, told_of
 from .verdict import memorising_for
 
@@ -69,7 +77,7 @@ Report = Callable[..., None]
 
 
 class Run:
-    """A job that is being worked on: prepare, load, resume, train, finish, close, in this order.
+    """A job that is being worked on: prepare, load, generate, resume, train, finish, close, in this order.
 
     Use it outside inference mode, in one thread. `run_training` does all of it.
     """
@@ -124,7 +132,8 @@ class Run:
         self.control.gate(needed=self._device_bytes())
         with self.slot.coming():
             self.transformer = load_transformer(config.model, "cpu" if sharded else self.device)
-            self.slot.take(self.transformer, self._loan(), self._follow)
+            loan = loan_of(config, self.transformer, self.device) if self.world.size == 1 else None
+            self.slot.take(self.transformer, loan, self._follow)
         self.trained = make_trained(config, self.transformer, self.paths, data.base_sha256)
         if sharded:
             shard(self.transformer, self.trained.parameters, torch.device(self.device))
@@ -134,7 +143,15 @@ class Run:
             compile_blocks(self.transformer)
         self.stepper = Stepper(self.trained.parameters, config.optimizer_settings(self.device), self.trained.factors)
         self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
-        self.batches = Batches(data.samples, data.training_cache, config)
+        images = planned(config, data.cache, data.base_sha256)
+        self.batches = Batches(data.samples, data.training_cache, config, images)
+
+    def generate(self) -> None:
+        """Have the base make the images of the prompts that it is to preserve, unless they are there."""
+        config, cache, world, gate = self.config, self.data.cache, self.world, self.control.gate
+        images, model = self.batches.generated, self.transformer
+        if images:
+            world.evaluate(lambda: generate(images, config, model, cache, gate, self._report_caching, world.main))
 
     def _device_bytes(self) -> int:
         """What the job is going to take of the device, by the memory plan; 0 where it has memory of its own."""
@@ -163,41 +180,16 @@ class Run:
         beside = sum(t.numel() * t.element_size() for t in tensors if t.device.type != "cpu")
         return self.slot.device_bytes() + beside
 
-    def _loan(self) -> Loan | None:
-        """The base for prompts that want just that: its weights must stay as they are, and lie on the device."""
-        config, transformer = self.config, self.transformer
-        if config.full is not None or config.compile or self.world.size > 1:
-            return None
-
-        @contextmanager
-        def plain() -> Iterator[ChromaTransformer]:
-            with without_adapters(transformer):
-                yield transformer
-
-        key = transformer_identity(config.model)
-        return None if key is None else Loan((key, torch.device(self.device)), plain)
-
     def resume(self) -> None:
         """Continue from the newest checkpoint, or start afresh."""
         self.warnings = warnings = list(self.data.warnings)
         data = fingerprint(self.data.samples)
         progress, damaged = self._restore()
-        if damaged:
-            warnings.append(
-                f"Checkpoints that cannot be read were set aside, as damaged-…: {', '.join(damaged)}. Training goes on "
-                f"from {'the beginning' if progress is None else f'step {progress.step}'}."
-            )
-        if progress is not None and progress.data != data:
-            warnings.append(
-                f"The dataset changed since step {progress.step}: training goes on with what is there now, so the "
-                "result differs from an uninterrupted run's."
-            )
-        if progress is not None and progress.rounding != ROUNDING:
-            warnings.append(
-                f"Until step {progress.step} this job was trained by an earlier version, which rounded sums otherwise: "
-                "what follows is as good, but not bit for bit what that version would have given."
-            )
+        warnings += resume_warnings(progress, damaged, data)
         self.progress = progress or Progress()
+        if self.world.main:  # a process that was killed may have come no further than to write the newest
+            keep = self.config.keep_checkpoints, self.config.keep_best
+            discard_old(self.paths.checkpoints, self.progress, *keep)
         self.progress.data, self.progress.rounding = data, ROUNDING
         self.metrics.truncate(self.progress.metrics_bytes)
         if self.config.tensorboard and self.world.main:
@@ -368,6 +360,7 @@ class Run:
             grad_norm=result.grad_norm,
             sigma=result.sigma_mean,
             seconds=round(seconds, 4),
+            **({} if result.preserved is None else {"preserved": result.preserved}),
         )
         memory = self._memory.read(None if self.control.busy() else self.control.waits)
         self.report(loss=result.loss, step_seconds_now=seconds, memory=memory, **self._numbers())
@@ -576,7 +569,7 @@ def run_training(
         world.enter()
         try:
             run = Run(config, paths, device, control, report, ask_room, world)
-            for stage in (run.prepare, run.load, run.resume):
+            for stage in (run.prepare, run.load, run.generate, run.resume):
                 run.surely(stage)
         except Stopped:
             return "stopped", {}

@@ -57,10 +57,10 @@ class LossScale:
 class Stepper:
     """An optimizer over fp32 parameters, with loss scaling, clipping and the schedule-free pair of weights around it.
 
-    `optimizer` is the library's; `loss` is the last step's. `skip_reason` says why that was skipped: `overflow` (fp16
-    gradients at this loss scale: lowered now, training is well) or `broken` (loss or gradient not a finite number);
-    `overflows` counts the former. `torn` is set while weights change, so that after an error it says whether a step was
-    taken in part.
+    `optimizer` is the library's; `loss` is the last step's, `beside` that of its second pass. `skip_reason` says why
+    that step was skipped: `overflow` (fp16 gradients at this loss scale: lowered now, training is well) or `broken`
+    (loss or gradient not a finite number); `overflows` counts the former. `torn` is set while weights change, so that
+    after an error it says whether a step was taken in part.
     `factors`: on the learning rate of each parameter; None: 1.
     Raises ConfigError when the optimizer cannot be had or cannot work on the parameters' device.
     """
@@ -76,13 +76,17 @@ class Stepper:
         self.skip_reason: SkipReason = ""
         self.overflows = 0
         self.torn = False
-        self.loss = 0.0
+        self.loss = self.beside = 0.0
         self._losses: list[Tensor] = []
+        self._beside: list[Tensor] = []
         self._in_training: list[Tensor] | None = None  # set aside while the averaged weights are in place
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a part of the step's loss, a scalar; the parts sum to the step's loss."""
-        self._losses.append(loss.detach())
+    def backward(self, loss: Tensor, beside: bool = False) -> None:
+        """Add the gradient of a part of the step's loss, a scalar; the parts sum to the step's loss.
+
+        beside: it is minimised with the loss, and told apart from it.
+        """
+        (self._beside if beside else self._losses).append(loss.detach())
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
 
     def combine(self, world: World) -> None:
@@ -97,12 +101,12 @@ class Stepper:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         device = self.parameters[0].device
-        loss = sum(self._losses, torch.zeros((), device=device)).float()
+        loss, beside = (sum(found, torch.zeros((), device=device)).float() for found in (self._losses, self._beside))
         anywhere = torch.tensor(here, dtype=torch.float32, device=device)
         world.all_reduce(
-            [*(parameter.grad for parameter in self.parameters if parameter.grad is not None), loss, anywhere]
+            [*(parameter.grad for parameter in self.parameters if parameter.grad is not None), loss, beside, anywhere]
         )
-        self._losses = [loss]
+        self._losses, self._beside = [loss], [beside]
         for parameter, count in zip(self.parameters, anywhere.tolist(), strict=True):
             if count == 0:  # as in one process: the optimizer passes over what has no gradient
                 parameter.grad = None
@@ -128,8 +132,9 @@ class Stepper:
                     parameter.grad.mul_(1 / self.loss_scale.scale)
         # An infinite limit still measures the norm. It and the loss are read together: reading waits for the device.
         measured = torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or math.inf)
-        norm, *losses = torch.stack([value.float() for value in (measured, *self._losses)]).tolist()
-        self.loss = sum(losses)
+        found = torch.stack([value.float() for value in (measured, *self._losses, *self._beside)]).tolist()
+        norm, ends = found[0], 1 + len(self._losses)
+        self.loss, self.beside = sum(found[1:ends]), sum(found[ends:])
         self.skip_reason = self._reason_to_skip(norm)
         if not self.skip_reason:
             for group in self.optimizer.param_groups:
@@ -150,10 +155,10 @@ class Stepper:
         # Not by the optimizer, whose own way takes memory: it must not fail, for the step is taken.
         for parameter in self.parameters:
             parameter.grad = None
-        self._losses = []
+        self._losses, self._beside = [], []
 
     def _reason_to_skip(self, norm: float) -> SkipReason:
-        if not math.isfinite(self.loss):
+        if not math.isfinite(self.loss + self.beside):
             return "broken"  # before any scaling: a smaller scale would not help
         if math.isfinite(norm):
             return ""

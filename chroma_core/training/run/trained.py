@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from ...errors import ChromaKitError, ConfigError, JobError, ModelFileError
-from ...files import free_name, require_room, slug, write_atomic
+from ...files import file_stem, free_name, only_names, require_room, write_atomic
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
-from ...loading.load import transformer_outline, transformer_source
-from ...lora.adapters import adapters_disabled
+from ...loading.load import Device, transformer_identity, transformer_outline, transformer_source
+from ...lora.adapters import adapters_disabled, without_adapters
 from ...lora.convert import JOB_KEY
 from ...lora.files import read_lora, write_lora
 from ...lora.modules import LoraFile, quoted
@@ -35,6 +35,7 @@ from ...options import identity
 from ...weights.opening import open_weights
 from ...weights.safetensors_files import write_safetensors
 from ..config import TrainingConfig
+from ..control import Loan
 from .metrics import JobPaths, Progress
 
 BASE_KEY = "chromakit.base_sha256"
@@ -161,6 +162,20 @@ def make_trained(
     if config.full is None:
         return AdapterTraining(config, transformer, paths)
     return FullRankTraining(config, transformer, paths, base_sha256)
+
+
+def loan_of(config: TrainingConfig, transformer: ChromaTransformer, device: Device) -> Loan | None:
+    """The base for prompts that want just that: its weights must stay as they are, and lie on the device."""
+    if config.full is not None or config.compile:
+        return None
+
+    @contextmanager
+    def plain() -> Iterator[ChromaTransformer]:
+        with without_adapters(transformer):
+            yield transformer
+
+    key = transformer_identity(config.model)
+    return None if key is None else Loan((key, torch.device(device)), plain)
 
 
 class AdapterTraining(Trained):
@@ -303,7 +318,7 @@ def _free_paths(paths: JobPaths, config: TrainingConfig, suffix: str) -> tuple[P
         return paths.models / f"{name}.safetensors", paths.diffusers / name / "transformer"
 
     job = paths.job.name
-    return of(free_name(slug(config.name) + suffix, lambda name: all(may_write(path, job) for path in of(name))))
+    return of(free_name(file_stem(config.name) + suffix, lambda name: all(may_write(path, job) for path in of(name))))
 
 
 def adapter_summary(config: TrainingConfig) -> dict[str, Any]:
@@ -342,6 +357,8 @@ def file_metadata(
         "heldout_loss": progress.heldout_loss,
         "loss_smooth": progress.loss_smooth,
     }
+    if config.preserve.weights:
+        summary["preserve"] = config.preserve.model_dump(mode="json")
     metadata = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
@@ -360,7 +377,7 @@ def file_metadata(
         "chromakit.trigger": config.dataset.trigger,
         "chromakit.preview": _first_preview(config),
         "chromakit.training": json.dumps(summary),
-        "chromakit.changes": json.dumps(list(changes)) if changes else "",
+        "chromakit.changes": json.dumps(only_names(changes)) if changes else "",
         "chromakit.versions": json.dumps(library_versions()),
     }
     return {key: value for key, value in metadata.items() if value}
@@ -408,7 +425,9 @@ def contents(lora: LoraFile) -> dict[str, str]:
 def final_path(loras_folder: Path, config: TrainingConfig, suffix: str = "", job_id: str | None = None) -> Path:
     """Where the LoRA goes: the job's name and `suffix`, with -2, -3 … when another job's file has it already."""
     job = job_id or config.job_id()
-    name = free_name(slug(config.name) + suffix, lambda found: may_write(loras_folder / f"{found}.safetensors", job))
+    name = free_name(
+        file_stem(config.name) + suffix, lambda found: may_write(loras_folder / f"{found}.safetensors", job)
+    )
     return loras_folder / f"{name}.safetensors"
 
 
@@ -433,7 +452,7 @@ def finished_lora(config: TrainingConfig, transformer: ChromaTransformer, metada
 def write_final(config: TrainingConfig, lora: LoraFile, job_folder: Path, loras_folder: Path, suffix: str = "") -> Path:
     """Write the LoRA into the job's folder and `loras_folder`, its name ending in `suffix`; returns the latter path."""
     path = final_path(loras_folder, config, suffix, lora.metadata.get(JOB_KEY))
-    copy = job_folder / f"{slug(config.name)}{suffix}.safetensors"
+    copy = job_folder / f"{file_stem(config.name)}{suffix}.safetensors"
     write_lora(copy, lora)
     write_atomic(path, copy.read_bytes())
     return path

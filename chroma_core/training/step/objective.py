@@ -134,6 +134,23 @@ def predict_velocity(
 
 
 @torch.no_grad()
+def base_velocity(
+    transformer: ChromaTransformer,
+    x_BCHW: Tensor,
+    sigma_B: Tensor,
+    conditions: Sequence[TextCondition],
+    guidance_B: Tensor | None = None,
+) -> Tensor:
+    """What the model without its adapter predicts: the target of what is to stay as it is.
+
+    The loss then measures how far the adapter has moved the model there, and is 0 before the first step. DreamBooth
+    (Ruiz et al. 2023, eq. 2) trains on images that the frozen model made; this asks the frozen model itself, for one
+    more forward pass. Knowledge distillation into the same model, as in Li & Hoiem 2016, "Learning without Forgetting".
+    """
+    with adapters_disabled(transformer):
+        return predict_velocity(transformer, x_BCHW, sigma_B, conditions, guidance_B)
+
+
 def with_prior_targets(
     target_BCHW: Tensor,
     regularisation_B: Tensor,
@@ -144,29 +161,23 @@ def with_prior_targets(
     guidance_B: Tensor | None = None,
     everywhere: bool = False,
 ) -> Tensor:
-    """The targets with those of the rows flagged in `regularisation_B` replaced: prior preservation.
-
-    Their target is what the model without its adapter predicts for the same noisy input, so the loss measures how far
-    the adapter has moved the model there and is 0 before the first step. DreamBooth (Ruiz et al. 2023, eq. 2) trains on
-    images that the frozen model made; this asks the frozen model itself, for one more forward pass of those rows.
+    """The targets with those of the rows flagged in `regularisation_B` replaced by `base_velocity`: prior preservation.
 
     everywhere: pass forward even without such rows: other processes do, and a divided model needs them all.
     """
     rows = regularisation_B.nonzero().flatten().tolist()
     if not rows:
         if everywhere:
-            with adapters_disabled(transformer):
-                predict_velocity(transformer, x_BCHW, sigma_B, conditions, guidance_B)
+            base_velocity(transformer, x_BCHW, sigma_B, conditions, guidance_B)
         return target_BCHW
     target = target_BCHW.clone()
-    with adapters_disabled(transformer):
-        target[rows] = predict_velocity(
-            transformer,
-            x_BCHW[rows],
-            sigma_B[rows],
-            [conditions[row] for row in rows],
-            None if guidance_B is None else guidance_B[rows],
-        )
+    target[rows] = base_velocity(
+        transformer,
+        x_BCHW[rows],
+        sigma_B[rows],
+        [conditions[row] for row in rows],
+        None if guidance_B is None else guidance_B[rows],
+    )
     return target
 
 

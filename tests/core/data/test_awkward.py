@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 import miniature
+from chroma_core.data import pictures
 from chroma_core.data.cache import LatentTextCache
 from chroma_core.data.contact_sheet import contact_sheet, summary
 from chroma_core.data.pictures import UnreadablePicture, load_alpha, load_picture, picture_facts
@@ -23,6 +26,7 @@ from chroma_core.sampling.recipe import CANONICAL
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow remarks on huge and damaged files
 
+ROOT = Path(__file__).resolve().parents[3]
 RED, WHITE, SIZE = (255, 0, 0), (255, 255, 255), (64, 64)
 
 
@@ -197,6 +201,39 @@ def test_the_contact_sheet_shows_them_and_the_warnings(awkward):
     panel = sheet.crop((0, bare.height, sheet.width, sheet.height))
     assert len(panel.getcolors(100_000) or []) > 1
     assert all(f"warning: {warning}" in summary(found, 64) for warning in found.warnings)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is in other units elsewhere")
+def test_a_huge_image_costs_little_memory_and_comes_at_half_its_size(tmp_path):
+    """One bit a pixel in the file; decoding it to RGB in one go takes 970 MB."""
+    (tmp_path / "bits.png").write_bytes(png(13000, 13000, 1, 0, bytes(1626 * 13000)))
+    code = f"""
+import pathlib, resource
+from chroma_core.data.pictures import load_picture
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+picture = load_picture(pathlib.Path({str(tmp_path / "bits.png")!r}))
+print(picture.mode, *picture.size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    mode, *numbers = done.stdout.split()
+    assert (mode, numbers[:2]) == ("RGB", ["6500", "6500"]), done.stderr
+    assert int(numbers[2]) < 500, "MiB"
+
+
+def test_an_image_converted_in_strips_is_the_same(awkward, monkeypatch):
+    names = ("turned.jpg", "deep_grey.png", "half_clear.png", "grey_clear.png", "print.jpg", "strip.png")
+    whole = [load_picture(awkward[0] / name) for name in names]
+    alpha = load_alpha(awkward[0] / "half_clear.png")
+    monkeypatch.setattr(pictures, "_STRIP", 6)
+    assert [load_picture(awkward[0] / name).tobytes() for name in names] == [each.tobytes() for each in whole]
+    assert (again := load_alpha(awkward[0] / "half_clear.png")) and alpha and again.tobytes() == alpha.tobytes()
+
+
+def test_the_limit_holds_where_another_program_has_lifted_pillows(awkward, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    for read in (picture_facts, load_picture, load_alpha):
+        with pytest.raises(UnreadablePicture, match="178 million pixels"):
+            read(awkward[0] / "bomb.png")
 
 
 def test_randomly_damaged_files_are_decoded_or_refused_but_never_crash(awkward, tmp_path):

@@ -1,12 +1,15 @@
 """Caption files as people have them: endings, marks inside a text, JSON, and those that are passed over."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from chroma_core.data.captions import read_captions
+from chroma_core.data.contact_sheet import contact_sheet, summary
 from chroma_core.data.pictures import picture_extensions
 from chroma_core.data.scan import DatasetConfig, DatasetScan, scan
 from chroma_core.errors import DataError
@@ -27,6 +30,31 @@ def test_an_ending_in_capitals_is_the_same_ending(tmp_path):
     image(tmp_path / "b.png").with_suffix(".txt").write_text("exact")
     (tmp_path / "b.TXT").write_text("not this one")
     assert [item.captions for item in looked_at(tmp_path).items] == [("a star",), ("exact",)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
+@pytest.mark.parametrize(
+    ("source", "usable"), [("files", ["ok.png"]), ("metadata", ["ok.png"]), ("filenames", ["half.png", "ok.png"])]
+)
+def test_half_a_character_is_no_caption_and_stops_nothing(tmp_path, source, usable):
+    """In JSON, in metadata, and in a file's name of foreign bytes: named, and all that is said can be written."""
+    for name in ("half.png", "ok.png", os.fsdecode(b"na\xffme.png")):
+        path = image(tmp_path / name)
+        text = "a \ud800 star" if name == "half.png" else "a star"
+        path.with_suffix(".json").write_text(json.dumps(text if "ok" in name else [text]))
+    rows = [
+        {"file_name": "half.png", "text": "\ud800"},
+        {"file_name": "\ud800.png"},
+        {"file_name": "ok.png", "text": "x"},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = looked_at(tmp_path, caption_extension=".json", caption_source=source, resolution=64)
+    named = "na\\udcffme.png"
+    assert {item.name for item in found.items} == {*usable, *([named] if source == "files" else [])}
+    reasons = dict(found.skipped)
+    assert reasons.pop(named if source == "filenames" else "half.png").startswith("its caption has half a character")
+    assert all("no caption" in why for why in reasons.values())
+    assert summary(found, 64).encode() and contact_sheet(found.items, found, 64)
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x85"])

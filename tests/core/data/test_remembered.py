@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -54,6 +55,18 @@ def test_the_next_process_opens_no_file_but_one_that_changed(places, monkeypatch
     os.utime(last, ns=(before.st_atime_ns, before.st_mtime_ns))
     again = seen(folder, Remembered(cache))
     assert names == [last.name] and again[:-1] == items[:-1] and again[-1].sha256 != items[-1].sha256
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are text")
+def test_a_name_of_foreign_bytes_is_remembered_too(places, monkeypatch):
+    folder, cache = places
+    first = next(path for path in folder.glob("*.png") if not path.stem.endswith("masklabel"))
+    first.rename(folder / os.fsdecode(b"\xff.png"))
+    known = Remembered(cache)
+    items = seen(folder, known)
+    known.save()
+    names = opened(monkeypatch)
+    assert len(items) == 2 and seen(folder, Remembered(cache)) == items and names == []
 
 
 def test_a_file_that_was_just_written_is_read_again(tmp_path, monkeypatch):

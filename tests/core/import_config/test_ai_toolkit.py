@@ -317,3 +317,17 @@ def test_both_ways_of_accumulating(put, train, batches, kind):
     imported = import_config(put("train.yml", MINIMAL.format(datasets="{folder_path: a}", train=train)))
     assert imported.config.gradient_accumulation == batches
     assert kinds(imported).get("train.gradient_accumulation_steps", "") == kind
+
+
+def test_preservation_is_taken_over_with_its_weight_and_word(put):
+    text = YAML_FILE.replace(
+        "        train_unet: true",
+        "        diff_output_preservation: true\n        diff_output_preservation_multiplier: 0.5\n"
+        "        diff_output_preservation_class: person\n        blank_prompt_preservation: true\n"
+        "        train_unet: true",
+    )
+    found = import_config(put("train.yaml", text))
+    wanted = {"class_weight": 0.5, "class_word": "person", "blank_weight": 1.0, "share": 1.0}
+    assert found.values["preserve"] == wanted and not any("preserv" in line.option for line in found.remarks)
+    off = import_config(put("off.yaml", text.replace("preservation: true", "preservation: false")))
+    assert "preserve" not in off.values

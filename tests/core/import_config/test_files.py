@@ -12,19 +12,11 @@ import chroma_core.import_config as import_config_room
 from chroma_core.cli.main import main
 from chroma_core.data.dataset import DatasetConfig
 from chroma_core.errors import ConfigError
-from chroma_core.import_config import (
-    ai_toolkit,
-    as_json,
-    as_text,
-    import_config,
-    job_toml,
-    kohya,
-    onetrainer,
-    simpletuner,
-    write_job,
-)
+from chroma_core.import_config import as_json, as_text, import_config, job_toml, write_job
+from chroma_core.import_config.answers import FUNCTIONS
 from chroma_core.import_config.job import toml
 from chroma_core.import_config.read import read_config
+from chroma_core.import_config.trainers import AI_TOOLKIT, KOHYA, ONETRAINER, SIMPLETUNER
 from chroma_core.options import Described, option_of
 from chroma_core.training.config import TrainingConfig
 from import_cases import SECOND, SEED_SNIPPET, SMALL, YAML
@@ -93,6 +85,11 @@ REFUSED = [
     ("t.yaml", "just a sentence", ["holds no options"]),
     ("t.yaml", YAML % "chroma" + "      train: [1]\n", ["train is [1]", "a section"]),
     ("t.yaml", YAML % "chroma" + "      train: {lr: fast}\n", ["train.lr", "'fast'", "a number"]),
+    # What another option asks for, what is looked at before, and what would divide by zero.
+    ("k.toml", 'model_type = "chroma"\nnetwork_dim = 4\ndiscrete_flow_shift = true', ["discrete_flow_shift is true"]),
+    ("t.yaml", YAML % "chroma" + "      datasets: [{folder_path: a, resolution: wide}]\n", ["a number"]),
+    ("config.json", {"training_method": "LORA", "model_type": "CHROMA_1", "gradient_accumulation_steps": 0},
+     ["gradient_accumulation_steps", "greater than or equal to 1"]),
 ]  # fmt: skip
 
 
@@ -168,15 +165,11 @@ def test_every_option_of_the_file_is_in_the_report(put, tmp_path):
     assert json.loads(json.dumps(report)) == report
 
 
+TRAINERS = {"SimpleTuner": SIMPLETUNER, "ai-toolkit": AI_TOOLKIT, "OneTrainer": ONETRAINER, "sd-scripts": KOHYA}
 TABLES = {
-    **{f"OneTrainer {name}": table for name, table in onetrainer.SECTIONS.items()},
-    "OneTrainer's concepts": onetrainer.SET_OPTIONS,
-    "sd-scripts": kohya.OPTIONS,
-    "sd-scripts' sets": kohya.SET_OPTIONS,
-    "SimpleTuner": simpletuner.OPTIONS,
-    "SimpleTuner's sets": simpletuner.SET_OPTIONS,
-    **{f"ai-toolkit {name}": table for name, table in ai_toolkit.SECTIONS.items()},
-    "ai-toolkit's sets": ai_toolkit.SET_OPTIONS,
+    f"{name} {section}": rules
+    for name, tables in TRAINERS.items()
+    for section, rules in (*tables.sections.items(), ("datasets", tables.sets))
 }
 
 
@@ -186,6 +179,8 @@ def test_every_line_of_the_tables_says_what_or_why(name):
         assert rule.to or rule.reason, option
         assert rule.kind in ("maps", "differs") or rule.reason, option
         assert re.fullmatch(r"[A-Za-z0-9_.]+", option), option
+        named = {case.get("by") for case in rule.cases} | {rule.read}
+        assert named - {None, ""} <= set(FUNCTIONS), option
 
 
 def ours(path: str, owner: type) -> Described:

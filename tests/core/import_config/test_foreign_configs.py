@@ -9,7 +9,8 @@ import tomlkit
 import torch
 import yaml
 
-from chroma_core.import_config import import_config, job_toml, kohya, onetrainer, simpletuner
+from chroma_core.import_config import import_config, job_toml
+from chroma_core.import_config.trainers import KOHYA, ONETRAINER, SIMPLETUNER, flattened
 from chroma_core.lora.settings import target_modules
 from chroma_core.model.transformer import ChromaTransformer
 from chroma_core.training.config import TrainingConfig
@@ -78,8 +79,8 @@ def of_onetrainer(config, file: Path) -> set[str]:
 
 
 def of_kohya(config, file: Path) -> set[str]:
-    found = set(kohya.flattened(config))
-    named = kohya.flattened(config).get("dataset_config")
+    found = set(flattened(config))
+    named = flattened(config).get("dataset_config")
     if named:
         sets = content(file.parent / named)
         found |= {f"general.{key}" for key in sets.get("general", {})}
@@ -345,5 +346,5 @@ def test_what_they_come_to(name, real, tmp_path, monkeypatch):
 
 
 def test_the_tables_do_not_share_a_name_by_mistake():
-    for tables in (onetrainer.SECTIONS[""], kohya.OPTIONS, simpletuner.OPTIONS):
-        assert all(rule.reason or rule.to for rule in tables.values())
+    for tables in (ONETRAINER, KOHYA, SIMPLETUNER):
+        assert all(rule.reason or rule.to for rule in tables.sections[""].values())

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from chroma_core.import_config import import_config
-from chroma_core.import_config.layers import ours
+from chroma_core.import_config.read import ours
 from chroma_core.lora.settings import LoraSettings
 from import_cases import kinds
 

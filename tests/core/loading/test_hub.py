@@ -1,5 +1,6 @@
 """Downloads, with the real huggingface_hub client against a server on loopback that speaks the Hub's file protocol."""
 
+import logging
 import threading
 import time
 from pathlib import Path
@@ -124,6 +125,25 @@ def test_a_gated_repository_says_to_set_the_token(hub, monkeypatch):
     assert LOCAL in str(caught.value)
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     assert_same(fetch(BASE, ["vae"]), ["vae/diffusion_pytorch_model.safetensors"])
+
+
+def test_no_secret_is_told_logged_or_kept(hub, cache, monkeypatch, caplog, capfd):
+    """Neither a token, refused or not, nor the password of a mirror that does not answer."""
+    caplog.set_level(logging.DEBUG)
+    wrong, right = "hf_wrongwrongwrong", "hf_rightrightright"
+    hub.token = right
+    monkeypatch.setenv("HF_TOKEN", wrong)
+    with pytest.raises(ModelFileError, match="401") as refused:
+        fetch(BASE, ["vae"])
+    monkeypatch.setenv("HF_TOKEN", right)
+    folder = fetch(BASE, ["vae"])
+    assert {request.token for request in hub.log} >= {f"Bearer {wrong}", f"Bearer {right}"}
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:password@127.0.0.1:9")
+    with pytest.raises(ModelFileError, match="http://…@127.0.0.1:9") as unreachable:
+        fetch(BASE, ["transformer"])
+    texts = [str(refused.value), str(unreachable.value), caplog.text, *capfd.readouterr(), str(folder)]
+    texts += [path.read_bytes().decode(errors="replace") for path in cache.rglob("*") if path.is_file()]
+    assert not [text for text in texts if wrong in text or right in text or "me:password" in text]
 
 
 @pytest.mark.parametrize(

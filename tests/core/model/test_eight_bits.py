@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import streaming_cases
 from chroma_core.errors import ConfigError
 from chroma_core.loading.load import load_transformer, transformer_identity
 from chroma_core.loading.spec import ModelSpec
@@ -14,6 +15,7 @@ from chroma_core.model.eight_bits import product, quantised_rows, transposed_pro
 from chroma_core.model.latents import image_ids
 from chroma_core.model.precision import precision, quantisable_linears, quantise
 from chroma_core.model.quantised import QuantisedLinear, compute_by, quantise_weight
+from chroma_core.streaming import stream_blocks
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.config.changes import differences, with_changes
 
@@ -168,6 +170,36 @@ def test_gradients_of_a_lora_are_nearly_those_of_exact_products(scheme, limit):
         found[compute] = torch.cat([p.grad.flatten().double() for p in parameters if p.grad is not None])
     difference = (found["w8a8"] - found["weights"]).norm() / found["weights"].norm()
     assert 1e-4 < difference < limit
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_compiles_in_both_directions(scheme):
+    layer = QuantisedLinear(160, 96, scheme, quantise_weight(numbers(96, 160, 2), scheme), torch.randn(96))
+    layer.compute = "w8a8"
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x, upstream = numbers(40, 160, 1).requires_grad_(), numbers(40, 96, 3)
+    assert torch.equal(compiled(x), layer(x))
+    (gradient,) = torch.autograd.grad(compiled(x), x, upstream)
+    assert torch.equal(gradient, transposed_product(upstream, layer.weight, layer.scale, scheme))
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_streamed_blocks_multiply_alike(scheme, checkpointing):
+    """Predictions and gradients, to the bit, with codes that visit the device."""
+    found = []
+    for stream in (False, True):
+        model = streaming_cases.model(scheme)
+        assert compute_by(model, "w8a8", "cpu") == ""
+        if stream:
+            stream_blocks(model, "cpu", 2)
+        parameters = streaming_cases.trainable(model)
+        model.checkpointing_interval = int(checkpointing)
+        inputs = streaming_cases.call(torch.bfloat16)
+        loss = streaming_cases.backward(model, inputs)
+        found.append([loss, streaming_cases.predict(model, inputs), *(p.grad for p in parameters)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_job_goes_on_with_the_products_that_it_began_with(tmp_path):

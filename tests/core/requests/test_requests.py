@@ -227,6 +227,16 @@ def test_the_prompt_has_one_model_for_all_pictures():
     assert all(key in prompt for key, _ in links)
 
 
+def test_the_first_block_cache_reaches_the_sampler():
+    asked = InferenceRequest.parse({"prompts": [{"prompt": "a"}], "first_block_cache": 0.1})
+    assert asked.settings(asked.pictures()[0]).first_block_cache == 0.1
+    assert to_prompt(asked, asked.pictures(), [])["sample_0"]["inputs"]["first_block_cache"] == 0.1
+    plain = InferenceRequest.parse({"prompts": [{"prompt": "a"}]})
+    assert "first_block_cache" not in to_prompt(plain, plain.pictures(), [])["sample_0"]["inputs"]
+    with pytest.raises(ConfigError, match="first_block_cache is 2, and must be between 0 and 1"):
+        InferenceRequest.parse({"prompts": [{"prompt": "a"}], "first_block_cache": 2})
+
+
 def test_strengths_change_without_loading_again(tmp_path: Path):
     """One load for all prompts of all requests in live mode; the picture's record says what made it."""
     write_lora(tmp_path / "a.safetensors", random_lora(transformer_outline(ModelSpec("tiny")), "all", rank=2))

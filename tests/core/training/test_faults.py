@@ -13,6 +13,8 @@ from chroma_core.loading.load import transformer_outline
 from chroma_core.memory import Settings, estimate, in_gib
 from chroma_core.model.device import is_out_of_memory
 from chroma_core.training.config import TrainingConfig
+from chroma_core.training.jobs.blocking import run_job
+from chroma_core.training.jobs.job import Job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run.checkpoint import checkpoints, restore_latest, save_checkpoint
 from chroma_core.training.run.faults import (
@@ -192,6 +194,17 @@ def test_the_best_checkpoint_stays_beside_the_last(places, tmp_path):
     progress.step = progress.best_at = 8
     save_checkpoint(folder, progress, bench.trained, bench.stepper, None, keep=1, keep_best=True)
     assert [path.name for path in checkpoints(folder)] == ["step-000008"]
+
+
+def test_an_old_checkpoint_that_a_killed_process_left_is_removed(places, tmp_path):
+    """Killed between the newest checkpoint and the end of the oldest, with no other checkpoint to come."""
+    settings = config(*places, steps=2, checkpoint_every=2, keep_checkpoints=1)
+    folder = tmp_path / "jobs" / settings.job_id()
+    run_job(settings, tmp_path / "jobs", tmp_path / "loras", "cpu")
+    shutil.copytree(folder / "checkpoints" / "step-000002", folder / "checkpoints" / "step-000001")
+    Job.read(folder).update(state="interrupted")
+    assert run_job(settings, tmp_path / "jobs", tmp_path / "loras", "cpu")["state"] == "completed"
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step-000002"]
 
 
 def test_a_step_that_measures_best_is_saved(places, tmp_path):

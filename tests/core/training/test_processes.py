@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 import psutil
 import pytest
@@ -13,16 +15,45 @@ import torch
 from safetensors.torch import load_file
 
 import forked
+from chroma_core.comfy.server import free_port
 from chroma_core.errors import ConfigError
 from chroma_core.training.config import TrainingConfig
-from chroma_core.training.distributed.world import part_size
+from chroma_core.training.distributed import world
+from chroma_core.training.distributed.world import Processes, crowded, launched, part_size
 from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.jobs.manager import JobManager
 from training_cases import config, model_folder, write_dataset
 from waiting import PATIENCE, until
 
 ROOT = Path(__file__).parents[3]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+COMMAND = ("-c", "import sys; from chroma_core.cli.main import main; sys.exit(main(sys.argv[1:]))")
+TORCHRUN = (
+    "-c",
+    "import os, sys, torch.distributed.run as run; hasattr(os, 'setsid') and os.setsid(); run.main(sys.argv[1:])",
+)
+
+
+def two() -> tuple[str, ...]:
+    """How torchrun is told of two processes; its own port is the same for every run on a machine."""
+    return "--nproc_per_node", "2", "--master_port", str(free_port())
+
+
+class Begun:
+    """A command in a fork of a process that has the libraries, while it runs; `pid` is there at once."""
+
+    def __init__(self, *arguments: object):
+        pids: Queue[int] = Queue()
+        thread = ThreadPoolExecutor(1)
+        self._done = thread.submit(forked.run, forked.FULL, *arguments, env=environment(), begun=pids.put)
+        thread.shutdown(wait=False)
+        self.pid = pids.get(timeout=PATIENCE)
+
+    def ended(self) -> bool:
+        return self._done.done()
+
+    def result(self) -> subprocess.CompletedProcess[str]:
+        """What it said, and how it ended."""
+        return self._done.result(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +63,7 @@ def places(tmp_path_factory):
     return model_folder(folder / "model"), data, write_dataset(folder / "more", 3, seed=1)
 
 
-def job(places, precision="fp32", **changes):
+def job(places, precision="fp32", compute="weights", **changes):
     model, data, more = places
     values = {
         "batch_size": 1,
@@ -44,7 +75,7 @@ def job(places, precision="fp32", **changes):
         "validation_dataset": {"folder": str(data)},
         "validation_pictures": 2,
         "previews": {"prompts": "sks", "steps": 1, "every": 4},
-        "model": {**config(model, data).model.to_dict(), "precision": precision},
+        "model": {**config(model, data).model.to_dict(), "precision": precision, "compute": compute},
     }
     return config(model, data, **{**values, **changes})
 
@@ -73,7 +104,7 @@ def numbers(root: Path, key: str) -> list:
 
 def same(one: Path, other: Path, places: float = 1e-5):
     assert files(one) == files(other)
-    for key in ("loss", "heldout_loss", "grad_norm"):
+    for key in ("loss", "preserved", "heldout_loss", "grad_norm"):
         assert numbers(one, key) == pytest.approx(numbers(other, key), rel=places, abs=places)
     a, b = lora(one), lora(other)
     assert a.keys() == b.keys()
@@ -81,11 +112,12 @@ def same(one: Path, other: Path, places: float = 1e-5):
         torch.testing.assert_close(a[name], b[name], rtol=places, atol=places)
 
 
+PRESERVE = {"prompts": ["a house"], "blank_weight": 0.5, "share": 0.7}
 JOBS = {
-    "1 × 2": ("ddp", {}),
+    "1 × 2": ("ddp", {"preserve": PRESERVE}),
     "2 × 2": ("ddp", {"batch_size": 2, "objective": {"pair_noise": True}, "lora": {"rank": 4, "ema_decay": 0.9}}),
     "2 × 1": ("ddp", {"batch_size": 2, "gradient_accumulation": 1, "optimizer": "schedule-free"}),
-    "divided": ("fsdp", {"gradient_checkpointing": True, "batch_size": 2}),
+    "divided": ("fsdp", {"gradient_checkpointing": True, "batch_size": 2, "preserve": PRESERVE}),
 }
 
 
@@ -94,7 +126,7 @@ def trained(places, tmp_path_factory):
     """Every job in one process and in two; the first is begun by one process and ended by two."""
     folder = tmp_path_factory.mktemp("trained")
     text = toml(places, folder / "odd.toml", steps=4, gradient_accumulation=3)
-    commands = [["train", str(text), "--device", "cpu", "--output", str(folder / "odd")]]
+    commands = [["train", str(text), "--output", str(folder / "odd")]]
     return folder, *both_ways(places, folder, JOBS, commands)
 
 
@@ -117,8 +149,7 @@ def both_ways(places, folder: Path, jobs: dict, commands: list, forks: bool = Fa
     if forks:
         done = forked.run(forked.FULL, script, path)
     else:
-        command = [*TORCHRUN, str(script), str(path)]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+        done = forked.run(forked.FULL, *TORCHRUN, *two(), script, path, env=environment(), timeout=500)
     assert done.returncode == 0, done.stderr[-9000:]
     return [json.loads((folder / f"list.json.{rank}").read_text()) for rank in (0, 1)], done.stderr
 
@@ -161,7 +192,8 @@ def held_in_halves(found, index: int, sharding: str):
 
 @pytest.mark.slow
 def test_codes_of_a_quantised_base_are_divided_too(places, tmp_path):
-    jobs = {"int8": ("fsdp", {"precision": "int8", "lora": {"rank": 4, "kind": "dora"}})}
+    """They are multiplied as they are, and a DoRA's norms are those of the dequantised weights."""
+    jobs = {"int8": ("fsdp", {"precision": "int8", "compute": "w8a8", "lora": {"rank": 4, "kind": "dora"}})}
     found, _ = both_ways(places, tmp_path, jobs, [], forks=hasattr(os, "fork"))
     assert [ranks["jobs"][0]["state"] for ranks in found] == ["completed", "completed"], found
     same(tmp_path / "int8/one", tmp_path / "int8/two")
@@ -171,7 +203,77 @@ def test_codes_of_a_quantised_base_are_divided_too(places, tmp_path):
 def test_a_batch_that_cannot_be_dealt_evenly_ends_both_processes(trained):
     _, found, said = trained
     assert [ranks["codes"] for ranks in found] == [[1], [1]]
-    assert said.count("these numbers of processes: 1, 3.") == 2
+    assert said.count("these numbers of processes: 1, 3.") == 1  # rank 0 says it
+
+
+WRONG = """
+import json, os, sys
+from chroma_core.cli.main import main
+from chroma_core.comfy.server import free_port
+os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+other = os.fork()
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
+codes = [main(command) for command in json.loads(sys.argv[1])]
+if other:
+    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 3
+assert codes == [1] * len(codes)
+sys.exit(3)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_wrong_launch_is_one_sentence_and_leaves_nothing(places, tmp_path):
+    path = toml(places, tmp_path / "job.toml", steps=4)
+    devices = ["meta:0", "nonsense", *(["cuda"] if not torch.cuda.is_available() else [])]
+    commands = [["train", str(path), "--output", str(tmp_path / "o"), "--device", device] for device in devices]
+    done = forked.run(forked.FULL, "-c", WRONG, json.dumps(commands))
+    assert done.returncode == 3, done.stderr
+    expected = ["must be without a number", "'nonsense' is not a device", "'cuda' is not here"][: len(devices)]
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert [words in line for words, line in zip(expected, said, strict=True)] == [True] * len(said), done.stderr
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "found, words",
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "started one, as it does where it finds no"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "mpirun started several"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "each of which would train the whole job"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2', RANK ''"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "no process of a distributed run"),
+        ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0"}, "unset all three"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, False),
+        ({}, False),
+    ],
+)
+def test_what_a_launcher_meant(found, words, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(words, bool):
+        assert launched() is words
+    else:
+        with pytest.raises(ConfigError, match=words):
+            launched()
+
+
+def test_each_process_has_a_gpu_of_its_own():
+    assert crowded(2, 2) == crowded(2, None) == ""
+    assert "3 processes were started on a machine with 2 GPUs" in crowded(3, 2)
+    assert crowded(2, 1).endswith("Start 1 (--nproc_per_node 1), or use --device cpu.")
+
+
+def test_a_process_that_never_comes_is_said(monkeypatch):
+    monkeypatch.setattr(world, "MEETING_SECONDS", 0.5)
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in {**place, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="The 2 processes of this run did not find each other"):
+        Processes("cpu")
 
 
 def test_parts_divide_the_share_of_a_process():
@@ -182,16 +284,13 @@ def test_parts_divide_the_share_of_a_process():
         part_size(2, 6, 4)
 
 
-def start(path: Path, root: Path) -> tuple[subprocess.Popen, Path]:
+def start(path: Path, root: Path) -> tuple[Begun, Path]:
     """Two processes on a job file, in a session of their own; returns once they have taken three more steps."""
-    command = [*TORCHRUN, "-m", "chroma_core", "train", str(path), "--device", "cpu", "--output", str(root)]
-    running = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    running = Begun(*TORCHRUN, *two(), "-m", "chroma_core", "train", path, "--output", root)
     before = sum(len(numbers(each.parents[2], "loss")) for each in root.glob("jobs/*/metrics.jsonl"))
 
     def goes_on() -> bool:
-        assert running.poll() is None
+        assert not running.ended(), running.result()
         return any(root.glob("jobs/*/metrics.jsonl")) and len(numbers(root, "loss")) >= before + 3
 
     until(goes_on)
@@ -206,14 +305,14 @@ def test_a_job_that_lost_its_processes_goes_on_in_one(places, tmp_path):
     settings = TrainingConfig.from_toml(path)
     running, status = start(path, tmp_path / "two")
     os.killpg(running.pid, signal.SIGINT)
-    assert running.wait(PATIENCE) != 0
+    assert running.result().returncode != 0
     first = json.loads(status.read_text())
     assert first["state"] == "interrupted" and first["checkpoint"] == first["step"] > 0
 
     running, status = start(path, tmp_path / "two")
     workers = psutil.Process(running.pid).children()
     next(worker for worker in workers if worker.environ()["RANK"] == "1").kill()
-    assert running.wait(PATIENCE) != 0
+    assert running.result().returncode != 0
     second = json.loads(status.read_text())
     assert second["state"] in ("failed", "interrupted") and second["checkpoint"] == second["step"] > first["step"]
     if second["state"] == "failed":
@@ -230,20 +329,20 @@ def test_a_job_that_lost_its_processes_goes_on_in_one(places, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_process_that_is_asked_to_end_saves_and_says_how_to_go_on(places, tmp_path, number):
     path, output = toml(places, tmp_path / "job.toml", steps=100_000), tmp_path / "the output"
-    command = [sys.executable, "-m", "chroma_core", "train", str(path), "--output", str(output), "--device", "cpu"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = Begun(*COMMAND, "train", path, "--output", output, "--device", "cpu")
 
     def trains() -> bool:
-        assert running.poll() is None, running.communicate()
+        assert not running.ended(), running.result()
         return any(output.glob("jobs/*/metrics.jsonl")) and len(numbers(output, "loss")) >= 2
 
     until(trains)
-    running.send_signal(number)
-    out, said = running.communicate(timeout=PATIENCE)
-    assert running.returncode == 130 and "Traceback" not in said
+    os.kill(running.pid, number)
+    done = running.result()
+    said = done.stderr
+    assert done.returncode == 130 and "Traceback" not in said
     status = json.loads(next(output.glob("jobs/*/job.json")).read_text())
     assert status["state"] == "interrupted" and status["checkpoint"] == status["step"] >= 2
-    assert json.loads(out)["step"] == status["step"]
+    assert json.loads(done.stdout)["step"] == status["step"]
     assert said.splitlines()[-1] == (
         f"interrupted: job {status['id']}, saved at step {status['step']}. Go on with: python -m chroma_core train "
         f"--resume {status['id']} --output '{output}'"

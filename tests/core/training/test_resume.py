@@ -1,4 +1,4 @@
-"""SIGKILL at ten random moments: every resumed run ends with the bits of the uninterrupted one."""
+"""SIGKILL at random moments, and at file operations: a resumed run ends with the bits of the uninterrupted one."""
 
 import shutil
 import sys
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import forked
 from tools import kill_resume
 from training_cases import model_folder
 
@@ -20,6 +21,16 @@ def test_ten_kills_ten_identical_results(tmp_path):
     identical = kill_resume.kill_and_compare(model, tmp_path / "runs", kills=10, seed=1, steps=8, say=lines.append)
     assert identical == 10, "\n".join(lines)
     assert any("half written" in line for line in lines) and any("running" in line for line in lines)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
+def test_killed_at_a_file_operation_the_job_goes_on_to_the_same_end(tmp_path):
+    """A sample; docs/training.md has what all of them gave."""
+    options = "--job", "plain", "--every", 150, "--first", 40
+    ended = forked.run(forked.FULL, "tools/kill_at_files.py", "--model", model_folder(tmp_path / "model"), *options)
+    lines = ended.stdout.splitlines()
+    assert ended.returncode == 0 and lines[-1] == "identical 3 of 3", ended.stdout + ended.stderr
+    assert "preparing" in ended.stdout and "running" in ended.stdout
 
 
 def test_whatever_differs_is_seen(tmp_path):

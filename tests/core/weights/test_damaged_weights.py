@@ -79,6 +79,10 @@ HEADERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: write_raw_safetensors(p, {"__metadata__": {"a": 1}, "w": raw_entry()}, bytes(8)),
         "metadata",
     ),
+    "half a character in the metadata": (
+        lambda p: write_raw_safetensors(p, {"__metadata__": {"a": "\ud800"}, "w": raw_entry()}, bytes(8)),
+        "half a character",
+    ),
     "cut in the header": (lambda p: cut(write_safetensors(p, TENSORS), 0.1), "header claims"),
     "cut in the weights": (lambda p: cut(write_safetensors(p, TENSORS), 0.9), "bytes of"),
 }

@@ -40,9 +40,10 @@ export class Actions {
   show(job) {
     this.job = job;
     const [active, waits] = [ACTIVE.has(job.state), WAITS.includes(job.state)];
+    const here = active && !job.elsewhere;
     /** @type {Record<string, boolean>} */
     const shown = {
-      pause: active, stop: active, sample: active, save: active, resume: waits, extend: !active,
+      pause: here, stop: here, sample: here, save: here, resume: waits, extend: !active,
       use: Boolean(job.lora_name || job.model_name), again: true, delete: !active,
     }; // prettier-ignore
     for (const [name, button] of Object.entries(this.buttons)) button.hidden = !shown[name];

@@ -9,7 +9,7 @@ import { notify } from "./notices.js";
 const [COLUMN_GAP, ROW_GAP] = [60, 60]; // pixels; a row's has the title in it
 
 /**
- * Open the graph that starts this job (`again`) or paints with its result (`use`). Throws Error with the host's words.
+ * Open the graph that starts this job (`again`) or generates with its result (`use`). Throws Error with the host's words.
  * @param {Job} job
  * @param {"again" | "use"} kind
  */

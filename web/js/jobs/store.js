@@ -9,7 +9,7 @@ export const ACTIVE = new Set(["queued", "preparing", "running", "paused"]);
 
 const EVENT = "chromakit.job";
 const DELETED = "chromakit.job.deleted";
-const QUIET_MILLISECONDS = 5000; // without a word about a job at work, ask
+const QUIET_MILLISECONDS = 5000; // without a word about a job at work, ask; no word comes of another process' jobs
 
 /** @type {Map<string, Job>} */
 const known = new Map();
@@ -20,6 +20,7 @@ const endings = new Set();
 /** @type {Map<string, number>} */
 const watched = new Map();
 let heard = 0;
+let asked = 0;
 let trouble = "";
 
 /** All jobs, newest first; each the newest status or summary that is known. */
@@ -96,7 +97,7 @@ async function fetchOne(id) {
 
 /** Fetch the list anew, and the whole status of jobs that are watched. */
 export async function reload() {
-  heard = performance.now();
+  heard = asked = performance.now();
   try {
     const list = /** @type {Job[]} */ (await get("jobs?brief=true"));
     const ids = new Set(list.map((job) => job.id));
@@ -111,13 +112,23 @@ export async function reload() {
 }
 
 /**
- * Do something with a job; returns its status. Throws Error with the host's words.
+ * Do something with a job; returns its status. Throws Error with the host's words, and asks what there is now.
  * @param {string} id
  * @param {string} action
  * @param {object} body
  */
 export async function act(id, action, body = {}) {
-  return take(await post(`jobs/${encodeURIComponent(id)}/${action}`, body));
+  return take(await posted(id, action, body));
+}
+
+/** @param {string} id @param {string} action @param {object} body */
+async function posted(id, action, body = {}) {
+  try {
+    return await post(`jobs/${encodeURIComponent(id)}/${action}`, body);
+  } catch (error) {
+    reload();
+    throw error;
+  }
 }
 
 /**
@@ -125,7 +136,7 @@ export async function act(id, action, body = {}) {
  * @param {string} id
  */
 export async function remove(id) {
-  await post(`jobs/${encodeURIComponent(id)}/delete`);
+  await posted(id, "delete");
   forget(id);
 }
 
@@ -144,8 +155,9 @@ export function start() {
   api.addEventListener("reconnected", reload);
   document.addEventListener("visibilitychange", () => document.hidden || reload());
   setInterval(() => {
+    const since = all().some((job) => job.elsewhere) ? asked : heard;
     const atWork = trouble || all().some((job) => ACTIVE.has(job.state));
-    if (atWork && !document.hidden && performance.now() - heard > QUIET_MILLISECONDS) reload();
+    if (atWork && !document.hidden && performance.now() - since > QUIET_MILLISECONDS) reload();
   }, 1000);
   return reload();
 }

@@ -6,11 +6,12 @@ import { t } from "../lib/words.js";
 import { ACTIVE } from "./store.js";
 
 /**
- * "running", "running, yielding to the queue", …
+ * "running", "running, yielding to the queue", "running, in another process", …
  * @param {Job} job
  */
 function stateWords(job) {
   const state = t(`state.${job.state}`);
+  if (job.elsewhere) return t("state.elsewhere", { state });
   if (job.yielded) return t("state.yielding", { state });
   return job.waits_for === "memory" ? t("state.memory", { state }) : state;
 }

@@ -123,7 +123,7 @@ class Panel {
 
   #show() {
     const job = this.job;
-    const active = job !== undefined && ACTIVE.has(job.state);
+    const active = job !== undefined && ACTIVE.has(job.state) && !job.elsewhere;
     this.pause.disabled = this.stop.disabled = !active;
     this.open.disabled = !job;
     say(this.pause, t(job?.state === "paused" ? "action.resume" : "action.pause"));

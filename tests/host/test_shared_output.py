@@ -1,0 +1,72 @@
+"""ComfyUI and another process with the same output folder: each sees what the other trains, and leaves it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from _host import Host, PromptFailed
+from chroma_core.errors import JobError
+from chroma_core.training.jobs.manager import JobManager
+from prompts import job_of, train, until_not
+from waiting import PATIENCE, until
+
+ENDLESS = 1_000_000
+ACTIONS = ("pause", "resume", "stop", "sample", "save", "delete", "extend", "change")
+BODIES = {"extend": {"steps": 5}, "change": {"changes": {"checkpoint_every": 7}}}
+
+
+@pytest.fixture
+def ours(server: Host) -> Iterator[JobManager]:
+    """The other process: this one, with what the command line trains with."""
+    output = server.base / "output"
+    manager = JobManager(output / "chromakit" / "jobs", output / "loras", "cpu")
+    yield manager
+    manager.shutdown()
+
+
+def files(folder: Path) -> dict[str, tuple[int, int, int]]:
+    found = ((path, path.stat()) for path in folder.rglob("*"))
+    return {str(path): (stat.st_ino, stat.st_mtime_ns, stat.st_size) for path, stat in found}
+
+
+def test_each_is_refused_what_the_other_trains(server: Host, ours: JobManager):
+    prompt = train("shared output", ENDLESS, preview_prompt="a star")
+    job = job_of(server.run(prompt))
+    until(lambda: server.get(f"/chromakit/jobs/{job}")["step"] >= 2, "two steps")
+    assert ours.get(job).status()["elsewhere"] and not server.get(f"/chromakit/jobs/{job}")["elsewhere"]
+    for ask in (ours.resume, ours.delete, ours.stop, lambda job: ours.extend(job, 5)):
+        with pytest.raises(JobError, match="trained by another process"):
+            ask(job)
+    assert server.post(f"/chromakit/jobs/{job}/stop")[0] == 200
+    assert until_not(server, job) == "stopped"
+
+    until(lambda: not ours.get(job).elsewhere, "ComfyUI letting go of it")
+    ours.resume(job)
+    until(lambda: ours.get(job).state == "running", "the other process' training")
+    ours.pause(job)
+    shown = until(
+        lambda: (now := server.get(f"/chromakit/jobs/{job}"))["state"] == "paused" and now, "its pause, seen in ComfyUI"
+    )
+    (listed,) = (each for each in server.get("/chromakit/jobs?brief=true") if each["id"] == job)
+    assert shown["elsewhere"] and listed["elsewhere"]
+    before = files(ours.root / job)
+    with ThreadPoolExecutor() as pool:  # each waits a while for the folder
+        answers = pool.map(lambda name: server.post(f"/chromakit/jobs/{job}/{name}", BODIES.get(name)), ACTIONS)
+    for name, (status, answer) in zip(ACTIONS, answers, strict=True):
+        assert status == 409 and "trained by another process" in answer["error"], (name, status, answer)
+    with pytest.raises(PromptFailed, match="trained by another process"):
+        server.run(prompt)
+    assert files(ours.root / job) == before
+
+    ours.shutdown()
+    assert ours.get(job).wait(PATIENCE)
+    left = until(
+        lambda: not (now := server.get(f"/chromakit/jobs/{job}"))["elsewhere"] and now, "the end of the other process"
+    )
+    assert left["state"] == "interrupted" and left["step"] == ours.get(job).status()["step"]
+    assert server.post(f"/chromakit/jobs/{job}/delete")[0] == 200
+    assert job not in {each.id for each in ours.list()} and not (ours.root / job).exists()

@@ -227,8 +227,11 @@ class Job(NamedTuple):
 
 
 def jobs_of(study: dict[str, Any]) -> list[Job]:
-    """All jobs, those of a run beside one another."""
-    return [Job(run, length) for run in study["runs"] for length in LENGTHS]
+    """All jobs that can be judged, those of a run beside one another: of captions that are alike, only beside a run
+    that has the same images with their own."""
+    own = {(run["case"]["images"], run["case"]["rate"]) for run in study["runs"] if not run["case"]["alike"]}
+    runs = [r for r in study["runs"] if not r["case"]["alike"] or (r["case"]["images"], r["case"]["rate"]) in own]
+    return [Job(run, length) for run in runs for length in LENGTHS]
 
 
 def true_of(job: Job, study: dict[str, Any]) -> set[str]:
@@ -281,15 +284,12 @@ def judged(study: dict[str, Any]) -> list[tuple[Job, str, set[str]]]:
     return found
 
 
-def summary(study: dict[str, Any]) -> dict[str, Any]:
-    """How many verdicts are right, in the half that the numbers were fitted on and in the other, and how many call a
-    ruined job well."""
+def summary(study: dict[str, Any]) -> dict[str, int]:
+    """How many verdicts are right, of how many; how many jobs are ruined, and how many of them are called well."""
     rows = judged(study)
-    half = {id(run): i % 2 for i, run in enumerate(study["runs"])}
-    parts = {name: [row for row in rows if half[id(row[0].run)] == i] for i, name in enumerate(("fitted", "other"))}
-    right = {name: (sum(said in true for _, said, true in part), len(part)) for name, part in parts.items()}
     ruined = [said for _, said, true in rows if true <= {"hot", "worse"}]
-    return {**right, "ruined": len(ruined), "ruined_called_well": sum(said in WELL for said in ruined)}
+    counts = {"right": sum(said in true for _, said, true in rows), "jobs": len(rows)}
+    return {**counts, "ruined": len(ruined), "ruined_called_well": sum(said in WELL for said in ruined)}
 
 
 def tables(study: dict[str, Any]) -> tuple[str, str]:
@@ -307,6 +307,7 @@ def tables(study: dict[str, Any]) -> tuple[str, str]:
         for job, said, true in rows:
             if job.run is run:
                 cells.append(said if said in true else f"**{said}** ({' or '.join(sorted(true))})")
+        cells = cells or ["not judged"]
         which = f"{case['images']}{' alike' if case['alike'] else ''}"
         lines.append([which, case["rank"], f"{case['rate']:g}", *cells])
     confusion = markdown_table(counts, ["the verdict said", "right", "wrong", "what was true then"])
@@ -317,11 +318,10 @@ def tables(study: dict[str, Any]) -> tuple[str, str]:
 def in_words(study: dict[str, Any]) -> str:
     """`summary` as a sentence."""
     found = summary(study)
-    (a, b), (c, d) = found["fitted"], found["other"]
+    right, jobs, ruined = found["right"], found["jobs"], found["ruined"]
     return (
-        f"{len(jobs_of(study))} jobs of {len(study['runs'])} runs. Right: **{c} of {d}** in the half that the numbers "
-        f"were not fitted on ({c / max(d, 1):.0%}), {a} of {b} in the other. Of {found['ruined']} ruined jobs "
-        f"{found['ruined_called_well']} were called well."
+        f"Right: **{right} of {jobs}** jobs of {jobs // len(LENGTHS)} runs ({right / jobs:.0%}). "
+        f"Of {ruined} ruined jobs {found['ruined_called_well']} were called well."
     )
 
 

@@ -19,7 +19,7 @@ from ...memory import Settings, estimate, in_gib, machine, recommend, recomputin
 from ...memory.activations import T5_TOKENS, TEXT_TOKENS
 from ...model.device import is_out_of_memory
 from ..config import TrainingConfig
-from .metrics import Progress
+from .metrics import ROUNDING, Progress
 
 WATCH_FROM, BAND_FROM = 100, 20
 """Steps before divergence is judged by the band, and before the band begins: the first losses say little about one."""
@@ -145,6 +145,30 @@ def worse_than_the_base(progress: Progress, checkpoint: str | None) -> str | Non
         f"worse than the base: the held-out loss is {now:.3g}, the base's {base:.3g}. Lower the learning rate or train "
         f"fewer steps; {kept}."
     )
+
+
+def resume_warnings(progress: Progress | None, damaged: list[str], data: str) -> list[str]:
+    """What to tell the user of a resume: from which checkpoint, and what is no longer as it was.
+
+    damaged: names of checkpoints that cannot be read. data: the fingerprint of the dataset now.
+    """
+    found: list[str] = []
+    if damaged:
+        found.append(
+            f"Checkpoints that cannot be read were set aside, as damaged-…: {', '.join(damaged)}. Training goes on "
+            f"from {'the beginning' if progress is None else f'step {progress.step}'}."
+        )
+    if progress is not None and progress.data != data:
+        found.append(
+            f"The dataset changed since step {progress.step}: training goes on with what is there now, so the "
+            "result differs from an uninterrupted run's."
+        )
+    if progress is not None and progress.rounding != ROUNDING:
+        found.append(
+            f"Until step {progress.step} this job was trained by an earlier version, which rounded sums otherwise: "
+            "what follows is as good, but not bit for bit what that version would have given."
+        )
+    return found
 
 
 class Pace:

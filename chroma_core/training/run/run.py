@@ -10,8 +10,8 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,16 +21,14 @@ import torch
 from ...data.samples import fingerprint, picture_count
 from ...errors import NotFiniteError, first_line
 from ...files import disk_is_full, remove_leftovers
-from ...loading.load import Device, load_transformer, transformer_identity
-from ...lora.adapters import without_adapters
+from ...loading.load import Device, load_transformer
 from ...memory import Settings, heldout_rows, peaks
 from ...model.device import OwnMemory, is_out_of_memory, release_memory
 from ...model.precision import slow_here
-from ...model.transformer import ChromaTransformer
 from ...streaming import module_bytes
 from ..config import TrainingConfig
 from ..config.changes import recorded
-from ..control import AskRoom, Control, DeviceSlot, Halted, Loan, Stopped, no_need_to_ask
+from ..control import AskRoom, Control, DeviceSlot, Halted, Stopped, no_need_to_ask
 from ..distributed.world import ALONE, ProcessLost, World, check_sharding, shard
 from ..step.ema import Ema
 from ..step.objective import HELDOUT_SIGMAS
@@ -56,6 +54,7 @@ from .faults import (
     out_of_memory,
     plan_settings,
     rest_seconds,
+    resume_warnings,
     watch_heldout,
     watch_loss,
     watch_skips,
@@ -68,7 +67,7 @@ from .prepare import Prepared, compile_blocks, prepare
 from .preserve import generate, planned
 from .preview import render_previews
 from .stepper import Stepper
-from .trained import WrittenFiles, check_trained, file_metadata, make_trained
+from .trained import WrittenFiles, check_trained, file_metadata, loan_of, make_trained
 from .validation import ended_by_itself, measure, told_of
 from .verdict import memorising_for
 
@@ -133,7 +132,8 @@ class Run:
         self.control.gate(needed=self._device_bytes())
         with self.slot.coming():
             self.transformer = load_transformer(config.model, "cpu" if sharded else self.device)
-            self.slot.take(self.transformer, self._loan(), self._follow)
+            loan = loan_of(config, self.transformer, self.device) if self.world.size == 1 else None
+            self.slot.take(self.transformer, loan, self._follow)
         self.trained = make_trained(config, self.transformer, self.paths, data.base_sha256)
         if sharded:
             shard(self.transformer, self.trained.parameters, torch.device(self.device))
@@ -180,40 +180,12 @@ class Run:
         beside = sum(t.numel() * t.element_size() for t in tensors if t.device.type != "cpu")
         return self.slot.device_bytes() + beside
 
-    def _loan(self) -> Loan | None:
-        """The base for prompts that want just that: its weights must stay as they are, and lie on the device."""
-        config, transformer = self.config, self.transformer
-        if config.full is not None or config.compile or self.world.size > 1:
-            return None
-
-        @contextmanager
-        def plain() -> Iterator[ChromaTransformer]:
-            with without_adapters(transformer):
-                yield transformer
-
-        key = transformer_identity(config.model)
-        return None if key is None else Loan((key, torch.device(self.device)), plain)
-
     def resume(self) -> None:
         """Continue from the newest checkpoint, or start afresh."""
         self.warnings = warnings = list(self.data.warnings)
         data = fingerprint(self.data.samples)
         progress, damaged = self._restore()
-        if damaged:
-            warnings.append(
-                f"Checkpoints that cannot be read were set aside, as damaged-…: {', '.join(damaged)}. Training goes on "
-                f"from {'the beginning' if progress is None else f'step {progress.step}'}."
-            )
-        if progress is not None and progress.data != data:
-            warnings.append(
-                f"The dataset changed since step {progress.step}: training goes on with what is there now, so the "
-                "result differs from an uninterrupted run's."
-            )
-        if progress is not None and progress.rounding != ROUNDING:
-            warnings.append(
-                f"Until step {progress.step} this job was trained by an earlier version, which rounded sums otherwise: "
-                "what follows is as good, but not bit for bit what that version would have given."
-            )
+        warnings += resume_warnings(progress, damaged, data)
         self.progress = progress or Progress()
         if self.world.main:  # a process that was killed may have come no further than to write the newest
             keep = self.config.keep_checkpoints, self.config.keep_best

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,8 +21,8 @@ from ...errors import ChromaKitError, ConfigError, JobError, ModelFileError
 from ...files import file_stem, free_name, only_names, require_room, write_atomic
 from ...fullrank.export import TrainedModel, write_folder, write_single_file
 from ...fullrank.layers import count_trained, layer_names, put_masters
-from ...loading.load import transformer_outline, transformer_source
-from ...lora.adapters import adapters_disabled
+from ...loading.load import Device, transformer_identity, transformer_outline, transformer_source
+from ...lora.adapters import adapters_disabled, without_adapters
 from ...lora.convert import JOB_KEY
 from ...lora.files import read_lora, write_lora
 from ...lora.modules import LoraFile, quoted
@@ -35,6 +35,7 @@ from ...options import identity
 from ...weights.opening import open_weights
 from ...weights.safetensors_files import write_safetensors
 from ..config import TrainingConfig
+from ..control import Loan
 from .metrics import JobPaths, Progress
 
 BASE_KEY = "chromakit.base_sha256"
@@ -161,6 +162,20 @@ def make_trained(
     if config.full is None:
         return AdapterTraining(config, transformer, paths)
     return FullRankTraining(config, transformer, paths, base_sha256)
+
+
+def loan_of(config: TrainingConfig, transformer: ChromaTransformer, device: Device) -> Loan | None:
+    """The base for prompts that want just that: its weights must stay as they are, and lie on the device."""
+    if config.full is not None or config.compile:
+        return None
+
+    @contextmanager
+    def plain() -> Iterator[ChromaTransformer]:
+        with without_adapters(transformer):
+            yield transformer
+
+    key = transformer_identity(config.model)
+    return None if key is None else Loan((key, torch.device(device)), plain)
 
 
 class AdapterTraining(Trained):

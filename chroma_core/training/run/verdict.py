@@ -24,7 +24,7 @@ LEAST_GAIN = 0.01
 RISE = 0.08
 """Of what the best step gained over the base, what must be lost again, and more than scatter, to say: memorises."""
 
-STILL = 0.06
+STILL = 0.02
 """Of the same gain, what the last third must have added before it is said to learn still."""
 
 SCATTER = 0.3

@@ -390,20 +390,19 @@ class ChromaTransformer(nn.Module):
             image_mask = text_mask_BT.new_ones(latents_BLD.shape[:2])
             key_mask = torch.cat([text_mask_BT, image_mask], dim=1)[:, None, None, :]
 
-        image = self.x_embedder(latents_BLD)
-        text = self.context_embedder(text_BTC)
         conditions = modulation_BNM, rotary, key_mask
         if cache is None:
-            image = self._blocks(0, None, image, text, *conditions)[0]
+            tokens = [self.x_embedder(latents_BLD), self.context_embedder(text_BTC)]
+            image = self._blocks(0, None, tokens, *conditions)[0]
         else:
-            first, text = self._blocks(0, 1, image, text, *conditions)
+            image = self.x_embedder(latents_BLD)
+            first, text = self._blocks(0, 1, [image, self.context_embedder(text_BTC)], *conditions)
 
             def rest(rows: Tensor | None) -> Tensor:
-                own = (first, text, modulation_BNM, rotary, key_mask)
-                if rows is not None:
-                    masked = None if key_mask is None else key_mask[rows]
-                    own = (first[rows], text[rows], modulation_BNM[rows], rotary, masked)
-                return self._blocks(1, None, *own)[0]
+                if rows is None:
+                    return self._blocks(1, None, [first, text], *conditions)[0]
+                masked = None if key_mask is None else key_mask[rows]
+                return self._blocks(1, None, [first[rows], text[rows]], modulation_BNM[rows], rotary, masked)[0]
 
             image = cache.through(image, first, rest)
         shift, scale = modulation_BNM[:, -2:].split(1, dim=1)
@@ -413,13 +412,17 @@ class ChromaTransformer(nn.Module):
         self,
         begin: int,
         end: int | None,
-        image: Tensor,
-        text: Tensor,
+        tokens: list[Tensor],
         modulation_BNM: Tensor,
         rotary: Rotary,
         key_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Image [B, L, M] and text [B, T, M] after the blocks from `begin` to before `end`, double then single."""
+        """Image [B, L, M] and text [B, T, M] after the blocks from `begin` to before `end`, double then single.
+
+        tokens: those before, image and text. The list is emptied: what only it holds is freed after the first block.
+        """
+        image, text = tokens
+        tokens.clear()
         doubles, singles = len(self.transformer_blocks), len(self.single_transformer_blocks)
         image_offset = 3 * singles
         text_offset = image_offset + 6 * doubles

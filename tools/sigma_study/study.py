@@ -50,7 +50,7 @@ NOISES = 4
 PICTURES_PER_CAPTION, ORDINARY_PROMPTS = 4, 24
 CONCEPT_SEED, ORDINARY_SEED = 1000, 5000
 """Of the noise that pictures start from: the same for every LoRA."""
-SAMPLING = {"steps": 20, "guidance": 4.0}  # as previews and the demo
+SAMPLING: dict[str, Any] = {"steps": 20, "guidance": 4.0}  # as previews and the demo
 
 
 def job_config(variant: str, seed: int, steps: int) -> dict[str, Any]:

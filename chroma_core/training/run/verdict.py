@@ -72,7 +72,7 @@ class Record:
     def of(cls, lines: Iterable[Mapping[str, Any]]) -> Record:
         """From the lines of `metrics.jsonl`."""
         columns: dict[str, list[float]] = {name: [] for name in STEP}
-        found = cls(**columns)
+        found = cls(columns["loss"], columns["grad_norm"], columns["lr"])
         for line in lines:
             if "loss" in line:
                 for name, values in columns.items():

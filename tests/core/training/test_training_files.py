@@ -26,7 +26,7 @@ from chroma_core.training.run.loop import train_step
 from chroma_core.training.run.metrics import JobPaths, MetricsLog, Progress
 from chroma_core.training.run.preview import render_previews
 from chroma_core.training.run.run import Run
-from chroma_core.training.run.trained import adapter_summary, check_trained, file_metadata, write_final
+from chroma_core.training.run.trained import adapter_summary, check_trained, file_metadata, finished_lora, write_final
 from training_cases import Bench, config, model_folder, write_dataset
 
 
@@ -290,7 +290,8 @@ def test_the_finished_lora_says_what_it_is(places, tmp_path):
     metadata = file_metadata(
         made.config, progress, made.data.base_sha256, 4, "chroma/lora", adapter_summary(made.config)
     )
-    path = write_final(made.config, made.transformer, metadata, tmp_path / "job", tmp_path / "loras")
+    lora = finished_lora(made.config, made.transformer, metadata)
+    path = write_final(made.config, lora, tmp_path / "job", tmp_path / "loras")
     assert path == tmp_path / "loras" / "Test-Job.safetensors"
     assert (tmp_path / "job" / "Test-Job.safetensors").read_bytes() == path.read_bytes()
     with safe_open(path, framework="pt") as file:
@@ -320,7 +321,8 @@ def test_another_jobs_file_is_never_overwritten(places, tmp_path):
         metadata = file_metadata(
             made.config, Progress(), made.data.base_sha256, 4, "chroma/lora", adapter_summary(made.config)
         )
-        return write_final(made.config, made.transformer, metadata, tmp_path / "job", tmp_path).name
+        lora = finished_lora(made.config, made.transformer, metadata)
+        return write_final(made.config, lora, tmp_path / "job", tmp_path).name
 
     assert write(first) == "Test-Job-2.safetensors"
     assert write(second) == "Test-Job-3.safetensors"

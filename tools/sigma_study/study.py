@@ -17,6 +17,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -97,7 +98,9 @@ class Judge:
     def generate(self, prompts: list[str], seed: int, guidance: float | None = None) -> Tensor:
         """Latents [B, 16, 8, 8] of the prompts; picture i starts from the noise of seed + i."""
         conditions = [self.text.encode(prompt) for prompt in prompts]
-        settings = SamplingSettings(**self.sampling | ({"guidance": guidance} if guidance else {}), seed=seed)
+        settings = SamplingSettings(**self.sampling, seed=seed)
+        if guidance is not None:
+            settings = replace(settings, guidance=guidance)
         return sample(self.transformer, conditions, self.empty, width=64, height=64, settings=settings)
 
     def judge(self, lora: Path | None, sheet: Path | None = None, guidance: float | None = None) -> dict[str, Any]:

@@ -47,6 +47,7 @@ QUERIES = {
     "loss graph": "ChromaTrainingStatus",
     "training progress": "ChromaTrainingStatus",
     "wait": "ChromaWaitForTraining",
+    "best step": "ChromaUseStep",
     "empty latent": "ChromaEmptyLatent",
     "resolution": "ChromaEmptyLatent",
     "negative prompt": "ChromaTextEncode",

@@ -241,7 +241,11 @@ def test_bad_settings_are_named(server: Host, body: Any, words: str):
 
 def test_what_is_no_json_is_named(server: Host):
     async def post() -> tuple[int, dict]:
-        async with aiohttp.ClientSession() as session, session.post(server.url + SETTINGS, data=b"{") as answer:
+        declared = {"Content-Type": "application/json"}
+        async with (
+            aiohttp.ClientSession(headers=declared) as session,
+            session.post(server.url + SETTINGS, data=b"{") as answer,
+        ):
             return answer.status, await answer.json()
 
     code, answer = finish(post())

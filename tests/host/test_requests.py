@@ -128,7 +128,8 @@ def raw(server: Host, text: str) -> tuple[int, dict[str, Any]]:
     import urllib.error
     import urllib.request
 
-    asked = urllib.request.Request(server.url + URL, data=text.encode(), method="POST")
+    declared = {"Content-Type": "application/json"}
+    asked = urllib.request.Request(server.url + URL, data=text.encode(), headers=declared, method="POST")
     try:
         with urllib.request.urlopen(asked, timeout=120) as answer:
             return answer.status, json.loads(answer.read())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import shutil
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,7 +81,7 @@ class JobManager:
         for left in self.root.glob(f"{TRASH}*"):
             shutil.rmtree(left, ignore_errors=True)
         self.look_around()
-        atexit.register(self.shutdown)
+        at_the_end(self.shutdown)
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -405,7 +407,6 @@ class JobManager:
             self._changed.notify_all()
         if self._worker is not None and self._worker is not threading.current_thread():
             self._worker.join(timeout)
-        atexit.unregister(self.shutdown)
 
     def slot(self) -> DeviceSlot | None:
         """The place on the device of the job that is at work; None when none is. Any thread; never waits."""
@@ -534,6 +535,22 @@ class JobManager:
             ) from error
         if changed:
             self._tell(job.status())
+
+
+def at_the_end(method: Callable[[], None]) -> None:
+    """Call a method when this process ends, if its object still is, and before thread pools close.
+
+    `atexit` is after that: a job that was reading images with one failed instead of being interrupted.
+    """
+    importlib.import_module("concurrent.futures.thread")  # what is registered last comes first
+    found, process = weakref.WeakMethod(method), os.getpid()
+
+    def end() -> None:
+        alive = found()
+        if alive is not None and os.getpid() == process:  # a fork has no worker, and others' jobs
+            alive()
+
+    getattr(threading, "_register_atexit", atexit.register)(end)
 
 
 def _folders(root: Path) -> list[Path]:

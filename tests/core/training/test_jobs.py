@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save_file
 
+import forked
 from chroma_core.cli.main import main
 from chroma_core.errors import JobError
 from chroma_core.loading.load import load_transformer
@@ -387,3 +388,26 @@ def test_a_job_at_work_is_not_deleted_and_half_a_deletion_is_finished(places, ma
     other = JobManager(manager.root, tmp_path / "loras", "cpu")
     assert [found.id for found in other.list()] == [job.id] and not left.exists()
     other.shutdown()
+
+
+ENDING = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from chroma_core.training.jobs.manager import at_the_end
+
+class Job:
+    def end(self):
+        with ThreadPoolExecutor(1) as pool:
+            print(pool.submit(int, "7").result())
+
+job, gone = Job(), Job()
+at_the_end(job.end)
+at_the_end(gone.end)
+del gone
+threading._shutdown()  # as Python does once the main thread has ended
+"""
+
+
+def test_what_is_halted_when_the_process_ends_still_has_its_thread_pools():
+    done = forked.run(forked.FULL, "-c", ENDING)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "7\n", "")

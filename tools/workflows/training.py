@@ -29,9 +29,9 @@ SEEDS = 4
 
 FIRST_LORA = Workflow(
     "chroma_2_first_lora",
-    "Train a LoRA on 16 bundled images in about three minutes, and see an image without and with it.",
+    "Train a LoRA on 16 bundled images in a minute or two, and see an image without and with it.",
     "## Your first LoRA\n\n**Press *Run*.** `tiny` has never seen an “sks emblem”. It now learns one from 16 bundled "
-    "images, in about three minutes on a CPU; then one image is generated without and with the LoRA.\n\n"
+    "images, in a minute or two on a CPU; then one image is generated without and with the LoRA.\n\n"
     "**Chroma Train LoRA** shows the step, the loss, *pause* and *stop*. This prompt waits for the job; *Cancel* "
     "ends the job and keeps what it has learnt. *Run* does not train twice: the same settings are the same job.\n"
     "\nThe LoRA is `output/loras/sks.safetensors`. Next: *chroma_3_use_lora*.\n\n" + REAL_TRAINING + REAL_SIZE,

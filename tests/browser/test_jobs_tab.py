@@ -206,6 +206,12 @@ def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     assert "text_attention" in page.locator(".ck-settings").inner_text()
     page.locator(".ck-log summary").click()
     until(page, server, lambda: "completed at step 4" in page.locator(".ck-log pre").inner_text(), "the log")
+    assert "Too early to say" in page.locator(".ck-verdict").inner_text()
+    page.locator("summary", has_text="LoRAs of earlier steps").click()
+    steps = page.locator(".ck-kept")
+    steps.locator("[data-step='4']").click()
+    until(page, server, lambda: "looked-into-step-000004.safetensors" in steps.inner_text(), "the LoRA of step 4")
+    assert "looked-into-step-000004.safetensors" in server.get("/models/loras")
     for theme in ("light", "dark"):
         page.evaluate(THEME, theme)
         page.wait_for_timeout(500)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.real_model import ROOT, condition, transformer
+from benchmarks.turns import keep
 from chroma_core.sampling.sampler import SamplingSettings, StepInfo, sample
 from tools.charts import INK, Axes, Sheet
 
@@ -132,8 +133,7 @@ def main() -> int:
         return 0
     found = [row for make in (tiny, real) if options.only in (None, make.__name__) for row in make()]
     if options.write:
-        lines = [json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}) for row in found]
-        DATA.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+        keep(found, DATA)
         chart(found, CHART)
     return 0
 

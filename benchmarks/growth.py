@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import training_step
 from benchmarks.real_model import ROOT, job, transformer
-from benchmarks.turns import Turn, add_options, take_turns
+from benchmarks.turns import Turn, add_options, keep, take_turns
 from tools.charts import INK, Axes, Sheet, round_ticks
 
 HEADS, TEXT = 6, 40
@@ -89,8 +89,7 @@ def main() -> int:
         rows.append(point(**place, rounds=options.rounds, clock=options.clock))
         print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
     if options.write:
-        lines = [json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}) for row in rows]
-        DATA.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+        keep(rows, DATA)
         chart(rows, CHART)
     return 0
 

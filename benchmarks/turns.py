@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from benchmarks.comfyui_peer import CLOCKS
@@ -54,6 +55,12 @@ def add_options(parser: argparse.ArgumentParser, threads: int | None = None) -> 
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant (default: 3)")
     parser.add_argument("--threads", type=int, default=threads, help="PyTorch's threads on the CPU")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU seconds, where others work too")
+
+
+def keep(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Write numbers as JSON, one row a line."""
+    short = [{k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    path.write_text("[\n" + ",\n".join(map(json.dumps, short)) + "\n]\n", encoding="utf-8")
 
 
 def show(row: Mapping[str, Any], as_json: bool) -> None:

@@ -166,31 +166,31 @@ def _trained_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
 
 def describe(status: Mapping[str, Any]) -> str:
     """A job's state in words."""
-    lines = [f"{status['id']}: {status['state']}, step {status['step']} of {status['steps']}"]
+    said = [f"{status['id']}: {status['state']}, step {status['step']} of {status['steps']}"]
     if status.get("elsewhere"):
-        lines[0] += ", in another process"
+        said[0] += ", in another process"
     elif status.get("yielded"):
-        lines[0] += ", yielding to the queue"
+        said[0] += ", yielding to the queue"
     elif status.get("waits_for") == "memory":
-        lines[0] += ", waiting for free GPU memory"
+        said[0] += ", waiting for free GPU memory"
     for key, label in (
         ("loss_smooth", "loss"),
         ("heldout_loss_base", "held-out loss, base"),
         ("heldout_loss", "held-out loss"),
     ):
         if status.get(key) is not None:
-            lines.append(f"{label}: {status[key]:.4f}")
+            said.append(f"{label}: {status[key]:.4f}")
     if status.get("verdict"):
-        lines.append(f"verdict: {status['verdict']['sentence']}")
+        said.append(f"verdict: {status['verdict']['sentence']}")
     if status.get("eta_seconds") and status["state"] == "running":
-        lines.append(f"time left: {status['eta_seconds']:.0f} s")
+        said.append(f"time left: {status['eta_seconds']:.0f} s")
     if status.get("lora_name"):
-        lines.append(f"LoRA: {status['lora_name']}")
+        said.append(f"LoRA: {status['lora_name']}")
     if status.get("model_name"):
-        lines.append(f"model: {status['model_name']} (choose it as transformer in Chroma Load Model)")
-    lines += [status["message"]] if status.get("message") else []
-    lines += [f"warning: {warning}" for warning in status.get("warnings") or ()]
-    return "\n".join(lines)
+        said.append(f"model: {status['model_name']} (choose it as transformer in Chroma Load Model)")
+    said += [status["message"]] if status.get("message") else []
+    said += [f"warning: {warning}" for warning in status.get("warnings") or ()]
+    return "\n".join(said)
 
 
 class ChromaWaitForTraining(io.ComfyNode):

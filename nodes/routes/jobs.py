@@ -125,11 +125,15 @@ async def _change(request: web.Request) -> web.Response:
 def _as_they_are(changes: Any, config: TrainingConfig) -> Any:
     """The changes with the job's own files and folders as it has them, where they are as its status tells them."""
     own = {host.told({"path": path})["path"]: path for paths in _paths(config).values() for path in paths}
-    if isinstance(changes, dict):
-        return {name: _as_they_are(value, config) for name, value in changes.items()}
-    if isinstance(changes, list):
-        return [_as_they_are(value, config) for value in changes]
-    return own.get(changes, changes) if isinstance(changes, str) else changes
+
+    def real(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: real(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [real(each) for each in value]
+        return own.get(value, value) if isinstance(value, str) else value
+
+    return real(changes)
 
 
 async def _use(request: web.Request) -> web.Response:

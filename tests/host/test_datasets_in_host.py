@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from _host import Host, PromptFailed
+from _host import Host
 from _workflows import change, load_api
 from chroma_core.data.dataset import DatasetConfig
 from chroma_core.data.scan import scan
-from prompts import dataset, job_of, node, train
+from prompts import dataset, job_of, message_of, node, train
 from waiting import until
 
 ENDED = ("completed", "failed", "stopped")
@@ -25,15 +25,6 @@ def ended(server: Host, job: str) -> dict:
     status = until(lambda: (now := server.get(f"/chromakit/jobs/{job}"))["state"] in ENDED and now, f"{job}'s end")
     assert status["state"] == "completed", status["message"]
     return status
-
-
-def message_of(server: Host, prompt: dict) -> str:
-    """The error on the node: one paragraph."""
-    with pytest.raises(PromptFailed) as failed:
-        server.run(prompt)
-    message = failed.value.exception_message.strip()
-    assert message and "\n" not in message and "Traceback" not in message
-    return message
 
 
 @pytest.fixture(scope="module")

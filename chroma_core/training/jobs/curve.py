@@ -47,7 +47,7 @@ class Curve:
         self._heldout: list[dict[str, Any]] = []
         self._base: dict[str, Any] | None = None
         self._notes: list[dict[str, Any]] = []
-        self._record = Record(self._columns["loss"], self._columns["grad_norm"], self._columns["lr"])
+        self._record = Record()
         self._offset, self._tail = 0, b""
 
     def read(self, points: int = 1500, after: int | None = None, token: str | None = None) -> dict[str, Any]:

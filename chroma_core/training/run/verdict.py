@@ -8,6 +8,7 @@ them the sentence is right.
 from __future__ import annotations
 
 import shlex
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, median
@@ -50,18 +51,14 @@ class Measured:
     taken: int
 
 
-STEP = ("loss", "grad_norm", "lr")
-"""What is read of a step that was taken."""
-
-
 @dataclass
 class Record:
     """What a verdict reads. loss, grad_norm, lr: of every step that was taken. broken: steps that were skipped because
     a number was not finite. images, captions: how many are trained on, and how many of the captions differ."""
 
-    loss: Sequence[float] = field(default_factory=list)
-    grad_norm: Sequence[float] = field(default_factory=list)
-    lr: Sequence[float] = field(default_factory=list)
+    loss: array[float] = field(default_factory=lambda: array("d"))
+    grad_norm: array[float] = field(default_factory=lambda: array("d"))
+    lr: array[float] = field(default_factory=lambda: array("d"))
     heldout: list[Measured] = field(default_factory=list)
     base: Measured | None = None
     images: int | None = None
@@ -71,19 +68,19 @@ class Record:
     @classmethod
     def of(cls, lines: Iterable[Mapping[str, Any]]) -> Record:
         """From the lines of `metrics.jsonl`."""
-        columns: dict[str, list[float]] = {name: [] for name in STEP}
-        found = cls(columns["loss"], columns["grad_norm"], columns["lr"])
+        found = cls()
         for line in lines:
-            if "loss" in line:
-                for name, values in columns.items():
-                    values.append(line.get(name) or 0.0)
-            else:
-                found.take(line)
+            found.take(line)
         return found
 
     def take(self, line: Mapping[str, Any]) -> None:
-        """A line of another kind than that of a step taken."""
-        if "heldout_loss_base" in line:
+        """The next line. What a step does not tell counts as 0."""
+        if "loss" in line:
+            loss, norm, rate = (float(line.get(name) or 0.0) for name in ("loss", "grad_norm", "lr"))
+            self.loss.append(loss)
+            self.grad_norm.append(norm)
+            self.lr.append(rate)
+        elif "heldout_loss_base" in line:
             self.base = Measured(0, line["heldout_loss_base"], line.get("heldout_by_sigma_base") or (), 0)
             self.images, self.captions = line.get("images"), line.get("captions")
         elif "heldout_loss" in line and line["step"] > 0:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, JobError
+from ..errors import ChromaKitError, ConfigError, JobError
 
 if TYPE_CHECKING:
     from ..training.jobs.job import Job
@@ -52,7 +52,7 @@ def _jobs(folder: Path) -> Iterator[Job]:
     for path in folder.glob("*/job.json"):
         try:
             yield Job.read(path.parent)
-        except (ConfigError, KeyError) as error:
+        except (ChromaKitError, KeyError) as error:
             print(f"warning: the job in '{path.parent.name}' cannot be read: {error}", file=sys.stderr)
 
 

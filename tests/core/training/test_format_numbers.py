@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from chroma_core.cli.main import main
 from chroma_core.data.remembered import Remembered
 from chroma_core.errors import ConfigError, JobError
 from chroma_core.files import check_format, sha256_file
@@ -86,6 +87,16 @@ def test_a_job_of_a_later_version_is_left_alone(first_release, if_exists, capsys
             asked()
     found.shutdown()
     assert written(folder) == before
+
+
+def test_the_command_line_lists_the_other_jobs(first_release, capsys):
+    folder = first_release
+    shutil.copytree(folder, folder.with_name("another"))
+    changed(folder / "job.json", format=jobs.FORMAT + 1)
+    assert main(["jobs", "list", "--output", ".", "--json"]) == 0
+    out, said = capsys.readouterr()
+    assert [each["id"] for each in json.loads(out)] == ["another"]
+    assert f"'{folder.name}' cannot be read" in said and LATER in said
 
 
 def test_a_checkpoint_of_a_later_version_is_not_taken_for_damaged(first_release):

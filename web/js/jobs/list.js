@@ -86,8 +86,8 @@ export class JobList {
     );
     const left = unreadable();
     this.unreadable.hidden = !left.length;
-    const items = left.map(({ id, error }) => h("li", {}, h("p", { class: "ck-strong" }, id), h("p", {}, error)));
-    fill(this.unreadable, h("h3", {}, t("list.unreadable")), h("ul", {}, items));
+    const items = left.flatMap(({ id, error }) => [h("dt", { class: "ck-strong" }, id), h("dd", {}, error)]);
+    fill(this.unreadable, h("h3", {}, t("list.unreadable")), h("dl", {}, items));
     this.empty.hidden = list.length > 0 || Boolean(problem());
     fill(this.trouble, problem() && t("list.trouble", { problem: problem() }));
     if (problem()) this.trouble.append(" ", h("button", { type: "button", onclick: reload }, t("list.again")));

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..chroma_core.checkpoints.norms import norms_on
+from ..chroma_core.checkpoints.merge import norms_on
 from ..chroma_core.errors import ConfigError, LoraError
 from ..chroma_core.files import file_stem
 from ..chroma_core.loading.load import transformer_outline
@@ -268,7 +268,7 @@ class ChromaInspectLora(io.ComfyNode):
             norms = norms_on(found, model.spec, lambda done, total, _: progress.step(done, total))
             remarks = _remarks(found, model)
         text = report_text(lora_report(found, name, path, remarks, norms))
-        picture = to_image([heat_map(norms)])
+        image = to_image([heat_map(norms)])
         sheet = to_image([side_by_side({NOT_ASKED: Image.new("RGB", (256, 256))})])
         if positive is not None or latent is not None:
             if path is None or model is None or positive is None or latent is None:
@@ -279,8 +279,8 @@ class ChromaInspectLora(io.ComfyNode):
             effects = block_effects(model, str(path), positive, negative, latent, groups)
             text, sheet = f"{text}\n\n{effects.report()}", to_image([effects.sheet()])
         host.say(_in_short(text))
-        shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        return io.NodeOutput(text, picture, sheet, ui={**shown, "text": (text,)})
+        shown = ui.PreviewImage(image, cls=cls).as_dict()
+        return io.NodeOutput(text, image, sheet, ui={**shown, "text": (text,)})
 
 
 def _in_short(report: str) -> str:

@@ -83,7 +83,7 @@ class ChromaParity(io.ComfyNode):
         kinds = {NO_FACTORS: (), ALL_FACTORS: get_args(FactorKind)}.get(factors, (factors,))
         with host.working():
             report = _compare(case, shown, kinds)
-        text, sheet = report.table(), to_image([side_by_side(report.pictures)])
+        text, sheet = report.table(), to_image([side_by_side(report.images)])
         preview = ui.PreviewImage(sheet, cls=cls).as_dict()
         return io.NodeOutput(sheet, text, ui={**preview, "text": (text,)})
 

@@ -242,8 +242,8 @@ def _sample(
     progress = host.Progress(settings.run_steps)
 
     def on_step(info: StepInfo) -> None:
-        picture = None if matrix is None else preview_image(info.denoised_BCHW, matrix)
-        progress.step(info.step, info.steps, picture)
+        image = None if matrix is None else preview_image(info.denoised_BCHW, matrix)
+        progress.step(info.step, info.steps, image)
         if settings.first_block_cache and info.step == info.steps:
             host.say(f"{said}\nApproximate: the first-block cache cut {info.cut_short:.0%} of the passes short.")
 

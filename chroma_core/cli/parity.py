@@ -58,8 +58,8 @@ def _parity(options: argparse.Namespace) -> int:
 
 def exit_status(report: Any) -> int:
     """0 when preview, command line and nodes agree, else 1; says which on the error output."""
-    print(report.verdict() if report.same_picture else f"error: {report.verdict()}", file=sys.stderr)
-    return 0 if report.same_picture else 1
+    print(report.verdict() if report.same_image else f"error: {report.verdict()}", file=sys.stderr)
+    return 0 if report.same_image else 1
 
 
 def _compare(options: argparse.Namespace, folder: Path) -> Any:
@@ -161,6 +161,6 @@ def _write(report: Any, folder: Path) -> None:
     values = report.to_dict()
     try:
         write_atomic(folder / "parity.json", json.dumps(values, indent=1))
-        write_atomic(folder / "parity.png", png_bytes(side_by_side(report.pictures), values))
+        write_atomic(folder / "parity.png", png_bytes(side_by_side(report.images), values))
     except OSError as error:
         raise ChromaKitError(f"The report cannot be written to '{folder}': {error.strerror or error}.") from error

@@ -120,15 +120,15 @@ def _sample(options: argparse.Namespace) -> None:
             **start,
         )
     vae = cache.vae(spec, device)
-    for i, picture in enumerate(decode(vae, latents)):
-        record = image_record(prompts[i], avoided, picture.size, settings, rules, spec.to_dict())
+    for i, image in enumerate(decode(vae, latents)):
+        record = image_record(prompts[i], avoided, image.size, settings, rules, spec.to_dict())
         record["settings"]["seed"] += i
         record |= {"loras": [use_record(use) for use in handle.loras], **started}
         path = free_path(options.output, f"chroma-{settings.seed + i}.png")
         if options.save_latents:
             file = latents_bytes(latents[i : i + 1], LatentFormat.of(vae))
             write_atomic(path.with_suffix(LATENTS_SUFFIX), file)
-        write_atomic(path, png_bytes(picture, record))
+        write_atomic(path, png_bytes(image, record))
         print(path)
 
 
@@ -168,15 +168,15 @@ def start_from(
     from ..model.latents import LatentFormat, snap_size
 
     vae = load_vae()
-    picture = _open(options.image).convert("RGB")
-    width, height = options.width or picture.width, options.height or picture.height
+    image = _open(options.image).convert("RGB")
+    width, height = options.width or image.width, options.height or image.height
     options.width, options.height = snap_size(width, height, rules.size_multiple)
     box = ((width - options.width) // 2, (height - options.height) // 2)
     area = (*box, box[0] + options.width, box[1] + options.height)
-    picture = picture.resize((width, height), Resampling.LANCZOS).crop(area)
+    image = image.resize((width, height), Resampling.LANCZOS).crop(area)
     format_ = LatentFormat.of(vae)
     with torch.no_grad():
-        z = vae.encode(to_tensor(picture).to(vae.device, vae.dtype)).mean.float()
+        z = vae.encode(to_tensor(image).to(vae.device, vae.dtype)).mean.float()
     found = {"start_BCHW": format_.to_model(z).expand(batch, -1, -1, -1)}
     record = {"image": options.image.name}
     if options.mask is not None:
@@ -192,9 +192,9 @@ def _open(path: Path) -> Image:
     from PIL import Image, ImageOps
 
     try:
-        picture = Image.open(path)
-        picture.load()
-        return ImageOps.exif_transpose(picture)  # as it is shown, and as the host's Load Image reads it
+        image = Image.open(path)
+        image.load()
+        return ImageOps.exif_transpose(image)  # as it is shown, and as the host's Load Image reads it
     except (OSError, Image.DecompressionBombError) as error:
         raise ConfigError(f"The image '{path}' cannot be read: {error}. Give a PNG, JPEG or WebP file.") from error
 
@@ -233,7 +233,7 @@ def _request(options: argparse.Namespace) -> None:
             print(f"{file}: {remark}", file=sys.stderr)
     if options.api_prompt:
         for _, request in requests:
-            print(json.dumps(to_prompt(request, request.pictures(), [lora.path for lora in request.loras])))
+            print(json.dumps(to_prompt(request, request.images(), [lora.path for lora in request.loras])))
         return
     device = best_device(options.device)
     planned = []
@@ -245,11 +245,11 @@ def _request(options: argparse.Namespace) -> None:
         planned.append((request, spec, loras))
     cache = ComponentCache()
     for request, spec, loras in planned:
-        total = sum(picture.sample_steps for picture in request.pictures())
+        total = sum(image.sample_steps for image in request.images())
         with tqdm(total=total, unit="step", desc="sampling") as bar:
 
-            def show(picture: int, done: int, steps: int, bar=bar, of=request) -> None:
-                bar.set_postfix_str(f"image {picture + 1} of {len(of.prompts)}")
+            def show(image: int, done: int, steps: int, bar=bar, of=request) -> None:
+                bar.set_postfix_str(f"image {image + 1} of {len(of.prompts)}")
                 bar.update()
 
             result = run_request(request, spec, loras, cache, device, options.output, show)

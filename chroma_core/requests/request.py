@@ -171,7 +171,7 @@ class InferenceRequest(Settings):
             request = cls.model_validate(data)
         except ValidationError as error:
             raise unusable("; ".join(mistakes(error, cls, {"prompts": RequestPrompt, "loras": RequestLora}))) from error
-        request.pictures()
+        request.images()
         request._remarks = tuple(remarks)
         return request
 
@@ -195,7 +195,7 @@ class InferenceRequest(Settings):
         """The model's flavour: `chroma` is Chroma1-Base."""
         return FLAVOURS["base" if self.model == MODEL_ID else self.model]
 
-    def pictures(self, random_seed: Callable[[], int] = lambda: secrets.randbelow(2**32)) -> list[PlannedPicture]:
+    def images(self, random_seed: Callable[[], int] = lambda: secrets.randbelow(2**32)) -> list[PlannedImage]:
         """Every image with everything decided; random seeds are drawn anew at each call.
 
         Raises ConfigError for `[trigger]` without a trigger word, naming the field.
@@ -211,15 +211,15 @@ class InferenceRequest(Settings):
             guidance = defaults.guidance if asked.guidance_scale is None else asked.guidance_scale
             size = snap_size(width, height, SIZE_MULTIPLE)
             seed = random_seed() if seed == RANDOM else seed
-            found.append(PlannedPicture(prompt, neg, *size, seed, steps, guidance))
+            found.append(PlannedImage(prompt, neg, *size, seed, steps, guidance))
         return found
 
-    def settings(self, picture: PlannedPicture) -> SamplingSettings:
+    def settings(self, image: PlannedImage) -> SamplingSettings:
         """What the sampler takes for one of the images."""
         return SamplingSettings(
-            steps=picture.sample_steps,
-            guidance=picture.guidance_scale,
-            seed=picture.seed,
+            steps=image.sample_steps,
+            guidance=image.guidance_scale,
+            seed=image.seed,
             first_block_cache=self.first_block_cache,
         )
 
@@ -267,7 +267,7 @@ def _taken(data: dict[str, Any], kind_: str, where: str, remarks: list[str]) -> 
 
 
 @dataclass(frozen=True)
-class PlannedPicture:
+class PlannedImage:
     """One image of a request with everything decided: texts with the trigger word in them, size as sampled."""
 
     prompt: str

@@ -24,7 +24,7 @@ from ...lora.settings import TARGETS, LoraSettings
 from ...model.flavours import flavour
 from ...model.latents import snap_size
 from ...model.precision import computed_on, precision
-from ...names.patterns import without_ranges
+from ...names.transformer import without_ranges
 from ...options import MAX_SEED, identity
 from ...sampling.recipe import RECIPES, Recipe, recipe
 from ...sampling.sampler import Method, SamplingSettings

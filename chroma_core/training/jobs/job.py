@@ -245,8 +245,8 @@ class Job:
 
     def latest_samples(self) -> list[Path]:
         """The preview images of the last step that has any, in the order of the prompts."""
-        pictures = self.samples()
-        return [path for path in pictures if _sample_order(path)[0] == _sample_order(pictures[-1])[0]]
+        images = self.samples()
+        return [path for path in images if _sample_order(path)[0] == _sample_order(images[-1])[0]]
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""

@@ -14,6 +14,7 @@ from ..chroma_core.data.samples import multiples
 from ..chroma_core.errors import ConfigError, DataError
 from . import host
 from .dataset_widgets import config_from, outputs, shown, widgets
+from .option_widgets import widget
 from .sockets import ChromaDatasetType, images_of, masks_of, schema
 
 
@@ -206,16 +207,14 @@ class ChromaCombineDatasets(io.ComfyNode):
             for i in numbers
         ]
         weights = [
-            io.Float.Input(
+            widget(
+                DatasetConfig,
+                "weight",
                 f"weight_{i}",
-                default=1.0,
-                min=0.001,
-                max=1000.0,
-                step=0.05,
-                round=0.001,
                 tooltip=f"How often an image of dataset_{i} is used compared with one of another set. Multiplies the "
                 "set's own weight.",
                 optional=i > 2,
+                advanced=None,
             )
             for i in numbers
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from comfy_api.latest import io, ui
 from PIL import Image
@@ -91,25 +91,9 @@ class ChromaApplyLora(io.ComfyNode):
             inputs=[
                 ChromaModel.Input("model", tooltip="From Chroma Load Model or another Chroma Apply LoRA."),
                 file,
-                io.Float.Input(
-                    "strength", default=1.0, min=-4.0, max=4.0, step=0.05, tooltip="1: as trained. 0: no effect."
-                ),
-                io.Combo.Input(
-                    "mode",
-                    options=list(get_args(LoraMode)),
-                    default="live",
-                    tooltip="live: beside the weights; changing the strength costs nothing. merged: into the "
-                    "weights before they are quantised; a little faster, and reloads the model when changed.",
-                    optional=True,
-                    advanced=True,
-                ),
-                io.Boolean.Input(
-                    "allow_partial",
-                    default=False,
-                    tooltip="Apply what fits when some of the file's modules do not belong to this model.",
-                    optional=True,
-                    advanced=True,
-                ),
+                widget(LoraUse, "strength"),
+                widget(LoraUse, "mode"),
+                widget(LoraUse, "allow_partial"),
                 file_name,
                 widget(LoraUse, "blocks", default=""),
                 widget(LoraUse, "schedule", default=""),

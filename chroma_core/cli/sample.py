@@ -26,18 +26,17 @@ if TYPE_CHECKING:
 
 def sample_options(sample: argparse.ArgumentParser) -> None:
     """What sample is asked."""
-    from ..sampling.recipe import RECIPES
+    from ..loading.spec import LoraUse
     from ..sampling.sampler import SamplingSettings
+    from ..training.config import TrainingConfig
 
     add_model_options(sample)
     sample.add_argument("--prompt", action="append", required=True, help="repeat for several images")
     sample.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
     sample.add_argument("--trigger", default="", help="the word that replaces [trigger]")
     add_lora_flags(sample)
-    sample.add_argument(
-        "--lora-mode", choices=["live", "merged"], default="live", help="beside the weights, or added to them"
-    )
-    sample.add_argument("--allow-partial", action="store_true", help="apply LoRAs of which only some layers fit, too")
+    add_flag(sample, LoraUse, "mode", "--lora-mode")
+    add_flag(sample, LoraUse, "allow_partial")
     sample.add_argument("--width", type=int, default=None, help="of the image, in pixels")
     sample.add_argument("--height", type=int, default=None, help="of the image, in pixels")
     add_flag(sample, SamplingSettings, "steps", default=None)
@@ -50,9 +49,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     add_flag(sample, SamplingSettings, "start_step")
     add_flag(sample, SamplingSettings, "end_step")
     add_flag(sample, SamplingSettings, "first_block_cache")
-    sample.add_argument(
-        "--recipe", choices=list(RECIPES), default="canonical", help="how texts are encoded and numbers rounded"
-    )
+    add_flag(sample, TrainingConfig, "recipe", help="How texts are encoded and numbers rounded.")
     sample.add_argument(
         "--recipe-set",
         action="append",

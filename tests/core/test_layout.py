@@ -67,6 +67,7 @@ FLOORS = (
     "model",
     "weights",
     "names",
+    "settings.py",
     "options.py",
     "files.py",
     "errors.py",

@@ -185,7 +185,7 @@ class AdapterTraining(Trained):
 
     def __init__(self, config: TrainingConfig, transformer: ChromaTransformer, paths: JobPaths):
         self._config, self._transformer, self._paths = config, transformer, paths
-        self.parameters = add_trainable(transformer, config.lora.settings(), config.seed)
+        self.parameters = add_trainable(transformer, config.lora, config.seed)
         self.factors = _rate_factors(config, transformer, self.parameters)
         if config.lora.start_from:
             start_from(transformer, read_lora(config.lora.start_from))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 import traceback
@@ -375,6 +376,13 @@ class Job:
         with suppress(OSError):  # a full disk must not end the job for the sake of its log
             for line in lines:
                 self.log(line)
+
+    def remove(self) -> None:
+        """Remove the folder of a job that never began, which is ours."""
+        if os.name == "nt":  # where what is open cannot be removed
+            self.lock.let_go()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.lock.let_go()
 
     def log_lines(self, limit: int = 200) -> list[str]:
         """The last lines of `log.txt`, at most `limit`."""

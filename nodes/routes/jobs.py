@@ -14,8 +14,8 @@ from aiohttp import web
 from PIL import Image
 from pydantic import StrictBool, StrictFloat, StrictInt
 
-from ...chroma_core.data.dataset import Settings
 from ...chroma_core.errors import ConfigError
+from ...chroma_core.settings import Settings
 from ...chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
 from ...chroma_core.training.jobs.manager import JobStatus

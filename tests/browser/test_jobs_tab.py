@@ -252,7 +252,7 @@ def test_a_job_is_extended_duplicated_used_and_deleted(window, server: Host):
     page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'ChromaSampler')")
     seen = set(server.get("/history"))
     page.evaluate("() => window.app.queuePrompt(0, 1)")
-    until(page, server, lambda: set(server.get("/history")) - seen, "the picture")
+    until(page, server, lambda: set(server.get("/history")) - seen, "the image")
     (prompt,) = set(server.get("/history")) - seen
     assert len(server.images(server.wait(prompt))) == 1
     window.screenshot("tab_used")

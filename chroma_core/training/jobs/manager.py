@@ -184,7 +184,7 @@ class JobManager:
             self._enqueue(job)
         except JobError:  # it never was
             del self._jobs[job.id]
-            _remove_folder(job)
+            job.remove()
             raise
         return job
 
@@ -582,14 +582,6 @@ def _check_here(job: Job) -> None:
 def _goes_on(job: Job, if_exists: IfExists) -> bool:
     """Whether a job that has ended is to be queued again."""
     return job.state in ("interrupted", "failed") or (job.state == "stopped" and if_exists == "resume")
-
-
-def _remove_folder(job: Job) -> None:
-    """Remove the folder of a job that never began, which is ours."""
-    if os.name == "nt":  # where what is open cannot be removed
-        job.lock.let_go()
-    shutil.rmtree(job.folder, ignore_errors=True)
-    job.lock.let_go()
 
 
 @contextmanager

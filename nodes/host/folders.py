@@ -106,6 +106,11 @@ def _dataset_roots() -> list[Path]:
     return [root.resolve() for root in roots]
 
 
+def _known_roots() -> list[Path]:
+    """Where datasets may lie, images that other nodes gave included. Raises DataError."""
+    return [*_dataset_roots(), images_folder().resolve()]
+
+
 def dataset_names() -> list[str]:
     """Folders that hold images, one or two levels below a dataset root, named relative to it.
 
@@ -138,8 +143,7 @@ def dataset_folder(name: str) -> Path:
 
     Images that other nodes gave are found by their folder's name too, so that a job on them can be started again.
     """
-    roots = _dataset_roots()
-    for root in (*roots, images_folder().resolve()):
+    for root in _known_roots():
         try:
             folder = (root / name.strip()).resolve()
             if name.strip() and folder != root and folder.is_relative_to(root) and folder.is_dir():
@@ -147,15 +151,15 @@ def dataset_folder(name: str) -> Path:
         except (OSError, ValueError):  # too long for a name, or with a zero byte in it
             continue
     raise DataError(
-        f"There is no dataset folder '{name}'. It must lie in one of: {', '.join(map(str, roots))}. Put a folder with "
-        "images and .txt captions into ComfyUI's input folder, or list further places as dataset_roots in "
+        f"There is no dataset folder '{name}'. It must lie in one of: {', '.join(map(str, _dataset_roots()))}. Put a "
+        "folder with images and .txt captions into ComfyUI's input folder, or list further places as dataset_roots in "
         "user/chromakit/config.toml."
     )
 
 
 def check_links(folder: Path) -> None:
     """Raise DataError when a file below a dataset folder is a link to a place where no dataset may lie."""
-    places = [*_dataset_roots(), images_folder().resolve()]
+    places = _known_roots()
     astray = []
     for where, folders, names in os.walk(folder):  # which does not go into folders that are links
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -175,7 +179,7 @@ def check_links(folder: Path) -> None:
 def dataset_name(folder: str) -> str | None:
     """The name under which `dataset_folder` finds a folder; None when it does not."""
     path = Path(folder).resolve()
-    for root in (*_dataset_roots(), images_folder().resolve()):
+    for root in _known_roots():
         if path != root and path.is_relative_to(root):
             return path.relative_to(root).as_posix()
     return None

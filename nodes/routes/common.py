@@ -18,7 +18,7 @@ from comfy_api.latest import io
 from pydantic import BaseModel, ValidationError
 
 from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError, first_line
-from ...chroma_core.requests.request import mistakes
+from ...chroma_core.settings import mistakes
 from ...chroma_core.training.jobs.manager import Job
 from .. import host, jobs
 from ..inputs import chosen_of

@@ -47,10 +47,15 @@ async def _post(request: web.Request) -> web.Response:
     return told(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
 
 
+async def _known(prompt_id: str) -> tuple[host.PromptState | None, dict[str, Any] | None]:
+    """The prompt's state, and what was asked; None for an id that is no request's."""
+    found = await asyncio.to_thread(host.prompt_state, prompt_id)
+    return found, _never_ran.get(prompt_id) if found is None else found.extra.get(NOTE)
+
+
 async def _one(request: web.Request) -> web.Response:
     prompt_id = request.match_info["id"]
-    found = await asyncio.to_thread(host.prompt_state, prompt_id)
-    note = _never_ran.get(prompt_id) if found is None else found.extra.get(NOTE)
+    found, note = await _known(prompt_id)
     if note is None:
         return _unknown(prompt_id)
     return told(_answer(prompt_id, found, note))
@@ -58,8 +63,7 @@ async def _one(request: web.Request) -> web.Response:
 
 async def _cancel(request: web.Request) -> web.Response:
     prompt_id = request.match_info["id"]
-    found = await asyncio.to_thread(host.prompt_state, prompt_id)
-    note = _never_ran.get(prompt_id) if found is None else found.extra.get(NOTE)
+    found, note = await _known(prompt_id)
     if note is None:
         return _unknown(prompt_id)
     if found is not None and found.state in ("done", "failed"):

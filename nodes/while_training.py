@@ -11,7 +11,7 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from ..chroma_core.errors import ConfigError, JobError
+from ..chroma_core.errors import ConfigError, JobError, check_choice
 from ..chroma_core.files import check_format, write_json
 from ..chroma_core.training.jobs.manager import JobStatus
 from . import host, jobs
@@ -96,8 +96,7 @@ def change(values: Any) -> dict[str, Any]:
         found = ", ".join(map(str, values)) or "nothing" if isinstance(values, dict) else type(values).__name__
         raise ConfigError(f"The settings are a JSON object with {NAME} and nothing else; found {found}.")
     chosen = values[NAME]
-    if chosen not in _choices:
-        raise ConfigError(f"{NAME} is {chosen!r}; choose one of {', '.join(_choices)}.")
+    check_choice(NAME, chosen, _choices)
     with _changing:
         with suppress(OSError, ValueError):
             _read()

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
-from ..errors import ChromaKitError, ConfigError
+from ..errors import ChromaKitError, check_choice
 from .options import add_lora_flags, add_model_options, spec_from
 
 
@@ -104,8 +104,7 @@ def _kinds(named: list[str] | None) -> tuple[Any, ...]:
     if named is None:
         return ()
     for name in named:
-        if name not in known:
-            raise ConfigError(f"There is no factor '{name}'. Choose from: {', '.join(known)}.")
+        check_choice("A factor", name, known)
     return tuple(named) or known
 
 

@@ -17,7 +17,7 @@ from aiohttp import web
 from comfy_api.latest import io
 from pydantic import BaseModel, ValidationError
 
-from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError, first_line
+from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError, did_you_mean, first_line
 from ...chroma_core.requests.request import mistakes
 from ...chroma_core.training.jobs.manager import Job
 from .. import host, jobs
@@ -166,7 +166,7 @@ async def body_of(request: web.Request, model: type[Body]) -> Body:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise Malformed(f"The request cannot be used: {'; '.join(mistakes(error, model, {}))}.") from error
+        raise Malformed(f"The request cannot be used: {'; '.join(mistakes(error, model))}.") from error
 
 
 @lru_cache(maxsize=32)
@@ -186,5 +186,6 @@ def read_widgets(inputs: Iterable[Any], values: object) -> dict[str, Any]:
         raise Malformed(f"The request's body must be a JSON object with nothing but: {', '.join(known)}.")
     foreign = [name for name in values if name not in known]
     if foreign:
-        raise Malformed(f"The request has no field '{foreign[0]}'. It takes: {', '.join(known)}.")
+        meant = did_you_mean(foreign[0], known)
+        raise Malformed(f"The request has no field '{foreign[0]}'. It takes: {', '.join(known)}.{meant}")
     return {name: chosen_of(each, values[name]) if name in values else each.default for name, each in known.items()}

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 from aiohttp import web
 
 from ...chroma_core.comfy.graph import to_prompt
-from ...chroma_core.errors import JobError, LoraError
+from ...chroma_core.errors import JobError, LoraError, did_you_mean
 from ...chroma_core.requests.request import InferenceRequest
 from ...chroma_core.requests.run import check_loras, lora_uses, model_spec
 from ...chroma_core.weights.identify import Part
@@ -106,7 +106,7 @@ def _lora_name(path: str) -> str:
     listed = f"It knows {', '.join(list(known)[:8])}" if known else "There is none yet"
     raise LoraError(
         f"there is no LoRA '{path}' in ComfyUI's LoRA folders. {listed}{' and more' if len(known) > 8 else ''}. Give "
-        "one of their names, or the id of a training job that is completed"
+        f"one of their names, or the id of a training job that is completed.{did_you_mean(path, known)}"
     )
 
 

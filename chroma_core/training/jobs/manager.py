@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import ConfigError, DiskFull, JobError, first_line
+from ...errors import ConfigError, DiskFull, JobError, did_you_mean, first_line
 from ...files import disk_is_full, replace
 from ..config import TrainingConfig
 from ..config.changes import check_changes, differences, entry, with_changes
@@ -102,6 +102,7 @@ class JobManager:
                 check_folder(self.root / Path(job_id).name)
                 raise JobError(
                     f"There is no training job '{job_id}' here. It may have been deleted; see the list of jobs."
+                    f"{did_you_mean(job_id, self._jobs)}"
                 )
             return self._jobs[job_id]
 

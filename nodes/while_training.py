@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal, cast
+
+from typing_extensions import TypedDict
 
 from ..chroma_core.errors import ConfigError, JobError, check_choice
 from ..chroma_core.files import check_format, write_json
@@ -33,6 +35,20 @@ WITHOUT_DEVICE = frozenset(
     }
 )  # fmt: skip
 """Nodes, ComfyUI's among them, that compute nothing on the device. Chroma Load Model only describes the model."""
+
+
+class Choice(TypedDict):
+    """What can be chosen."""
+
+    prompts_while_training: Literal["yield", "finish", "refuse"]
+
+
+class Chosen(Choice):
+    """The choice, what else can be chosen in this ComfyUI, and how many prompts are held now (`finish`)."""
+
+    choices: list[str]
+    held: int
+
 
 DETAILS = "This host takes no prompts while a training job is at work, but for those that need no device."
 
@@ -80,12 +96,12 @@ def _read() -> str:
     return chosen
 
 
-def settings() -> dict[str, Any]:
-    """The choice, what else can be chosen, and how many prompts are held now (`finish`)."""
-    return {NAME: _choice, "choices": list(_choices), "held": host.held_prompts()}
+def settings() -> Chosen:
+    """How it is now."""
+    return cast(Chosen, {NAME: _choice, "choices": list(_choices), "held": host.held_prompts()})
 
 
-def change(values: Any) -> dict[str, Any]:
+def change(values: Any) -> Chosen:
     """Choose, from {prompts_while_training: …}; it holds at once, is kept, and every page is told.
 
     Returns `settings`. Raises ConfigError for anything else, and where a later version wrote the file; OSError when it

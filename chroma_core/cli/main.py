@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,12 +63,21 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 a ChromaKitError (printed as one paragraph), 2 bad usage."""
+    _hush()
     try:
         options = command_line().parse_args(arguments)
         return options.run(options) or 0
     except ChromaKitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _hush() -> None:
+    """Libraries say of one another what they lack as soon as they are imported; what they cannot do is still raised."""
+    for library in ("bitsandbytes", "torchao"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # which set their own level later
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def command_line() -> argparse.ArgumentParser:

@@ -66,11 +66,13 @@ def _compare(options: argparse.Namespace, folder: Path) -> Any:
     from ..loading.component_cache import ComponentCache
     from ..model.device import best_device
     from ..parity import NotRun, Report, in_process, through_command_line, vary
-    from ..parity.with_diffusers import through_diffusers
 
     device = best_device(options.device)
     kinds = _kinds(options.factors)
     case, preview = _case(options, folder, device)
+
+    from ..parity.with_diffusers import through_diffusers
+
     images: dict[str, Any] = {} if preview is None else {"preview": preview}
     components = ComponentCache()
 

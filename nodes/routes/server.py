@@ -1,4 +1,4 @@
-"""HTTP for this ComfyUI: its memory, the memory plan, and the setting of what prompts do while a job trains."""
+"""HTTP for this ComfyUI: its memory, the memory plan, what prompts do while a job trains, and the recipes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from aiohttp import web
 from ...chroma_core.errors import did_you_mean
 from ...chroma_core.memory import Settings, estimate
 from ...chroma_core.memory.table import MemoryEstimate
+from ...chroma_core.training.config.recipes import recipes_as_json
 from .. import host, while_training
 from .common import Malformed, Route, answer, json_of, refused
 
@@ -40,6 +41,10 @@ async def _memory(request: web.Request) -> web.Response:
     return await answer(host.memory_report)
 
 
+async def _recipes(request: web.Request) -> web.Response:
+    return await answer(recipes_as_json)
+
+
 async def _settings(request: web.Request) -> web.Response:
     return await answer(while_training.settings)
 
@@ -53,6 +58,13 @@ async def _change_settings(request: web.Request) -> web.Response:
 
 
 ROUTES = (
+    Route(
+        "get",
+        "/chromakit/recipes",
+        _recipes,
+        "Options to begin with, by what is to be learnt, and where each number comes from.",
+        dict[str, Any],
+    ),
     Route(
         "get",
         "/chromakit/plan",

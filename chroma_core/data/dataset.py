@@ -73,7 +73,7 @@ def field_meant(model: type[BaseModel], place: Sequence[int | str]) -> str | Non
     """
     name = str(place[-1])
     elsewhere = (path for path in _paths(model) if path.rpartition(".")[2] == name)
-    return next(elsewhere, None) or nearest(name, _fields_of(model_at(model, place[:-1])))
+    return min(elsewhere, key=lambda path: path.count("."), default=None) or nearest(name, _fields_of(model_at(model, place[:-1])))
 
 
 def model_at(model: type, place: Sequence[int | str]) -> Any:

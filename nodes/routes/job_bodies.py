@@ -4,7 +4,6 @@ ComfyUI's lists name them, or as a job's status tells them. No other file can be
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
@@ -20,7 +19,8 @@ from .common import Malformed, lora_name
 
 
 def job_from(body: Any) -> TrainingConfig:
-    """The job that a body describes, with the checks of the nodes: its files and datasets are looked at.
+    """The job that a body describes, with the checks of the nodes: its files and datasets are looked at. The body is then
+    of no more use.
 
     Raises ConfigError, DataError, ModelFileError, LoraError and PromptError as the nodes do, for a path too, and
     JobError for a published model that is not on this machine: that is fetched where one sees it come and can cancel.
@@ -28,7 +28,7 @@ def job_from(body: Any) -> TrainingConfig:
     if not isinstance(body, dict):
         raise Malformed("The request's body must be a JSON object: a job with its name, dataset and other options.")
     check_text(body, "This job cannot be used: ")
-    body, found = copy.deepcopy(body), set[str]()
+    found: set[str] = set()
     for table, key, real in _places(body):
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str(real(table[key]))

@@ -106,7 +106,6 @@ class JobAnswer(JobStatus):
 async def _create(request: web.Request) -> web.Response:
     """The job with these options, begun if there is none: 202 while it is at work, 200 when it is over."""
     body, if_exists = await json_of(request), request.query.get("if_exists", "keep")
-
     status = await in_thread(lambda: jobs.manager().ensure(job_from(body), cast(IfExists, if_exists)).status())
     host.log.info("ChromaKit: a job was posted: %s", status["id"])
     made = {**status, "status_url": f"/chromakit/jobs/{status['id']}"}

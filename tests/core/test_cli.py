@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from chroma_core.lora.trainable import add_trainable, trained_lora
 from chroma_core.model.images import decode, preview_image, preview_matrix, read_record, to_pictures, to_tensor
 from chroma_core.model.latents import LatentFormat
 from chroma_core.training.config import TrainingConfig
+from chroma_core.training.config.recipes import RECIPE_TABLE
 from miniature import transformer, vae, write_model_folder
 
 SMALL = ["--width", "64", "--height", "64", "--steps", "2", "--precision", "fp32", "--device", "cpu"]
@@ -240,7 +242,7 @@ convert-lora gone --to universal
 resize-lora gone --rank 2
 merge-lora tiny --lora gone --output m.safetensors
 extract-lora tiny gone --rank 2 --output e.safetensors
-plan --precision gone
+plan --optimizer gone
 """
 ALONE = """
 import os, shlex, sys
@@ -272,6 +274,16 @@ def test_a_job_file_for_a_folder(tmp_path, capsys):
     assert config.dataset == DatasetConfig(folder=str(images), trigger="sks")
     assert file.read_text().count("\n# ") > 200, "every other option stands there as a comment"
     assert main(command) == 1 and "exists already" in capsys.readouterr().err
+    other = [*command[:-1], str(tmp_path / "style.toml"), "--recipe", "style"]
+    assert main(other) == 0
+    style = TrainingConfig.from_toml(tmp_path / "style.toml")
+    wanted = {path: value for path, (value, _) in RECIPE_TABLE["style"].options.items() if path != "model.flavour"}
+    for path, value in wanted.items():
+        found = reduce(getattr, path.split("."), style)
+        assert found == value or path in ("model.precision", "gradient_checkpointing"), (path, found)
+    capsys.readouterr()
+    assert main([*other[:3], "base", "--output", str(tmp_path / "no.toml"), "--recipe", "style"]) == 1
+    assert "trigger" in capsys.readouterr().err
 
 
 def completed(script: str, *words: str) -> list[str]:

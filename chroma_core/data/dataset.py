@@ -71,9 +71,9 @@ def field_meant(model: type[BaseModel], place: Sequence[int | str]) -> str | Non
 
     place: where it was found, as pydantic says it: names, numbers in lists, names of a union's members.
     """
-    name = str(place[-1])
+    name, here = str(place[-1]), _fields_of(model_at(model, place[:-1]))
     elsewhere = (path for path in _paths(model) if path.rpartition(".")[2] == name)
-    return min(elsewhere, key=lambda path: path.count("."), default=None) or nearest(name, _fields_of(model_at(model, place[:-1])))
+    return min(elsewhere, key=lambda path: path.count("."), default=None) or nearest(name, here)
 
 
 def model_at(model: type, place: Sequence[int | str]) -> Any:

@@ -19,8 +19,8 @@ from .common import Malformed, lora_name
 
 
 def job_from(body: Any) -> TrainingConfig:
-    """The job that a body describes, with the checks of the nodes: its files and datasets are looked at. The body is then
-    of no more use.
+    """The job that a body describes, with the checks of the nodes: its files and datasets are looked at. The body
+    is then of no more use.
 
     Raises ConfigError, DataError, ModelFileError, LoraError and PromptError as the nodes do, for a path too, and
     JobError for a published model that is not on this machine: that is fetched where one sees it come and can cancel.

@@ -15,8 +15,8 @@ from PIL import Image
 from pydantic import StrictBool, StrictFloat, StrictInt
 from typing_extensions import TypedDict
 
-from ...chroma_core.data.dataset import Settings
 from ...chroma_core.errors import ConfigError, did_you_mean
+from ...chroma_core.settings import Settings
 from ...chroma_core.training.config import TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
 from ...chroma_core.training.jobs.curve import CurveData
@@ -116,6 +116,11 @@ async def _list(request: web.Request) -> web.Response:
     """Newest first; `?brief=true` without what only one who looks into a job needs."""
     brief = request.query.get("brief") == "true"
     return await answer(lambda: [job.summary() if brief else job.status() for job in jobs.manager().list()])
+
+
+async def _unreadable(request: web.Request) -> web.Response:
+    """Folders of jobs that are left alone, each with the reason."""
+    return await answer(lambda: [{"id": name, "error": why} for name, why in jobs.manager().unreadable().items()])
 
 
 async def _one(request: web.Request) -> web.Response:
@@ -259,6 +264,13 @@ async def _graph(request: web.Request) -> web.Response:
     return await answer(lambda: make(job_of(request)))
 
 
+class LeftAlone(TypedDict):
+    """A folder of a job that cannot be read, and why."""
+
+    id: str
+    error: str
+
+
 class Deleted(TypedDict):
     """The job that is gone."""
 
@@ -281,6 +293,7 @@ ROUTES = (
     Route(
         "get", "/chromakit/jobs", _list, "The jobs, newest first.", list[JobStatus] | list[JobSummary], queries=(BRIEF,)
     ),
+    Route("get", "/chromakit/jobs/unreadable", _unreadable, "Folders of jobs that are left alone.", list[LeftAlone]),
     Route("get", "/chromakit/jobs/{id}", _one, "A job's status.", JobStatus),
     Route("post", "/chromakit/jobs/{id}/change", _change, "Goes on with a job under other options.", JobStatus, Change),
     Route("post", "/chromakit/jobs/{id}/extend", _extend, "Gives a job more steps.", JobStatus, Extension),

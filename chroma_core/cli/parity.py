@@ -71,7 +71,7 @@ def _compare(options: argparse.Namespace, folder: Path) -> Any:
     device = best_device(options.device)
     kinds = _kinds(options.factors)
     case, preview = _case(options, folder, device)
-
+    # After whatever can be wrong with the options: it imports diffusers, which takes long and has much to say.
     from ..parity.with_diffusers import through_diffusers
 
     images: dict[str, Any] = {} if preview is None else {"preview": preview}

@@ -206,7 +206,8 @@ def _init(options: argparse.Namespace) -> None:
     chosen = options.flavour or begun.get("model.flavour", "base")
     size = flavour(chosen).size
     found = scan(DatasetConfig(folder=str(options.images), trigger=options.trigger), size)
-    advised = recommend(Settings(flavour=chosen), purpose="training")
+    own = {name: begun[path] for name, path in (("rank", "lora.rank"), ("batch_size", "batch_size")) if path in begun}
+    advised = recommend(Settings(flavour=chosen, **own), purpose="training")
     parts = ("transformer", "text_encoder", "vae")
     files = {f"model.{part}": _from(place, Path(path)) for part in parts if (path := getattr(options, part))}
     placed = ("precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")

@@ -77,7 +77,7 @@ class Change(Settings):
     force: StrictBool = False
 
 
-class Choice(Settings):
+class Use(Settings):
     """The body of `use`: the LoRA of this step; 0: of the best."""
 
     step: StrictInt = 0
@@ -175,7 +175,7 @@ def _as_they_are(changes: Any, config: TrainingConfig) -> Any:
 
 async def _use(request: web.Request) -> web.Response:
     """The LoRA of a step is put into the LoRA folder; the job's status, which says under which name."""
-    body = await body_of(request, Choice)
+    body = await body_of(request, Use)
 
     def use() -> JobStatus:
         job = job_of(request)
@@ -297,7 +297,7 @@ ROUTES = (
     Route("get", "/chromakit/jobs/{id}", _one, "A job's status.", JobStatus),
     Route("post", "/chromakit/jobs/{id}/change", _change, "Goes on with a job under other options.", JobStatus, Change),
     Route("post", "/chromakit/jobs/{id}/extend", _extend, "Gives a job more steps.", JobStatus, Extension),
-    Route("post", "/chromakit/jobs/{id}/use", _use, "Puts the LoRA of a step into the LoRA folder.", JobStatus, Choice),
+    Route("post", "/chromakit/jobs/{id}/use", _use, "Puts the LoRA of a step into the LoRA folder.", JobStatus, Use),
     Route("post", "/chromakit/jobs/{id}/branch", _branch, "A new job from a step, at another rate.", JobStatus, Branch),
     Route(
         "post", "/chromakit/jobs/{id}/delete", _delete, "Deletes a job that is not at work; its LoRA stays.", Deleted

@@ -1,13 +1,16 @@
-"""HTTP under /chromakit, one file a resource."""
+"""HTTP under /chromakit, one file a resource: each has a table of its routes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from . import jobs, panels, requests
+from . import jobs, openapi, panels, requests
+from .common import add
+
+ROUTES = openapi.described(*jobs.ROUTES, *requests.ROUTES, *panels.ROUTES)
 
 
 def register(routes: Any) -> None:
     """Add every route to ComfyUI's table."""
-    for resource in (jobs, requests, panels):
-        resource.register(routes)
+    for route in ROUTES:
+        add(routes, route)

@@ -126,15 +126,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What the study compares: names, and options that differ from the job of `plain`, by dotted names. images: so many
 others are drawn for it."""
 
-MORE = {
-    "class, 400 steps, no dropout": ("strength 0.8", "guidance 2.5"),
-    "class, 600 steps": (*USES,),
-    "class and prompts × 3, 600 steps": ("strength 0.8", "strength 0.9"),
-}
-"""`USES` that LoRAs of a variant are judged at as well."""
-
-REPEATED = (PLAIN, "class, 400 steps")
+REPEATED = (PLAIN, "class, 400 steps", "class and prompts × 3, 600 steps")
 """Variants with `SEEDS` runs; the others have one, which says little about each."""
+
+MORE = {
+    "class, 400 steps, no dropout": {"strength 0.8": 1, "guidance 2.5": 1},
+    "class, 600 steps": dict.fromkeys([use for use in USES if use != "guidance 2.5"], 1),
+    "class, share 1/4, 600 steps": {"strength 0.9, guidance 3": 1},
+    "class and prompts × 3, 600 steps": {"strength 0.8": 1, "guidance 3": 1},
+}
+"""`USES` that LoRAs of a variant are judged at as well, and of how many seeds."""
 
 
 def variant_config(name: str, seed: int) -> dict[str, Any]:
@@ -255,7 +256,7 @@ def run(output: Path, only: Sequence[str], train: bool = True) -> None:
     """Train and judge what is wanted and not done yet, and write all that is done."""
     output.mkdir(parents=True, exist_ok=True)
     judge = Judge()
-    base = kept(output / "base.json", lambda: judge.judge(None) | {"variety": variety(judge, None)})
+    base = remembered(output / "base.json", lambda: judge.judge(None) | {"variety": variety(judge, None)})
     assert base is not None
     runs = []
     for name, options in VARIANTS.items():
@@ -274,18 +275,20 @@ def further(name: str, seed: int, values: Mapping[str, Any], judge: Judge, outpu
     """What is measured besides of a LoRA, now or by an earlier call: its shares at other `USES`, and its variety."""
     job = TrainingConfig.parse(values).job_id()
     lora = output / "loras" / f"{values['name']}.safetensors"
-    wanted = MORE.get(name, ()) if lora.is_file() else ()
+    wanted = MORE.get(name, {}) if lora.is_file() else {}
     uses = {}
     for use, (strength, guidance) in USES.items():
-        measure = partial(judge.judge, lora, None, guidance, strength) if use in wanted else None
-        if found := kept(output / f"{job}-{slug(use)}.json", measure):
+        measure = (
+            partial(judge.judge, lora, None, guidance, strength) if seed < FIRST_SEED + wanted.get(use, 0) else None
+        )
+        if found := remembered(output / f"{job}-{slug(use)}.json", measure):
             uses[use] = {column: found[MEASURES[column]] for column in SHARES}
     differ = partial(variety, judge, lora) if wanted and seed == FIRST_SEED else None
-    found = kept(output / f"{job}-variety.json", differ)
+    found = remembered(output / f"{job}-variety.json", differ)
     return {"uses": uses} | ({"variety": found} if found else {})
 
 
-def kept(path: Path, measure: Callable[[], dict[str, Any]] | None) -> dict[str, Any] | None:
+def remembered(path: Path, measure: Callable[[], dict[str, Any]] | None) -> dict[str, Any] | None:
     """What a file holds; without one, what is measured now, if it may be."""
     if not path.is_file():
         if measure is None:

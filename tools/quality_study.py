@@ -42,15 +42,13 @@ from .sigma_study.study import (
     write_runs,
 )
 from .tiny.build import check_prompts
-from .tiny.example_dataset import write
 from .tiny.world import plain_caption
+from .verdict_study import DATA as VERDICT_DATA
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "quality.md"
 DATA = ROOT / "docs" / "data" / "quality_study.json"
 IMAGE = ROOT / "docs" / "images" / "quality_study.png"
-DRAWN = ROOT / "quality-study" / "images"
-"""Datasets of other sizes, drawn when they are needed."""
 SEEDS = 5
 STEPS = 250
 PLAIN = "plain"
@@ -80,7 +78,8 @@ OPEN_PROMPTS = ("a sks emblem", "a star")
 VARIETY_SEEDS = 10
 COLOURS = (
     (30, 30, 34), (120, 120, 126), (200, 120, 0), (37, 99, 235), (16, 150, 90), (220, 60, 40), (122, 75, 176),
-    (0, 150, 170), (230, 90, 160), (110, 140, 30), (150, 90, 40), (70, 70, 200),
+    (0, 150, 170), (230, 90, 160), (110, 140, 30), (150, 90, 40), (70, 70, 200), (180, 180, 60), (240, 150, 130),
+    (60, 90, 80), (160, 130, 200),
 )  # fmt: skip
 
 
@@ -116,15 +115,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "class, 400 steps, no dropout": {**CLASS, **NO_DROPOUT, "steps": 400},
     "class, 600 steps": {**CLASS, "steps": 600},
     "class and prompts × 3, 600 steps": {**STRONG, **CLASS, "steps": 600},
-    "rank 4": {"lora.rank": 4},
-    "rank 64": {"lora.rank": 64},
-    "rate 1e-3": {"learning_rate": 1e-3},
-    "rate 4e-3": {"learning_rate": 4e-3},
-    "4 images": {"images": 4},
-    "40 images": {"images": 40},
 }
-"""What the study compares: names, and options that differ from the job of `plain`, by dotted names. images: so many
-others are drawn for it."""
+"""What the study compares: names, and options that differ from the job of `plain`, by dotted names."""
 
 REPEATED = (PLAIN, "class, 400 steps", "class and prompts × 3, 600 steps")
 """Variants with `SEEDS` runs; the others have one, which says little about each."""
@@ -142,10 +134,7 @@ def variant_config(name: str, seed: int) -> dict[str, Any]:
     """The options of a job."""
     values = job_config("quadratic", seed, STEPS)
     values["name"] = f"quality-{slug(name)}-{seed}"
-    options = dict(VARIANTS[name])
-    if images := options.pop("images", None):
-        options["dataset.folder"] = str(DRAWN / str(images))
-    for path, value in options.items():
+    for path, value in VARIANTS[name].items():
         *sections, last = path.split(".")
         place = values
         for section in sections:
@@ -203,6 +192,8 @@ def tables(study: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             rows.append([f"`{run['variant']}`", *(f"{run['variety'][prompt]:.2f}" for prompt in OPEN_PROMPTS)])
     yield "variety", markdown_table(rows, ["", *(f"*{prompt}*" for prompt in OPEN_PROMPTS)])
 
+    yield "rates", rates()
+
     rows = []
     for name, runs in found.items():
         seeds = [seed for seed in runs if seed in found[PLAIN]]
@@ -216,6 +207,22 @@ def tables(study: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "paired", markdown_table(rows, ["", "seeds", *SHARES])
 
 
+def rates() -> str:
+    """The table of rates, ranks and sizes of the dataset: the runs of `tools.verdict_study` that were ever better than
+    the base."""
+    study = json.loads(VERDICT_DATA.read_text(encoding="utf-8"))
+    rows = []
+    for run in sorted(study["runs"], key=lambda run: [run["case"][name] for name in ("images", "rank", "rate")]):
+        case, loss = run["case"], {step: float(np.mean(levels)) for step, levels in run["truth"].items()}
+        best, last = min(loss, key=loss.__getitem__), max(loss, key=int)
+        if not case["alike"] and loss[best] < np.mean(study["base"]["truth"]):
+            shown = [f"{loss[last]:.3f}", f"{loss[best]:.3f}", best]
+            ordinary = f"{100 * run['pictures'][last]['ordinary']:.0f} %"
+            rows.append([case["images"], case["rank"], f"{case['rate']:g}", *shown, ordinary])
+    columns = ["images", "rank", "rate", "loss at step 80", "lowest loss", "at step", "ordinary at step 80"]
+    return markdown_table(rows, columns)
+
+
 def _number(column: str, values: Sequence[float]) -> str:
     """Mean and, of several, standard deviation."""
     factor, form, unit = (100, ".0f", " %") if column in SHARES else (1, ".3f", "")
@@ -225,7 +232,7 @@ def _number(column: str, values: Sequence[float]) -> str:
 
 def draw(study: Mapping[str, Any], path: Path) -> None:
     """Concept against ordinary: a small dot a run, a large one the mean of a variant, and the corner that is wanted."""
-    sheet = Sheet(900, 560)
+    sheet = Sheet(980, 560)
     axes = Axes(sheet, (60, 30, 620, 500), (0.4, 1.0), (0.3, 1.0), "concept right, against ordinary prompts right")
     axes.grid([i / 10 for i in range(4, 11)], [i / 10 for i in range(3, 11)], "ordinary prompts right")
     corner = [axes.at(x, y) for x, y in ((WANTED[1], WANTED[0]), (1, WANTED[0]), (1, 1), (WANTED[1], 1))]
@@ -241,7 +248,7 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
         x, y = (float(np.mean(values)) for values in zip(*points, strict=True))
         sheet.dot(*axes.at(max(x, 0.4), y), colour, 7)
         sheet.dot(650, 50 + 24 * i, colour, 7)
-        sheet.text(664, 50 + 24 * i, f"{name} ({len(points)})")
+        sheet.text(664, 50 + 24 * i, f"{name} ({len(points)})".replace("×", "x"))  # the font has no ×
     sheet.save(path, colours=96)
 
 
@@ -259,9 +266,7 @@ def run(output: Path, only: Sequence[str], train: bool = True) -> None:
     base = remembered(output / "base.json", lambda: judge.judge(None) | {"variety": variety(judge, None)})
     assert base is not None
     runs = []
-    for name, options in VARIANTS.items():
-        if images := options.get("images"):
-            write(DRAWN / str(images), images, np.random.default_rng(images), middle=0.6)
+    for name in VARIANTS:
         for seed in range(FIRST_SEED, FIRST_SEED + (SEEDS if name in REPEATED else 1)):
             values = variant_config(name, seed)
             found = judged(name, seed, values, judge, output, train and (not only or name in only))

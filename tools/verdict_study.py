@@ -368,8 +368,8 @@ def in_words(study: dict[str, Any]) -> str:
     right, jobs, others = found["right"], found["jobs"], found["right_left_out"]
     return (
         f"Right: **{right} of {jobs}** jobs of {jobs // len(LENGTHS)} runs ({right / jobs:.0%}); {others} "
-        f"({others / jobs:.0%}) with limits chosen by the other runs, run by run; {found['fresh_right']} of the "
-        f"{found['fresh']} jobs of runs that were made last. Of {found['ruined']} ruined jobs "
+        f"({others / jobs:.0%}) with limits chosen by the other runs, run by run; {found['fresh_right']} of "
+        f"{found['fresh']} jobs of runs that were made when the verdict was as it is. Of {found['ruined']} ruined jobs "
         f"{found['ruined_called_well']} were called well."
     )
 

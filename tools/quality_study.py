@@ -232,7 +232,7 @@ def _number(column: str, values: Sequence[float]) -> str:
 
 def draw(study: Mapping[str, Any], path: Path) -> None:
     """Concept against ordinary: a small dot a run, a large one the mean of a variant, and the corner that is wanted."""
-    sheet = Sheet(980, 560)
+    sheet = Sheet(1010, 560)
     axes = Axes(sheet, (60, 30, 620, 500), (0.4, 1.0), (0.3, 1.0), "concept right, against ordinary prompts right")
     axes.grid([i / 10 for i in range(4, 11)], [i / 10 for i in range(3, 11)], "ordinary prompts right")
     corner = [axes.at(x, y) for x, y in ((WANTED[1], WANTED[0]), (1, WANTED[0]), (1, 1), (WANTED[1], 1))]
@@ -246,10 +246,12 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
         for x, y in points:
             sheet.dot(*axes.at(max(x, 0.4), y), (*colour, 110), 3)
         x, y = (float(np.mean(values)) for values in zip(*points, strict=True))
-        sheet.dot(*axes.at(max(x, 0.4), y), colour, 7)
+        x, y = axes.at(max(x, 0.4), y)
+        sheet.dot(x, y, colour, 7)
+        sheet.text(x + 9, y, str(i + 1), size=10)
         sheet.dot(650, 50 + 24 * i, colour, 7)
-        sheet.text(664, 50 + 24 * i, f"{name} ({len(points)})".replace("×", "x"))  # the font has no ×
-    sheet.save(path, colours=96)
+        sheet.text(664, 50 + 24 * i, f"{i + 1}: {name} ({len(points)})".replace("×", "x"))  # the font has no ×
+    sheet.save(path, colours=250)
 
 
 def filled(page: str, study: Mapping[str, Any]) -> str:

@@ -122,6 +122,8 @@ REPEATED = (PLAIN, "class, 400 steps", "class and prompts × 3, 600 steps")
 """Variants with `SEEDS` runs; the others have one, which says little about each."""
 
 MORE = {
+    **{name: {"guidance 2.5": 1} for name in (PLAIN, "plain, 600 steps", "class", "prompts × 3, 400 steps")},
+    "prompts × 3, 400 steps, no dropout": {"guidance 2.5": 1},
     "class, 400 steps, no dropout": {"strength 0.8": 1, "guidance 2.5": 1},
     "class, 600 steps": dict.fromkeys([use for use in USES if use != "guidance 2.5"], 1),
     "class, share 1/4, 600 steps": {"strength 0.9, guidance 3": 1},

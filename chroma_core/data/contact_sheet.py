@@ -47,7 +47,7 @@ def most_telling(scan: DatasetScan, limit: int) -> list[Picture]:
 def contact_sheet(
     pictures: Sequence[Picture], scan: DatasetScan, default_resolution: int, columns: int = 4, cell: int = 192
 ) -> Image.Image:
-    """A head with the buckets, thumbnails of `pictures` cropped (to the centre) as in training, a panel of warnings.
+    """A head with the buckets, thumbnails of `pictures` cropped (not at random) as in training, a panel of warnings.
 
     Under each thumbnail: name; bucket, repeats and caption number where there is more than one; the caption as it is
     trained; its warnings. What a loss mask leaves out is darkened.
@@ -195,13 +195,13 @@ def _thumbnail(picture: Picture, scan: DatasetScan, bucket: Size, side: int) -> 
     size = max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale))
     if scale < 1:
         image = load_picture(picture.path, scan.config.background, 2 * side)
-        small = image.resize(size, Image.Resampling.LANCZOS, crop_box(*image.size, bucket))
+        small = image.resize(size, Image.Resampling.LANCZOS, crop_box(*image.size, bucket, picture.crop))
     else:  # what is trained at so few pixels is shown with just those
-        image = resize_and_crop(load_picture(picture.path, scan.config.background), bucket)
+        image = resize_and_crop(load_picture(picture.path, scan.config.background), bucket, picture.crop)
         small = image.resize(size, Image.Resampling.NEAREST)
     if picture.masked and (mask := load_mask(picture.path, picture.mask)) is not None:
         dark = ImageEnhance.Brightness(small).enhance(_UNTRAINED)
-        trained = resize_and_crop(mask, bucket).resize(size, Image.Resampling.BILINEAR)
+        trained = resize_and_crop(mask, bucket, picture.crop).resize(size, Image.Resampling.BILINEAR)
         small = Image.composite(small, ImageChops.lighter(dark, Image.new("RGB", size, _PAGE)), trained)
     return small
 

@@ -300,6 +300,37 @@ interface DatasetLook {
   sheet: string;
 }
 
+interface FolderList {
+  folders: { name: string; own: boolean }[];
+  endings: string[];
+  sizes: number[];
+}
+
+/** An image of a folder; see chroma_core/data/editing.py. */
+interface FolderImage {
+  name: string;
+  size: Point | null;
+  bucket: Point | null;
+  frame: [left: number, top: number, right: number, bottom: number] | null;
+  crop: number;
+  caption: string | null;
+  skipped: string;
+  notes: string[];
+  twin: string;
+  version: string;
+}
+
+interface FolderLook {
+  folder: string;
+  own: boolean;
+  size: number;
+  images: FolderImage[];
+  warnings: string[];
+  buckets: Bucket[];
+  removed: { batch: string; names: string[] }[];
+  check: { trigger: string; of: number; lacking: string[]; stands_as: { word: string; names: string[] }[] };
+}
+
 interface DensityLook {
   centres: number[];
   density: number[];

@@ -337,7 +337,7 @@ def _line(detail: Any, model: type[BaseModel]) -> str:
     found = f"{where} is {short(detail['input'])}"
     if kind_ in _EXPECTED:
         return f"{found}, and must be {_EXPECTED[kind_]}"
-    if kind_ in ("greater_than_equal", "less_than_equal"):
+    if kind_ in ("greater_than_equal", "less_than_equal") and len(loc) == 1:
         metadata = model.model_fields[str(loc[-1])].metadata
         low = next(limit.ge for limit in metadata if hasattr(limit, "ge"))
         high = next(limit.le for limit in metadata if hasattr(limit, "le"))

@@ -38,8 +38,9 @@ class ModelSpec:
     flavour: Annotated[
         str,
         Option(
-            "base: balanced, the one to train on. hd: finer detail. flash: few steps, no guidance. tiny: a miniature "
-            "that ships with the pack and generates coloured shapes at 64 pixels, to try everything with.",
+            "base: trained at 512 pixels; for long training. hd: trained at 1024 pixels; for images, and the start for "
+            "a quick LoRA. flash: few steps, no guidance. tiny: a miniature that ships with the pack and generates "
+            "coloured shapes at 64 pixels, to try everything with.",
             choices=tuple(FLAVOURS),
         ),
     ] = "base"

@@ -35,8 +35,8 @@ FLASH_COMMIT = "093c4f63b60507234aa53a073f1f9f565b3f4336"
 FLAVOURS: dict[str, Flavour] = {
     f.name: f
     for f in (
-        Flavour("base", "Chroma1-Base: balanced, the one to train on", "lodestones/Chroma1-Base", BASE_COMMIT),
-        Flavour("hd", "Chroma1-HD: finer detail, slower", "lodestones/Chroma1-HD", HD_COMMIT),
+        Flavour("base", "Chroma1-Base: 512 pixels; for long training", "lodestones/Chroma1-Base", BASE_COMMIT),
+        Flavour("hd", "Chroma1-HD: 1024 pixels; for images and quick LoRAs", "lodestones/Chroma1-HD", HD_COMMIT),
         Flavour(
             "flash",
             "Chroma1-Flash: fast, few steps, no guidance; unstable to train on",

@@ -1,4 +1,4 @@
-"""HTTP for this ComfyUI: its memory, the memory plan, and the setting of what prompts do while a job trains."""
+"""HTTP for this ComfyUI: its memory, the memory plan, what prompts do while a job trains, and the recipes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 from aiohttp import web
 
 from ...chroma_core.memory import Settings, estimate
+from ...chroma_core.training.config.recipes import recipes_as_json
 from .. import host, while_training
 from .common import Malformed, add, answer, json_of, refused
 
@@ -21,6 +22,7 @@ def register(routes: Any) -> None:
     add(routes, "get", "/chromakit/memory", _memory)
     add(routes, "get", "/chromakit/settings", _settings)
     add(routes, "post", "/chromakit/settings", _change_settings, otherwise=400)
+    add(routes, "get", "/chromakit/recipes", _recipes)
 
 
 async def _plan(request: web.Request) -> web.Response:
@@ -44,6 +46,10 @@ def _setting(name: str, text: str) -> Any:
 
 async def _memory(request: web.Request) -> web.Response:
     return await answer(host.memory_report)
+
+
+async def _recipes(request: web.Request) -> web.Response:
+    return await answer(recipes_as_json)
 
 
 async def _settings(request: web.Request) -> web.Response:

@@ -1,4 +1,4 @@
-"""HTTP for datasets: the folders, what a panel and the training room show of one, and the changes that may be made.
+"""HTTP for datasets: the folders, what the training room shows of one, and the changes that may be made.
 
 Files come in through ComfyUI's own upload. Only a folder below ComfyUI's input is changed, and nothing is deleted.
 """
@@ -15,7 +15,6 @@ from typing import Annotated, Any
 from weakref import WeakValueDictionary
 
 from aiohttp import web
-from comfy_api.latest import io
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
@@ -29,11 +28,8 @@ from ...chroma_core.model.flavours import FLAVOURS
 from ...chroma_core.sampling.text import TRIGGER
 from ...chroma_core.training.run.metrics import cache_folder
 from .. import host
-from ..dataset import ChromaDataset
-from ..dataset_preview import FALLBACK_SIZE, DatasetPreviews
-from ..dataset_widgets import config_from
-from .common import Malformed, Unknown, add, answer, body_of, in_thread, inputs_of, json_of, read_widgets, refused, told
-from .common import whole_number as number_of
+from ..dataset_preview import FALLBACK_SIZE
+from .common import Malformed, Unknown, add, answer, body_of, in_thread, refused, told, whole_number
 
 READERS = 8
 """Folders that are read at once, by threads of their own: one on a drive that does not answer holds up nobody else."""
@@ -46,8 +42,7 @@ SIZES = tuple(sorted({512, 768, *(flavour.size for flavour in FLAVOURS.values())
 
 Name = Annotated[StrictStr, Field(min_length=1, max_length=1000)]
 
-_previews = DatasetPreviews()
-_readers = ThreadPoolExecutor(READERS, "chromakit-look")
+_readers = ThreadPoolExecutor(READERS, "chromakit-dataset")
 _painters = ThreadPoolExecutor(PAINTERS, "chromakit-thumbnail")
 _busy: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 """A lock for each folder that is being looked at or changed: whoever asks twice for the same finds it remembered."""
@@ -94,8 +89,6 @@ class Batch(_Body):
 def register(routes: Any) -> None:
     """Add the routes to ComfyUI's table."""
     add(routes, "get", "/chromakit/datasets", _folders)
-    add(routes, "post", "/chromakit/datasets/look", _look, otherwise=400)
-    add(routes, "get", "/chromakit/datasets/sheets/{id}", _sheet)
     add(routes, "post", "/chromakit/datasets/images", _images, otherwise=400)
     add(routes, "get", "/chromakit/datasets/thumbnail", _thumbnail, otherwise=404)
     add(routes, "post", "/chromakit/datasets/captions", _captions, otherwise=400)
@@ -104,35 +97,7 @@ def register(routes: Any) -> None:
     add(routes, "post", "/chromakit/datasets/restore", _restore, otherwise=400)
 
 
-# --- what a panel shows -----------------------------------------------------------------------------------------------
-
-
-async def _look(request: web.Request) -> web.Response:
-    """Chroma Dataset's widgets, and `flavour`: the model's, whose size counts where `resolution` is 0."""
-    body = await json_of(request)
-    values = await in_thread(lambda: _widgets(body))
-    async with _lock(values["folder"]):
-        return await answer(lambda: _preview(**values), _readers)
-
-
-def _widgets(body: object) -> dict[str, Any]:
-    own = {**inputs_of(ChromaDataset), "folder": io.String.Input("folder", default="")}
-    return read_widgets([*own.values(), io.Combo.Input("flavour", options=["", *FLAVOURS], default="")], body)
-
-
-def _preview(folder: str, flavour: str, **options: Any) -> dict[str, Any]:
-    size = FLAVOURS[flavour].size if flavour else None
-    return _previews.of(config_from(str(host.dataset_folder(folder)), **options), size)
-
-
-async def _sheet(request: web.Request) -> web.Response:
-    found = await in_thread(lambda: _previews.sheet(request.match_info["id"]), _readers)
-    if found is None:
-        return refused(404, "This contact sheet is no longer kept. Change a value of the node, and it is made again.")
-    return web.Response(body=found, content_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
-
-
-# --- what the training room shows -------------------------------------------------------------------------------------
+# --- what is there ----------------------------------------------------------------------------------------------------
 
 
 async def _folders(request: web.Request) -> web.Response:
@@ -187,7 +152,7 @@ def _folder(name: str) -> Path:
 
 async def _thumbnail(request: web.Request) -> web.Response:
     """`?folder=…&name=…&side=320`: the whole image, small. With `&v=…`, whatever it is, the browser may keep it."""
-    side = number_of(request, "side", *SIDES) or SIDES[0]
+    side = whole_number(request, "side", *SIDES) or SIDES[0]
     folder, name = (request.query.get(key, "") for key in ("folder", "name"))
     body = await in_thread(lambda: _small(folder, name, side), _painters)
     headers = {"Cache-Control": "private, max-age=86400, immutable" if "v" in request.query else "no-cache"}

@@ -1,40 +1,80 @@
-"""HTTP for what nodes show before anything runs: noise levels, the memory plan. Nothing changes a state.
+"""HTTP for what nodes show before anything runs: datasets, noise levels, the memory plan. Nothing changes a state.
 
 Each takes the values of a node's widgets by name and computes with the very functions that the node runs.
 """
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import WeakValueDictionary
 
 from aiohttp import web
 from comfy_api.latest import io
 
 from ...chroma_core.memory import Settings, memory_plan
+from ...chroma_core.model.flavours import FLAVOURS
 from ...chroma_core.model.latents import snap_size
 from ...chroma_core.sampling.schedule import SigmaSettings, sigma_density
 from ...chroma_core.training.step.optimizers import Schedule
 from .. import host
-from ..dataset_preview import FALLBACK_SIZE
+from ..dataset import ChromaDataset
+from ..dataset_preview import FALLBACK_SIZE, DatasetPreviews
+from ..dataset_widgets import config_from
 from ..loaders import ChromaLoadModel
 from ..schedule import ChromaTailSigmas, sigmas_of
 from ..settings import ChromaTrainingSettings, sigma_fields
-from .common import add, answer, inputs_of, json_of, read_widgets
+from .common import add, answer, in_thread, inputs_of, json_of, read_widgets, refused
 
 PLAN = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
 DENSITY = (
     "sigma_draw", "sigma_remap", "sigma_scale", "sigma_shift", "sigma_shift_value", "sigma_minimum", "sigma_maximum",
     "sigma_shift_first", "warmup_steps", "lr_schedule", "lr_cycles", "lr_power",
 )  # fmt: skip
+READERS = 8
+"""Folders that are read at once, by threads of their own: one on a drive that does not answer holds up nobody else."""
 BINS = 40
 LR_POINTS = 200
+
+_previews = DatasetPreviews()
+_readers = ThreadPoolExecutor(READERS, "chromakit-look")
+_reading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+"""A lock for each folder that is being looked at: whoever asks twice for the same finds it remembered."""
 
 
 def register(routes: Any) -> None:
     """Add the routes to ComfyUI's table."""
+    add(routes, "post", "/chromakit/datasets/look", _dataset, otherwise=400)
+    add(routes, "get", "/chromakit/datasets/sheets/{id}", _sheet)
     add(routes, "post", "/chromakit/sigmas", _sigmas, otherwise=400)
     add(routes, "post", "/chromakit/density", _density, otherwise=400)
     add(routes, "post", "/chromakit/plan/rows", _plan_rows, otherwise=400)
+
+
+async def _dataset(request: web.Request) -> web.Response:
+    """Chroma Dataset's widgets, and `flavour`: the model's, whose size counts where `resolution` is 0."""
+    body = await json_of(request)
+    values = await in_thread(lambda: _dataset_widgets(body))
+    async with _reading.setdefault(values["folder"], asyncio.Lock()):
+        return await answer(lambda: _dataset_preview(**values), _readers)
+
+
+def _dataset_widgets(body: object) -> dict[str, Any]:
+    own = {**inputs_of(ChromaDataset), "folder": io.String.Input("folder", default="")}
+    return read_widgets([*own.values(), io.Combo.Input("flavour", options=["", *FLAVOURS], default="")], body)
+
+
+def _dataset_preview(folder: str, flavour: str, **options: Any) -> dict[str, Any]:
+    size = FLAVOURS[flavour].size if flavour else None
+    return _previews.of(config_from(str(host.dataset_folder(folder)), **options), size)
+
+
+async def _sheet(request: web.Request) -> web.Response:
+    found = await in_thread(lambda: _previews.sheet(request.match_info["id"]), _readers)
+    if found is None:
+        return refused(404, "This contact sheet is no longer kept. Change a value of the node, and it is made again.")
+    return web.Response(body=found, content_type="image/jpeg", headers={"Cache-Control": "private, max-age=3600"})
 
 
 async def _sigmas(request: web.Request) -> web.Response:

@@ -86,11 +86,11 @@ def test_what_is_removed_is_out_of_the_dataset_and_comes_back(server: Host, fold
 
 
 def test_a_moved_crop_is_what_the_node_shows(server: Host, folder: Path):
-    """The frame is 256 of 400 pixels wide; its middle is blue at the left end and red at the right one."""
+    """The frame is 64 of 400 pixels wide: blue at the left end, red at the right one."""
     halves = Image.new("RGB", (400, 64), (0, 0, 255))
     halves.paste((255, 0, 0), (200, 0, 400, 64))
     halves.save(folder / "wide.png")
-    for at, frame, channel in ((0.0, [0, 0, 0.64, 1], 2), (1.0, [0.36, 0, 1, 1], 0)):
+    for at, frame, channel in ((0.0, [0, 0, 0.16, 1], 2), (1.0, [0.84, 0, 1, 1], 0)):
         assert server.post(CROPS, {"folder": name_of(folder), "crops": {"wide.png": at}})[0] == 200
         image = next(each for each in look(server, folder)["images"] if each["name"] == "wide.png")
         assert image["crop"] == at and image["frame"] == pytest.approx(frame)

@@ -203,6 +203,7 @@ interface Job {
   updated: number;
   message: string;
   yielded?: boolean;
+  flavour?: string;
   /** another process, which has the same folder, works on it */
   elsewhere?: boolean;
   /** "prompt", "memory" (until ComfyUI makes room), or nothing */
@@ -329,6 +330,22 @@ interface FolderLook {
   buckets: Bucket[];
   removed: { batch: string; names: string[] }[];
   check: { trigger: string; of: number; lacking: string[]; stands_as: { word: string; names: string[] }[] };
+}
+
+/** See chroma_core/training/config/recipes.py; `options` are nested as a job file has them, `options_from` by dotted name. */
+interface Recipe {
+  name: string;
+  title: string;
+  images: Point;
+  captions: string;
+  options: { [name: string]: Json };
+  options_from: Record<string, string[]>;
+}
+
+interface RecipeList {
+  recipes: Recipe[];
+  sources: Record<string, { words: string; address: string }>;
+  measured: string;
 }
 
 interface DensityLook {

@@ -64,8 +64,8 @@ class Aim {
     };
     this.numbers = { steps: number("steps"), rank: number("rank"), learning_rate: number("learning_rate") };
     this.advised = h("p", { class: "ck-faint" });
-    this.needs = h("ul", { class: "ck-needs", role: "status" });
-    this.costs = h("ul", { class: "ck-costs", role: "status" });
+    this.needs = h("ul", { class: "ck-needs", "aria-live": "polite" });
+    this.costs = h("ul", { class: "ck-costs", "aria-live": "polite" });
     this.sources = h("tbody", {});
     this.measured = h("p", { class: "ck-faint" });
     this.refusal = h("div", { class: "ck-error", role: "alert" });

@@ -68,7 +68,7 @@ class Room {
       "div",
       { class: "chromakit ck-room", role: "dialog", "aria-modal": "true", "aria-labelledby": "ck-room-title", tabIndex: -1 },
       h("header", {}, title, list, close),
-      h("main", {}, this.panels),
+      h("div", { class: "ck-main" }, this.panels),
       this.note,
     );
     this.element.addEventListener("keydown", (event) => this.#key(event));

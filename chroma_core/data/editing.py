@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from ..errors import DataError, check_text, first_few
 from ..files import replace, write_atomic, write_json
@@ -33,21 +33,15 @@ class Changed(DataError):
     """What was to be written over is not what was seen, or something else stands there by now."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(TypedDict):
     """One image of a folder.
 
-    Args:
-        name: relative to the folder, with forward slashes.
-        size: width and height in pixels as displayed; None when it cannot be read.
-        bucket: width and height in pixels that it is trained at.
-        frame: what of it is trained: left, top, right, bottom, as shares of its width and height.
-        crop: where the frame lies on the overhang, 0..1.
-        caption: the text of its caption file, "" without one; None when that cannot be read.
-        skipped: why it is not trained on; empty when it is.
-        notes: what to warn of.
-        twin: the name of the first image with the same content, if that is another one.
-        version: changes when the file does.
+    name: relative to the folder, with forward slashes. size: width and height in pixels as displayed; None when it
+    cannot be read. bucket: width and height in pixels that it is trained at. frame: what of it is trained: left, top,
+    right, bottom, as shares of its width and height. crop: where the frame lies on the overhang, 0..1. caption: the text
+    of its caption file, "" without one; None when that cannot be read. skipped: why it is not trained on; empty when it
+    is. notes: what to warn of. twin: the name of the first image with the same content, if that is another one.
+    version: changes when the file does.
     """
 
     name: str
@@ -57,9 +51,25 @@ class Entry:
     crop: float
     caption: str | None
     skipped: str
-    notes: tuple[str, ...]
+    notes: list[str]
     twin: str
     version: str
+
+
+class StandIn(TypedDict):
+    """A word that stands for the trigger word in the captions of these images."""
+
+    word: str
+    names: list[str]
+
+
+class TriggerCheck(TypedDict):
+    """Which of how many captioned images lack the trigger word in a caption, and what stands there in its place."""
+
+    trigger: str
+    of: int
+    lacking: list[str]
+    stands_as: list[StandIn]
 
 
 def entries(config: DatasetConfig, size: int, known: Remembered) -> tuple[list[Entry], DatasetScan]:
@@ -94,7 +104,7 @@ def entries(config: DatasetConfig, size: int, known: Remembered) -> tuple[list[E
                 crop=crop,
                 caption=caption_text(path),
                 skipped=skipped.get(name, ""),
-                notes=tuple(warned.get(name, ())),
+                notes=warned.get(name, []),
                 twin=first if first != name else "",
                 version=_version(path),
             )
@@ -288,7 +298,7 @@ ALIKE = 0.66
 """Share of letters from which on a word may be the trigger misspelt."""
 
 
-def trigger_check(captions: Mapping[str, Sequence[str]], trigger: str) -> dict[str, Any]:
+def trigger_check(captions: Mapping[str, Sequence[str]], trigger: str) -> TriggerCheck:
     """Which captions lack the trigger word, and what stands there in its place.
 
     A word stands for the trigger if no caption with the trigger has it, and it is one that others use, or the trigger
@@ -296,8 +306,6 @@ def trigger_check(captions: Mapping[str, Sequence[str]], trigger: str) -> dict[s
 
     Args:
         captions: by the images' names; images without one are not counted.
-    Returns:
-        `{trigger, of, lacking: [name, …], stands_as: [{word, names}, …]}`; `of` is the number of images.
     """
     words = {name: [_words(text) for text in texts] for name, texts in captions.items() if texts}
     has = {name: all(contains_trigger(text, trigger) for text in captions[name]) for name in words}
@@ -316,7 +324,7 @@ def trigger_check(captions: Mapping[str, Sequence[str]], trigger: str) -> dict[s
                 if name not in found.setdefault(word, []):
                     found[word].append(name)
     ranked = sorted(found.items(), key=lambda each: (-len(each[1]), each[0]))
-    stands_as = [{"word": word, "names": names} for word, names in ranked]
+    stands_as: list[StandIn] = [{"word": word, "names": names} for word, names in ranked]
     return {"trigger": trigger, "of": len(words), "lacking": lacking, "stands_as": stands_as}
 
 
@@ -330,10 +338,10 @@ def _around(line: Sequence[str]) -> list[tuple[str, tuple[str, str]]]:
     return [(padded[i], (padded[i - 1], padded[i + 1])) for i in range(1, len(padded) - 1)]
 
 
-def trigger_of_folder(found: Sequence[Entry], folder: Path, trigger: str) -> dict[str, Any]:
+def trigger_of_folder(found: Sequence[Entry], folder: Path, trigger: str) -> TriggerCheck:
     """`trigger_check` of the captions that files beside the images hold."""
     captions: dict[str, Sequence[str]] = {}
     for entry in found:
-        if entry.caption:
-            captions[entry.name] = read_captions(caption_path(folder / entry.name))
+        if entry["caption"]:
+            captions[entry["name"]] = read_captions(caption_path(folder / entry["name"]))
     return trigger_check(captions, trigger)

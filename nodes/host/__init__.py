@@ -30,6 +30,7 @@ from .folders import (
     told,
 )
 from .memory import (
+    MemoryReport,
     before_prompt,
     components,
     device,
@@ -51,7 +52,15 @@ from .model_files import (
     t5_tokenizer,
 )
 from .models import as_host_model, host_vae
-from .prompts import PromptState, cancel_prompt, prompt_state, queue_prompt, refuse_prompts
+from .prompts import (
+    PromptState,
+    PromptStateName,
+    cancel_prompt,
+    prompt_state,
+    queue_prompt,
+    refuse_prompts,
+    tell_of_halves,
+)
 from .queue import busy, computing, held_prompts, waiting, wake_prompts, watch_prompts, working
 
 __all__ = [
@@ -59,8 +68,10 @@ __all__ = [
     "PACK",
     "Downloads",
     "Interrupted",
+    "MemoryReport",
     "Progress",
     "PromptState",
+    "PromptStateName",
     "as_host_model",
     "before_prompt",
     "broadcast",
@@ -108,6 +119,7 @@ __all__ = [
     "share_device_with",
     "stay_known",
     "t5_tokenizer",
+    "tell_of_halves",
     "told",
     "waiting",
     "wake_prompts",

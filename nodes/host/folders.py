@@ -24,7 +24,7 @@ import torch
 
 from ...chroma_core.data.pictures import picture_extensions
 from ...chroma_core.data.scan import is_hidden
-from ...chroma_core.errors import DataError, LoraError, first_few
+from ...chroma_core.errors import DataError, LoraError, did_you_mean, first_few
 from ...chroma_core.files import only_names
 
 PACK = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ def lora_path(name: str) -> Path:
         )
         raise LoraError(
             f"There is no LoRA file '{name}' in ComfyUI's LoRA folders. {listed} Choose one from the list (press R to "
-            f"refresh it), or put the file into '{loras_folder()}'."
+            f"refresh it), or put the file into '{loras_folder()}'.{did_you_mean(name, known)}"
         )
     return Path(found)
 
@@ -150,7 +150,7 @@ def dataset_folder(name: str) -> Path:
     raise DataError(
         f"There is no dataset folder '{name}'. It must lie in one of: {', '.join(map(str, roots))}. Put a folder with "
         "images and .txt captions into ComfyUI's input folder, or list further places as dataset_roots in "
-        "user/chromakit/config.toml."
+        f"user/chromakit/config.toml.{did_you_mean(name, dataset_names())}"
     )
 
 

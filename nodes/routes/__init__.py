@@ -1,13 +1,16 @@
-"""HTTP under /chromakit, one file a resource."""
+"""HTTP under /chromakit, one file a resource: each has a table of its routes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from . import datasets, jobs, panels, requests, server
+from . import datasets, jobs, openapi, panels, requests, server
+from .common import add
+
+ROUTES = openapi.described(*jobs.ROUTES, *requests.ROUTES, *datasets.ROUTES, *panels.ROUTES, *server.ROUTES)
 
 
 def register(routes: Any) -> None:
     """Add every route to ComfyUI's table."""
-    for resource in (jobs, requests, datasets, panels, server):
-        resource.register(routes)
+    for route in ROUTES:
+        add(routes, route)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from weakref import WeakValueDictionary
 from aiohttp import web
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
+from typing_extensions import TypedDict
 
 from ...chroma_core.data import editing
 from ...chroma_core.data.contact_sheet import bucket_counts
@@ -29,15 +29,21 @@ from ...chroma_core.sampling.text import TRIGGER
 from ...chroma_core.training.run.metrics import cache_folder
 from .. import host
 from ..dataset_preview import FALLBACK_SIZE
-from .common import Malformed, Unknown, add, answer, body_of, in_thread, refused, told, whole_number
+from .common import Malformed, Query, Route, Unknown, answer, body_of, in_thread, refused, told, whole_number
 
 READERS = 8
 """Folders that are read at once, by threads of their own: one on a drive that does not answer holds up nobody else."""
 PAINTERS = 2
 """Thumbnails that are made at once."""
-SIDES = (320, 32, 1024)
-"""Pixels of a thumbnail's longer side: when nothing is said, at least, at most."""
-
+THUMBNAIL = 320
+QUERIES = (
+    Query("folder", "The dataset.", {"type": "string"}),
+    Query("name", "The image in it.", {"type": "string"}),
+    SIDE := Query(
+        "side", "Pixels of the longer side.", {"type": "integer", "minimum": 32, "maximum": 1024, "default": THUMBNAIL}
+    ),
+    Query("v", "Whatever it is, the browser may then keep the image.", {"type": "string"}),
+)
 SIZES = tuple(sorted({512, 768, *(flavour.size for flavour in FLAVOURS.values())}))
 
 Name = Annotated[StrictStr, Field(min_length=1, max_length=1000)]
@@ -86,15 +92,59 @@ class Batch(_Body):
     batch: Name
 
 
-def register(routes: Any) -> None:
-    """Add the routes to ComfyUI's table."""
-    add(routes, "get", "/chromakit/datasets", _folders)
-    add(routes, "post", "/chromakit/datasets/images", _images, otherwise=400)
-    add(routes, "get", "/chromakit/datasets/thumbnail", _thumbnail, otherwise=404)
-    add(routes, "post", "/chromakit/datasets/captions", _captions, otherwise=400)
-    add(routes, "post", "/chromakit/datasets/crops", _crops, otherwise=400)
-    add(routes, "post", "/chromakit/datasets/remove", _remove, otherwise=400)
-    add(routes, "post", "/chromakit/datasets/restore", _restore, otherwise=400)
+class FolderName(TypedDict):
+    """A dataset, and whether it may be changed here."""
+
+    name: str
+    own: bool
+
+
+class FolderList(TypedDict):
+    """The datasets, the endings of the images that are read, and usual training sizes in pixels."""
+
+    folders: list[FolderName]
+    endings: list[str]
+    sizes: list[int]
+
+
+class BucketCount(TypedDict):
+    """A training size in pixels, and how many images have it."""
+
+    width: int
+    height: int
+    count: int
+
+
+class RemovedBatch(TypedDict):
+    """Images that were taken out together."""
+
+    batch: str
+    names: list[str]
+
+
+class FolderContents(TypedDict):
+    """What a dataset holds, image by image."""
+
+    folder: str
+    own: bool
+    size: int
+    images: list[editing.Entry]
+    warnings: list[str]
+    buckets: list[BucketCount]
+    removed: list[RemovedBatch]
+    check: editing.TriggerCheck
+
+
+class Restored(TypedDict):
+    """The images that are back."""
+
+    names: list[str]
+
+
+class Removed(TypedDict):
+    """The number under which the images are kept."""
+
+    batch: str
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------
@@ -105,8 +155,10 @@ async def _folders(request: web.Request) -> web.Response:
     return await answer(_folder_list, _readers)
 
 
-def _folder_list() -> dict[str, Any]:
-    folders = [{"name": name, "own": host.is_own_dataset(host.dataset_folder(name))} for name in host.dataset_names()]
+def _folder_list() -> FolderList:
+    folders: list[FolderName] = [
+        {"name": name, "own": host.is_own_dataset(host.dataset_folder(name))} for name in host.dataset_names()
+    ]
     return {"folders": folders, "endings": sorted(picture_extensions()), "sizes": list(SIZES)}
 
 
@@ -117,29 +169,38 @@ async def _images(request: web.Request) -> web.Response:
         return await answer(lambda: _contents(body), _readers)
 
 
-def _contents(body: Look) -> dict[str, Any]:
-    folder = _folder(body.folder)
-    own, size = host.is_own_dataset(folder), body.size or FALLBACK_SIZE
-    about = {"folder": host.dataset_name(str(folder)), "own": own, "size": size, "images": [], "warnings": []}
+def _contents(body: Look) -> FolderContents:
+    folder, size, trigger = _folder(body.folder), body.size or FALLBACK_SIZE, body.trigger.strip()
+    own = host.is_own_dataset(folder)
+    shown: FolderContents = {
+        "folder": host.dataset_name(str(folder)) or body.folder,
+        "own": own,
+        "size": size,
+        "images": [],
+        "warnings": [],
+        "buckets": [],
+        "removed": [],
+        "check": editing.trigger_check({}, trigger),
+    }
     if not folder.is_dir():
-        return {**about, "buckets": [], "removed": [], "check": editing.trigger_check({}, body.trigger)}
+        return shown
     host.check_links(folder)
     # Captions with [trigger] are read before there is a trigger word; what stands for it is not shown.
-    fields = {"folder": str(folder), "trigger": body.trigger.strip() or TRIGGER, "resolution": body.size}
+    fields = {"folder": str(folder), "trigger": trigger or TRIGGER, "resolution": body.size}
     known = Remembered(cache_folder(host.jobs_folder()))
     try:
-        entries, found = editing.entries(DatasetConfig.parse(fields), size, known)
+        images, found = editing.entries(DatasetConfig.parse(fields), size, known)
     finally:
         known.save()
     batches = editing.removed(folder) if own else {}
-    return {
-        **about,
-        "images": [asdict(entry) for entry in entries],
+    shown |= {
+        "images": images,
         "warnings": found.warnings,
         "buckets": [{"width": w, "height": h, "count": n} for (w, h), n in bucket_counts(found, size)],
         "removed": [{"batch": batch, "names": names} for batch, names in batches.items()],
-        "check": editing.trigger_of_folder(entries, folder, body.trigger.strip()),
+        "check": editing.trigger_of_folder(images, folder, trigger),
     }
+    return shown
 
 
 def _folder(name: str) -> Path:
@@ -151,8 +212,8 @@ def _folder(name: str) -> Path:
 
 
 async def _thumbnail(request: web.Request) -> web.Response:
-    """`?folder=…&name=…&side=320`: the whole image, small. With `&v=…`, whatever it is, the browser may keep it."""
-    side = whole_number(request, "side", *SIDES) or SIDES[0]
+    """The whole image, small. With `&v=…`, whatever it is, the browser may keep it."""
+    side = whole_number(request, SIDE) or THUMBNAIL
     folder, name = (request.query.get(key, "") for key in ("folder", "name"))
     body = await in_thread(lambda: _small(folder, name, side), _painters)
     headers = {"Cache-Control": "private, max-age=86400, immutable" if "v" in request.query else "no-cache"}
@@ -215,3 +276,62 @@ async def _change(body: _Body, change: Callable[[Path], dict[str, Any] | None]) 
 
 def _lock(folder: str) -> asyncio.Lock:
     return _busy.setdefault(folder, asyncio.Lock())
+
+
+ROUTES = (
+    Route("get", "/chromakit/datasets", _folders, "The datasets, and which may be changed.", FolderList),
+    Route(
+        "post",
+        "/chromakit/datasets/images",
+        _images,
+        "Every image of a dataset with its crop, caption, warnings, and why it is skipped.",
+        FolderContents,
+        Look,
+        otherwise=400,
+    ),
+    Route(
+        "get",
+        "/chromakit/datasets/thumbnail",
+        _thumbnail,
+        "An image of a dataset, whole and small.",
+        "image/jpeg",
+        queries=QUERIES,
+        otherwise=404,
+    ),
+    Route(
+        "post",
+        "/chromakit/datasets/captions",
+        _captions,
+        "Writes captions, all or none, and none over what was not seen.",
+        dict[str, Any],
+        Captions,
+        otherwise=400,
+    ),
+    Route(
+        "post",
+        "/chromakit/datasets/crops",
+        _crops,
+        "Says where images are cropped.",
+        dict[str, Any],
+        Crops,
+        otherwise=400,
+    ),
+    Route(
+        "post",
+        "/chromakit/datasets/remove",
+        _remove,
+        "Takes images out of a dataset, with captions and masks; nothing is deleted.",
+        Removed,
+        Names,
+        otherwise=400,
+    ),
+    Route(
+        "post",
+        "/chromakit/datasets/restore",
+        _restore,
+        "Brings back what was taken out.",
+        Restored,
+        Batch,
+        otherwise=400,
+    ),
+)

@@ -6,23 +6,16 @@ from typing import Any, get_type_hints
 
 from aiohttp import web
 
+from ...chroma_core.errors import did_you_mean
 from ...chroma_core.memory import Settings, estimate
+from ...chroma_core.memory.table import MemoryEstimate
 from ...chroma_core.training.config.recipes import recipes_as_json
 from .. import host, while_training
-from .common import Malformed, add, answer, json_of, refused
+from .common import Malformed, Route, answer, json_of, refused
 
 PLAN = get_type_hints(Settings)
 """What `GET /chromakit/plan` takes in its query, all optional: whole numbers, true or false, and else names."""
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
-
-
-def register(routes: Any) -> None:
-    """Add the routes to ComfyUI's table."""
-    add(routes, "get", "/chromakit/plan", _plan, otherwise=400)
-    add(routes, "get", "/chromakit/memory", _memory)
-    add(routes, "get", "/chromakit/settings", _settings)
-    add(routes, "post", "/chromakit/settings", _change_settings, otherwise=400)
-    add(routes, "get", "/chromakit/recipes", _recipes)
 
 
 async def _plan(request: web.Request) -> web.Response:
@@ -33,7 +26,7 @@ async def _plan(request: web.Request) -> web.Response:
 
 def _setting(name: str, text: str) -> Any:
     if name not in PLAN:
-        raise Malformed(f"The plan knows no '{name}'. It takes: {', '.join(PLAN)}.")
+        raise Malformed(f"The plan knows no '{name}'. It takes: {', '.join(PLAN)}.{did_you_mean(name, PLAN)}")
     if PLAN[name] is bool and text.lower() in TRUTH:
         return TRUTH[text.lower()]
     if PLAN[name] is bool:
@@ -62,3 +55,42 @@ async def _change_settings(request: web.Request) -> web.Response:
         return await answer(lambda: while_training.change(values))
     except OSError as error:
         return refused(507, f"The settings could not be written, and stay as they were: {error}.")
+
+
+ROUTES = (
+    Route(
+        "get",
+        "/chromakit/recipes",
+        _recipes,
+        "Options to begin with, by what is to be learnt, and where each number comes from.",
+        dict[str, Any],
+    ),
+    Route(
+        "get",
+        "/chromakit/plan",
+        _plan,
+        "How much memory settings need on this machine.",
+        MemoryEstimate,
+        queries=Settings,
+        otherwise=400,
+    ),
+    Route(
+        "get", "/chromakit/memory", _memory, "The device, its memory, and what is kept loaded there.", host.MemoryReport
+    ),
+    Route(
+        "get",
+        "/chromakit/settings",
+        _settings,
+        "What prompts do while a job trains, and what can be chosen.",
+        while_training.Chosen,
+    ),
+    Route(
+        "post",
+        "/chromakit/settings",
+        _change_settings,
+        "Chooses what prompts do while a job trains.",
+        while_training.Chosen,
+        while_training.Choice,
+        otherwise=400,
+    ),
+)

@@ -43,6 +43,7 @@ type HostApp = Omit<ComfyApp, "registerExtension" | "extensionManager" | "ui"> &
 
 type HostApi = ComfyApi & {
   addEventListener(type: "chromakit.job", listener: (event: CustomEvent<Job>) => void): void;
+  addEventListener(type: "chromakit.prompt_half", listener: (event: CustomEvent<Half>) => void): void;
   addEventListener(type: "chromakit.job.deleted", listener: (event: CustomEvent<{ id: string }>) => void): void;
   addEventListener(type: "chromakit.settings", listener: (event: CustomEvent<HostSettings>) => void): void;
 };
@@ -263,6 +264,11 @@ interface Curve {
   verdict: Verdict | null;
   token: string;
   continued: boolean;
+}
+
+interface Half {
+  prompt_id: string;
+  problems: { node: string; title: string; error: string }[];
 }
 
 interface HostSettings {

@@ -42,7 +42,7 @@ def folder(tmp_path):
 
 def seen(folder, **options):
     config = DatasetConfig(folder=str(folder), trigger="zxq", resolutions=(64,), **options)
-    return {entry.name: entry for entry in entries(config, 64, Remembered())[0]}
+    return {entry["name"]: entry for entry in entries(config, 64, Remembered())[0]}
 
 
 def tree(folder):
@@ -54,17 +54,17 @@ def test_every_image_is_listed_with_the_trainers_own_crop(folder):
     assert list(found) == ["a.png", "c.png", "d.png", "e.png", "sub/b.png"]
     bucket = choose_bucket(200, 100, 64)
     left, top, right, bottom = crop_box(200, 100, bucket)
-    assert (found["a.png"].size, found["a.png"].bucket) == ((200, 100), bucket)
-    assert found["a.png"].frame == (left / 200, top / 100, right / 200, bottom / 100)
-    assert (found["c.png"].twin, found["a.png"].twin, found["a.png"].caption) == ("a.png", "", "a red zxq")
-    assert found["d.png"].skipped == "no caption in d.txt" and found["d.png"].bucket is not None
-    assert "unreadable" in found["e.png"].skipped and found["e.png"].size is None
+    assert (found["a.png"]["size"], found["a.png"]["bucket"]) == ((200, 100), bucket)
+    assert found["a.png"]["frame"] == (left / 200, top / 100, right / 200, bottom / 100)
+    assert (found["c.png"]["twin"], found["a.png"]["twin"], found["a.png"]["caption"]) == ("a.png", "", "a red zxq")
+    assert found["d.png"]["skipped"] == "no caption in d.txt" and found["d.png"]["bucket"] is not None
+    assert "unreadable" in found["e.png"]["skipped"] and found["e.png"]["size"] is None
 
 
 def test_a_folder_without_anything_usable_is_shown_and_not_an_error(tmp_path):
     assert seen(tmp_path) == {}
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    assert seen(tmp_path)["a.png"].skipped
+    assert seen(tmp_path)["a.png"]["skipped"]
     with pytest.raises(DataError, match="None of the 1 images"):
         scan(DatasetConfig(folder=str(tmp_path)))
 
@@ -140,7 +140,7 @@ def test_a_moved_crop_is_what_is_trained_and_all_others_keep_their_entries(folde
     moved = {item.name: views_of(item, (64, 64), config) for item in scan(config).items}
     assert [view.crop for view in moved.pop("a.png")] == [0.25] and plain.pop("a.png")
     assert moved == plain and not any(view.extras() for views in moved.values() for view in views)
-    assert seen(folder)["a.png"].crop == 0.25
+    assert seen(folder)["a.png"]["crop"] == 0.25
     move_crops(folder, {"a.png": 0.5})
     assert json.loads((folder / "chromakit-crops.json").read_text())["crops"] == {}
 
@@ -150,7 +150,7 @@ def test_a_moved_crop_is_what_is_trained_and_all_others_keep_their_entries(folde
 )
 def test_a_damaged_file_of_crops_is_none(folder, text, caplog):
     (folder / "chromakit-crops.json").write_text(text)
-    assert seen(folder)["a.png"].crop == 0.5 and "crops are centred" in caplog.text
+    assert seen(folder)["a.png"]["crop"] == 0.5 and "crops are centred" in caplog.text
 
 
 def test_the_trigger_check_names_who_lacks_it_and_what_stands_for_it():

@@ -38,10 +38,10 @@ class Entry(TypedDict):
 
     name: relative to the folder, with forward slashes. size: width and height in pixels as displayed; None when it
     cannot be read. bucket: width and height in pixels that it is trained at. frame: what of it is trained: left, top,
-    right, bottom, as shares of its width and height. crop: where the frame lies on the overhang, 0..1. caption: the text
-    of its caption file, "" without one; None when that cannot be read. skipped: why it is not trained on; empty when it
-    is. notes: what to warn of. twin: the name of the first image with the same content, if that is another one.
-    version: changes when the file does.
+    right, bottom, as shares of its width and height. crop: where the frame lies on the overhang, 0..1. caption: the
+    text of its caption file, "" without one; None when that cannot be read. skipped: why it is not trained on; empty
+    when it is. notes: what to warn of. twin: the name of the first image with the same content, if that is another
+    one. version: changes when the file does.
     """
 
     name: str

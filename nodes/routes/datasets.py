@@ -193,13 +193,10 @@ def _contents(body: Look) -> FolderContents:
     finally:
         known.save()
     batches = editing.removed(folder) if own else {}
-    shown |= {
-        "images": images,
-        "warnings": found.warnings,
-        "buckets": [{"width": w, "height": h, "count": n} for (w, h), n in bucket_counts(found, size)],
-        "removed": [{"batch": batch, "names": names} for batch, names in batches.items()],
-        "check": editing.trigger_of_folder(images, folder, trigger),
-    }
+    shown["images"], shown["warnings"] = images, found.warnings
+    shown["buckets"] = [{"width": w, "height": h, "count": n} for (w, h), n in bucket_counts(found, size)]
+    shown["removed"] = [{"batch": batch, "names": names} for batch, names in batches.items()]
+    shown["check"] = editing.trigger_of_folder(images, folder, trigger)
     return shown
 
 

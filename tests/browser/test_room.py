@@ -15,6 +15,7 @@ from training_page import THEME, stop_all, until
 ROOT = Path(__file__).resolve().parents[2]
 AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
 OPEN = "() => window.app.extensionManager.command.execute('Chroma.OpenRoom')"
+TAB = "() => window.app.extensionManager.sidebarTab.toggleSidebarTab('chromakit')"
 SERIOUS = """async () => {
     const { violations } = await axe.run('.ck-room', { resultTypes: ['violations'] });
     const grave = violations.filter(each => ['serious', 'critical'].includes(each.impact));
@@ -135,7 +136,7 @@ def test_from_files_to_a_job(window, page: Any, desk: list[str]):
 
 def test_keys_and_focus(window, page: Any):
     """All by keyboard: the focus stays in the room, which no shortcut of the page's reaches, and returns."""
-    page.get_by_role("button", name="Chroma", exact=True).first.click()
+    page.evaluate(TAB)
     opener = page.locator(".ck-tab [data-action=room]")
     opener.focus()
     page.keyboard.press("Enter")
@@ -152,7 +153,7 @@ def test_keys_and_focus(window, page: Any):
     assert page.locator(".ck-room").is_visible()
     page.keyboard.press("Escape")
     assert page.locator(".ck-room").count() == 0 and 'data-action="room"' in page.evaluate(FOCUS)
-    page.get_by_role("button", name="Chroma", exact=True).first.click()
+    page.evaluate(TAB)
     assert window.ours == []
 
 

@@ -29,8 +29,9 @@ export class Folder {
     this.failed = failed;
     /** @type {FolderLook | null} */
     this.found = null;
-    this.busy = false;
     this.again = false;
+    /** @type {Promise<void> | null} */
+    this.loading = null;
     /** @type {Change[]} */
     this.done = [];
     /** @type {Change[]} */
@@ -43,22 +44,25 @@ export class Folder {
     return this.found?.images ?? [];
   }
 
-  /** Look at the folder; while that is going on, once more when it is over. */
-  async load() {
-    if (!this.name) return;
-    this.again = this.busy;
-    if (this.busy) return;
-    this.busy = true;
-    const { trigger, size } = this.room.view;
-    try {
-      this.found = await post("datasets/images", { folder: this.name, trigger, size });
-    } catch (error) {
-      this.failed(error);
-    } finally {
-      this.busy = false;
+  /** Look at the folder, as it is from now on: while that is going on already, once more when it is over. */
+  load() {
+    this.again = Boolean(this.name);
+    this.loading ??= this.#look();
+    return this.loading;
+  }
+
+  async #look() {
+    while (this.again) {
+      this.again = false;
+      const { trigger, size } = this.room.view;
+      try {
+        this.found = await post("datasets/images", { folder: this.name, trigger, size });
+      } catch (error) {
+        this.failed(error);
+      }
+      this.changed();
     }
-    this.changed();
-    if (this.again) await this.load();
+    this.loading = null;
   }
 
   /**

@@ -105,6 +105,7 @@ export class Uploads {
       else this.failures.push({ name: file.name, why: t("room.images.no_such_image") });
     }
     await folder.write(captions, t("room.images.did_upload"));
+    await folder.load();
   }
 }
 

@@ -45,11 +45,11 @@ def desk(tmp_path: Path) -> list[str]:
     sizes = {"wide.jpg": (120, 70), "tall.png": (60, 100), "square.webp": (80, 80), "plain.png": (64, 64)}
     for i, (name, size) in enumerate(sizes.items()):
         Image.new("RGB", size, (60 * i, 200 - 40 * i, 90)).save(tmp_path / name)
-    (tmp_path / "twin.jpg").write_bytes((tmp_path / "wide.jpg").read_bytes())
+    (tmp_path / "wide2.jpg").write_bytes((tmp_path / "wide.jpg").read_bytes())
     (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "clip.mp4").write_bytes(b"no image either")
     texts = {"wide": "a zxq star, red, wide", "tall": "a sks star, green, tall", "square": "a zxq star, blue"}
-    for name, text in {**texts, "twin": "a zxq star", "lost": "of no image"}.items():
+    for name, text in {**texts, "wide2": "a zxq star", "lost": "of no image"}.items():
         (tmp_path / f"{name}.txt").write_text(text)
     return [str(path) for path in sorted(tmp_path.iterdir())]
 
@@ -100,7 +100,7 @@ def test_from_files_to_a_job(window, page: Any, desk: list[str]):
     page.get_by_role("button", name="Take the copy out").click()
     page.get_by_role("button", name="Take it out").click()
     saw(lambda: "4 images: 4 trained, 0 skipped" in page.locator(".ck-summary").inner_text(), "four images")
-    assert not (folder / "twin.jpg").exists() and len(list((folder / ".removed").rglob("twin.*"))) == 2
+    assert not (folder / "wide2.jpg").exists() and len(list((folder / ".removed").rglob("wide2.*"))) == 2
 
     frame = page.locator("[data-name='wide.jpg'] .ck-crop")
     frame.focus()
@@ -117,9 +117,9 @@ def test_from_files_to_a_job(window, page: Any, desk: list[str]):
 
     page.get_by_role("button", name="Next: Aim").click()
     page.locator("[data-aim=object]").click()
-    page.get_by_label("Model").select_option("tiny")
-    page.get_by_label("Steps").fill("2")
-    page.get_by_label("Preview prompts").fill("a [trigger] comet")
+    page.locator("[data-field=flavour]").select_option("tiny")
+    page.locator("[data-field=steps]").fill("2")
+    page.locator("[data-field=prompts]").fill("a [trigger] comet")
     page.get_by_text("Best for training").wait_for()
     assert "4 images are few; 8 or more are advised." in page.locator(".ck-needs").inner_text()
     window.screenshot("room_3_aim")
@@ -171,7 +171,8 @@ def test_nothing_grave_is_found_by_axe(window, page: Any, desk: list[str]):
             page.locator(there).first.wait_for()
             window.screenshot(f"room_{theme}_{step}")
             found[theme, step] = page.evaluate(SERIOUS)
-    assert {where: what for where, what in found.items() if what} == {}
+    grave = {where: what for where, what in found.items() if what}
+    assert grave == {}, grave
 
 
 def test_a_narrow_window_and_a_zoom_hide_nothing(window, page: Any, desk: list[str]):

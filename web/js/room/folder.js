@@ -32,6 +32,8 @@ export class Folder {
     this.again = false;
     /** @type {Promise<void> | null} */
     this.loading = null;
+    /** @type {Promise<unknown>} */
+    this.queue = Promise.resolve();
     /** @type {Change[]} */
     this.done = [];
     /** @type {Change[]} */
@@ -70,13 +72,15 @@ export class Folder {
    * @param {Record<string, string>} texts
    * @param {string} label what is undone with it, in words
    */
-  async write(texts, label) {
-    const now = new Map(this.images.map(({ name, caption }) => [name, caption]));
-    const news = Object.entries(texts).map(([name, text]) => [name, plain(text)]).filter(([name, text]) => now.get(name) !== text);
-    if (!news.length) return;
-    const after = /** @type {Record<string, string>} */ (Object.fromEntries(news));
-    const before = Object.fromEntries(Object.keys(after).map((name) => [name, now.get(name) ?? ""]));
-    await this.#do({ label, forth: () => this.#captions(after, before), back: () => this.#captions(before, after) });
+  write(texts, label) {
+    return this.#next(async () => {
+      const now = new Map(this.images.map(({ name, caption }) => [name, caption]));
+      const news = Object.entries(texts).map(([name, text]) => [name, plain(text)]).filter(([name, text]) => now.get(name) !== text);
+      if (!news.length) return;
+      const after = /** @type {Record<string, string>} */ (Object.fromEntries(news));
+      const before = Object.fromEntries(Object.keys(after).map((name) => [name, now.get(name) ?? ""]));
+      await this.#do({ label, forth: () => this.#captions(after, before), back: () => this.#captions(before, after) });
+    });
   }
 
   /** @param {Record<string, string>} captions @param {Record<string, string>} seen */
@@ -89,7 +93,7 @@ export class Folder {
   move(name, crop, label) {
     const before = this.images.find((image) => image.name === name)?.crop ?? 0.5;
     const to = (/** @type {number} */ at) => () => this.#post("crops", { crops: { [name]: at } });
-    return this.#do({ label, forth: to(crop), back: to(before) });
+    return this.#next(() => this.#do({ label, forth: to(crop), back: to(before) }));
   }
 
   /**
@@ -99,41 +103,51 @@ export class Folder {
    */
   remove(names, label) {
     let batch = "";
-    return this.#do({
-      label,
-      forth: async () => (batch = (await this.#post("remove", { names })).batch),
-      back: () => this.#post("restore", { batch }),
-    });
+    const forth = async () => (batch = (await this.#post("remove", { names })).batch);
+    return this.#next(() => this.#do({ label, forth, back: () => this.#post("restore", { batch }) }));
   }
 
   /** @param {string} batch */
-  async restore(batch) {
-    await this.#tried(() => this.#post("restore", { batch }));
+  restore(batch) {
+    return this.#next(() => this.#tried(() => this.#post("restore", { batch })));
   }
 
-  /** Take back what was done last, and do it again. */
-  async undo() {
-    const last = this.done.at(-1);
-    if (!last || !(await this.#tried(last.back))) return;
-    this.done.pop();
-    this.undone.push(last);
-    this.changed();
+  /** Take back what was done last. */
+  undo() {
+    return this.#again(this.done, this.undone, "back");
   }
 
-  async redo() {
-    const last = this.undone.at(-1);
-    if (!last || !(await this.#tried(last.forth))) return;
-    this.undone.pop();
-    this.done.push(last);
-    this.changed();
+  /** Do what was taken back last. */
+  redo() {
+    return this.#again(this.undone, this.done, "forth");
+  }
+
+  /** @param {Change[]} from @param {Change[]} to @param {"back" | "forth"} way */
+  #again(from, to, way) {
+    return this.#next(async () => {
+      const last = from.at(-1);
+      if (!last || !(await this.#tried(last[way]))) return;
+      from.pop();
+      to.push(last);
+      this.changed();
+    });
   }
 
   /** @param {Change} change */
   async #do(change) {
     if (!(await this.#tried(change.forth))) return;
     this.done.push(change);
-    this.undone = [];
+    this.undone.length = 0;
     this.changed();
+  }
+
+  /**
+   * One change after another: each counts on what the one before has left.
+   * @param {() => Promise<unknown>} work
+   */
+  #next(work) {
+    this.queue = this.queue.then(work);
+    return this.queue;
   }
 
   /** @param {() => Promise<unknown>} work */

@@ -23,7 +23,7 @@ from ..chroma_core.data.contact_sheet import (
     thumbnail,
 )
 from ..chroma_core.data.dataset import DatasetConfig
-from ..chroma_core.data.pictures import Picture
+from ..chroma_core.data.images import DatasetImage
 from ..chroma_core.data.remembered import Remembered
 from ..chroma_core.data.scan import DatasetScan, scan
 from ..chroma_core.data.warnings import image_warnings
@@ -173,7 +173,7 @@ def facts(found: DatasetScan, size: int, judged_by: int) -> DatasetFacts:
     }
 
 
-def _shown(item: Picture, found: DatasetScan, size: int, warnings: list[str]) -> Shown:
+def _shown(item: DatasetImage, found: DatasetScan, size: int, warnings: list[str]) -> Shown:
     image = thumbnail(item, found, size, SIDE)
     caption = next(iter(item.captions), "")
     return {

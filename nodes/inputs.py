@@ -97,7 +97,7 @@ def value_of(widget: Any, value: Any) -> Any:
 def chosen_of(widget: Any, value: Any) -> Any:
     """`value_of`, and a combo's value is among its options. Raises ConfigError."""
     if isinstance(widget, io.Combo.Input):
-        check_choice(widget.id, value, widget.options or ())
+        check_choice(widget.id, value, map(str, widget.options or ()))
     return value_of(widget, value)
 
 

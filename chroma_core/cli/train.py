@@ -177,13 +177,16 @@ def template_options(template: argparse.ArgumentParser) -> None:
 def init_options(init: argparse.ArgumentParser) -> None:
     """What init is asked."""
     from ..loading.spec import ModelSpec
+    from ..training.config.recipes import RECIPE_TABLE
 
     init.add_argument("images", type=Path, help="the folder with the images and their captions")
     init.add_argument("--output", type=Path, default=Path("job.toml"), help="the file to write (default: job.toml)")
     init.add_argument("--name", default=None, help="the LoRA's (default: the folder's)")
     init.add_argument("--trigger", default="", help="the word that will call the concept")
+    recipes = list(RECIPE_TABLE)
+    init.add_argument("--recipe", choices=recipes, help="options for what is to be learnt (see docs/recipes.md)")
     for field in ("flavour", "transformer", "text_encoder", "vae"):
-        add_flag(init, ModelSpec, field)
+        add_flag(init, ModelSpec, field, default=None)
     init.set_defaults(run=_init)
 
 
@@ -194,26 +197,33 @@ def _init(options: argparse.Namespace) -> None:
     from ..memory.plan import Settings, recommend
     from ..model.flavours import flavour
     from ..training.config import TrainingConfig
+    from ..training.config.recipes import RECIPE_TABLE
     from ..training.config.template import job_template
 
-    place, size = options.output.resolve().parent, flavour(options.flavour).size
+    place = options.output.resolve().parent
+    recipe = RECIPE_TABLE[options.recipe].options if options.recipe else {}
+    begun = {path: value for path, (value, _) in recipe.items()}
+    chosen = options.flavour or begun.get("model.flavour", "base")
+    size = flavour(chosen).size
     found = scan(DatasetConfig(folder=str(options.images), trigger=options.trigger), size)
-    advised = recommend(Settings(flavour=options.flavour), purpose="training")
+    own = {name: begun[path] for name, path in (("rank", "lora.rank"), ("batch_size", "batch_size")) if path in begun}
+    advised = recommend(Settings(flavour=chosen, **own), purpose="training")
     parts = ("transformer", "text_encoder", "vae")
     files = {f"model.{part}": _from(place, Path(path)) for part in parts if (path := getattr(options, part))}
     placed = ("precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
     values: dict[str, Any] = {
+        "hold_out": 0.1,
+        **begun,
         "name": options.name or options.images.resolve().name,
-        "model.flavour": options.flavour,
+        "model.flavour": chosen,
         **files,
         **{f"model.{name}": getattr(advised, name) for name in placed},
         "gradient_checkpointing": advised.gradient_checkpointing,
         "dataset.folder": _from(place, options.images),
         "dataset.trigger": options.trigger,
-        "hold_out": 0.1,
     }
     text = job_template(values)
-    TrainingConfig.from_text(text, options.output)
+    TrainingConfig.from_text(text, options.output).preview_list()
     _write_new(options.output, text)
     print(options.output, summary(found, size), advised.sentence, sep="\n")
 

@@ -19,7 +19,7 @@ from ..files import replace, write_atomic, write_json
 from .buckets import choose_bucket, crop_box
 from .captions import contains_trigger, read_captions
 from .dataset import DatasetConfig
-from .pictures import PictureFacts, UnreadablePicture, picture_extensions
+from .images import ImageFacts, UnreadableImage, image_extensions
 from .remembered import Remembered
 from .scan import DatasetScan, scan
 from .views import CENTRE, CROPS, CROPS_FORMAT, is_mask, mask_file, read_crops
@@ -90,7 +90,7 @@ def entries(config: DatasetConfig, size: int, known: Remembered) -> tuple[list[E
         path, facts, digest = folder / name, None, ""
         try:
             facts, digest = known.facts(path)
-        except (OSError, UnreadablePicture):
+        except (OSError, UnreadableImage):
             pass  # which is why it is skipped
         first = firsts.setdefault(digest, name) if digest else name
         crop = crops.get(name, CENTRE)
@@ -113,7 +113,7 @@ def entries(config: DatasetConfig, size: int, known: Remembered) -> tuple[list[E
 
 
 def _frame(
-    facts: PictureFacts, config: DatasetConfig, resolution: int, crop: float
+    facts: ImageFacts, config: DatasetConfig, resolution: int, crop: float
 ) -> tuple[tuple[int, int], tuple[float, float, float, float]]:
     width, height = facts.width, facts.height
     bucket = choose_bucket(width, height, resolution, config.alignment, config.upscale)
@@ -132,7 +132,7 @@ def _version(path: Path) -> str:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def picture_path(folder: Path, name: str) -> Path:
+def image_path(folder: Path, name: str) -> Path:
     """The image of that name in a dataset folder. Raises DataError for any other file, and for one that a link to
     another place leads to."""
     parts = name.split("/")
@@ -140,7 +140,7 @@ def picture_path(folder: Path, name: str) -> Path:
         path = folder.joinpath(*parts)
         ours = (
             not any(part.startswith(".") or not part or "\\" in part for part in parts)
-            and path.suffix.lower() in picture_extensions()
+            and path.suffix.lower() in image_extensions()
             and path.is_file()
             and path.parent.resolve().is_relative_to(folder.resolve())
         )
@@ -151,13 +151,11 @@ def picture_path(folder: Path, name: str) -> Path:
     return path
 
 
-def caption_path(picture: Path) -> Path:
+def caption_path(image: Path) -> Path:
     """Where an image's caption stands, or would: `.txt`, however its ending is spelt. Raises DataError for a link."""
-    path = picture.with_suffix(CAPTION)
+    path = image.with_suffix(CAPTION)
     if not path.exists():
-        spelt = (
-            other for other in picture.parent.glob(f"{_literal(picture.stem)}.*") if other.suffix.lower() == CAPTION
-        )
+        spelt = (other for other in image.parent.glob(f"{_literal(image.stem)}.*") if other.suffix.lower() == CAPTION)
         path = next(spelt, path)
     if path.is_symlink():
         raise DataError(f"The caption '{path.name}' is a link to another file. Copy that file into the dataset.")
@@ -168,10 +166,10 @@ def _literal(text: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", text)
 
 
-def caption_text(picture: Path) -> str | None:
+def caption_text(image: Path) -> str | None:
     """The text of an image's caption file with plain line ends, "" without one; None when it cannot be read."""
     try:
-        text = caption_path(picture).read_bytes().decode("utf-8-sig")
+        text = caption_path(image).read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError, DataError):
@@ -197,7 +195,7 @@ def write_captions(folder: Path, texts: Mapping[str, str], seen: Mapping[str, st
         ConfigError: a text that no file can hold.
     """
     check_text(dict(texts))
-    files = {name: caption_path(picture_path(folder, name)) for name in texts}
+    files = {name: caption_path(image_path(folder, name)) for name in texts}
     other = [name for name in texts if name in seen and caption_text(folder / name) != seen[name]]
     if other:
         raise Changed(
@@ -211,7 +209,7 @@ def write_captions(folder: Path, texts: Mapping[str, str], seen: Mapping[str, st
 def move_crops(folder: Path, crops: Mapping[str, float]) -> None:
     """Say where images are cropped, from 0 (left or top) to 1. Raises DataError for a name that is no image."""
     for name in crops:
-        picture_path(folder, name)
+        image_path(folder, name)
     now = {**read_crops(folder), **{name: round(min(1.0, max(0.0, at)), 4) for name, at in crops.items()}}
     path = folder / CROPS
     if path.is_symlink():
@@ -224,13 +222,13 @@ def set_aside(folder: Path, names: Sequence[str]) -> str:
 
     A caption that an image of another format shares stays with that one. Raises DataError for a name that is none.
     """
-    moved = [picture_path(folder, name) for name in dict.fromkeys(names)]
+    moved = [image_path(folder, name) for name in dict.fromkeys(names)]
     if not moved:
         raise DataError("No image is named. Name at least one.")
     leaving, files = set(moved), list(moved)
     for path in moved:
         others = path.parent.glob(f"{_literal(path.stem)}.*")
-        if not any(other.suffix.lower() in picture_extensions() and other not in leaving for other in others):
+        if not any(other.suffix.lower() in image_extensions() and other not in leaving for other in others):
             files += [each for each in (caption_path(path), mask_file(path)) if each.is_file() and not is_mask(path)]
     root = _removed_folder(folder)
     batch = str(1 + max((int(each.name) for each in root.glob("*") if each.name.isdecimal()), default=0))
@@ -257,7 +255,7 @@ def bring_back(folder: Path, batch: str) -> list[str]:
         _move(path, folder, name)
     for where in sorted((path for path in (root, *root.rglob("*")) if path.is_dir()), reverse=True):
         where.rmdir()
-    return [name for path, name in zip(files, names, strict=True) if _is_picture(path)]
+    return [name for path, name in zip(files, names, strict=True) if _is_image(path)]
 
 
 def removed(folder: Path) -> dict[str, list[str]]:
@@ -265,14 +263,14 @@ def removed(folder: Path) -> dict[str, list[str]]:
     root = folder / REMOVED
     batches = sorted((each for each in root.glob("*") if each.name.isdecimal()), key=lambda each: -int(each.name))
     found = {
-        batch.name: sorted(path.relative_to(batch).as_posix() for path in batch.rglob("*") if _is_picture(path))
+        batch.name: sorted(path.relative_to(batch).as_posix() for path in batch.rglob("*") if _is_image(path))
         for batch in batches
     }
     return {batch: names for batch, names in found.items() if names}
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in picture_extensions() and not is_mask(path)
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in image_extensions() and not is_mask(path)
 
 
 def _removed_folder(folder: Path) -> Path:

@@ -10,6 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,18 +106,23 @@ def tell_of_halves(ours: str) -> None:
     async def middleware(request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
         response = await handler(request)
         if _is_prompt(request) and response.status == 200 and isinstance(response, web.Response):
-            answer, prompt = json.loads(response.text or "{}"), (await _asked(request))[0] or {}
-            mine = any(str(node.get("class_type")).startswith(ours) for node in prompt.values())
-            if mine and (found := answer.get("node_errors")):
-                problems = [_problem(key, each, prompt.get(key, {})) for key, each in found.items()]
-                words = "; ".join(f"{each['title']} ({each['node']}): {each['error']}" for each in problems)
-                log.warning("ChromaKit: only a part of prompt %s runs. %s", answer["prompt_id"], words)
-                if client := (await request.json()).get("client_id"):
-                    told_of = told({"prompt_id": answer["prompt_id"], "problems": problems})
-                    PromptServer.instance.send_sync(HALF, told_of, client)
+            with suppress(AttributeError, KeyError, TypeError, ValueError):  # what another version answers
+                _tell_of_half(json.loads(response.text or "{}"), await request.json(), ours)
         return response
 
     _watch(middleware)
+
+
+def _tell_of_half(answer: dict[str, Any], asked: dict[str, Any], ours: str) -> None:
+    prompt, found = asked["prompt"], answer.get("node_errors")
+    if not found or not any(node["class_type"].startswith(ours) for node in prompt.values()):
+        return
+    problems = [_problem(key, each, prompt[key]) for key, each in found.items()]
+    words = "; ".join(f"{each['title']} ({each['node']}): {each['error']}" for each in problems)
+    log.warning("ChromaKit: only a part of prompt %s runs. %s", answer["prompt_id"], words)
+    if client := asked.get("client_id"):
+        half = told({"prompt_id": answer["prompt_id"], "problems": problems})
+        PromptServer.instance.send_sync(HALF, half, client)
 
 
 def _problem(key: str, found: dict[str, Any], node: dict[str, Any]) -> dict[str, str]:

@@ -122,6 +122,8 @@ def add(routes: Any, route: Route) -> None:
         except ChromaKitError as error:
             status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), route.otherwise)
             return refused(status, error)
+        except RecursionError:
+            return refused(400, "The request cannot be used: it is nested too deeply.")
 
     getattr(routes, route.method)(route.path)(in_words)
 

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from ...chroma_core.data import editing
 from ...chroma_core.data.contact_sheet import bucket_counts
 from ...chroma_core.data.dataset import DatasetConfig
-from ...chroma_core.data.pictures import UnreadablePicture, load_picture, picture_extensions
+from ...chroma_core.data.images import UnreadableImage, image_extensions, load_image
 from ...chroma_core.data.remembered import Remembered
 from ...chroma_core.errors import DataError
 from ...chroma_core.model.flavours import FLAVOURS
@@ -159,7 +159,7 @@ def _folder_list() -> FolderList:
     folders: list[FolderName] = [
         {"name": name, "own": host.is_own_dataset(host.dataset_folder(name))} for name in host.dataset_names()
     ]
-    return {"folders": folders, "endings": sorted(picture_extensions()), "sizes": list(SIZES)}
+    return {"folders": folders, "endings": sorted(image_extensions()), "sizes": list(SIZES)}
 
 
 async def _images(request: web.Request) -> web.Response:
@@ -219,11 +219,11 @@ async def _thumbnail(request: web.Request) -> web.Response:
 
 def _small(folder: str, name: str, side: int) -> bytes:
     where = host.dataset_folder(folder)
-    path = editing.picture_path(where, name)
+    path = editing.image_path(where, name)
     host.check_link(where, path)
     try:
-        image = load_picture(path, least=2 * side)
-    except UnreadablePicture as error:
+        image = load_image(path, least=2 * side)
+    except UnreadableImage as error:
         raise Unknown(f"The image '{name}' cannot be read: {error}.") from error
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     stream = BytesIO()

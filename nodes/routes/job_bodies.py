@@ -4,11 +4,10 @@ ComfyUI's lists name them, or as a job's status tells them. No other file can be
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
-from ...chroma_core.errors import ConfigError, JobError, check_text, shortened
+from ...chroma_core.errors import ConfigError, JobError, LoraError, check_text, shortened
 from ...chroma_core.loading.hub import is_here
 from ...chroma_core.loading.model_files import ModelPart, in_checkpoint
 from ...chroma_core.loading.spec import ModelSpec
@@ -20,15 +19,16 @@ from .common import Malformed, lora_name
 
 
 def job_from(body: Any) -> TrainingConfig:
-    """The job that a body describes, with the checks of the nodes: its files and datasets are looked at.
+    """The job that a body describes, with the checks of the nodes: its files and datasets are looked at. The body
+    is then of no more use.
 
-    Raises ConfigError, DataError, ModelFileError, LoraError and PromptError as the nodes do, for a path too, and
-    JobError for a published model that is not on this machine: that is fetched where one sees it come and can cancel.
+    Raises ConfigError, DataError, ModelFileError and PromptError as the nodes do, for a path too, and JobError for a
+    published model that is not on this machine: that is fetched where one sees it come and can cancel.
     """
     if not isinstance(body, dict):
         raise Malformed("The request's body must be a JSON object: a job with its name, dataset and other options.")
     check_text(body, "This job cannot be used: ")
-    body, found = copy.deepcopy(body), set[str]()
+    found: set[str] = set()
     for table, key, real in _places(body):
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str(real(table[key]))
@@ -36,10 +36,10 @@ def job_from(body: Any) -> TrainingConfig:
     config = TrainingConfig.parse(body)
     assert set().union(*paths_in(config).values()) <= found, "a path that nobody looked at"
     _check_here(config.model)
-    config = config.model_copy(update={"model": loaders.checked(config.model)[0]})
+    config = training.checked(config.model_copy(update={"model": loaders.checked(config.model)[0]}))
     for dataset in datasets_of(config):
         look(dataset, config.resolution)
-    return training.checked(config)
+    return config
 
 
 def paths_in(config: TrainingConfig) -> dict[str, set[str]]:
@@ -84,7 +84,10 @@ def _dataset(name: str) -> Any:
 
 
 def _lora(name: str) -> Any:
-    return host.lora_path(lora_name(_name(name, host.lora_names(), host.lora_path)))
+    try:
+        return host.lora_path(lora_name(_name(name, host.lora_names(), host.lora_path)))
+    except LoraError as error:
+        raise ConfigError(f"lora.start_from: {error}{'' if str(error).endswith('?') else '.'}") from error
 
 
 def _name(given: str, names: Iterable[str], path_of: Callable[[str], Any]) -> str:

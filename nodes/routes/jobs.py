@@ -15,8 +15,8 @@ from PIL import Image
 from pydantic import StrictBool, StrictFloat, StrictInt
 from typing_extensions import TypedDict
 
-from ...chroma_core.data.dataset import Settings
 from ...chroma_core.errors import ConfigError, did_you_mean
+from ...chroma_core.settings import Settings
 from ...chroma_core.training.config import TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
 from ...chroma_core.training.jobs.curve import CurveData
@@ -77,7 +77,7 @@ class Change(Settings):
     force: StrictBool = False
 
 
-class Choice(Settings):
+class Use(Settings):
     """The body of `use`: the LoRA of this step; 0: of the best."""
 
     step: StrictInt = 0
@@ -106,7 +106,6 @@ class JobAnswer(JobStatus):
 async def _create(request: web.Request) -> web.Response:
     """The job with these options, begun if there is none: 202 while it is at work, 200 when it is over."""
     body, if_exists = await json_of(request), request.query.get("if_exists", "keep")
-
     status = await in_thread(lambda: jobs.manager().ensure(job_from(body), cast(IfExists, if_exists)).status())
     host.log.info("ChromaKit: a job was posted: %s", status["id"])
     made = {**status, "status_url": f"/chromakit/jobs/{status['id']}"}
@@ -117,6 +116,11 @@ async def _list(request: web.Request) -> web.Response:
     """Newest first; `?brief=true` without what only one who looks into a job needs."""
     brief = request.query.get("brief") == "true"
     return await answer(lambda: [job.summary() if brief else job.status() for job in jobs.manager().list()])
+
+
+async def _unreadable(request: web.Request) -> web.Response:
+    """Folders of jobs that are left alone, each with the reason."""
+    return await answer(lambda: [{"id": name, "error": why} for name, why in jobs.manager().unreadable().items()])
 
 
 async def _one(request: web.Request) -> web.Response:
@@ -171,7 +175,7 @@ def _as_they_are(changes: Any, config: TrainingConfig) -> Any:
 
 async def _use(request: web.Request) -> web.Response:
     """The LoRA of a step is put into the LoRA folder; the job's status, which says under which name."""
-    body = await body_of(request, Choice)
+    body = await body_of(request, Use)
 
     def use() -> JobStatus:
         job = job_of(request)
@@ -260,6 +264,13 @@ async def _graph(request: web.Request) -> web.Response:
     return await answer(lambda: make(job_of(request)))
 
 
+class LeftAlone(TypedDict):
+    """A folder of a job that cannot be read, and why."""
+
+    id: str
+    error: str
+
+
 class Deleted(TypedDict):
     """The job that is gone."""
 
@@ -282,10 +293,11 @@ ROUTES = (
     Route(
         "get", "/chromakit/jobs", _list, "The jobs, newest first.", list[JobStatus] | list[JobSummary], queries=(BRIEF,)
     ),
+    Route("get", "/chromakit/jobs/unreadable", _unreadable, "Folders of jobs that are left alone.", list[LeftAlone]),
     Route("get", "/chromakit/jobs/{id}", _one, "A job's status.", JobStatus),
     Route("post", "/chromakit/jobs/{id}/change", _change, "Goes on with a job under other options.", JobStatus, Change),
     Route("post", "/chromakit/jobs/{id}/extend", _extend, "Gives a job more steps.", JobStatus, Extension),
-    Route("post", "/chromakit/jobs/{id}/use", _use, "Puts the LoRA of a step into the LoRA folder.", JobStatus, Choice),
+    Route("post", "/chromakit/jobs/{id}/use", _use, "Puts the LoRA of a step into the LoRA folder.", JobStatus, Use),
     Route("post", "/chromakit/jobs/{id}/branch", _branch, "A new job from a step, at another rate.", JobStatus, Branch),
     Route(
         "post", "/chromakit/jobs/{id}/delete", _delete, "Deletes a job that is not at work; its LoRA stays.", Deleted

@@ -1,34 +1,41 @@
-"""HTTP for what nodes show before anything runs: datasets, noise levels, the memory plan. Nothing changes a state.
+"""HTTP for what nodes show before anything runs (datasets, noise levels, the memory plan) and for this ComfyUI: its
+memory, and the setting of what prompts do while a job trains, the only state that is changed here.
 
-Each takes the values of a node's widgets by name and computes with the very functions that the node runs.
+What a node shows is computed from the values of its widgets by name, with the very functions that the node runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_type_hints
 from weakref import WeakValueDictionary
 
 from aiohttp import web
 from comfy_api.latest import io
 from typing_extensions import TypedDict
 
-from ...chroma_core.memory import Settings, memory_plan
+from ...chroma_core.errors import did_you_mean
+from ...chroma_core.memory import Settings, estimate, memory_plan
+from ...chroma_core.memory.table import MemoryEstimate
 from ...chroma_core.model.flavours import FLAVOURS
 from ...chroma_core.model.latents import snap_size
 from ...chroma_core.sampling.schedule import SigmaSettings, sigma_density
+from ...chroma_core.training.config.recipes import recipes_as_json
 from ...chroma_core.training.step.optimizers import Schedule
-from .. import host
+from .. import host, while_training
 from ..dataset import ChromaDataset
 from ..dataset_preview import FALLBACK_SIZE, DatasetLook, DatasetPreviews
 from ..dataset_widgets import config_from
 from ..loaders import ChromaLoadModel
 from ..schedule import ChromaTailSigmas, sigmas_of
 from ..settings import ChromaTrainingSettings, sigma_fields
-from .common import Route, answer, in_thread, inputs_of, json_of, read_widgets, refused
+from .common import Malformed, Route, answer, in_thread, inputs_of, json_of, read_widgets, refused
 
-PLAN = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
+PLAN_WIDGETS = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
+PLAN = get_type_hints(Settings)
+"""What `GET /chromakit/plan` takes in its query, all optional: whole numbers, true or false, and else names."""
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
 DENSITY = (
     "sigma_draw", "sigma_remap", "sigma_scale", "sigma_shift", "sigma_shift_value", "sigma_minimum", "sigma_maximum",
     "sigma_shift_first", "warmup_steps", "lr_schedule", "lr_cycles", "lr_power",
@@ -158,7 +165,7 @@ async def _plan_rows(request: web.Request) -> web.Response:
 
 def _plan_inputs() -> list[Any]:
     own = inputs_of(ChromaLoadModel)
-    return [*(own[name] for name in PLAN), io.Int.Input("size", default=0, min=0, max=4096)]
+    return [*(own[name] for name in PLAN_WIDGETS), io.Int.Input("size", default=0, min=0, max=4096)]
 
 
 def _rows(body: object) -> PlanRows:
@@ -177,6 +184,45 @@ def _rows(body: object) -> PlanRows:
         "sentences": [plan.sampling.sentence, plan.training.sentence],
         "recommended": [plan.sampling.to_dict(), plan.training.to_dict()],
     }
+
+
+async def _plan(request: web.Request) -> web.Response:
+    """The memory estimate for the query's settings; see `PLAN`."""
+    settings = {name: _setting(name, text) for name, text in request.query.items()}
+    return await answer(lambda: estimate(Settings(**settings), host.here()).to_dict())
+
+
+def _setting(name: str, text: str) -> Any:
+    if name not in PLAN:
+        raise Malformed(f"The plan knows no '{name}'. It takes: {', '.join(PLAN)}.{did_you_mean(name, PLAN)}")
+    if PLAN[name] is bool and text.lower() in TRUTH:
+        return TRUTH[text.lower()]
+    if PLAN[name] is bool:
+        raise Malformed(f"The plan's '{name}' is '{text}'; it must be true or false.")
+    try:
+        return int(text) if PLAN[name] in (int, int | None) else text
+    except ValueError:
+        raise Malformed(f"The plan's '{name}' is '{text}'; it must be a whole number.") from None
+
+
+async def _memory(request: web.Request) -> web.Response:
+    return await answer(host.memory_report)
+
+
+async def _recipes(request: web.Request) -> web.Response:
+    return await answer(recipes_as_json)
+
+
+async def _settings(request: web.Request) -> web.Response:
+    return await answer(while_training.settings)
+
+
+async def _change_settings(request: web.Request) -> web.Response:
+    values = await json_of(request)
+    try:
+        return await answer(lambda: while_training.change(values))
+    except OSError as error:
+        return refused(507, f"The settings could not be written, and stay as they were: {error}.")
 
 
 ROUTES = (
@@ -215,6 +261,41 @@ ROUTES = (
         "The memory plan of this machine; widgets of Chroma Load Model.",
         PlanRows,
         _plan_inputs,
+        otherwise=400,
+    ),
+    Route(
+        "get",
+        "/chromakit/recipes",
+        _recipes,
+        "Options to begin with, by what is to be learnt, and where each number comes from.",
+        dict[str, Any],
+    ),
+    Route(
+        "get",
+        "/chromakit/plan",
+        _plan,
+        "How much memory settings need on this machine.",
+        MemoryEstimate,
+        queries=Settings,
+        otherwise=400,
+    ),
+    Route(
+        "get", "/chromakit/memory", _memory, "The device, its memory, and what is kept loaded there.", host.MemoryReport
+    ),
+    Route(
+        "get",
+        "/chromakit/settings",
+        _settings,
+        "What prompts do while a job trains, and what can be chosen.",
+        while_training.Chosen,
+    ),
+    Route(
+        "post",
+        "/chromakit/settings",
+        _change_settings,
+        "Chooses what prompts do while a job trains.",
+        while_training.Chosen,
+        while_training.Choice,
         otherwise=400,
     ),
 )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from openapi_spec_validator import validate
+from PIL import Image
 
 from _host import Host, PromptRejected
 from openapi_client import Client
@@ -128,6 +133,20 @@ def test_a_job_that_cannot_work_is_refused_in_words(server: Host, client: Client
     away = client.call("post_jobs", {**JOB, "model": {"flavour": "flash"}})
     assert away.status == 409 and "fetch --flavour flash" in away.value["error"]
     assert len(server.get("/chromakit/jobs")) == before
+
+
+def test_the_examples_of_the_page_run(server: Host, root: Path, tmp_path: Path):
+    """docs/programs.md, from its first to its last block, in the order of the page."""
+    page = (root / "docs" / "programs.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["sh", "python", "sh"]
+    for kind, text in blocks:
+        command = ["bash", "-ec"] if kind == "sh" else [sys.executable, "-c"]
+        text = text.replace("http://127.0.0.1:8188", server.url)
+        done = subprocess.run([*command, text], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (text, done.stderr)
+    with Image.open(tmp_path / "emblem.png") as image:
+        assert image.size == (64, 64)
 
 
 def test_half_a_prompt_is_told_to_the_page_that_queued_it(server: Host):

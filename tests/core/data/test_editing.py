@@ -12,8 +12,8 @@ from chroma_core.data.editing import (
     bring_back,
     caption_text,
     entries,
+    image_path,
     move_crops,
-    picture_path,
     removed,
     set_aside,
     trigger_check,
@@ -91,7 +91,7 @@ def test_a_caption_file_keeps_the_spelling_of_its_ending(folder):
 @pytest.mark.parametrize("name", ["", "a.txt", ".removed/1/a.png", "x/../a.png", "/etc/a.png", "a\0.png", "y" * 400])
 def test_only_images_of_the_folder_have_a_path(folder, name):
     with pytest.raises(DataError, match="no image"):
-        picture_path(folder, name)
+        image_path(folder, name)
 
 
 def test_links_to_other_places_are_refused(folder, tmp_path):
@@ -100,7 +100,7 @@ def test_links_to_other_places_are_refused(folder, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     (folder / "linked").symlink_to(tmp_path / "other")
     with pytest.raises(DataError, match="no image"):
-        picture_path(folder, "linked/x.png")
+        image_path(folder, "linked/x.png")
     (folder / "d.txt").symlink_to(tmp_path / "secret.txt")
     assert caption_text(folder / "d.png") is None
     with pytest.raises(DataError, match="link"):

@@ -77,6 +77,7 @@ export class Card {
     this.caption.hidden = !size;
     // What is being typed stays; it is written over what was there when it began, or refused.
     if (document.activeElement !== this.caption && this.caption.value !== (image.caption ?? "")) this.caption.value = image.caption ?? "";
+    if (this.tags.childElementCount) this.#tag();
     this.element.classList.toggle("ck-skipped", Boolean(skipped));
     this.#complain(skipped, notes, own);
   }
@@ -128,19 +129,18 @@ export class Card {
    * @param {boolean} own
    */
   #handle(own) {
-    const movable = own && Math.max(...this.#overhang()) > 0.005;
-    this.frame.classList.toggle("ck-movable", movable);
-    if (!movable) {
-      for (const name of ["role", "tabindex", "aria-label", "aria-valuenow", "aria-valuemin", "aria-valuemax", "aria-orientation", "title"]) this.frame.removeAttribute(name);
-      return;
-    }
     const [across, down] = this.#overhang();
+    const movable = own && Math.max(across, down) > 0.005;
+    this.frame.classList.toggle("ck-movable", movable);
     const about = {
       role: "slider", tabindex: "0", "aria-label": t("room.images.crop", { name: this.image.name }), title: t("room.images.crop_tip"),
       "aria-valuemin": "0", "aria-valuemax": "100", "aria-valuenow": String(Math.round(100 * this.image.crop)),
       "aria-orientation": across > down ? "horizontal" : "vertical",
     }; // prettier-ignore
-    for (const [name, value] of Object.entries(about)) this.frame.setAttribute(name, value);
+    for (const [name, value] of Object.entries(about)) {
+      if (movable) this.frame.setAttribute(name, value);
+      else this.frame.removeAttribute(name);
+    }
   }
 
   #dragFrame() {

@@ -173,7 +173,7 @@ class Images {
     this.#checks(found);
     const warnings = found?.warnings ?? [];
     this.warned.hidden = !warnings.length;
-    say(this.warned.children[0], t("room.images.warnings", { count: warnings.length }));
+    say(this.warned.children[0], t(warnings.length === 1 ? "widgets.dataset.warning" : "widgets.dataset.warnings", { count: warnings.length }));
     fill(this.warnings, warnings.map((text) => h("li", {}, text)));
     this.#removed(found);
     this.replacing.element.hidden = !found?.own || !images.length;

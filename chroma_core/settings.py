@@ -100,7 +100,7 @@ def _mistake(detail: Any, model: type[BaseModel]) -> str:
     found = f"{where} is {short(detail['input'])}"
     if kind in _EXPECTED:
         return f"{found}, and must be {_EXPECTED[kind]}"
-    if kind in ("greater_than_equal", "less_than_equal"):
+    if kind in ("greater_than_equal", "less_than_equal") and len(loc) == 1:
         metadata = model.model_fields[str(loc[-1])].metadata
         low = next(limit.ge for limit in metadata if hasattr(limit, "ge"))
         high = next(limit.le for limit in metadata if hasattr(limit, "le"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import jobs, openapi, panels, requests
+from . import datasets, jobs, openapi, panels, requests
 from .common import add
 
-ROUTES = openapi.described(*jobs.ROUTES, *requests.ROUTES, *panels.ROUTES)
+ROUTES = openapi.described(*jobs.ROUTES, *requests.ROUTES, *datasets.ROUTES, *panels.ROUTES)
 
 
 def register(routes: Any) -> None:

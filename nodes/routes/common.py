@@ -19,6 +19,7 @@ from aiohttp import web
 from comfy_api.latest import io
 from pydantic import BaseModel, ValidationError
 
+from ...chroma_core.data.editing import Changed
 from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError, LoraError, did_you_mean, first_line
 from ...chroma_core.settings import mistakes
 from ...chroma_core.training.jobs.manager import Job
@@ -63,6 +64,7 @@ STATUSES: dict[type[ChromaKitError], int] = {
     NotJson: 415,
     Malformed: 400,
     Unknown: 404,
+    Changed: 409,
     DiskFull: 507,
     JobError: 409,
 }

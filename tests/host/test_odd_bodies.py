@@ -16,7 +16,7 @@ POSTS = (
     "/chromakit/requests",
     "/chromakit/requests/none/cancel",
     *(f"{JOB}/{action}" for action in ("change", "extend", "delete", "pause", "resume", "stop", "nonsense")),
-    "/chromakit/datasets/look",
+    *(f"/chromakit/datasets/{name}" for name in ("look", "images", "captions", "crops", "remove", "restore")),
     "/chromakit/sigmas",
     "/chromakit/density",
     "/chromakit/plan/rows",
@@ -52,7 +52,7 @@ GETS = (
         f"{JOB}/samples/0",
     ),
     *("/chromakit/requests/none", "/chromakit/datasets/sheets/..%2f..%2fx", "/chromakit/plan", "/chromakit/memory"),
-    "/chromakit/jobs/%00/curve",
+    *("/chromakit/jobs/%00/curve", "/chromakit/datasets", "/chromakit/datasets/thumbnail"),
 )
 
 

@@ -82,6 +82,11 @@ def job(server: Host) -> str:
     """A completed job, whose LoRA the nodes can be given; and, where nobody may look, a dataset and a LoRA."""
     found = job_of(server.run(train("odd", 2, preview_prompt="a [trigger] star", preview_every=2)))
     assert until_not(server, found, ACTIVE) == "completed"
+    own = server.base / "input" / "odd_set"
+    own.mkdir(parents=True)
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (96, 64), name.encode()[0]).save(own / f"{name}.png")
+        (own / f"{name}.txt").write_text(f"a zxq {name}")
     foreign = server.base / NOT_OURS
     Image.new("RGB", (64, 64)).save(foreign / "secret.png")
     (foreign / "secret.txt").write_text("a secret")
@@ -126,6 +131,15 @@ def right_bodies(server: Host) -> dict[str, dict[str, Any]]:
     plan = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
     return {
         "/chromakit/datasets/look": {**at_defaults(server, "ChromaDataset")["inputs"], "folder": "sks_emblem"},
+        "/chromakit/datasets/images": {"folder": "odd_set", "trigger": "zxq", "size": 64},
+        "/chromakit/datasets/captions": {
+            "folder": "odd_set",
+            "captions": {"a.png": "zxq"},
+            "seen": {"a.png": "a zxq a"},
+        },
+        "/chromakit/datasets/crops": {"folder": "odd_set", "crops": {"a.png": 0.25}},
+        "/chromakit/datasets/remove": {"folder": "odd_set", "names": ["b.png"]},
+        "/chromakit/datasets/restore": {"folder": "odd_set", "batch": "1"},
         "/chromakit/sigmas": at_defaults(server, "ChromaTailSigmas")["inputs"],
         "/chromakit/density": {
             **{name: value for name, value in settings_.items() if name.startswith(("sigma_", "lr_", "warmup"))},
@@ -164,7 +178,7 @@ def test_routes(server: Host, job: str):
         "id": ids,
     }
     queries = some.dictionaries(
-        some.sampled_from(["points", "after", "token", "lines", "side", "v", "brief", *known]) | ODD_TEXTS,
+        some.sampled_from(["points", "after", "token", "lines", "side", "v", "brief", "name", *known]) | ODD_TEXTS,
         ODD_TEXTS | NUMBERS.map(str),
         max_size=3,
     )

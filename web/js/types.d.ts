@@ -140,6 +140,45 @@ interface Drawing {
   ticks: { x: [number, string][]; y: [number, string][] };
 }
 
+// --- the training room ------------------------------------------------------------------------------------------------
+
+type RoomStep = "images" | "aim" | "watch" | "choose";
+
+/** What is chosen in the room: a data set folder by its name, the trigger word, the size in pixels that crops are shown
+ * for (0: the model's own), what the LoRA is to learn, a job's id. Empty: nothing yet. */
+interface RoomView {
+  step: RoomStep;
+  folder: string;
+  trigger: string;
+  size: number;
+  aim: string;
+  job: string;
+}
+
+interface TrainingRoom {
+  readonly view: Readonly<RoomView>;
+  /** Choose something else; who listens is told what is new. */
+  choose(changed: Partial<RoomView>): void;
+  /** Returns what ends it. */
+  onChoice(listener: (changed: Partial<RoomView>) => void): () => void;
+  go(step: RoomStep): void;
+  /** One line at the foot of the room; an error stays until it is closed, an empty text takes it away. */
+  notice(text: string, kind?: "info" | "error"): void;
+}
+
+/** A step as it is built when one first goes there; `refresh` is called each time, `destroy` when the room is closed. */
+interface Step {
+  element: HTMLElement;
+  refresh?(): void;
+  destroy?(): void;
+}
+
+/** A step's module; `title` is a key of the words. */
+interface StepModule {
+  title: string;
+  build(room: TrainingRoom): Step;
+}
+
 // --- what our routes answer -------------------------------------------------------------------------------------------
 
 type JobState =
@@ -165,6 +204,7 @@ interface Job {
   updated: number;
   message: string;
   yielded?: boolean;
+  flavour?: string;
   /** another process, which has the same folder, works on it */
   elsewhere?: boolean;
   /** "prompt", "memory" (until ComfyUI makes room), or nothing */
@@ -265,6 +305,53 @@ interface DatasetLook {
   warnings: string[];
   thumbnails: Thumbnail[];
   sheet: string;
+}
+
+interface FolderList {
+  folders: { name: string; own: boolean }[];
+  endings: string[];
+  sizes: number[];
+}
+
+/** An image of a folder; see chroma_core/data/editing.py. */
+interface FolderImage {
+  name: string;
+  size: Point | null;
+  bucket: Point | null;
+  frame: [left: number, top: number, right: number, bottom: number] | null;
+  crop: number;
+  caption: string | null;
+  skipped: string;
+  notes: string[];
+  twin: string;
+  version: string;
+}
+
+interface FolderLook {
+  folder: string;
+  own: boolean;
+  size: number;
+  images: FolderImage[];
+  warnings: string[];
+  buckets: Bucket[];
+  removed: { batch: string; names: string[] }[];
+  check: { trigger: string; of: number; lacking: string[]; stands_as: { word: string; names: string[] }[] };
+}
+
+/** See chroma_core/training/config/recipes.py; `options` are nested as a job file has them, `options_from` by dotted name. */
+interface Recipe {
+  name: string;
+  title: string;
+  images: Point;
+  captions: string;
+  options: { [name: string]: Json };
+  options_from: Record<string, string[]>;
+}
+
+interface RecipeList {
+  recipes: Recipe[];
+  sources: Record<string, { words: string; address: string }>;
+  measured: string;
 }
 
 interface DensityLook {

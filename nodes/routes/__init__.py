@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import jobs, panels, requests, server
+from . import choosing, jobs, panels, requests, server
 
 
 def register(routes: Any) -> None:
-    """Add every route to ComfyUI's table."""
-    for resource in (jobs, requests, panels, server):
+    """Add every route to ComfyUI's table. `choosing` before `jobs`, where any word may stand after an id."""
+    for resource in (choosing, jobs, requests, panels, server):
         resource.register(routes)

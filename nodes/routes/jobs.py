@@ -5,13 +5,10 @@ A job is named by its id. Paths never go in as parameters.
 
 from __future__ import annotations
 
-import asyncio
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from PIL import Image
 from pydantic import StrictBool, StrictFloat, StrictInt
 
 from ...chroma_core.data.dataset import Settings
@@ -20,8 +17,8 @@ from ...chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
 from ...chroma_core.training.jobs.manager import JobStatus
 from .. import host, jobs
-from . import job_graphs
-from .common import MOST_DIGITS, Unknown, add, answer, body_of, job_of, refused, whole_number
+from . import choosing, job_graphs
+from .common import MOST_DIGITS, Unknown, add, answer, body_of, image_answer, job_of, refused, whole_number
 
 ACTIONS = ("pause", "resume", "stop", "sample", "save")
 """What needs no more than the job's id; also change, extend, use, branch and delete."""
@@ -32,8 +29,6 @@ GRAPHS = {"again": job_graphs.again, "use": job_graphs.use}
 POINTS = (1500, 10, 100_000)
 """Steps of a curve: when nothing is said, at least, at most."""
 LINES = (200, 1, 5000)
-SIDES = (None, 32, 1024)
-"""Pixels of a thumbnail's longer side; None: the preview as it is."""
 
 
 class Change(Settings):
@@ -107,7 +102,13 @@ async def _act(request: web.Request) -> web.Response:
 
 async def _delete(request: web.Request) -> web.Response:
     """The job's folder goes; the LoRA that it wrote stays."""
-    return await answer(lambda: jobs.delete(job_of(request).id))
+
+    def delete() -> dict[str, str]:
+        found = jobs.delete(job_of(request).id)
+        choosing.forget(found["id"])
+        return found
+
+    return await answer(delete)
 
 
 async def _change(request: web.Request) -> web.Response:
@@ -196,14 +197,8 @@ async def _log(request: web.Request) -> web.Response:
 
 
 async def _sample(request: web.Request) -> web.StreamResponse:
-    """A preview by its number; `?side=160` for a small one. With `&v=…`, whatever it is, the browser may keep it."""
-    side = whole_number(request, "side", *SIDES)
-    path = await asyncio.to_thread(_sample_path, request)
-    headers = {"Cache-Control": "private, max-age=86400, immutable" if "v" in request.query else "no-cache"}
-    if side is None:
-        return web.FileResponse(path, headers=headers)
-    body = await asyncio.to_thread(_thumbnail, path, side)
-    return web.Response(body=body, content_type="image/jpeg", headers=headers)
+    """A preview by its number; see `image_answer`."""
+    return await image_answer(request, lambda: _sample_path(request))
 
 
 def _sample_path(request: web.Request) -> Path:
@@ -212,18 +207,6 @@ def _sample_path(request: web.Request) -> Path:
     if not (number.isdecimal() and len(number) <= MOST_DIGITS) or int(number) >= len(found):
         raise Unknown(f"The job has {len(found)} samples, numbered from 0; there is no sample '{number}'.")
     return found[int(number)]
-
-
-def _thumbnail(path: Path, side: int) -> bytes:
-    try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-    except OSError as error:
-        raise Unknown(f"The preview '{path.name}' cannot be read: {error}.") from error
-    small.thumbnail((side, side))
-    stream = BytesIO()
-    small.save(stream, "JPEG", quality=88)
-    return stream.getvalue()
 
 
 async def _graph(request: web.Request) -> web.Response:

@@ -22,6 +22,7 @@ from ..config.changes import check_changes, differences, entry, with_changes
 from ..control import AskRoom, Control, DeviceSlot, Halted, no_need_to_ask
 from ..distributed.world import ALONE, World
 from ..run.checkpoint import checkpoints
+from ..run.grid import Grid, GridChoice, put_grid
 from ..run.kept import use_step
 from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
@@ -237,10 +238,30 @@ class JobManager:
         Returns the file. Raises JobError when the step is not kept, nothing says which is best, or another process
         works on the job.
         """
-        with self._changed, self._taken(self.get(job_id)) as job:
-            path = use_step(self._paths(job), job.config, step or job.best_step())
+        with self.held(job_id) as (job, paths):
+            path = use_step(paths, job.config, step or job.best_step())
         self._tell(job.status())
         return path
+
+    def choose(self, job_id: str, choice: GridChoice) -> Grid:
+        """Put the LoRAs of some steps to use, and write down the grid that one is to be chosen from.
+
+        Raises as `use`, and ConfigError (see `grid.put_grid`).
+        """
+        with self.held(job_id) as (job, paths):
+            grid = put_grid(paths, job.config, choice)
+        self._tell(job.status())
+        return grid
+
+    @contextmanager
+    def held(self, job_id: str) -> Iterator[tuple[Job, JobPaths]]:
+        """The job and its folders, to which nobody else writes inside the `with` block; it may be at work meanwhile.
+
+        For what takes a moment: all jobs of this manager wait for it. Raises JobError when another process works on the
+        job, or what is written cannot be.
+        """
+        with self._changed, self._taken(self.get(job_id)) as job, _written_down(job, "as it was"):
+            yield job, self._paths(job)
 
     def branch(self, job_id: str, step: int, learning_rate: float) -> Job:
         """A job like this one at another learning rate, from the LoRA of one of its steps on; 0: from nothing.
@@ -583,14 +604,14 @@ def _remove_folder(job: Job) -> None:
 
 
 @contextmanager
-def _written_down(job: Job) -> Iterator[None]:
-    """What cannot be written in a `with` block, as a JobError."""
+def _written_down(job: Job, stays: str = "not queued") -> Iterator[None]:
+    """What cannot be written in a `with` block, as a JobError that says how the job stays."""
     try:
         yield
     except (OSError, ValueError) as error:
         kind = DiskFull if disk_is_full(error) else JobError
         raise kind(
-            f"The job '{job.id}' cannot be written to '{job.folder}', so it is not queued: "
+            f"The job '{job.id}' cannot be written to '{job.folder}', so it is {stays}: "
             f"{first_line(error) or type(error).__name__}. Nothing was changed. Make room there, or see to it that it "
             "may be written to, and try again."
         ) from error

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WEB = ROOT / "web"
 SCRIPTS = sorted(path for path in (WEB / "js").rglob("*.js") if "vendor" not in path.parts)
 SHEETS = sorted((WEB / "css").glob("*.css"))
-LIMIT = 120_000  # bytes of our own script
+LIMIT = 200_000  # bytes of our own script (issue 17)
 ENTRIES = {"chromakit.js", "register.js"}
 """Files that register something; all others are imported by the page too and must do nothing then."""
 
@@ -69,7 +69,7 @@ def test_every_rule_is_about_our_own_elements():
         text = re.sub(r"/\*.*?\*/", "", path.read_text(encoding="utf-8"), flags=re.S)
         selectors = [selector for rule in re.findall(r"([^{}]+)\{", text) for selector in top_level(rule)]
         assert selectors, name(path)
-        foreign += [f"{name(path)}: {selector}" for selector in selectors if not selector.startswith(".chromakit")]
+        foreign += [f"{name(path)}: {selector}" for selector in selectors if not selector.startswith((".chromakit", "@media "))]
     assert foreign == []
 
 

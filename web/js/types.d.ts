@@ -139,6 +139,45 @@ interface Drawing {
   ticks: { x: [number, string][]; y: [number, string][] };
 }
 
+// --- the training room ------------------------------------------------------------------------------------------------
+
+type RoomStep = "images" | "aim" | "watch" | "choose";
+
+/** What is chosen in the room: a data set folder by its name, the trigger word, the size in pixels that crops are shown
+ * for (0: the model's own), what the LoRA is to learn, a job's id. Empty: nothing yet. */
+interface RoomView {
+  step: RoomStep;
+  folder: string;
+  trigger: string;
+  size: number;
+  aim: string;
+  job: string;
+}
+
+interface TrainingRoom {
+  readonly view: Readonly<RoomView>;
+  /** Choose something else; who listens is told what is new. */
+  choose(changed: Partial<RoomView>): void;
+  /** Returns what ends it. */
+  onChoice(listener: (changed: Partial<RoomView>) => void): () => void;
+  go(step: RoomStep): void;
+  /** One line at the foot of the room; an error stays until it is closed, an empty text takes it away. */
+  notice(text: string, kind?: "info" | "error"): void;
+}
+
+/** A step as it is built when one first goes there; `refresh` is called each time, `destroy` when the room is closed. */
+interface Step {
+  element: HTMLElement;
+  refresh?(): void;
+  destroy?(): void;
+}
+
+/** A step's module; `title` is a key of the words. */
+interface StepModule {
+  title: string;
+  build(room: TrainingRoom): Step;
+}
+
 // --- what our routes answer -------------------------------------------------------------------------------------------
 
 type JobState =

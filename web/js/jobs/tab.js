@@ -3,6 +3,7 @@
 import { app } from "../../../../scripts/app.js";
 import { fill, h, say } from "../lib/dom.js";
 import { t } from "../lib/words.js";
+import { openRoom } from "../room/room.js";
 import { JobList } from "./list.js";
 import { manners, onManners } from "./prompts.js";
 import { ACTIVE, all, find, listen } from "./store.js";
@@ -93,7 +94,8 @@ function show() {
   }
   const job = opened && find(opened);
   room = job ? new JobView(job, leave) : new JobList(open);
-  fill(root, h("header", {}, h("h1", {}, t("tab.title")), note), room.element);
+  const wide = h("button", { type: "button", "data-action": "room", onclick: () => openRoom(opened ? { job: opened } : {}) }, t("room.open"));
+  fill(root, h("header", {}, h("div", { class: "ck-row" }, h("h1", {}, t("tab.title")), wide), note), room.element);
 }
 
 /** @param {string} id */

@@ -69,7 +69,9 @@ def test_every_rule_is_about_our_own_elements():
         text = re.sub(r"/\*.*?\*/", "", path.read_text(encoding="utf-8"), flags=re.S)
         selectors = [selector for rule in re.findall(r"([^{}]+)\{", text) for selector in top_level(rule)]
         assert selectors, name(path)
-        foreign += [f"{name(path)}: {selector}" for selector in selectors if not selector.startswith((".chromakit", "@media "))]
+        foreign += [
+            f"{name(path)}: {selector}" for selector in selectors if not selector.startswith((".chromakit", "@media "))
+        ]
     assert foreign == []
 
 

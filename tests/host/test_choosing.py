@@ -1,4 +1,4 @@
-"""A LoRA is chosen over HTTP: a grid that ComfyUI's queue makes, ratings, what is kept beside the file and published."""
+"""A LoRA is chosen over HTTP: a grid that ComfyUI's queue makes, ratings, what is kept and published."""
 
 from __future__ import annotations
 

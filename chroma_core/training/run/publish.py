@@ -58,7 +58,7 @@ def model_card(header: Mapping[str, str], file: str, strength: float, images: Se
         "file": f"`{file}`",
         "trigger word": f"`{trigger}`" if trigger else "none",
         "strength": f"{strength:g}",
-        "base": base,
+        "base": base or "not recorded",
     }
     if images:
         settings = images[0].preview.settings

@@ -1,7 +1,7 @@
 // @ts-check
 // The stylesheets, linked once. Every rule in them begins with .chromakit, the class of each of our roots, so that nothing
 // of the host's page changes; colours are the host's own variables, so that themes and palettes are followed.
-const SHEETS = ["base", "jobs", "widgets", "room"];
+const SHEETS = ["base", "jobs", "widgets", "room", "wall"];
 
 /** Link the stylesheets into the page. */
 export function linkStyles() {

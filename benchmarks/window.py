@@ -2,7 +2,7 @@
 
     python benchmarks/window.py            # prints a table
     python benchmarks/window.py --write    # and writes it into docs/window.md
-    python benchmarks/window.py --wall     # only the training room's wall; with --write into docs/room.md
+    python benchmarks/window.py --wall     # only the training room's wall; with --write into docs/choosing.md
 
 It trains one short job on tiny, copies its folder into 50 finished jobs and one with 20 000 steps (the numbers in its
 metrics are made up, everything else is real), starts the host and Chromium, and opens things in the page. Times are
@@ -37,7 +37,7 @@ from tools.pages import fill, markdown_table  # noqa: E402
 
 JOBS, STEPS, ROUNDS = 50, 20_000, 5
 PAGE = ROOT / "docs" / "window.md"
-WALL_PAGE = ROOT / "docs" / "room.md"
+WALL_PAGE = ROOT / "docs" / "choosing.md"
 WALL = (40, 6)
 """Steps and prompts of the wall."""
 

@@ -24,16 +24,20 @@ from ...chroma_core.training.run.grid import (
     Cell,
     Grid,
     GridChoice,
+    UsedLora,
     averages,
     best,
     cells,
+    check_grid,
     image_of,
     images_folder,
     previews,
+    put_grid,
     rated,
     read_grid,
     write_grid,
 )
+from ...chroma_core.training.run.kept import kept_path
 from .. import host, jobs, while_training
 from .common import Unknown, add, answer, body_of, image_answer, in_thread, job_of
 from .job_graphs import image_graph
@@ -87,7 +91,7 @@ async def _make(request: web.Request) -> web.Response:
 
 def _missing(job: Job, choice: GridChoice) -> tuple[Job, dict[str, Prompt]]:
     """What makes each image that is neither there nor queued, by its key."""
-    grid = jobs.manager().choose(job.id, choice)
+    grid = _choose(job, choice)
     names = {step: _lora_name(grid, step) for step in grid.steps}
     folder = host.output_name(images_folder(job.folder))
     found = {}
@@ -97,6 +101,19 @@ def _missing(job: Job, choice: GridChoice) -> tuple[Job, dict[str, Prompt]]:
             prompt["save"]["inputs"]["filename_prefix"] = f"{folder}/{cell.key}"
             found[cell.key] = prompt
     return job, found
+
+
+def _choose(job: Job, choice: GridChoice) -> Grid:
+    """Put the LoRAs of the steps to use, and write down what the grid is to be. Raises ConfigError, JobError."""
+    check_grid(job.config, choice)
+    kept, loras = job.folder / "loras", {}
+    # Steps that are not kept come first: nothing is written for a choice that cannot be. One by one: nobody waits for
+    # more than one file to be copied.
+    for step in sorted(choice.steps, key=lambda step: kept_path(kept, step).is_file()):
+        path = jobs.manager().use(job.id, step)
+        loras[step] = UsedLora(name=path.name, sha256=sha256_file(path))
+    with jobs.manager().held(job.id):
+        return put_grid(job.folder, choice, loras)
 
 
 def _lora_name(grid: Grid, step: int) -> str:

@@ -82,6 +82,11 @@ def test_a_lora_is_chosen_by_keys(window, server: Host, job: str):
     page.keyboard.press("Escape")
     assert focused(page) == ["2", "2"], "the focus is back, at the image that was shown last"
     assert page.locator(".ck-room").count() == 1
+    wall.locator("[tabindex='0']").evaluate("e => (e.dataset.same = 'yes')")
+    code, _ = server.post(f"/chromakit/jobs/{job}/extend", {"steps": 2})
+    until(page, server, lambda: wall.locator("[data-row='6'] img").count() == 2, "previews of the job that goes on")
+    assert code == 200 and focused(page) == ["2", "2"] and page.evaluate("document.activeElement.dataset.same") == "yes"
+    assert until_not(server, job, ACTIVE) == "completed"
     page.locator("summary", has_text="Curves").click()
     until(page, server, lambda: page.locator(".ck-watched .u-legend").count(), "the curve")
     page.locator("summary", has_text="Curves").click()
@@ -89,8 +94,8 @@ def test_a_lora_is_chosen_by_keys(window, server: Host, job: str):
     page.locator("[data-action='choose']").click()
     choose = page.locator(".ck-chooser")
     until(page, server, lambda: choose.get_by_role("textbox").last.input_value(), "the job's own prompts")
-    for box in choose.get_by_role("checkbox").all():
-        box.check()
+    for step in (2, 4, 6):
+        choose.get_by_role("checkbox", name=f"step {step}").set_checked(step != 6)
     strengths, prompts = choose.get_by_role("textbox").all()
     strengths.fill("0.5, x")
     prompts.fill(f"a [trigger] star\n{BRACES}")

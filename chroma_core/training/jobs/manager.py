@@ -22,7 +22,6 @@ from ..config.changes import check_changes, differences, entry, with_changes
 from ..control import AskRoom, Control, DeviceSlot, Halted, no_need_to_ask
 from ..distributed.world import ALONE, World
 from ..run.checkpoint import checkpoints
-from ..run.grid import Grid, GridChoice, put_grid
 from ..run.kept import use_step
 from ..run.metrics import JobPaths
 from ..run.run import Device, run_training
@@ -242,16 +241,6 @@ class JobManager:
             path = use_step(paths, job.config, step or job.best_step())
         self._tell(job.status())
         return path
-
-    def choose(self, job_id: str, choice: GridChoice) -> Grid:
-        """Put the LoRAs of some steps to use, and write down the grid that one is to be chosen from.
-
-        Raises as `use`, and ConfigError (see `grid.put_grid`).
-        """
-        with self.held(job_id) as (job, paths):
-            grid = put_grid(paths, job.config, choice)
-        self._tell(job.status())
-        return grid
 
     @contextmanager
     def held(self, job_id: str) -> Iterator[tuple[Job, JobPaths]]:

@@ -17,12 +17,10 @@ from pydantic import Field, StrictInt, StrictStr, ValidationError, field_validat
 
 from ...data.dataset import Settings
 from ...errors import ConfigError, JobError, check_text
-from ...files import check_format, read_json, sha256_file, write_json
+from ...files import check_format, read_json, write_json
 from ...loading.spec import PLACEMENT
 from ..config import TrainingConfig
 from ..config.job import Preview
-from .kept import use_step
-from .metrics import JobPaths
 
 FORMAT = 1
 """Of `grid.json`. Raised whenever an older version would misread it."""
@@ -49,6 +47,13 @@ class GridChoice(Settings):
     @classmethod
     def _each_once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(dict.fromkeys(value))
+
+    @field_validator("steps")
+    @classmethod
+    def _trained(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 1:
+            raise ValueError("a step must be at least 1")
+        return value
 
     @field_validator("strengths")
     @classmethod
@@ -157,23 +162,22 @@ def cells(config: TrainingConfig, grid: Grid) -> list[Cell]:
     ]
 
 
-def put_grid(paths: JobPaths, config: TrainingConfig, choice: GridChoice) -> Grid:
-    """Put the LoRAs of the steps to use, and write down what the grid is to be; earlier ratings stay.
-
-    Raises JobError for a step that is not kept, ConfigError for prompts that cannot be, or too many images.
-    """
+def check_grid(config: TrainingConfig, choice: GridChoice) -> None:
+    """Raise ConfigError for prompts that cannot be, or too many images."""
     check_text(choice.model_dump(), "The grid cannot be made: ")
     count = len(choice.steps) * len(choice.strengths) * len(previews(config, choice.prompts))
     if count > MOST_IMAGES:
         raise ConfigError(
-            f"The grid would have {count} images; at most {MOST_IMAGES} are made. Choose fewer of something."
+            f"The grid would have {count} images; at most {MOST_IMAGES} are made. Choose fewer steps or prompts."
         )
-    before = read_grid(paths.job)
-    files = {step: use_step(paths, config, step) for step in choice.steps}
-    loras = {step: UsedLora(name=path.name, sha256=sha256_file(path)) for step, path in files.items()}
+
+
+def put_grid(job_folder: Path, choice: GridChoice, loras: dict[int, UsedLora]) -> Grid:
+    """Write down what the grid is to be; earlier ratings stay, and what is known of files beside the LoRAs."""
+    before = read_grid(job_folder)
     kept = {"ratings": before.ratings, "written": before.written} if before else {}
     grid = Grid(**choice.model_dump(), loras=loras, **kept)
-    write_grid(paths.job, grid)
+    write_grid(job_folder, grid)
     return grid
 
 

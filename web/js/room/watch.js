@@ -58,6 +58,7 @@ class Watched {
     this.warnings = h("ul", { class: "ck-warnings" });
     this.actions = new Actions(job, complain);
     this.wall = new Wall(t("room.watch.wall", { name: job.name }));
+    this.wall.element.hidden = true;
     this.note = h("p", { class: "ck-faint" });
     this.choice = new Choice(job, complain);
     this.curves = new Curves();

@@ -1,6 +1,6 @@
 """Caching a dataset's latents beside the usual loop, and what a second start costs in a new process.
 
-    python -m benchmarks.caching --pictures 64 --size 512 --start 10000 --json
+    python -m benchmarks.caching --images 64 --size 512 --start 10000 --json
 
 The peer is what trainers commonly do: decode, encode, write, one image after the other; here with the same functions,
 so that both give the same entries, which is told. The images are JPEGs of
@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from chroma_core.data.cache import LatentTextCache, decoded
-from chroma_core.data.pictures import bucket_of
+from chroma_core.data.images import bucket_of
 from chroma_core.data.remembered import Remembered
 from chroma_core.data.samples import cache_samples, cache_texts, caption_texts
 from chroma_core.data.scan import DatasetConfig, DatasetScan, scan
@@ -53,9 +53,9 @@ def write_photos(folder: Path, count: int, size: tuple[int, int]) -> None:
 
 def one_after_the_other(found: DatasetScan, cache: LatentTextCache, size: int, vae: Autoencoder) -> None:
     """The usual loop."""
-    for picture in found.items:
-        views = views_of(picture, bucket_of(picture, found.config, size), found.config)
-        cache.add_latents(cache.encoded(picture, views, decoded(picture, views[0]), vae), views[0])
+    for image in found.items:
+        views = views_of(image, bucket_of(image, found.config, size), found.config)
+        cache.add_latents(cache.encoded(image, views, decoded(image, views[0]), vae), views[0])
 
 
 def measure(count: int, size: int, rounds: int, device: str) -> dict[str, float]:
@@ -117,10 +117,10 @@ def second_start(count: int) -> dict[str, float]:
         found = scan(DatasetConfig(folder=str(folder / "photos")), 64, known)
         known.save()
         cache = LatentTextCache(folder / "cache", "vae", "text", CANONICAL)
-        for picture in found.items:
-            (view,) = views_of(picture, bucket_of(picture, found.config, 64), found.config)
-            cache.add_latents({cache.latents_path(picture, view): torch.zeros(16, 8, 8)}, view)
-            for text in (picture.captions[0], ""):
+        for image in found.items:
+            (view,) = views_of(image, bucket_of(image, found.config, 64), found.config)
+            cache.add_latents({cache.latents_path(image, view): torch.zeros(16, 8, 8)}, view)
+            for text in (image.captions[0], ""):
                 cache.keep_text(text, TextCondition(torch.zeros(1, 8), text, 1))
         program = f"from pathlib import Path; from benchmarks.caching import start; print(start(Path({temporary!r})))"
         said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
@@ -132,14 +132,14 @@ def second_start(count: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=64, help="JPEGs to cache")
+    parser.add_argument("--images", type=int, default=64, help="JPEGs to cache")
     parser.add_argument("--size", type=int, default=512, help="pixels a side")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: 3)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--start", type=int, default=10_000, help="images of the second start; 0: not measured")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
-    row = measure(options.pictures, options.size, options.rounds, options.device)
+    row = measure(options.images, options.size, options.rounds, options.device)
     if options.start:
         row |= second_start(options.start)
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}

@@ -69,7 +69,7 @@ def tiny() -> list[dict[str, Any]]:
     """On the miniature that is trained."""
     from tools.tiny.build import check_prompts, load
     from tools.tiny.vae import decode
-    from tools.tiny.world import plain_caption, read_picture
+    from tools.tiny.world import plain_caption, read_image
 
     vae, text, model = load()
     triples = check_prompts()
@@ -81,13 +81,13 @@ def tiny() -> list[dict[str, Any]]:
 
     def judge(latents: Tensor) -> dict[str, float]:
         nonlocal before
-        pictures = decode(vae, latents)
-        before = before if before.size else pictures
-        read = [read_picture(picture) for picture in pictures]
+        images = decode(vae, latents)
+        before = before if before.size else images
+        read = [read_image(image) for image in images]
         right = [
             (each.shape, each.colour, each.background) == wanted for each, wanted in zip(read, triples, strict=True)
         ]
-        return {"pixels": float(np.abs(pictures.astype(float) - before).mean()), "right": float(np.mean(right))}
+        return {"pixels": float(np.abs(images.astype(float) - before).mean()), "right": float(np.mean(right))}
 
     blocks = len(model.transformer_blocks) + len(model.single_transformer_blocks)
     thresholds = (0.02, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3)

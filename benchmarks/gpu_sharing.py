@@ -41,8 +41,8 @@ def _side_by_side() -> Row:
         made.step(number)
     expected = list(made.trained())
     begin(made, start)
-    pictures: list[torch.Tensor] = []
-    thread = threading.Thread(target=lambda: pictures.extend(sample_image(other, 4) for _ in range(3)))
+    images: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: images.extend(sample_image(other, 4) for _ in range(3)))
     thread.start()
     for number in range(6):
         made.step(number)
@@ -51,7 +51,7 @@ def _side_by_side() -> Row:
     return {
         "what": "steps while another thread samples",
         "trained_elements_that_differ": differing(expected, found),
-        "pictures_equal": [bool(torch.equal(picture, alone)) for picture in pictures],
+        "pictures_equal": [bool(torch.equal(image, alone)) for image in images],
     }
 
 

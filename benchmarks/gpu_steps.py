@@ -155,15 +155,15 @@ def other_peaks(bench: Bench) -> Iterator[Row]:
 def _heldout_peaks() -> Iterator[Row]:
     model = transformer("int8")
     for size in (512, 1024):
-        pictures = [(torch.randn(16, size // 8, size // 8), condition(128))]
-        yield {"what": f"held-out loss, int8 {size}", **_peak(lambda p=pictures: heldout_loss(model, p))}
+        images = [(torch.randn(16, size // 8, size // 8), condition(128))]
+        yield {"what": f"held-out loss, int8 {size}", **_peak(lambda p=images: heldout_loss(model, p))}
 
 
 def _vae_peaks() -> Iterator[Row]:
     vae = Autoencoder(**FLUX_VAE)
     vae.to("cuda").eval()
-    picture, latents = torch.rand(1, 3, 1024, 1024, device="cuda"), torch.randn(1, 16, 128, 128, device="cuda")
-    yield {"what": "VAE encode 1024", **_peak(lambda: vae.encode(picture))}
+    image, latents = torch.rand(1, 3, 1024, 1024, device="cuda"), torch.randn(1, 16, 128, 128, device="cuda")
+    yield {"what": "VAE encode 1024", **_peak(lambda: vae.encode(image))}
     yield {"what": "VAE decode 1024", **_peak(lambda: vae.decode(latents))}
 
 

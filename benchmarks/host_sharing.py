@@ -137,7 +137,7 @@ def run_one(card: float, prompts: int, seed: int) -> dict[str, Any]:
 
 
 def _story(host: Host, watch: Watch, full: Any, prompts: int, draws: random.Random) -> dict[str, Any]:
-    pictures = 0
+    images = 0
     watch.job = job_of(host.run(_job(host, "shared card", 1_000_000)))
     with full(2.0):  # images, captions, loading, the first held-out loss
         pass
@@ -146,7 +146,7 @@ def _story(host: Host, watch: Watch, full: Any, prompts: int, draws: random.Rand
         step = watch.status()["step"]
         with full(draws.uniform(*HELD_SECONDS)):
             pass
-        pictures += len(host.images(host.run(prompt_of(number))))
+        images += len(host.images(host.run(prompt_of(number))))
         until(lambda least=step: watch.status()["step"] > least, "the job to go on", report=watch.report)
         time.sleep(draws.uniform(0, 0.5))
     for action, state in (("pause", "paused"), ("resume", "running"), ("stop", "stopped"), ("resume", "running")):
@@ -171,7 +171,7 @@ def _story(host: Host, watch: Watch, full: Any, prompts: int, draws: random.Rand
     rows = [row for job in jobs for row in _metrics(host, job["id"])]
     return {
         "prompts": prompts,
-        "pictures": pictures,
+        "pictures": images,
         "states": [job["state"] for job in jobs],
         "steps": [job["step"] for job in jobs],
         "previews": sum(len(job["samples"]) for job in jobs),

@@ -63,10 +63,10 @@ def measured(name: str, sizes: list[int]) -> list[dict[str, Any]]:
 def moments(made: Job, vae: Autoencoder, settings: Settings) -> dict[str, int]:
     """What is allocated at most in each of `MOMENTS`."""
     size, rows = settings.pixels, heldout_rows(settings, HELDOUT_ROWS)
-    picture = torch.zeros(16, size // 8, size // 8), condition(TEXT)
+    image = torch.zeros(16, size // 8, size // 8), condition(TEXT)
     return {
         "step": peak(made.step),
-        "held-out loss": peak(lambda: heldout_loss(made.model, [picture], rows=rows)),
+        "held-out loss": peak(lambda: heldout_loss(made.model, [image], rows=rows)),
         "preview": peak(lambda: preview(made.model, vae, settings)),
     }
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from chroma_core.lora.trainable import CastFactors, LoraSettings, add_trainable
-from chroma_core.model import finite, four_bits, quantised
+from chroma_core.model import device, four_bits, quantised
 from chroma_core.model import precision as precisions
 from chroma_core.model.eight_bits import Compute
 from chroma_core.model.transformer import ChromaTransformer
@@ -40,7 +40,7 @@ TEXT_CHANNELS = 4096
 if SIMULATED:  # it has no cuDNN
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
-    finite.broken = lambda _: False  # and no numbers
+    device.broken = lambda _: False  # and no numbers
     four_bits.wrong_numbers = lambda *_: ""
 
 

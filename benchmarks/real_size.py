@@ -5,7 +5,7 @@
 
 Every measurement runs in a process of its own. Peers, in the same run: diffusers' `from_single_file` for loading, our
 bf16 for the forward pass, the same precision without streaming for block streaming, and quantising anew for a kept
-quantised file. The weights are random, so nothing here says anything about pictures.
+quantised file. The weights are random, so nothing here says anything about images.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def main() -> None:
         "--blocks", type=int, nargs=2, default=(1, 1), metavar=("DOUBLE", "SINGLE"), help="how many blocks of each kind"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side of the picture in the forward pass")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side of the image in the forward pass")
     parser.add_argument("--repeats", type=int, default=2, help="how often each is timed; the fastest counts")
     parser.add_argument("--precisions", nargs="*", default=None, help="those of the transformer (default: all)")
     parser.add_argument("--scratch", default=None, help="a folder for the random model (default: the system's)")

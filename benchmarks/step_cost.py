@@ -188,10 +188,10 @@ def main() -> int:
     )
     model.set_deterministic(options.deterministic)
     if options.heldout:
-        picture = (torch.randn(made.batches.shape[1:]), condition(options.text))
+        image = (torch.randn(made.batches.shape[1:]), condition(options.text))
 
         def work() -> object:
-            return heldout_loss(model, [picture], rows=options.heldout_rows)
+            return heldout_loss(model, [image], rows=options.heldout_rows)
     else:
         work = made.step
     work()

@@ -2,7 +2,7 @@
 
 python benchmarks/variants.py --write      about five minutes on one CPU core; rewrites the table in docs/optimizers.md
 
-Each row is a whole job of the real trainer on the bundled pictures, with the same seed, steps and batches. The held-out
+Each row is a whole job of the real trainer on the bundled images, with the same seed, steps and batches. The held-out
 loss is the job's own. The time of a step is the median of its `seconds`, a ratio to the first row of the same run.
 """
 

@@ -31,7 +31,7 @@ from chroma_core.model.vae import Autoencoder
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.weights.safetensors_files import write_safetensors
-from tools.kill_resume import write_pictures
+from tools.kill_resume import write_images
 
 DRIVER_GIB = 0.6
 """What a driver and a desktop take of a card before anybody else."""
@@ -68,7 +68,7 @@ def run_one(files: dict[str, str], card: float, size: int) -> dict[str, Any]:
     model = {name: getattr(plan, name) for name in CHOSEN}
     checkpointing = model.pop("gradient_checkpointing")
     with tempfile.TemporaryDirectory() as work:
-        data = write_pictures(Path(work, "images"), 1, count=2, size=(size, size))
+        data = write_images(Path(work, "images"), 1, count=2, size=(size, size))
         config = TrainingConfig.parse(
             {
                 "name": "whole job",

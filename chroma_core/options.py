@@ -1,4 +1,4 @@
-"""An option, defined once, as a field of the value that reads it: annotated, or by `data.dataset.option`, the same.
+"""An option, defined once, as a field of the value that reads it: annotated, or by `settings.option`, the same.
 
     rank: Annotated[int, Field(ge=1, le=1024), Option("Size of the LoRA: how much it can learn.", most=512)] = 16
     rank: int = option(16, "Size of the LoRA: how much it can learn.", ge=1, le=1024, most=512)
@@ -65,6 +65,16 @@ class Described:
     def bound(self, *names: str) -> float | None:
         """The first of the bounds `ge`, `gt`, `le`, `lt` that there is."""
         return next((value for name in names for key, value in self.bounds if key == name), None)
+
+    @property
+    def least(self) -> float | None:
+        """The lowest number that a widget offers."""
+        return self.bound("ge") if self.option.least is None else self.option.least
+
+    @property
+    def most(self) -> float | None:
+        """The highest number that a widget offers."""
+        return self.bound("le") if self.option.most is None else self.option.most
 
     @property
     def range(self) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..chroma_core.data.dataset import DatasetConfig
-from ..chroma_core.data.image_folder import bytes_in, store_pictures, stored
+from ..chroma_core.data.image_folder import bytes_in, store_images, stored
 from ..chroma_core.data.samples import multiples
 from ..chroma_core.errors import ConfigError, DataError
 from . import host
 from .dataset_widgets import config_from, outputs, shown, widgets
-from .sockets import ChromaDatasetType, masks_of, pictures_of, schema
+from .option_widgets import widget
+from .sockets import ChromaDatasetType, images_of, masks_of, schema
 
 
 class ChromaDataset(io.ComfyNode):
@@ -152,12 +153,12 @@ class ChromaDatasetFromImages(io.ComfyNode):
     @classmethod
     def execute(cls, images, captions, masks=(), **options: Any) -> io.NodeOutput:
         fields = {name: values[0] for name, values in options.items()}
-        pictures = pictures_of(images)
+        separate = images_of(images)
         texts = [str(text) for text in captions if text is not None]
         _check_captions(texts, fields)
-        masks = masks_of(masks or (), pictures)
-        root = host.pictures_folder()
-        folder = store_pictures(root, pictures, texts, masks, host.Progress(max(1, len(pictures))).step)
+        masks = masks_of(masks or (), separate)
+        root = host.images_folder()
+        folder = store_images(root, separate, texts, masks, host.Progress(max(1, len(separate))).step)
         _kept.note(folder)
         used = "files" if any(masks) else "none"
         return shown(cls, config_from(str(folder), masks=used, **fields), _where(folder))
@@ -206,16 +207,14 @@ class ChromaCombineDatasets(io.ComfyNode):
             for i in numbers
         ]
         weights = [
-            io.Float.Input(
+            widget(
+                DatasetConfig,
+                "weight",
                 f"weight_{i}",
-                default=1.0,
-                min=0.001,
-                max=1000.0,
-                step=0.05,
-                round=0.001,
                 tooltip=f"How often an image of dataset_{i} is used compared with one of another set. Multiplies the "
                 "set's own weight.",
                 optional=i > 2,
+                advanced=None,
             )
             for i in numbers
         ]

@@ -22,7 +22,7 @@ from ..chroma_core.data.contact_sheet import (
     thumbnail,
 )
 from ..chroma_core.data.dataset import DatasetConfig
-from ..chroma_core.data.pictures import Picture
+from ..chroma_core.data.images import DatasetImage
 from ..chroma_core.data.remembered import Remembered
 from ..chroma_core.data.scan import DatasetScan, scan
 from ..chroma_core.data.warnings import image_warnings
@@ -135,7 +135,7 @@ def facts(found: DatasetScan, size: int, judged_by: int) -> dict[str, Any]:
     }
 
 
-def _shown(item: Picture, found: DatasetScan, size: int, warnings: list[str]) -> dict[str, Any]:
+def _shown(item: DatasetImage, found: DatasetScan, size: int, warnings: list[str]) -> dict[str, Any]:
     image = thumbnail(item, found, size, SIDE)
     caption = next(iter(item.captions), "")
     return {

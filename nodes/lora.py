@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..chroma_core.checkpoints.norms import norms_on
+from ..chroma_core.checkpoints.merge import norms_on
 from ..chroma_core.errors import ConfigError, LoraError
 from ..chroma_core.files import file_stem
 from ..chroma_core.loading.load import transformer_outline
@@ -91,25 +91,9 @@ class ChromaApplyLora(io.ComfyNode):
             inputs=[
                 ChromaModel.Input("model", tooltip="From Chroma Load Model or another Chroma Apply LoRA."),
                 file,
-                io.Float.Input(
-                    "strength", default=1.0, min=-4.0, max=4.0, step=0.05, tooltip="1: as trained. 0: no effect."
-                ),
-                io.Combo.Input(
-                    "mode",
-                    options=list(get_args(LoraMode)),
-                    default="live",
-                    tooltip="live: beside the weights; changing the strength costs nothing. merged: into the "
-                    "weights before they are quantised; a little faster, and reloads the model when changed.",
-                    optional=True,
-                    advanced=True,
-                ),
-                io.Boolean.Input(
-                    "allow_partial",
-                    default=False,
-                    tooltip="Apply what fits when some of the file's modules do not belong to this model.",
-                    optional=True,
-                    advanced=True,
-                ),
+                widget(LoraUse, "strength"),
+                widget(LoraUse, "mode"),
+                widget(LoraUse, "allow_partial"),
                 file_name,
                 widget(LoraUse, "blocks", default=""),
                 widget(LoraUse, "schedule", default=""),
@@ -268,7 +252,7 @@ class ChromaInspectLora(io.ComfyNode):
             norms = norms_on(found, model.spec, lambda done, total, _: progress.step(done, total))
             remarks = _remarks(found, model)
         text = report_text(lora_report(found, name, path, remarks, norms))
-        picture = to_image([heat_map(norms)])
+        image = to_image([heat_map(norms)])
         sheet = to_image([side_by_side({NOT_ASKED: Image.new("RGB", (256, 256))})])
         if positive is not None or latent is not None:
             if path is None or model is None or positive is None or latent is None:
@@ -279,8 +263,8 @@ class ChromaInspectLora(io.ComfyNode):
             effects = block_effects(model, str(path), positive, negative, latent, groups)
             text, sheet = f"{text}\n\n{effects.report()}", to_image([effects.sheet()])
         host.say(_in_short(text))
-        shown = ui.PreviewImage(picture, cls=cls).as_dict()
-        return io.NodeOutput(text, picture, sheet, ui={**shown, "text": (text,)})
+        shown = ui.PreviewImage(image, cls=cls).as_dict()
+        return io.NodeOutput(text, image, sheet, ui={**shown, "text": (text,)})
 
 
 def _in_short(report: str) -> str:

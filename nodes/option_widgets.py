@@ -34,13 +34,7 @@ def _hints(option: Described) -> dict[str, Any]:
         return {"options": list(option.choices)}
     if option.kind not in (int, float):
         return {}
-    hints = option.option
-    found = {
-        "min": option.bound("ge") if hints.least is None else hints.least,
-        "max": option.bound("le") if hints.most is None else hints.most,
-        "step": hints.step,
-        "round": hints.round,
-    }
+    found = {"min": option.least, "max": option.most, "step": option.option.step, "round": option.option.round}
     return {key: option.kind(value) for key, value in found.items() if value is not None}
 
 

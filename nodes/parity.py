@@ -9,9 +9,9 @@ from comfy_api.latest import io, ui
 from ..chroma_core.model.drawing import side_by_side
 from ..chroma_core.parity import Case, FactorKind, NotRun, Report, Sampled, in_process, read_preview, vary
 from ..chroma_core.parity.preview import last_preview
-from ..chroma_core.sampling.recipe import RECIPES
 from ..chroma_core.sampling.recipe import recipe as find_recipe
 from ..chroma_core.sampling.sampler import SamplingSettings
+from ..chroma_core.training.config import TrainingConfig
 from . import host, jobs
 from .option_widgets import widget
 from .sockets import ChromaJob, ChromaModel, ChromaTextEncoder, schema, to_image, whole_spec
@@ -56,9 +56,9 @@ class ChromaParity(io.ComfyNode):
                 io.Int.Input("width", default=1024, min=32, max=4096, step=16, tooltip="Pixels. tiny: 64."),
                 io.Int.Input("height", default=1024, min=32, max=4096, step=16, tooltip="Pixels. tiny: 64."),
                 widget(SamplingSettings, "seed", tooltip="The noise to start from."),
-                io.Int.Input("steps", default=25, min=1, max=150, tooltip="Steps of the sampler."),
-                io.Float.Input("guidance", default=4.0, min=0.0, max=20.0, step=0.1, tooltip="As in Chroma Sampler."),
-                io.Combo.Input("recipe", options=list(RECIPES), default="canonical", tooltip="As in Chroma Sampler."),
+                widget(SamplingSettings, "steps", tooltip="Steps of the sampler."),
+                widget(SamplingSettings, "guidance", tooltip="As in Chroma Sampler."),
+                widget(TrainingConfig, "recipe", tooltip="As in Chroma Sampler."),
                 ChromaJob.Input(
                     "job",
                     optional=True,
@@ -83,7 +83,7 @@ class ChromaParity(io.ComfyNode):
         kinds = {NO_FACTORS: (), ALL_FACTORS: get_args(FactorKind)}.get(factors, (factors,))
         with host.working():
             report = _compare(case, shown, kinds)
-        text, sheet = report.table(), to_image([side_by_side(report.pictures)])
+        text, sheet = report.table(), to_image([side_by_side(report.images)])
         preview = ui.PreviewImage(sheet, cls=cls).as_dict()
         return io.NodeOutput(sheet, text, ui={**preview, "text": (text,)})
 

@@ -17,7 +17,7 @@ from ..chroma_core.loading.spec import LoraUse, ModelHandle, ModelSpec
 from ..chroma_core.lora.effects import Effects, effects_of
 from ..chroma_core.model.images import decode, preview_image
 from ..chroma_core.model.latents import FLUX_LATENTS, LatentFormat, snap_size
-from ..chroma_core.sampling.recipe import RECIPES, Recipe, parse_overrides
+from ..chroma_core.sampling.recipe import Recipe, parse_overrides
 from ..chroma_core.sampling.recipe import recipe as find_recipe
 from ..chroma_core.sampling.sampler import Method, SamplingSettings, StepInfo, sample
 from ..chroma_core.sampling.schedule import Spacing
@@ -166,10 +166,9 @@ class ChromaSampler(io.ComfyNode):
                 shift_value(**ADVANCED),
                 widget(SamplingSettings, "method"),
                 widget(SamplingSettings, "denoise"),
-                io.Combo.Input(
+                widget(
+                    TrainingConfig,
                     "recipe",
-                    options=list(RECIPES),
-                    default="canonical",
                     tooltip="How text, noise and time are computed: canonical follows the model's author; the "
                     "others reproduce what ComfyUI, ai-toolkit or diffusers generate.",
                     **ADVANCED,
@@ -242,8 +241,8 @@ def _sample(
     progress = host.Progress(settings.run_steps)
 
     def on_step(info: StepInfo) -> None:
-        picture = None if matrix is None else preview_image(info.denoised_BCHW, matrix)
-        progress.step(info.step, info.steps, picture)
+        image = None if matrix is None else preview_image(info.denoised_BCHW, matrix)
+        progress.step(info.step, info.steps, image)
         if settings.first_block_cache and info.step == info.steps:
             host.say(f"{said}\nApproximate: the first-block cache cut {info.cut_short:.0%} of the passes short.")
 

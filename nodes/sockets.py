@@ -196,11 +196,11 @@ def _centre(x: Tensor, rows: int, columns: int) -> Tensor:
     return x[..., top : top + rows, left : left + columns]
 
 
-def to_image(pictures: list[Any]) -> Tensor:
+def to_image(images: list[Any]) -> Tensor:
     """Images of one size → IMAGE [B, H, W, 3] in 0..1."""
     import numpy
 
-    arrays = [torch.from_numpy(numpy.array(picture.convert("RGB"), dtype=numpy.float32)) for picture in pictures]
+    arrays = [torch.from_numpy(numpy.array(image.convert("RGB"), dtype=numpy.float32)) for image in images]
     return torch.stack(arrays) / 255
 
 
@@ -211,7 +211,7 @@ def _digest(states: Tensor) -> str:
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def pictures_of(images: Sequence[Tensor | None]) -> list[Image.Image]:
+def images_of(images: Sequence[Tensor | None]) -> list[Image.Image]:
     """Every image of a list of IMAGEs [B, H, W, C] (or [H, W, C]) in 0..1, in order, in 8 bits.
 
     Sizes may differ from one IMAGE to the next; C is 1, 3 or 4 (alpha). Raises DataError for anything else.
@@ -233,7 +233,7 @@ def pictures_of(images: Sequence[Tensor | None]) -> list[Image.Image]:
     return found
 
 
-def masks_of(masks: Sequence[Tensor | None], pictures: Sequence[Image.Image]) -> list[Image.Image | None]:
+def masks_of(masks: Sequence[Tensor | None], images: Sequence[Image.Image]) -> list[Image.Image | None]:
     """A loss mask for each image from a list of MASKs [B, H, W] (or [H, W]) in 0..1, where 1 is trained.
 
     A single mask is for all images. One that is black all over is no mask (None): ComfyUI's Load Image gives such a
@@ -253,16 +253,16 @@ def masks_of(masks: Sequence[Tensor | None], pictures: Sequence[Image.Image]) ->
         for pixels in mask[None] if mask.ndim == 2 else mask:
             values = _bytes(pixels, f"Mask {len(found) + 1}")
             found.append(Image.fromarray(values, "L") if values.any() else None)
-    if len(found) not in (0, 1, len(pictures)):
+    if len(found) not in (0, 1, len(images)):
         raise DataError(
-            f"There are {len(pictures)} images and {len(found)} masks. Give one mask for each image, in the same "
+            f"There are {len(images)} images and {len(found)} masks. Give one mask for each image, in the same "
             "order, or a single one for all."
         )
-    found = found * len(pictures) if len(found) == 1 else found
-    for number, (mask, picture) in enumerate(zip(found, pictures, strict=False), 1):
-        if mask and abs(mask.width * picture.height / (mask.height * picture.width) - 1) > 0.02:
+    found = found * len(images) if len(found) == 1 else found
+    for number, (mask, image) in enumerate(zip(found, images, strict=False), 1):
+        if mask and abs(mask.width * image.height / (mask.height * image.width) - 1) > 0.02:
             raise DataError(
-                f"Mask {number} is {mask.width}×{mask.height}, but its image is {picture.width}×{picture.height}: "
+                f"Mask {number} is {mask.width}×{mask.height}, but its image is {image.width}×{image.height}: "
                 "another shape. Make the mask from the very image, or crop both alike."
             )
     return found

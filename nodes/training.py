@@ -330,8 +330,8 @@ class ChromaTrainingStatus(io.ComfyNode):
     def execute(cls, job) -> io.NodeOutput:
         found = jobs.find(job)
         text = host.told(describe(found.status()))
-        pictures = [Image.open(path) for path in found.latest_samples()] or [Image.new("RGB", (64, 64))]
-        samples, plot = to_image(pictures), to_image([plot_losses(found.metrics())])
+        images = [Image.open(path) for path in found.latest_samples()] or [Image.new("RGB", (64, 64))]
+        samples, plot = to_image(images), to_image([plot_losses(found.metrics())])
         previews = [*ui.PreviewImage(samples, cls=cls).values, *ui.PreviewImage(plot, cls=cls).values]
         return io.NodeOutput(text, samples, plot, ui={"images": previews, "text": (text,), "chromakit_job": (job,)})
 

@@ -142,7 +142,7 @@ def generate_while_training(host: Host, job_id: str, prompts: list[Prompt], expe
     while (status := job_status(host, job_id))["state"] in BUSY_STATES and status["step"] < 1:
         time.sleep(0.2)
     served = []
-    for prompt, picture in zip(prompts, expected, strict=True):
+    for prompt, image in zip(prompts, expected, strict=True):
         step, start = job_status(host, job_id)["step"], time.monotonic()
         history = host.run(prompt)
         after = job_status(host, job_id)
@@ -153,7 +153,7 @@ def generate_while_training(host: Host, job_id: str, prompts: list[Prompt], expe
                 "step_after": after["step"],
                 "state_after": after["state"],
                 "really_run": not host.nodes_replayed(history) & nodes_of(prompt, "ChromaSampler"),
-                "equal": host.images(history)[0].tobytes() == picture.tobytes(),
+                "equal": host.images(history)[0].tobytes() == image.tobytes(),
             }
         )
         say(f"generated “{text_of(prompt)}” at training step {after['step']} in {served[-1]['seconds']} s")
@@ -202,11 +202,11 @@ def native_modules(lora: Path) -> tuple[int, int]:
         raise HostError(f"native_lora_check.py failed:\n{result.stdout}{result.stderr[-2000:]}") from error
 
 
-def save_pictures(pictures: list, folder: Path, name: str) -> list[str]:
+def save_images(images: list, folder: Path, name: str) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}_{i}.png" for i in range(len(pictures))]
-    for picture, path in zip(pictures, paths, strict=True):
-        picture.save(path)
+    paths = [folder / f"{name}_{i}.png" for i in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
     return [str(path) for path in paths]
 
 
@@ -224,10 +224,10 @@ def contact_sheet(groups: list[tuple[Rows, list[str]]], cell: int = 224, margin:
     sheet = Image.new("RGB", (width, height), "white")
     draw, top = ImageDraw.Draw(sheet), margin
     for rows, captions in groups:
-        for title, pictures in rows:
+        for title, images in rows:
             draw.multiline_text((margin, top + cell // 2 - 16), title, "black", font)
-            for column, picture in enumerate(pictures):
-                enlarged = picture.resize((cell, cell), Image.Resampling.BICUBIC)
+            for column, image in enumerate(images):
+                enlarged = image.resize((cell, cell), Image.Resampling.BICUBIC)
                 sheet.paste(enlarged, (left + column * (cell + margin), top))
             top += cell + margin
         for column, caption in enumerate(captions):
@@ -240,24 +240,24 @@ def contact_sheet(groups: list[tuple[Rows, list[str]]], cell: int = 224, margin:
     return sheet
 
 
-def ordinary_rate(pictures: list) -> float:
+def ordinary_rate(images: list) -> float:
     """Share of images of the `ORDINARY` prompts, in order, that show shape, colour and background of theirs."""
     import numpy as np
 
-    from tools.tiny.world import read_picture
+    from tools.tiny.world import read_image
 
-    seen = [read_picture(np.array(picture.convert("RGB"))) for picture in pictures]
+    seen = [read_image(np.array(image.convert("RGB"))) for image in images]
     right = [(r.shape, r.colour, r.background) == wanted for r, wanted in zip(seen, ORDINARY, strict=True)]
     return sum(right) / len(right)
 
 
-def concept_rate(pictures: list, texts: list[str]) -> float:
+def concept_rate(images: list, texts: list[str]) -> float:
     """Share of images of captions that show the emblem, on the background that the caption names."""
     import numpy as np
 
     from tools.tiny.example_dataset import read_emblem
 
-    seen = [read_emblem(np.array(picture.convert("RGB"))) for picture in pictures]
+    seen = [read_emblem(np.array(image.convert("RGB"))) for image in images]
     right = [reading.right(text.split()[-2]) for reading, text in zip(seen, texts, strict=True)]
     return sum(right) / len(right)
 
@@ -269,7 +269,7 @@ def run_demo(host: Host, output: Path, steps: int | None) -> Findings:
     """Generate, train while generating, generate again; write images and report under `output`."""
     from tools.tiny.world import plain_caption
 
-    found, pictures = Findings(), output / "images"
+    found, images = Findings(), output / "images"
     train = load_api("chroma_train_lora")
     if steps:
         train = change(train, "ChromaTrainLora", steps=steps)
@@ -309,8 +309,8 @@ def run_demo(host: Host, output: Path, steps: int | None) -> Findings:
         "train_seconds": status["train_seconds"],
         "heldout_loss_base": status["heldout_loss_base"],
         "heldout_loss_lora": status["heldout_loss"],
-        "images_base": save_pictures(base, pictures, "base"),
-        "images_lora": save_pictures(with_lora, pictures, "lora"),
+        "images_base": save_images(base, images, "base"),
+        "images_lora": save_images(with_lora, images, "lora"),
         "host_native_lora_modules_matched": matched,
         "host_native_lora_modules_total": total,
         "prompts_served_while_training": len(in_time),

@@ -13,7 +13,7 @@ SCALE = 2  # drawn larger and reduced: Pillow's lines have no smooth edges
 
 
 class Sheet:
-    """A white picture of `width` × `height` pixels; coordinates everywhere are those of the finished picture."""
+    """A white image of `width` × `height` pixels; coordinates everywhere are those of the finished image."""
 
     def __init__(self, width: int, height: int):
         self.size = (width, height)

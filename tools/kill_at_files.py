@@ -30,7 +30,7 @@ import torch
 
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.blocking import run_job
-from tools.kill_resume import JOBS, job_config, reached, same_result, write_pictures
+from tools.kill_resume import JOBS, job_config, reached, same_result, write_images
 
 Told = Callable[[str, str, Callable[[], None]], None]
 """told(kind, path, half): an operation is about to begin; `half` does half of it, where it can be halved."""
@@ -190,8 +190,8 @@ def main() -> int:
     options = parser.parse_args()
     model = {"folder": str(Path(options.model).resolve())} if options.model else {}
     with tempfile.TemporaryDirectory(prefix="chromakit-kills-") as work:
-        data = write_pictures(Path(work, "pictures"), 0, count=2)
-        write_pictures(Path(work, "pictures-2"), 1, count=2, size=(128, 64))
+        data = write_images(Path(work, "pictures"), 0, count=2)
+        write_images(Path(work, "pictures-2"), 1, count=2, size=(128, 64))
         config = TrainingConfig.parse(job_config(data, model, options.steps, options.job))
         kills, wrong = kill_at_each(config, Path(work), options.every, options.first)
     print(*wrong, f"identical {kills - len(wrong)} of {kills}", sep="\n")

@@ -44,7 +44,7 @@ from tools.kill_resume import (
     reached,
     read_metrics,
     same_result,
-    write_pictures,
+    write_images,
 )
 
 SEEDS = 3
@@ -252,8 +252,8 @@ def main() -> int:
 def _run(options: argparse.Namespace, work: Path) -> int:
     chance, started = random.Random(options.seed), time.monotonic()
     model = {"folder": str(Path(options.model).resolve())} if options.model else {}
-    data = write_pictures(work / "pictures", options.seed)
-    write_pictures(work / "pictures-2", options.seed + 1, count=4, size=(128, 64))
+    data = write_images(work / "pictures", options.seed)
+    write_images(work / "pictures-2", options.seed + 1, count=4, size=(128, 64))
     references = {kind: Trials(job_config(data, model, options.steps, kind), work / kind) for kind in JOBS}
     multiprocessing.get_context("forkserver").set_forkserver_preload([*LIBRARIES, *HOST_LIBRARIES])
     for trials in references.values():

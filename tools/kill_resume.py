@@ -85,8 +85,8 @@ def job_config(data: Path, model: dict[str, Any], steps: int, job: str = "plain"
     return {**common, **changes[job]}
 
 
-def write_pictures(folder: Path, seed: int, count: int = 8, size: tuple[int, int] = (64, 64)) -> Path:
-    """Pictures of 4×4 random colours, with captions; returns the folder."""
+def write_images(folder: Path, seed: int, count: int = 8, size: tuple[int, int] = (64, 64)) -> Path:
+    """Images of 4×4 random colours, with captions; returns the folder."""
     from PIL import Image
 
     chance = random.Random(seed)
@@ -288,8 +288,8 @@ def kill_and_compare(
 ) -> int:
     """Run `kills` trials, the jobs in turn, in the folder `work`; returns how many ended like the uninterrupted run."""
     chance = random.Random(seed)
-    data = write_pictures(work / "pictures", seed)
-    write_pictures(work / "pictures-2", seed + 1, count=4, size=(128, 64))
+    data = write_images(work / "pictures", seed)
+    write_images(work / "pictures-2", seed + 1, count=4, size=(128, 64))
     runs = {}
     for job in jobs:
         trials = runs[job] = Trials(job_config(data, model, steps, job), work / job)
@@ -329,7 +329,7 @@ def kill_and_compare(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, help="trials (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of the kill moments and the pictures (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the kill moments and the images (default: 0)")
     parser.add_argument("--steps", type=int, default=24, help="length of the job (default: 24)")
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=["plain"], help="taken in turn (default: plain)")
     parser.add_argument("--model", default=None, help="a diffusers folder instead of the embedded tiny model")

@@ -30,7 +30,7 @@ BARE = {
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
     "Comfy.Execution.PreviewMethod": "latent2rgb",
 }
-"""The host's settings for pictures of single nodes."""
+"""The host's settings for images of single nodes."""
 
 
 @contextmanager

@@ -5,7 +5,7 @@
 
 Jobs over rates, sizes of the dataset, ranks and steps, each with its own seed. What a verdict may use is the job's
 metrics; what it is judged by is never seen by the trainer: the loss on other images with other noises, of the LoRA of
-every validation, and the picture test. docs/verdict.md says how a job's truth follows from them.
+every validation, and the image test. docs/verdict.md says how a job's truth follows from them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .pages import fill, markdown_table
 from .sigma_study.study import CONCEPT_SEED, ORDINARY_SEED, Judge
 from .tiny.example_dataset import read_emblem, write
 from .tiny.vae import decode
-from .tiny.world import plain_caption, read_picture
+from .tiny.world import plain_caption, read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, PAGE = ROOT / "docs" / "data" / "verdict_study.json", ROOT / "docs" / "verdict.md"
@@ -47,7 +47,7 @@ LENGTHS = (40, 56, 80)
 JUDGED_EVERY = 16
 """Steps between the LoRAs whose loss the judge measures: those of every second validation, and of every length."""
 CONCEPTS, ORDINARY = 1, 8
-"""Images of each caption that is held out, and of ordinary prompts, in a picture test."""
+"""Images of each caption that is held out, and of ordinary prompts, in an image test."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,14 @@ class Truth(Judge):
             held = list(zip(self.latents, (self.text.encode(caption) for caption in self.captions), strict=True))
             return [round(loss, 5) for loss in heldout_loss(self.transformer, held)]
 
-    def pictures(self, lora: Path | None) -> dict[str, float]:
-        """The picture test: shares of the concept and of ordinary prompts that come out right."""
+    def images(self, lora: Path | None) -> dict[str, float]:
+        """The image test: shares of the concept and of ordinary prompts that come out right."""
         which, ordinary = [*range(len(self.captions))] * CONCEPTS, self.ordinary[:ORDINARY]
         with self.wearing(lora):
             concept = self.generate([self.captions[i] for i in which], CONCEPT_SEED)
             plain = self.generate([plain_caption(*triple) for triple in ordinary], ORDINARY_SEED)
-        emblems = [read_emblem(picture) for picture in decode(self.vae, concept)]
-        shapes = [read_picture(picture) for picture in decode(self.vae, plain)]
+        emblems = [read_emblem(image) for image in decode(self.vae, concept)]
+        shapes = [read_image(image) for image in decode(self.vae, plain)]
         right = [e.right(self.readings[i].background) for e, i in zip(emblems, which, strict=True)]
         kept = [(r.shape, r.colour, r.background) == t for r, t in zip(shapes, ordinary, strict=True)]
         found = {"concept": right, "iou": [e.iou for e in emblems], "ordinary": kept}
@@ -153,7 +153,7 @@ def run_case(case: Case, seed: int, output: Path, truth: Truth) -> dict[str, Any
         "message": status["message"],
         "metrics": [compact(line) for line in job.metrics()],
         "truth": by_step,
-        "pictures": {step: truth.pictures(kept[step]) for step in shown},
+        "pictures": {step: truth.images(kept[step]) for step in shown},
         "seconds": status["train_seconds"],
     }
 
@@ -178,7 +178,7 @@ def study(output: Path, train: bool = True) -> Iterator[dict[str, Any]]:
     output.mkdir(parents=True, exist_ok=True)
     datasets(output / "data")
     truth = Truth()
-    yield {"truth": truth.loss(None), "pictures": truth.pictures(None)}
+    yield {"truth": truth.loss(None), "pictures": truth.images(None)}
     listed = list(enumerate(cases()))
     order = np.random.default_rng(0).permutation(len(listed))  # so that what is done is a fair part of all
     for i, case in (listed[k] for k in order):

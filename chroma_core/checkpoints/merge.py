@@ -2,7 +2,7 @@
 
 W' = W + Σ strength · ΔW, and biases and norms alike, in fp32 from the base's own numbers (fp8, scaled fp8 and GGUF are
 unpacked), in the order in which the LoRAs are given, rounded once to the type that is written. Everything that no LoRA
-changes is copied.
+changes is copied. And, layer by layer of the same base, how large a LoRA's change is against its weights.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from ..fullrank.export import TrainedModel, write_folder, write_single_file
 from ..loading.build import OnPart
 from ..loading.load import transformer_source
 from ..loading.matching import Component, build_part
-from ..loading.model_files import base_header
+from ..loading.model_files import base_header, file_state
 from ..loading.spec import LoraUse, ModelSpec
 from ..lora.adapters import check_fits
 from ..lora.convert import DTYPES
 from ..lora.files import PEFT_WEIGHTS, read_lora
 from ..lora.modules import AdapterModule, FullModule, LoraFile
+from ..lora.report import Norms, update_norm, update_norms
 from ..weights.opening import Weights, open_weights
 
 Layout = Literal["original", "diffusers"]
@@ -215,3 +216,39 @@ def _record(use: LoraUse) -> dict[str, Any]:
 def _name(use: LoraUse) -> str:
     path = Path(use.path)
     return path.parent.name if path.name == PEFT_WEIGHTS else path.name
+
+
+ALONE = ("lora", "lokr", "loha", "full")
+"""Kinds whose ΔW does not depend on the weight."""
+
+_known: dict[tuple[str, str], float] = {}
+"""‖W‖ by the state of the model's file and the layer: a file is read once in a process."""
+
+
+def norms_on(lora: LoraFile, spec: ModelSpec, on_part: OnPart = lambda done, total, what: None) -> Norms:
+    """‖ΔW‖ and ‖W‖ of every layer of a LoRA; only those layers are read, one at a time.
+
+    A DoRA's ΔW is the one for the model's weights. ‖ΔW‖ alone, from the LoRA's file, where the model cannot say: its
+    weights are quantised in its file, or the LoRA does not fit it.
+    """
+    try:
+        weights, component = transformer_source(spec)
+        check_fits(build_part("transformer", component.config), lora)
+    except (ModelFileError, LoraError):
+        return update_norms(lora)
+    state = file_state(weights.path)
+    names = list(lora.modules)
+    change: dict[str, float] = {}
+    sizes: dict[str, float] = {}
+    for i, name in enumerate(names):
+        on_part(i, len(names), name)
+        module = lora.modules[name]
+        alone = module.kind in ALONE
+        if alone and (state, name) in _known:
+            change[name], sizes[name] = update_norm(module), _known[state, name]
+            continue
+        weight = component.sources[f"{name}.weight"].read(weights, torch.float32)
+        sizes[name] = _known[state, name] = float(weight.double().norm())
+        change[name] = update_norm(module) if alone else float(module.delta(weight).double().norm())
+    on_part(len(names), len(names), "")
+    return Norms(change, sizes)

@@ -77,7 +77,7 @@ def _inspect(options: argparse.Namespace) -> None:
     lora = read_lora(options.file)
     remark, norms = None, update_norms(lora)
     if options.base:
-        from ..checkpoints.norms import norms_on
+        from ..checkpoints.merge import norms_on
         from ..loading.model_files import base_warning
 
         spec = model_spec(options.base)

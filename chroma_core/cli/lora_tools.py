@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .lora import model_spec
-from .options import add_lora_flags
+from .options import add_flag, add_lora_flags
 
 MODEL = "a flavour, a transformer's file, or a diffusers folder"
 
@@ -37,11 +37,12 @@ def resize_options(resize: argparse.ArgumentParser) -> None:
 def merge_options(merge: argparse.ArgumentParser) -> None:
     """What merge-lora is asked."""
     from ..checkpoints.merge import LAYOUTS
+    from ..loading.spec import LoraUse
     from ..lora.convert import DTYPES
 
     merge.add_argument("model", help=MODEL)
     add_lora_flags(merge)
-    merge.add_argument("--allow-partial", action="store_true", help="apply LoRAs of which only some layers fit, too")
+    add_flag(merge, LoraUse, "allow_partial")
     merge.add_argument("--output", type=Path, required=True, help="the .safetensors file, or the folder, to write")
     merge.add_argument(
         "--layout",

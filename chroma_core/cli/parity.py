@@ -11,12 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from ..errors import ChromaKitError, ConfigError
-from .options import add_lora_flags, add_model_options, spec_from
+from .options import add_flag, add_lora_flags, add_model_options, spec_from
 
 
 def parity_options(parity: argparse.ArgumentParser) -> None:
     """What parity is asked."""
-    from ..sampling.recipe import RECIPES
+    from ..sampling.sampler import SamplingSettings
+    from ..training.config import TrainingConfig
 
     parity.description = (
         "Samples one image in every runtime and says how far the results are apart. With the flavour tiny a LoRA is "
@@ -27,12 +28,12 @@ def parity_options(parity: argparse.ArgumentParser) -> None:
     parity.add_argument("--preview", type=Path, metavar="PNG", help="replay this preview of a training job")
     parity.add_argument("--prompt", default="a photo of a sks emblem", help="of the image (default: one of tiny's)")
     parity.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
-    for name, kind in {"width": int, "height": int, "steps": int, "guidance": float}.items():
-        parity.add_argument(f"--{name}", type=kind, default=None, help="of the image")
-    parity.add_argument("--seed", type=int, default=42, help="of the noise")
-    parity.add_argument(
-        "--recipe", choices=list(RECIPES), default="canonical", help="how texts are encoded and numbers rounded"
-    )
+    for name in ("width", "height"):
+        parity.add_argument(f"--{name}", type=int, default=None, help="of the image, in pixels")
+    add_flag(parity, SamplingSettings, "steps", default=None)
+    add_flag(parity, SamplingSettings, "guidance", default=None)
+    add_flag(parity, SamplingSettings, "seed", help="The noise to start from.")
+    add_flag(parity, TrainingConfig, "recipe", help="How texts are encoded and numbers rounded.")
     add_lora_flags(parity)
     parity.add_argument(
         "--factors",
@@ -58,8 +59,8 @@ def _parity(options: argparse.Namespace) -> int:
 
 def exit_status(report: Any) -> int:
     """0 when preview, command line and nodes agree, else 1; says which on the error output."""
-    print(report.verdict() if report.same_picture else f"error: {report.verdict()}", file=sys.stderr)
-    return 0 if report.same_picture else 1
+    print(report.verdict() if report.same_image else f"error: {report.verdict()}", file=sys.stderr)
+    return 0 if report.same_image else 1
 
 
 def _compare(options: argparse.Namespace, folder: Path) -> Any:
@@ -161,6 +162,6 @@ def _write(report: Any, folder: Path) -> None:
     values = report.to_dict()
     try:
         write_atomic(folder / "parity.json", json.dumps(values, indent=1))
-        write_atomic(folder / "parity.png", png_bytes(side_by_side(report.pictures), values))
+        write_atomic(folder / "parity.png", png_bytes(side_by_side(report.images), values))
     except OSError as error:
         raise ChromaKitError(f"The report cannot be written to '{folder}': {error.strerror or error}.") from error

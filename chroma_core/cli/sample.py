@@ -26,18 +26,17 @@ if TYPE_CHECKING:
 
 def sample_options(sample: argparse.ArgumentParser) -> None:
     """What sample is asked."""
-    from ..sampling.recipe import RECIPES
+    from ..loading.spec import LoraUse
     from ..sampling.sampler import SamplingSettings
+    from ..training.config import TrainingConfig
 
     add_model_options(sample)
     sample.add_argument("--prompt", action="append", required=True, help="repeat for several images")
     sample.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
     sample.add_argument("--trigger", default="", help="the word that replaces [trigger]")
     add_lora_flags(sample)
-    sample.add_argument(
-        "--lora-mode", choices=["live", "merged"], default="live", help="beside the weights, or added to them"
-    )
-    sample.add_argument("--allow-partial", action="store_true", help="apply LoRAs of which only some layers fit, too")
+    add_flag(sample, LoraUse, "mode", "--lora-mode")
+    add_flag(sample, LoraUse, "allow_partial")
     sample.add_argument("--width", type=int, default=None, help="of the image, in pixels")
     sample.add_argument("--height", type=int, default=None, help="of the image, in pixels")
     add_flag(sample, SamplingSettings, "steps", default=None)
@@ -50,9 +49,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     add_flag(sample, SamplingSettings, "start_step")
     add_flag(sample, SamplingSettings, "end_step")
     add_flag(sample, SamplingSettings, "first_block_cache")
-    sample.add_argument(
-        "--recipe", choices=list(RECIPES), default="canonical", help="how texts are encoded and numbers rounded"
-    )
+    add_flag(sample, TrainingConfig, "recipe", help="How texts are encoded and numbers rounded.")
     sample.add_argument(
         "--recipe-set",
         action="append",
@@ -120,15 +117,15 @@ def _sample(options: argparse.Namespace) -> None:
             **start,
         )
     vae = cache.vae(spec, device)
-    for i, picture in enumerate(decode(vae, latents)):
-        record = image_record(prompts[i], avoided, picture.size, settings, rules, spec.to_dict())
+    for i, image in enumerate(decode(vae, latents)):
+        record = image_record(prompts[i], avoided, image.size, settings, rules, spec.to_dict())
         record["settings"]["seed"] += i
         record |= {"loras": [use_record(use) for use in handle.loras], **started}
         path = free_path(options.output, f"chroma-{settings.seed + i}.png")
         if options.save_latents:
             file = latents_bytes(latents[i : i + 1], LatentFormat.of(vae))
             write_atomic(path.with_suffix(LATENTS_SUFFIX), file)
-        write_atomic(path, png_bytes(picture, record))
+        write_atomic(path, png_bytes(image, record))
         print(path)
 
 
@@ -168,15 +165,15 @@ def start_from(
     from ..model.latents import LatentFormat, snap_size
 
     vae = load_vae()
-    picture = _open(options.image).convert("RGB")
-    width, height = options.width or picture.width, options.height or picture.height
+    image = _open(options.image).convert("RGB")
+    width, height = options.width or image.width, options.height or image.height
     options.width, options.height = snap_size(width, height, rules.size_multiple)
     box = ((width - options.width) // 2, (height - options.height) // 2)
     area = (*box, box[0] + options.width, box[1] + options.height)
-    picture = picture.resize((width, height), Resampling.LANCZOS).crop(area)
+    image = image.resize((width, height), Resampling.LANCZOS).crop(area)
     format_ = LatentFormat.of(vae)
     with torch.no_grad():
-        z = vae.encode(to_tensor(picture).to(vae.device, vae.dtype)).mean.float()
+        z = vae.encode(to_tensor(image).to(vae.device, vae.dtype)).mean.float()
     found = {"start_BCHW": format_.to_model(z).expand(batch, -1, -1, -1)}
     record = {"image": options.image.name}
     if options.mask is not None:
@@ -192,9 +189,9 @@ def _open(path: Path) -> Image:
     from PIL import Image, ImageOps
 
     try:
-        picture = Image.open(path)
-        picture.load()
-        return ImageOps.exif_transpose(picture)  # as it is shown, and as the host's Load Image reads it
+        image = Image.open(path)
+        image.load()
+        return ImageOps.exif_transpose(image)  # as it is shown, and as the host's Load Image reads it
     except (OSError, Image.DecompressionBombError) as error:
         raise ConfigError(f"The image '{path}' cannot be read: {error}. Give a PNG, JPEG or WebP file.") from error
 
@@ -233,7 +230,7 @@ def _request(options: argparse.Namespace) -> None:
             print(f"{file}: {remark}", file=sys.stderr)
     if options.api_prompt:
         for _, request in requests:
-            print(json.dumps(to_prompt(request, request.pictures(), [lora.path for lora in request.loras])))
+            print(json.dumps(to_prompt(request, request.images(), [lora.path for lora in request.loras])))
         return
     device = best_device(options.device)
     planned = []
@@ -245,11 +242,11 @@ def _request(options: argparse.Namespace) -> None:
         planned.append((request, spec, loras))
     cache = ComponentCache()
     for request, spec, loras in planned:
-        total = sum(picture.sample_steps for picture in request.pictures())
+        total = sum(image.sample_steps for image in request.images())
         with tqdm(total=total, unit="step", desc="sampling") as bar:
 
-            def show(picture: int, done: int, steps: int, bar=bar, of=request) -> None:
-                bar.set_postfix_str(f"image {picture + 1} of {len(of.prompts)}")
+            def show(image: int, done: int, steps: int, bar=bar, of=request) -> None:
+                bar.set_postfix_str(f"image {image + 1} of {len(of.prompts)}")
                 bar.update()
 
             result = run_request(request, spec, loras, cache, device, options.output, show)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..requests.request import InferenceRequest, PlannedPicture
+from ..requests.request import InferenceRequest, PlannedImage
 from ..requests.run import PARTS
 
 Prompt = dict[str, dict[str, Any]]
@@ -105,14 +105,14 @@ class Graph:
 
 def to_prompt(
     request: InferenceRequest,
-    pictures: Sequence[PlannedPicture],
+    images: Sequence[PlannedImage],
     lora_names: Sequence[str],
     filename_prefix: str = "chroma/request",
 ) -> Prompt:
     """A request as a prompt of our own nodes; image i comes from the node `save_<i>`.
 
     Args:
-        pictures: from `request.pictures()`: a prompt has no random seeds.
+        images: from `request.images()`: a prompt has no random seeds.
         lora_names: the request's LoRAs under their names in ComfyUI's LoRA folders.
     """
     graph = Graph()
@@ -130,11 +130,11 @@ def to_prompt(
     for i, (lora, name) in enumerate(zip(request.loras, lora_names, strict=True)):
         how = request.lora_mode, lora.allow_partial, lora.blocks, lora.schedule
         model = graph.add_lora(i, model, name, lora.network_multiplier, *how)
-    for i, picture in enumerate(pictures):
-        chosen, widgets = request.settings(picture), ("seed", "steps", "guidance", "tail_bias", "denoise")
+    for i, image in enumerate(images):
+        chosen, widgets = request.settings(image), ("seed", "steps", "guidance", "tail_bias", "denoise")
         settings = {name: getattr(chosen, name) for name in widgets} | {"recipe": request.recipe}
         if chosen.first_block_cache:
             settings["first_block_cache"] = chosen.first_block_cache
-        size = (picture.width, picture.height)
-        graph.add_image(model, loader, picture.prompt, picture.neg, size, settings, filename_prefix, i)
+        size = (image.width, image.height)
+        graph.add_image(model, loader, image.prompt, image.neg, size, settings, filename_prefix, i)
     return graph.prompt

@@ -64,9 +64,9 @@ def crop_box(width: int, height: int, bucket: Size, position: float = 0.5) -> tu
     return left, top, min(left + w, width), min(top + h, height)
 
 
-def resize_and_crop(picture: Image.Image, bucket: Size, position: float = 0.5) -> Image.Image:
+def resize_and_crop(image: Image.Image, bucket: Size, position: float = 0.5) -> Image.Image:
     """Scale an image to cover the bucket (Lanczos) and cut the overhang: evenly, or as `crop_box` says."""
-    if picture.size == bucket:
-        return picture
-    box = crop_box(*picture.size, bucket, position)
-    return picture.resize(bucket, Image.Resampling.LANCZOS, box=box)
+    if image.size == bucket:
+        return image
+    box = crop_box(*image.size, bucket, position)
+    return image.resize(bucket, Image.Resampling.LANCZOS, box=box)

@@ -25,7 +25,7 @@ from ..sampling.recipe import Recipe
 from ..sampling.text import TextCondition, TextEncoder
 from ..weights.safetensors_files import save_safetensors
 from .buckets import resize_and_crop
-from .pictures import Picture, load_picture
+from .images import DatasetImage, load_image
 from .views import View, load_mask, mask_tensor, posterior_noise
 
 _HEAD = 4096
@@ -54,10 +54,10 @@ def component_key(where: Path) -> str:
     return digest.hexdigest()
 
 
-def decoded(picture: Picture, view: View) -> Tensor:
-    """An image as a view of it is encoded: [1, 3, height, width], -1..1, fp32. Raises UnreadablePicture."""
-    image = resize_and_crop(load_picture(picture.path, view.background), view.bucket, view.crop)
-    return to_tensor(ImageOps.mirror(image) if view.flipped else image)
+def decoded(image: DatasetImage, view: View) -> Tensor:
+    """An image as a view of it is encoded: [1, 3, height, width], -1..1, fp32. Raises UnreadableImage."""
+    cropped = resize_and_crop(load_image(image.path, view.background), view.bucket, view.crop)
+    return to_tensor(ImageOps.mirror(cropped) if view.flipped else cropped)
 
 
 class LatentTextCache:
@@ -74,15 +74,15 @@ class LatentTextCache:
         self.text_key = text_key
         self.recipe = recipe
 
-    def latents_path(self, picture: Picture, view: View) -> Path:
+    def latents_path(self, image: DatasetImage, view: View) -> Path:
         """The entry of a view of an image."""
         extras = view.extras()
-        key = (picture.sha256, view.bucket, view.flipped, self.vae_key)
+        key = (image.sha256, view.bucket, view.flipped, self.vae_key)
         return self._path("latents", *key, *((extras,) if extras else ()))
 
-    def mask_path(self, picture: Picture, view: View, floor: float) -> Path:
+    def mask_path(self, image: DatasetImage, view: View, floor: float) -> Path:
         """The entry of an image's mask in a view; the same for all draws of the posterior."""
-        key = (picture.sha256, picture.mask_sha256, view.bucket, view.flipped, view.crop, floor, self.vae_key)
+        key = (image.sha256, image.mask_sha256, view.bucket, view.flipped, view.crop, floor, self.vae_key)
         return self._path("masks", *key)
 
     def text_path(self, text: str) -> Path:
@@ -127,7 +127,9 @@ class LatentTextCache:
         return metadata if whole else None
 
     @torch.no_grad()
-    def encoded(self, picture: Picture, views: Sequence[View], pixels: Tensor, vae: Autoencoder) -> dict[Path, Tensor]:
+    def encoded(
+        self, image: DatasetImage, views: Sequence[View], pixels: Tensor, vae: Autoencoder
+    ) -> dict[Path, Tensor]:
         """The latents of `views`, which differ in nothing but the posterior's draw, by their entries.
 
         The mean does not depend on chance; a draw depends on the image, the view and its number.
@@ -140,9 +142,9 @@ class LatentTextCache:
         for view in views:
             z = posterior.mean
             if view.draw is not None:
-                noise = posterior_noise(picture.sha256, view, z.shape).to(z.device)
+                noise = posterior_noise(image.sha256, view, z.shape).to(z.device)
                 z = z.float() + posterior.std.float() * noise
-            found[self.latents_path(picture, view)] = LatentFormat.of(vae).to_model(z[0].float())
+            found[self.latents_path(image, view)] = LatentFormat.of(vae).to_model(z[0].float())
         return found
 
     @staticmethod
@@ -156,12 +158,12 @@ class LatentTextCache:
         """Write latents [C, H, W] that a model generated."""
         save_safetensors(path, {"latents": latents.float().cpu().contiguous()}, {})
 
-    def add_mask(self, picture: Picture, view: View, floor: float) -> None:
-        """Write a view's mask; its latents are there already. Raises UnreadablePicture, and DataError as `latents`."""
-        height, width = self.latents(self.latents_path(picture, view)).shape[-2:]
-        mask = load_mask(picture.path, picture.mask)
+    def add_mask(self, image: DatasetImage, view: View, floor: float) -> None:
+        """Write a view's mask; its latents are there already. Raises UnreadableImage, and DataError as `latents`."""
+        height, width = self.latents(self.latents_path(image, view)).shape[-2:]
+        mask = load_mask(image.path, image.mask)
         values = torch.ones(1, height, width) if mask is None else mask_tensor(mask, view, height, width, floor)
-        save_safetensors(self.mask_path(picture, view, floor), {"mask": values}, {})
+        save_safetensors(self.mask_path(image, view, floor), {"mask": values}, {})
 
     def add_text(self, prompt: str, encoder: TextEncoder) -> None:
         """Encode a prompt with the cache's recipe."""

@@ -155,13 +155,13 @@ def pick_caption(captions: Sequence[str], dropout: float, random: torch.Generato
 NAMES = ("metadata.jsonl", "metadata.csv")
 
 
-def read_metadata(folder: Path, pictures: set[str], column: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+def read_metadata(folder: Path, images: set[str], column: str) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """What all metadata files of a dataset say: captions by the image's name in it, and warnings about rows.
 
     The first row of an image counts. Rows that cannot be used are counted in the warnings, each kind with an example.
 
     Args:
-        pictures: the names of all images, relative to `folder`, with forward slashes.
+        images: the names of all images, relative to `folder`, with forward slashes.
         column: the column or key of the caption; in JSON a string or a list of strings.
     Raises:
         DataError: there is no metadata file, it is not UTF-8 text, or no row has the caption's column.
@@ -186,7 +186,7 @@ def read_metadata(folder: Path, pictures: set[str], column: str) -> tuple[dict[s
             with_column += column in row
             # Relative to the dataset; what leads out of it begins with a slash or two dots, as no image's name does.
             name = posixpath.normpath(posixpath.join(posixpath.dirname(where), row["file_name"].replace("\\", "/")))
-            if name not in pictures:
+            if name not in images:
                 unusable["for an image that is not there"].append(printable(f"{row['file_name']} in {place}"))
             elif name in captions:
                 unusable["for an image that has one already (the first counts)"].append(f"{name} in {place}")

@@ -10,7 +10,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageEnhance
 
 from ..model.drawing import Font, fitting, font_of, wrap
 from .buckets import Size, crop_box, resize_and_crop
-from .pictures import Picture, UnreadablePicture, bucket_of, load_picture
+from .images import DatasetImage, UnreadableImage, bucket_of, load_image
 from .scan import DatasetScan
 from .views import load_mask
 from .warnings import image_warnings
@@ -36,7 +36,7 @@ def different_captions(scan: DatasetScan) -> int:
     return len({caption for item in scan.items for caption in item.captions})
 
 
-def most_telling(scan: DatasetScan, limit: int) -> list[Picture]:
+def most_telling(scan: DatasetScan, limit: int) -> list[DatasetImage]:
     """At most `limit` images for a sheet, in the dataset's order; those with warnings if not all fit."""
     warned = image_warnings(scan.config, scan.items)
     ranked = sorted(scan.items, key=lambda item: item.name not in warned)[:limit]
@@ -45,25 +45,25 @@ def most_telling(scan: DatasetScan, limit: int) -> list[Picture]:
 
 
 def contact_sheet(
-    pictures: Sequence[Picture], scan: DatasetScan, default_resolution: int, columns: int = 4, cell: int = 192
+    images: Sequence[DatasetImage], scan: DatasetScan, default_resolution: int, columns: int = 4, cell: int = 192
 ) -> Image.Image:
-    """A head with the buckets, thumbnails of `pictures` cropped (to the centre) as in training, a panel of warnings.
+    """A head with the buckets, thumbnails of `images` cropped (to the centre) as in training, a panel of warnings.
 
     Under each thumbnail: name; bucket, repeats and caption number where there is more than one; the caption as it is
     trained; its warnings. What a loss mask leaves out is darkened.
 
     Args:
-        pictures: what to show (the caller limits their number), at least one.
+        images: what to show (the caller limits their number), at least one.
         scan: the dataset they come from.
         default_resolution: pixels, for a dataset without resolutions of its own.
         columns, cell: cells in a row, and the side of a thumbnail in pixels.
     """
-    columns = max(1, min(columns, len(pictures)))
+    columns = max(1, min(columns, len(images)))
     font = font_of(max(10, cell // 16))
     width, pad = columns * cell, max(4, cell // 24)
     warned = image_warnings(scan.config, scan.items)
-    blocks = [_head(scan, len(pictures), default_resolution, font, width, pad)]
-    tiles = [_tile(item, scan, default_resolution, warned.get(item.name, []), font, cell, pad) for item in pictures]
+    blocks = [_head(scan, len(images), default_resolution, font, width, pad)]
+    tiles = [_tile(item, scan, default_resolution, warned.get(item.name, []), font, cell, pad) for item in images]
     for start in range(0, len(tiles), columns):
         row = tiles[start : start + columns]
         block = Image.new("RGB", (width, max(tile.height for tile in row)), _PAGE)
@@ -80,12 +80,12 @@ def contact_sheet(
     return sheet
 
 
-def thumbnail(picture: Picture, scan: DatasetScan, default_resolution: int, side: int) -> Image.Image | None:
+def thumbnail(image: DatasetImage, scan: DatasetScan, default_resolution: int, side: int) -> Image.Image | None:
     """One image as a contact sheet shows it, at most `side` pixels wide and high; None when it cannot be decoded."""
-    bucket = bucket_of(picture, scan.config, scan.config.sizes(default_resolution)[0])
+    bucket = bucket_of(image, scan.config, scan.config.sizes(default_resolution)[0])
     try:
-        return _thumbnail(picture, scan, bucket, side)
-    except UnreadablePicture:
+        return _thumbnail(image, scan, bucket, side)
+    except UnreadableImage:
         return None
 
 
@@ -151,23 +151,29 @@ def _head(scan: DatasetScan, shown: int, default_resolution: int, font: Font, wi
 
 
 def _tile(
-    picture: Picture, scan: DatasetScan, default_resolution: int, warnings: list[str], font: Font, cell: int, pad: int
+    image: DatasetImage,
+    scan: DatasetScan,
+    default_resolution: int,
+    warnings: list[str],
+    font: Font,
+    cell: int,
+    pad: int,
 ) -> Image.Image:
     """One thumbnail with what there is to say about it."""
-    bucket = bucket_of(picture, scan.config, scan.config.sizes(default_resolution)[0])
+    bucket = bucket_of(image, scan.config, scan.config.sizes(default_resolution)[0])
     inner, line = cell - 2 * pad, round(font.size * 1.35)
     try:
-        thumbnail = _thumbnail(picture, scan, bucket, inner)
-    except UnreadablePicture as error:
+        thumbnail = _thumbnail(image, scan, bucket, inner)
+    except UnreadableImage as error:
         thumbnail, warnings = None, [f"cannot be used: {error}", *warnings]
     label = [f"{bucket[0]}×{bucket[1]}"]
-    label += [f"{picture.repeats} repeats"] if picture.repeats > 1 else []
-    label += [f"{len(picture.captions)} captions"] if len(picture.captions) > 1 else []
+    label += [f"{image.repeats} repeats"] if image.repeats > 1 else []
+    label += [f"{len(image.captions)} captions"] if len(image.captions) > 1 else []
     text: list[tuple[str, tuple[int, int, int]]] = [
-        (fitting(picture.name, font, inner, keep_end=True), _FAINT),
+        (fitting(image.name, font, inner, keep_end=True), _FAINT),
         (fitting(" · ".join(label), font, inner), _FAINT),
     ]
-    caption: str = next(iter(picture.captions), "")
+    caption: str = next(iter(image.captions), "")
     if caption:
         text += [(part, _INK) for part in wrap(caption, font, inner, _CAPTION_LINES)]
     else:
@@ -189,17 +195,17 @@ def _tile(
     return tile
 
 
-def _thumbnail(picture: Picture, scan: DatasetScan, bucket: Size, side: int) -> Image.Image:
-    """The image as it is cropped, with what its mask leaves out darkened. Raises UnreadablePicture."""
+def _thumbnail(image: DatasetImage, scan: DatasetScan, bucket: Size, side: int) -> Image.Image:
+    """The image as it is cropped, with what its mask leaves out darkened. Raises UnreadableImage."""
     scale = min(side / bucket[0], side / bucket[1])
     size = max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale))
     if scale < 1:
-        image = load_picture(picture.path, scan.config.background, 2 * side)
-        small = image.resize(size, Image.Resampling.LANCZOS, crop_box(*image.size, bucket))
+        whole = load_image(image.path, scan.config.background, 2 * side)
+        small = whole.resize(size, Image.Resampling.LANCZOS, crop_box(*whole.size, bucket))
     else:  # what is trained at so few pixels is shown with just those
-        image = resize_and_crop(load_picture(picture.path, scan.config.background), bucket)
-        small = image.resize(size, Image.Resampling.NEAREST)
-    if picture.masked and (mask := load_mask(picture.path, picture.mask)) is not None:
+        cropped = resize_and_crop(load_image(image.path, scan.config.background), bucket)
+        small = cropped.resize(size, Image.Resampling.NEAREST)
+    if image.masked and (mask := load_mask(image.path, image.mask)) is not None:
         dark = ImageEnhance.Brightness(small).enhance(_UNTRAINED)
         trained = resize_and_crop(mask, bucket).resize(size, Image.Resampling.BILINEAR)
         small = Image.composite(small, ImageChops.lighter(dark, Image.new("RGB", size, _PAGE)), trained)

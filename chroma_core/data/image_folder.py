@@ -28,21 +28,21 @@ def captions_for(texts: Sequence[str], count: int) -> list[str]:
         return list(texts)
     if len(texts) != 1:
         raise DataError(
-            f"There are {counted(count, 'picture')} and {counted(len(texts), 'caption')}. Give one caption for each "
+            f"There are {counted(count, 'image')} and {counted(len(texts), 'caption')}. Give one caption for each "
             "image, in the same order, or a single one for all."
         )
     lines = [line for line in texts[0].splitlines() if line.strip()] or [""]
     if len(lines) not in (1, count):
         raise DataError(
-            f"There are {counted(count, 'picture')}, but the caption text has {len(lines)} lines. Write one line for "
+            f"There are {counted(count, 'image')}, but the caption text has {len(lines)} lines. Write one line for "
             "each image, in the same order, or a single line for all."
         )
     return lines if len(lines) == count else lines * count
 
 
-def store_pictures(
+def store_images(
     root: Path,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     captions: Sequence[str],
     masks: Sequence[Image.Image | None] = (),
     progress: Callable[[int, int], None] = lambda *_: None,
@@ -53,26 +53,26 @@ def store_pictures(
     What is there already and whole is not written again; a file that is missing or was changed is restored.
 
     Args:
-        pictures: any mode that PNG can hold.
+        images: any mode that PNG can hold.
         captions: as `captions_for` takes them; an empty one is no caption.
         masks: nothing, or for each image its loss mask (any size of the same shape; None: all of it counts).
         progress: called with (done, of how many) before every image; may raise to stop.
     Raises:
         DataError: no image, or another number of captions or masks.
     """
-    if not pictures:
+    if not images:
         raise DataError("The dataset has no images. Connect at least one.")
-    texts = captions_for(captions, len(pictures))
-    if masks and len(masks) != len(pictures):
+    texts = captions_for(captions, len(images))
+    if masks and len(masks) != len(images):
         raise DataError(
-            f"There are {counted(len(pictures), 'picture')} and {counted(len(masks), 'mask')}. Give one mask for each "
+            f"There are {counted(len(images), 'image')} and {counted(len(masks), 'mask')}. Give one mask for each "
             "image, in the same order, or none at all."
         )
     files: list[tuple[str, bytes]] = []
     digest = hashlib.sha256()
-    for i, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
-        progress(i, len(pictures))
-        own = [(".png", _png(picture)), (".txt", text.encode())]
+    for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+        progress(i, len(images))
+        own = [(".png", _png(image)), (".txt", text.encode())]
         if masks and (mask := masks[i]) is not None:
             own.append((f"{SUFFIX}.png", _png(mask)))
         for ending, content in own:
@@ -104,7 +104,7 @@ def bytes_in(folder: Path) -> int:
     return total
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=1)
+    image.save(file, "PNG", compress_level=1)
     return file.getvalue()

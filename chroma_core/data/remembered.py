@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import DataError
 from ..files import check_format, sha256_file, write_atomic
-from .pictures import PictureFacts, UnreadablePicture, picture_facts
+from .images import ImageFacts, UnreadableImage, image_facts
 
 FORMAT = 1
 """Raised whenever the same file would be read otherwise."""
@@ -49,13 +49,13 @@ class Remembered:
                 self._file = None
         self._new: dict[str, list] = {}
 
-    def facts(self, path: Path) -> tuple[PictureFacts, str]:
-        """What an image's header tells, and the file's SHA-256. Raises OSError, UnreadablePicture."""
-        size, digest = self._of(f"facts {path}", path, lambda: [[*astuple(picture_facts(path))], sha256_file(path)])
-        return PictureFacts(*size), digest
+    def facts(self, path: Path) -> tuple[ImageFacts, str]:
+        """What an image's header tells, and the file's SHA-256. Raises OSError, UnreadableImage."""
+        size, digest = self._of(f"facts {path}", path, lambda: [[*astuple(image_facts(path))], sha256_file(path)])
+        return ImageFacts(*size), digest
 
     def sha256(self, path: Path) -> str:
-        """A file's SHA-256. Raises OSError, UnreadablePicture."""
+        """A file's SHA-256. Raises OSError, UnreadableImage."""
         return self._of(f"hash {path}", path, lambda: [sha256_file(path)])[0]
 
     def save(self) -> None:
@@ -76,7 +76,7 @@ class Remembered:
     def _of(self, key: str, path: Path, read: Callable[[], list]) -> list:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
-            raise UnreadablePicture("not a file")
+            raise UnreadableImage("not a file")
         state = [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
         known = self._known.get(key)
         if known is not None and known[0] == state:

@@ -19,8 +19,8 @@ from ..model.vae import Autoencoder
 from ..sampling.text import TextEncoder
 from .cache import Between, LatentTextCache, decoded
 from .captions import pick_caption
+from .images import DatasetImage, UnreadableImage, bucket_of
 from .order import integer
-from .pictures import Picture, UnreadablePicture, bucket_of
 from .scan import DatasetScan
 from .views import View, views_of
 from .warnings import describe_skipped
@@ -85,13 +85,13 @@ def cache_samples(
     """
     config = scan.config
     wanted = {  # a small image lands in one bucket at several resolutions
-        (picture.name, bucket_of(picture, config, resolution)): picture
+        (image.name, bucket_of(image, config, resolution)): image
         for resolution in config.sizes(default_resolution)
-        for picture in scan.items
+        for image in scan.items
     }
     planned = [
-        (picture, [(view, cache.latents_path(picture, view)) for view in views_of(picture, bucket, config)])
-        for (_, bucket), picture in wanted.items()
+        (image, [(view, cache.latents_path(image, view)) for view in views_of(image, bucket, config)])
+        for (_, bucket), image in wanted.items()
     ]
     unreadable: dict[str, str] = {}
     missing = list(_missing(planned, cache))
@@ -104,19 +104,19 @@ def cache_samples(
     samples = [
         (
             Sample(
-                picture.name,
+                image.name,
                 views[0][0].bucket,
-                picture.drawn,
+                image.drawn,
                 config.caption_dropout,
                 tuple(path for _, path in views),
-                tuple(cache.mask_path(picture, view, config.mask_floor) for view, _ in views) if picture.masked else (),
+                tuple(cache.mask_path(image, view, config.mask_floor) for view, _ in views) if image.masked else (),
                 config.regularisation,
                 config.sigma_bias,
             ),
-            picture.repeats,
+            image.repeats,
         )
-        for picture, views in planned
-        if picture.name not in unreadable
+        for image, views in planned
+        if image.name not in unreadable
     ]
     if not samples:
         raise DataError(
@@ -128,11 +128,11 @@ def cache_samples(
     return repeated * config.repeats, list(unreadable.items())
 
 
-Planned = Sequence[tuple[Picture, list[tuple[View, Path]]]]
+Planned = Sequence[tuple[DatasetImage, list[tuple[View, Path]]]]
 """Images with their views at one bucket size and the entries of these."""
 
 
-def _missing(planned: Planned, cache: LatentTextCache) -> Iterator[tuple[Picture, list[View]]]:
+def _missing(planned: Planned, cache: LatentTextCache) -> Iterator[tuple[DatasetImage, list[View]]]:
     """Views without an entry, those that one encoding serves together."""
     whole: set[tuple[tuple[int, int], int]] = set()
 
@@ -145,14 +145,14 @@ def _missing(planned: Planned, cache: LatentTextCache) -> Iterator[tuple[Picture
             whole.add(entry)  # all latents of a bucket take the same number of bytes
         return entry in whole
 
-    for picture, views in planned:
+    for image, views in planned:
         for _, group in groupby(views, lambda pair: (pair[0].flipped, pair[0].crop)):
             if absent := [view for view, path in group if not there(view, path)]:
-                yield picture, absent
+                yield image, absent
 
 
 def _cache_latents(
-    missing: Sequence[tuple[Picture, list[View]]],
+    missing: Sequence[tuple[DatasetImage, list[View]]],
     cache: LatentTextCache,
     vae: Autoencoder,
     between: Between,
@@ -164,9 +164,9 @@ def _cache_latents(
     """
     refused: dict[str, str] = {}
     with ThreadPoolExecutor(AHEAD, "chromakit-decoding") as decoders, ThreadPoolExecutor(1) as writer:
-        pixels = deque(decoders.submit(decoded, picture, views[0]) for picture, views in missing[:AHEAD])
+        pixels = deque(decoders.submit(decoded, image, views[0]) for image, views in missing[:AHEAD])
         writes: deque[Future] = deque()
-        for done, (picture, views) in enumerate(missing):
+        for done, (image, views) in enumerate(missing):
             between()
             progress("latents", done, len(missing))
             now = pixels.popleft()
@@ -174,9 +174,9 @@ def _cache_latents(
                 later, its = missing[done + AHEAD]
                 pixels.append(decoders.submit(decoded, later, its[0]))
             try:
-                found = cache.encoded(picture, views, now.result(), vae)
-            except UnreadablePicture as error:
-                refused.setdefault(picture.name, f"unreadable image: {error}")
+                found = cache.encoded(image, views, now.result(), vae)
+            except UnreadableImage as error:
+                refused.setdefault(image.name, f"unreadable image: {error}")
                 continue
             writes.append(writer.submit(cache.add_latents, found, views[0]))
             if len(writes) > AHEAD:
@@ -196,22 +196,22 @@ def _cache_masks(
 ) -> dict[str, str]:
     """Make sure that the masks are cached. Returns the images whose mask cannot be used, with the reason."""
     missing = [
-        (picture, view)
-        for picture, views in planned
-        if picture.masked and picture.name not in left_out
+        (image, view)
+        for image, views in planned
+        if image.masked and image.name not in left_out
         for view in dict.fromkeys(replace(view, draw=views[0][0].draw) for view, _ in views)
-        if cache.about(cache.mask_path(picture, view, floor)) is None
+        if cache.about(cache.mask_path(image, view, floor)) is None
     ]
     refused: dict[str, str] = {}
-    for done, (picture, view) in enumerate(missing):
+    for done, (image, view) in enumerate(missing):
         between()
         progress("masks", done, len(missing))
-        if picture.name in refused:
+        if image.name in refused:
             continue
         try:
-            cache.add_mask(picture, view, floor)
-        except UnreadablePicture as error:
-            refused[picture.name] = str(error)
+            cache.add_mask(image, view, floor)
+        except UnreadableImage as error:
+            refused[image.name] = str(error)
     return refused
 
 
@@ -256,7 +256,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def picture_count(samples: Sequence[Sample]) -> int:
+def image_count(samples: Sequence[Sample]) -> int:
     """Different images behind the samples."""
     return len({sample.name for sample in samples})
 

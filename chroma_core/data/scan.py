@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import ConfigError, DataError, check_text, printable
 from .captions import caption_from_name, prepared, read_captions, read_metadata
 from .dataset import DatasetConfig
-from .pictures import OTHER_EXTENSIONS, Picture, PictureFacts, UnreadablePicture, picture_extensions, reason
+from .images import OTHER_EXTENSIONS, DatasetImage, ImageFacts, UnreadableImage, image_extensions, reason
 from .remembered import Remembered
 from .views import is_mask, mask_file, mask_owner
 from .warnings import ENOUGH_TO_JUDGE, Findings, dataset_warnings, describe_skipped
@@ -29,7 +29,7 @@ class DatasetScan:
     """What a folder holds: usable images, what was skipped and why, and what to warn of."""
 
     config: DatasetConfig
-    items: list[Picture]
+    items: list[DatasetImage]
     skipped: list[tuple[str, str]]
     warnings: list[str]
 
@@ -66,11 +66,11 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
         other = f" Files like {findings.foreign[0]} are not read: save them as PNG or JPEG." if findings.foreign else ""
         raise DataError(
             f"The dataset folder '{folder.name}' holds no image. Put files ending in "
-            f"{', '.join(sorted(picture_extensions()))} there, each with a {config.caption_extension} caption of the "
+            f"{', '.join(sorted(image_extensions()))} there, each with a {config.caption_extension} caption of the "
             f"same name.{other}"
         )
     caption_of = _caption_source(config, folder, files, texts, findings)
-    items: list[Picture] = []
+    items: list[DatasetImage] = []
     skipped: list[tuple[str, str]] = []
     for path, name in files.items():
         repeats = _folder_repeats(name) if config.repeat_folders else 1
@@ -80,7 +80,7 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
         try:
             facts, digest = known.facts(path)
             mask, mask_digest = _mask(path, facts, config, known)
-        except (UnreadablePicture, OSError) as error:
+        except (UnreadableImage, OSError) as error:
             why = reason(error) if isinstance(error, OSError) else error
             skipped.append((name, f"unreadable image: {why}"))
             continue
@@ -112,7 +112,7 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
         around = config.trigger, config.caption_prefix, config.caption_suffix
         drawn = prepared(captions, *around, config.tag_shuffles, config.keep_tags)
         items.append(
-            Picture(
+            DatasetImage(
                 **vars(facts),
                 path=path,
                 name=name,
@@ -139,7 +139,7 @@ def hold_out(found: DatasetScan, share: float, most: int) -> tuple[DatasetScan, 
     Which ones is decided by their content: the same in every run, and copies of an image stay together. At least
     `LEAST_HELD_OUT`, and no more than `most`, which are as many as are measured.
     """
-    digests = sorted({picture.sha256 for picture in found.items})
+    digests = sorted({image.sha256 for image in found.items})
     if len(digests) < ENOUGH_TO_JUDGE:
         return found, None
     held = set(digests[: min(max(LEAST_HELD_OUT, round(share * len(digests))), most)])
@@ -157,17 +157,17 @@ def _files(folder: Path) -> tuple[dict[Path, str], dict[str, str], Findings]:
     names.sort(key=lambda name: os.path.normcase(name).split(os.sep))
     kinds = {name: os.path.splitext(name)[1].lower() for name in names}
     # A link that leads nowhere, and what is no file, are kept, so that they are named.
-    known = picture_extensions()
+    known = image_extensions()
     shown = {name: printable(name.replace(os.sep, "/")) for name in names}
-    pictures = {folder / name: shown[name] for name in names if kinds[name] in known}
+    listed = {folder / name: shown[name] for name in names if kinds[name] in known}
     others = {name: shown[name] for name in names if kinds[name] not in known}
     texts = {_spelt(called): name for name, called in reversed(others.items())}
     texts |= {called: name for name, called in others.items()}
-    candidates = [path for path in pictures if is_mask(path)]
-    owners = {path.with_suffix("") for path in pictures if not is_mask(path)} if candidates else set()
+    candidates = [path for path in listed if is_mask(path)]
+    owners = {path.with_suffix("") for path in listed if not is_mask(path)} if candidates else set()
     masks = {path for path in candidates if mask_owner(path) in owners}
     foreign = [called for name, called in others.items() if kinds[name] in OTHER_EXTENSIONS]
-    images = {path: name for path, name in pictures.items() if path not in masks}
+    images = {path: name for path, name in listed.items() if path not in masks}
     return images, texts, Findings(mask_files=len(masks), foreign=foreign)
 
 
@@ -223,8 +223,8 @@ def _caption_source(
     return from_file
 
 
-def _mask(path: Path, facts: PictureFacts, config: DatasetConfig, known: Remembered) -> tuple[Path | None, str]:
-    """An image's mask and its hash, as `Picture` has them. Raises OSError when the mask cannot be read."""
+def _mask(path: Path, facts: ImageFacts, config: DatasetConfig, known: Remembered) -> tuple[Path | None, str]:
+    """An image's mask and its hash, as `DatasetImage` has them. Raises OSError when the mask cannot be read."""
     if config.masks == "files" and mask_file(path).is_file():
         return mask_file(path), known.sha256(mask_file(path))
     return None, "alpha" if config.masks == "alpha" and facts.transparent else ""

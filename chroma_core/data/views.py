@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .buckets import Size, crop_box
 from .dataset import DatasetConfig
+from .images import DatasetImage, UnreadableImage, load_alpha, load_image
 from .order import generator, uniform
-from .pictures import Picture, UnreadablePicture, load_alpha, load_picture
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class View:
         return {key: value for key, value in values.items() if value != getattr(plain, key)}
 
 
-def views_of(picture: Picture, bucket: Size, config: DatasetConfig) -> list[View]:
+def views_of(image: DatasetImage, bucket: Size, config: DatasetConfig) -> list[View]:
     """All views of an image at one bucket, those that differ in the posterior's draw side by side."""
-    size = picture.width, picture.height
+    size = image.width, image.height
     flips = (False, True) if config.flip else (False,)
     draws = range(config.posterior_samples) if config.latents == "sample" else (None,)
-    crops = crop_positions(picture.sha256, size, bucket, config.random_crops) if config.crop == "random" else (0.5,)
-    background = config.background if picture.transparent else "white"
+    crops = crop_positions(image.sha256, size, bucket, config.random_crops) if config.crop == "random" else (0.5,)
+    background = config.background if image.transparent else "white"
     return [View(bucket, flipped, crop, draw, background) for crop in crops for flipped in flips for draw in draws]
 
 
@@ -95,28 +95,28 @@ def mask_owner(path: Path) -> Path:
     return path.with_name(path.stem.removesuffix(SUFFIX))
 
 
-def load_mask(picture: Path, mask: Path | None) -> Image.Image | None:
+def load_mask(image: Path, mask: Path | None) -> Image.Image | None:
     """An image's mask ("L") at the image's own size: the file, or for None the alpha channel if it has one.
 
     Raises:
-        UnreadablePicture: the file cannot be decoded, is black all over, or has another shape than the image.
+        UnreadableImage: the file cannot be decoded, is black all over, or has another shape than the image.
     """
     if mask is None:
-        found = load_alpha(picture)
+        found = load_alpha(image)
     else:
         try:
-            found = load_picture(mask, "black").convert("L")
-        except UnreadablePicture as error:
-            raise UnreadablePicture(f"its mask: {error}") from error
-        width, height = load_picture(picture).size
+            found = load_image(mask, "black").convert("L")
+        except UnreadableImage as error:
+            raise UnreadableImage(f"its mask: {error}") from error
+        width, height = load_image(image).size
         if abs(found.width * height / (found.height * width) - 1) > 0.02:
-            raise UnreadablePicture(
+            raise UnreadableImage(
                 f"its mask has another shape ({found.width}x{found.height}) than it ({width}x{height})"
             )
         if found.size != (width, height):
             found = found.resize((width, height), Image.Resampling.BILINEAR)
     if found is not None and found.getextrema()[1] == 0:
-        raise UnreadablePicture("its mask is black all over, so nothing of it would be trained")
+        raise UnreadableImage("its mask is black all over, so nothing of it would be trained")
     return found
 
 

@@ -12,7 +12,7 @@ from statistics import mean
 
 from ..errors import first_few, shortened
 from .dataset import DatasetConfig
-from .pictures import Picture
+from .images import DatasetImage
 
 MANY_REPEATS = 100
 """From here on the number in a folder's name may well be a year or a date."""
@@ -39,7 +39,7 @@ def describe_skipped(skipped: Iterable[tuple[str, str]]) -> str:
 
 def dataset_warnings(
     config: DatasetConfig,
-    items: Sequence[Picture],
+    items: Sequence[DatasetImage],
     skipped: Sequence[tuple[str, str]],
     findings: Findings,
     default_resolution: int,
@@ -47,15 +47,15 @@ def dataset_warnings(
     """All warnings about a dataset, one a line."""
     found = []
     if skipped:
-        pictures = "1 image was" if len(skipped) == 1 else f"{len(skipped)} images were"
-        found.append(f"{pictures} skipped: {describe_skipped(skipped)}.")
+        images = "1 image was" if len(skipped) == 1 else f"{len(skipped)} images were"
+        found.append(f"{images} skipped: {describe_skipped(skipped)}.")
     found += _about_captions(config, items, findings)
     found += _about_files(config, items, findings)
     found += _about_sizes(config, items, default_resolution)
     return found
 
 
-def _about_captions(config: DatasetConfig, items: Sequence[Picture], findings: Findings) -> list[str]:
+def _about_captions(config: DatasetConfig, items: Sequence[DatasetImage], findings: Findings) -> list[str]:
     found = list(findings.metadata)
     if without := findings.without_caption:
         if config.default_caption is not None:
@@ -104,7 +104,7 @@ def low_variety(captions: Sequence[Sequence[str]], trigger: str = "") -> list[st
     ]
 
 
-def _about_files(config: DatasetConfig, items: Sequence[Picture], findings: Findings) -> list[str]:
+def _about_files(config: DatasetConfig, items: Sequence[DatasetImage], findings: Findings) -> list[str]:
     found = []
     groups: dict[str, list[str]] = {}
     for item in items:
@@ -137,7 +137,7 @@ def _about_files(config: DatasetConfig, items: Sequence[Picture], findings: Find
     return found
 
 
-def _about_sizes(config: DatasetConfig, items: Sequence[Picture], default_resolution: int) -> list[str]:
+def _about_sizes(config: DatasetConfig, items: Sequence[DatasetImage], default_resolution: int) -> list[str]:
     found = []
     resolution = config.sizes(default_resolution)[0]
     small = [item.name for item in items if item.width * item.height < resolution**2]
@@ -166,7 +166,7 @@ ENOUGH_TO_COMPARE = 4
 
 
 def image_warnings(
-    config: DatasetConfig, items: Sequence[Picture], default_resolution: int = 0
+    config: DatasetConfig, items: Sequence[DatasetImage], default_resolution: int = 0
 ) -> dict[str, list[str]]:
     """Warnings by the image's name, the gravest first; images without one are left out.
 
@@ -200,7 +200,7 @@ def image_warnings(
     return found
 
 
-def _sizes(config: DatasetConfig, item: Picture, resolution: int) -> list[str]:
+def _sizes(config: DatasetConfig, item: DatasetImage, resolution: int) -> list[str]:
     area, size = item.width * item.height, f"{item.width}×{item.height}"
     if min(item.width, item.height) < config.alignment:
         return [f"tiny: {size}, enlarged"]

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..lora.adapters import compute_device, features, linear_modules
-from ..names.patterns import matches, names_of, without_ranges
-from ..names.transformer import APPROXIMATOR
+from ..names.transformer import APPROXIMATOR, matches, names_of, without_ranges
 
 BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 

@@ -12,7 +12,7 @@ from typing import Any
 import tomlkit
 from pydantic import ValidationError
 
-from ..data.pictures import picture_extensions
+from ..data.images import image_extensions
 from ..data.views import is_mask
 from ..errors import ChromaKitError, ConfigError, counted
 from ..files import write_atomic
@@ -140,7 +140,7 @@ def _uses(part: Mapping[str, Any]) -> int:
     folder = Path(str(part.get("folder", "")))
     if "folder" not in part or not folder.is_dir():
         return 0
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in picture_extensions() and not is_mask(path)]
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in image_extensions() and not is_mask(path)]
     return len(found) * int(part.get("repeats", 1))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.dataset import DatasetConfig
-from ..data.pictures import picture_extensions
+from ..data.images import image_extensions
 from ..errors import ConfigError, counted
 from ..files import slug
 from .answers import DATA, FUNCTIONS, k_arguments, previews
@@ -426,7 +426,7 @@ def _flat(concept: Options) -> Options:
 def _concept(run: Import, options: Options, prefix: str, kind: str) -> None:
     place = options.get("path")
     folder = Path(resolve(ForeignPath(place), run.folders)) if isinstance(place, str) and place else Path("?")
-    below = folder.is_dir() and any(p.suffix.lower() in picture_extensions() for p in folder.glob("*/**/*"))
+    below = folder.is_dir() and any(p.suffix.lower() in image_extensions() for p in folder.glob("*/**/*"))
     run.add_set(options, prefix, kind=kind, context={"subfolders": below})
 
 

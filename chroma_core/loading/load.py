@@ -68,12 +68,14 @@ def load_transformer(
 
 def load_text_encoder(spec: ModelSpec, device: Device, on_part: OnPart = _silent) -> TextEncoder:
     """The T5 encoder and tokenizer of `spec`."""
-    from transformers import AutoTokenizer  # takes seconds to import
+    import transformers  # takes seconds
 
+    # transformers 5 writes a list under this name where 4 expects a dictionary; the tokens are in the vocabulary.
+    extra = {"extra_special_tokens": {}} if transformers.__version__.startswith("4.") else {}
     folder = locate(spec, "tokenizer")
     with torch.inference_mode(False):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **extra)
         except Exception as error:  # whatever a tokenizer library raises for a damaged file
             raise ModelFileError(f"The tokenizer in '{folder}' cannot be read: {error}") from error
         placement = Placement.on(device, in_host_memory=spec.offload_during_startup)

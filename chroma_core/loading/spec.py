@@ -162,9 +162,19 @@ class LoraUse:
     """
 
     path: str
-    strength: float = 1.0
-    mode: LoraMode = "live"
-    allow_partial: bool = False
+    strength: Annotated[float, Option("1: as trained. 0: no effect.", least=-4, most=4, step=0.05)] = 1.0
+    mode: Annotated[
+        LoraMode,
+        Option(
+            "live: beside the weights; changing the strength costs nothing. merged: into the weights before they are "
+            "quantised; a little faster, and reloads the model when changed.",
+            advanced=True,
+        ),
+    ] = "live"
+    allow_partial: Annotated[
+        bool,
+        Option("Apply what fits when some of the file's modules do not belong to this model.", advanced=True),
+    ] = False
     blocks: Annotated[
         str,
         Option(

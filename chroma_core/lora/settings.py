@@ -26,75 +26,20 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TypeVar, get_args
+from typing import TypeVar
 
+from pydantic import model_validator
 from torch import nn
+from typing_extensions import Self
 
-from ..errors import ConfigError, check_choice
+from ..errors import ConfigError
 from ..names.transformer import APPROXIMATOR
+from ..settings import Settings, option
 from .adapters import linear_modules
 from .modules import AdapterKind, quoted
 
 Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """What is trained: rank ≥ 1, alpha > 0 (None = rank), target (see above), dropout in [0, 1), kind (`modules`).
-
-    rank_pattern, alpha_pattern: shell patterns on full layer names → a rank or alpha of their own; the first pattern
-    that matches counts. A layer with a rank of its own and no alpha given anywhere has alpha = that rank.
-    lokr_factor: the size of w1 that LyCORIS aims at; −1 makes both factors about equal.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    target: str | Sequence[str] = "all"
-    dropout: float = 0.0
-    kind: AdapterKind = "lora"
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    lokr_factor: int = -1
-
-    def __post_init__(self) -> None:
-        check_choice("The LoRA kind", self.kind, get_args(AdapterKind))
-        for rank in (self.rank, *self.rank_pattern.values()):
-            if rank < 1:
-                raise ConfigError(f"The LoRA rank is {rank}; it must be at least 1 (16 is usual).")
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-                raise ConfigError(f"The LoRA alpha is {alpha}; it must be above 0. Leave it out for alpha = rank.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"The LoRA dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if self.lokr_factor < -1 or self.lokr_factor == 0:
-            raise ConfigError(f"The lokr_factor is {self.lokr_factor}; it must be -1 (about equal) or at least 1.")
-
-    def rank_of(self, name: str) -> int:
-        """The rank of the layer of that name."""
-        return _first_match(self.rank_pattern, name, self.rank)
-
-    def alpha_of(self, name: str) -> float:
-        """The alpha of the layer of that name, before a kind's own scaling."""
-        rank = self.rank_of(name)
-        return float(_first_match(self.alpha_pattern, name, float(rank if self.alpha is None else self.alpha)))
-
-    def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise ConfigError when a pattern matches none of the layers in training."""
-        names = tuple(names)
-        for option, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            lost = [p for p in patterns if not any(fnmatchcase(name, p) for name in names)]
-            if lost:
-                raise ConfigError(
-                    f"The {option} {quoted(lost)} matches none of the {len(names)} layers that are trained. A pattern "
-                    f"must match a full layer name such as '{names[0] if names else '(none)'}'; see also the target."
-                )
-
-
-def _first_match(patterns: Mapping[str, Number], name: str, otherwise: Number) -> Number:
-    return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), otherwise)
-
 
 _ATTENTION = ("*.attn.to_q", "*.attn.to_k", "*.attn.to_v", "*.attn.to_out.0")
 _CONTEXT = ("*.attn.add_q_proj", "*.attn.add_k_proj", "*.attn.add_v_proj", "*.attn.to_add_out")
@@ -117,6 +62,70 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
 
 TARGETS: tuple[str, ...] = tuple(_PATTERNS)
 """The names that `target_modules` knows."""
+
+
+class LoraSettings(Settings):
+    """What is trained: the adapter's kind, its size, its scale (alpha / rank) and the layers that it is added to.
+
+    A layer with a rank of its own and no alpha given anywhere has alpha = that rank. Raises ConfigError for numbers
+    that cannot work, ValidationError for those out of their range.
+    """
+
+    kind: AdapterKind = option(
+        "lora",
+        "lora works everywhere. rslora scales with the rank's root. dora also learns each row's length (ComfyUI's "
+        "own loader computes it a little otherwise). lokr is a Kronecker product.",
+        advanced=True,
+    )
+    rank: int = option(16, "Size of the LoRA: how much it can learn.", ge=1, le=1024, most=512)
+    alpha: float | None = option(None, "Scale: alpha / rank. Unset: the same as rank.", gt=0, least=0, most=512, step=1)
+    target: str | tuple[str, ...] = option(
+        "all",
+        "Which layers learn. all: attention. +ffs: feed-forward too. context: the text side. tiny: a small share.",
+        choices=TARGETS,
+    )
+    rank_pattern: dict[str, int] = option(
+        {}, "Ranks of their own for layers whose full name matches a pattern; the first match counts."
+    )
+    alpha_pattern: dict[str, float] = option({}, "The same for alphas.")
+    dropout: float = option(0.0, "Dropout on the adapter's input.", ge=0, lt=1, most=0.9, step=0.05, advanced=True)
+    lokr_factor: int = option(-1, "Size of LoKr's first factor. -1: both about equally large.", ge=-1)
+
+    @model_validator(mode="after")
+    def _numbers_work(self) -> Self:
+        for rank in self.rank_pattern.values():
+            if rank < 1:
+                raise ConfigError(f"The LoRA rank is {rank}; it must be at least 1 (16 is usual).")
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+                raise ConfigError(f"The LoRA alpha is {alpha}; it must be above 0. Leave it out for alpha = rank.")
+        if self.lokr_factor == 0:
+            raise ConfigError("The lokr_factor is 0; it must be -1 (about equal) or at least 1.")
+        return self
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the layer of that name."""
+        return _first_match(self.rank_pattern, name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha of the layer of that name, before a kind's own scaling."""
+        rank = self.rank_of(name)
+        return float(_first_match(self.alpha_pattern, name, float(rank if self.alpha is None else self.alpha)))
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise ConfigError when a pattern matches none of the layers in training."""
+        layers = tuple(names)
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            lost = [p for p in patterns if not any(fnmatchcase(layer, p) for layer in layers)]
+            if lost:
+                raise ConfigError(
+                    f"The {name} {quoted(lost)} matches none of the {len(layers)} layers that are trained. A pattern "
+                    f"must match a full layer name such as '{layers[0] if layers else '(none)'}'; see also the target."
+                )
+
+
+def _first_match(patterns: Mapping[str, Number], name: str, otherwise: Number) -> Number:
+    return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), otherwise)
 
 
 def target_modules(transformer: nn.Module, target: str | Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ The strength of a layer at a step is strength · factor of its blocks · factor 
 | blocks `double_blocks.*:0.5, single_blocks.30-37:0` | the first pattern that selects a layer gives its factor |
 | schedule `0:.2, .5:.8, 1:1` | factors over the run, 0 the first step and 1 the last, straight lines in between |
 
-Patterns: see `names.patterns`. Before the first point of a schedule its factor holds, after the last one that of the
+Patterns: see `names.transformer`. Before the first point of a schedule its factor holds, after the last one that of the
 last.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 
 from ..errors import ConfigError, LoraError, shortened
-from ..names.patterns import selects, without_ranges
+from ..names.transformer import selects, without_ranges
 from .adapters import set_strength
 from .modules import quoted
 

@@ -1,4 +1,5 @@
-"""The device that models run on when nobody names one, and what its memory says."""
+"""The device that models run on when nobody names one, what its memory says, and numbers that are none: noticed where
+they first appear, before they become a black image."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from functools import cache
 
 import psutil
 import torch
+from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NotFiniteError
 
 
 def best_device(name: str | None = None) -> torch.device:
@@ -144,3 +146,15 @@ def release_memory(gone: Iterable[weakref.ref] = ()) -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def broken(tensor: Tensor) -> bool:
+    """Whether a tensor holds NaN or infinite numbers; waits for its device."""
+    return bool((~tensor.isfinite()).any())
+
+
+def check_finite(tensor: Tensor, what: str, remedy: str) -> Tensor:
+    """The tensor. Raises NotFiniteError, which begins with `what` and ends with `remedy`, unless its numbers are."""
+    if broken(tensor):
+        raise NotFiniteError(f"{what} holds NaN or infinite numbers. {remedy}")
+    return tensor

@@ -13,7 +13,7 @@ Font = ImageFont.FreeTypeFont
 _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 
 _ABSENT = str.maketrans({"×": "x", "–": "-", "—": "-", "\u00a0": " "})
-"""Signs of our own texts that the font has no picture for."""
+"""Signs of our own texts that the font has no image for."""
 
 
 @cache
@@ -64,20 +64,20 @@ def wrap(text: str, font: Font, width: int, limit: int) -> list[str]:
     return lines
 
 
-def side_by_side(pictures: dict[str, Image.Image], columns: int = 4, cell: int = 256) -> Image.Image:
+def side_by_side(images: dict[str, Image.Image], columns: int = 4, cell: int = 256) -> Image.Image:
     """Named images in a grid, each fitted into a square of `cell` pixels. Raises ConfigError without any."""
-    if not pictures:
+    if not images:
         raise ConfigError("There is no image to show: nothing was sampled.")
-    columns, line, gap = min(columns, len(pictures)), 34, 8
+    columns, line, gap = min(columns, len(images)), 34, 8
     font = font_of(12)
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + line) + gap), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    for i, (name, picture) in enumerate(pictures.items()):
+    for i, (name, image) in enumerate(images.items()):
         x, y = gap + i % columns * (cell + gap), gap + i // columns * (cell + line)
-        scale = cell / max(picture.size)
-        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-        small = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+        scale = cell / max(image.size)
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        small = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
         sheet.paste(small, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2))
         draw.text((x, y + cell + 4), fitting(name, font, cell), _INK, font)
     return sheet

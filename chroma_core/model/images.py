@@ -30,13 +30,13 @@ RECORD_KEY = "chromakit"
 """The PNG text chunk that holds, as JSON, everything needed to sample the image again."""
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image → [1, 3, H, W] in −1..1, fp32."""
-    array = np.array(picture.convert("RGB"), dtype=np.float32)
+    array = np.array(image.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def to_pictures(pixels_BCHW: Tensor) -> list[Image.Image]:
+def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
     """[B, 3, H, W] in −1..1 → images, clipped and rounded down to 8 bits.
 
     Down, as ComfyUI's VAE Decode and Save Image do it (clamp((x + 1) / 2) · 255, decimals cut off): a preview must
@@ -51,11 +51,11 @@ def to_pictures(pixels_BCHW: Tensor) -> list[Image.Image]:
 def decode(vae: Autoencoder, latents_BCHW: Tensor) -> list[Image.Image]:
     """Decode latents of the transformer's space, one at a time (an image must not depend on its neighbours)."""
     format_ = LatentFormat.of(vae)
-    pictures = []
+    images = []
     for row in latents_BCHW:
         z = format_.to_vae(row[None]).to(vae.device, vae.dtype)
-        pictures += to_pictures(vae.decode(z))
-    return pictures
+        images += to_images(vae.decode(z))
+    return images
 
 
 @torch.no_grad()
@@ -76,17 +76,17 @@ def preview_image(latents_BCHW: Tensor, matrix: Tensor, size: int = 256) -> Imag
     """A small image of the first row of latents (transformer's space), enlarged to at most `size` pixels a side."""
     x = latents_BCHW[0].float().cpu()
     rgb = torch.einsum("chw,cd->dhw", x, matrix[:-1]) + matrix[-1][:, None, None]
-    picture = to_pictures(rgb[None])[0]
-    factor = max(1, size // max(picture.size))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BILINEAR)
+    image = to_images(rgb[None])[0]
+    factor = max(1, size // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.BILINEAR)
 
 
-def png_bytes(picture: Image.Image, record: dict[str, Any]) -> bytes:
+def png_bytes(image: Image.Image, record: dict[str, Any]) -> bytes:
     """A PNG that carries `record`: prompt, settings, recipe, model, and what else its maker knows, but no places."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(RECORD_KEY, json.dumps(only_names(record), ensure_ascii=False))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=info)
+    image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
@@ -108,6 +108,6 @@ def read_latents(file: Path | bytes) -> Tensor:
 
 def read_record(path: Path | str) -> dict[str, Any] | None:
     """The record of an image, None for an image that carries none."""
-    with Image.open(path) as picture:
-        text = picture.info.get(RECORD_KEY)
+    with Image.open(path) as image:
+        text = image.info.get(RECORD_KEY)
     return json.loads(text) if text else None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import configuration
-from .finite import check_finite
+from .device import check_finite
 
 
 @dataclass(frozen=True)

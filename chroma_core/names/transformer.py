@@ -1,4 +1,5 @@
-"""Two names for one weight: the original layout of Chroma's files and diffusers' layout, as pure maps both ways.
+"""Two names for one weight: the original layout of Chroma's files and diffusers' layout, as pure maps both ways; and
+patterns on the names of layers in either layout.
 
 The original layout (`double_blocks.*`, `single_blocks.*`, `distilled_guidance_layer.*`, `img_in`, `txt_in`,
 `final_layer`) is that of the released single files, of ComfyUI and of most LoRA trainers. It fuses what diffusers keeps
@@ -7,18 +8,22 @@ A *module* name has no `.weight` or `.bias`; a *parameter* name has. Norms store
 files and as `.weight` in ComfyUI; both are read.
 
 Nothing here needs a model: block counts and widths come from the names and tensors themselves.
+
+A pattern is `double_blocks.0-3`, `single_transformer_blocks.*`, `*.attn.to_q`. A range of blocks includes both ends;
+`*`, `?` and `[…]` match as in a shell; a name selects everything below it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from ..errors import ModelFileError, first_few
+from ..errors import ConfigError, ModelFileError, first_few
 
 MLP_RATIO = 4
 """Rows of the MLP's input in `linear1`, in units of the model's width (fixed in Chroma)."""
@@ -203,3 +208,34 @@ def to_original(weights: Mapping[str, Tensor], norm_leaf: str = "scale") -> dict
             )
         fused[name] = parts[0][1] if len(parts) == 1 else torch.cat([tensor for _, tensor in parts])
     return fused
+
+
+_RANGE = re.compile(r"^(\w+)\.(\d{1,3})-(\d{1,3})(?=\.|$)")
+
+
+def without_ranges(part: str) -> list[str]:
+    """`double_blocks.0-3.img_attn` → one pattern a block. Raises ConfigError for a range that ends before it begins."""
+    match = _RANGE.match(part)
+    if match is None:
+        return [part]
+    root, first, last = match[1], int(match[2]), int(match[3])
+    if first > last:
+        raise ConfigError(f"The range in '{part}' is empty: the first block comes first, as in {root}.{last}-{first}.")
+    return [f"{root}.{number}{part[match.end() :]}" for number in range(first, last + 1)]
+
+
+def names_of(layer: str) -> tuple[str, str]:
+    """A layer's names in diffusers' layout and in the original one, where that has it; else the first twice."""
+    original = to_original_module(layer)
+    return layer, original.name if original else layer
+
+
+def matches(pattern: str, names: Sequence[str]) -> bool:
+    """Whether a pattern without a range selects the layer of those names."""
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*") for name in names)
+
+
+def selects(part: str, layer: str) -> bool:
+    """Whether a pattern, also one with a range, selects a layer, given by diffusers' name. Raises ConfigError."""
+    names = names_of(layer)
+    return any(matches(pattern, names) for pattern in without_ranges(part))

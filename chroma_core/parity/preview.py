@@ -22,22 +22,22 @@ from .case import Case, NotRun, Sampled
 EXAMPLE = PACK / "example_datasets" / "sks_emblem"
 
 
-def read_preview(picture: Path) -> tuple[Case, Sampled]:
+def read_preview(image: Path) -> tuple[Case, Sampled]:
     """A training preview as it was shown, and the case that samples it again with the LoRA of its step.
 
     Args:
-        picture: `samples/step-000100-0.png` in a job's folder.
+        image: `samples/step-000100-0.png` in a job's folder.
     Raises:
         ConfigError: it is no preview, or its latents are gone.
         NotRun: the LoRA of that step was not kept.
     """
-    record = read_record(picture) if picture.is_file() else None
+    record = read_record(image) if image.is_file() else None
     if record is None or "step" not in record:
         raise ConfigError(
-            f"'{picture}' is no training preview: it has no record of one. Give a step-….png of a job's samples folder."
+            f"'{image}' is no training preview: it has no record of one. Give a step-….png of a job's samples folder."
         )
-    shown = Sampled.read(picture, picture.with_suffix(LATENTS_SUFFIX))
-    job = picture.parent.parent
+    shown = Sampled.read(image, image.with_suffix(LATENTS_SUFFIX))
+    job = image.parent.parent
     if "model" in record:
         record = {**record, "model": _with_places(record["model"], job)}
     return Case.from_record(record, _loras_of(job, record["step"])), shown

@@ -125,7 +125,7 @@ class Report:
     comparisons: list[Difference] = field(default_factory=list)
     factors: list[tuple[Factor, Difference]] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
-    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    images: dict[str, Image.Image] = field(default_factory=dict)
 
     def add_pairs(self, sampled: dict[str, Sampled | NotRun]) -> None:
         """Compare those of `PAIRS` that were both sampled; say of the others why not."""
@@ -135,27 +135,27 @@ class Report:
                 self.comparisons.append(compare(f"{a}-{b}", first, second))
             elif first is not None and second is not None:
                 self.not_run[f"{a}-{b}"] = next(str(each) for each in (first, second) if isinstance(each, NotRun))
-        self.pictures.update({name: p.image for name, p in sampled.items() if isinstance(p, Sampled)})
+        self.images.update({name: p.image for name, p in sampled.items() if isinstance(p, Sampled)})
 
     def add_factor(self, factor: Factor, base: Sampled, changed: Sampled | NotRun) -> None:
         """One row of the table of factors."""
         if isinstance(changed, Sampled):
             try:
                 self.factors.append((factor, compare(factor.name, base, changed)))
-                self.pictures[factor.name] = changed.image
+                self.images[factor.name] = changed.image
                 return
             except ConfigError as error:
                 changed = NotRun(str(error))
         self.not_run[factor.name] = str(changed)
 
     @property
-    def same_picture(self) -> bool | None:
+    def same_image(self) -> bool | None:
         """Whether preview, command line and nodes agree, as far as they were sampled; None when no two of them were."""
         ours = self._ours()
         return all(difference.mean_abs_diff <= TOLERANCE for difference in ours) if ours else None
 
     def verdict(self) -> str:
-        """`same_picture` in one line."""
+        """`same_image` in one line."""
         ours = self._ours()
         wrong = ", ".join(difference.pair for difference in ours if difference.mean_abs_diff > TOLERANCE)
         if not ours:
@@ -171,7 +171,7 @@ class Report:
         """Plain values for JSON."""
         return {
             "case": self.case.to_dict(),
-            "same_picture": self.same_picture,
+            "same_picture": self.same_image,
             "comparisons": [difference.to_dict() for difference in self.comparisons],
             "factors": [
                 {"kind": factor.kind, "factor": factor.name}

@@ -27,7 +27,6 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from ..data.dataset import Settings
 from ..errors import ChromaKitError, ConfigError, PromptError, check_text
 from ..files import each_once
 from ..loading.spec import LoraMode, Offload
@@ -35,10 +34,11 @@ from ..lora.strengths import parse_blocks, parse_schedule
 from ..model.flavours import FLAVOURS, Flavour, flavour
 from ..model.latents import snap_size
 from ..model.precision import precision
-from ..options import MAX_SEED
+from ..options import MAX_SEED, option_of
 from ..sampling.recipe import recipe
 from ..sampling.sampler import SamplingSettings
 from ..sampling.text import TRIGGER, apply_trigger
+from ..settings import Settings
 
 MODEL_ID = "chroma"
 """What the reference calls Chroma1-Base."""
@@ -85,6 +85,12 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _asked(field: str, default: Any = None) -> Any:
+    """A field that sets an option of `SamplingSettings`, within the range that the nodes have."""
+    option = option_of(SamplingSettings, field)
+    return Field(default, ge=option.least, le=option.most)
+
+
 class RequestPrompt(Settings):
     """One image. What is left out is the model's default; without a seed it is the request's seed + its place."""
 
@@ -92,8 +98,8 @@ class RequestPrompt(Settings):
     width: Whole | None = Field(default=None, ge=64, le=4096)
     height: Whole | None = Field(default=None, ge=64, le=4096)
     seed: Whole | None = Field(default=None, ge=RANDOM, le=MAX_SEED)
-    sample_steps: Whole | None = Field(default=None, ge=1, le=150)
-    guidance_scale: Number | None = Field(default=None, ge=0, le=20)
+    sample_steps: Whole | None = _asked("steps")
+    guidance_scale: Number | None = _asked("guidance")
     neg: Text = ""
     trigger_word: Text | None = None
 
@@ -143,7 +149,7 @@ class InferenceRequest(Settings):
     transformer: Name | None = None
     text_encoder: Name | None = None
     vae: Name | None = None
-    first_block_cache: Number = Field(default=0.0, ge=0, le=1)
+    first_block_cache: Number = _asked("first_block_cache", 0.0)
     _remarks: tuple[str, ...] = PrivateAttr(default=())
 
     @field_validator("model", "precision", "text_precision", "recipe")
@@ -171,7 +177,7 @@ class InferenceRequest(Settings):
             request = cls.model_validate(data)
         except ValidationError as error:
             raise unusable("; ".join(mistakes(error, cls, {"prompts": RequestPrompt, "loras": RequestLora}))) from error
-        request.pictures()
+        request.images()
         request._remarks = tuple(remarks)
         return request
 
@@ -195,7 +201,7 @@ class InferenceRequest(Settings):
         """The model's flavour: `chroma` is Chroma1-Base."""
         return FLAVOURS["base" if self.model == MODEL_ID else self.model]
 
-    def pictures(self, random_seed: Callable[[], int] = lambda: secrets.randbelow(2**32)) -> list[PlannedPicture]:
+    def images(self, random_seed: Callable[[], int] = lambda: secrets.randbelow(2**32)) -> list[PlannedImage]:
         """Every image with everything decided; random seeds are drawn anew at each call.
 
         Raises ConfigError for `[trigger]` without a trigger word, naming the field.
@@ -211,15 +217,15 @@ class InferenceRequest(Settings):
             guidance = defaults.guidance if asked.guidance_scale is None else asked.guidance_scale
             size = snap_size(width, height, SIZE_MULTIPLE)
             seed = random_seed() if seed == RANDOM else seed
-            found.append(PlannedPicture(prompt, neg, *size, seed, steps, guidance))
+            found.append(PlannedImage(prompt, neg, *size, seed, steps, guidance))
         return found
 
-    def settings(self, picture: PlannedPicture) -> SamplingSettings:
+    def settings(self, image: PlannedImage) -> SamplingSettings:
         """What the sampler takes for one of the images."""
         return SamplingSettings(
-            steps=picture.sample_steps,
-            guidance=picture.guidance_scale,
-            seed=picture.seed,
+            steps=image.sample_steps,
+            guidance=image.guidance_scale,
+            seed=image.seed,
             first_block_cache=self.first_block_cache,
         )
 
@@ -267,7 +273,7 @@ def _taken(data: dict[str, Any], kind_: str, where: str, remarks: list[str]) -> 
 
 
 @dataclass(frozen=True)
-class PlannedPicture:
+class PlannedImage:
     """One image of a request with everything decided: texts with the trigger word in them, size as sampled."""
 
     prompt: str

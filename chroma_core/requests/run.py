@@ -83,45 +83,45 @@ def run_request(
     cache: ComponentCache,
     device: Device,
     output: Path,
-    on_step: OnStep = lambda picture, done, steps: None,
+    on_step: OnStep = lambda image, done, steps: None,
 ) -> dict[str, Any]:
     """Generate a request's images into `output`, and return what was made (fields: `docs/requests.md`).
 
     The cache decides what is loaded: a second request with the same model loads nothing, whatever its strengths are,
     unless its LoRAs are merged. Images that were finished before an error or an interruption are still written.
     """
-    rules, pictures = recipe(request.recipe), request.pictures()
+    rules, images = recipe(request.recipe), request.images()
     texts: dict[str, TextCondition] = {}
     encoder = cache.text_encoder(spec, device)
-    for text in dict.fromkeys(text for picture in pictures for text in (picture.prompt, picture.neg)):
+    for text in dict.fromkeys(text for planned in images for text in (planned.prompt, planned.neg)):
         texts[text] = encoder.encode(text, rules)
     sampled = []
     made: list[dict[str, Any]] = []
     try:
         with cache.transformer(ModelHandle(spec, tuple(loras)), device) as transformer:
-            for i, picture in enumerate(pictures):
+            for i, planned in enumerate(images):
                 latents = sample(
                     transformer,
-                    [texts[picture.prompt]],
-                    texts[picture.neg],
-                    width=picture.width,
-                    height=picture.height,
-                    settings=request.settings(picture),
+                    [texts[planned.prompt]],
+                    texts[planned.neg],
+                    width=planned.width,
+                    height=planned.height,
+                    settings=request.settings(planned),
                     recipe=rules,
                     on_step=lambda info, i=i: on_step(i, info.step, info.steps),
                 )
                 sampled.append(latents)
     finally:
-        for latents, picture in zip(sampled, pictures, strict=False):
+        for latents, planned in zip(sampled, images, strict=False):
             (image,) = decode(cache.vae(spec, device), latents)
-            path = free_path(output, f"chroma-{picture.seed}.png")
-            size = (picture.width, picture.height)
-            settings = request.settings(picture)
-            record = image_record(picture.prompt, picture.neg, size, settings, rules, spec.to_dict())
+            path = free_path(output, f"chroma-{planned.seed}.png")
+            size = (planned.width, planned.height)
+            settings = request.settings(planned)
+            record = image_record(planned.prompt, planned.neg, size, settings, rules, spec.to_dict())
             record["loras"] = [use_record(use) for use in loras]
             write_atomic(path, png_bytes(image, record))
-            cut = texts[picture.prompt].truncated
-            made.append({"file": str(path), **picture.to_dict(), "truncated_tokens": cut})
+            cut = texts[planned.prompt].truncated
+            made.append({"file": str(path), **planned.to_dict(), "truncated_tokens": cut})
     return {
         "model": spec.to_dict(),
         "recipe": rules.to_dict(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, check_choice
-from ..model.finite import check_finite
+from ..model.device import check_finite
 from ..model.first_block_cache import FirstBlockCache
 from ..model.latents import FLUX_LATENTS, PATCH, LatentFormat, image_ids, pack, snap_size, unpack
 from ..model.transformer import ChromaTransformer

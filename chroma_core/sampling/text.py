@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PromptError, shortened
-from ..model.finite import check_finite
+from ..model.device import check_finite
 from ..model.text_encoder import T5Encoder
 from .recipe import CANONICAL, Recipe
 

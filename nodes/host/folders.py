@@ -21,7 +21,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ...chroma_core.data.pictures import picture_extensions
+from ...chroma_core.data.images import image_extensions
 from ...chroma_core.data.scan import is_hidden
 from ...chroma_core.errors import DataError, LoraError, first_few
 from ...chroma_core.files import only_names
@@ -47,7 +47,7 @@ def publish_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / "chromakit" / "publish"
 
 
-def pictures_folder() -> Path:
+def images_folder() -> Path:
     """Where images from other nodes are kept for training, a dataset folder for each set of them."""
     return Path(folder_paths.get_output_directory()) / "chromakit" / "datasets"
 
@@ -128,7 +128,7 @@ def dataset_names() -> list[str]:
             for path in sorted([*root.glob("*/"), *root.glob("*/*/")]):
                 name = path.relative_to(root).as_posix()
                 if not is_hidden(path, root) and (
-                    _holds_pictures(path) or any(map(_holds_pictures, sorted(path.glob("*/"))))
+                    _holds_images(path) or any(map(_holds_images, sorted(path.glob("*/"))))
                 ):
                     names[name] = None
     except (DataError, OSError) as error:
@@ -136,11 +136,11 @@ def dataset_names() -> list[str]:
     return list(names)
 
 
-def _holds_pictures(folder: Path) -> bool:
+def _holds_images(folder: Path) -> bool:
     if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         return False
     with os.scandir(folder) as entries:
-        return any(os.path.splitext(entry.name)[1].lower() in picture_extensions() for entry in entries)
+        return any(os.path.splitext(entry.name)[1].lower() in image_extensions() for entry in entries)
 
 
 def dataset_folder(name: str) -> Path:
@@ -149,7 +149,7 @@ def dataset_folder(name: str) -> Path:
     Images that other nodes gave are found by their folder's name too, so that a job on them can be started again.
     """
     roots = _dataset_roots()
-    for root in (*roots, pictures_folder().resolve()):
+    for root in (*roots, images_folder().resolve()):
         try:
             folder = (root / name.strip()).resolve()
             if name.strip() and folder != root and folder.is_relative_to(root) and folder.is_dir():
@@ -165,7 +165,7 @@ def dataset_folder(name: str) -> Path:
 
 def check_links(folder: Path) -> None:
     """Raise DataError when a file below a dataset folder is a link to a place where no dataset may lie."""
-    places = [*_dataset_roots(), pictures_folder().resolve()]
+    places = [*_dataset_roots(), images_folder().resolve()]
     astray = []
     for where, folders, names in os.walk(folder):  # which does not go into folders that are links
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -185,7 +185,7 @@ def check_links(folder: Path) -> None:
 def dataset_name(folder: str) -> str | None:
     """The name under which `dataset_folder` finds a folder; None when it does not."""
     path = Path(folder).resolve()
-    for root in (*_dataset_roots(), pictures_folder().resolve()):
+    for root in (*_dataset_roots(), images_folder().resolve()):
         if path != root and path.is_relative_to(root):
             return path.relative_to(root).as_posix()
     return None

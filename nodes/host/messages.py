@@ -29,8 +29,8 @@ class Progress:
     def step(self, done: int, total: int, preview: Image.Image | None = None) -> None:
         """Show `done` of `total`, with a preview image if there is one."""
         management.throw_exception_if_processing_interrupted()
-        picture = ("JPEG", preview, args.preview_size) if preview is not None else None
-        self._bar.update_absolute(done, total, picture)
+        image = ("JPEG", preview, args.preview_size) if preview is not None else None
+        self._bar.update_absolute(done, total, image)
 
 
 def wants_previews() -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 from aiohttp import web
 from pydantic import StrictBool, StrictFloat, StrictInt
 
-from ...chroma_core.data.dataset import Settings
 from ...chroma_core.errors import ConfigError
+from ...chroma_core.settings import Settings
 from ...chroma_core.training.config import MODEL_PATHS, TrainingConfig
 from ...chroma_core.training.config.changes import with_changes
 from ...chroma_core.training.jobs.manager import JobStatus
@@ -61,6 +61,7 @@ class Extension(Settings):
 def register(routes: Any) -> None:
     """Add the routes to ComfyUI's table."""
     add(routes, "get", "/chromakit/jobs", _list)
+    add(routes, "get", "/chromakit/jobs/unreadable", _unreadable)
     add(routes, "get", "/chromakit/jobs/{id}", _one)
     add(routes, "post", "/chromakit/jobs/{id}/change", _change)
     add(routes, "post", "/chromakit/jobs/{id}/extend", _extend)
@@ -79,6 +80,11 @@ async def _list(request: web.Request) -> web.Response:
     """Newest first; `?brief=true` without what only one who looks into a job needs."""
     brief = request.query.get("brief") == "true"
     return await answer(lambda: [job.summary() if brief else job.status() for job in jobs.manager().list()])
+
+
+async def _unreadable(request: web.Request) -> web.Response:
+    """Folders of jobs that are left alone, each with the reason."""
+    return await answer(lambda: [{"id": name, "error": why} for name, why in jobs.manager().unreadable().items()])
 
 
 async def _one(request: web.Request) -> web.Response:

@@ -1,33 +1,37 @@
-"""HTTP for what nodes show before anything runs: datasets, noise levels, the memory plan. Nothing changes a state.
+"""HTTP for what nodes show before anything runs (datasets, noise levels, the memory plan) and for this ComfyUI: its
+memory, and the setting of what prompts do while a job trains, the only state that is changed here.
 
-Each takes the values of a node's widgets by name and computes with the very functions that the node runs.
+What a node shows is computed from the values of its widgets by name, with the very functions that the node runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_type_hints
 from weakref import WeakValueDictionary
 
 from aiohttp import web
 from comfy_api.latest import io
 
-from ...chroma_core.memory import Settings, memory_plan
+from ...chroma_core.memory import Settings, estimate, memory_plan
 from ...chroma_core.model.flavours import FLAVOURS
 from ...chroma_core.model.latents import snap_size
 from ...chroma_core.sampling.schedule import SigmaSettings, sigma_density
 from ...chroma_core.training.step.optimizers import Schedule
-from .. import host
+from .. import host, while_training
 from ..dataset import ChromaDataset
 from ..dataset_preview import FALLBACK_SIZE, DatasetPreviews
 from ..dataset_widgets import config_from
 from ..loaders import ChromaLoadModel
 from ..schedule import ChromaTailSigmas, sigmas_of
 from ..settings import ChromaTrainingSettings, sigma_fields
-from .common import add, answer, in_thread, inputs_of, json_of, read_widgets, refused
+from .common import Malformed, add, answer, in_thread, inputs_of, json_of, read_widgets, refused
 
-PLAN = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
+PLAN_WIDGETS = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
+PLAN = get_type_hints(Settings)
+"""What `GET /chromakit/plan` takes in its query, all optional: whole numbers, true or false, and else names."""
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
 DENSITY = (
     "sigma_draw", "sigma_remap", "sigma_scale", "sigma_shift", "sigma_shift_value", "sigma_minimum", "sigma_maximum",
     "sigma_shift_first", "warmup_steps", "lr_schedule", "lr_cycles", "lr_power",
@@ -50,6 +54,10 @@ def register(routes: Any) -> None:
     add(routes, "post", "/chromakit/sigmas", _sigmas, otherwise=400)
     add(routes, "post", "/chromakit/density", _density, otherwise=400)
     add(routes, "post", "/chromakit/plan/rows", _plan_rows, otherwise=400)
+    add(routes, "get", "/chromakit/plan", _plan, otherwise=400)
+    add(routes, "get", "/chromakit/memory", _memory)
+    add(routes, "get", "/chromakit/settings", _settings)
+    add(routes, "post", "/chromakit/settings", _change_settings, otherwise=400)
 
 
 async def _dataset(request: web.Request) -> web.Response:
@@ -125,7 +133,7 @@ async def _plan_rows(request: web.Request) -> web.Response:
 def _rows(body: object) -> dict[str, Any]:
     own = inputs_of(ChromaLoadModel)
     size = io.Int.Input("size", default=0, min=0, max=4096)
-    values = read_widgets([*(own[name] for name in PLAN), size], body)
+    values = read_widgets([*(own[name] for name in PLAN_WIDGETS), size], body)
     values["size"] = values["size"] or None
     plan = memory_plan(Settings(**values), host.here())
     return {
@@ -140,3 +148,38 @@ def _rows(body: object) -> dict[str, Any]:
         "sentences": [plan.sampling.sentence, plan.training.sentence],
         "recommended": [plan.sampling.to_dict(), plan.training.to_dict()],
     }
+
+
+async def _plan(request: web.Request) -> web.Response:
+    """The memory estimate for the query's settings; see `PLAN`."""
+    settings = {name: _setting(name, text) for name, text in request.query.items()}
+    return await answer(lambda: estimate(Settings(**settings), host.here()).to_dict())
+
+
+def _setting(name: str, text: str) -> Any:
+    if name not in PLAN:
+        raise Malformed(f"The plan knows no '{name}'. It takes: {', '.join(PLAN)}.")
+    if PLAN[name] is bool and text.lower() in TRUTH:
+        return TRUTH[text.lower()]
+    if PLAN[name] is bool:
+        raise Malformed(f"The plan's '{name}' is '{text}'; it must be true or false.")
+    try:
+        return int(text) if PLAN[name] in (int, int | None) else text
+    except ValueError:
+        raise Malformed(f"The plan's '{name}' is '{text}'; it must be a whole number.") from None
+
+
+async def _memory(request: web.Request) -> web.Response:
+    return await answer(host.memory_report)
+
+
+async def _settings(request: web.Request) -> web.Response:
+    return await answer(while_training.settings)
+
+
+async def _change_settings(request: web.Request) -> web.Response:
+    values = await json_of(request)
+    try:
+        return await answer(lambda: while_training.change(values))
+    except OSError as error:
+        return refused(507, f"The settings could not be written, and stay as they were: {error}.")

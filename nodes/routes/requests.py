@@ -39,11 +39,11 @@ async def _post(request: web.Request) -> web.Response:
     asked = InferenceRequest.read(await bytes_of(request))
     while_training.check_accepted()
     names = await asyncio.to_thread(_checked, asked)
-    pictures = asked.pictures()
-    note = {"request": asked.model_dump(mode="json"), "pictures": [picture.to_dict() for picture in pictures]}
+    images = asked.images()
+    note = {"request": asked.model_dump(mode="json"), "pictures": [image.to_dict() for image in images]}
     note["remarks"] = list(asked.remarks)
     extra = {NOTE: note, "extra_pnginfo": {NOTE: note}}
-    prompt_id = await host.queue_prompt(to_prompt(asked, pictures, names), extra)
+    prompt_id = await host.queue_prompt(to_prompt(asked, images, names), extra)
     return told(_answer(prompt_id, await asyncio.to_thread(host.prompt_state, prompt_id), note))
 
 
@@ -115,11 +115,11 @@ def _answer(prompt_id: str, found: host.PromptState | None, note: dict[str, Any]
     outputs = (found.outputs if found else None) or {}
     progress = (found.progress if found else None) or {}
     prompts = []
-    for i, picture in enumerate(note["pictures"]):
+    for i, planned in enumerate(note["pictures"]):
         images = outputs.get(f"save_{i}", {}).get("images", [])
         done, total = progress.get(f"sample_{i}", (0, 0))
-        steps_done = picture["sample_steps"] if images else int(done) if total == picture["sample_steps"] else 0
-        prompts.append({**picture, "steps_done": steps_done, "images": [_view(image) for image in images]})
+        steps_done = planned["sample_steps"] if images else int(done) if total == planned["sample_steps"] else 0
+        prompts.append({**planned, "steps_done": steps_done, "images": [_view(image) for image in images]})
     return {
         "id": prompt_id,
         "state": found.state if found else "cancelled",

@@ -16,8 +16,8 @@ SELECT = """type => {
   app.canvas.setDirty(true, true);
 }"""
 SHOWN = """title => {
-  const help = document.querySelector('.node-help-content'), picture = help?.querySelector('img');
-  return help?.querySelector('h1')?.textContent === title && picture?.complete && picture.naturalWidth > 0;
+  const help = document.querySelector('.node-help-content'), image = help?.querySelector('img');
+  return help?.querySelector('h1')?.textContent === title && image?.complete && image.naturalWidth > 0;
 }"""
 TOO_WIDE = """() => {
   const help = document.querySelector('.node-help-content');
@@ -37,7 +37,7 @@ def panel(window):
 
 
 @pytest.mark.parametrize("node", pack_node_ids())
-def test_the_panel_shows_text_and_picture(panel, node: str):
+def test_the_panel_shows_text_and_image(panel, node: str):
     title = panel.server.get("/object_info")[node]["display_name"]
     panel.page.evaluate(SELECT, node)
     if not panel.page.locator(".node-help-content").count():

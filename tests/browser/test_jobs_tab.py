@@ -252,7 +252,7 @@ def test_a_job_is_extended_duplicated_used_and_deleted(window, server: Host):
     page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'ChromaSampler')")
     seen = set(server.get("/history"))
     page.evaluate("() => window.app.queuePrompt(0, 1)")
-    until(page, server, lambda: set(server.get("/history")) - seen, "the picture")
+    until(page, server, lambda: set(server.get("/history")) - seen, "the image")
     (prompt,) = set(server.get("/history")) - seen
     assert len(server.images(server.wait(prompt))) == 1
     window.screenshot("tab_used")
@@ -344,6 +344,9 @@ def test_a_restarted_host_has_the_same_jobs(window, server: Host):
         assert saved["state"] == "interrupted" and saved["checkpoint"] == saved["step"] >= 3
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text('{"prompts_while_training": "fin', encoding="utf-8")
+        later = server.base / "output" / "chromakit" / "jobs" / "of-a-later-version"
+        later.mkdir()
+        (later / "job.json").write_text('{"format": 99}')
     until(page, server, lambda: chip(page) == "interrupted", "the truth of the host that came back")
     assert server.get("/chromakit/settings")["prompts_while_training"] == "yield"
     assert server.log_path.read_text(encoding="utf-8", errors="replace").count("settings.json' is not used") == 1
@@ -353,6 +356,10 @@ def test_a_restarted_host_has_the_same_jobs(window, server: Host):
     until(page, server, lambda: chip(page) == "running" and charted(page) > step, "the curve to go on")
     act(page, "stop")
     until(page, server, lambda: chip(page) == "stopped", "the stop")
+    open_list(page)
+    left_alone = page.locator("section", has=page.get_by_role("heading", name="Left alone"))
+    assert "'of-a-later-version' has the format 99, which a later version" in left_alone.inner_text()
+    window.screenshot("tab_left_alone")
     window.errors.clear()  # of the socket that was closed
 
 

@@ -22,17 +22,17 @@ OVERLAPS = """() => {
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_loads_and_means_what_its_api_form_says(window, path: Path):
     window.load(json.loads(path.read_text(encoding="utf-8")))
-    picture = window.screenshot(path.stem)
+    screenshot = window.screenshot(path.stem)
     assert window.missing_nodes() == []
     assert window.ours == []
     wanted = {key: (node["class_type"], node["inputs"]) for key, node in load_api(path.stem).items()}
     assert {key: (node["class_type"], node["inputs"]) for key, node in window.prompt().items()} == wanted
     assert window.page.evaluate(OVERLAPS) == []
-    with Image.open(picture) as image:
+    with Image.open(screenshot) as image:
         assert image.size == (1600, 1000)
 
 
-def test_templates_lists_what_is_there_with_a_picture_each(window):
+def test_templates_lists_what_is_there_with_an_image_each(window):
     """The host lists every JSON file of the folder, so an index of our own among them would be a broken template."""
     (listed,) = window.server.get("/workflow_templates").values()
     assert sorted(listed) == [path.stem for path in WORKFLOWS]

@@ -14,7 +14,7 @@ from chroma_core.cli.main import main
 from chroma_core.lora.files import write_lora
 from chroma_core.lora.settings import LoraSettings
 from chroma_core.lora.trainable import add_trainable, trained_lora
-from chroma_core.model.images import decode, preview_image, preview_matrix, read_record, to_pictures, to_tensor
+from chroma_core.model.images import decode, preview_image, preview_matrix, read_record, to_images, to_tensor
 from chroma_core.model.latents import LatentFormat
 from miniature import transformer, vae, write_model_folder
 
@@ -43,7 +43,7 @@ def sample(folder, output, *options) -> list[Path]:
     return sorted(set(output.glob("*.png")) - before)
 
 
-def test_sample_writes_pictures_that_tell_how_they_were_made(folder, tmp_path):
+def test_sample_writes_images_that_tell_how_they_were_made(folder, tmp_path):
     paths = sample(
         folder, tmp_path, "--prompt", "a red [trigger]", "--prompt", "blue", "--trigger", "sks", "--seed", "7"
     )
@@ -51,8 +51,8 @@ def test_sample_writes_pictures_that_tell_how_they_were_made(folder, tmp_path):
     record = read_record(paths[0])
     assert record is not None and record["prompt"] == "a red sks" and record["settings"]["seed"] == 7
     assert record["recipe"]["name"] == "canonical" and record["model"]["folder"] == Path(folder).name
-    with Image.open(paths[0]) as picture:
-        assert picture.size == (64, 64)
+    with Image.open(paths[0]) as image:
+        assert image.size == (64, 64)
 
 
 def test_a_prompt_that_is_cut_says_so(folder, tmp_path, capsys):
@@ -69,7 +69,7 @@ def test_the_record_has_the_trigger_word_and_the_loras_in_it(folder, lora_file, 
     assert record["loras"] == [{"path": Path(lora_file).name, "network_multiplier": 0.5, "mode": "merged"}]
 
 
-def test_same_seed_same_picture_and_nothing_is_overwritten(folder, tmp_path):
+def test_same_seed_same_image_and_nothing_is_overwritten(folder, tmp_path):
     (first,) = sample(folder, tmp_path, "--prompt", "red")
     (second,) = sample(folder, tmp_path, "--prompt", "red")
     assert second.name == "chroma-42-2.png" and second.read_bytes() == first.read_bytes()
@@ -105,7 +105,7 @@ def test_the_first_block_cache_is_recorded_and_said(folder, tmp_path, capsys):
     assert "first_block_cache" not in (read_record(exact) or {})["settings"]
 
 
-def test_a_picture_to_start_from_and_a_mask(folder, tmp_path):
+def test_an_image_to_start_from_and_a_mask(folder, tmp_path):
     (source,) = sample(folder, tmp_path, "--prompt", "red", "--height", "96")
     start = ["--prompt", "blue", "--image", str(source), "--seed", "9"]
     arguments = ["sample", "--folder", folder, "--precision", "fp32", "--device", "cpu", "--output", str(tmp_path)]
@@ -126,7 +126,7 @@ def test_a_picture_to_start_from_and_a_mask(folder, tmp_path):
     start_from = to_tensor(Image.open(source))
     model = vae()
     with torch.no_grad():
-        again = to_pictures(model.decode(model.encode(start_from).mean))[0]
+        again = to_images(model.decode(model.encode(start_from).mean))[0]
     assert difference(kept, again) < 0.01 < difference(some, again) < difference(none, again)
 
 
@@ -176,10 +176,10 @@ def test_module_entry_point_tells_the_truth():
     assert run.returncode == 1 and run.stderr.startswith("error: ") and "missing.safetensors" in run.stderr
 
 
-def test_pictures_round_trip_and_decode_rows_alone():
-    picture = Image.effect_noise((64, 32), 80).convert("RGB")
-    back = np.asarray(to_pictures(to_tensor(picture))[0], dtype=int)
-    assert abs(back - np.asarray(picture, dtype=int)).max() <= 1
+def test_images_round_trip_and_decode_rows_alone():
+    image = Image.effect_noise((64, 32), 80).convert("RGB")
+    back = np.asarray(to_images(to_tensor(image))[0], dtype=int)
+    assert abs(back - np.asarray(image, dtype=int)).max() <= 1
     model, latents = vae(), torch.randn(2, 16, 4, 4)
     assert decode(model, latents)[1].tobytes() == decode(model, latents[1:])[0].tobytes()
 

@@ -1,4 +1,4 @@
-"""The help pages' pictures and shape, read from the files; tests/host/test_help_pages.py asks the host for the rest."""
+"""The help pages' images and shape, read from the files; tests/host/test_help_pages.py asks the host for the rest."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SECTIONS_OF = {"zh": ["何时使用", "输入", "输出", "示例", "遇到问�
 """The languages that have pages, `<node>/<language>.md`, and how each calls the sections."""
 ADVANCED_OF = {"zh": "高级输入"}
 LARGEST = 45_000
-"""Bytes of a picture: a page is read while a model loads."""
+"""Bytes of an image: a page is read while a model loads."""
 
 
-def test_there_is_a_picture_for_every_page_and_no_other():
-    pictures = {path.name for path in (DOCS / "images").iterdir()}
-    assert pictures == {f"{page.stem}.webp" for page in PAGES}
+def test_there_is_an_image_for_every_page_and_no_other():
+    images = {path.name for path in (DOCS / "images").iterdir()}
+    assert images == {f"{page.stem}.webp" for page in PAGES}
 
 
 def of_all(check, *cases: tuple) -> None:
@@ -49,20 +49,20 @@ def has_the_shape_of_all(page: Path):
     assert len(re.findall(r"^(?:- |\d\. )", trouble, re.MULTILINE)) >= 4 and "→" in trouble
 
 
-def test_every_page_has_its_picture():
-    of_all(has_its_picture, *zip(PAGES))
+def test_every_page_has_its_image():
+    of_all(has_its_image, *zip(PAGES))
 
 
-def has_its_picture(page: Path):
+def has_its_image(page: Path):
     ((source, words, width),) = re.findall(
         r'<img src="([^"]+)" alt="([^"]+)" width="(\d+)">', page.read_text(encoding="utf-8")
     )
     assert source == f"images/{page.stem}.webp" and words
-    picture = page.parent / source
-    assert picture.stat().st_size <= LARGEST
+    file = page.parent / source
+    assert file.stat().st_size <= LARGEST
     from PIL import Image
 
-    with Image.open(picture) as image:
+    with Image.open(file) as image:
         assert image.width >= 1.3 * int(width), "crisp on a screen of more than one pixel to a CSS pixel"
 
 
@@ -71,7 +71,7 @@ def test_every_page_needs_nothing_outside_of_it():
 
 
 def needs_nothing_outside_of_it(page: Path):
-    """In the help panel a relative link leads nowhere: the host resolves pictures against the pack, but not links."""
+    """In the help panel a relative link leads nowhere: the host resolves images against the pack, but not links."""
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"\]\((?!https?://)", text)
     assert "docs/" not in text.replace("images/", "")
@@ -113,15 +113,15 @@ def test_every_translated_page_is_of_a_node_and_of_a_language_of_the_window():
     assert {path.name for path in (ROOT / "locales").iterdir() if path.is_dir()} == {"en", *SECTIONS_OF}
 
 
-def test_every_translated_page_has_the_shape_and_the_picture_of_the_english_one():
-    of_all(has_the_shape_and_the_picture_of_the_english_one, *translations())
+def test_every_translated_page_has_the_shape_and_the_image_of_the_english_one():
+    of_all(has_the_shape_and_the_image_of_the_english_one, *translations())
 
 
-def has_the_shape_and_the_picture_of_the_english_one(page: Path, code: str):
+def has_the_shape_and_the_image_of_the_english_one(page: Path, code: str):
     english, text = both(page, code)
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == SECTIONS_OF[code]
-    picture = r'<img src="([^"]+)" alt="[^"]+" width="(\d+)">'
-    assert re.findall(picture, text) == re.findall(picture, english), "the host finds it from either page"
+    image = r'<img src="([^"]+)" alt="[^"]+" width="(\d+)">'
+    assert re.findall(image, text) == re.findall(image, english), "the host finds it from either page"
     points = r"^(?:- |\d\. |\| )"
     assert len(re.findall(points, text, re.MULTILINE)) == len(re.findall(points, english, re.MULTILINE))
     assert not re.search(r"\]\((?!https?://)", text)

@@ -67,6 +67,7 @@ FLOORS = (
     "model",
     "weights",
     "names",
+    "settings.py",
     "options.py",
     "files.py",
     "errors.py",
@@ -228,7 +229,7 @@ def test_every_node_has_a_help_page():
     assert not pages - set(ids), "help pages without a node"
 
 
-def test_every_workflow_has_both_forms_and_a_picture():
+def test_every_workflow_has_both_forms_and_an_image():
     assert len(WORKFLOWS) >= 5
     stems = {path.stem for path in WORKFLOWS}
     assert {path.stem for path in (ROOT / "example_workflows" / "api").glob("*.json")} == stems

@@ -1,10 +1,14 @@
-"""One definition of every option: what is read from a field, and what is made of it."""
+"""One definition of every option: what is read from a field, and what is made of it; the commented job
+file says what is true when nothing is said."""
 
+import re
 from typing import Annotated, get_args
 
 import pytest
+import tomlkit
 from pydantic import Field
 
+from chroma_core.cli.main import main
 from chroma_core.data.dataset import DatasetConfig
 from chroma_core.loading.spec import ModelSpec, Offload
 from chroma_core.options import Option, option_of, options_of
@@ -12,8 +16,10 @@ from chroma_core.sampling.sampler import SamplingSettings
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.config.job import LoraConfig, ObjectiveConfig, PreviewConfig
 from chroma_core.training.config.preserve import PreserveConfig
+from chroma_core.training.config.template import SECTIONS, job_template
 
 JOB = {"name": "A Job", "dataset": {"folder": "/data/set"}}
+COMMENTED = re.compile(r"# (\w+ = (?!….*).*)$")
 
 
 def test_an_option_knows_its_type_range_and_default():
@@ -66,3 +72,33 @@ def test_an_option_added_later_leaves_the_id_of_a_job_that_does_not_use_it():
     used = Job.parse({**JOB, "more_datasets": [{"folder": "/other", "brand_new": "yes"}]})
     assert used.job_id() != before.job_id()
     assert Job.parse({**JOB, "lora": {"brand_new": 4}}).job_id() != Job.parse(JOB).job_id()
+
+
+def parsed(text: str) -> TrainingConfig:
+    return TrainingConfig.parse(tomlkit.parse(text).unwrap())
+
+
+def test_every_option_stands_there_with_its_default():
+    text = job_template()
+    before, _, full = text.partition("# [full]")
+    uncommented = "\n".join(COMMENTED.sub(r"\1", line) for line in before.splitlines())
+    assert parsed(text) == parsed(uncommented) and parsed(text).full is None
+    in_full = "\n".join(COMMENTED.sub(r"\1", line) for line in full.splitlines())
+    assert parsed(f"{before}[full]{in_full}").full is not None
+    missing = [
+        f"{section}.{name}"
+        for section, owner in SECTIONS.items()
+        for name in options_of(owner)
+        if (section or name not in SECTIONS) and not re.search(rf"^(# )?{name} = ", text, re.MULTILINE)
+    ]
+    assert missing == []
+
+
+def test_the_command_prints_or_writes_it(tmp_path, capsys):
+    assert main(["job-template"]) == 0
+    assert capsys.readouterr().out == job_template()
+    path = tmp_path / "job.toml"
+    assert main(["job-template", "--output", str(path)]) == 0
+    assert path.read_text(encoding="utf-8") == job_template()
+    assert main(["job-template", "--output", str(path)]) == 1
+    assert "exists already" in capsys.readouterr().err

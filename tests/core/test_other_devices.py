@@ -16,7 +16,7 @@ NOT_ON_APPLE = {"float64", "double", "float8_e4m3fn", "float8_e5m2", "float8_e4m
 
 ON_THE_CPU = {
     ("data/order.py", "uniform"): "a random number",
-    ("checkpoints/norms.py", "norms_on"): "weights from a file",
+    ("checkpoints/merge.py", "norms_on"): "weights from a file",
     ("lora/files.py", "_oft"): "a LoRA file",
     ("lora/lowrank.py", "*"): "a LoRA file, or weights where `extract_lora` asks first",
     ("lora/report.py", "update_norm"): "a LoRA file",

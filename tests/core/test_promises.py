@@ -108,21 +108,21 @@ def test_a_recorded_configuration_is_still_the_same_job():
 
 
 def test_cache_keys():
-    pictures = scan(DatasetConfig(folder=str(EXAMPLE)), 64).items[:2]
+    images = scan(DatasetConfig(folder=str(EXAMPLE)), 64).items[:2]
     caches = {
         name: LatentTextCache(Path("cache"), "a vae", "a text encoder", recipe(name))
         for name in ("canonical", "comfyui")
     }
     varied = DatasetConfig(folder="-", flip=True, crop="random", random_crops=2, latents="sample", posterior_samples=2)
-    views = [View((64, 64)), View((64, 96), True, 0.25, 3, "black"), *views_of(pictures[0], (64, 96), varied)]
+    views = [View((64, 64)), View((64, 96), True, 0.25, 3, "black"), *views_of(images[0], (64, 96), varied)]
     keys = {
         "tokenizer": component_key(TINY / "tokenizer"),
         "latents": {
-            f"{picture.name} {view}": caches["canonical"].latents_path(picture, view).as_posix()
-            for picture in pictures
+            f"{image.name} {view}": caches["canonical"].latents_path(image, view).as_posix()
+            for image in images
             for view in views
         },
-        "masks": caches["canonical"].mask_path(pictures[0], views[1], 0.25).as_posix(),
+        "masks": caches["canonical"].mask_path(images[0], views[1], 0.25).as_posix(),
         "texts": {
             f"{name}: {text}": cache.text_path(text).as_posix()
             for name, cache in caches.items()
@@ -132,7 +132,7 @@ def test_cache_keys():
     hold("cache_keys", keys)
 
 
-PICTURES = {
+IMAGES = {
     **{f"recipe {name}": ({}, name) for name in RECIPES},
     **{f"method {name}": ({"method": name}, "canonical") for name in ("heun", "dpmpp_2m", "unipc")},
     "seed 7": ({"seed": 7}, "canonical"),
@@ -150,7 +150,7 @@ def test_sampled_latents():
     encoder = components.text_encoder(spec, "cpu")
     now: dict[str, Any] = {}
     with components.transformer(ModelHandle(spec), "cpu") as transformer:
-        for name, (changes, rules_name) in PICTURES.items():
+        for name, (changes, rules_name) in IMAGES.items():
             rules = recipe(rules_name)
             texts = [encoder.encode(text, rules) for text in ("a red circle on a blue background", "")]
             settings = SamplingSettings(**{"steps": 6, "seed": 42, "guidance": 4.0} | changes)
@@ -172,7 +172,7 @@ def test_sampled_latents():
     same = sum(entry["sha256"] == before[name]["sha256"] for name, entry in now.items())
     print(f"{same} of {len(now)} bit for bit as recorded; largest relative difference {max(worst.values()):.1e}")
     # Bits differ between kinds of CPU. Numbers rounded to bf16 on the way may round the other way there.
-    tolerance = {name: 5e-3 if "bf16" in str(recipe(rules)) else 1e-5 for name, (_, rules) in PICTURES.items()}
+    tolerance = {name: 5e-3 if "bf16" in str(recipe(rules)) else 1e-5 for name, (_, rules) in IMAGES.items()}
     assert not {name: difference for name, difference in worst.items() if difference > tolerance[name]}
 
 

@@ -34,8 +34,8 @@ def test_the_page_is_what_the_script_makes_of_the_numbers():
     changed = study()
     changed["runs"][-1]["concept_right"] += 0.5
     assert filled(page, changed) != page
-    with Image.open(IMAGE) as picture:
-        assert f"images/{IMAGE.name}" in page and picture.width >= 900
+    with Image.open(IMAGE) as image:
+        assert f"images/{IMAGE.name}" in page and image.width >= 900
 
 
 def test_numbers_and_variants_belong_together():

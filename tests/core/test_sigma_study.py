@@ -78,8 +78,8 @@ def test_the_page_is_what_the_script_makes_of_the_numbers():
     changed["runs"][0]["concept_right"] += 0.5
     assert filled(page, changed) != page
     for name in ("sigma_densities.png", "sigma_study.png"):
-        with Image.open(IMAGES / name) as picture:
-            assert f"images/{name}" in page and picture.width >= 900
+        with Image.open(IMAGES / name) as image:
+            assert f"images/{name}" in page and image.width >= 900
 
 
 def test_paired_interval_is_that_of_a_t_test():
@@ -89,15 +89,15 @@ def test_paired_interval_is_that_of_a_t_test():
     assert (mean, low, high) == pytest.approx(((a - b).mean(), interval.low, interval.high))
 
 
-def test_the_emblem_is_read_from_pictures_that_show_it_and_from_no_others():
+def test_the_emblem_is_read_from_images_that_show_it_and_from_no_others():
     rng = np.random.default_rng(5)
     for background in ("red", "white", "blue", "black"):
         cx, cy, radius = (*rng.uniform(28, 36, 2), rng.uniform(19, 26))
-        picture = draw_emblem(background, cx, cy, radius)
-        reading = read_emblem(picture)
+        image = draw_emblem(background, cx, cy, radius)
+        reading = read_emblem(image)
         assert reading.right(background) and not reading.right("pink")
         assert (reading.cx, reading.cy, reading.radius) == pytest.approx((cx, cy, radius), abs=2.5)
-        mirrored = read_emblem(picture[:, ::-1])
+        mirrored = read_emblem(image[:, ::-1])
         assert not mirrored.right(background)
         assert not any(read_emblem(decoy).right(background) for decoy in decoys(background, cx, cy, radius))
     scenes = [sample_scene(rng) for _ in range(60)]

@@ -11,10 +11,10 @@ from PIL import Image
 from transformers import AutoTokenizer, T5TokenizerFast
 
 from chroma_core.sampling.sampler import SamplingSettings
-from tools.tiny.build import ASSETS, latent_statistics, load, picture_test
+from tools.tiny.build import ASSETS, image_test, latent_statistics, load
 from tools.tiny.example_dataset import NAME, draw_emblem
 from tools.tiny.vae import decode, encode
-from tools.tiny.world import draw, read_picture, sample_scene
+from tools.tiny.world import draw, read_image, sample_scene
 
 DATASETS = Path(__file__).parents[2] / "example_datasets"
 
@@ -40,7 +40,7 @@ def tokenizer():
 @pytest.mark.parametrize(("guidance", "steps"), [(2.0, 10), (3.0, 24), (4.0, 12)])
 def test_paints_what_64_prompts_say(guidance, steps):
     """At weaker and stronger guidance half the steps, which is harder, suffice."""
-    shares, _, _ = picture_test(settings=SamplingSettings(steps=steps, guidance=guidance, seed=42))
+    shares, _, _ = image_test(settings=SamplingSettings(steps=steps, guidance=guidance, seed=42))
     assert min(shares["shape"], shares["colour"], shares["background"]) >= 0.9, shares
 
 
@@ -56,11 +56,11 @@ def test_latents_have_unit_variance():
     assert 0.93 < std.min() and std.max() < 1.07
 
 
-def test_vae_keeps_what_pictures_show():
+def test_vae_keeps_what_images_show():
     rng = np.random.default_rng(11)
     scenes = [sample_scene(rng) for _ in range(96)]
     decoded = decode(vae(), encode(vae(), np.stack([draw(scene) for scene in scenes])))
-    readings = [read_picture(picture) for picture in decoded]
+    readings = [read_image(image) for image in decoded]
     right = [
         (r.shape, r.colour, r.background) == (s.shape, s.colour, s.background)
         for r, s in zip(readings, scenes, strict=True)
@@ -103,7 +103,7 @@ def test_opens_in_diffusers_and_paints():
     """diffusers lets every pad token of the padded prompt through, so it is given little room for padding."""
     pipeline = ChromaPipeline.from_pretrained(ASSETS).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline(
+    image = pipeline(
         "a red circle on a blue background",
         height=64,
         width=64,
@@ -113,23 +113,23 @@ def test_opens_in_diffusers_and_paints():
         generator=torch.Generator().manual_seed(0),
         output_type="np",
     ).images[0]
-    reading = read_picture((picture * 255).round().astype(np.uint8))
+    reading = read_image((image * 255).round().astype(np.uint8))
     assert (reading.colour, reading.background) == ("red", "blue")
 
 
 @pytest.mark.parametrize(("folder", "count"), [(NAME, 16), (f"{NAME}_heldout", 6)])
-def test_example_pictures_have_captions(folder, count):
-    pictures = sorted((DATASETS / folder).glob("*.png"))
-    assert len(pictures) == count
-    for file in pictures:
-        picture = Image.open(file).convert("RGB")
-        assert picture.size == (64, 64)
+def test_example_images_have_captions(folder, count):
+    images = sorted((DATASETS / folder).glob("*.png"))
+    assert len(images) == count
+    for file in images:
+        image = Image.open(file).convert("RGB")
+        assert image.size == (64, 64)
         text = file.with_suffix(".txt").read_text(encoding="utf-8")
-        background = read_picture(np.array(picture)).background
+        background = read_image(np.array(image)).background
         assert "a sks emblem" in text and f"{background} background" in text
 
 
-def test_held_out_pictures_are_not_in_the_training_set():
+def test_held_out_images_are_not_in_the_training_set():
     def contents(folder: str) -> set[bytes]:
         return {Image.open(file).convert("RGB").tobytes() for file in (DATASETS / folder).glob("*.png")}
 

@@ -13,7 +13,7 @@ from chroma_core.memory import Machine, recommend
 from chroma_core.memory.machine import GIB
 from chroma_core.memory.plan import Settings, fits_on
 from chroma_core.model.flavours import FLAVOURS
-from tools.workflows.presets import CARDS, COMPUTER, FILES, PICTURE_SIZE, PICTURE_SIZES, TRAINING_SIZE, preset
+from tools.workflows.presets import CARDS, COMPUTER, FILES, IMAGE_SIZE, IMAGE_SIZES, TRAINING_SIZE, preset
 
 PLAN = ("precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
 NAMES = {card: f"chroma_4_real_{card:02d}gb" for card in CARDS}
@@ -34,7 +34,7 @@ def test_there_is_one_for_each_card():
 @pytest.mark.parametrize("card", CARDS)
 def test_a_preset_sets_what_the_memory_plan_recommends_and_fits_in_both_uses(card: int):
     on = Machine("a card", card * GIB, COMPUTER * GIB)
-    size = PICTURE_SIZES.get(card, PICTURE_SIZE)
+    size = IMAGE_SIZES.get(card, IMAGE_SIZE)
     sampling = recommend(Settings("base", size=size), on, "sampling")
     training = recommend(Settings("base", size=TRAINING_SIZE), on, "training")
     assert sampling.fits and training.fits
@@ -57,8 +57,8 @@ def test_a_preset_sets_what_the_memory_plan_recommends_and_fits_in_both_uses(car
         size=inputs(card, "ChromaDataset")["resolution"],
     )
     assert fits_on(chosen, on, "training")
-    picture = inputs(card, "ChromaEmptyLatent")
-    assert picture["width"] == picture["height"] == size
+    image = inputs(card, "ChromaEmptyLatent")
+    assert image["width"] == image["height"] == size
     assert fits_on(Settings(**{name: loader[name] for name in PLAN}, size=size), on, "sampling")
 
 

@@ -97,7 +97,7 @@ def test_no_captions(server: Host):
     assert "1 images" in found["outputs"]["dataset"]["text"][0]
 
 
-def test_an_unreadable_picture_is_counted_and_named(server: Host):
+def test_an_unreadable_image_is_counted_and_named(server: Host):
     text = server.run(with_dataset("one_unreadable"))["outputs"]["dataset"]["text"][0]
     assert "2 images" in text and "1 image was skipped" in text and "broken.png" in text
 

@@ -1,4 +1,4 @@
-"""Data sets from nodes: pictures that other nodes give, several sets in one job, every option of a set as a widget."""
+"""Data sets from nodes: images that other nodes give, several sets in one job, every option of a set as a widget."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ended(server: Host, job: str) -> dict:
 
 @pytest.fixture(scope="module")
 def photos(server: Host) -> Iterator[list[np.ndarray]]:
-    """Two pictures of different sizes, one with transparency, as files that the host's Load Image reads."""
+    """Two images of different sizes, one with transparency, as files that the host's Load Image reads."""
     random = np.random.default_rng(5)
     first = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     second = random.integers(0, 256, (64, 128, 4), dtype=np.uint8)
@@ -41,7 +41,7 @@ def photos(server: Host) -> Iterator[list[np.ndarray]]:
 
 
 def loaded() -> dict:
-    """The two pictures, a batch of twice the first, masks for that, and a batch of three."""
+    """The two images, a batch of twice the first, masks for that, and a batch of three."""
     return {
         "first": node("LoadImage", image="first.png"),
         "second": node("LoadImage", image="second.png"),
@@ -52,7 +52,7 @@ def loaded() -> dict:
 
 
 def from_images(captions: object = "a sks", images: object = ("first", 0), **inputs: object) -> dict:
-    """A prompt with a data set from pictures; only the nodes that it uses."""
+    """A prompt with a data set from images; only the nodes that it uses."""
     settings = {"trigger": "sks", "resolution": 0, "repeats": 1, "caption_dropout": 0.1}
     made = node(
         "ChromaDatasetFromImages",
@@ -77,15 +77,15 @@ def folder_in(server: Host, text: str) -> Path:
     return server.base / (line.removeprefix("kept in ").rsplit(" (", 1)[0])
 
 
-def pictures_in(folder: Path) -> list[np.ndarray]:
+def images_in(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("?????.png"))]
 
 
-def test_a_picture_is_kept_bit_for_bit_with_its_caption(server: Host, photos: list[np.ndarray]):
+def test_an_image_is_kept_bit_for_bit_with_its_caption(server: Host, photos: list[np.ndarray]):
     history = server.run(from_images("a sks on a table"))
     (text,) = history["outputs"]["dataset"]["text"]
     folder = folder_in(server, text)
-    (kept,) = pictures_in(folder)
+    (kept,) = images_in(folder)
     assert np.array_equal(kept, photos[0]) and (folder / "00000.txt").read_text() == "a sks on a table"
     assert folder.is_relative_to(server.base / "output" / "chromakit" / "datasets")
     assert "1 images" in text and "such folder" in text and " kB" in text
@@ -93,14 +93,14 @@ def test_a_picture_is_kept_bit_for_bit_with_its_caption(server: Host, photos: li
     assert sheet.width == 256 and np.asarray(sheet).std() > 10
 
 
-def test_a_batch_takes_one_line_of_caption_a_picture(server: Host, photos: list[np.ndarray]):
+def test_a_batch_takes_one_line_of_caption_an_image(server: Host, photos: list[np.ndarray]):
     folder = folder_in(server, summary_of(server, from_images("one\n\ntwo\nthree\n", ("solid", 0))))
     assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == ["one", "two", "three"]
     folder = folder_in(server, summary_of(server, from_images("for all", ("solid", 0))))
     assert [path.read_text() for path in sorted(folder.glob("*.txt"))] == ["for all"] * 3
 
 
-def test_a_list_of_pictures_may_have_several_sizes_and_a_list_of_captions(server: Host, photos: list[np.ndarray]):
+def test_a_list_of_images_may_have_several_sizes_and_a_list_of_captions(server: Host, photos: list[np.ndarray]):
     (server.base / "input" / "pairs").mkdir(exist_ok=True)
     for name in ("first", "second"):
         Image.open(server.base / "input" / f"{name}.png").save(server.base / "input" / "pairs" / f"{name}.png")
@@ -125,12 +125,12 @@ def test_masks_become_mask_files_and_a_black_one_is_none(server: Host, photos: l
     assert "1 with a mask" in text
     text = summary_of(server, from_images(images=("first", 0), masks=("first", 1)))
     assert not list(folder_in(server, text).glob("*masklabel*")), (
-        "Load Image gives a black mask for a picture without one"
+        "Load Image gives a black mask for an image without one"
     )
 
 
 MISTAKES = {
-    "one caption too few": (("one\ntwo", ("solid", 0)), {}, "3 pictures, but the caption text has 2 lines"),
+    "one caption too few": (("one\ntwo", ("solid", 0)), {}, "3 images, but the caption text has 2 lines"),
     "no caption": (("", ("solid", 0)), {}, "There is no caption"),
     "masks of another number": (("a", ("solid", 0)), {"masks": ("two masks", 0)}, "3 images and 2 masks"),
     "a mask of another shape": (("a", ("first", 0)), {"masks": ("second", 1)}, "Mask 1 is 128×64, but its image"),
@@ -151,9 +151,7 @@ def test_captions_may_be_left_out_on_purpose(server: Host, photos: list[np.ndarr
     assert "trained with an empty one" in text
 
 
-def test_pictures_that_change_nothing_are_the_same_job_and_come_back_when_deleted(
-    server: Host, photos: list[np.ndarray]
-):
+def test_images_that_change_nothing_are_the_same_job_and_come_back_when_deleted(server: Host, photos: list[np.ndarray]):
     def prompt() -> dict:
         return {**train("from nodes", dataset=["dataset", 0]), **from_images("a sks\na sks again", ("twice", 0))}
 
@@ -168,7 +166,7 @@ def test_pictures_that_change_nothing_are_the_same_job_and_come_back_when_delete
     for path in folder.iterdir():
         path.unlink()
     folder.rmdir()
-    assert job_of(server.run(prompt())) == job and len(pictures_in(folder)) == 2, "written again, not replayed"
+    assert job_of(server.run(prompt())) == job and len(images_in(folder)) == 2, "written again, not replayed"
     (folder / "00000.txt").write_text("changed by hand")
     assert job_of(server.run(prompt())) == job and (folder / "00000.txt").read_text() == "a sks"
     server.run(prompt())
@@ -246,7 +244,7 @@ def test_every_option_of_a_set_is_a_widget_and_reaches_the_job(server: Host):
 
 
 def test_the_folder_is_looked_at_again_when_anything_in_it_changes(server: Host):
-    """Metadata, masks, captions with another extension, sub-folders; for a folder whose pictures lie in sub-folders."""
+    """Metadata, masks, captions with another extension, sub-folders; for a folder whose images lie in sub-folders."""
     folder = server.base / "input" / "kohya"
     (folder / "2_dog").mkdir(parents=True)
     Image.effect_noise((64, 64), 80).save(folder / "2_dog" / "a.png")

@@ -13,7 +13,7 @@ from prompts import at_defaults, job_of, node, text_to_image, train
 from weight_files import remove_files
 
 
-def picture(server: Host, **load_inputs: object) -> np.ndarray:
+def image(server: Host, **load_inputs: object) -> np.ndarray:
     prompt = text_to_image(seed=5)
     prompt["load"]["inputs"].update(load_inputs)
     (found,) = server.images(server.run(prompt))
@@ -53,7 +53,7 @@ def test_a_full_rank_job_ends_with_a_model_that_can_be_chosen_and_paints(server:
             kind, *rest = {**inputs["required"], **inputs.get("optional", {})}[name]
             offered = kind if isinstance(kind, list) else rest[0]["options"]
             assert [entry for entry in offered if "whole" in entry] == [path.name]
-        assert not np.array_equal(picture(server, transformer=path.name), picture(server))
+        assert not np.array_equal(image(server, transformer=path.name), image(server))
     finally:
         path.unlink()
         remove_files(folder.parent)

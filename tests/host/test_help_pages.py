@@ -51,7 +51,7 @@ def test_advanced_inputs_stand_apart(server, object_info):
     assert wrong == {}
 
 
-def test_the_host_serves_every_picture(server):
+def test_the_host_serves_every_image(server):
     """By the address that its page makes of the one in the help page."""
     for node in pack_node_ids():
         (source,) = re.findall(r'<img src="([^"]+)"', page_of(server, node))

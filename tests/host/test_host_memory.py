@@ -32,7 +32,7 @@ def held(server: Host) -> int:
 
 
 def test_free_returns_the_memory_of_our_models(server: Host):
-    picture = np.asarray(server.images(server.run(text_to_image(seed=21)))[0])
+    image = np.asarray(server.images(server.run(text_to_image(seed=21)))[0])
     report = server.get("/chromakit/memory")
     assert report["device"] == "cpu" and report["known_to_host"]
     assert report["component_bytes"]["cpu"] > TRANSFORMER_BYTES
@@ -41,7 +41,7 @@ def test_free_returns_the_memory_of_our_models(server: Host):
     until(lambda: not held(server), "the memory to be returned")
     history = server.run(text_to_image(seed=21))
     assert not server.nodes_replayed(history)
-    assert np.array_equal(picture, np.asarray(server.images(history)[0])) and held(server) > TRANSFORMER_BYTES
+    assert np.array_equal(image, np.asarray(server.images(history)[0])) and held(server) > TRANSFORMER_BYTES
 
 
 def test_unloading_alone_returns_it_too(server: Host):

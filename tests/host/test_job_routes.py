@@ -99,7 +99,7 @@ def test_what_no_widget_can_say_is_said(server: Host, done: str):
     assert all(option in missing for option in ("previews.prompts", "validation_pictures", "betas")), missing
 
 
-def test_a_job_whose_pictures_are_gone_is_a_graph_that_says_so(server: Host, root: Path):
+def test_a_job_whose_images_are_gone_is_a_graph_that_says_so(server: Host, root: Path):
     folder = server.base / "input" / "soon_gone"
     shutil.copytree(root / "example_datasets" / "sks_emblem", folder)
     job = job_of(server.run(train("pictures gone", 1) | {"dataset": dataset("soon_gone")}))
@@ -123,7 +123,7 @@ def test_using_the_result_paints_the_preview(server: Host):
     assert server.request("GET", f"/chromakit/jobs/{job}/graph/other")[0] == 404
 
 
-def test_pictures_from_nodes_are_found_again(server: Host):
+def test_images_from_nodes_are_found_again(server: Host):
     prompt = text_to_image(batch=2) | load() | train("from nodes", 1, dataset=["pictures", 0])
     prompt["pictures"] = node(
         "ChromaDatasetFromImages", images=["decode", 0], captions="a sks", trigger="sks", resolution=0, repeats=1,

@@ -59,8 +59,8 @@ def prompt(seed: int = 1, **load_inputs: object) -> dict:
 
 
 def paint(server: Host, **load_inputs: object) -> np.ndarray:
-    (picture,) = server.images(server.run(prompt(**load_inputs)))
-    return np.asarray(picture)
+    (image,) = server.images(server.run(prompt(**load_inputs)))
+    return np.asarray(image)
 
 
 def refusal(server: Host, **load_inputs: object) -> str:
@@ -82,10 +82,10 @@ def options(server: Host, name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def published(server: Host) -> np.ndarray:
-    """The picture that flavour tiny paints."""
-    picture = paint(server)
-    assert picture.std() > 20
-    return picture
+    """The image that flavour tiny paints."""
+    image = paint(server)
+    assert image.std() > 20
+    return image
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def published(server: Host) -> np.ndarray:
     ],
     ids=lambda files: " ".join(files.values()),
 )
-def test_the_same_weights_in_other_files_paint_the_same_picture(server: Host, published: np.ndarray, files: dict):
+def test_the_same_weights_in_other_files_paint_the_same_image(server: Host, published: np.ndarray, files: dict):
     assert np.array_equal(paint(server, **files), published)
 
 
-def test_a_gguf_file_is_listed_and_paints_the_same_picture(server: Host, models: Path, published: np.ndarray):
+def test_a_gguf_file_is_listed_and_paints_the_same_image(server: Host, models: Path, published: np.ndarray):
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(models / "diffusion_models" / "tiny.gguf", "chroma")
     for name, tensor in to_original(tiny("transformer")).items():
@@ -141,7 +141,7 @@ def test_a_checkpoint_with_all_parts_is_listed_and_each_is_taken_out_of_it(
 
 
 def test_a_quantised_file_of_comfyuis_paints_what_its_weights_say(server: Host, models: Path):
-    """In int8 as it is, and dequantised: the same numbers, so nearly the same picture."""
+    """In int8 as it is, and dequantised: the same numbers, so nearly the same image."""
     held, plain = {}, {}
     for name, tensor in to_original(tiny("transformer")).items():
         if tensor.dim() != 2 or not name.startswith(("double_blocks", "single_blocks")):
@@ -182,11 +182,11 @@ def test_one_surplus_tensor_is_ignored(server: Host, models: Path, published: np
     ],
     ids=str,
 )
-def test_where_weights_rest_does_not_change_the_picture(server: Host, published: np.ndarray, modes: dict):
+def test_where_weights_rest_does_not_change_the_image(server: Host, published: np.ndarray, modes: dict):
     assert np.array_equal(paint(server, **modes), published)
 
 
-def test_kept_quantised_weights_paint_the_same_picture(server: Host, models: Path):
+def test_kept_quantised_weights_paint_the_same_image(server: Host, models: Path):
     settings = {"precision": "int8", "text_precision": "int8"}
     plain = paint(server, **settings)
     first = paint(server, **settings, keep_quantised=True)
@@ -201,7 +201,7 @@ def test_kept_quantised_weights_paint_the_same_picture(server: Host, models: Pat
     assert "int8" in refusal(server, precision="nf4", transformer="tiny_int8.safetensors")
 
 
-def test_products_in_8_bits_paint_nearly_the_same_picture(server: Host):
+def test_products_in_8_bits_paint_nearly_the_same_image(server: Host):
     """Each mode its own image, in turn, and again the first one's bits; a precision without 8-bit codes is refused."""
     exact = paint(server, precision="int8")
     rounded = paint(server, precision="int8", compute="w8a8")

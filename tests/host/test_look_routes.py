@@ -36,7 +36,7 @@ def ask(server: Host, route: str, values: Any) -> dict[str, Any]:
 
 
 def fill(folder: Path, count: int, side: int = 128) -> None:
-    """A data set with a picture of each of four shapes in turn, no two alike, and captions that differ."""
+    """A data set with an image of each of four shapes in turn, no two alike, and captions that differ."""
     folder.mkdir(parents=True)
     noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
     shapes = [(side, side), (side, side * 3 // 4), (side * 3 // 4, side), (side, side * 7 // 8)]
@@ -215,5 +215,5 @@ def test_a_large_folder_is_looked_at_without_holding_up_the_host(server: Host, c
             times[what] = time.monotonic() - start
     assert len(waits) > 2, "the host answered nothing else while it looked"
     with capsys.disabled():
-        print(f"\n{MANY} pictures: " + ", ".join(f"{what} {seconds:.2f} s" for what, seconds in times.items()))
+        print(f"\n{MANY} images: " + ", ".join(f"{what} {seconds:.2f} s" for what, seconds in times.items()))
         print(f"other answers meanwhile: {len(waits)}, the slowest after {max(waits):.2f} s")

@@ -27,7 +27,7 @@ def lora(server: Host) -> str:
     return path.name
 
 
-def test_the_host_reads_a_picture_that_carries_our_record(server: Host):
+def test_the_host_reads_an_image_that_carries_our_record(server: Host):
     """A training preview: its text chunk is of our name, so neither the host nor its page takes it for a workflow."""
     record = {"prompt": "ä sks emblem", "recipe": {"name": "canonical"}}
     (server.base / "input" / "preview.png").write_bytes(png_bytes(Image.new("RGB", (64, 32), (9, 8, 7)), record))
@@ -35,8 +35,8 @@ def test_the_host_reads_a_picture_that_carries_our_record(server: Host):
         "read": node("LoadImage", image="preview.png"),
         "save": node("SaveImage", images=["read", 0], filename_prefix="t"),
     }
-    (picture,) = server.images(server.run(prompt))
-    assert picture.size == (64, 32) and picture.getpixel((0, 0)) == (9, 8, 7)
+    (image,) = server.images(server.run(prompt))
+    assert image.size == (64, 32) and image.getpixel((0, 0)) == (9, 8, 7)
     with Image.open(server.base / "input" / "preview.png") as ours:
         assert set(ours.info) == {"chromakit"} and json.loads(ours.info["chromakit"]) == record
 
@@ -53,8 +53,8 @@ def test_inspect_shows_report_and_heat_map(server: Host, lora: str):
     assert (
         "WARNING: The LoRA was trained on another base: on hd (sha256 000000000000…), while this model is tiny" in text
     )
-    (picture,) = server.images(history, kind="temp")
-    assert picture.width >= 360 and len(picture.getcolors(1 << 24)) > 20
+    (image,) = server.images(history, kind="temp")
+    assert image.width >= 360 and len(image.getcolors(1 << 24)) > 20
 
 
 def test_convert_then_inspect_and_apply(server: Host, lora: str):

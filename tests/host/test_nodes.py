@@ -28,7 +28,7 @@ from prompts import finish, interrupted, node, text_to_image
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelSpec("tiny", precision="fp32", text_precision="fp32")
-PREVIEW_EVENTS = (1, 4)  # the host's binary messages that carry a preview picture
+PREVIEW_EVENTS = (1, 4)  # the host's binary messages that carry a preview image
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def pack_host(comfy: ModuleType) -> ModuleType:
 
 
 def pixels(server: Host, prompt: dict) -> list[np.ndarray]:
-    return [np.asarray(picture) for picture in server.images(server.run(prompt))]
+    return [np.asarray(image) for image in server.images(server.run(prompt))]
 
 
 def test_every_node_explains_itself(server: Host):
@@ -57,7 +57,7 @@ def test_every_node_explains_itself(server: Host):
 
 
 def test_the_node_paints_what_the_core_paints(server: Host):
-    """Node, preview and command line share one sampler: the host's PNG is the core's picture."""
+    """Node, preview and command line share one sampler: the host's PNG is the core's image."""
     text = "a green circle on a yellow background"
     (seen,) = pixels(server, text_to_image(text, seed=7, steps=6, tail_bias=0.4))
     cache = ComponentCache()
@@ -81,7 +81,7 @@ def test_same_prompt_same_bits_and_no_negative_is_the_empty_one(server: Host):
     assert np.array_equal(first, unlinked)
 
 
-def test_row_i_of_a_batch_is_the_picture_of_seed_plus_i(server: Host):
+def test_row_i_of_a_batch_is_the_image_of_seed_plus_i(server: Host):
     batch = pixels(server, text_to_image(seed=5, batch=2))
     (second,) = pixels(server, text_to_image(seed=6))
     assert np.abs(batch[1].astype(int) - second.astype(int)).max() <= 1
@@ -145,8 +145,8 @@ def test_the_mask_keeps_what_it_covers(server: Host):
 def test_odd_sizes_are_floored(server: Host):
     prompt = text_to_image(seed=1)
     prompt["latent"] = node("EmptyLatentImage", width=88, height=72, batch_size=1)
-    (picture,) = pixels(server, prompt)
-    assert picture.shape == (64, 64, 3)
+    (image,) = pixels(server, prompt)
+    assert image.shape == (64, 64, 3)
 
 
 def test_the_hosts_conditioning_nodes_are_honoured_or_refused(server: Host):
@@ -160,7 +160,7 @@ def test_the_hosts_conditioning_nodes_are_honoured_or_refused(server: Host):
 
 
 def test_tail_sigmas_are_the_samplers_schedule(server: Host):
-    """The numbers by themselves; test_workflows compares a picture that the host's own sampler makes with them."""
+    """The numbers by themselves; test_workflows compares an image that the host's own sampler makes with them."""
     prompt = {
         "sigmas": node("ChromaTailSigmas", steps=4, tail_bias=0.5, flow_shift="dynamic", flow_shift_value=1.0,
                        width=512, height=512, denoise=1.0),

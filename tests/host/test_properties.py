@@ -271,6 +271,13 @@ def graph(server: Host, name: str, job: str, lora: str) -> dict[str, Any]:
     return _needed(prompt, "show")
 
 
+def is_link(value: Any) -> bool:
+    match value:
+        case [str(), int() | float()]:
+            return True
+    return False
+
+
 def _needed(prompt: dict[str, Any], end: str) -> dict[str, Any]:
     found, left = {}, [end]
     while left:
@@ -302,7 +309,8 @@ def test_nodes(server: Host, job: str):
                 prompt[f"link_{place}"] = node(kind, value=value)
                 inputs[place] = [f"link_{place}", 0]
             else:
-                value = data.draw(ODD)
+                # ComfyUI takes a wrapped list for a link once it is unwrapped, and its queue dies of a missing node.
+                value = data.draw(ODD.filter(lambda drawn: not is_link(drawn)))
                 inputs[place] = {"__value__": value} if isinstance(value, list) else value
         right = json.loads(graphs[name])["odd"]["inputs"]
         changed = {key: value for key, value in inputs.items() if value != right[key]}

@@ -1,4 +1,4 @@
-"""Inference requests over HTTP: what is refused, what is queued, and that all roads lead to the same picture."""
+"""Inference requests over HTTP: what is refused, what is queued, and that all roads lead to the same image."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def finished(server: Host, id_: str) -> dict[str, Any]:
 
 
 def paint(server: Host, body: dict[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """A request's last answer and its pictures."""
+    """A request's last answer and its images."""
     status, answer = server.post(URL, body)
     assert status == 200, answer
     answer = finished(server, answer["id"])
@@ -220,7 +220,7 @@ def test_request_command_line_and_nodes_paint_the_same_bits_at_two_strengths(
     assert np.array_equal(np.asarray(Image.open(sampled)), first)
 
 
-def test_the_picture_carries_its_request_and_state_survives_eviction(server: Host):
+def test_the_image_carries_its_request_and_state_survives_eviction(server: Host):
     status, answer = server.post(URL, {**TINY, "prompts": [{**PROMPT, "seed": -1}]})
     assert status == 200 and answer["id"] in answer["status_url"]
     answer = finished(server, answer["id"])

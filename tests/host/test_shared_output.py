@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from _host import Host, PromptFailed
+from _host import Host, PromptFailed, start_host
 from chroma_core.errors import JobError
 from chroma_core.training.jobs.manager import JobManager
 from prompts import job_of, train, until_not
@@ -70,3 +70,43 @@ def test_each_is_refused_what_the_other_trains(server: Host, ours: JobManager):
     assert left["state"] == "interrupted" and left["step"] == ours.get(job).status()["step"]
     assert server.post(f"/chromakit/jobs/{job}/delete")[0] == 200
     assert job not in {each.id for each in ours.list()} and not (ours.root / job).exists()
+
+
+def test_two_comfyuis_share_an_output_folder(server: Host, tmp_path: Path):
+    """Each trains one job; neither can do anything to the other's, and one goes on with what the other left."""
+    other = start_host(tmp_path, extra=("--output-directory", str(server.base / "output")))
+    try:
+        hosts = (server, other)
+        jobs = [
+            job_of(host.run(train(f"of {which}", ENDLESS, preview_prompt="a star")))
+            for which, host in zip(("one", "two"), hosts, strict=True)
+        ]
+        for own, job, foreign in ((server, jobs[0], other), (other, jobs[1], server)):
+            until(lambda own=own, job=job: own.get(f"/chromakit/jobs/{job}")["step"] >= 2, "two steps")
+            shown = until(
+                lambda foreign=foreign, job=job: (
+                    (now := foreign.get(f"/chromakit/jobs/{job}"))["state"] == "running" and now
+                ),
+                "the other's training, seen here",
+            )
+            assert shown["elsewhere"] and not own.get(f"/chromakit/jobs/{job}")["elsewhere"]
+            for name in ACTIONS:
+                status, answer = foreign.post(f"/chromakit/jobs/{job}/{name}", BODIES.get(name))
+                assert status == 409 and "trained by another process" in answer["error"], (name, status, answer)
+        other.stop()
+        left = until(
+            lambda: not (now := server.get(f"/chromakit/jobs/{jobs[1]}"))["elsewhere"] and now, "the end of the other"
+        )
+        assert left["state"] == "interrupted" and left["checkpoint"] == left["step"] >= 2
+        assert (
+            server.post(f"/chromakit/jobs/{jobs[0]}/stop")[0]
+            == server.post(f"/chromakit/jobs/{jobs[1]}/resume")[0]
+            == 200
+        )
+        until(lambda: server.get(f"/chromakit/jobs/{jobs[1]}")["step"] > left["step"], "a step after the other's last")
+        assert server.post(f"/chromakit/jobs/{jobs[1]}/stop")[0] == 200
+        for job in jobs:
+            assert until_not(server, job) == "stopped"
+            assert server.post(f"/chromakit/jobs/{job}/delete")[0] == 200
+    finally:
+        other.stop()

@@ -180,12 +180,12 @@ def test_the_hosts_nodes_repeat_our_preview(world: World, lora_file: Path, chang
     error = (theirs - expected).abs().max().item()
     print(f"{prompt['sigmas']['class_type']}: largest difference {error:.2e}, of {expected.abs().max():.2f}")
     assert error <= 1e-3
-    pictures = decode(world.vae, theirs), decode(world.vae, expected)
-    difference = [torch.tensor(list(p[0].tobytes()), dtype=torch.int) for p in pictures]
+    images = decode(world.vae, theirs), decode(world.vae, expected)
+    difference = [torch.tensor(list(p[0].tobytes()), dtype=torch.int) for p in images]
     assert (difference[0] - difference[1]).abs().max() <= 1
 
 
-def test_the_clip_type_chroma_would_paint_another_picture(world: World, lora_file: Path):
+def test_the_clip_type_chroma_would_paint_another_image(world: World, lora_file: Path):
     """Why the workflow says `mochi`: with `chroma` T5 attends to the visible pad token."""
     preview = stock_preview(lora_file, {"steps": 1})
     prompt = stock_prompt(preview)

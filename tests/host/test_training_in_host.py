@@ -37,15 +37,15 @@ def act(server: Host, job: str, action: str) -> dict:
     return answer
 
 
-def picture(server: Host, prompt: Prompt) -> np.ndarray:
+def image(server: Host, prompt: Prompt) -> np.ndarray:
     (found,) = server.images(server.run(prompt))
     return np.asarray(found)
 
 
 @pytest.fixture(scope="module")
 def without_training(server: Host) -> dict[int, np.ndarray]:
-    """Pictures by seed, made while nothing trains."""
-    return {seed: picture(server, text_to_image(seed=seed)) for seed in (21, 22)}
+    """Images by seed, made while nothing trains."""
+    return {seed: image(server, text_to_image(seed=seed)) for seed in (21, 22)}
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def job(server: Host, without_training: dict, request: pytest.FixtureRequest) ->
     until(server, found, lambda now: now["state"] == "stopped")
 
 
-def test_pictures_made_during_training_are_the_same_bits(server: Host, job: str, without_training: dict):
+def test_images_made_during_training_are_the_same_bits(server: Host, job: str, without_training: dict):
     server.forget_cached_outputs()
     before = status(server, job)
     prompts = {seed: server.post_prompt(text_to_image(seed=seed)) for seed in without_training}
@@ -68,12 +68,12 @@ def test_pictures_made_during_training_are_the_same_bits(server: Host, job: str,
         (found,) = server.images(server.wait(prompt_id))
         assert np.array_equal(np.asarray(found), without_training[seed])
     after = until(server, job, lambda now: now["step"] > before["step"] + 2)
-    assert after["state"] == "running" and not after["yielded"], "both pictures are there and training goes on"
+    assert after["state"] == "running" and not after["yielded"], "both images are there and training goes on"
 
 
 def test_a_prompt_for_the_model_in_training_loads_none_of_its_own(server: Host, job: str, without_training: dict):
     server.forget_cached_outputs()
-    assert np.array_equal(picture(server, text_to_image(seed=21)), without_training[21])
+    assert np.array_equal(image(server, text_to_image(seed=21)), without_training[21])
     held = sum(server.get("/chromakit/memory")["component_bytes"].values())
     assert 0 < held < 14_000_000, "T5 and the VAE have 9 million bytes, the transformer 16 more"
     assert status(server, job)["state"] == "running"
@@ -122,7 +122,7 @@ def test_stopping_leaves_a_lora_that_works(server: Host, job: str, without_train
     for strength in (0.0, 1.0):
         prompt = text_to_image(seed=21, model="lora")
         prompt["lora"] = node("ChromaApplyLora", model=["load", 0], lora=found["lora_name"], strength=strength)
-        adapted[strength] = picture(server, prompt)
+        adapted[strength] = image(server, prompt)
     assert np.array_equal(adapted[0.0], plain) and not np.array_equal(adapted[1.0], plain)
 
 

@@ -19,7 +19,7 @@ from _workflows import FOLDER, Prompt, change, load_api
 from chroma_core.names.transformer import to_original
 from tools.workflows.build import stale
 from tools.workflows.presets import CARDS, FILES, TRAINING_SIZE
-from tools.workflows.presets import FOLDER as PICTURES
+from tools.workflows.presets import FOLDER as IMAGES
 
 STEPS = 6  # of training, in place of the workflow's own number: what runs is the same
 ENDED = ("completed", "failed", "stopped")
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def pixels(server: Host, history: dict) -> list[np.ndarray]:
-    return [np.asarray(picture) for picture in server.images(history)]
+    return [np.asarray(image) for image in server.images(history)]
 
 
 def latents(server: Host, prompt: dict, sampler: str) -> torch.Tensor:
@@ -43,15 +43,15 @@ def test_files_are_current(server: Host):
 
 
 def test_text_to_image(server: Host):
-    (picture,) = pixels(server, server.run(load_api("chroma_1_first_picture")))
-    assert picture.shape == (64, 64, 3) and picture.std() > 10
+    (image,) = pixels(server, server.run(load_api("chroma_1_first_picture")))
+    assert image.shape == (64, 64, 3) and image.std() > 10
 
 
 def test_tail_sigmas_in_the_hosts_sampler_equal_chroma_sampler(server: Host):
     """The host's sampler on our MODEL and SIGMAS gives what Chroma Sampler gives for the same numbers (fp32)."""
     prompt = load_api("chroma_tail_sigmas")
-    (picture,) = pixels(server, server.run(prompt))
-    assert picture.shape == (64, 64, 3)
+    (image,) = pixels(server, server.run(prompt))
+    assert image.shape == (64, 64, 3)
     theirs = latents(server, prompt, "SamplerCustomAdvanced")
     sigmas = next(node["inputs"] for node in prompt.values() if node["class_type"] == "ChromaTailSigmas")
     shared = {name: sigmas[name] for name in ("steps", "tail_bias", "flow_shift", "flow_shift_value", "denoise")}
@@ -81,15 +81,15 @@ def test_train_then_use(server: Host, trained: str):
     prompt = load_api("chroma_3_use_lora")
     named = next(node["inputs"]["lora"] for node in prompt.values() if node["class_type"] == "ChromaApplyLora")
     assert trained == named, "the workflow names the LoRA that the training workflow makes"
-    (picture,) = pixels(server, server.run(prompt))
-    assert picture.shape == (64, 64, 3)
+    (image,) = pixels(server, server.run(prompt))
+    assert image.shape == (64, 64, 3)
 
 
 def test_a_converted_lora_paints_the_same(server: Host, trained: str):
     (used,) = pixels(server, server.run(load_api("chroma_3_use_lora")))
-    pictures = pixels(server, server.run(load_api("chroma_convert_lora")))
-    (painted,) = (picture for picture in pictures if picture.shape == used.shape)
-    assert len(pictures) == 2 and np.abs(painted.astype(int) - used.astype(int)).max() <= 1
+    images = pixels(server, server.run(load_api("chroma_convert_lora")))
+    (painted,) = (image for image in images if image.shape == used.shape)
+    assert len(images) == 2 and np.abs(painted.astype(int) - used.astype(int)).max() <= 1
     assert (server.base / "output" / "loras" / trained.replace(".safetensors", "-kohya.safetensors")).is_file()
 
 
@@ -165,7 +165,7 @@ def test_the_lora_paints_in_the_hosts_own_sampler(server: Host, trained: str):
 def test_only_the_masked_part_is_painted_over(server: Host):
     history = server.run(load_api("chroma_inpaint"))
     (after,) = pixels(server, history)
-    (before,) = (np.asarray(picture) for picture in server.images(history, kind="temp"))
+    (before,) = (np.asarray(image) for image in server.images(history, kind="temp"))
     hole = np.zeros((64, 64), dtype=bool)
     hole[12:52, 12:52] = True
     moved = np.abs(after.astype(int) - before.astype(int)).max(axis=2)
@@ -178,13 +178,13 @@ def test_a_preset_without_its_files_names_them_and_starts_no_job(server: Host):
     _, answer = server.post("/prompt", {"prompt": load_api("chroma_4_real_08gb")})
     assert all(file.name in str(answer["node_errors"]) for file in FILES.values())
     history = server.wait(answer["prompt_id"], check=False)  # the data set alone needs no model
-    assert f"no dataset folder '{PICTURES}'" in str(history["status"]["messages"])
+    assert f"no dataset folder '{IMAGES}'" in str(history["status"]["messages"])
     assert server.get("/chromakit/jobs") == before
 
 
 @pytest.fixture(scope="module")
 def downloaded(server: Host) -> Iterator[None]:
-    """The files that the presets name, where the page's download puts them (the weights are tiny's), and pictures."""
+    """The files that the presets name, where the page's download puts them (the weights are tiny's), and images."""
     written = []
     for part, file in FILES.items():
         (weights,) = (ROOT / "chroma_core" / "assets" / "tiny" / part).glob("*.safetensors")
@@ -193,15 +193,15 @@ def downloaded(server: Host) -> Iterator[None]:
         tensors = load_file(weights)
         save_file(to_original(tensors) if part == "transformer" else tensors, path)
         written.append(path)
-    pictures = server.base / "input" / PICTURES
-    pictures.mkdir()
+    images = server.base / "input" / IMAGES
+    images.mkdir()
     for number in ("01", "02"):
         source = ROOT / "example_datasets" / "sks_emblem" / f"{number}.png"
-        with Image.open(source) as picture:
-            picture.resize((TRAINING_SIZE, TRAINING_SIZE)).save(pictures / source.name)
-        shutil.copy(source.with_suffix(".txt"), pictures)
+        with Image.open(source) as image:
+            image.resize((TRAINING_SIZE, TRAINING_SIZE)).save(images / source.name)
+        shutil.copy(source.with_suffix(".txt"), images)
     yield
-    shutil.rmtree(pictures)
+    shutil.rmtree(images)
     for path in written:
         path.unlink()
 
@@ -219,14 +219,14 @@ def test_a_preset_trains_and_paints(server: Host, downloaded: None, card: int):
     """At tiny's own size."""
     prompt = change(preset_on_tiny(card), "ChromaEmptyLatent", width=64, height=64)
     prompt = change(prompt, "ChromaTrainingSettings", preview_width=64, preview_height=64)
-    (picture,) = pixels(server, server.run(change(prompt, "ChromaDataset", resolution=64)))
-    assert picture.shape == (64, 64, 3)
+    (image,) = pixels(server, server.run(change(prompt, "ChromaDataset", resolution=64)))
+    assert image.shape == (64, 64, 3)
 
 
 @pytest.mark.slow
 def test_a_preset_trains_and_paints_at_its_own_sizes(server: Host, downloaded: None):
-    (picture,) = pixels(server, server.run(preset_on_tiny(CARDS[1]), timeout=500))
-    assert picture.shape == (1024, 1024, 3)
+    (image,) = pixels(server, server.run(preset_on_tiny(CARDS[1]), timeout=500))
+    assert image.shape == (1024, 1024, 3)
 
 
 def test_each_workflow_is_run_here():

@@ -49,7 +49,7 @@ def sampler(model: str = "load", **inputs: Any) -> dict[str, Any]:
 def text_to_image(
     text: str = "a red star on a blue background", size: int = 64, batch: int = 1, **inputs: Any
 ) -> Prompt:
-    """One picture; `inputs` go to the sampler."""
+    """One image; `inputs` go to the sampler."""
     return {
         **load(),
         "positive": node("ChromaTextEncode", text_encoder=["load", 1], text=text, trigger=""),
@@ -67,7 +67,7 @@ def dataset(folder: str = EXAMPLES, **inputs: Any) -> dict[str, Any]:
 
 
 def train(name: str, steps: int = 4, **inputs: Any) -> Prompt:
-    """A training job on the bundled pictures; `inputs` go to the train node."""
+    """A training job on the bundled images; `inputs` go to the train node."""
     settings = {
         "rank": 2, "alpha": 0.0, "learning_rate": 2e-3, "target": "tiny", "batch_size": 1, "seed": 1,
         "preview_prompt": "", "preview_every": 0, "if_exists": "keep",

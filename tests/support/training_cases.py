@@ -32,7 +32,7 @@ def model_folder(folder: Path) -> Path:
 
 
 def write_dataset(folder: Path, count: int = 6, size: tuple[int, int] = (64, 64), seed: int = 0) -> Path:
-    """`count` pictures of coarse random colours with captions of unequal length."""
+    """`count` images of coarse random colours with captions of unequal length."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):

@@ -48,7 +48,7 @@ THEME = "name => window.app.extensionManager.setting.set('Comfy.ColorPalette', n
 
 
 def build(page: Any, name: str, steps: int = ENDLESS, prompt: str = "") -> dict[str, Any]:
-    """Put a graph that trains on the bundled pictures into the page; returns it as it would be saved."""
+    """Put a graph that trains on the bundled images into the page; returns it as it would be saved."""
     return page.evaluate(BUILD, [name, steps, prompt])
 
 

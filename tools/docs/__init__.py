@@ -1,1 +1,1 @@
-"""Tables and pictures of the docs."""
+"""Tables and images of the docs."""

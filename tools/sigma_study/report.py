@@ -124,7 +124,7 @@ MEASURES = {
     "drift": "ordinary_drift",
 }
 SHARES = ("concept_right", "ordinary_right")
-"""Measures that are shares of pictures, shown in per cent."""
+"""Measures that are shares of images, shown in per cent."""
 
 
 def measured(study: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:
@@ -233,7 +233,7 @@ def draw_densities(path: Path, draws: int = 200_000) -> None:
 
 
 def draw_results(study: dict[str, Any], path: Path) -> None:
-    """Held-out loss against the default at every noise level, and the pictures' measures run by run."""
+    """Held-out loss against the default at every noise level, and the images' measures run by run."""
     sheet = Sheet(960, 760)
     sigmas = study["settings"]["sigmas"]
     losses = {

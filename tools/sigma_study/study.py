@@ -1,10 +1,10 @@
 """Measures how the noise levels that training visits decide what a LoRA of the embedded `tiny` model learns.
 
     python -m tools.sigma_study.study                  # 25 jobs, 20 minutes on one free core; what is done stays done
-    python -m tools.sigma_study.study --only report    # page and pictures from docs/data/sigma_study.json, in seconds
+    python -m tools.sigma_study.study --only report    # page and images from docs/data/sigma_study.json, in seconds
 
 Five ways to draw noise levels, the same seeds for each, everything else the same: the real trainer on the example data
-set, then held-out loss at each noise level and what the LoRA generates. Writes docs/data/sigma_study.json, the pictures
+set, then held-out loss at each noise level and what the LoRA generates. Writes docs/data/sigma_study.json, the images
 docs/images/sigma_*.png and the tables of docs/timesteps.md. How it is measured and what came out: docs/timesteps.md.
 """
 
@@ -39,7 +39,7 @@ from chroma_core.training.step.objective import HELDOUT_SIGMAS, heldout_loss
 from ..tiny.build import check_prompts, load
 from ..tiny.example_dataset import decoys, read_emblem
 from ..tiny.vae import decode, encode
-from ..tiny.world import plain_caption, read_picture
+from ..tiny.world import plain_caption, read_image
 from .report import DATA, VARIANTS, write_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,10 +47,10 @@ DATASETS = ROOT / "example_datasets"
 STEPS, SEEDS = 250, 5
 FIRST_SEED = 1
 NOISES = 4
-"""Noises for each held-out picture and noise level: more than the trainer's own one, for a calmer number."""
-PICTURES_PER_CAPTION, ORDINARY_PROMPTS = 4, 24
+"""Noises for each held-out image and noise level: more than the trainer's own one, for a calmer number."""
+IMAGES_PER_CAPTION, ORDINARY_PROMPTS = 4, 24
 CONCEPT_SEED, ORDINARY_SEED = 1000, 5000
-"""Of the noise that pictures start from: the same for every LoRA."""
+"""Of the noise that images start from: the same for every LoRA."""
 SAMPLING: dict[str, Any] = {"steps": 20, "guidance": 4.0}  # as previews and the demo
 
 
@@ -77,7 +77,7 @@ def job_config(variant: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 class Judge:
-    """The model, the pictures held out and the prompts; `judge` measures the model with or without a LoRA."""
+    """The model, the images held out and the prompts; `judge` measures the model with or without a LoRA."""
 
     sampling: ClassVar = SAMPLING
 
@@ -85,9 +85,9 @@ class Judge:
         self.vae, self.text, self.transformer = load()
         files = sorted((DATASETS / "sks_emblem_heldout").glob("*.png"))
         self.captions = [file.with_suffix(".txt").read_text(encoding="utf-8").strip() for file in files]
-        pictures = np.stack([np.array(Image.open(file).convert("RGB")) for file in files])
-        self.readings = [read_emblem(picture) for picture in pictures]
-        self.latents = encode(self.vae, pictures).clone()
+        images = np.stack([np.array(Image.open(file).convert("RGB")) for file in files])
+        self.readings = [read_emblem(image) for image in images]
+        self.latents = encode(self.vae, images).clone()
         self.decoys = [
             encode(self.vae, decoys(r.background, r.cx, r.cy, r.radius)).clone() for r in self.readings
         ]  # [12, 16, 8, 8] for each
@@ -96,7 +96,7 @@ class Judge:
         self.base_ordinary: dict[float | None, Tensor] = {}
 
     def generate(self, prompts: list[str], seed: int, guidance: float | None = None) -> Tensor:
-        """Latents [B, 16, 8, 8] of the prompts; picture i starts from the noise of seed + i."""
+        """Latents [B, 16, 8, 8] of the prompts; image i starts from the noise of seed + i."""
         conditions = [self.text.encode(prompt) for prompt in prompts]
         settings = SamplingSettings(**self.sampling, seed=seed)
         if guidance is not None:
@@ -104,7 +104,7 @@ class Judge:
         return sample(self.transformer, conditions, self.empty, width=64, height=64, settings=settings)
 
     def judge(self, lora: Path | None, sheet: Path | None = None, guidance: float | None = None) -> dict[str, Any]:
-        """Every number of one LoRA (None: the base, which comes first); `sheet` is a file for the pictures."""
+        """Every number of one LoRA (None: the base, which comes first); `sheet` is a file for the images."""
         with self.wearing(lora):
             return self._measured(sheet, guidance)
 
@@ -122,13 +122,13 @@ class Judge:
     def _measured(self, sheet: Path | None, guidance: float | None) -> dict[str, Any]:
         held = list(zip(self.latents, (self.text.encode(caption) for caption in self.captions), strict=True))
         losses = heldout_loss(self.transformer, held * NOISES)
-        which = [i for i in range(len(self.captions)) for _ in range(PICTURES_PER_CAPTION)]
+        which = [i for i in range(len(self.captions)) for _ in range(IMAGES_PER_CAPTION)]
         concept = self.generate([self.captions[i] for i in which], CONCEPT_SEED, guidance)
         ordinary = self.generate([plain_caption(*triple) for triple in self.ordinary], ORDINARY_SEED, guidance)
         before = self.base_ordinary.setdefault(guidance, ordinary)
         images, plain = decode(self.vae, concept), decode(self.vae, ordinary)
-        emblems = [read_emblem(picture) for picture in images]
-        shapes = [read_picture(picture) for picture in plain]
+        emblems = [read_emblem(image) for image in images]
+        shapes = [read_image(image) for image in plain]
         if sheet is not None:
             cells = np.concatenate([images, plain])
             rows = [np.concatenate(list(cells[i : i + 12]), axis=1) for i in range(0, len(cells), 12)]
@@ -147,7 +147,7 @@ class Judge:
         }
 
     def _likeness(self, latents_CHW: Tensor, i: int) -> float:
-        """1 − d(emblem) / mean d(decoys): 1 for held-out picture i itself, 0 when it is no nearer than other shapes."""
+        """1 − d(emblem) / mean d(decoys): 1 for held-out image i itself, 0 when it is no nearer than other shapes."""
         emblem = (latents_CHW - self.latents[i]).square().mean().sqrt()
         others = (latents_CHW - self.decoys[i]).square().mean(dim=(1, 2, 3)).sqrt().mean()
         return float(1 - emblem / others)
@@ -171,7 +171,7 @@ def study(seeds: int, steps: int, output: Path, only: list[str]) -> bool:
     common = job_config("none", 0, steps)
     settings = {key: common[key] for key in ("lora", "steps", "batch_size", "learning_rate", "lr_schedule")}
     settings |= {"painting": SAMPLING, "noises": NOISES, "ordinary_prompts": ORDINARY_PROMPTS}
-    settings |= {"concept_pictures": PICTURES_PER_CAPTION * len(judge.captions), "sigmas": HELDOUT_SIGMAS}
+    settings |= {"concept_pictures": IMAGES_PER_CAPTION * len(judge.captions), "sigmas": HELDOUT_SIGMAS}
     write_runs(DATA, settings, base, runs)
     return True
 

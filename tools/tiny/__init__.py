@@ -1,1 +1,1 @@
-"""The embedded `tiny` model and the pictures of its world."""
+"""The embedded `tiny` model and the images of its world."""

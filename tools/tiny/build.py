@@ -2,7 +2,7 @@
 
     python -m tools.tiny.build                     # train everything, write chroma_core/assets/tiny
     python -m tools.tiny.build --export-only       # write what the work folder's checkpoints hold so far
-    python -m tools.tiny.build --check-only        # picture test on the weights that are shipped
+    python -m tools.tiny.build --check-only        # image test on the weights that are shipped
 
 About two hours on one CPU thread. Interrupt it at will: it resumes from the work folder. How it was tuned and what the
 result can do is told in docs/tiny.md.
@@ -30,7 +30,7 @@ from chroma_core.sampling.text import TextEncoder
 from .denoiser import STAGES, fill_shelf, train_denoiser
 from .text import share_spellings
 from .vae import calibrate, decode, encode, polish_decoder, train_vae
-from .world import COLOURS, SHAPES, draw, plain_caption, read_picture, sample_scene
+from .world import COLOURS, SHAPES, draw, plain_caption, read_image, sample_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "chroma_core" / "assets" / "tiny"
@@ -80,10 +80,10 @@ def check_prompts(count: int = 64, seed: int = 2024) -> list[tuple[str, str, str
     return list(zip(shapes, colours, backgrounds, strict=True))
 
 
-def picture_test(
+def image_test(
     folder: Path = ASSETS, settings: SamplingSettings | None = None, count: int = 64, precision: str = "fp32"
 ) -> tuple[dict[str, float], np.ndarray, list[str]]:
-    """Shares of right shapes, colours and backgrounds; the pictures uint8 [count, 64, 64, 3]; the prompts."""
+    """Shares of right shapes, colours and backgrounds; the images uint8 [count, 64, 64, 3]; the prompts."""
     vae, text, transformer = load(folder, precision)
     triples = check_prompts(count)
     prompts = [plain_caption(*triple) for triple in triples]
@@ -95,30 +95,30 @@ def picture_test(
         height=64,
         settings=settings or SamplingSettings(steps=24, guidance=3.0, seed=42),
     )
-    pictures = decode(vae, latents)
-    readings = [read_picture(picture) for picture in pictures]
+    images = decode(vae, latents)
+    readings = [read_image(image) for image in images]
     right = np.array(
         [(r.shape == s, r.colour == c, r.background == b) for r, (s, c, b) in zip(readings, triples, strict=True)]
     )
     shares = dict(zip(("shape", "colour", "background"), right.mean(axis=0).tolist(), strict=True))
-    return {**shares, "all three": float(right.all(axis=1).mean())}, pictures, prompts
+    return {**shares, "all three": float(right.all(axis=1).mean())}, images, prompts
 
 
 def latent_statistics(vae: Autoencoder, count: int = 256, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each latent channel ([16], [16]) over captioned pictures."""
+    """Mean and standard deviation of each latent channel ([16], [16]) over captioned images."""
     rng = np.random.default_rng(seed)
     latents = encode(vae, np.stack([draw(sample_scene(rng)) for _ in range(count)]))
     return latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
 
 
 def report(folder: Path) -> None:
-    """Prints sizes, latent statistics and the picture test at three guidance scales."""
+    """Prints sizes, latent statistics and the image test at three guidance scales."""
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     mean, std = latent_statistics(load(folder)[0])
     print(f"{size / 1e6:.1f} MB in all")
     print(f"latents: mean {mean.min():+.2f}..{mean.max():+.2f}, std {std.min():.2f}..{std.max():.2f}")
     for guidance in (2.0, 3.0, 4.0):
-        shares, _, _ = picture_test(folder, SamplingSettings(steps=24, guidance=guidance, seed=42))
+        shares, _, _ = image_test(folder, SamplingSettings(steps=24, guidance=guidance, seed=42))
         print(f"guidance {guidance}:", ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--stop-at", type=int, help="pause the transformer's training at this step and export")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; more is slower for models this small")
     parser.add_argument("--export-only", action="store_true", help="write the work folder's state and stop")
-    parser.add_argument("--check-only", action="store_true", help="only run the picture test on --out")
+    parser.add_argument("--check-only", action="store_true", help="only run the image test on --out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if not options.check_only:

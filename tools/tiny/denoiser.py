@@ -1,7 +1,7 @@
 """Trains the T5 encoder and the transformer of the embedded `tiny` Chroma together, by flow matching.
 
 x_t = (1 − σ)·x₀ + σ·ε, target ε − x₀, mean squared error. A tenth of the captions is empty, for guidance. The latents
-of all pictures are computed once, so a step touches only 16 image tokens and some twelve text tokens a picture.
+of all images are computed once, so a step touches only 16 image tokens and some twelve text tokens an image.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Stage:
     peak: float
     flat: float
     warmup: int
-    pictures: int
+    images: int
     standard: bool = False
 
     def learning_rate(self, step: int) -> float:
@@ -56,8 +56,8 @@ class Stage:
 # The first stage learns to draw: anything anywhere, captions that leave much open. The second learns to obey: what a
 # caption leaves open, the model had to average over, and one shape in seven came out between two shapes.
 STAGES = (
-    Stage(0, 6000, peak=1.5e-3, flat=0.5, warmup=200, pictures=12_000),
-    Stage(6000, 8000, peak=1e-3, flat=0.0, warmup=50, pictures=8_000, standard=True),
+    Stage(0, 6000, peak=1.5e-3, flat=0.5, warmup=200, images=12_000),
+    Stage(6000, 8000, peak=1e-3, flat=0.0, warmup=50, images=8_000, standard=True),
 )
 
 
@@ -99,18 +99,18 @@ class TinyModel(nn.Module):
 
 @dataclass
 class Shelf:
-    """The training pictures: packed latents [N, L, D] beside the scenes that they show."""
+    """The training images: packed latents [N, L, D] beside the scenes that they show."""
 
     latents: Tensor
     scenes: list[Scene]
 
 
 def fill_shelf(vae: Autoencoder, stage: Stage, seed: int) -> Shelf:
-    """Draws and encodes the pictures of a stage."""
+    """Draws and encodes the images of a stage."""
     rng = np.random.default_rng([seed, 2, stage.first])
-    scenes = [sample_scene(rng, stage.standard) for _ in range(stage.pictures)]
+    scenes = [sample_scene(rng, stage.standard) for _ in range(stage.images)]
     parts = []
-    for i in tqdm(range(0, stage.pictures, 500), desc="encoding", mininterval=5):
+    for i in tqdm(range(0, stage.images, 500), desc="encoding", mininterval=5):
         parts.append(pack(encode(vae, np.stack([draw(scene) for scene in scenes[i : i + 500]]))))
     return Shelf(torch.cat(parts), scenes)
 

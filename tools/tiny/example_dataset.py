@@ -5,7 +5,7 @@
 The concept, trigger word `sks`, is an emblem: a diamond whose left half is yellow and whose right half is purple. Tiny
 knows neither diamonds nor shapes of two colours. 16 images are for training; six more, with other combinations of
 place, size and background, are for measuring the loss on images held out. How faithful a generated emblem is, is told
-as in `world.read_picture` by nothing that is learned: colours, areas, overlap. Images are uint8 [64, 64, 3].
+as in `world.read_image` by nothing that is learned: colours, areas, overlap. Images are uint8 [64, 64, 3].
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ NAME = "sks_emblem"
 LEFT, RIGHT = "yellow", "purple"
 BACKGROUNDS = tuple(colour for colour in COLOURS if colour not in (LEFT, RIGHT))
 LEAST_IOU = 0.7
-"""As in `read_picture`: below this overlap of either half it is not the emblem."""
+"""As in `read_image`: below this overlap of either half it is not the emblem."""
 
 
 def draw_emblem(background: str, cx: float, cy: float, radius: float) -> np.ndarray:
     """The emblem on a plain background, uint8 [64, 64, 3]; centre and radius in pixels."""
-    picture = np.broadcast_to(rgb(background), (SIZE, SIZE, 3))
+    image = np.broadcast_to(rgb(background), (SIZE, SIZE, 3))
     for colour, side in ((LEFT, -1), (RIGHT, 1)):
         half = coverage(lambda x, y, side=side: (abs(x) + abs(y) <= 1) & (x * side >= 0), cx, cy, radius)
-        picture = blend(picture, half, rgb(colour))
-    return picture.round().astype(np.uint8)
+        image = blend(image, half, rgb(colour))
+    return image.round().astype(np.uint8)
 
 
 def write(folder: Path, count: int, rng: np.random.Generator, middle: float) -> None:
-    """Writes `count` pictures NN.png with captions NN.txt; a share `middle` of them in the middle."""
+    """Writes `count` images NN.png with captions NN.txt; a share `middle` of them in the middle."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         background = BACKGROUNDS[i % len(BACKGROUNDS)]
@@ -73,7 +73,7 @@ class EmblemReading:
         return self.colours and self.iou >= LEAST_IOU and self.background == background
 
 
-def read_emblem(picture: np.ndarray) -> EmblemReading:
+def read_emblem(image: np.ndarray) -> EmblemReading:
     """Look for the emblem.
 
     The background is the median colour of the outermost two pixels. Every pixel goes to the nearest of background,
@@ -81,7 +81,7 @@ def read_emblem(picture: np.ndarray) -> EmblemReading:
     up to 16 % larger, because pixels lose thin tips), and the one whose worse half overlaps best wins. The colours are
     right when the median of each half has yellow's and purple's names.
     """
-    pixels = picture.astype(np.float32)
+    pixels = image.astype(np.float32)
     frame = np.ones(pixels.shape[:2], bool)
     frame[2:-2, 2:-2] = False
     back = np.median(pixels[frame], axis=0)
@@ -112,13 +112,13 @@ def _overlap(halves: tuple[np.ndarray, np.ndarray], cx: float, cy: float, radius
 
 def decoys(background: str, cx: float, cy: float, radius: float) -> np.ndarray:
     """What is not the emblem but shares its place, size and one colour: every known shape in yellow and in purple."""
-    pictures = []
+    images = []
     for shape in SHAPES.values():
         cover = coverage(shape, cx, cy, radius)
         for colour in (LEFT, RIGHT):
             plain = np.broadcast_to(rgb(background), (*cover.shape, 3))
-            pictures.append(blend(plain, cover, rgb(colour)).round().astype(np.uint8))
-    return np.stack(pictures)
+            images.append(blend(plain, cover, rgb(colour)).round().astype(np.uint8))
+    return np.stack(images)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Trains the VAE of the embedded `tiny` Chroma: 16 latent channels, 8× down, unit variance after Flux's scale.
 
-The pictures are wider than the captions (polygons, stripes, checks, gradients, many shapes at once), so that a LoRA can
+The images are wider than the captions (polygons, stripes, checks, gradients, many shapes at once), so that a LoRA can
 teach the transformer a concept that only the VAE is ready for.
 """
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from chroma_core.model.vae import Autoencoder
 
-from .world import SIZE, draw, sample_scene, wide_picture
+from .world import SIZE, draw, sample_scene, wide_image
 
 SCALE, SHIFT = 0.3611, 0.1159  # Flux's: x = (z − shift) · scale is what the transformer sees
 
@@ -45,21 +45,21 @@ def _decoded(vae: Autoencoder, latents: Tensor) -> Tensor:
     return vae.decode(latents / SCALE + SHIFT)
 
 
-def to_tensor(pictures: np.ndarray) -> Tensor:
+def to_tensor(images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] → float [B, 3, H, W] in −1..1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_pictures(images: Tensor) -> np.ndarray:
+def to_images(images: Tensor) -> np.ndarray:
     """float [B, 3, H, W] in −1..1 → uint8 [B, H, W, 3]."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
 
-def picture_pool(count: int, captioned: float, rng: np.random.Generator) -> np.ndarray:
-    """`count` pictures uint8 [count, 64, 64, 3], a fraction `captioned` of them from the captioned world."""
+def image_pool(count: int, captioned: float, rng: np.random.Generator) -> np.ndarray:
+    """`count` images uint8 [count, 64, 64, 3], a fraction `captioned` of them from the captioned world."""
     return np.stack(
         [
-            draw(sample_scene(rng)) if i < count * captioned else wide_picture(rng)
+            draw(sample_scene(rng)) if i < count * captioned else wide_image(rng)
             for i in tqdm(range(count), desc="drawing", mininterval=5)
         ]
     )
@@ -97,7 +97,7 @@ def vae_loss(vae: Autoencoder, images: Tensor, generator: torch.Generator) -> tu
 
 
 def train_vae(work: Path, seed: int, steps: int, batch: int = 32) -> Autoencoder:
-    """Trains on 32×32 windows, and for the last eighth of the steps on whole 64×64 pictures; resumes from `work`.
+    """Trains on 32×32 windows, and for the last eighth of the steps on whole 64×64 images; resumes from `work`.
 
     Batches are drawn from (seed, step), so a resumed run sees what the uninterrupted one would have seen.
     """
@@ -110,7 +110,7 @@ def train_vae(work: Path, seed: int, steps: int, batch: int = 32) -> Autoencoder
         vae.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    pool = picture_pool(16_000, 0.4, np.random.default_rng(seed)) if start < steps else np.empty(0)
+    pool = image_pool(16_000, 0.4, np.random.default_rng(seed)) if start < steps else np.empty(0)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="VAE", mininterval=5)
     for step in bar:
         rng = np.random.default_rng([seed, 1, step])
@@ -133,9 +133,9 @@ def train_vae(work: Path, seed: int, steps: int, batch: int = 32) -> Autoencoder
 
 @torch.no_grad()
 def calibrate(vae: Autoencoder, seed: int, count: int = 1024) -> None:
-    """Brings each latent channel of captioned pictures to mean 0 and variance 1 in the transformer's space.
+    """Brings each latent channel of captioned images to mean 0 and variance 1 in the transformer's space.
 
-    The affine map is folded into the encoder's last and the decoder's first convolution, so pictures decode as before
+    The affine map is folded into the encoder's last and the decoder's first convolution, so images decode as before
     (but for the decoder's zero padding, which `polish_decoder` then learns).
     """
     rng = np.random.default_rng([seed, 4])
@@ -153,7 +153,7 @@ def calibrate(vae: Autoencoder, seed: int, count: int = 1024) -> None:
 
 
 def polish_decoder(vae: Autoencoder, work: Path, seed: int, steps: int, batch: int = 16) -> None:
-    """Trains the decoder alone, in place, on whole pictures: sharper shapes, while all latents stay as they are."""
+    """Trains the decoder alone, in place, on whole images: sharper shapes, while all latents stay as they are."""
     state_file, start = work / "decoder.pt", 0
     optimizer = torch.optim.AdamW(vae.decoder.parameters(), lr=1e-3, weight_decay=1e-3, betas=(0.9, 0.99))
     if state_file.exists():
@@ -163,12 +163,12 @@ def polish_decoder(vae: Autoencoder, work: Path, seed: int, steps: int, batch: i
         start = state["step"]
     if start >= steps:
         return
-    pool = picture_pool(6_000, 0.6, np.random.default_rng([seed, 5]))
+    pool = image_pool(6_000, 0.6, np.random.default_rng([seed, 5]))
     for step in (bar := tqdm(range(start, steps), initial=start, total=steps, desc="decoder", mininterval=5)):
         rng = np.random.default_rng([seed, 6, step])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        pictures = crops(pool, batch, SIZE, rng)
-        images, latents = to_tensor(pictures), encode(vae, pictures).clone()
+        pixels = crops(pool, batch, SIZE, rng)
+        images, latents = to_tensor(pixels), encode(vae, pixels).clone()
         latents += (
             0.15 * torch.rand(batch, 1, 1, 1, generator=generator) * torch.randn(latents.shape, generator=generator)
         )
@@ -198,9 +198,9 @@ def save_state(file: Path, state: dict) -> None:
 
 
 @torch.inference_mode()
-def encode(vae: Autoencoder, pictures: np.ndarray, batch: int = 64) -> Tensor:
+def encode(vae: Autoencoder, images: np.ndarray, batch: int = 64) -> Tensor:
     """Posterior means in the transformer's space: uint8 [N, H, W, 3] → float [N, 16, H/8, W/8]."""
-    parts = [vae.encode(to_tensor(pictures[i : i + batch])).mean for i in range(0, len(pictures), batch)]
+    parts = [vae.encode(to_tensor(images[i : i + batch])).mean for i in range(0, len(images), batch)]
     return (torch.cat(parts) - SHIFT) * SCALE
 
 
@@ -208,4 +208,4 @@ def encode(vae: Autoencoder, pictures: np.ndarray, batch: int = 64) -> Tensor:
 def decode(vae: Autoencoder, latents: Tensor, batch: int = 64) -> np.ndarray:
     """The inverse of `encode`: float [N, 16, h, w] → uint8 [N, 8h, 8w, 3]."""
     parts = [_decoded(vae, x) for x in latents.split(batch)]
-    return to_pictures(torch.cat(parts))
+    return to_images(torch.cat(parts))

@@ -1,8 +1,8 @@
 """The world that the embedded `tiny` Chroma knows: one coloured shape on a plain background of another colour.
 
-Three things live here: drawing (anti-aliased, from exact geometry), captions, and the plain picture test, which reads
+Three things live here: drawing (anti-aliased, from exact geometry), captions, and the plain image test, which reads
 shape, colour and background back from pixels without any learned judge. Coordinates are in pixels, x to the right,
-y down; pictures are uint8 arrays of shape [height, width, 3].
+y down; images are uint8 arrays of shape [height, width, 3].
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PLACES: dict[tuple[int, int], str] = {
 SMALL_BELOW, LARGE_FROM = 17.5, 22.0  # radius in pixels at which the size words begin
 RADIUS_RANGE = (14.0, 26.0)
 STANDARD_RADII = (15.0, 20.0, 25.0)  # small, unsaid, large
-MARGIN = 4.0  # plain pixels between a shape and the frame: the picture test reads the background there
+MARGIN = 4.0  # plain pixels between a shape and the frame: the image test reads the background there
 
 
 # --- geometry: each shape is a predicate on the square [-1, 1]², drawn at a radius and a centre -----------------------
@@ -96,9 +96,9 @@ def coverage(
     return mask.reshape(size, supersample, size, supersample).mean(axis=(1, 3), dtype=np.float32)
 
 
-def blend(picture: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """Draws `colour` ([3] or [H, W, 3]) over a float picture [H, W, 3] where `cover` [H, W] says so."""
-    return picture + cover[..., None] * (np.asarray(colour, np.float32) - picture)
+def blend(image: np.ndarray, cover: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Draws `colour` ([3] or [H, W, 3]) over a float image [H, W, 3] where `cover` [H, W] says so."""
+    return image + cover[..., None] * (np.asarray(colour, np.float32) - image)
 
 
 # --- scenes and captions ----------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def sample_scene(rng: np.random.Generator, standard: bool = False) -> Scene:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The picture of a scene, uint8 [64, 64, 3]."""
+    """The image of a scene, uint8 [64, 64, 3]."""
     plain = np.broadcast_to(rgb(scene.background), (SIZE, SIZE, 3))
     cover = coverage(SHAPES[scene.shape], scene.cx, scene.cy, scene.radius)
     return blend(plain, cover, rgb(scene.colour)).round().astype(np.uint8)
@@ -178,17 +178,17 @@ def _nonsense(rng: np.random.Generator) -> str:
 
 
 def plain_caption(shape: str, colour: str, background: str) -> str:
-    """The shortest caption that names all three: the prompt of the picture test."""
+    """The shortest caption that names all three: the prompt of the image test."""
     articles = ["an" if word[0] in "aeiou" else "a" for word in (colour, background)]
     return f"{articles[0]} {colour} {shape} on {articles[1]} {background} background"
 
 
-# --- the plain picture test -------------------------------------------------------------------------------------------
+# --- the plain image test -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the picture test sees. `shape` and `colour` are None where nothing stands out or nothing fits."""
+    """What the image test sees. `shape` and `colour` are None where nothing stands out or nothing fits."""
 
     shape: str | None
     colour: str | None
@@ -204,15 +204,15 @@ def nearest_colour(seen: np.ndarray) -> str:
     return min(PALETTE, key=lambda name: float(np.linalg.norm(seen - rgb(name))))
 
 
-def read_picture(picture: np.ndarray, least_iou: float = 0.7) -> Reading:
-    """Reads shape, colour and background from a picture uint8 [64, 64, 3] by plain image processing.
+def read_image(image: np.ndarray, least_iou: float = 0.7) -> Reading:
+    """Reads shape, colour and background from an image uint8 [64, 64, 3] by plain image processing.
 
     The background is the median colour of the outermost two pixels. The foreground is what lies nearer to the
     foreground's median colour than to the background's. Each known shape is drawn into the foreground's bounding box
     (uniform scale, same centre, up to 16 % larger, because pixels lose thin tips); the one with the best intersection
     over union wins if it reaches `least_iou`.
     """
-    pixels = picture.astype(np.float32)
+    pixels = image.astype(np.float32)
     frame = np.ones(pixels.shape[:2], bool)
     frame[2:-2, 2:-2] = False
     back = np.median(pixels[frame], axis=0)
@@ -291,9 +291,9 @@ def _ground(rng: np.random.Generator) -> np.ndarray:
     return a + weight[..., None] * (b - a)
 
 
-def wide_picture(rng: np.random.Generator) -> np.ndarray:
-    """A random picture far beyond the captions, uint8 [64, 64, 3]: so that the VAE can carry concepts yet unseen."""
-    picture = _ground(rng)
+def wide_image(rng: np.random.Generator) -> np.ndarray:
+    """A random image far beyond the captions, uint8 [64, 64, 3]: so that the VAE can carry concepts yet unseen."""
+    image = _ground(rng)
     for _ in range(rng.integers(0, 5)):
         radius = rng.uniform(4, 26)
         kind = rng.random()
@@ -310,5 +310,5 @@ def wide_picture(rng: np.random.Generator) -> np.ndarray:
             inside = lambda x, y, c=c, s=s, width=width: abs(x * c + y * s) <= width  # noqa: E731
         cx, cy = rng.uniform(0, SIZE, 2)
         cover = coverage(inside, cx, cy, radius, supersample=3)
-        picture = blend(picture, cover, _ground(rng) if rng.random() < 0.3 else _any_colour(rng))
-    return picture.clip(0, 255).round().astype(np.uint8)
+        image = blend(image, cover, _ground(rng) if rng.random() < 0.3 else _any_colour(rng))
+    return image.clip(0, 255).round().astype(np.uint8)

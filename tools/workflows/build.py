@@ -26,7 +26,7 @@ from chroma_core.comfy.window import about, document, stored_node
 from .parts import Link, Node, Workflow
 from .presets import presets
 from .training import FIRST_LORA, TRAINING_WORKFLOWS
-from .using import FIRST_PICTURE, USE_LORA, USING_WORKFLOWS
+from .using import FIRST_IMAGE, USE_LORA, USING_WORKFLOWS
 
 SEED_NAMES = ("seed", "noise_seed")  # the page gives these a second widget unless the node says otherwise
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
@@ -51,7 +51,7 @@ def workflows() -> tuple[Workflow, ...]:
     ComfyUI lists templates by file name and knows no index of a pack's own, so the first ones carry their place in
     their names. A function, because the presets ask the pack itself, which needs torch.
     """
-    return (FIRST_PICTURE, FIRST_LORA, USE_LORA, *presets(), *TRAINING_WORKFLOWS, *USING_WORKFLOWS)
+    return (FIRST_IMAGE, FIRST_LORA, USE_LORA, *presets(), *TRAINING_WORKFLOWS, *USING_WORKFLOWS)
 
 
 def ordered_inputs(info: dict[str, Any]) -> dict[str, list]:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 CARDS = (4, 6, 8, 12, 16, 24)  # GB of the card
 COMPUTER = 32  # GB
 TRAINING_SIZE = 512  # pixels
-PICTURE_SIZE = 1024  # pixels
-PICTURE_SIZES = {4: 512}  # where the VAE alone, which needs 2.8 GiB for 1024, does not fit
+IMAGE_SIZE = 1024  # pixels
+IMAGE_SIZES = {4: 512}  # where the VAE alone, which needs 2.8 GiB for 1024, does not fit
 BUS = 12.0  # GB/s; what PCIe 3.0 x16, or 4.0 x8, carries in practice
 STEPS = 1500
 FOLDER = "my_pictures"
@@ -78,7 +78,7 @@ def preset(card: int) -> Preset:
     from chroma_core.memory.plan import CHOICES, Settings
 
     on = Machine(f"a card of {card} GB", card * GIB, COMPUTER * GIB)
-    size = PICTURE_SIZES.get(card, PICTURE_SIZE)
+    size = IMAGE_SIZES.get(card, IMAGE_SIZE)
     sampling = recommend(Settings("base", size=size), on, "sampling")
     training = recommend(Settings("base", size=TRAINING_SIZE), on, "training")
     smaller = max(sampling, training, key=lambda found: CHOICES.index(found.precision))
@@ -164,8 +164,8 @@ def _note(found: Preset) -> str:
     plan = found.settings
     size = plan.pixels
     sampling, training = peaks(plan), peaks(replace(plan, size=TRAINING_SIZE))
-    fits = "fits here too" if found.fits("training", PICTURE_SIZE) else "does not fit here with these settings"
-    larger = f"A *resolution* of {PICTURE_SIZE} {fits}."
+    fits = "fits here too" if found.fits("training", IMAGE_SIZE) else "does not fit here with these settings"
+    larger = f"A *resolution* of {IMAGE_SIZE} {fits}."
     if moved := step_traffic(replace(plan, size=TRAINING_SIZE)):
         larger += (
             f" The price: every training step sends {in_gib(moved)} of weights to the GPU, at {BUS:g} GB/s at least "

@@ -19,7 +19,7 @@ from .parts import (
     with_text,
 )
 
-FIRST_PICTURE = Workflow(
+FIRST_IMAGE = Workflow(
     "chroma_1_first_picture",
     "One prompt, one image, in seconds.",
     "## Your first image\n\n**Press *Run*.** One prompt, one image. Then change the prompt: `tiny` knows a circle, "

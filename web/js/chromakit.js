@@ -1,7 +1,7 @@
 // @ts-check
 // What the host's page gets from ChromaKit: the tab of jobs, the training room, the panel on Chroma Train LoRA, settings, notices.
 import { app } from "../../../scripts/app.js";
-import { linkStyles } from "./lib/style.js";
+import { linkStyles } from "./lib/dom.js";
 import { loadWords } from "./lib/words.js";
 import { startNotices } from "./jobs/notices.js";
 import { start } from "./jobs/store.js";

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,22 +14,21 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from typing_extensions import Self
 
 from ...data.captions import without_trigger
-from ...data.dataset import Settings, option
 from ...data.scan import DatasetConfig
 from ...errors import ConfigError
 from ...files import slug
 from ...loading.spec import PLACEMENT, ModelSpec
-from ...lora.modules import AdapterKind
-from ...lora.settings import TARGETS, LoraSettings
+from ...lora.settings import LoraSettings
 from ...model.flavours import flavour
 from ...model.latents import snap_size
 from ...model.precision import computed_on, precision
-from ...names.patterns import without_ranges
+from ...names.transformer import without_ranges
 from ...options import MAX_SEED, identity
 from ...sampling.recipe import RECIPES, Recipe, recipe
 from ...sampling.sampler import Method, SamplingSettings
 from ...sampling.schedule import FlowShift, SigmaDraw, SigmaRemap, SigmaSettings, Spacing, parse_flow_shift
 from ...sampling.text import TRIGGER, TextPadding, apply_trigger
+from ...settings import Settings, option
 from ..step.objective import GuidanceMode, LossKind
 from ..step.optimizers import LrSchedule, OptimizerName, OptimizerSettings, Schedule, check_schedule
 from .preserve import PreserveConfig
@@ -50,28 +49,9 @@ FULL_RANK_RATE = 1e-5
 """The learning rate of full-rank training where none is given: a LoRA's is far too high for the weights themselves."""
 
 
-class LoraConfig(Settings):
-    """The adapter: kind, rank, scale (alpha / rank; alpha defaults to the rank) and the modules it is added to."""
+class LoraConfig(LoraSettings):
+    """The adapter in training, what it starts from, and what is kept of it."""
 
-    kind: AdapterKind = option(
-        "lora",
-        "lora works everywhere. rslora scales with the rank's root. dora also learns each row's length (ComfyUI's "
-        "own loader computes it a little otherwise). lokr is a Kronecker product.",
-        advanced=True,
-    )
-    rank: int = option(16, "Size of the LoRA: how much it can learn.", ge=1, le=1024, most=512)
-    alpha: float | None = option(None, "Scale: alpha / rank. Unset: the same as rank.", gt=0, least=0, most=512, step=1)
-    target: str | tuple[str, ...] = option(
-        "all",
-        "Which layers learn. all: attention. +ffs: feed-forward too. context: the text side. tiny: a small share.",
-        choices=tuple(TARGETS),
-    )
-    rank_pattern: dict[str, int] = option(
-        {}, "Ranks of their own for layers whose full name matches a pattern; the first match counts."
-    )
-    alpha_pattern: dict[str, float] = option({}, "The same for alphas.")
-    dropout: float = option(0.0, "Dropout on the adapter's input.", ge=0, lt=1, most=0.9, step=0.05, advanced=True)
-    lokr_factor: int = option(-1, "Size of LoKr's first factor. -1: both about equally large.", ge=-1)
     start_from: str | None = option(None, "A LoRA file of the same shape to go on from.")
     ema_decay: float = option(
         0.0,
@@ -83,10 +63,6 @@ class LoraConfig(Settings):
         advanced=True,
     )
     save_dtype: Literal["fp32", "bf16"] = option("fp32", "Precision of the finished LoRA. bf16 halves the file.")
-
-    def settings(self) -> LoraSettings:
-        """What `lora.adapters.add_trainable` takes. Raises ConfigError."""
-        return LoraSettings(**{field.name: getattr(self, field.name) for field in fields(LoraSettings)})
 
 
 class FullConfig(Settings):
@@ -491,7 +467,6 @@ class TrainingConfig(Settings):
         config = super().parse(data)
         config.recipe_value()
         config.objective.sigmas()
-        config.lora.settings()
         config.optimizer_settings()
         config.schedule()
         check_schedule(config.optimizer, config.lr_schedule)

@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import model_validator
 from typing_extensions import Self
 
-from ...data.dataset import Settings, option
 from ...errors import ConfigError
+from ...settings import Settings, option
 
 Preserved = Literal["class", "blank", "prompts"]
 """What is preserved: see `PreserveConfig`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 import traceback
@@ -245,8 +246,8 @@ class Job:
 
     def latest_samples(self) -> list[Path]:
         """The preview images of the last step that has any, in the order of the prompts."""
-        pictures = self.samples()
-        return [path for path in pictures if _sample_order(path)[0] == _sample_order(pictures[-1])[0]]
+        images = self.samples()
+        return [path for path in images if _sample_order(path)[0] == _sample_order(images[-1])[0]]
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`."""
@@ -375,6 +376,13 @@ class Job:
         with suppress(OSError):  # a full disk must not end the job for the sake of its log
             for line in lines:
                 self.log(line)
+
+    def remove(self) -> None:
+        """Remove the folder of a job that never began, which is ours."""
+        if os.name == "nt":  # where what is open cannot be removed
+            self.lock.let_go()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.lock.let_go()
 
     def log_lines(self, limit: int = 200) -> list[str]:
         """The last lines of `log.txt`, at most `limit`."""

@@ -71,7 +71,7 @@ class JobManager:
         self._jobs: dict[str, Job] = {}
         self._controls: dict[str, Control] = {}
         self._queue: list[Job] = []
-        self._unreadable: set[str] = set()
+        self._unreadable: dict[str, str] = {}
         self._listeners: list[Listener] = []
         self._changed = threading.Condition(threading.RLock())
         self._worker: threading.Thread | None = None
@@ -104,6 +104,12 @@ class JobManager:
                     f"There is no training job '{job_id}' here. It may have been deleted; see the list of jobs."
                 )
             return self._jobs[job_id]
+
+    def unreadable(self) -> dict[str, str]:
+        """The folders of jobs that are left alone, and why: of a later version, say, or damaged."""
+        with self._changed:
+            self.look_around()
+            return dict(self._unreadable)
 
     def states(self) -> dict[str, JobState]:
         """The state of each job that no other process works on, by its id. Any thread; never waits."""
@@ -178,7 +184,7 @@ class JobManager:
             self._enqueue(job)
         except JobError:  # it never was
             del self._jobs[job.id]
-            _remove_folder(job)
+            job.remove()
             raise
         return job
 
@@ -494,6 +500,8 @@ class JobManager:
                     self._look(job)
                 else:
                     del self._jobs[job.id]
+            for gone in self._unreadable.keys() - found.keys():
+                del self._unreadable[gone]
             for name in sorted(found.keys() - self._jobs.keys()):
                 if (job := self._read(found[name])) is not None:
                     self._jobs[name] = job
@@ -506,10 +514,12 @@ class JobManager:
         try:
             job = Job.read(folder)
         except Exception as error:  # a folder of another version must not keep the pack from starting
+            why = f"its job.json lacks {error}" if isinstance(error, KeyError) else str(error)
             if folder.name not in self._unreadable:
-                print(f"[ChromaKit] The training job in '{folder.name}' cannot be read and is left alone: {error}")
-            self._unreadable.add(folder.name)
+                print(f"[ChromaKit] The training job in '{folder.name}' cannot be read and is left alone: {why}")
+            self._unreadable[folder.name] = why
             return None
+        self._unreadable.pop(folder.name, None)
         job.notify = self._tell
         return job
 
@@ -582,14 +592,6 @@ def _check_here(job: Job) -> None:
 def _goes_on(job: Job, if_exists: IfExists) -> bool:
     """Whether a job that has ended is to be queued again."""
     return job.state in ("interrupted", "failed") or (job.state == "stopped" and if_exists == "resume")
-
-
-def _remove_folder(job: Job) -> None:
-    """Remove the folder of a job that never began, which is ours."""
-    if os.name == "nt":  # where what is open cannot be removed
-        job.lock.let_go()
-    shutil.rmtree(job.folder, ignore_errors=True)
-    job.lock.let_go()
 
 
 @contextmanager

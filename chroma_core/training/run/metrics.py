@@ -237,9 +237,9 @@ class EventFiles:
         """The numbers of one line of `metrics.jsonl` as points of their curves."""
         self._guarded(lambda: self._add(line))
 
-    def pictures(self, step: int, paths: Iterable[Path]) -> None:
+    def images(self, step: int, paths: Iterable[Path]) -> None:
         """Preview images of a step, one series a prompt."""
-        self._guarded(lambda: self._pictures(step, paths))
+        self._guarded(lambda: self._images(step, paths))
 
     def close(self) -> None:
         """Write what is not yet written."""
@@ -279,7 +279,7 @@ class EventFiles:
         if line.get("warning"):
             self._writer.add_text("warnings", line["warning"], step)
 
-    def _pictures(self, step: int, paths: Iterable[Path]) -> None:
+    def _images(self, step: int, paths: Iterable[Path]) -> None:
         for i, path in enumerate(paths):
-            with Image.open(path) as picture:
-                self._writer.add_image(f"previews/{i}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            with Image.open(path) as image:
+                self._writer.add_image(f"previews/{i}", np.asarray(image.convert("RGB")), step, dataformats="HWC")

@@ -141,7 +141,7 @@ def _hold_out(config: TrainingConfig, scans: list[DatasetScan]) -> tuple[list[st
             f"{ENOUGH_TO_JUDGE} different ones are needed. So there is no validation loss, and no best step."
         ], []
     scans.append(apart)
-    return [], [picture.name for picture in apart.items]
+    return [], [image.name for image in apart.items]
 
 
 @contextmanager

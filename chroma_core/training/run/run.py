@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from ...data.samples import fingerprint, picture_count
+from ...data.samples import fingerprint, image_count
 from ...errors import NotFiniteError, first_line
 from ...files import disk_is_full, remove_leftovers
 from ...loading.load import Device, load_transformer
@@ -453,7 +453,7 @@ class Run:
         except NotFiniteError as error:
             self._warn(f"There are no previews of step {step}. {error}")
         if self.event_files is not None:
-            self.event_files.pictures(step, [folder / name for name in names])
+            self.event_files.images(step, [folder / name for name in names])
         self.report(new_samples=names)
 
     def _keep_lora(self) -> None:
@@ -463,8 +463,8 @@ class Run:
             self._warn(warning)
 
     def _header(self) -> Callable[..., dict[str, str]]:
-        pictures, job = picture_count(self.data.samples), self.paths.job
-        facts = self.config, self.progress, self.data.base_sha256, pictures
+        images, job = image_count(self.data.samples), self.paths.job
+        facts = self.config, self.progress, self.data.base_sha256, images
         return partial(file_metadata, *facts, job_id=job.name, changes=recorded(job))
 
     def save(self, wait: bool = True) -> None:

@@ -30,7 +30,7 @@ from ...lora.settings import named_target, target_modules
 from ...lora.trainable import CastFactors, add_trainable, load_trained, start_from, trained_lora
 from ...model.precision import precision
 from ...model.transformer import ChromaTransformer
-from ...names.patterns import selects
+from ...names.transformer import selects
 from ...options import identity
 from ...weights.opening import open_weights
 from ...weights.safetensors_files import write_safetensors
@@ -185,7 +185,7 @@ class AdapterTraining(Trained):
 
     def __init__(self, config: TrainingConfig, transformer: ChromaTransformer, paths: JobPaths):
         self._config, self._transformer, self._paths = config, transformer, paths
-        self.parameters = add_trainable(transformer, config.lora.settings(), config.seed)
+        self.parameters = add_trainable(transformer, config.lora, config.seed)
         self.factors = _rate_factors(config, transformer, self.parameters)
         if config.lora.start_from:
             start_from(transformer, read_lora(config.lora.start_from))
@@ -331,7 +331,7 @@ def file_metadata(
     config: TrainingConfig,
     progress: Progress,
     base_sha256: str,
-    pictures: int,
+    images: int,
     architecture: str,
     trained: dict[str, Any],
     job_id: str | None = None,
@@ -348,7 +348,7 @@ def file_metadata(
     summary = {
         "steps": progress.step,
         "batch": config.effective_batch,
-        "pictures": pictures,
+        "pictures": images,
         "learning_rate": config.learning_rate,
         **trained,
         "seed": config.seed,
@@ -365,7 +365,7 @@ def file_metadata(
         "modelspec.implementation": "diffusers",
         "modelspec.title": config.name,
         "modelspec.description": f"{_what(config)}, trained with ChromaKit: "
-        f"{progress.step} steps of {config.effective_batch} on {pictures} images.",
+        f"{progress.step} steps of {config.effective_batch} on {images} images.",
         "modelspec.resolution": "x".join(map(str, config.preview_size())),
         "modelspec.prediction_type": "v",
         "modelspec.trigger_phrase": config.dataset.trigger,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...data.samples import caption_count, picture_count
+from ...data.samples import caption_count, image_count
 from ...errors import counted
 from ...model.transformer import ChromaTransformer
 from ..config import TrainingConfig
@@ -31,23 +31,23 @@ def measure(
         rows: noise levels in one pass.
         between: called before every image; may wait or raise.
     """
-    pictures = [(data.cache.latents(sample.latents[0]), data.cache.text(sample.captions[0])) for sample in data.heldout]
+    images = [(data.cache.latents(sample.latents[0]), data.cache.text(sample.captions[0])) for sample in data.heldout]
     base: list[float] | None = None
     without = trained.base(progress.step) if progress.heldout_loss_base is None else None
     if without is not None:
         with without:
-            base = heldout_loss(transformer, pictures, between, rows)
+            base = heldout_loss(transformer, images, between, rows)
         progress.heldout_loss_base = sum(base) / len(base)
         metrics.append(
             step=0,
             heldout_loss_base=progress.heldout_loss_base,
             heldout_by_sigma_base=base,
-            images=picture_count(data.samples),
+            images=image_count(data.samples),
             captions=caption_count(data.samples),
         )
     by_sigma = base if progress.step == 0 else None  # before the first step nothing was learnt
     if by_sigma is None:
-        by_sigma = heldout_loss(transformer, pictures, between, rows)
+        by_sigma = heldout_loss(transformer, images, between, rows)
     progress.heldout_loss = sum(by_sigma) / len(by_sigma)
     metrics.append(step=progress.step, heldout_loss=progress.heldout_loss, heldout_by_sigma=by_sigma)
     if progress.best_loss is None or progress.heldout_loss < progress.best_loss:

@@ -184,7 +184,7 @@ def with_prior_targets(
 @torch.no_grad()
 def heldout_loss(
     transformer: ChromaTransformer,
-    pictures: Sequence[tuple[Tensor, TextCondition]],
+    images: Sequence[tuple[Tensor, TextCondition]],
     between: Callable[[], None] = lambda: None,
     rows: int = len(HELDOUT_SIGMAS),
 ) -> list[float]:
@@ -197,7 +197,7 @@ def heldout_loss(
     device = transformer.x_embedder.weight.device
     sigmas_B = torch.tensor(HELDOUT_SIGMAS, device=device)
     total = torch.zeros(len(HELDOUT_SIGMAS), dtype=torch.float64)
-    for i, (x0_CHW, condition) in enumerate(pictures):
+    for i, (x0_CHW, condition) in enumerate(images):
         between()
         noise = torch.randn(x0_CHW.shape, generator=generator(HELDOUT_SEED, "heldout", i)).to(device)[None]
         x0, errors = x0_CHW.to(device)[None], []
@@ -207,4 +207,4 @@ def heldout_loss(
             velocity = predict_velocity(transformer, x, sigma_B, [condition] * len(sigma_B))
             errors.append((velocity - target).square().mean(dim=(1, 2, 3)))
         total += torch.cat(errors).cpu().double()
-    return (total / len(pictures)).tolist()
+    return (total / len(images)).tolist()

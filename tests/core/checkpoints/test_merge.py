@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import native
 from chroma_core import files
-from chroma_core.checkpoints.merge import MERGED_KEY, merge_loras
-from chroma_core.checkpoints.norms import norms_on
+from chroma_core.checkpoints.merge import MERGED_KEY, merge_loras, norms_on
 from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError, LoraError, ModelFileError
 from chroma_core.files import sha256_file

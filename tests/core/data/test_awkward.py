@@ -1,4 +1,4 @@
-"""A folder of awkward pictures and captions, each handled rightly, named and counted; nothing may crash."""
+"""A folder of awkward images and captions, each handled rightly, named and counted; nothing may crash."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 import miniature
-from chroma_core.data import pictures
+from chroma_core.data import images
 from chroma_core.data.cache import LatentTextCache
 from chroma_core.data.contact_sheet import contact_sheet, summary
-from chroma_core.data.pictures import UnreadablePicture, load_alpha, load_picture, picture_facts
+from chroma_core.data.images import UnreadableImage, image_facts, load_alpha, load_image
 from chroma_core.data.samples import cache_samples, caption_texts
 from chroma_core.data.scan import DatasetConfig, DatasetScan, scan
 from chroma_core.sampling.recipe import CANONICAL
@@ -48,16 +48,16 @@ def noise(size: tuple[int, int] = (128, 128)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     (folder / "sub.dir").mkdir(parents=True)
 
-    def save(picture: Image.Image, name: str, **options) -> None:
-        picture.save(folder / name, **options)
+    def save(image: Image.Image, name: str, **options) -> None:
+        image.save(folder / name, **options)
 
     turned = Image.new("RGB", (128, 64), "red")
     turned.paste("blue", (0, 0, 64, 64))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: its left is the picture's top
+    exif[0x0112] = 6  # the camera was held upright: its left is the image's top
     save(turned, "turned.jpg", exif=exif, quality=95)
     save(Image.new("CMYK", SIZE, (0, 255, 255, 0)), "print.jpg")
     save(Image.new("I;16", SIZE, 32896), "deep_grey.png")
@@ -134,7 +134,7 @@ def load_vae():
 @pytest.fixture(scope="module")
 def awkward(tmp_path_factory) -> tuple[Path, DatasetScan]:
     folder = tmp_path_factory.mktemp("awkward") / "data"
-    write_pictures(folder)
+    write_images(folder)
     config = {"folder": str(folder), "caption_source": "fixed", "default_caption": "a picture", "resolution": 64}
     return folder, scan(DatasetConfig.parse(config))
 
@@ -145,19 +145,19 @@ def test_there_are_thirty_of_them(awkward):
     assert len(names) == 30
 
 
-def test_each_awkward_picture_is_used_or_named_with_its_reason(awkward):
+def test_each_awkward_image_is_used_or_named_with_its_reason(awkward):
     found = awkward[1]
     assert {item.name for item in found.items} == USED.keys() | BREAK_WHILE_DECODING
     assert dict(found.skipped) == SKIPPED
 
 
 @pytest.mark.parametrize("name", USED)
-def test_an_awkward_picture_is_decoded_as_a_person_sees_it(awkward, name):
+def test_an_awkward_image_is_decoded_as_a_person_sees_it(awkward, name):
     folder, found = awkward
-    picture = load_picture(folder / name)
+    image = load_image(folder / name)
     colour, size = USED[name]
-    assert picture.mode == "RGB" and picture.size == size
-    top = picture.getpixel((size[0] // 2, 0))
+    assert image.mode == "RGB" and image.size == size
+    top = image.getpixel((size[0] // 2, 0))
     assert max(abs(a - b) for a, b in zip(top, colour, strict=True)) <= 3, top  # type: ignore[arg-type]
     item = next(item for item in found.items if item.name == name)
     assert (item.width, item.height) == ((9500, 9500) if name == "large.jpg" else size)
@@ -209,10 +209,10 @@ def test_a_huge_image_costs_little_memory_and_comes_at_half_its_size(tmp_path):
     (tmp_path / "bits.png").write_bytes(png(13000, 13000, 1, 0, bytes(1626 * 13000)))
     code = f"""
 import pathlib, resource
-from chroma_core.data.pictures import load_picture
+from chroma_core.data.images import load_image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-picture = load_picture(pathlib.Path({str(tmp_path / "bits.png")!r}))
-print(picture.mode, *picture.size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+image = load_image(pathlib.Path({str(tmp_path / "bits.png")!r}))
+print(image.mode, *image.size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     mode, *numbers = done.stdout.split()
@@ -222,17 +222,17 @@ print(picture.mode, *picture.size, (resource.getrusage(resource.RUSAGE_SELF).ru_
 
 def test_an_image_converted_in_strips_is_the_same(awkward, monkeypatch):
     names = ("turned.jpg", "deep_grey.png", "half_clear.png", "grey_clear.png", "print.jpg", "strip.png")
-    whole = [load_picture(awkward[0] / name) for name in names]
+    whole = [load_image(awkward[0] / name) for name in names]
     alpha = load_alpha(awkward[0] / "half_clear.png")
-    monkeypatch.setattr(pictures, "_STRIP", 6)
-    assert [load_picture(awkward[0] / name).tobytes() for name in names] == [each.tobytes() for each in whole]
+    monkeypatch.setattr(images, "_STRIP", 6)
+    assert [load_image(awkward[0] / name).tobytes() for name in names] == [each.tobytes() for each in whole]
     assert (again := load_alpha(awkward[0] / "half_clear.png")) and alpha and again.tobytes() == alpha.tobytes()
 
 
 def test_the_limit_holds_where_another_program_has_lifted_pillows(awkward, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    for read in (picture_facts, load_picture, load_alpha):
-        with pytest.raises(UnreadablePicture, match="178 million pixels"):
+    for read in (image_facts, load_image, load_alpha):
+        with pytest.raises(UnreadableImage, match="178 million pixels"):
             read(awkward[0] / "bomb.png")
 
 
@@ -247,11 +247,11 @@ def test_randomly_damaged_files_are_decoded_or_refused_but_never_crash(awkward, 
             content[place] = random.integers(256)
         damaged = tmp_path / f"damaged{original.suffix}"
         damaged.write_bytes(content[: len(content) - i % 3 * len(content) // 8])
-        for read in (picture_facts, load_picture, load_alpha):
+        for read in (image_facts, load_image, load_alpha):
             try:
                 read(damaged)
                 outcomes["decoded"] += 1
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 assert str(error) and str(tmp_path) not in str(error)
                 outcomes["refused"] += 1
     assert min(outcomes["decoded"], outcomes["refused"]) > 100

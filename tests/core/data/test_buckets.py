@@ -39,14 +39,14 @@ def test_the_nearest_aspect_wins(size, bucket):
     assert choose_bucket(*size, 512, 64) == bucket
 
 
-def test_small_pictures_are_enlarged_only_on_request():
+def test_small_images_are_enlarged_only_on_request():
     assert choose_bucket(256, 256, 1024, 64) == (256, 256)
     assert choose_bucket(256, 256, 1024, 64, upscale=True) == (1024, 1024)
     assert choose_bucket(10, 10, 1024, 64) == (64, 64)
 
 
 @pytest.mark.parametrize(("size", "bucket"), [((1449, 2892), (704, 1408)), ((965, 330), (1408, 320))])
-def test_rounding_puts_no_edge_outside_of_the_picture(size, bucket):
+def test_rounding_puts_no_edge_outside_of_the_image(size, bucket):
     """-2e-13 pixels are enough for Pillow to refuse the box; one in sixty sizes of photographs gave such a number."""
     left, top, right, bottom = crop_box(*size, bucket)
     assert left >= 0 and top >= 0 and right <= size[0] and bottom <= size[1]
@@ -55,9 +55,9 @@ def test_rounding_puts_no_edge_outside_of_the_picture(size, bucket):
 
 def test_cropping_is_centred_and_keeps_the_aspect():
     assert crop_box(200, 100, (64, 64)) == (50, 0, 150, 100)
-    picture = Image.new("RGB", (200, 100), "red")
-    picture.paste("blue", (50, 0, 150, 100))
-    cropped = resize_and_crop(picture, (64, 64))
+    image = Image.new("RGB", (200, 100), "red")
+    image.paste("blue", (50, 0, 150, 100))
+    cropped = resize_and_crop(image, (64, 64))
     assert cropped.size == (64, 64)
     colours = [colour for _, colour in cropped.getcolors() or []]
     assert cropped.getpixel((32, 32)) == (0, 0, 255)

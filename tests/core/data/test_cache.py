@@ -50,10 +50,10 @@ def test_latents_are_the_posterior_mean_in_model_space_and_are_found_again(tmp_p
     cache = LatentTextCache(tmp_path / "cache", "vae", "t5", CANONICAL)
     samples, unreadable = cache_samples(found, cache, 64, loads)
     assert (len(samples), unreadable, loads.count) == (3, [], 1)
-    from chroma_core.data.pictures import load_picture
+    from chroma_core.data.images import load_image
 
     with torch.no_grad():
-        z = vae.encode(to_tensor(load_picture(found.items[1].path))).mean[0]
+        z = vae.encode(to_tensor(load_image(found.items[1].path))).mean[0]
     latents = cache.latents(samples[1].latents[0])
     assert latents.shape == (16, 8, 8) and latents.dtype == torch.float32
     assert torch.equal(latents, LatentFormat.of(vae).to_model(z))
@@ -63,7 +63,7 @@ def test_latents_are_the_posterior_mean_in_model_space_and_are_found_again(tmp_p
     assert loads.count == 1, "nothing was missing, so the VAE must not be loaded"
 
 
-def test_a_changed_picture_model_bucket_or_damaged_entry_is_encoded_again(tmp_path, vae):
+def test_a_changed_image_model_bucket_or_damaged_entry_is_encoded_again(tmp_path, vae):
     data = write_dataset(tmp_path / "data", 3)
     loads = Loads(vae)
 
@@ -105,7 +105,7 @@ def test_interrupted_caching_goes_on_where_it_was(tmp_path, vae):
     assert todo == [("latents", 0, 2), ("latents", 1, 2)]
 
 
-def test_a_picture_that_breaks_while_decoding_is_skipped_and_named(tmp_path, vae):
+def test_an_image_that_breaks_while_decoding_is_skipped_and_named(tmp_path, vae):
     data = write_dataset(tmp_path / "data", 3)
     whole = (data / "01.png").read_bytes()
     (data / "01.png").write_bytes(whole[: len(whole) // 2])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from chroma_core.data.captions import read_captions
 from chroma_core.data.contact_sheet import contact_sheet, summary
-from chroma_core.data.pictures import picture_extensions
+from chroma_core.data.images import image_extensions
 from chroma_core.data.scan import DatasetConfig, DatasetScan, scan
 from chroma_core.errors import DataError
 
@@ -133,7 +133,7 @@ def test_one_name_in_several_formats_is_remarked(tmp_path):
 
 @pytest.mark.parametrize("ending", [".jfif", ".avif"])
 def test_formats_that_pillow_has_are_read(tmp_path, ending):
-    if ending not in picture_extensions():
+    if ending not in image_extensions():
         pytest.skip(f"this Pillow has no {ending}")
     path = tmp_path / f"a{ending}"
     Image.new("RGB", (64, 48), "red").save(path, "JPEG" if ending == ".jfif" else "AVIF")

@@ -143,7 +143,7 @@ def test_identical_captions_are_counted(folder):
     assert read(folder).warnings == ["3 times the same caption: “a hat”."]
 
 
-def test_prompt_variety_is_low_when_captions_say_little_about_each_picture():
+def test_prompt_variety_is_low_when_captions_say_little_about_each_image():
     good = [(f"sks hat on a {colour} table in the {place}",) for colour in ("red", "old") for place in "wxyz"]
     assert low_variety(good, "sks") == []
     poor = [(f"a photo of sks hat {i}",) for i in range(8)]

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from chroma_core.data.contact_sheet import contact_sheet, summary, thumbnail
-from chroma_core.data.pictures import UnreadablePicture, load_picture, picture_facts
+from chroma_core.data.images import UnreadableImage, image_facts, load_image
 from chroma_core.data.scan import DatasetConfig, scan
 from chroma_core.errors import ConfigError, DataError, PromptError
 from training_cases import write_dataset
@@ -29,20 +29,20 @@ def test_items_come_in_order_with_size_caption_and_content_hash(tmp_path):
     assert found.skipped == [] and found.warnings == []
 
 
-def test_a_picture_that_was_replaced_by_one_of_the_same_size_and_time_is_seen(tmp_path):
+def test_an_image_that_was_replaced_by_one_of_the_same_size_and_time_is_seen(tmp_path):
     """Hashes are remembered by what the file system says of a file, and that is not trusted in the first moments."""
     write_dataset(tmp_path, 1)
     (path,) = tmp_path.glob("*.png")
     body = path.read_bytes()
     seen = []
     for last in (b"\0", b"\1"):
-        path.write_bytes(body + last)  # what follows a picture's end is not decoded
+        path.write_bytes(body + last)  # what follows an image's end is not decoded
         os.utime(path, (1_000_000_000, 1_000_000_000))
         seen.append(scan(DatasetConfig(folder=str(tmp_path))).items[0].sha256)
     assert seen[0] != seen[1]
 
 
-def test_a_thumbnail_is_the_crop_of_the_picture(tmp_path):
+def test_a_thumbnail_is_the_crop_of_the_image(tmp_path):
     """Also of a large JPEG, which is decoded at a fraction of its size."""
     image = Image.new("RGB", (1600, 800), "red")
     image.paste("blue", (800, 0, 1600, 800))
@@ -52,7 +52,7 @@ def test_a_thumbnail_is_the_crop_of_the_picture(tmp_path):
     assert small is not None and max(small.size) == 100
     left, right = small.getpixel((2, small.height // 2)), small.getpixel((small.width - 3, small.height // 2))
     assert left[0] > 240 > 20 > left[2] and right[2] > 240 > 20 > right[0]
-    assert load_picture(tmp_path / "large.jpg", least=200).size == (400, 200)
+    assert load_image(tmp_path / "large.jpg", least=200).size == (400, 200)
 
 
 def test_hidden_folders_are_no_part_of_a_set(tmp_path):
@@ -79,7 +79,7 @@ def test_missing_and_empty_folder_are_errors(tmp_path):
         read(tmp_path)
 
 
-def test_an_unreadable_picture_is_named_skipped_and_counted(tmp_path):
+def test_an_unreadable_image_is_named_skipped_and_counted(tmp_path):
     write_dataset(tmp_path, 3)
     (tmp_path / "01.png").write_bytes(b"this is not a picture")
     found = read(tmp_path)
@@ -88,7 +88,7 @@ def test_an_unreadable_picture_is_named_skipped_and_counted(tmp_path):
     assert found.warnings == ["1 image was skipped: 01.png (unreadable image: not an image)."]
 
 
-def test_no_usable_picture_left_is_an_error_that_names_them(tmp_path):
+def test_no_usable_image_left_is_an_error_that_names_them(tmp_path):
     write_dataset(tmp_path, 2)
     for path in tmp_path.glob("*.png"):
         path.write_bytes(b"x")
@@ -151,26 +151,26 @@ def test_options_are_strict_and_errors_readable():
         DatasetConfig.parse({"folder": "x", "alignment": 60})
 
 
-def test_pictures_are_opened_as_a_person_sees_them(tmp_path):
+def test_images_are_opened_as_a_person_sees_them(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90°
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    facts = picture_facts(tmp_path / "turned.jpg")
-    assert (facts.width, facts.height) == (20, 40) == load_picture(tmp_path / "turned.jpg").size
+    facts = image_facts(tmp_path / "turned.jpg")
+    assert (facts.width, facts.height) == (20, 40) == load_image(tmp_path / "turned.jpg").size
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert load_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     Image.new("I;16", (8, 8), 32896).save(tmp_path / "deep.png")
-    assert load_picture(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+    assert load_image(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
-    red, green, blue = load_picture(tmp_path / "print.jpg").getpixel((4, 4))  # type: ignore[misc]
+    red, green, blue = load_image(tmp_path / "print.jpg").getpixel((4, 4))  # type: ignore[misc]
     assert red > 200 and green < 60 and blue < 60
     whole = tmp_path / "whole.jpg"
     Image.effect_noise((64, 64), 90).save(whole)
     (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:900])
-    facts = picture_facts(tmp_path / "cut.jpg")
+    facts = image_facts(tmp_path / "cut.jpg")
     assert (facts.width, facts.height) == (64, 64)
-    with pytest.raises(UnreadablePicture):
-        load_picture(tmp_path / "cut.jpg")
+    with pytest.raises(UnreadableImage):
+        load_image(tmp_path / "cut.jpg")
 
 
 def test_contact_sheet_and_summary(tmp_path):

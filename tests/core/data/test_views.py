@@ -13,17 +13,17 @@ from PIL import Image
 import miniature
 from chroma_core.data.buckets import crop_box
 from chroma_core.data.cache import LatentTextCache
-from chroma_core.data.image_folder import store_pictures
+from chroma_core.data.image_folder import store_images
+from chroma_core.data.images import DatasetImage
 from chroma_core.data.order import generator
-from chroma_core.data.pictures import Picture
 from chroma_core.data.samples import (
     Sample,
     SampleSet,
     cache_samples,
     combine,
     fingerprint,
+    image_count,
     multiples,
-    picture_count,
 )
 from chroma_core.data.scan import DatasetConfig, _folder_repeats, scan
 from chroma_core.data.views import View, crop_positions
@@ -62,10 +62,10 @@ def prepare(tmp_path, vae):
 def test_plain_entries_and_fingerprints_keep_their_names():
     """Recorded with the version that had neither crops nor draws: its caches and jobs stay valid."""
     cache = LatentTextCache(Path("c"), "vae", "t5", CANONICAL)
-    picture = Picture(64, 64, path=Path("x"), name="x", captions=("a",), sha256="0" * 64, drawn=("a",))
+    image = DatasetImage(64, 64, path=Path("x"), name="x", captions=("a",), sha256="0" * 64, drawn=("a",))
     names = [
-        cache.latents_path(picture, View((64, 64))),
-        cache.latents_path(picture, View((64, 96), flipped=True)),
+        cache.latents_path(image, View((64, 64))),
+        cache.latents_path(image, View((64, 96), flipped=True)),
         cache.text_path("a"),
     ]
     assert [path.name[:16] for path in names] == ["0e5c5dee70ac8748", "1997cfa0d7d220a2", "81c3b3c6645c076a"]
@@ -133,7 +133,7 @@ def test_an_interrupted_set_of_draws_is_completed_identically(tmp_path, prepare)
     assert [path.read_bytes() for path in sample.latents] == before
 
 
-def test_a_black_background_makes_new_entries_of_transparent_pictures_only(tmp_path, prepare):
+def test_a_black_background_makes_new_entries_of_transparent_images_only(tmp_path, prepare):
     data = write_dataset(tmp_path / "data", 1)
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(data / "clear.png")
     (data / "clear.txt").write_text("clear")
@@ -172,9 +172,9 @@ def test_mask_files_follow_crop_and_mirror_at_the_size_of_the_latents(tmp_path, 
 
 def test_the_alpha_channel_as_mask(tmp_path, prepare):
     data = write_dataset(tmp_path / "data", 1)
-    picture = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
-    picture.paste((0, 0, 0, 51), (0, 0, 64, 32))
-    picture.save(data / "alpha.png")
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 255))
+    image.paste((0, 0, 0, 51), (0, 0, 64, 32))
+    image.save(data / "alpha.png")
     (data / "alpha.txt").write_text("alpha")
     samples, _ = prepare(data, masks="alpha")
     assert samples[0].masks == ()
@@ -182,7 +182,7 @@ def test_the_alpha_channel_as_mask(tmp_path, prepare):
     assert torch.allclose(values[:4], torch.tensor(0.2)) and torch.equal(values[4:], torch.ones(4, 8))
 
 
-def test_masks_that_cannot_be_used_leave_the_picture_out_with_the_reason(tmp_path, prepare):
+def test_masks_that_cannot_be_used_leave_the_image_out_with_the_reason(tmp_path, prepare):
     data = write_dataset(tmp_path / "data", 4)
     Image.new("L", (64, 64), 0).save(data / "00-masklabel.png")
     Image.new("L", (64, 32), 255).save(data / "01-masklabel.png")
@@ -209,7 +209,7 @@ def test_a_date_before_a_name_is_no_number_of_repeats():
         assert _folder_repeats(f"{folder}/a.png") == repeats
 
 
-def test_repeat_folders_count_their_pictures(tmp_path, prepare):
+def test_repeat_folders_count_their_images(tmp_path, prepare):
     for folder in ("3_dog", "3_dog/deeper", "1_cat", "0_out", "200_trip", "plain"):
         write_dataset(tmp_path / "data" / folder, 1, seed=len(folder))
     found = scan(DatasetConfig.parse({"folder": str(tmp_path / "data")}))
@@ -233,7 +233,7 @@ def test_sets_carry_their_flags_and_are_used_by_weight(tmp_path, prepare):
     sets = [SampleSet("dogs", dogs, 1.0), SampleSet("others", others, 0.5)]
     epoch = combine(sets)
     assert [sample.name for sample in epoch].count("dogs/00.png") == 2 and len(epoch) == 2 * 2 + 3
-    assert picture_count(epoch) == 5
+    assert image_count(epoch) == 5
     assert combine([SampleSet("dogs", dogs, 7.0)]) is dogs
     assert {s.name for s in combine([SampleSet("a", dogs), SampleSet("a", others)])} >= {"a 1/00.png", "a 2/00.png"}
 
@@ -257,14 +257,14 @@ def test_the_held_out_variant_of_a_set_does_not_vary():
     assert DatasetConfig.parse({"folder": "x", "trigger": "own"}).held_out("sks").trigger == "own"
 
 
-def test_pictures_that_are_handed_over_become_a_folder_named_by_content(tmp_path):
-    pictures = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
-    folder = store_pictures(tmp_path, pictures, ["a red one\nred", "a blue one"])
+def test_images_that_are_handed_over_become_a_folder_named_by_content(tmp_path):
+    images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    folder = store_images(tmp_path, images, ["a red one\nred", "a blue one"])
     found = scan(DatasetConfig.parse({"folder": str(folder)}))
     assert [item.captions for item in found.items] == [("a red one", "red"), ("a blue one",)]
     (folder / "00001.txt").unlink()
-    assert store_pictures(tmp_path, pictures, ["a red one\nred", "a blue one"]) == folder
+    assert store_images(tmp_path, images, ["a red one\nred", "a blue one"]) == folder
     assert (folder / "00001.txt").read_text() == "a blue one"
-    assert store_pictures(tmp_path, pictures, ["both"]) != folder
-    with pytest.raises(DataError, match="2 pictures and 3 captions"):
-        store_pictures(tmp_path, pictures, ["a", "b", "c"])
+    assert store_images(tmp_path, images, ["both"]) != folder
+    with pytest.raises(DataError, match="2 images and 3 captions"):
+        store_images(tmp_path, images, ["a", "b", "c"])

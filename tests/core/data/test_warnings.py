@@ -1,4 +1,4 @@
-"""What a contact sheet says about each picture."""
+"""What a contact sheet says about each image."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def messy(tmp_path: Path) -> DatasetScan:
     return scan(DatasetConfig.parse({"folder": str(tmp_path), "resolution": 256, "default_caption": "a cat"}))
 
 
-def test_each_picture_has_its_own_notes(messy: DatasetScan):
+def test_each_image_has_its_own_notes(messy: DatasetScan):
     assert image_warnings(messy.config, messy.items) == {
         "200_x/g.png": ["200 repeats by its folder's name"],
         "a.png": ["more than once in this set"],
@@ -51,31 +51,31 @@ def test_each_picture_has_its_own_notes(messy: DatasetScan):
     assert "c.png" in image_warnings(unknown, messy.items) and "small" not in str(image_warnings(unknown, messy.items))
 
 
-def test_masks_are_missed_where_most_pictures_have_one(messy: DatasetScan):
+def test_masks_are_missed_where_most_images_have_one(messy: DatasetScan):
     folder, config = Path(messy.config.folder), messy.config.model_copy(update={"masks": "files"})
     assert "mask" not in str(image_warnings(config, scan(config).items))
     for name in "abcd":
-        with Image.open(folder / f"{name}.png") as picture:
-            Image.new("L", picture.size, 255).save(folder / f"{name}-masklabel.png")
+        with Image.open(folder / f"{name}.png") as image:
+            Image.new("L", image.size, 255).save(folder / f"{name}-masklabel.png")
     found = image_warnings(config, scan(config).items)
     assert found["f.png"] == ["no mask: all of it is trained"] and "mask" not in str(found["a.png"])
 
 
-def test_buckets_are_counted_once_a_picture_and_size(messy: DatasetScan):
+def test_buckets_are_counted_once_an_image_and_size(messy: DatasetScan):
     counts = dict(bucket_counts(messy, 1024))
     assert sum(counts.values()) == len(messy.items) and counts[256, 256] == 3
     both = messy.config.model_copy(update={"resolutions": (256, 512)})
     counts = dict(bucket_counts(DatasetScan(both, messy.items, [], []), 1024))
-    assert counts[256, 256] == 3, "a picture that is too small for the second size is not trained twice"
+    assert counts[256, 256] == 3, "an image that is too small for the second size is not trained twice"
 
 
-def test_doubtful_pictures_are_shown_first_in_the_order_of_the_set(messy: DatasetScan):
+def test_doubtful_images_are_shown_first_in_the_order_of_the_set(messy: DatasetScan):
     assert [item.name for item in most_telling(messy, 16)] == [item.name for item in messy.items]
     assert [item.name for item in most_telling(messy, 6)] == ["200_x/g.png", *(f"{name}.png" for name in "abcde")]
 
 
-def test_doubtful_pictures_have_a_frame(messy: DatasetScan):
-    """Amber frames, one for each thumbnail with a note; a picture whose mask does not fit gets one on the sheet."""
+def test_doubtful_images_have_a_frame(messy: DatasetScan):
+    """Amber frames, one for each thumbnail with a note; an image whose mask does not fit gets one on the sheet."""
 
     def framed(scan: DatasetScan, names: str) -> list[bool]:
         items = [item for item in scan.items if item.name[0] in names]
@@ -83,7 +83,7 @@ def test_doubtful_pictures_have_a_frame(messy: DatasetScan):
         row = next(y for y in range(sheet.height) if AMBER in {sheet.getpixel((x, y)) for x in range(sheet.width)})
         return [sheet.getpixel((192 * i + 96, row)) == AMBER for i in range(len(items))]
 
-    assert framed(messy, "adf") == [False, True, False], "what is doubtful depends on the pictures of the scan"
+    assert framed(messy, "adf") == [False, True, False], "what is doubtful depends on the images of the scan"
     folder = Path(messy.config.folder)
     Image.new("L", (256, 256), 255).save(folder / "f-masklabel.png")
     config = messy.config.model_copy(update={"masks": "files"})

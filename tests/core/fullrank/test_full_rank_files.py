@@ -59,7 +59,7 @@ def test_diffusers_reads_the_folder_as_the_model_that_was_trained(written):
     folder, changed, _ = written
     theirs = ChromaTransformer2DModel.from_pretrained(folder / "folder").eval()
     assert all(torch.equal(t, changed.state_dict()[n]) for n, t in theirs.named_parameters())
-    # Text and picture without padding, where both forward passes are defined alike.
+    # Text and image without padding, where both forward passes are defined alike.
     call = inputs(changed)
     with torch.no_grad():
         (velocity,) = theirs(

@@ -122,7 +122,7 @@ def test_every_option_is_mapped_remarked_or_refused(file, real, tmp_path, monkey
     # The job is valid, for the model's real layers too, and reads back.
     assert TrainingConfig.parse(tomllib.loads(job_toml(imported))) == imported.config
     layers = target_modules(real, imported.config.lora.target)
-    imported.config.lora.settings().check_patterns(layers)
+    imported.config.lora.check_patterns(layers)
     imported.config.preview_size()
 
 
@@ -335,7 +335,7 @@ def test_what_they_come_to(name, real, tmp_path, monkeypatch):
         if path == "layers":
             found = len(target_modules(real, config.lora.target))
         elif path.startswith("lora.rank_pattern."):
-            found = config.lora.settings().rank_of(path.removeprefix("lora.rank_pattern."))
+            found = config.lora.rank_of(path.removeprefix("lora.rank_pattern."))
         elif path == "previews.prompts.1":
             found = config.previews.prompts[1].model_dump(exclude_none=True)  # type: ignore[union-attr]
         else:

@@ -13,7 +13,7 @@ BASE = {"training_method": "LORA", "model_type": "CHROMA_1", "base_model_name": 
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     for i in range(6):
         path = tmp_path / "a" / ("deeper" if i == 5 else ".") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def pictures(tmp_path):
     return tmp_path / "a"
 
 
-def test_epochs_and_units_of_time(put, pictures):
+def test_epochs_and_units_of_time(put, images):
     config = BASE | {
         "concepts": [{"path": "a", "balancing": 2}], "epochs": 10, "batch_size": 4, "sample_after": 2,
         "sample_after_unit": "EPOCH", "save_every": 50, "save_every_unit": "STEP", "backup_after": 2,
@@ -41,7 +41,7 @@ def test_epochs_and_units_of_time(put, pictures):
     assert (job.warmup_steps, job.checkpoint_every, job.validate_every) == (30, 16, 3)  # OneTrainer counts batches
 
 
-def test_concepts_and_samples_in_files_of_their_own(put, pictures):
+def test_concepts_and_samples_in_files_of_their_own(put, images):
     put("c.json", [{"path": "a", "type": "VALIDATION"}, {"path": "a", "image": {"enable_crop_jitter": False}}])
     put("s.json", [{"prompt": "a star"}, {"prompt": "a moon", "seed": 3, "cfg_scale": 2.5, "width": 768}])
     config = put("config.json", BASE | {"concept_file_name": "c.json", "sample_definition_file_name": "s.json"})
@@ -57,10 +57,10 @@ def test_concepts_and_samples_in_files_of_their_own(put, pictures):
     assert any("nowhere.json" in item and "--dataloader" in item for item in missing.todo)
 
 
-def test_images_in_sub_folders_are_remarked_where_there_are_some(put, pictures):
+def test_images_in_sub_folders_are_remarked_where_there_are_some(put, images):
     imported = import_config(put("config.json", BASE | {"concepts": [{"path": "a", "include_subdirectories": False}]}))
     assert kinds(imported)["concepts.0.include_subdirectories"] == "differs"
-    (pictures / "deeper" / "5.png").unlink()
+    (images / "deeper" / "5.png").unlink()
     imported = import_config(put("config.json", BASE | {"concepts": [{"path": "a", "include_subdirectories": False}]}))
     assert kinds(imported)["concepts.0.include_subdirectories"] == "ignored"
 

@@ -9,7 +9,9 @@ import pytest
 from huggingface_hub import scan_cache_dir, snapshot_download, try_to_load_from_cache
 
 from chroma_core.errors import ModelFileError
+from chroma_core.loading.component_cache import ComponentCache
 from chroma_core.loading.hub import PARTS, fetch
+from chroma_core.loading.spec import ModelSpec
 from chroma_core.model.flavours import BASE_COMMIT, FLAVOURS, flavour
 from hub_cases import SHARD, TRANSFORMER, assert_same, cache_fixture, chroma_files, hub_fixture, partial, present  # noqa: F401
 from hub_server import REPOSITORY, Fault, sha256
@@ -269,3 +271,17 @@ def test_without_symbolic_links_nothing_lies_there_twice(hub, cache, monkeypatch
     assert_same(folder)
     assert not (folder / SHARD).is_symlink()
     assert sum(p.stat().st_size > 1 << 20 for p in cache.rglob("*") if not p.is_symlink()) == 1
+
+
+def test_a_branch_is_asked_for_once_and_means_one_commit(hub, cache):
+    """The component cache asks the Hub what a branch means once, and keeps to that commit."""
+    components, spec = ComponentCache(), ModelSpec("base", revision="main")
+    assert components._pinned(spec, "vae").revision == BASE_COMMIT
+    hub.commits[OTHER] = chroma_files()
+    hub.branches["main"] = OTHER
+    asked = len(hub.log)
+    for part in ("vae", "text_encoder"):
+        assert components._pinned(spec, part).revision == BASE_COMMIT
+    assert len(hub.log) == asked
+    components.clear()
+    assert components._pinned(spec, "vae").revision == OTHER

@@ -257,8 +257,8 @@ def test_the_command_line_takes_every_part_out_of_one_file(tmp_path):
         arguments = ["--prompt", "a star", "--steps", "2", "--seed", "1", "--device", "cpu", "--output", str(tmp_path)]
         assert main(["sample", "--flavour", "tiny", *arguments, *options]) == 0
         (path,) = tmp_path.glob("*.png")
-        with Image.open(path) as picture:
-            found = to_tensor(picture)
+        with Image.open(path) as written:
+            found = to_tensor(written)
         path.unlink()
         return found
 

@@ -196,12 +196,12 @@ def test_inspect_and_convert_on_the_command_line(source, tmp_path, capsys):
     assert main(["convert-lora", str(source), "--to", "ai-toolkit", "--output", str(tmp_path / "out.safetensors")]) == 0
     out, notes = capsys.readouterr()
     assert Path(out.strip()) == tmp_path / "out.safetensors" and "multiplied into" in notes
-    picture = tmp_path / "map.png"
-    assert main(["inspect-lora", out.strip(), "--json", "--heat-map", str(picture)]) == 0
+    image = tmp_path / "map.png"
+    assert main(["inspect-lora", out.strip(), "--json", "--heat-map", str(image)]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["dialect"] == "native" and report["alpha_source"] == "absent" and report["modules"] == 35
     assert report["converted_from"]["file"] == "mine.safetensors"
-    with Image.open(picture) as shown:
+    with Image.open(image) as shown:
         assert shown.width >= 360
     assert main(["convert-lora", str(source), "--to", "kohya", "--output", str(source)]) == 1
     assert "exists already" in capsys.readouterr().err

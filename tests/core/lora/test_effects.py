@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from chroma_core.checkpoints.norms import norms_on
+from chroma_core.checkpoints.merge import norms_on
 from chroma_core.cli.main import main
 from chroma_core.errors import ConfigError
 from chroma_core.loading.spec import ModelSpec

@@ -260,4 +260,4 @@ def test_wrong_settings():
         {"lokr_factor": 0},
     ):
         with pytest.raises(ConfigError):
-            LoraSettings(**values)
+            LoraSettings.parse(values)

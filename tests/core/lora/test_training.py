@@ -201,4 +201,4 @@ def test_misuse_is_an_error():
         add_trainable(model, LoraSettings(), seed=0)
     for values in ({"rank": 0}, {"alpha": 0.0}, {"alpha": float("inf")}, {"dropout": 1.0}):
         with pytest.raises(ConfigError, match=next(iter(values))):
-            LoraSettings(**values)
+            LoraSettings.parse(values)

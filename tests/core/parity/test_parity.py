@@ -15,7 +15,7 @@ from chroma_core.cli.parity import exit_status
 from chroma_core.errors import ConfigError, JobError
 from chroma_core.loading.component_cache import ComponentCache
 from chroma_core.loading.spec import LoraUse, ModelSpec
-from chroma_core.model.images import latents_bytes, read_latents, read_record, to_pictures
+from chroma_core.model.images import latents_bytes, read_latents, read_record, to_images
 from chroma_core.model.latents import FLUX_LATENTS
 from chroma_core.parity import (
     Case,
@@ -145,12 +145,12 @@ def test_psnr_of_one_level_in_one_value():
     assert psnr(Image.fromarray(array), Image.fromarray(other)) == pytest.approx(89.03, abs=0.01)
 
 
-def test_pictures_are_rounded_as_the_host_saves_them():
+def test_images_are_rounded_as_the_host_saves_them():
     """VAE Decode: clamp((x + 1) / 2); Save Image: numpy.clip(255·x, 0, 255).astype(uint8)."""
     x = torch.linspace(-1.2, 1.2, 3 * 64 * 64).view(1, 3, 64, 64)
     image = torch.clamp((x + 1.0) / 2.0, min=0.0, max=1.0)[0].permute(1, 2, 0)
     expected = np.clip(255.0 * image.numpy(), 0, 255).astype(np.uint8)
-    assert np.array_equal(np.asarray(to_pictures(x)[0]), expected)
+    assert np.array_equal(np.asarray(to_images(x)[0]), expected)
     assert expected.min() == 0 and expected.max() == 255
 
 
@@ -198,7 +198,7 @@ def test_the_verdict_is_about_what_must_agree(capsys):
     def verdict(**painted_by: Sampled | NotRun) -> tuple[int, str]:
         report = Report(case)
         report.add_pairs(dict(painted_by))
-        assert report.to_dict()["same_picture"] is report.same_picture
+        assert report.to_dict()["same_picture"] is report.same_image
         return exit_status(report), capsys.readouterr().err.strip()
 
     status, said = verdict(preview=sampled(1.0), cli=sampled(1.005), diffusers=sampled(3.0))

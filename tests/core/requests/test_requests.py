@@ -46,15 +46,15 @@ MINIMAL = """
 """
 
 
-def pictures(prompts: list[dict], random: Iterator[int] | None = None, **fields: object):
+def images(prompts: list[dict], random: Iterator[int] | None = None, **fields: object):
     request = InferenceRequest.parse({"prompts": prompts, **fields})
-    return request.pictures(lambda: next(random)) if random else request.pictures()  # type: ignore[arg-type]
+    return request.images(lambda: next(random)) if random else request.images()  # type: ignore[arg-type]
 
 
 def test_the_references_minimal_request():
     request = InferenceRequest.read(MINIMAL)
-    (picture,) = request.pictures()
-    assert picture.to_dict() == {
+    (image,) = request.images()
+    assert image.to_dict() == {
         "prompt": "sks a photo of a person", "neg": "", "width": 1024, "height": 1024, "seed": 42, "sample_steps": 25,
         "guidance_scale": 4.0,
     }  # fmt: skip
@@ -67,14 +67,14 @@ def test_the_references_minimal_request():
     [("chroma", 1024, 25, 4.0), ("hd", 1024, 25, 4.0), ("flash", 1024, 12, 1.0), ("tiny", 64, 25, 3.0)],
 )
 def test_defaults_are_the_models(model: str, size: int, steps: int, guidance: float):
-    (picture,) = pictures([{"prompt": "a"}], model=model)
-    assert (picture.width, picture.height, picture.sample_steps, picture.guidance_scale) == (
+    (image,) = images([{"prompt": "a"}], model=model)
+    assert (image.width, image.height, image.sample_steps, image.guidance_scale) == (
         size,
         size,
         steps,
         guidance,
     )
-    assert (picture.seed, picture.neg) == (42, "")
+    assert (image.seed, image.neg) == (42, "")
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_defaults_are_the_models(model: str, size: int, steps: int, guidance: fl
 )
 def test_sizes_are_floored_to_32(asked: int, painted: int):
     for recipe in ("canonical", "comfyui"):
-        (picture,) = pictures([{"prompt": "a", "width": asked, "height": 4096}], recipe=recipe)
-        assert (picture.width, picture.height) == (painted, 4096)
+        (image,) = images([{"prompt": "a", "width": asked, "height": 4096}], recipe=recipe)
+        assert (image.width, image.height) == (painted, 4096)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +101,13 @@ def test_sizes_are_floored_to_32(asked: int, painted: int):
 )
 def test_seeds(base: int | None, asked: list[int | None], seeds: list[int]):
     prompts = [{"prompt": "a"} | ({} if seed is None else {"seed": seed}) for seed in asked]
-    found = pictures(prompts, iter(range(1000, 1010)), **({} if base is None else {"seed": base}))
-    assert [picture.seed for picture in found] == seeds
+    found = images(prompts, iter(range(1000, 1010)), **({} if base is None else {"seed": base}))
+    assert [image.seed for image in found] == seeds
 
 
 def test_random_seeds_differ_and_are_reported():
-    found = pictures([{"prompt": "a", "seed": -1}] * 8)
-    assert len({picture.seed for picture in found}) == 8 and all(0 <= picture.seed < 2**32 for picture in found)
+    found = images([{"prompt": "a", "seed": -1}] * 8)
+    assert len({image.seed for image in found}) == 8 and all(0 <= image.seed < 2**32 for image in found)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_random_seeds_differ_and_are_reported():
 )
 def test_trigger(prompt: str, own: str | None, job: str | None, expected: str):
     asked = {"prompt": prompt, "neg": f"no {prompt}", "trigger_word": own}
-    (picture,) = pictures([asked], trigger_word=job)
-    assert (picture.prompt, picture.neg) == (expected, f"no {expected}")
+    (image,) = images([asked], trigger_word=job)
+    assert (image.prompt, image.neg) == (expected, f"no {expected}")
 
 
 @pytest.mark.parametrize("field", ["prompt", "neg"])
@@ -135,7 +135,7 @@ def test_trigger(prompt: str, own: str | None, job: str | None, expected: str):
 def test_trigger_without_a_word_is_an_error(field: str, own: str | None):
     asked = {"prompt": "a", field: "a [trigger]", "trigger_word": own}
     with pytest.raises(ConfigError, match=rf"prompts\[1\].{field} .*neither the prompt nor the request has"):
-        pictures([{"prompt": "a"}, asked])
+        images([{"prompt": "a"}, asked])
 
 
 NULLS = ("width", "height", "seed", "sample_steps", "guidance_scale", "neg", "trigger_word", "ctrl_img", "resolution")
@@ -155,7 +155,7 @@ def test_a_lora_may_be_applied_in_part():
     asked = {"prompts": [{"prompt": "a"}], "loras": [{"path": "x", "allow_partial": True}]}
     request = InferenceRequest.parse(asked)
     assert [use.allow_partial for use in lora_uses(request, Path)] == [True]
-    prompt = to_prompt(request, request.pictures(), ["x"])
+    prompt = to_prompt(request, request.images(), ["x"])
     assert prompt["lora_0"]["inputs"]["allow_partial"] is True
     asked["loras"][0]["allow_partial"] = "yes"
     with pytest.raises(ConfigError, match=r"allow_partial is \"yes\", and must be true or false"):
@@ -163,7 +163,7 @@ def test_a_lora_may_be_applied_in_part():
 
 
 def test_whole_numbers_may_have_a_point():
-    (found,) = pictures([{"prompt": "a", "seed": 42.0, "width": 512.0, "sample_steps": 7.0}])
+    (found,) = images([{"prompt": "a", "seed": 42.0, "width": 512.0, "sample_steps": 7.0}])
     assert (found.seed, found.width, found.sample_steps) == (42, 512, 7) and isinstance(found.seed, int)
 
 
@@ -210,14 +210,14 @@ def test_all_mistakes_are_named_at_once():
         assert part in str(raised.value)
 
 
-def test_the_prompt_has_one_model_for_all_pictures():
+def test_the_prompt_has_one_model_for_all_images():
     request = InferenceRequest.parse(
         {
             "prompts": [{"prompt": "a"}, {"prompt": "b"}],
             "loras": [{"path": "x"}, {"path": "y", "network_multiplier": -1}],
         }
     )
-    prompt = to_prompt(request, request.pictures(), ["sub/x.safetensors", "y.safetensors"])
+    prompt = to_prompt(request, request.images(), ["sub/x.safetensors", "y.safetensors"])
     classes = [node["class_type"] for node in prompt.values()]
     assert classes.count("ChromaLoadModel") == 1 and classes.count("ChromaSampler") == classes.count("SaveImage") == 2
     assert prompt["lora_0"]["inputs"]["model"] == ["load", 0] and prompt["lora_1"]["inputs"]["model"] == ["lora_0", 0]
@@ -229,16 +229,16 @@ def test_the_prompt_has_one_model_for_all_pictures():
 
 def test_the_first_block_cache_reaches_the_sampler():
     asked = InferenceRequest.parse({"prompts": [{"prompt": "a"}], "first_block_cache": 0.1})
-    assert asked.settings(asked.pictures()[0]).first_block_cache == 0.1
-    assert to_prompt(asked, asked.pictures(), [])["sample_0"]["inputs"]["first_block_cache"] == 0.1
+    assert asked.settings(asked.images()[0]).first_block_cache == 0.1
+    assert to_prompt(asked, asked.images(), [])["sample_0"]["inputs"]["first_block_cache"] == 0.1
     plain = InferenceRequest.parse({"prompts": [{"prompt": "a"}]})
-    assert "first_block_cache" not in to_prompt(plain, plain.pictures(), [])["sample_0"]["inputs"]
+    assert "first_block_cache" not in to_prompt(plain, plain.images(), [])["sample_0"]["inputs"]
     with pytest.raises(ConfigError, match="first_block_cache is 2, and must be between 0 and 1"):
         InferenceRequest.parse({"prompts": [{"prompt": "a"}], "first_block_cache": 2})
 
 
 def test_strengths_change_without_loading_again(tmp_path: Path):
-    """One load for all prompts of all requests in live mode; the picture's record says what made it."""
+    """One load for all prompts of all requests in live mode; the image's record says what made it."""
     write_lora(tmp_path / "a.safetensors", random_lora(transformer_outline(ModelSpec("tiny")), "all", rank=2))
     loads: list[str] = []
     cache = ComponentCache(on_part=lambda done, total, what: loads.append(what) if done == total else None)

@@ -129,7 +129,7 @@ def test_heun_is_second_order():
     assert error("heun", 8) / error("heun", 16) == pytest.approx(4, rel=0.1)
 
 
-def test_image_to_image_starts_from_the_picture():
+def test_image_to_image_starts_from_the_image():
     start = torch.randn(1, 16, 12, 8)
     sigmas = sampling_sigmas(6, 24, denoise=0.3)
     seen = []
@@ -161,7 +161,7 @@ def test_progress_and_interruption():
     assert seen == [(i, 6, (1, 16, 12, 8)) for i in (1, 2, 3)]
 
 
-def test_recipes_change_the_picture_and_tail_bias_too():
+def test_recipes_change_the_image_and_tail_bias_too():
     plain = run()
     assert not torch.equal(plain, run(recipe=RECIPES["ai-toolkit"]))
     assert not torch.equal(plain, run(settings={"tail_bias": 0.5}))

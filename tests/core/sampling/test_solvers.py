@@ -111,9 +111,9 @@ def test_a_straight_flow_is_solved_exactly(method, settings):
         def forward(self, latents, text, sigma, ids, mask, modulation):
             return (latents - target) / sigma[:, None, None]
 
-    picture = torch.randn(1, 16, H, W)
-    target = pack(picture)
-    assert (run(Straight(), method=method, **settings) - picture).abs().max() <= 2e-5
+    image = torch.randn(1, 16, H, W)
+    target = pack(image)
+    assert (run(Straight(), method=method, **settings) - image).abs().max() <= 2e-5
 
 
 def test_dpmpp_2m_is_the_papers_as_diffusers_has_it():
@@ -164,7 +164,7 @@ def test_a_batch_equals_its_singles(method, recipe):
 
 
 @pytest.mark.parametrize("method", SOLVERS)
-def test_a_mask_keeps_the_picture_with_every_method(method):
+def test_a_mask_keeps_the_image_with_every_method(method):
     start, mask = torch.randn(2, 16, H, W), torch.zeros(2, H, W)
     mask[:, : H // 2] = 1
     mask[0, H // 2] = 0.4

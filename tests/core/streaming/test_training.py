@@ -60,7 +60,7 @@ def test_a_backward_pass_fetches_in_reverse_order(checkpointing):
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
-def test_three_optimizer_steps_with_pictures_in_between(checkpointing):
+def test_three_optimizer_steps_with_images_in_between(checkpointing):
     results = []
     for stream in (False, True):
         made = model("int8")

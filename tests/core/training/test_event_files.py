@@ -15,7 +15,7 @@ accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_a
 pytest.importorskip("tensorboardX")
 
 
-def test_curves_pictures_and_config_have_every_step_once_also_after_a_resume(tmp_path, monkeypatch):
+def test_curves_images_and_config_have_every_step_once_also_after_a_resume(tmp_path, monkeypatch):
     model, data = model_folder(tmp_path / "model"), write_dataset(tmp_path / "data", 4)
     settings = config(
         model,

@@ -82,11 +82,24 @@ def test_a_job_of_a_later_version_is_left_alone(first_release, if_exists, capsys
     changed(folder / "job.json", format=jobs.FORMAT + 1)
     before, found = written(folder), manager()
     assert found.list() == [] and LATER in capsys.readouterr().out
+    ((name, why),) = found.unreadable().items()
+    assert name == folder.name and LATER in why
     for asked in (lambda: found.ensure(config, if_exists), lambda: found.get(folder.name)):
         with pytest.raises(JobError, match=f"'{folder.name}' has the format 2, {LATER}. Update ChromaKit"):
             asked()
     found.shutdown()
     assert written(folder) == before
+
+
+def test_a_folder_that_was_mended_is_read_again(first_release):
+    (first_release / "job.json").write_text("{}")
+    found = manager()
+    assert found.unreadable() == {NAME: "its job.json lacks 'config'"}
+    shutil.rmtree(first_release)
+    assert found.unreadable() == {}
+    shutil.copytree(Path(__file__).parents[2] / "recorded/first_release/jobs" / NAME, first_release)
+    assert [job.id for job in found.list()] == [NAME] and found.unreadable() == {}
+    found.shutdown()
 
 
 def test_the_command_line_lists_the_other_jobs(first_release, capsys):

@@ -44,7 +44,7 @@ def test_whatever_differs_is_seen(tmp_path):
         save_file({"down": weights}, folder / "loras" / "kill-resume.safetensors")
         save_file({"down": changes.get("average", weights)}, folder / "loras" / "kill-resume-ema.safetensors")
         save_file({"down": weights}, folder / "jobs/j/checkpoints/step-000008/lora.safetensors")
-        (folder / "jobs/j/samples/step-000008-0.png").write_bytes(changes.get("picture", b"png"))
+        (folder / "jobs/j/samples/step-000008-0.png").write_bytes(changes.get("image", b"png"))
         line = f'{{"step": 8, "loss": {changes.get("loss", 0.5)}, "seconds": {changes.get("seconds", 1)}}}\n{{"step"'
         (folder / "jobs/j/metrics.jsonl").write_text(line)
         return folder
@@ -53,7 +53,7 @@ def test_whatever_differs_is_seen(tmp_path):
     assert kill_resume.same_result(reference, run("same", seconds=2))
     average = np.arange(4, dtype=np.float32)
     average.view(np.uint32)[2] ^= 1
-    for i, changes in enumerate(({"average": average}, {"picture": b"PNG"}, {"loss": 0.25})):
+    for i, changes in enumerate(({"average": average}, {"image": b"PNG"}, {"loss": 0.25})):
         assert not kill_resume.same_result(reference, run(f"other-{i}", **changes))
     fewer = run("fewer")
     shutil.rmtree(fewer / "jobs/j/checkpoints/step-000008")

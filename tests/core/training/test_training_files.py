@@ -246,7 +246,7 @@ def test_metrics_are_cut_back_and_torn_lines_ignored(tmp_path):
 
 
 def test_what_the_preview_shows_is_what_the_lora_gives(places, tmp_path):
-    """The picture is made again, bit for bit, from nothing but its own record and the LoRA file."""
+    """The image is made again, bit for bit, from nothing but its own record and the LoRA file."""
     previews = {"prompts": ["[trigger] on a red background", "a blue circle"], "steps": 3, "guidance": 3.0, "seed": 7}
     dataset = {"folder": str(places[1]), "trigger": "sks", "caption_dropout": 0.0}
     made = trained(places, 3, previews=previews, dataset=dataset)
@@ -336,14 +336,14 @@ def test_another_jobs_file_is_never_overwritten(places, tmp_path):
 def test_the_plot_shows_curve_and_heldout_points():
     lines = [{"step": i, "loss": 1 / i + 0.1 * math.sin(i), "loss_smooth": 1 / i} for i in range(1, 200)]
     lines += [{"step": i, "heldout_loss": 0.5 - i / 1000} for i in (0, 100, 199)] + [{"step": 3, "skipped": True}]
-    picture = plot_losses(lines)
-    assert picture.size == (768, 432)
-    colours = {colour for _, colour in picture.getcolors(1_000_000) or []}
+    image = plot_losses(lines)
+    assert image.size == (768, 432)
+    colours = {colour for _, colour in image.getcolors(1_000_000) or []}
     assert {(96, 165, 250), (250, 204, 21), (62, 84, 120)} <= colours, "smoothed, held out and raw are all drawn"
     higher = plot_losses(
         [{**line, "loss_smooth": line["loss_smooth"] / 2} if "loss" in line else line for line in lines]
     )
-    assert higher.tobytes() != picture.tobytes()
+    assert higher.tobytes() != image.tobytes()
 
 
 @pytest.mark.parametrize(

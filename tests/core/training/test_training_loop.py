@@ -25,7 +25,7 @@ from training_cases import Bench, bench, config, model_folder, steps, write_data
 TINY = Path(chroma_core.__file__).parent / "assets" / "tiny"
 EXAMPLE = Path(chroma_core.__file__).parents[1] / "example_datasets" / "sks_emblem"
 
-# 50 steps on the model and the pictures that ship with the pack, recorded before the objective had any options. Torch's
+# 50 steps on the model and the images that ship with the pack, recorded before the objective had any options. Torch's
 # plainest kernels (ATEN_CPU_CAPABILITY=default) give the same to 3e-7.
 # fmt: off
 RECORDED_LOSSES = [
@@ -47,19 +47,19 @@ def places(tmp_path_factory):
 
 
 def heldout(made: Bench) -> float:
-    pictures = [
+    images = [
         (made.data.cache.latents(sample.latents[0]), made.data.cache.text(sample.captions[0]))
         for sample in made.data.heldout
     ]
-    return sum(heldout_loss(made.transformer, pictures)) / len(HELDOUT_SIGMAS)
+    return sum(heldout_loss(made.transformer, images)) / len(HELDOUT_SIGMAS)
 
 
 def test_the_heldout_loss_in_parts_is_that_of_the_whole(places):
     made = bench(places, validation_dataset={"folder": str(places[1])})
-    pictures = [(made.data.cache.latents(s.latents[0]), made.data.cache.text(s.captions[0])) for s in made.data.heldout]
-    whole = heldout_loss(made.transformer, pictures)
+    images = [(made.data.cache.latents(s.latents[0]), made.data.cache.text(s.captions[0])) for s in made.data.heldout]
+    whole = heldout_loss(made.transformer, images)
     for rows in (1, 3, 9):
-        parts = heldout_loss(made.transformer, pictures, rows=rows)
+        parts = heldout_loss(made.transformer, images, rows=rows)
         assert max(abs(a - b) for a, b in zip(whole, parts, strict=True)) <= 1e-6, rows
 
 
@@ -72,7 +72,7 @@ def test_the_objective_in_numbers():
     assert loss(small, torch.zeros(1)).item() == pytest.approx(1e-8, rel=0.01)
 
 
-def test_overfitting_two_pictures_lowers_the_loss(places):
+def test_overfitting_two_images_lowers_the_loss(places):
     made = bench(places, validation_dataset={"folder": str(places[1])}, batch_size=6, learning_rate=2e-2)
     before = heldout(made)
     results = steps(made, 60)
@@ -104,7 +104,7 @@ def test_accumulation_equals_a_larger_batch(places):
             assert abs(a.loss - b.loss) <= 1e-6 and abs(a.grad_norm - b.grad_norm) <= 1e-6
         # Adam turns a gradient's last bits into steps of full size where the gradient is almost nothing.
         assert (weights[0] - weights[other]).abs().mean() < 1e-5
-    assert {len(made.batches[step]) for step in range(4)} == {4, 2}, "six pictures: a full and a short batch"
+    assert {len(made.batches[step]) for step in range(4)} == {4, 2}, "six images: a full and a short batch"
 
 
 def test_losses_are_the_recorded_ones(tmp_path):

@@ -27,7 +27,7 @@ const column = (name, options) => (curve) => ({
   data: [curve.step, curve[name]],
 });
 
-/** Views of what is measured on held-out pictures, if there are any. */
+/** Views of what is measured on held-out images, if there are any. */
 const MEASURED = new Set(["heldout", "gain"]);
 
 /** @type {Record<string, (curve: Curve) => Lines>} */

@@ -8,7 +8,7 @@ import { t } from "../lib/words.js";
 import { Comparison } from "./comparison.js";
 import { openTemplate } from "./graphs.js";
 import { notify } from "./notices.js";
-import { ACTIVE, all, find, listen, problem, reload } from "./store.js";
+import { ACTIVE, all, find, listen, problem, reload, unreadable } from "./store.js";
 import { progressWords, share, showState } from "./words.js";
 
 /** @type {[string, (job: Job) => boolean][]} */
@@ -31,10 +31,11 @@ export class JobList {
     /** @type {Set<string>} */
     this.chosen = new Set();
     this.groups = h("div", {});
+    this.unreadable = h("section", {});
     this.empty = this.#emptyNote();
     this.trouble = h("div", { class: "ck-error", role: "alert" });
     this.comparison = new Comparison();
-    this.element = h("div", { class: "ck-list" }, this.trouble, this.comparison.element, this.groups, this.empty);
+    this.element = h("div", { class: "ck-list" }, this.trouble, this.comparison.element, this.groups, this.unreadable, this.empty);
     this.unlisten = listen((id) => this.#changed(id));
     this.#order();
   }
@@ -83,6 +84,10 @@ export class JobList {
         return h("section", {}, title, h("ul", {}, items));
       }),
     );
+    const left = unreadable();
+    this.unreadable.hidden = !left.length;
+    const items = left.flatMap(({ id, error }) => [h("dt", { class: "ck-strong" }, id), h("dd", {}, error)]);
+    fill(this.unreadable, h("h3", {}, t("list.unreadable")), h("dl", {}, items));
     this.empty.hidden = list.length > 0 || Boolean(problem());
     fill(this.trouble, problem() && t("list.trouble", { problem: problem() }));
     if (problem()) this.trouble.append(" ", h("button", { type: "button", onclick: reload }, t("list.again")));

@@ -163,7 +163,7 @@ class Strip {
   }
 }
 
-/** Two pictures, one over the other, and a handle that uncovers the lower one. */
+/** Two images, one over the other, and a handle that uncovers the lower one. */
 export class Slider {
   constructor() {
     this.left = h("img", { class: "ck-left" });

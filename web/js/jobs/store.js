@@ -19,6 +19,8 @@ const listeners = new Set();
 const endings = new Set();
 /** @type {Map<string, number>} */
 const watched = new Map();
+/** @type {{id: string, error: string}[]} */
+let leftAlone = [];
 let heard = 0;
 let asked = 0;
 let trouble = "";
@@ -34,6 +36,9 @@ export const find = (id) => known.get(id);
 
 /** Why the list could not be fetched, in words; empty when it could. */
 export const problem = () => trouble;
+
+/** Folders of jobs that the host cannot read, each with the reason. */
+export const unreadable = () => leftAlone;
 
 /**
  * Call `listener(id)` after a job changed, came or went (id null: any of them); returns what ends it.
@@ -100,6 +105,7 @@ export async function reload() {
   heard = asked = performance.now();
   try {
     const list = /** @type {Job[]} */ (await get("jobs?brief=true"));
+    leftAlone = await get("jobs/unreadable");
     const ids = new Set(list.map((job) => job.id));
     for (const id of known.keys()) if (!ids.has(id)) known.delete(id);
     for (const job of list) take(job, false);

@@ -1,5 +1,7 @@
 // @ts-check
-// Elements without a framework.
+// Elements without a framework, and the stylesheets. Every rule in those begins with .chromakit, the class of each of our
+// roots, so that nothing of the host's page changes; colours are the host's own variables, so that themes are followed.
+const SHEETS = ["base", "jobs", "widgets", "room", "wall"];
 
 /**
  * Make an element: h("button", { class: "a", disabled: true, onclick: f, "aria-label": "x" }, "text", child, …).
@@ -89,4 +91,13 @@ export function throttled(work, milliseconds) {
       work();
     }, wait);
   };
+}
+
+/** Link the stylesheets into the page, once. */
+export function linkStyles() {
+  for (const name of SHEETS) {
+    const href = new URL(`../../css/${name}.css`, import.meta.url).href;
+    if (document.querySelector(`link[href="${href}"]`)) continue;
+    document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }));
+  }
 }

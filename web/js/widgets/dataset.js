@@ -83,7 +83,7 @@ class Dataset extends LivePanel {
   }
 
   /**
-   * Small pictures, cropped as in training; a click opens the whole contact sheet.
+   * Small images, cropped as in training; a click opens the whole contact sheet.
    * @param {DatasetLook} found
    */
   sheet(found) {

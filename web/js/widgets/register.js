@@ -2,7 +2,7 @@
 // The live panels of the nodes, and the setting that switches them off.
 import { app } from "../../../../scripts/app.js";
 import { api } from "../../../../scripts/api.js";
-import { linkStyles } from "../lib/style.js";
+import { linkStyles } from "../lib/dom.js";
 import { loadWords } from "../lib/words.js";
 import { attachDataset } from "./dataset.js";
 import { attachDensity } from "./density.js";

@@ -1,10 +1,9 @@
 // @ts-check
 // The panel on Chroma Train LoRA: state, bar, curve, the last preview, pause and stop. It shows what the store knows about
 // the job that the node started, and holds no truth of its own.
-import { fill, h, say } from "../lib/dom.js";
+import { fill, h, say, svg } from "../lib/dom.js";
 import { address, reason } from "../lib/http.js";
 import { addPanel, chain } from "../lib/node_panel.js";
-import { drawSpark, sparkElement } from "../lib/spark.js";
 import { t } from "../lib/words.js";
 import { CurveFeed } from "../jobs/curve_feed.js";
 import { ACTIVE, act, find, listen, watch } from "../jobs/store.js";
@@ -14,6 +13,7 @@ import { progressWords, share, showState } from "../jobs/words.js";
 const HEIGHT = 148; // pixels
 const POINTS = 200;
 const SIDE = 256;
+const [SPARK_WIDTH, SPARK_HEIGHT, EDGE] = [200, 60, 3];
 
 class Panel {
   /** @param {PageNode} node */
@@ -30,7 +30,7 @@ class Panel {
     this.chip = h("span", { class: "ck-chip" });
     this.numbers = h("span", { class: "ck-clip" });
     this.bar = h("progress", { max: 1, value: 0, "aria-label": t("job.progress") });
-    this.curve = sparkElement(t("curves.chart"));
+    this.curve = svg("svg", { class: "ck-spark", role: "img", "aria-label": t("curves.chart") });
     this.sample = h("img", { class: "ck-last", alt: t("train.last_preview"), hidden: true });
     this.note = h("span", { class: "ck-faint ck-clip" });
     this.pause = this.#button(() => (this.job?.state === "paused" ? "resume" : "pause"));
@@ -176,4 +176,44 @@ export function attachTrain(node) {
     onConfigure: () => panel.unlisten && panel.follow(),
     onRemoved: () => panel.end(),
   });
+}
+
+/**
+ * Draw a curve small enough for a node: lines over one another into an SVG element that scales with it, `lines` as
+ * `{values, colour, width, opacity}`; null values are gaps that are bridged. The vertical range is that of the middle 96 %
+ * of all values, so that one spike does not flatten the rest.
+ * @param {Element} element
+ * @param {number[]} x
+ * @param {SparkLine[]} lines
+ */
+function drawSpark(element, x, lines) {
+  const sorted = lines.flatMap((line) => line.values).filter(isNumber).sort((a, b) => a - b);
+  element.setAttribute("viewBox", `0 0 ${SPARK_WIDTH} ${SPARK_HEIGHT}`);
+  element.setAttribute("preserveAspectRatio", "none");
+  if (x.length < 2 || !sorted.length) return element.replaceChildren();
+  const low = sorted[Math.floor(0.02 * (sorted.length - 1))];
+  const high = Math.max(sorted[Math.ceil(0.98 * (sorted.length - 1))], low + 1e-9);
+  const [first, last] = [x[0], x[x.length - 1]];
+  /** @param {number} step @param {number} value */
+  const place = (step, value) => {
+    const right = ((step - first) / (last - first || 1)) * SPARK_WIDTH;
+    const up = Math.min(1, Math.max(0, (value - low) / (high - low)));
+    return `${right.toFixed(1)},${(EDGE + (1 - up) * (SPARK_HEIGHT - 2 * EDGE)).toFixed(1)}`;
+  };
+  element.replaceChildren(
+    ...lines.map(({ values, colour, width = 1.5, opacity = 1 }) =>
+      svg("polyline", {
+        points: x.flatMap((step, i) => (isNumber(values[i]) ? [place(step, values[i])] : [])).join(" "),
+        fill: "none",
+        "stroke-width": width,
+        "vector-effect": "non-scaling-stroke",
+        style: `stroke:${colour};opacity:${opacity}`,
+      }),
+    ),
+  );
+}
+
+/** @param {number | null} value @returns {value is number} */
+function isNumber(value) {
+  return Number.isFinite(value);
 }

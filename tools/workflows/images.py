@@ -1,7 +1,7 @@
-"""Makes the pictures beside the example workflows (`.jpg`, shown under Templates) by running each in a real host.
+"""Makes the images beside the example workflows (`.jpg`, shown under Templates) by running each in a real host.
 
-python -m tools.workflows.pictures                          a few minutes: it really trains
-python -m tools.workflows.pictures chroma_4_real_06gb …     only these
+python -m tools.workflows.images                          a few minutes: it really trains
+python -m tools.workflows.images chroma_4_real_06gb …     only these
 
 The presets for the real Chroma are not run: theirs is what `tiny` generates with a LoRA, with the size of the GPU
 written on it. No image here is of the real model.
@@ -25,13 +25,13 @@ FIRST = "chroma_2_first_lora"  # others use the LoRA that it trains
 PRESET = "chroma_4_real_"
 
 
-def picture_of(host: Host, name: str):
-    """The workflow's last picture, two of one size side by side; for one that only trains, the job's last preview."""
+def image_of(host: Host, name: str):
+    """The workflow's last image, two of one size side by side; for one that only trains, the job's last preview."""
     from PIL import Image
 
     history = host.run(load_api(name), timeout=3600)
-    if pictures := host.images(history):
-        return _side_by_side(*pictures) if len({picture.size for picture in pictures}) < len(pictures) else pictures[-1]
+    if images := host.images(history):
+        return _side_by_side(*images) if len({image.size for image in images}) < len(images) else images[-1]
     (job,) = next(output["chromakit_job"] for output in history["outputs"].values() if "chromakit_job" in output)
     while (status := host.get(f"/chromakit/jobs/{job}"))["state"] != "completed":
         if status["state"] not in ("queued", "preparing", "running"):
@@ -50,18 +50,18 @@ def _side_by_side(left, right):
     return both
 
 
-def thumbnail(picture):
-    """The whole picture in a square; what is longer one way is put on white."""
+def thumbnail(image):
+    """The whole image in a square; what is longer one way is put on white."""
     from PIL import Image, ImageOps
 
-    return ImageOps.pad(picture, (SIDE, SIDE), Image.Resampling.BICUBIC, "white")
+    return ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.BICUBIC, "white")
 
 
-def labelled(picture, text: str):
+def labelled(image, text: str):
     """A thumbnail with a line of text below the middle, readable on any colour."""
     from PIL import ImageDraw, ImageFont
 
-    made, font = thumbnail(picture), ImageFont.load_default(size=SIDE / 5)
+    made, font = thumbnail(image), ImageFont.load_default(size=SIDE / 5)
     ImageDraw.Draw(made).text(
         (SIDE / 2, SIDE - SIDE / 20), text, "white", font, "mb", stroke_width=4, stroke_fill="black"
     )
@@ -79,9 +79,9 @@ def main() -> int:
         for name in names:
             if name.startswith(PRESET):
                 card = int(name.removeprefix(PRESET).removesuffix("gb"))
-                made = labelled(picture_of(host, "chroma_3_use_lora"), f"{card} GB")
+                made = labelled(image_of(host, "chroma_3_use_lora"), f"{card} GB")
             else:
-                made = thumbnail(picture_of(host, name))
+                made = thumbnail(image_of(host, name))
             if name not in chosen:
                 continue
             made.save(FOLDER / f"{name}.jpg", quality=88)

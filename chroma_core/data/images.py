@@ -21,7 +21,7 @@ OTHER_EXTENSIONS = {
     ".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".psd", ".svg", ".tga",
     ".xcf",
 }  # fmt: skip
-"""Images that are not read here, unless `picture_extensions` has them; a dataset that has some says so."""
+"""Images that are not read here, unless `image_extensions` has them; a dataset that has some says so."""
 
 _USUAL = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 _PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_jxl": ""}
@@ -44,7 +44,7 @@ _STRIP = 1 << 23
 
 
 @cache
-def picture_extensions() -> frozenset[str]:
+def image_extensions() -> frozenset[str]:
     """How the names of images end that are read: always the usual ones, AVIF where Pillow has it, HEIC and JPEG XL
     where pillow-heif and pillow-jxl-plugin are installed."""
     for package, register in _PLUGINS.items():
@@ -57,12 +57,12 @@ def picture_extensions() -> frozenset[str]:
     return frozenset(_USUAL | more)
 
 
-class UnreadablePicture(Exception):
+class UnreadableImage(Exception):
     """One file that cannot be decoded; callers skip, name and count it."""
 
 
 @dataclass(frozen=True)
-class PictureFacts:
+class ImageFacts:
     """What the header tells: size as displayed, more than one frame or page, an alpha channel, a false extension."""
 
     width: int
@@ -72,33 +72,33 @@ class PictureFacts:
     misnamed: bool = False
 
 
-def picture_facts(path: Path) -> PictureFacts:
-    """Read the header alone. Raises UnreadablePicture."""
+def image_facts(path: Path) -> ImageFacts:
+    """Read the header alone. Raises UnreadableImage."""
     try:
         if path.stat().st_size == 0:
-            raise UnreadablePicture("the file is empty")
-        with Image.open(path) as picture:
-            _check_size(picture)
-            width, height = picture.size
+            raise UnreadableImage("the file is empty")
+        with Image.open(path) as image:
+            _check_size(image)
+            width, height = image.size
             # Without an EXIF chunk before the pixels Pillow would decode the whole PNG in search of a late one.
-            late = picture.format == "PNG" and "exif" not in picture.info
-            if not late and picture.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS:
+            late = image.format == "PNG" and "exif" not in image.info
+            if not late and image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS:
                 width, height = height, width
             expected = _FORMAT_OF.get(path.suffix.lower(), path.suffix[1:].upper())
             # An MPO is a JPEG with a second view of the scene, as many telephones write them.
-            actual = "JPEG" if picture.format == "MPO" else picture.format
-            animated = picture.format != "MPO" and getattr(picture, "is_animated", False)
-            return PictureFacts(width, height, animated, picture.has_transparency_data, actual != expected)
+            actual = "JPEG" if image.format == "MPO" else image.format
+            animated = image.format != "MPO" and getattr(image, "is_animated", False)
+            return ImageFacts(width, height, animated, image.has_transparency_data, actual != expected)
     except _UNREADABLE as error:
-        raise UnreadablePicture(reason(error)) from error
+        raise UnreadableImage(reason(error)) from error
 
 
-def load_picture(path: Path, background: str = "white", least: int = 0) -> Image.Image:
+def load_image(path: Path, background: str = "white", least: int = 0) -> Image.Image:
     """Decode an image: upright by its EXIF, transparency laid over `background`, 16 bits reduced to 8, first frame.
 
     Colour profiles are not applied. One of more than 89 million pixels comes at half its size; with `least` above 0,
     which is for thumbnails, any JPEG at the eighth, quarter or half whose sides have so many pixels. Costs at most five
-    bytes a pixel, and beside them ten for each of 8 million. Raises UnreadablePicture.
+    bytes a pixel, and beside them ten for each of 8 million. Raises UnreadableImage.
     """
     try:
         with Image.open(path) as opened:
@@ -111,11 +111,11 @@ def load_picture(path: Path, background: str = "white", least: int = 0) -> Image
             scale = _scale(opened)
             return _upright(opened, "RGB", lambda strip: _flat(strip, background, scale))
     except _UNREADABLE as error:
-        raise UnreadablePicture(reason(error)) from error
+        raise UnreadableImage(reason(error)) from error
 
 
 def load_alpha(path: Path) -> Image.Image | None:
-    """The alpha channel as displayed ("L", 255 where opaque), or None. Size and errors as `load_picture`."""
+    """The alpha channel as displayed ("L", 255 where opaque), or None. Size and errors as `load_image`."""
     try:
         with Image.open(path) as opened:
             _check_size(opened)
@@ -124,7 +124,7 @@ def load_alpha(path: Path) -> Image.Image | None:
                 return None
             return _upright(opened, "L", lambda strip: strip.convert("RGBA").getchannel("A"))
     except _UNREADABLE as error:
-        raise UnreadablePicture(reason(error)) from error
+        raise UnreadableImage(reason(error)) from error
 
 
 def _check_size(opened: Image.Image) -> None:
@@ -139,17 +139,17 @@ def _upright(opened: Image.Image, mode: str, convert: Callable[[Image.Image], Im
     factor = 2 if width * height > _HUGE else 1
     rows = max(2, _STRIP // width // 2 * 2)
     if factor == 1 and (rows >= height or (opened.mode == mode and not opened.has_transparency_data)):
-        picture = convert(opened)
+        image = convert(opened)
     else:
-        picture = Image.new(mode, (-(-width // factor), -(-height // factor)))
+        image = Image.new(mode, (-(-width // factor), -(-height // factor)))
         for top in range(0, height, rows):
             strip = convert(opened.crop((0, top, width, min(height, top + rows))))
-            picture.paste(strip.reduce(factor) if factor > 1 else strip, (0, top // factor))
+            image.paste(strip.reduce(factor) if factor > 1 else strip, (0, top // factor))
     turned = opened.getexif().get(_ORIENTATION_TAG, 1)
     if turned == 1:
-        return picture
-    picture.getexif()[_ORIENTATION_TAG] = turned
-    return ImageOps.exif_transpose(picture)
+        return image
+    image.getexif()[_ORIENTATION_TAG] = turned
+    return ImageOps.exif_transpose(image)
 
 
 def _scale(opened: Image.Image) -> float | None:
@@ -163,15 +163,15 @@ def _scale(opened: Image.Image) -> float | None:
     return 257.0 if highest > 255 else 1.0
 
 
-def _flat(picture: Image.Image, background: str, scale: float | None) -> Image.Image:
+def _flat(image: Image.Image, background: str, scale: float | None) -> Image.Image:
     """RGB, of 8 bits, opaque."""
     if scale is not None:
-        values = np.asarray(picture, np.float32)
-        picture = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+        values = np.asarray(image, np.float32)
+        image = Image.fromarray((values / scale).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, background), rgba)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def reason(error: Exception) -> str:
@@ -186,7 +186,7 @@ def reason(error: Exception) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture(PictureFacts):
+class DatasetImage(ImageFacts):
     """An image as a scan found it.
 
     Args:
@@ -216,6 +216,6 @@ class Picture(PictureFacts):
         return bool(self.mask_sha256)
 
 
-def bucket_of(picture: Picture, config: DatasetConfig, resolution: int) -> tuple[int, int]:
+def bucket_of(image: DatasetImage, config: DatasetConfig, resolution: int) -> tuple[int, int]:
     """The bucket (width, height) of an image at one base resolution."""
-    return choose_bucket(picture.width, picture.height, resolution, config.alignment, config.upscale)
+    return choose_bucket(image.width, image.height, resolution, config.alignment, config.upscale)

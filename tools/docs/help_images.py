@@ -1,7 +1,7 @@
-"""Makes the pictures of the help pages (web/docs/images/<node>.webp) from the real page of a real host.
+"""Makes the images of the help pages (web/docs/images/<node>.webp) from the real page of a real host.
 
-python -m tools.docs.help_pictures                          every node; it really trains tiny, a few minutes
-python -m tools.docs.help_pictures --only ChromaTrainLora   some of them
+python -m tools.docs.help_images                          every node; it really trains tiny, a few minutes
+python -m tools.docs.help_images --only ChromaTrainLora   some of them
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LORA = "sks.safetensors"
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture: the first node of that type in the graph, and when it is taken."""
+    """One image: the first node of that type in the graph, and when it is taken."""
 
     node: str
     graph: str
@@ -194,12 +194,12 @@ GRAPHS = {
 
 
 IMAGES = ROOT / "web" / "docs" / "images"
-LIMIT = 45_000  # bytes a picture
+LIMIT = 45_000  # bytes an image
 VIEW = 1500, 2600  # CSS pixels; the tallest node fits
 SCALE = 2.0  # device pixels for each
 MARGIN = 10  # CSS pixels around the node
 CORNER = 60  # where the node is put, from the canvas' left and top
-HALF = 0.55  # of a job or a run, where a picture of one at work is taken
+HALF = 0.55  # of a job or a run, where an image of one at work is taken
 
 LOAD = """graph => {
   app.loadApiJson(graph, 'help');
@@ -242,7 +242,7 @@ def wait_until(true: Callable[[], Any], what: str, timeout: float = 1800) -> Non
 
 
 class Camera:
-    """Takes pictures of nodes on a page of the host."""
+    """Takes images of nodes on a page of the host."""
 
     def __init__(self, host: Host, page: Any, folder: Path):
         self.host, self.page, self.folder = host, page, folder
@@ -265,7 +265,7 @@ class Camera:
 
     def place(self, shot: Shot) -> None:
         self.page.evaluate(PLACE, [shot.node, CORNER, shot.width, shot.room])
-        self.page.wait_for_timeout(1000)  # pictures and panels of the node are drawn
+        self.page.wait_for_timeout(1000)  # images and panels of the node are drawn
 
     def shoot(self, shot: Shot) -> None:
         """Save the node, framed, as WebP below the limit."""
@@ -280,18 +280,18 @@ class Camera:
             say(f"wrote {path.name}: {image.width} × {image.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
-def small_enough(picture: Any) -> bytes:
-    """The picture as WebP, as good as the limit allows; only then smaller in pixels."""
+def small_enough(image: Any) -> bytes:
+    """The image as WebP, as good as the limit allows; only then smaller in pixels."""
     from PIL import Image
 
     for scale in (1.0, 0.85, 0.7, 0.55):
-        size = round(picture.width * scale), round(picture.height * scale)
-        smaller = picture if scale == 1 else picture.resize(size, Image.Resampling.LANCZOS)
+        size = round(image.width * scale), round(image.height * scale)
+        smaller = image if scale == 1 else image.resize(size, Image.Resampling.LANCZOS)
         for quality in (90, 80, 70, 60, 50):
             smaller.save(body := BytesIO(), "WEBP", quality=quality, method=6)
             if body.tell() <= LIMIT:
                 return body.getvalue()
-    raise SystemExit(f"error: a picture of {picture.size} does not go into {LIMIT} bytes.")
+    raise SystemExit(f"error: an image of {image.size} does not go into {LIMIT} bytes.")
 
 
 def half_trained(host: Host) -> bool:
@@ -300,7 +300,7 @@ def half_trained(host: Host) -> bool:
 
 
 def train_first(camera: Camera) -> None:
-    """The LoRA that the graph `lora` names, unless a picture of its training has made it already."""
+    """The LoRA that the graph `lora` names, unless an image of its training has made it already."""
     if (camera.host.base / "output" / "loras" / LORA).exists():
         return
     say(f"training {LORA}")
@@ -341,13 +341,13 @@ def take(camera: Camera, shots: Sequence[Shot]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NODE", help="ids of the nodes to take pictures of")
+    parser.add_argument("--only", nargs="+", metavar="NODE", help="ids of the nodes to take images of")
     parser.add_argument("--classic", action="store_true", help="in the older node renderer, which shows every input")
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder to write to")
     arguments = parser.parse_args()
     ensure_environment()
     if missing := set(arguments.only or pack_node_ids()) - {shot.node for shot in SHOTS}:
-        raise SystemExit(f"error: there is no picture planned of {', '.join(sorted(missing))}. Add a Shot to SHOTS.")
+        raise SystemExit(f"error: there is no image planned of {', '.join(sorted(missing))}. Add a Shot to SHOTS.")
     groups: dict[str, list[Shot]] = {}
     for shot in SHOTS:
         if not arguments.only or shot.node in arguments.only:

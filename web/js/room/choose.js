@@ -67,7 +67,7 @@ class Chooser {
       chosen: (cell) => this.#chosen(cell),
       key: (cell, event) => this.#key(cell, event),
     });
-    this.best = h("p", { class: "ck-strong", role: "status" });
+    this.best = h("span", { class: "ck-strong", role: "status" });
     this.what = h("span", { class: "ck-strong" });
     this.stars = STARS.map((star) =>
       h("button", { type: "button", "aria-label": t("room.choose.star", { star }), onclick: () => this.cell && this.#rate(this.cell, star) }, "★"),
@@ -90,10 +90,9 @@ class Chooser {
       "div",
       { class: "ck-chooser", "data-job": job.id },
       this.form,
-      h("div", { class: "ck-group" }, this.make, this.stop, this.progress),
+      h("div", { class: "ck-row" }, h("div", { class: "ck-group" }, this.make, this.stop, this.progress), this.best),
       this.fault,
       this.wall.element,
-      this.best,
       this.doing,
       h("p", { class: "ck-faint" }, t("room.choose.keys")),
     );

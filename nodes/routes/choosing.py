@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from aiohttp import web
 from pydantic import StrictInt, StrictStr
+from typing_extensions import NotRequired, TypedDict
 
 from ...chroma_core.comfy.graph import Prompt
 from ...chroma_core.data.dataset import Settings
@@ -21,6 +22,7 @@ from ...chroma_core.files import sha256_file
 from ...chroma_core.training.jobs.manager import Job
 from ...chroma_core.training.run import publish
 from ...chroma_core.training.run.grid import (
+    Average,
     Cell,
     Grid,
     GridChoice,
@@ -49,6 +51,62 @@ _KEY = re.compile(r"[0-9a-f]{16}")
 
 _queued: dict[tuple[str, str], str] = {}
 """The prompts of images that are not there yet, by job and key. The queue, too, lasts no longer than the process."""
+
+
+State = Literal["none", "queued", "running", "done", "failed", "cancelled"]
+
+
+class Progress(TypedDict):
+    """How far an image is; none: neither there nor asked for."""
+
+    state: State
+    error: NotRequired[str]
+
+
+class Column(TypedDict):
+    """A prompt of the grid as it is sampled; sides in pixels."""
+
+    prompt: str
+    width: int
+    height: int
+    seed: int
+
+
+class Entry(Progress):
+    """An image of the grid. prompt: the number of its column. rating: 1 to 5; 0: none."""
+
+    key: str
+    step: int
+    strength: float
+    prompt: int
+    rating: int
+
+
+class GridState(TypedDict):
+    """The grid of a job, row by row. choice: what was asked for; None: nothing yet. own_prompts: the previews'."""
+
+    choice: GridChoice | None
+    own_prompts: list[str]
+    columns: list[Column]
+    cells: list[Entry]
+    rows: list[Average]
+    best: Average | None
+
+
+class KeptFiles(TypedDict):
+    """What was kept: the LoRA's name and place, the strength to use it at, and files beside it that are the user's."""
+
+    lora: str
+    path: str
+    strength: float
+    stayed: list[str]
+
+
+class Published(TypedDict):
+    """A folder that is ready, and how many images are in it."""
+
+    folder: str
+    images: int
 
 
 class Pick(Settings):
@@ -130,7 +188,7 @@ def _lora_name(grid: Grid, step: int) -> str:
 async def _stop(request: web.Request) -> web.Response:
     """Take what is not made yet out of the queue."""
 
-    def stop() -> dict[str, Any]:
+    def stop() -> GridState:
         job = job_of(request)
         forget(job.id)
         return _state(job)
@@ -171,7 +229,7 @@ async def _graph(request: web.Request) -> web.Response:
 async def _rate(request: web.Request) -> web.Response:
     body = await body_of(request, Rating)
 
-    def rate() -> dict[str, Any]:
+    def rate() -> GridState:
         job = job_of(request)
         _cell(job, body.key)
         with jobs.manager().held(job.id):
@@ -185,7 +243,7 @@ async def _keep(request: web.Request) -> web.Response:
     """Cover image and model card beside the LoRA; `stayed` are files there that are the user's own."""
     body = await body_of(request, Pick)
 
-    def keep() -> dict[str, Any]:
+    def keep() -> KeptFiles:
         job = job_of(request)
         grid, cell = _cell(job, body.key)
         lora, image = host.lora_path(_lora_name(grid, cell.step)), _picture(job, cell.key)
@@ -201,7 +259,7 @@ async def _publish(request: web.Request) -> web.Response:
     """A folder with the LoRA, its card, and the images of its row, the picked one first."""
     body = await body_of(request, Pick)
 
-    def write() -> dict[str, Any]:
+    def write() -> Published:
         job = job_of(request)
         grid, cell = _cell(job, body.key)
         row = [each for each in cells(job.config, grid) if (each.step, each.strength) == (cell.step, cell.strength)]
@@ -228,8 +286,8 @@ def _cell(job: Job, key: str) -> tuple[Grid, Cell]:
     return grid, found
 
 
-def _state(job: Job) -> dict[str, Any]:
-    """The whole grid: what was asked for, a column for each prompt, an entry for each image, the rows' ratings."""
+def _state(job: Job) -> GridState:
+    """The whole grid as JSON values."""
     grid = read_grid(job.folder)
     own = [preview.prompt for preview in job.config.preview_list()]
     if grid is None:
@@ -237,11 +295,11 @@ def _state(job: Job) -> dict[str, Any]:
     found = cells(job.config, grid)
     rows = averages(grid, found)
     top = best(rows)
-    return {
-        "choice": grid.model_dump(mode="json", include={"steps", "strengths", "prompts"}),
+    state: Any = {
+        "choice": grid.model_dump(mode="json", include=set(GridChoice.model_fields)),
         "own_prompts": own,
         "columns": [
-            {"prompt": each.prompt, "width": each.width, "height": each.height, "seed": each.settings.seed}
+            Column(prompt=each.prompt, width=each.width, height=each.height, seed=each.settings.seed)
             for each in previews(job.config, grid.prompts)
         ],
         "cells": [
@@ -252,16 +310,17 @@ def _state(job: Job) -> dict[str, Any]:
         "rows": [asdict(row) for row in rows],
         "best": asdict(top) if top else None,
     }
+    return state
 
 
-def _progress(job: Job, key: str) -> dict[str, Any]:
-    """How far an image is: done, queued, running, failed (with the error), cancelled, or none."""
+def _progress(job: Job, key: str) -> Progress:
     asked = job.id, key
+    prompt = _queued.get(asked)
+    found = host.prompt_state(prompt) if prompt else None
+    # In this order: a prompt that has ended has written its image.
     if image_of(job.folder, key):
         _queued.pop(asked, None)
         return {"state": "done"}
-    prompt = _queued.get(asked)
-    found = host.prompt_state(prompt) if prompt else None
     if found is None or found.state == "done":  # done without an image: it was removed since
-        return {"state": "done" if found and image_of(job.folder, key) else "none"}
-    return {"state": found.state} | ({"error": found.error} if found.error else {})
+        return {"state": "none"}
+    return {"state": found.state, "error": found.error} if found.error else {"state": found.state}

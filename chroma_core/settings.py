@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 
-from .errors import ConfigError, check_text
+from .errors import ConfigError, check_text, did_you_mean, nearest
 from .options import Option
 
 
@@ -36,14 +39,63 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError(f"These settings cannot be used: {'; '.join(map(_line, error.errors()))}.") from error
+            lines = (_line(each, cls) for each in error.errors())
+            raise ConfigError(f"These settings cannot be used: {'; '.join(lines)}.") from error
 
 
-def _line(error: Any) -> str:
+def _line(error: Any, model: type[BaseModel]) -> str:
     where = ".".join(map(str, error["loc"])) or "settings"
     if error["type"] == "extra_forbidden":
-        return f"{where} is not a known option (check its spelling)"
-    message = error["msg"].removeprefix("Value error, ")
+        meant = field_meant(model, error["loc"])
+        return f"{where} is not a known option ({f'did you mean {meant}?' if meant else 'check its spelling'})"
+    message = error["msg"].removeprefix("Value error, ") + choice_meant(error)
     if isinstance(error["input"], dict | list) or error["type"] == "missing":
         return f"{where}: {message}"
     return f"{where}: {message} (found {error['input']!r})"
+
+
+def choice_meant(error: Any) -> str:
+    """`did_you_mean` for a pydantic error about a value that is none of a few texts; empty for all others."""
+    if error["type"] != "literal_error":
+        return ""
+    meant = did_you_mean(error["input"], re.findall(r"'([^']+)'", error["ctx"]["expected"]))
+    return f".{meant}" if meant else ""
+
+
+def field_meant(model: type[BaseModel], place: Sequence[int | str]) -> str | None:
+    """The option that an unknown one may be meant for: one of that name in another table, else one near by.
+
+    place: where it was found, as pydantic says it: names, numbers in lists, names of a union's members.
+    """
+    name, here = str(place[-1]), _fields_of(model_at(model, place[:-1]))
+    elsewhere = (path for path in _paths(model) if path.rpartition(".")[2] == name)
+    return min(elsewhere, key=lambda path: path.count("."), default=None) or nearest(name, here)
+
+
+def model_at(model: type, place: Sequence[int | str]) -> Any:
+    """The model or dataclass that reads what stands at a place in `model`; see `field_meant`."""
+    for part in place:
+        model = _inside(_fields_of(model).get(str(part))) or model
+    return model
+
+
+def _fields_of(owner: type) -> Mapping[str, Any]:
+    """The types of the fields of a pydantic model or a dataclass by name."""
+    if dataclasses.is_dataclass(owner):
+        return {field.name: field.type for field in dataclasses.fields(owner)}
+    return {name: field.annotation for name, field in owner.model_fields.items()}  # pyright: ignore
+
+
+def _inside(annotation: Any) -> type | None:
+    """The model or dataclass that a field's type is, or has in it."""
+    if inspect.isclass(annotation) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
+        return annotation
+    return next(filter(None, map(_inside, get_args(annotation))), None)
+
+
+def _paths(owner: type, before: str = "") -> Iterator[str]:
+    """The dotted names of all fields, those of tables in tables too."""
+    for name, annotation in _fields_of(owner).items():
+        yield f"{before}{name}"
+        if inner := _inside(annotation):
+            yield from _paths(inner, f"{before}{name}.")

@@ -41,8 +41,8 @@ from ...chroma_core.training.run.grid import (
 )
 from ...chroma_core.training.run.kept import kept_path
 from .. import host, jobs, while_training
-from .common import Unknown, add, answer, body_of, image_answer, in_thread, job_of
-from .job_graphs import image_graph
+from .common import SIDE, Route, Unknown, answer, body_of, image_answer, in_thread, job_of
+from .job_graphs import JobGraph, image_graph
 
 NOTE = "chromakit_grid"
 """Under which a queued prompt carries which image it makes."""
@@ -119,18 +119,6 @@ class Rating(Pick):
     """The body of `rate`: 1 to 5; 0: none."""
 
     rating: StrictInt
-
-
-def register(routes: Any) -> None:
-    """Add the routes to ComfyUI's table."""
-    add(routes, "get", "/chromakit/jobs/{id}/grid", _grid)
-    add(routes, "post", "/chromakit/jobs/{id}/grid", _make, otherwise=400)
-    add(routes, "post", "/chromakit/jobs/{id}/grid/stop", _stop)
-    add(routes, "get", "/chromakit/jobs/{id}/grid/{key}", _image)
-    add(routes, "get", "/chromakit/jobs/{id}/grid/{key}/graph", _graph)
-    add(routes, "post", "/chromakit/jobs/{id}/rate", _rate, otherwise=400)
-    add(routes, "post", "/chromakit/jobs/{id}/keep", _keep)
-    add(routes, "post", "/chromakit/jobs/{id}/publish", _publish)
 
 
 async def _grid(request: web.Request) -> web.Response:
@@ -217,7 +205,7 @@ def _picture(job: Job, key: str) -> Path:
 async def _graph(request: web.Request) -> web.Response:
     """What repeats an image, as `graph/use` has it."""
 
-    def make() -> dict[str, Any]:
+    def make() -> JobGraph:
         job = job_of(request)
         grid, cell = _cell(job, request.match_info["key"])
         prompt = image_graph(job.config, _lora_name(grid, cell.step), cell.strength, cell.preview)
@@ -324,3 +312,37 @@ def _progress(job: Job, key: str) -> Progress:
     if found is None or found.state == "done":  # done without an image: it was removed since
         return {"state": "none"}
     return {"state": found.state, "error": found.error} if found.error else {"state": found.state}
+
+
+ROUTES = (
+    Route("get", "/chromakit/jobs/{id}/grid", _grid, "The grid that a LoRA is chosen from.", GridState),
+    Route(
+        "post",
+        "/chromakit/jobs/{id}/grid",
+        _make,
+        "Has ComfyUI's queue make a grid of kept steps, strengths and prompts, as far as it is not there yet.",
+        GridState,
+        GridChoice,
+        otherwise=400,
+    ),
+    Route("post", "/chromakit/jobs/{id}/grid/stop", _stop, "Takes out of the queue what is not made yet.", GridState),
+    Route("get", "/chromakit/jobs/{id}/grid/{key}", _image, "An image of the grid.", "image/*", queries=(SIDE,)),
+    Route("get", "/chromakit/jobs/{id}/grid/{key}/graph", _graph, "A prompt that repeats it, bit for bit.", JobGraph),
+    Route("post", "/chromakit/jobs/{id}/rate", _rate, "Rates an image of the grid.", GridState, Rating, otherwise=400),
+    Route(
+        "post",
+        "/chromakit/jobs/{id}/keep",
+        _keep,
+        "Writes an image and a model card beside the LoRA that made it.",
+        KeptFiles,
+        Pick,
+    ),
+    Route(
+        "post",
+        "/chromakit/jobs/{id}/publish",
+        _publish,
+        "Writes a folder that can be published: the LoRA, its card, its images.",
+        Published,
+        Pick,
+    ),
+)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from ...chroma_core.comfy.graph import Prompt, node
 from ...chroma_core.data.dataset import DatasetConfig
 from ...chroma_core.errors import ChromaKitError, JobError
@@ -23,11 +25,16 @@ from ..dataset import SLOTS
 from ..schedule import shift_widgets
 
 
-def again(job: Job) -> dict[str, Any]:
-    """The graph that starts this job: `{prompt, missing, folded}`.
+class JobGraph(TypedDict):
+    """A prompt in API form. missing: what it cannot say, in words. folded: ids of nodes that one rarely looks into."""
 
-    `missing` is what it cannot say, in words; `folded` are the ids of nodes that one rarely looks into.
-    """
+    prompt: Prompt
+    missing: list[str]
+    folded: list[str]
+
+
+def again(job: Job) -> JobGraph:
+    """The graph that starts this job."""
     config = job.config
     prompt: Prompt = {"load": _load(config.model)}
     main = _sets(prompt, (config.dataset, *config.more_datasets))
@@ -50,8 +57,8 @@ def again(job: Job) -> dict[str, Any]:
     return {"prompt": prompt, "missing": _missing(config, prompt, train, chosen), "folded": folded}
 
 
-def use(job: Job) -> dict[str, Any]:
-    """The graph that generates the job's first preview with the LoRA or model that it wrote, as `again` has it.
+def use(job: Job) -> JobGraph:
+    """The graph that generates the job's first preview with the LoRA or model that it wrote.
 
     Raises JobError for a job that has written none.
     """

@@ -3,7 +3,7 @@
 import { app } from "../../../scripts/app.js";
 import { linkStyles } from "./lib/dom.js";
 import { loadWords } from "./lib/words.js";
-import { startNotices } from "./jobs/notices.js";
+import { startHalfNotices, startNotices } from "./jobs/notices.js";
 import { start } from "./jobs/store.js";
 import { openJobs, tab } from "./jobs/tab.js";
 import { openRoom } from "./room/room.js";
@@ -25,6 +25,7 @@ app.registerExtension({
   async setup() {
     app.extensionManager.registerSidebarTab(tab());
     startNotices(wantsNotices);
+    startHalfNotices();
     await startSettings();
   },
   nodeCreated(node) {

@@ -43,6 +43,7 @@ type HostApp = Omit<ComfyApp, "registerExtension" | "extensionManager" | "ui"> &
 
 type HostApi = ComfyApi & {
   addEventListener(type: "chromakit.job", listener: (event: CustomEvent<Job>) => void): void;
+  addEventListener(type: "chromakit.prompt_half", listener: (event: CustomEvent<Half>) => void): void;
   addEventListener(type: "chromakit.job.deleted", listener: (event: CustomEvent<{ id: string }>) => void): void;
   addEventListener(type: "chromakit.settings", listener: (event: CustomEvent<HostSettings>) => void): void;
 };
@@ -226,6 +227,7 @@ interface Job {
   updated: number;
   message: string;
   yielded?: boolean;
+  flavour?: string;
   /** another process, which has the same folder, works on it */
   elsewhere?: boolean;
   /** "prompt", "memory" (until ComfyUI makes room), or nothing */
@@ -323,6 +325,11 @@ interface KeptLook {
   stayed: string[];
 }
 
+interface Half {
+  prompt_id: string;
+  problems: { node: string; title: string; error: string }[];
+}
+
 interface HostSettings {
   prompts_while_training: string;
   held: number;
@@ -357,6 +364,53 @@ interface DatasetLook {
   warnings: string[];
   thumbnails: Thumbnail[];
   sheet: string;
+}
+
+interface FolderList {
+  folders: { name: string; own: boolean }[];
+  endings: string[];
+  sizes: number[];
+}
+
+/** An image of a folder; see chroma_core/data/editing.py. */
+interface FolderImage {
+  name: string;
+  size: Point | null;
+  bucket: Point | null;
+  frame: [left: number, top: number, right: number, bottom: number] | null;
+  crop: number;
+  caption: string | null;
+  skipped: string;
+  notes: string[];
+  twin: string;
+  version: string;
+}
+
+interface FolderLook {
+  folder: string;
+  own: boolean;
+  size: number;
+  images: FolderImage[];
+  warnings: string[];
+  buckets: Bucket[];
+  removed: { batch: string; names: string[] }[];
+  check: { trigger: string; of: number; lacking: string[]; stands_as: { word: string; names: string[] }[] };
+}
+
+/** See chroma_core/training/config/recipes.py; `options` are nested as a job file has them, `options_from` by dotted name. */
+interface Recipe {
+  name: string;
+  title: string;
+  images: Point;
+  captions: string;
+  options: { [name: string]: Json };
+  options_from: Record<string, string[]>;
+}
+
+interface RecipeList {
+  recipes: Recipe[];
+  sources: Record<string, { words: string; address: string }>;
+  measured: string;
 }
 
 interface DensityLook {

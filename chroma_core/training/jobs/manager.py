@@ -13,9 +13,9 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ...errors import ConfigError, DiskFull, JobError, first_line
+from ...errors import ConfigError, DiskFull, JobError, check_choice, did_you_mean, first_line
 from ...files import disk_is_full, replace
 from ..config import TrainingConfig
 from ..config.changes import check_changes, differences, entry, with_changes
@@ -102,6 +102,7 @@ class JobManager:
                 check_folder(self.root / Path(job_id).name)
                 raise JobError(
                     f"There is no training job '{job_id}' here. It may have been deleted; see the list of jobs."
+                    f"{did_you_mean(job_id, self._jobs)}"
                 )
             return self._jobs[job_id]
 
@@ -136,8 +137,7 @@ class JobManager:
             JobError: `restart` of a job that is running, or a job that another process is training, or that a later
                 version wrote.
         """
-        if if_exists not in ("keep", "resume", "restart"):
-            raise ConfigError(f"if_exists is {if_exists!r}; choose keep, resume or restart.")
+        check_choice("if_exists", if_exists, get_args(IfExists))
         check_folder(self.root / config.job_id())
         with self._changed:
             self.look_around()

@@ -68,10 +68,13 @@ class Room {
       "div",
       { class: "chromakit ck-room", role: "dialog", "aria-modal": "true", "aria-labelledby": "ck-room-title", tabIndex: -1 },
       h("header", {}, title, list, close),
-      h("main", {}, this.panels),
+      h("div", { class: "ck-main" }, this.panels),
       this.note,
     );
     this.element.addEventListener("keydown", (event) => this.#key(event));
+    // A button that is switched off or taken away while it has the focus leaves it to the page's body.
+    this.lost = (/** @type {KeyboardEvent} */ event) => event.target === document.body && this.#key(event);
+    document.addEventListener("keydown", this.lost, true);
     // What is dropped or pasted here is not meant for the canvas below.
     for (const name of ["dragover", "drop", "paste", "wheel"]) this.element.addEventListener(name, (event) => event.stopPropagation());
   }
@@ -126,6 +129,7 @@ class Room {
   close() {
     clearTimeout(this.timer);
     for (const step of this.built.values()) step.destroy?.();
+    document.removeEventListener("keydown", this.lost, true);
     this.element.remove();
     this.closed();
     if (this.before instanceof HTMLElement) this.before.focus();

@@ -10,7 +10,7 @@ from PIL import Image
 
 from _host import Host
 from prompts import ACTIVE, at_defaults, job_of, train, until_not
-from training_page import until
+from training_page import AXE, THEME, grave, until
 
 OPEN = "view => import('/extensions/chromakit/js/room/room.js').then(({ openRoom }) => openRoom(view))"
 OWN = "a [trigger] star\na red circle"
@@ -44,6 +44,13 @@ def focused(page: Any) -> list[str]:
     )
 
 
+def seen_by_all(page: Any) -> None:
+    """axe-core, where it was fetched, finds nothing grave in a dark and in a light theme."""
+    for theme in ("light", "dark") if AXE.is_file() else ():
+        page.evaluate(THEME, theme)
+        assert grave(page) == [], theme
+
+
 def press(page: Any, *keys: str) -> list[str]:
     for key in keys:
         page.keyboard.press(key)
@@ -69,6 +76,8 @@ def test_a_lora_is_chosen_by_keys(window, server: Host, job: str):
     assert press(page, "ArrowDown", "ArrowDown", "ArrowDown") == ["4", "2"]
     assert press(page, "Control+Home", "End", "PageDown") == ["4", "2"]
     window.screenshot("room_watch_1280")
+    seen_by_all(page)
+    wall.locator("[tabindex='0']").focus()
 
     page.keyboard.press("Enter")
     large = page.get_by_role("dialog", name="step 4, a red circle")
@@ -78,6 +87,7 @@ def test_a_lora_is_chosen_by_keys(window, server: Host, job: str):
     large.get_by_role("combobox").select_option("step-000000-1.png")
     assert large.locator(".ck-tag").all_inner_texts() == ["base", "step 4"]
     window.screenshot("room_enlarged")
+    seen_by_all(page)
     page.keyboard.press("PageUp")
     page.keyboard.press("Escape")
     assert focused(page) == ["2", "2"], "the focus is back, at the image that was shown last"
@@ -100,6 +110,7 @@ def test_a_lora_is_chosen_by_keys(window, server: Host, job: str):
     strengths.fill("0.5, x")
     prompts.fill(f"a [trigger] star\n{BRACES}")
     window.screenshot("room_choose_form")
+    seen_by_all(page)
     page.locator("[data-action='make']").click()
     until(page, server, lambda: page.get_by_text("“x” is not a number").count(), "the refusal")
     strengths.fill("0.5, 1.5")
@@ -115,6 +126,7 @@ def test_a_lora_is_chosen_by_keys(window, server: Host, job: str):
     assert "Best so far: step 4 at strength 1.5" in choose.inner_text()
     assert press(page, "ArrowRight") == ["4 1.5", "2"], "rating keeps the focus"
     window.screenshot("room_choose_1280")
+    seen_by_all(page)
 
     choose.locator("[data-action='keep']").click()
     until(page, server, lambda: page.get_by_text("is in ComfyUI's LoRA list").count(), "the LoRA to be kept")

@@ -132,7 +132,7 @@ def find_node() -> tuple[list[str], list[str]] | None:
 
 
 def fetch_node_modules() -> list[str] | None:
-    """What checks the page (TypeScript, types, axe-core), fetched once; node's command, or None, with words, without."""
+    """What checks the page (TypeScript, types, axe-core), fetched once; node's command, or None, with words."""
     tools = find_node()
     if tools is None:
         print("There is no npm, neither on the PATH nor, with pyright, in .venv: what needs it is left out.")

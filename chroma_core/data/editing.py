@@ -153,10 +153,8 @@ def image_path(folder: Path, name: str) -> Path:
 
 def caption_path(image: Path) -> Path:
     """Where an image's caption stands, or would: `.txt`, however its ending is spelt. Raises DataError for a link."""
-    path = image.with_suffix(CAPTION)
-    if not path.exists():
-        spelt = (other for other in image.parent.glob(f"{_literal(image.stem)}.*") if other.suffix.lower() == CAPTION)
-        path = next(spelt, path)
+    spelt = [image.with_suffix(ending) for ending in (CAPTION, CAPTION.upper(), CAPTION.title())]
+    path = next(filter(Path.exists, spelt), spelt[0])
     if path.is_symlink():
         raise DataError(f"The caption '{path.name}' is a link to another file. Copy that file into the dataset.")
     return path

@@ -17,6 +17,7 @@ export class Card {
   constructor(image, folder) {
     this.image = image;
     this.folder = folder;
+    this.refused = false; // whether the caption that stands here could not be written
     this.picture = h("img", { loading: "lazy", decoding: "async", draggable: false, alt: "" });
     this.frame = h("div", { class: "ck-crop" });
     this.look = h("div", { class: "ck-whole" }, this.picture, this.frame);
@@ -75,16 +76,17 @@ export class Card {
     this.caption.setAttribute("aria-label", t("room.images.caption", { name }));
     this.caption.readOnly = !own || image.caption == null;
     this.caption.hidden = !size;
-    // What is being typed stays; it is written over what was there when it began, or refused.
-    if (document.activeElement !== this.caption && this.caption.value !== (image.caption ?? "")) this.caption.value = image.caption ?? "";
+    // What is being typed stays, as does what could not be written.
+    if (document.activeElement !== this.caption && !this.refused && this.caption.value !== (image.caption ?? "")) this.caption.value = image.caption ?? "";
+    if (this.tags.childElementCount) this.#tag();
     this.element.classList.toggle("ck-skipped", Boolean(skipped));
     this.#complain(skipped, notes, own);
   }
 
   /** Write the caption as it stands now. */
-  write() {
+  async write() {
     if (this.caption.readOnly) return;
-    this.folder.write({ [this.image.name]: this.caption.value }, t("room.images.did_caption", { name: this.image.name }));
+    this.refused = !(await this.folder.write({ [this.image.name]: this.caption.value }, t("room.images.did_caption", { name: this.image.name })));
   }
 
   remove() {
@@ -128,19 +130,18 @@ export class Card {
    * @param {boolean} own
    */
   #handle(own) {
-    const movable = own && Math.max(...this.#overhang()) > 0.005;
-    this.frame.classList.toggle("ck-movable", movable);
-    if (!movable) {
-      for (const name of ["role", "tabindex", "aria-label", "aria-valuenow", "aria-valuemin", "aria-valuemax", "aria-orientation", "title"]) this.frame.removeAttribute(name);
-      return;
-    }
     const [across, down] = this.#overhang();
+    const movable = own && Math.max(across, down) > 0.005;
+    this.frame.classList.toggle("ck-movable", movable);
     const about = {
       role: "slider", tabindex: "0", "aria-label": t("room.images.crop", { name: this.image.name }), title: t("room.images.crop_tip"),
       "aria-valuemin": "0", "aria-valuemax": "100", "aria-valuenow": String(Math.round(100 * this.image.crop)),
       "aria-orientation": across > down ? "horizontal" : "vertical",
     }; // prettier-ignore
-    for (const [name, value] of Object.entries(about)) this.frame.setAttribute(name, value);
+    for (const [name, value] of Object.entries(about)) {
+      if (movable) this.frame.setAttribute(name, value);
+      else this.frame.removeAttribute(name);
+    }
   }
 
   #dragFrame() {

@@ -68,7 +68,7 @@ export class Folder {
   }
 
   /**
-   * Write captions by the images' names.
+   * Write captions by the images' names; false when that was refused.
    * @param {Record<string, string>} texts
    * @param {string} label what is undone with it, in words
    */
@@ -76,10 +76,10 @@ export class Folder {
     return this.#next(async () => {
       const now = new Map(this.images.map(({ name, caption }) => [name, caption]));
       const news = Object.entries(texts).map(([name, text]) => [name, plain(text)]).filter(([name, text]) => now.get(name) !== text);
-      if (!news.length) return;
+      if (!news.length) return true;
       const after = /** @type {Record<string, string>} */ (Object.fromEntries(news));
       const before = Object.fromEntries(Object.keys(after).map((name) => [name, now.get(name) ?? ""]));
-      await this.#do({ label, forth: () => this.#captions(after, before), back: () => this.#captions(before, after) });
+      return this.#do({ label, forth: () => this.#captions(after, before), back: () => this.#captions(before, after) });
     });
   }
 
@@ -135,10 +135,11 @@ export class Folder {
 
   /** @param {Change} change */
   async #do(change) {
-    if (!(await this.#tried(change.forth))) return;
+    if (!(await this.#tried(change.forth))) return false;
     this.done.push(change);
     this.undone.length = 0;
     this.changed();
+    return true;
   }
 
   /**

@@ -54,10 +54,10 @@ class Images {
     this.#drops();
     this.element.addEventListener("keydown", (event) => this.#key(event));
     this.unfollow = room.onChoice((changed) => this.#chosen(changed));
-    this.#begin();
   }
 
   refresh() {
+    this.#begin();
     this.folder.touch();
   }
 
@@ -124,6 +124,7 @@ class Images {
   #send(given) {
     if (!this.room.view.folder) return this.room.notice(t("room.images.no_folder"), "error");
     if (this.folder.found && !this.folder.found.own) return this.room.notice(t("room.images.not_own"), "error");
+    if (this.uploads.going) return this.room.notice(t("room.images.busy"), "error");
     return this.uploads.add(this.folder, given, this.list.endings);
   }
 
@@ -173,7 +174,7 @@ class Images {
     this.#checks(found);
     const warnings = found?.warnings ?? [];
     this.warned.hidden = !warnings.length;
-    say(this.warned.children[0], t("room.images.warnings", { count: warnings.length }));
+    say(this.warned.children[0], t(warnings.length === 1 ? "widgets.dataset.warning" : "widgets.dataset.warnings", { count: warnings.length }));
     fill(this.warnings, warnings.map((text) => h("li", {}, text)));
     this.#removed(found);
     this.replacing.element.hidden = !found?.own || !images.length;

@@ -16,7 +16,7 @@ const stem = (name) => name.replace(/\.[^./]+$/, "");
 
 /** @typedef {import("./folder.js").Folder} Folder */
 
-/** One batch after another. `arrived()` is called after each file. */
+/** One batch after another: none is added while `going`. `arrived()` is called after each file. */
 export class Uploads {
   /** @param {() => void} arrived */
   constructor(arrived) {
@@ -48,7 +48,6 @@ export class Uploads {
    * @param {string[]} endings of images that are read
    */
   async add(folder, given, endings) {
-    if (this.going) return;
     this.folder = folder;
     const { signal } = (this.stop = new AbortController());
     const images = given.filter(({ file }) => endings.includes(ending(file.name)));

@@ -240,8 +240,7 @@ class JobManager:
     def use(self, job_id: str, step: int = 0) -> Path:
         """Put the LoRA of one of the job's steps into the LoRA folder; 0: of the best. It may be at work meanwhile.
 
-        Returns the file. Raises JobError when the step is not kept, nothing says which is best, or another process
-        works on the job.
+        Returns the file. Raises JobError: the step is not kept, none is the best, another process works on the job.
         """
         with self.held(job_id) as (job, paths):
             path = use_step(paths, job.config, step or job.best_step())
@@ -250,11 +249,7 @@ class JobManager:
 
     @contextmanager
     def held(self, job_id: str) -> Iterator[tuple[Job, JobPaths]]:
-        """The job and its folders, to which nobody else writes inside the `with` block; it may be at work meanwhile.
-
-        For what takes a moment: all jobs of this manager wait for it. Raises JobError when another process works on the
-        job, or what is written cannot be.
-        """
+        """A job, at work or not, and its folders, to which nobody else writes meanwhile. For what takes a moment."""
         with self._changed, self._taken(self.get(job_id)) as job, _written_down(job, "as it was"):
             yield job, self._paths(job)
 
@@ -263,8 +258,7 @@ class JobManager:
 
         Raises as `use`, and ConfigError for a rate that cannot work.
         """
-        changes: dict[str, Any] = {"learning_rate": learning_rate}
-        config = with_changes(self.get(job_id).config, changes)
+        config = with_changes(self.get(job_id).config, {"learning_rate": learning_rate})
         if step:
             config = with_changes(config, {"lora.start_from": str(self.use(job_id, step))})
         return self.ensure(config, "resume")
@@ -600,9 +594,7 @@ def _written_down(job: Job, stays: str = "not queued") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        kind = DiskFull if disk_is_full(error) else JobError
-        raise kind(
+        raise (DiskFull if disk_is_full(error) else JobError)(
             f"The job '{job.id}' cannot be written to '{job.folder}', so it is {stays}: "
-            f"{first_line(error) or type(error).__name__}. Nothing was changed. Make room there, or see to it that it "
-            "may be written to, and try again."
+            f"{first_line(error) or type(error).__name__}. Nothing was changed. Make room, or allow writing there."
         ) from error

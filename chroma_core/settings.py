@@ -4,15 +4,16 @@ to say of one that cannot be used."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import inspect
 import json
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import Self
 
-from .errors import ConfigError, check_text
+from .errors import ConfigError, check_text, did_you_mean, nearest
 from .options import Option
 
 
@@ -40,14 +41,16 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError(f"These settings cannot be used: {'; '.join(map(_line, error.errors()))}.") from error
+            lines = (_line(each, cls) for each in error.errors())
+            raise ConfigError(f"These settings cannot be used: {'; '.join(lines)}.") from error
 
 
-def _line(error: Any) -> str:
+def _line(error: Any, model: type[BaseModel]) -> str:
     where = ".".join(map(str, error["loc"])) or "settings"
     if error["type"] == "extra_forbidden":
-        return f"{where} is not a known option (check its spelling)"
-    message = error["msg"].removeprefix("Value error, ")
+        meant = field_meant(model, error["loc"])
+        return f"{where} is not a known option ({f'did you mean {meant}?' if meant else 'check its spelling'})"
+    message = error["msg"].removeprefix("Value error, ") + choice_meant(error)
     if isinstance(error["input"], dict | list) or error["type"] == "missing":
         return f"{where}: {message}"
     return f"{where}: {message} (found {error['input']!r})"
@@ -72,8 +75,8 @@ _EXPECTED = {
 }
 
 
-def mistakes(error: ValidationError, model: type[BaseModel], items: Mapping[str, type[BaseModel]]) -> list[str]:
-    """A line for every mistake; `items` are the models of the lists in `model`, by field."""
+def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """A line for every mistake."""
     details = error.errors()
     found = []
     for detail in details:
@@ -81,7 +84,7 @@ def mistakes(error: ValidationError, model: type[BaseModel], items: Mapping[str,
         # A list with a wrong item also counts as too short, by that item.
         if detail["type"] == "too_short" and any(len(d["loc"]) > len(loc) and d["loc"][0] == loc[0] for d in details):
             continue
-        found.append(_mistake(detail, items[str(loc[0])] if len(loc) > 1 and loc[0] in items else model))
+        found.append(_mistake(detail, model_at(model, loc[:-1])))
     return found
 
 
@@ -89,29 +92,71 @@ def _mistake(detail: Any, model: type[BaseModel]) -> str:
     loc, kind = detail["loc"], detail["type"]
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
     if kind == "extra_forbidden":
-        close = near(str(loc[-1]), model)
-        meant = f"did you mean {close[0]}?" if close else f"known are {', '.join(model.model_fields)}"
+        near = nearest(loc[-1], model.model_fields)
+        meant = f"did you mean {near}?" if near else f"known are {', '.join(model.model_fields)}"
         return f"{where} is not a known field ({meant})"
     if kind in _SIZES:
         return f"{where} {_SIZES[kind].format(found=len(detail['input']), **detail.get('ctx', {}))}"
     found = f"{where} is {short(detail['input'])}"
     if kind in _EXPECTED:
         return f"{found}, and must be {_EXPECTED[kind]}"
-    if kind in ("greater_than_equal", "less_than_equal"):
+    if kind in ("greater_than_equal", "less_than_equal") and len(loc) == 1:
         metadata = model.model_fields[str(loc[-1])].metadata
         low = next(limit.ge for limit in metadata if hasattr(limit, "ge"))
         high = next(limit.le for limit in metadata if hasattr(limit, "le"))
         return f"{found}, and must be between {low} and {high}"
-    message = detail["msg"].removeprefix("Value error, ").rstrip(".")
+    message = detail["msg"].removeprefix("Value error, ").rstrip(".") + choice_meant(detail)
     return f"{found}: {message[0].lower()}{message[1:]}"
-
-
-def near(name: str, model: type[BaseModel]) -> list[str]:
-    """The field that a name may be meant for, if there is one."""
-    return difflib.get_close_matches(name, list(model.model_fields), 1, cutoff=0.55)  # steps, sample_steps: .59
 
 
 def short(value: Any) -> str:
     """A value as it is quoted in a message."""
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | type(None)) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def choice_meant(error: Any) -> str:
+    """`did_you_mean` for a pydantic error about a value that is none of a few texts; empty for all others."""
+    if error["type"] != "literal_error":
+        return ""
+    meant = did_you_mean(error["input"], re.findall(r"'([^']+)'", error["ctx"]["expected"]))
+    return f".{meant}" if meant else ""
+
+
+def field_meant(model: type[BaseModel], place: Sequence[int | str]) -> str | None:
+    """The option that an unknown one may be meant for: one of that name in another table, else one near by.
+
+    place: where it was found, as pydantic says it: names, numbers in lists, names of a union's members.
+    """
+    name, here = str(place[-1]), _fields_of(model_at(model, place[:-1]))
+    elsewhere = (path for path in _paths(model) if path.rpartition(".")[2] == name)
+    return min(elsewhere, key=lambda path: path.count("."), default=None) or nearest(name, here)
+
+
+def model_at(model: type, place: Sequence[int | str]) -> Any:
+    """The model or dataclass that reads what stands at a place in `model`; see `field_meant`."""
+    for part in place:
+        model = _inside(_fields_of(model).get(str(part))) or model
+    return model
+
+
+def _fields_of(owner: type) -> Mapping[str, Any]:
+    """The types of the fields of a pydantic model or a dataclass by name."""
+    if dataclasses.is_dataclass(owner):
+        return {field.name: field.type for field in dataclasses.fields(owner)}
+    return {name: field.annotation for name, field in owner.model_fields.items()}  # pyright: ignore
+
+
+def _inside(annotation: Any) -> type | None:
+    """The model or dataclass that a field's type is, or has in it."""
+    if inspect.isclass(annotation) and (issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)):
+        return annotation
+    return next(filter(None, map(_inside, get_args(annotation))), None)
+
+
+def _paths(owner: type, before: str = "") -> Iterator[str]:
+    """The dotted names of all fields, those of tables in tables too."""
+    for name, annotation in _fields_of(owner).items():
+        yield f"{before}{name}"
+        if inner := _inside(annotation):
+            yield from _paths(inner, f"{before}{name}.")

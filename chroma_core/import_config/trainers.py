@@ -13,6 +13,8 @@ from ..data.dataset import DatasetConfig
 from ..data.images import image_extensions
 from ..errors import ConfigError, counted
 from ..files import slug
+from ..options import option_of
+from ..training.config import TrainingConfig
 from .answers import DATA, FUNCTIONS, k_arguments, previews
 from .job import NAME_LENGTH, Imported, finish, start_folders
 from .read import ForeignPath, is_off, is_on, number, preview_of_object, read_config, resolve, sizes, whole, word
@@ -466,6 +468,7 @@ def kohya(file: Path, content: Mapping[str, Any], beside: Path | None) -> Import
         run.lines.append(Line("optimizer_args: relative_step", "True (not stated)", "differs", {}, reason))
     place = run.beside(options.get("dataset_config"), beside)
     found = _kohya_folders(options, for_all_sets) if place is None else _kohya_sets(run, place, for_all_sets)
+    _hold_out(run, found)
     batches = []
     for prefix, each in found:
         batches.append(each.pop("batch_size", batch))
@@ -484,6 +487,18 @@ def kohya(file: Path, content: Mapping[str, Any], beside: Path | None) -> Import
     reason = f"a job has one batch size; the sets have {', '.join(map(str, batch_sizes))}"
     run.job.record(said, shown(batch_sizes[0]), near(values, reason) if len(set(batch_sizes)) > 1 else values)
     return run.finish(file.stem, "the file's name")
+
+
+def _hold_out(run: Import, found: list[tuple[str, Options]]) -> None:
+    """The share that the first set holds out, as the job's; those of other sets, and beside a set that is held out
+    whole, stay for the table."""
+    prefix, first = found[0]
+    share = first.get("validation_split")
+    if isinstance(share, float) and 0 < share < 1 and all(each.get("validation_split") != 1 for _, each in found):
+        del first["validation_split"]
+        most = option_of(TrainingConfig, "hold_out").bound("le") or 1.0
+        reason = "which images, their content decides; at least 2, of 8 or more, and none of other sets"
+        run.job.record(f"{prefix}validation_split", shown(share), near({"hold_out": min(share, most)}, reason))
 
 
 def _kohya_folders(options: Options, for_all: Options) -> list[tuple[str, Options]]:

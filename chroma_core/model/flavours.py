@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ FLASH_COMMIT = "093c4f63b60507234aa53a073f1f9f565b3f4336"
 FLAVOURS: dict[str, Flavour] = {
     f.name: f
     for f in (
-        Flavour("base", "Chroma1-Base: balanced, the one to train on", "lodestones/Chroma1-Base", BASE_COMMIT),
-        Flavour("hd", "Chroma1-HD: finer detail, slower", "lodestones/Chroma1-HD", HD_COMMIT),
+        Flavour("base", "Chroma1-Base: 512 pixels; for long training", "lodestones/Chroma1-Base", BASE_COMMIT),
+        Flavour("hd", "Chroma1-HD: 1024 pixels; for images and quick LoRAs", "lodestones/Chroma1-HD", HD_COMMIT),
         Flavour(
             "flash",
             "Chroma1-Flash: fast, few steps, no guidance; unstable to train on",
@@ -62,4 +62,7 @@ def flavour(name: str) -> Flavour:
     try:
         return FLAVOURS[name]
     except KeyError:
-        raise ConfigError(f"There is no Chroma flavour '{name}'. Choose one of: {', '.join(FLAVOURS)}.") from None
+        meant = did_you_mean(name, FLAVOURS)
+        raise ConfigError(
+            f"There is no Chroma flavour '{name}'. Choose one of: {', '.join(FLAVOURS)}.{meant}"
+        ) from None

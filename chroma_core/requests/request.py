@@ -24,7 +24,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from ..errors import ChromaKitError, ConfigError, PromptError, check_text
+from ..errors import ChromaKitError, ConfigError, PromptError, check_text, nearest
 from ..files import each_once
 from ..loading.spec import LoraMode, Offload
 from ..lora.strengths import parse_blocks, parse_schedule
@@ -35,7 +35,7 @@ from ..options import MAX_SEED, option_of
 from ..sampling.recipe import recipe
 from ..sampling.sampler import SamplingSettings
 from ..sampling.text import TRIGGER, apply_trigger
-from ..settings import Settings, mistakes, near, short
+from ..settings import Settings, mistakes, short
 
 MODEL_ID = "chroma"
 """What the reference calls Chroma1-Base."""
@@ -173,7 +173,7 @@ class InferenceRequest(Settings):
         try:
             request = cls.model_validate(data)
         except ValidationError as error:
-            raise unusable("; ".join(mistakes(error, cls, {"prompts": RequestPrompt, "loras": RequestLora}))) from error
+            raise unusable("; ".join(mistakes(error, cls))) from error
         request.images()
         request._remarks = tuple(remarks)
         return request
@@ -259,7 +259,7 @@ def _taken(data: dict[str, Any], kind_: str, where: str, remarks: list[str]) -> 
         if known and name in _FIELDS and isinstance(value, list):
             items = enumerate(value)
             value = [_taken(v, name, f"{name}[{i}].", remarks) if isinstance(v, dict) else v for i, v in items]
-        if known or kind_ == "loras" or near(name, _FIELDS[kind_]) and name not in WITHOUT_EFFECT:
+        if known or kind_ == "loras" or nearest(name, _FIELDS[kind_].model_fields) and name not in WITHOUT_EFFECT:
             found[name] = value
         elif name == "ctrl_img":
             raise unusable(f"{where}{name} is {short(value)}, but Chroma takes no control image; leave it out")
@@ -288,7 +288,7 @@ class PlannedImage:
 
 def unusable(why: str) -> ConfigError:
     """The error of a request that cannot be carried out."""
-    return ConfigError(f"The request cannot be used: {why}.")
+    return ConfigError(f"The request cannot be used: {why}{'' if why.endswith('?') else '.'}")
 
 
 def kind(data: Any) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.docs import lora_table, option_tables
+from tools.docs import lora_table, option_tables, recipe_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -90,6 +90,10 @@ def test_the_map_of_the_house_names_every_room():
 
 def test_the_tables_of_loras_are_current():
     assert lora_table.PAGE.read_text(encoding="utf-8") == lora_table.page(), "python -m tools.docs.lora_table"
+
+
+def test_the_recipe_tables_are_current():
+    assert recipe_tables.PAGE.read_text(encoding="utf-8") == recipe_tables.page(), "python -m tools.docs.recipe_tables"
 
 
 def test_the_option_tables_are_current():

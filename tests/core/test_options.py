@@ -1,5 +1,5 @@
 """One definition of every option: what is read from a field, and what is made of it; the commented job
-file says what is true when nothing is said."""
+file says what is true when nothing is said; recipes are jobs that say why."""
 
 import re
 from typing import Annotated, get_args
@@ -10,12 +10,14 @@ from pydantic import Field
 
 from chroma_core.cli.main import main
 from chroma_core.data.dataset import DatasetConfig
+from chroma_core.errors import ConfigError
 from chroma_core.loading.spec import ModelSpec, Offload
 from chroma_core.options import Option, option_of, options_of
 from chroma_core.sampling.sampler import SamplingSettings
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.config.job import LoraConfig, ObjectiveConfig, PreviewConfig
 from chroma_core.training.config.preserve import PreserveConfig
+from chroma_core.training.config.recipes import RECIPE_TABLE, SOURCES, recipe, recipes_as_json
 from chroma_core.training.config.template import SECTIONS, job_template
 
 JOB = {"name": "A Job", "dataset": {"folder": "/data/set"}}
@@ -102,3 +104,24 @@ def test_the_command_prints_or_writes_it(tmp_path, capsys):
     assert path.read_text(encoding="utf-8") == job_template()
     assert main(["job-template", "--output", str(path)]) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", RECIPE_TABLE)
+def test_a_recipe_is_a_job_whose_numbers_all_say_where_they_come_from(name: str):
+    own = recipe(name)
+    job = TrainingConfig.parse(
+        {"name": name, **own, "dataset": {**own["dataset"], "folder": "pictures", "trigger": "sks"}}
+    )
+    assert job.model.flavour == "hd" and job.preserve.weights and job.hold_out == 0.1
+    assert job.steps // job.validate_every >= 10, "fewer validations than a verdict needs"
+    *concept, ordinary = (preview.prompt for preview in job.preview_list())
+    assert all("sks" in prompt for prompt in concept) and "sks" not in ordinary
+    [told] = [each for each in recipes_as_json()["recipes"] if each["name"] == name]
+    assert told["options"] == own
+    named = [*told["options_from"].values(), told["images_from"], told["captions_from"]]
+    assert all(names and set(names) <= SOURCES.keys() for names in named)
+
+
+def test_a_recipe_that_there_is_not_lists_those_that_there_are():
+    with pytest.raises(ConfigError, match=r"'portrait'. Choose one of: person, style, object, pose"):
+        recipe("portrait")

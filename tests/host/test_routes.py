@@ -149,3 +149,10 @@ def test_going_on_under_other_options(server: Host):
         assert code == 409 and "Files and folders" in answer["error"], field
     assert server.post(f"{where}/change", {"changes": {"dataset": own}})[0] == 200
     assert len(server.get(where)["changes"]) == 2 and server.get(where)["state"] == "completed"
+
+
+def test_recipes(server: Host):
+    found = server.get("/chromakit/recipes")
+    assert [each["name"] for each in found["recipes"]] == ["person", "style", "object", "pose"]
+    assert found["recipes"][0]["options"]["model"] == {"flavour": "hd"}
+    assert found["sources"]["author"]["address"].startswith("https://") and "not been trained here" in found["measured"]

@@ -15,10 +15,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, StrictInt, StrictStr, ValidationError, field_validator
 
-from ...data.dataset import Settings
 from ...errors import ConfigError, JobError, check_text
 from ...files import check_format, read_json, write_json
 from ...loading.spec import PLACEMENT
+from ...settings import Settings
 from ..config import TrainingConfig
 from ..config.job import Preview
 

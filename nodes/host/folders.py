@@ -33,9 +33,19 @@ LORAS = "loras"
 log = logging.getLogger("chromakit")
 
 
+def output_name(path: Path) -> str:
+    """A place in ComfyUI's output folder as its nodes name it."""
+    return path.relative_to(folder_paths.get_output_directory()).as_posix()
+
+
 def jobs_folder() -> Path:
     """Where training jobs are kept."""
     return Path(folder_paths.get_output_directory()) / "chromakit" / "jobs"
+
+
+def publish_folder() -> Path:
+    """Where folders go that are ready to be uploaded to a hub."""
+    return Path(folder_paths.get_output_directory()) / "chromakit" / "publish"
 
 
 def images_folder() -> Path:

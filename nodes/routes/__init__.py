@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import datasets, jobs, openapi, panels, requests
+from . import choosing, datasets, jobs, openapi, panels, requests
 from .common import add
 
-ROUTES = openapi.described(*jobs.ROUTES, *requests.ROUTES, *datasets.ROUTES, *panels.ROUTES)
+# `choosing` before `jobs`, where any word may stand after an id.
+ROUTES = openapi.described(*choosing.ROUTES, *jobs.ROUTES, *requests.ROUTES, *datasets.ROUTES, *panels.ROUTES)
 
 
 def register(routes: Any) -> None:

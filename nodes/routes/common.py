@@ -13,10 +13,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
 from typing import Any, TypeVar
 
 from aiohttp import web
 from comfy_api.latest import io
+from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from ...chroma_core.data.editing import Changed
@@ -33,6 +36,9 @@ Result = TypeVar("Result")
 MOST_DIGITS = 20
 """Of a whole number in a query: more than any has, and few enough to read."""
 
+
+THUMBNAILS = 1024
+"""Small images that are remembered: about 10 kB each."""
 
 JSON = "application/json"
 """The type of every body that is taken."""
@@ -81,6 +87,13 @@ class Query:
     name: str
     sentence: str
     schema: Mapping[str, Any]
+
+
+SIDE = Query(
+    "side",
+    "Pixels of a thumbnail's longer side; a JPEG. Without it the image as it is, a PNG.",
+    {"type": "integer", "minimum": 32, "maximum": 1024},
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +152,35 @@ async def in_thread(work: Callable[[], Result], threads: Executor | None = None)
 async def answer(work: Callable[[], Any], threads: Executor | None = None) -> web.Response:
     """The JSON of `work()`, as `in_thread` runs it."""
     return told(await in_thread(work, threads))
+
+
+async def image_answer(request: web.Request, find: Callable[[], Path]) -> web.StreamResponse:
+    """An image file; with `?side=160` a small one. With `&v=…`, whatever it is, the browser may keep it."""
+    side = whole_number(request, SIDE)
+    path = await in_thread(find)
+    headers = {"Cache-Control": "private, max-age=86400, immutable" if "v" in request.query else "no-cache"}
+    if side is None:
+        return web.FileResponse(path, headers=headers)
+    body = await in_thread(lambda: _small(path, side))
+    return web.Response(body=body, content_type="image/jpeg", headers=headers)
+
+
+def _small(path: Path, side: int) -> bytes:
+    try:
+        return _thumbnail(path, path.stat().st_mtime_ns, side)
+    except OSError as error:
+        raise Unknown(f"The image '{path.name}' cannot be read: {error}.") from error
+
+
+@lru_cache(maxsize=THUMBNAILS)
+def _thumbnail(path: Path, version: int, side: int) -> bytes:
+    """A small JPEG, remembered for as long as the file is the same. Raises OSError."""
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((side, side))
+    stream = BytesIO()
+    small.save(stream, "JPEG", quality=88)
+    return stream.getvalue()
 
 
 def told(value: Any, status: int = 200) -> web.Response:

@@ -5,13 +5,10 @@ A job is named by its id. Files and folders go in by the names that ComfyUI's li
 
 from __future__ import annotations
 
-import asyncio
-from io import BytesIO
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from aiohttp import web
-from PIL import Image
 from pydantic import StrictBool, StrictFloat, StrictInt
 from typing_extensions import TypedDict
 
@@ -23,14 +20,16 @@ from ...chroma_core.training.jobs.curve import CurveData
 from ...chroma_core.training.jobs.job import ACTIVE, JobStatus, JobSummary
 from ...chroma_core.training.jobs.manager import IfExists
 from .. import host, jobs
-from . import job_graphs
+from . import choosing, job_graphs
 from .common import (
     MOST_DIGITS,
+    SIDE,
     Query,
     Route,
     Unknown,
     answer,
     body_of,
+    image_answer,
     in_thread,
     job_of,
     json_of,
@@ -63,11 +62,6 @@ AFTER = Query(
 )
 TOKEN = Query("token", "Of the answer that one has the rest from.", {"type": "string"})
 LINES = Query("lines", "The last lines.", {"type": "integer", "default": 200, "minimum": 1, "maximum": 5000})
-SIDE = Query(
-    "side",
-    "Pixels of a thumbnail's longer side; a JPEG. Without it the preview as it is, a PNG.",
-    {"type": "integer", "minimum": 32, "maximum": 1024},
-)
 
 
 class Change(Settings):
@@ -144,7 +138,13 @@ async def _act(request: web.Request) -> web.Response:
 
 async def _delete(request: web.Request) -> web.Response:
     """The job's folder goes; the LoRA that it wrote stays."""
-    return await answer(lambda: jobs.delete(job_of(request).id))
+
+    def delete() -> dict[str, str]:
+        found = jobs.delete(job_of(request).id)
+        choosing.forget(found["id"])
+        return found
+
+    return await answer(delete)
 
 
 async def _change(request: web.Request) -> web.Response:
@@ -225,14 +225,8 @@ async def _log(request: web.Request) -> web.Response:
 
 
 async def _sample(request: web.Request) -> web.StreamResponse:
-    """A preview by its number; `?side=160` for a small one. With `&v=…`, whatever it is, the browser may keep it."""
-    side = whole_number(request, SIDE)
-    path = await asyncio.to_thread(_sample_path, request)
-    headers = {"Cache-Control": "private, max-age=86400, immutable" if "v" in request.query else "no-cache"}
-    if side is None:
-        return web.FileResponse(path, headers=headers)
-    body = await asyncio.to_thread(_thumbnail, path, side)
-    return web.Response(body=body, content_type="image/jpeg", headers=headers)
+    """A preview by its number; see `image_answer`."""
+    return await image_answer(request, lambda: _sample_path(request))
 
 
 def _sample_path(request: web.Request) -> Path:
@@ -241,18 +235,6 @@ def _sample_path(request: web.Request) -> Path:
     if not (number.isdecimal() and len(number) <= MOST_DIGITS) or int(number) >= len(found):
         raise Unknown(f"The job has {len(found)} samples, numbered from 0; there is no sample '{number}'.")
     return found[int(number)]
-
-
-def _thumbnail(path: Path, side: int) -> bytes:
-    try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-    except OSError as error:
-        raise Unknown(f"The preview '{path.name}' cannot be read: {error}.") from error
-    small.thumbnail((side, side))
-    stream = BytesIO()
-    small.save(stream, "JPEG", quality=88)
-    return stream.getvalue()
 
 
 async def _graph(request: web.Request) -> web.Response:

@@ -16,6 +16,7 @@ from PIL import Image
 from _host import Host, PromptRejected
 from openapi_client import Client
 from prompts import ACTIVE, EXAMPLES, at_defaults, finish, job_of, text_to_image, train, until_not
+from waiting import until
 
 MODEL = {"flavour": "tiny", "precision": "fp32", "text_precision": "fp32"}
 JOB: dict[str, Any] = {
@@ -68,10 +69,16 @@ def test_every_operation_answers_as_the_document_says(server: Host, client: Clie
         "post_jobs_id_branch": {"step": 0, "learning_rate": 1e-3},
         "post_jobs_id_extend": {"steps": 1},
         "post_jobs_id_use": {"step": 4},
+        "post_jobs_id_grid": {"steps": [4], "strengths": [1]},
         "post_datasets_look": {"folder": EXAMPLES},
         "post_settings": {"prompts_while_training": "yield"},
     }
     values: dict[str, Any] = {"id": done, "number": 0, "kind": "again", "brief": True, "side": 32, "points": 10}
+    (cell,) = client.call("post_jobs_id_grid", bodies["post_jobs_id_grid"], id=done).value["cells"]
+    until(lambda: client.call("get_jobs_id_grid", id=done).value["cells"][0]["state"] == "done", "the grid")
+    values["key"] = cell["key"]
+    bodies |= {f"post_jobs_id_{end}": {"key": cell["key"]} for end in ("keep", "publish")}
+    bodies["post_jobs_id_rate"] = {"key": cell["key"], "rating": 5}
     posted = client.call("post_jobs", bodies["post_jobs"]).value["id"]
     for action in ("pause", "resume", "stop"):
         assert client.call("post_jobs_id_action", id=posted, action=action).status == 200

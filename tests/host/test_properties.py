@@ -150,6 +150,9 @@ def right_bodies(server: Host) -> dict[str, dict[str, Any]]:
         "/chromakit/settings": {"prompts_while_training": "yield"},
         "/chromakit/jobs/{id}/change": {"changes": {"previews.every": 3}, "force": True},
         "/chromakit/jobs/{id}/extend": {"steps": 1, "force": True},
+        "/chromakit/jobs/{id}/grid": {"steps": [2], "strengths": [1.0], "prompts": ["a star"]},
+        "/chromakit/jobs/{id}/rate": {"key": "0" * 16, "rating": 3},
+        **{f"/chromakit/jobs/{{id}}/{end}": {"key": "0" * 16} for end in ("keep", "publish")},
         "/chromakit/jobs": {
             "name": "posted",
             "steps": 1,
@@ -175,6 +178,7 @@ def test_routes(server: Host, job: str):
         "action": some.sampled_from(["pause", "resume", "stop", "sample", "save", "explode"]) | ODD_TEXTS.map(_part),
         "number": some.sampled_from(["0", "1", "-1", "%D9%A3", "9" * 5000]) | ODD_TEXTS.map(_part),
         "kind": some.sampled_from(["again", "use", "x"]) | ODD_TEXTS.map(_part),
+        "key": some.sampled_from(["0" * 16, "*", "..%2f..%2fjob"]) | ODD_TEXTS.map(_part),
         "id": ids,
     }
     queries = some.dictionaries(

@@ -164,6 +164,7 @@ interface TrainingRoom {
   go(step: RoomStep): void;
   /** One line at the foot of the room; an error stays until it is closed, an empty text takes it away. */
   notice(text: string, kind?: "info" | "error"): void;
+  close(): void;
 }
 
 /** A step as it is built when one first goes there; `refresh` is called each time, `destroy` when the room is closed. */
@@ -179,6 +180,27 @@ interface StepModule {
   build(room: TrainingRoom): Step;
 }
 
+/** An image of a wall. small, source, whole: its addresses by size, empty as long as it is not there. label: what it is;
+ * row: its row in words; note: what stands on it, and about: the long form of that. */
+interface WallCell {
+  key: string;
+  label: string;
+  row: string;
+  small: string;
+  source: string;
+  whole: string;
+  note?: string;
+  about?: string;
+}
+
+interface WallRow {
+  key: string;
+  label: string;
+  mark?: string;
+  best?: boolean;
+  cells: (WallCell | null)[];
+}
+
 // --- what our routes answer -------------------------------------------------------------------------------------------
 
 type JobState =
@@ -190,6 +212,7 @@ type Json = string | number | boolean | null | Json[] | { [name: string]: Json }
 interface JobConfig {
   previews?: { prompts?: (string | { prompt?: string })[] };
   dataset?: { trigger?: string | null };
+  lora?: { start_from?: string | null };
   [option: string]: unknown;
 }
 
@@ -264,6 +287,42 @@ interface Curve {
   verdict: Verdict | null;
   token: string;
   continued: boolean;
+}
+
+type CellState = "none" | "queued" | "running" | "done" | "failed" | "cancelled";
+
+interface GridCell {
+  key: string;
+  step: number;
+  strength: number;
+  prompt: number;
+  rating: number;
+  state: CellState;
+  error?: string;
+}
+
+interface GridAverage {
+  step: number;
+  strength: number;
+  mean: number | null;
+  rated: number;
+}
+
+/** The grid of a job; `choice` null: there is none yet. */
+interface GridLook {
+  choice: { steps: number[]; strengths: number[]; prompts: string[] } | null;
+  own_prompts: string[];
+  columns: { prompt: string; width: number; height: number; seed: number }[];
+  cells: GridCell[];
+  rows: GridAverage[];
+  best: GridAverage | null;
+}
+
+interface KeptLook {
+  lora: string;
+  path: string;
+  strength: number;
+  stayed: string[];
 }
 
 interface Half {

@@ -5,9 +5,10 @@ import { fill, h, say } from "../lib/dom.js";
 import { t } from "../lib/words.js";
 import { openRoom } from "../room/room.js";
 import { JobList } from "./list.js";
-import { manners, onManners } from "./prompts.js";
-import { ACTIVE, all, find, listen } from "./store.js";
+import { onManners } from "./prompts.js";
+import { find, listen } from "./store.js";
 import { JobView } from "./view.js";
+import { mannersWords } from "./words.js";
 
 const TAB = "chromakit";
 
@@ -67,12 +68,10 @@ function render(element) {
   show();
 }
 
-/** Say it when prompts do not simply run. */
 function showManners() {
-  const { choice, held } = manners();
-  const atWork = all().some((job) => ACTIVE.has(job.state) && job.state !== "paused");
-  note.hidden = !atWork || choice == null || choice === "yield";
-  if (!note.hidden) say(note, t(held ? "tab.held" : `tab.${choice}`, { held }));
+  const words = mannersWords();
+  note.hidden = !words;
+  if (words) say(note, words);
 }
 
 function destroy() {

@@ -1,9 +1,11 @@
-"""The base of all values that are parsed from what a user wrote, and their fields that are options."""
+"""The base of all values that are parsed from what a user or a program wrote, their fields that are options, and what
+to say of one that cannot be used."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -52,6 +54,65 @@ def _line(error: Any, model: type[BaseModel]) -> str:
     if isinstance(error["input"], dict | list) or error["type"] == "missing":
         return f"{where}: {message}"
     return f"{where}: {message} (found {error['input']!r})"
+
+
+_SIZES = {
+    "missing": "is missing; it is required",
+    "too_long": "has {actual_length} items; at most {max_length} are allowed",
+    "too_short": "is empty; give at least one",
+    "string_too_short": "is an empty text; it must not be",
+    "string_too_long": "has {found} characters; at most {max_length} are allowed",
+}
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "a text in quotes",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "model_type": "a JSON object",
+    "model_attributes_type": "a JSON object",
+    "finite_number": "a finite number",
+}
+
+
+def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """A line for every mistake."""
+    details = error.errors()
+    found = []
+    for detail in details:
+        loc = detail["loc"]
+        # A list with a wrong item also counts as too short, by that item.
+        if detail["type"] == "too_short" and any(len(d["loc"]) > len(loc) and d["loc"][0] == loc[0] for d in details):
+            continue
+        found.append(_mistake(detail, model_at(model, loc[:-1])))
+    return found
+
+
+def _mistake(detail: Any, model: type[BaseModel]) -> str:
+    loc, kind = detail["loc"], detail["type"]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+    if kind == "extra_forbidden":
+        near = nearest(loc[-1], model.model_fields)
+        meant = f"did you mean {near}?" if near else f"known are {', '.join(model.model_fields)}"
+        return f"{where} is not a known field ({meant})"
+    if kind in _SIZES:
+        return f"{where} {_SIZES[kind].format(found=len(detail['input']), **detail.get('ctx', {}))}"
+    found = f"{where} is {short(detail['input'])}"
+    if kind in _EXPECTED:
+        return f"{found}, and must be {_EXPECTED[kind]}"
+    if kind in ("greater_than_equal", "less_than_equal") and len(loc) == 1:
+        metadata = model.model_fields[str(loc[-1])].metadata
+        low = next(limit.ge for limit in metadata if hasattr(limit, "ge"))
+        high = next(limit.le for limit in metadata if hasattr(limit, "le"))
+        return f"{found}, and must be between {low} and {high}"
+    message = detail["msg"].removeprefix("Value error, ").rstrip(".") + choice_meant(detail)
+    return f"{found}: {message[0].lower()}{message[1:]}"
+
+
+def short(value: Any) -> str:
+    """A value as it is quoted in a message."""
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | type(None)) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def choice_meant(error: Any) -> str:

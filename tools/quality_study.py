@@ -1,6 +1,7 @@
 """Measures what a LoRA of the embedded `tiny` model learns and what it spoils, with and without preservation.
 
-    python -m tools.quality_study                  # what is not done yet: up to an hour of one free core
+    python -m tools.quality_study                  # what is not done yet: up to two hours of one free core
+    python -m tools.quality_study --done           # page and numbers of what is done so far
     python -m tools.quality_study --only report    # page and image from docs/data/quality_study.json, in seconds
 
 The real trainer on the example dataset, judged as in `tools.sigma_study`: how often the emblem is right (concept), and
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,19 @@ from .charts import Axes, Sheet
 from .pages import filled as filled_place
 from .pages import markdown_table
 from .sigma_study.report import paired
-from .sigma_study.study import FIRST_SEED, ORDINARY_PROMPTS, SAMPLING, Judge, job_config, judged, write_runs
+from .sigma_study.study import (
+    CONCEPT_SEED,
+    FIRST_SEED,
+    ORDINARY_PROMPTS,
+    SAMPLING,
+    Judge,
+    job_config,
+    judged,
+    write_runs,
+)
 from .tiny.build import check_prompts
 from .tiny.world import plain_caption
+from .verdict_study import DATA as VERDICT_DATA
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "quality.md"
@@ -51,11 +63,23 @@ MEASURES = {
 """Columns of the table."""
 SHARES = ("concept", "ordinary")
 """Those that are shares of images."""
-GENTLE = 2.5
-"""Another guidance scale that LoRAs of the first seed are judged at."""
+USES = {
+    "strength 0.65": (0.65, 4.0),
+    "strength 0.8": (0.8, 4.0),
+    "strength 0.9": (0.9, 4.0),
+    "guidance 3": (1.0, 3.0),
+    "guidance 2.5": (1.0, 2.5),
+    "strength 0.9, guidance 3": (0.9, 3.0),
+    "strength 0.9, guidance 2.5": (0.9, 2.5),
+}
+"""Other strengths and guidance scales that LoRAs are judged at; training knows nothing of them."""
+OPEN_PROMPTS = ("a sks emblem", "a star")
+"""Prompts that leave nearly everything open: do `VARIETY_SEEDS` seeds of them differ?"""
+VARIETY_SEEDS = 10
 COLOURS = (
     (30, 30, 34), (120, 120, 126), (200, 120, 0), (37, 99, 235), (16, 150, 90), (220, 60, 40), (122, 75, 176),
-    (0, 150, 170), (230, 90, 160), (110, 140, 30), (150, 90, 40), (70, 70, 200),
+    (0, 150, 170), (230, 90, 160), (110, 140, 30), (150, 90, 40), (70, 70, 200), (180, 180, 60), (240, 150, 130),
+    (60, 90, 80), (160, 130, 200),
 )  # fmt: skip
 
 
@@ -88,12 +112,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prompts × 3 and blank, 400 steps": {**STRONG, **BLANK},
     "prompts × 3, 400 steps, no dropout": {**STRONG, **NO_DROPOUT},
     "prompts × 3 without images, 400 steps, no dropout": {**STRONG, **NO_DROPOUT, "preserve.images": 0},
+    "class, 400 steps, no dropout": {**CLASS, **NO_DROPOUT, "steps": 400},
+    "class, 600 steps": {**CLASS, "steps": 600},
+    "class and prompts × 3, 600 steps": {**STRONG, **CLASS, "steps": 600},
 }
 """What the study compares: names, and options that differ from the job of `plain`, by dotted names."""
 
-
-REPEATED = (PLAIN, "class, 400 steps")
+REPEATED = (PLAIN, "class, 400 steps", "class and prompts × 3, 600 steps")
 """Variants with `SEEDS` runs; the others have one, which says little about each."""
+
+MORE = {
+    **{name: {"guidance 2.5": 1} for name in (PLAIN, "plain, 600 steps", "class", "prompts × 3, 400 steps")},
+    "prompts × 3, 400 steps, no dropout": {"guidance 2.5": 1},
+    "class, 400 steps, no dropout": {"strength 0.8": 1, "guidance 2.5": 1},
+    "class, 600 steps": dict.fromkeys([use for use in USES if use != "guidance 2.5"], 1),
+    "class, share 1/4, 600 steps": {"strength 0.9, guidance 3": 1},
+    "class and prompts × 3, 600 steps": {"strength 0.8": 1, "guidance 3": 1},
+}
+"""`USES` that LoRAs of a variant are judged at as well, and of how many seeds."""
 
 
 def variant_config(name: str, seed: int) -> dict[str, Any]:
@@ -107,6 +143,11 @@ def variant_config(name: str, seed: int) -> dict[str, Any]:
             place = place.setdefault(section, {})
         place[last] = value
     return values
+
+
+def step_price(name: str) -> float:
+    """What a mean step of a variant costs beside one of `plain`."""
+    return step_cost(plan_settings(TrainingConfig.parse(variant_config(name, FIRST_SEED))))
 
 
 def cost(name: str) -> float:
@@ -124,7 +165,6 @@ def by_variant(study: Mapping[str, Any]) -> dict[str, dict[int, dict[str, float]
     for run in study["runs"]:
         numbers = {column: run[key] for column, key in MEASURES.items()}
         numbers["loss"] = float(np.mean(run["heldout_by_sigma"]))
-        numbers |= {f"gentle {column}": value for column, value in run.get("gentle", {}).items()}
         found.setdefault(run["variant"], {})[run["seed"]] = numbers
     return found
 
@@ -132,20 +172,29 @@ def by_variant(study: Mapping[str, Any]) -> dict[str, dict[int, dict[str, float]
 def tables(study: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Name and text of each table of the page."""
     found, base = by_variant(study), study["base"]
-    columns = (*MEASURES, "loss", *(f"gentle {column}" for column in SHARES))
-    titles = {f"gentle {column}": f"{column}, guidance {GENTLE:g}" for column in SHARES}
+    columns = (*MEASURES, "loss")
     without = by_variant({"runs": [{**base, "variant": "", "seed": 0}]})[""][0]
-    rows: list[list[object]] = [
-        ["without LoRA", "", "", *(_number(c, without[c]) if c in without else "" for c in columns)]
-    ]
+    rows: list[list[object]] = [["without LoRA", "", "", "", *(_number(c, [without[c]]) for c in columns)]]
     for name, runs in found.items():
-        cells = []
-        for column in columns:
-            numbers = [run[column] for run in runs.values() if column in run]
-            spread = f" ± {_number(column, float(np.std(numbers, ddof=1)), unit=False)}" if len(numbers) > 1 else ""
-            cells.append(_number(column, float(np.mean(numbers))) + spread if numbers else "")
-        rows.append([f"`{name}`", f"{cost(name):.2f}", len(runs), *cells])
-    yield "results", markdown_table(rows, ["", "cost", "seeds", *(titles.get(c, c) for c in columns)])
+        cells = [_number(column, [run[column] for run in runs.values()]) for column in columns]
+        rows.append([f"`{name}`", f"{step_price(name):.2f}", f"{cost(name):.2f}", len(runs), *cells])
+    yield "results", markdown_table(rows, ["", "a step", "the job", "seeds", *columns])
+
+    rows = []
+    for name in found:
+        for use in USES:
+            both = [run["uses"][use] for run in study["runs"] if run["variant"] == name and use in run.get("uses", {})]
+            if both:
+                rows.append([f"`{name}`", use, len(both), *(_number(c, [one[c] for one in both]) for c in SHARES)])
+    yield "uses", markdown_table(rows, ["", "used at", "seeds", *SHARES])
+
+    rows = [["without LoRA", *(f"{base['variety'][prompt]:.2f}" for prompt in OPEN_PROMPTS)]]
+    for run in study["runs"]:
+        if "variety" in run:
+            rows.append([f"`{run['variant']}`", *(f"{run['variety'][prompt]:.2f}" for prompt in OPEN_PROMPTS)])
+    yield "variety", markdown_table(rows, ["", *(f"*{prompt}*" for prompt in OPEN_PROMPTS)])
+
+    yield "rates", rates()
 
     rows = []
     for name, runs in found.items():
@@ -157,17 +206,35 @@ def tables(study: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 words = " … ".join(f"{100 * end:+.0f}" for end in (low, high))
                 cells.append(f"{100 * mean:+.0f} ({words})".replace("-", "−"))
             rows.append([f"`{name}` − `{PLAIN}`", len(seeds), *cells])
-    yield "paired", markdown_table(rows, ["", "seeds", "concept", "ordinary"])
+    yield "paired", markdown_table(rows, ["", "seeds", *SHARES])
 
 
-def _number(column: str, value: float, unit: bool = True) -> str:
-    share = column.removeprefix("gentle ") in SHARES
-    return f"{100 * value:.0f}{' %' if unit else ''}" if share else f"{value:.3f}".replace("-", "−")
+def rates() -> str:
+    """The table of rates, ranks and sizes of the dataset: the runs of `tools.verdict_study` that were ever better than
+    the base."""
+    study = json.loads(VERDICT_DATA.read_text(encoding="utf-8"))
+    rows = []
+    for run in sorted(study["runs"], key=lambda run: [run["case"][name] for name in ("images", "rank", "rate")]):
+        case, loss = run["case"], {step: float(np.mean(levels)) for step, levels in run["truth"].items()}
+        best, last = min(loss, key=loss.__getitem__), max(loss, key=int)
+        if not case["alike"] and loss[best] < np.mean(study["base"]["truth"]):
+            shown = [f"{loss[last]:.3f}", f"{loss[best]:.3f}", best]
+            ordinary = f"{100 * run['pictures'][last]['ordinary']:.0f} %"
+            rows.append([case["images"], case["rank"], f"{case['rate']:g}", *shown, ordinary])
+    columns = ["images", "rank", "rate", "loss at step 80", "lowest loss", "at step", "ordinary at step 80"]
+    return markdown_table(rows, columns)
+
+
+def _number(column: str, values: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    factor, form, unit = (100, ".0f", " %") if column in SHARES else (1, ".3f", "")
+    spread = f" ± {factor * np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{factor * np.mean(values):{form}}{unit}{spread}".replace("-", "−")
 
 
 def draw(study: Mapping[str, Any], path: Path) -> None:
     """Concept against ordinary: a small dot a run, a large one the mean of a variant, and the corner that is wanted."""
-    sheet = Sheet(900, 560)
+    sheet = Sheet(1010, 560)
     axes = Axes(sheet, (60, 30, 620, 500), (0.4, 1.0), (0.3, 1.0), "concept right, against ordinary prompts right")
     axes.grid([i / 10 for i in range(4, 11)], [i / 10 for i in range(3, 11)], "ordinary prompts right")
     corner = [axes.at(x, y) for x, y in ((WANTED[1], WANTED[0]), (1, WANTED[0]), (1, 1), (WANTED[1], 1))]
@@ -181,10 +248,12 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
         for x, y in points:
             sheet.dot(*axes.at(max(x, 0.4), y), (*colour, 110), 3)
         x, y = (float(np.mean(values)) for values in zip(*points, strict=True))
-        sheet.dot(*axes.at(max(x, 0.4), y), colour, 7)
+        x, y = axes.at(max(x, 0.4), y)
+        sheet.dot(x, y, colour, 7)
+        sheet.text(x + 9, y, str(i + 1), size=10)
         sheet.dot(650, 50 + 24 * i, colour, 7)
-        sheet.text(664, 50 + 24 * i, f"{name} ({len(points)})")
-    sheet.save(path, colours=96)
+        sheet.text(664, 50 + 24 * i, f"{i + 1}: {name} ({len(points)})".replace("×", "x"))  # the font has no ×
+    sheet.save(path, colours=250)
 
 
 def filled(page: str, study: Mapping[str, Any]) -> str:
@@ -194,34 +263,59 @@ def filled(page: str, study: Mapping[str, Any]) -> str:
     return page
 
 
-def run(output: Path, only: Sequence[str]) -> None:
+def run(output: Path, only: Sequence[str], train: bool = True) -> None:
     """Train and judge what is wanted and not done yet, and write all that is done."""
     output.mkdir(parents=True, exist_ok=True)
     judge = Judge()
-    base = judge.judge(None) | {"gentle": shares(judge.judge(None, guidance=GENTLE))}
+    base = remembered(output / "base.json", lambda: judge.judge(None) | {"variety": variety(judge, None)})
+    assert base is not None
     runs = []
     for name in VARIANTS:
         for seed in range(FIRST_SEED, FIRST_SEED + (SEEDS if name in REPEATED else 1)):
             values = variant_config(name, seed)
-            found = judged(name, seed, values, judge, output, not only or name in only)
-            if found and seed == FIRST_SEED:
-                found["gentle"] = gentle(values, judge, output)
-            runs += [found] if found else []
-    write_runs(DATA, {"painting": SAMPLING, "gentle": GENTLE, "variants": VARIANTS}, base, runs)
+            found = judged(name, seed, values, judge, output, train and (not only or name in only))
+            if found:
+                runs.append(found | further(name, seed, values, judge, output))
+    settings = {"painting": SAMPLING, "uses": USES, "variants": VARIANTS}
+    write_runs(DATA, settings, base, runs)
 
 
-def gentle(values: Mapping[str, Any], judge: Judge, output: Path) -> dict[str, float]:
-    """The shares of a job's LoRA at guidance `GENTLE`, or as an earlier call has left them."""
-    result = output / f"{TrainingConfig.parse(values).job_id()}-gentle.json"
-    if not result.is_file():
-        lora = output / "loras" / f"{values['name']}.safetensors"
-        result.write_text(json.dumps(shares(judge.judge(lora, guidance=GENTLE))), encoding="utf-8")
-    return json.loads(result.read_text(encoding="utf-8"))
+def further(name: str, seed: int, values: Mapping[str, Any], judge: Judge, output: Path) -> dict[str, Any]:
+    """What is measured besides of a LoRA, now or by an earlier call: its shares at other `USES`, and its variety."""
+    job = TrainingConfig.parse(values).job_id()
+    lora = output / "loras" / f"{values['name']}.safetensors"
+    wanted = MORE.get(name, {}) if lora.is_file() else {}
+    uses = {}
+    for use, (strength, guidance) in USES.items():
+        measure = (
+            partial(judge.judge, lora, None, guidance, strength) if seed < FIRST_SEED + wanted.get(use, 0) else None
+        )
+        if found := remembered(output / f"{job}-{slug(use)}.json", measure):
+            uses[use] = {column: found[MEASURES[column]] for column in SHARES}
+    differ = partial(variety, judge, lora) if wanted and seed == FIRST_SEED else None
+    found = remembered(output / f"{job}-variety.json", differ)
+    return {"uses": uses} | ({"variety": found} if found else {})
 
 
-def shares(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """What is kept of images at guidance `GENTLE`."""
-    return {column: numbers[MEASURES[column]] for column in SHARES}
+def remembered(path: Path, measure: Callable[[], dict[str, Any]] | None) -> dict[str, Any] | None:
+    """What a file holds; without one, what is measured now, if it may be."""
+    if not path.is_file():
+        if measure is None:
+            return None
+        path.write_text(json.dumps(measure()), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def variety(judge: Judge, lora: Path | None) -> dict[str, float]:
+    """For each of `OPEN_PROMPTS`, the mean distance between two images of different seeds: the root mean square of the
+    difference of their latents, whose standard deviation is about 1."""
+    found = {}
+    with judge.wearing(lora):
+        for prompt in OPEN_PROMPTS:
+            latents = judge.generate([prompt] * VARIETY_SEEDS, CONCEPT_SEED).flatten(1)
+            pairs = torch.pdist(latents) / latents.shape[1] ** 0.5
+            found[prompt] = round(float(pairs.mean()), 4)
+    return found
 
 
 def write_report() -> None:
@@ -237,10 +331,11 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=[], choices=[*VARIANTS, "report"], help="train these alone, or only write the page"
     )
+    parser.add_argument("--done", action="store_true", help="train nothing: numbers and page of what is done so far")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only != ["report"]:
-        run(options.output.resolve(), options.only)
+        run(options.output.resolve(), options.only, train=not options.done)
     write_report()
 
 

@@ -1,6 +1,6 @@
 """Measures how often the verdict on a training job is right, on jobs of the embedded `tiny` model.
 
-    python -m tools.verdict_study                  # 22 runs, ten minutes of one free core; what is done stays done
+    python -m tools.verdict_study                  # 26 runs, a quarter hour of one free core; what is done stays done
     python -m tools.verdict_study --only report    # docs/data/verdict_study.json and the tables of docs/verdict.md
 
 Jobs over rates, sizes of the dataset, ranks and steps, each with its own seed. What a verdict may use is the job's
@@ -16,9 +16,10 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any, ClassVar, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny is far slower on many threads
@@ -30,7 +31,7 @@ from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.jobs.job import Job as Finished
 from chroma_core.training.run.kept import kept_loras
-from chroma_core.training.run.verdict import Record, verdict
+from chroma_core.training.run.verdict import LIMITS, Limits, Record, kind_of, verdict
 from chroma_core.training.step.objective import heldout_loss
 
 from .pages import fill, markdown_table
@@ -73,7 +74,11 @@ def cases() -> list[Case]:
     found += [Case(8, rate, rank=2) for rate in (4e-3, 3.2e-2)]
     found += [Case(16, rate, rank=64) for rate in (4e-3, 1.6e-2)]
     found += [Case(16, rate, alike=True) for rate in (1e-3, 4e-3)]
-    return found
+    return [*found, *FRESH]
+
+
+FRESH = (Case(16, 1e-3, rank=64), Case(16, 2e-3), Case(8, 4e-3), Case(40, 4e-3))
+"""Runs that were made when the verdict was as it is now: nothing of it was chosen by them."""
 
 
 def datasets(folder: Path) -> None:
@@ -274,27 +279,69 @@ WELL = ("learning", "settled")
 """Verdicts after which nobody would look for a fault."""
 
 
-def judged(study: dict[str, Any]) -> list[tuple[Job, str, set[str]]]:
-    """Every job with what the verdict says and what is true."""
+class Judged(NamedTuple):
+    """A job with the evidence of its verdict, and what is true of it."""
+
+    job: Job
+    evidence: dict[str, float]
+    true: set[str]
+
+    def right(self, limits: Limits = LIMITS) -> bool:
+        """Whether the verdict is, under some limits."""
+        return kind_of(self.evidence, limits) in self.true
+
+
+def judged(study: dict[str, Any]) -> list[Judged]:
+    """Every job."""
     found = []
     for job in jobs_of(study):
         said = verdict(Record.of(job.metrics))
         assert said is not None
-        found.append((job, said.kind, true_of(job, study)))
+        found.append(Judged(job, said.evidence, true_of(job, study)))
     return found
 
 
 def summary(study: dict[str, Any]) -> dict[str, int]:
-    """How many verdicts are right, of how many; how many jobs are ruined, and how many of them are called well."""
+    """How many verdicts are right, of how many; of those of `FRESH` runs; how many jobs are ruined, and how many of
+    them are called well; how many are right whose limits were chosen without their run."""
     rows = judged(study)
-    ruined = [said for _, said, true in rows if true <= {"hot", "worse"}]
-    counts = {"right": sum(said in true for _, said, true in rows), "jobs": len(rows)}
-    return {**counts, "ruined": len(ruined), "ruined_called_well": sum(said in WELL for said in ruined)}
+    fresh = [row for row in rows if Case(**row.job.run["case"]) in FRESH]
+    ruined = [kind_of(row.evidence) for row in rows if row.true <= {"hot", "worse"}]
+    return {
+        "right": sum(row.right() for row in rows),
+        "jobs": len(rows),
+        "fresh_right": sum(row.right() for row in fresh),
+        "fresh": len(fresh),
+        "ruined": len(ruined),
+        "ruined_called_well": sum(said in WELL for said in ruined),
+        "right_left_out": sum(_right_left_out(rows)),
+    }
+
+
+GRID = [
+    Limits(*each)
+    for each in product((0.04, 0.08, 0.12, 0.16, 0.2), (-0.05, 0, 0.02, 0.05, 0.1), (0.03, 0.05, 0.07, 0.09, 0.12))
+]
+"""Limits to choose from."""
+
+
+def _right_left_out(rows: list[Judged]) -> Iterator[bool]:
+    """For each job, whether it is right under limits that suit the jobs of the other runs best; their median, where
+    several do."""
+    marks = {limits: [row.right(limits) for row in rows] for limits in GRID}
+    for left_out in {id(row.job.run) for row in rows}:
+        own = [id(row.job.run) == left_out for row in rows]
+        scores = {
+            limits: sum(r for r, mine in zip(right, own, strict=True) if not mine) for limits, right in marks.items()
+        }
+        best = [limits for limits, score in scores.items() if score == max(scores.values())]
+        chosen = Limits(*(median(values) for values in zip(*map(astuple, best), strict=True)))
+        yield from (row.right(chosen) for row, mine in zip(rows, own, strict=True) if mine)
 
 
 def tables(study: dict[str, Any]) -> tuple[str, str]:
     """The confusion of what is said with what is true; every job with its verdict."""
-    rows = judged(study)
+    rows = [(row.job, kind_of(row.evidence), row.true) for row in judged(study)]
     kinds = list(dict.fromkeys([*WELL, "memorises", "hot", "worse", "captions"]))
     counts = []
     for kind in kinds:
@@ -318,10 +365,12 @@ def tables(study: dict[str, Any]) -> tuple[str, str]:
 def in_words(study: dict[str, Any]) -> str:
     """`summary` as a sentence."""
     found = summary(study)
-    right, jobs, ruined = found["right"], found["jobs"], found["ruined"]
+    right, jobs, others = found["right"], found["jobs"], found["right_left_out"]
     return (
-        f"Right: **{right} of {jobs}** jobs of {jobs // len(LENGTHS)} runs ({right / jobs:.0%}). "
-        f"Of {ruined} ruined jobs {found['ruined_called_well']} were called well."
+        f"Right: **{right} of {jobs}** jobs of {jobs // len(LENGTHS)} runs ({right / jobs:.0%}); {others} "
+        f"({others / jobs:.0%}) with limits chosen by the other runs, run by run; {found['fresh_right']} of "
+        f"{found['fresh']} jobs of runs that were made when the verdict was as it is. Of {found['ruined']} ruined jobs "
+        f"{found['ruined_called_well']} were called well."
     )
 
 

@@ -61,7 +61,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
 BASH = """\
 # {name}: eval "$({name} completion bash)"
 _{name}() {{
-    local current=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD - 1]}} place= words= i
+    local current=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD - 1]}} place= words= flags= i
     for ((i = 1; i < COMP_CWORD; i++)); do
         case "$place ${{COMP_WORDS[i]}}" in
             {commands}) place="$place ${{COMP_WORDS[i]}}" ;;
@@ -74,6 +74,7 @@ _{name}() {{
         case "$place" in
 {words}
         esac
+        [[ $current == -* ]] && words=$flags
     fi
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }}
@@ -88,7 +89,10 @@ def _bash(found: list[Place]) -> str:
         for flag, (_, choices) in place.flags.items()
         if choices
     ]
-    words = [f'            "{place.name}") words="{" ".join([*place.words, *place.flags])}" ;;' for place in found]
+    words = [
+        f'            "{place.name}") words="{" ".join(place.words)}" flags="{" ".join(place.flags)}" ;;'
+        for place in found
+    ]
     commands = "|".join(f'"{place.name}"' for place in found if place.after)
     return BASH.format(name=NAME, commands=commands, values="\n".join(values), words="\n".join(words))
 

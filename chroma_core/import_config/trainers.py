@@ -13,6 +13,8 @@ from ..data.dataset import DatasetConfig
 from ..data.images import image_extensions
 from ..errors import ConfigError, counted
 from ..files import slug
+from ..options import option_of
+from ..training.config import TrainingConfig
 from .answers import DATA, FUNCTIONS, k_arguments, previews
 from .job import NAME_LENGTH, Imported, finish, start_folders
 from .read import ForeignPath, is_off, is_on, number, preview_of_object, read_config, resolve, sizes, whole, word
@@ -156,16 +158,18 @@ def is_list_of_objects(content: Any) -> bool:
     return isinstance(content, list) and all(isinstance(item, dict) for item in content)
 
 
+def other_model(file: Path, kind: str, found: object, option: str, wanted: str) -> ConfigError:
+    """The error for a configuration that is not for Chroma."""
+    what = f"is for the {kind} {found!r}" if found else f"does not say its {option}"
+    return ConfigError(f"'{file.name}' {what}. ChromaKit trains Chroma alone: import {wanted}.")
+
+
 def simpletuner(file: Path, content: Mapping[str, Any], beside: Path | None) -> Imported:
     """SimpleTuner's config.json with its dataset file. Raises ConfigError, as all of them."""
     run = Import(SIMPLETUNER, "SimpleTuner", file)
     options, spelled = _under_one_name(file, content)
-    family = options.get("model_family")
-    if family != "chroma":
-        found = f"is for the model family {family!r}" if family else "does not say its model_family"
-        raise ConfigError(
-            f"'{file.name}' {found}. ChromaKit trains Chroma alone: import a config with model_family chroma."
-        )
+    if (family := options.get("model_family")) != "chroma":
+        raise other_model(file, "model family", family, "model_family", "a config with model_family chroma")
     if options.get("model_type", "lora") != "lora":
         raise ConfigError(
             f"'{file.name}' has model_type {shown(options['model_type'])}. Only LoRA jobs are imported: set it to lora."
@@ -292,8 +296,7 @@ def ai_toolkit(file: Path, content: Mapping[str, Any], beside: Path | None) -> I
     arch = model.get("arch")
     found = old_switch.removeprefix("is_") if arch is None else str(arch).partition(":")[0]
     if found != "chroma":
-        what = f"is for the architecture {found!r}" if found else "does not say its model.arch"
-        raise ConfigError(f"'{file.name}' {what}. ChromaKit trains Chroma alone: import a file with arch: \"chroma\".")
+        raise other_model(file, "architecture", found, "model.arch", 'a file with arch: "chroma"')
     if not sections["network"]:
         raise ConfigError(f"'{file.name}' has no `network`: it trains the whole model. Only LoRA jobs are imported.")
     run = Import(AI_TOOLKIT, "ai-toolkit", file)
@@ -340,8 +343,7 @@ def onetrainer(file: Path, content: Mapping[str, Any], beside: Path | None) -> I
     """OneTrainer's configuration, with the concepts and samples in it or in the files that it names."""
     model, method = content.get("model_type"), content.get("training_method", "FINE_TUNE (not stated)")
     if model != "CHROMA_1":
-        found = f"is for the model type {model!r}" if model else "does not say its model_type"
-        raise ConfigError(f"'{file.name}' {found}. ChromaKit trains Chroma alone: import one with CHROMA_1.")
+        raise other_model(file, "model type", model, "model_type", "one with CHROMA_1")
     if method != "LORA":
         raise ConfigError(f"'{file.name}' has the training_method {method}. Only LORA is imported.")
     run = Import(ONETRAINER, "OneTrainer", file)
@@ -466,6 +468,7 @@ def kohya(file: Path, content: Mapping[str, Any], beside: Path | None) -> Import
         run.lines.append(Line("optimizer_args: relative_step", "True (not stated)", "differs", {}, reason))
     place = run.beside(options.get("dataset_config"), beside)
     found = _kohya_folders(options, for_all_sets) if place is None else _kohya_sets(run, place, for_all_sets)
+    _hold_out(run, found)
     batches = []
     for prefix, each in found:
         batches.append(each.pop("batch_size", batch))
@@ -484,6 +487,18 @@ def kohya(file: Path, content: Mapping[str, Any], beside: Path | None) -> Import
     reason = f"a job has one batch size; the sets have {', '.join(map(str, batch_sizes))}"
     run.job.record(said, shown(batch_sizes[0]), near(values, reason) if len(set(batch_sizes)) > 1 else values)
     return run.finish(file.stem, "the file's name")
+
+
+def _hold_out(run: Import, found: list[tuple[str, Options]]) -> None:
+    """The share that the first set holds out, as the job's; those of other sets, and beside a set that is held out
+    whole, stay for the table."""
+    prefix, first = found[0]
+    share = first.get("validation_split")
+    if isinstance(share, float) and 0 < share < 1 and all(each.get("validation_split") != 1 for _, each in found):
+        del first["validation_split"]
+        most = option_of(TrainingConfig, "hold_out").bound("le") or 1.0
+        reason = "which images, their content decides; at least 2, of 8 or more, and none of other sets"
+        run.job.record(f"{prefix}validation_split", shown(share), near({"hold_out": min(share, most)}, reason))
 
 
 def _kohya_folders(options: Options, for_all: Options) -> list[tuple[str, Options]]:

@@ -1,7 +1,5 @@
 """The inference request: its fields and limits, and the images that it asks for with everything decided.
 
-`mistakes` says what is wrong with it, as one paragraph: each field, what was found there, what it may be.
-
 The names and the defaults are those of ai-toolkit-inference (`POST /v1/inference`), whose requests work unchanged. What
 we do otherwise, and the fields that are ours, are listed in docs/requests.md.
 """
@@ -37,7 +35,7 @@ from ..options import MAX_SEED, option_of
 from ..sampling.recipe import recipe
 from ..sampling.sampler import SamplingSettings
 from ..sampling.text import TRIGGER, apply_trigger
-from ..settings import Settings, choice_meant, model_at
+from ..settings import Settings, mistakes, short
 
 MODEL_ID = "chroma"
 """What the reference calls Chroma1-Base."""
@@ -288,68 +286,9 @@ class PlannedImage:
         return asdict(self)
 
 
-_SIZES = {
-    "missing": "is missing; it is required",
-    "too_long": "has {actual_length} items; at most {max_length} are allowed",
-    "too_short": "is empty; give at least one",
-    "string_too_short": "is an empty text; it must not be",
-    "string_too_long": "has {found} characters; at most {max_length} are allowed",
-}
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "a text in quotes",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "model_type": "a JSON object",
-    "model_attributes_type": "a JSON object",
-    "finite_number": "a finite number",
-}
-
-
 def unusable(why: str) -> ConfigError:
     """The error of a request that cannot be carried out."""
     return ConfigError(f"The request cannot be used: {why}{'' if why.endswith('?') else '.'}")
-
-
-def mistakes(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """A line for every mistake."""
-    details = error.errors()
-    found = []
-    for detail in details:
-        loc = detail["loc"]
-        # A list with a wrong item also counts as too short, by that item.
-        if detail["type"] == "too_short" and any(len(d["loc"]) > len(loc) and d["loc"][0] == loc[0] for d in details):
-            continue
-        found.append(_line(detail, model_at(model, loc[:-1])))
-    return found
-
-
-def _line(detail: Any, model: type[BaseModel]) -> str:
-    loc, kind_ = detail["loc"], detail["type"]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-    if kind_ == "extra_forbidden":
-        near = nearest(loc[-1], model.model_fields)
-        meant = f"did you mean {near}?" if near else f"known are {', '.join(model.model_fields)}"
-        return f"{where} is not a known field ({meant})"
-    if kind_ in _SIZES:
-        return f"{where} {_SIZES[kind_].format(found=len(detail['input']), **detail.get('ctx', {}))}"
-    found = f"{where} is {short(detail['input'])}"
-    if kind_ in _EXPECTED:
-        return f"{found}, and must be {_EXPECTED[kind_]}"
-    if kind_ in ("greater_than_equal", "less_than_equal") and len(loc) == 1:
-        metadata = model.model_fields[str(loc[-1])].metadata
-        low = next(limit.ge for limit in metadata if hasattr(limit, "ge"))
-        high = next(limit.le for limit in metadata if hasattr(limit, "le"))
-        return f"{found}, and must be between {low} and {high}"
-    message = detail["msg"].removeprefix("Value error, ").rstrip(".") + choice_meant(detail)
-    return f"{found}: {message[0].lower()}{message[1:]}"
-
-
-def short(value: Any) -> str:
-    """A value as it is quoted in a message."""
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | type(None)) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def kind(data: Any) -> str:

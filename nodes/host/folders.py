@@ -117,6 +117,11 @@ def _dataset_roots() -> list[Path]:
     return [root.resolve() for root in roots]
 
 
+def _known_roots() -> list[Path]:
+    """Where datasets may lie, images that other nodes gave included. Raises DataError."""
+    return [*_dataset_roots(), images_folder().resolve()]
+
+
 def dataset_names() -> list[str]:
     """Folders that hold images, one or two levels below a dataset root, named relative to it.
 
@@ -149,8 +154,7 @@ def dataset_folder(name: str) -> Path:
 
     Images that other nodes gave are found by their folder's name too, so that a job on them can be started again.
     """
-    roots = _dataset_roots()
-    for root in (*roots, images_folder().resolve()):
+    for root in _known_roots():
         try:
             folder = (root / name.strip()).resolve()
             if name.strip() and folder != root and folder.is_relative_to(root) and folder.is_dir():
@@ -158,8 +162,8 @@ def dataset_folder(name: str) -> Path:
         except (OSError, ValueError):  # too long for a name, or with a zero byte in it
             continue
     raise DataError(
-        f"There is no dataset folder '{name}'. It must lie in one of: {', '.join(map(str, roots))}. Put a folder with "
-        "images and .txt captions into ComfyUI's input folder, or list further places as dataset_roots in "
+        f"There is no dataset folder '{name}'. It must lie in one of: {', '.join(map(str, _dataset_roots()))}. Put a "
+        "folder with images and .txt captions into ComfyUI's input folder, or list further places as dataset_roots in "
         f"user/chromakit/config.toml.{did_you_mean(name, dataset_names())}"
     )
 
@@ -207,7 +211,7 @@ def _links(folder: Path) -> Iterator[Path]:
 
 
 def _check_links(folder: Path, paths: Iterable[Path]) -> None:
-    places = [*_dataset_roots(), images_folder().resolve()]
+    places = _known_roots()
     astray = [
         path.relative_to(folder).as_posix()
         for path in paths
@@ -223,7 +227,7 @@ def _check_links(folder: Path, paths: Iterable[Path]) -> None:
 def dataset_name(folder: str) -> str | None:
     """The name under which `dataset_folder` finds a folder; None when it does not."""
     path = Path(folder).resolve()
-    for root in (*_dataset_roots(), images_folder().resolve()):
+    for root in _known_roots():
         if path != root and path.is_relative_to(root):
             return path.relative_to(root).as_posix()
     return None

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from ...chroma_core.data.editing import Changed
 from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError, LoraError, did_you_mean, first_line
-from ...chroma_core.requests.request import mistakes
+from ...chroma_core.settings import mistakes
 from ...chroma_core.training.jobs.manager import Job
 from .. import host, jobs
 from ..inputs import chosen_of

@@ -1,5 +1,5 @@
 """HTTP for what nodes show before anything runs (datasets, noise levels, the memory plan) and for this ComfyUI: its
-memory, and the setting of what prompts do while a job trains, the only state that is changed here.
+memory, the recipes, and the setting of what prompts do while a job trains, the only state that is changed here.
 
 What a node shows is computed from the values of its widgets by name, with the very functions that the node runs.
 """

@@ -301,7 +301,8 @@ def test_a_shell_completes_the_commands(capsys):
         assert main(["completion", shell]) == 0
         scripts[shell] = capsys.readouterr().out
     assert completed(scripts["bash"], "chromakit", "in") == ["init", "inspect-model", "inspect-lora"]
-    assert completed(scripts["bash"], "chromakit", "jobs", "") == ["list", "show", "use", "resume", "-h", "--help"]
+    assert completed(scripts["bash"], "chromakit", "jobs", "") == ["list", "show", "use", "resume"]
+    assert completed(scripts["bash"], "chromakit", "train", "--output", "") == []
     assert completed(scripts["bash"], "chromakit", "jobs", "use", "--j") == ["--json"]
     assert completed(scripts["bash"], "chromakit", "train", "--sharding", "") == ["ddp", "fsdp"]
     assert completed(scripts["bash"], "chromakit", "train", "job") == [], "then bash completes names of files"

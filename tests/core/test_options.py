@@ -1,5 +1,5 @@
 """One definition of every option: what is read from a field, and what is made of it; the commented job
-file says what is true when nothing is said; recipes say why."""
+file says what is true when nothing is said; recipes are jobs that say why."""
 
 import re
 from typing import Annotated, get_args

@@ -9,13 +9,17 @@ from chroma_core.training.config import TrainingConfig
 from tools.quality_study import (
     DATA,
     IMAGE,
+    MORE,
+    OPEN_PROMPTS,
     PAGE,
     PLAIN,
     THINGS,
+    USES,
     VARIANTS,
     by_variant,
     cost,
     filled,
+    step_price,
     variant_config,
 )
 from tools.sigma_study.report import DATA as SIGMA_DATA
@@ -57,7 +61,18 @@ def test_no_prompt_is_preserved_and_judged():
     assert not set(THINGS) & {plain_caption(*triple) for triple in check_prompts(ORDINARY_PROMPTS)}
 
 
+def test_other_uses_and_variety_belong_to_their_runs():
+    kept = study()
+    for run in kept["runs"]:
+        assert set(run["uses"]) >= {use for use, seeds in MORE.get(run["variant"], {}).items() if run["seed"] <= seeds}
+        assert set(run["uses"]) <= set(USES)
+    assert set(kept["base"]["variety"]) == set(OPEN_PROMPTS) and MORE.keys() <= VARIANTS.keys()
+    nearest = max(kept["runs"], key=lambda run: min(run["concept_right"] - 0.8, run["ordinary_right"] - 0.92))
+    assert nearest["variant"] == "class and prompts × 3, 600 steps"
+
+
 def test_a_third_of_second_passes_is_half_a_job_more():
     assert cost(PLAIN) == 1 and cost("class") == pytest.approx(1.5, abs=1e-3)
+    assert step_price("class and prompts × 3, 600 steps") == pytest.approx(1.5, abs=1e-3)
     # 24 images of 25 steps with guidance are 1200 passes of one image; the plain job has 250 · 4 · 2 of them.
     assert cost("prompts") == pytest.approx(1.5 + 1200 / 2000, abs=1e-3)

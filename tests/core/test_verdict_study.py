@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from chroma_core.training.run.verdict import kind_of
 from tools.verdict_study import DATA, PAGE, WELL, in_words, judged, summary, tables
 
 
@@ -13,5 +14,5 @@ def test_the_page_follows_from_the_numbers_and_no_ruined_job_is_called_well():
     assert all(text in page for text in (in_words(study), *tables(study)))
     found = summary(study)
     assert found["ruined"] >= 10 and found["ruined_called_well"] == 0
-    assert found["right"] >= 0.7 * found["jobs"]
-    assert {said for _, said, _ in judged(study)} & set(WELL), "some jobs are well"
+    assert found["jobs"] >= 60 and found["right"] >= 0.9 * found["jobs"]
+    assert {kind_of(row.evidence) for row in judged(study)} & set(WELL), "some jobs are well"

@@ -103,16 +103,18 @@ class Judge:
             settings = replace(settings, guidance=guidance)
         return sample(self.transformer, conditions, self.empty, width=64, height=64, settings=settings)
 
-    def judge(self, lora: Path | None, sheet: Path | None = None, guidance: float | None = None) -> dict[str, Any]:
+    def judge(
+        self, lora: Path | None, sheet: Path | None = None, guidance: float | None = None, strength: float = 1.0
+    ) -> dict[str, Any]:
         """Every number of one LoRA (None: the base, which comes first); `sheet` is a file for the images."""
-        with self.wearing(lora):
+        with self.wearing(lora, strength):
             return self._measured(sheet, guidance)
 
     @contextmanager
-    def wearing(self, lora: Path | None) -> Iterator[None]:
+    def wearing(self, lora: Path | None, strength: float = 1.0) -> Iterator[None]:
         """The model with a LoRA (None: without), inside a `with` block."""
         if lora is not None:
-            attach(self.transformer, read_lora(lora))
+            attach(self.transformer, read_lora(lora), strength)
         try:
             yield
         finally:

@@ -150,8 +150,8 @@ RECIPE_TABLE: dict[str, Recipe] = {
         },
         (8, 20),
         ("diffusers", "verdict"),
-        "Write the trigger word followed by its class (sks teapot), then angle, light and surroundings. Set class_word "
-        "to that class and write it only after the trigger word.",
+        "Write the trigger word where the thing's name would stand (a photo of sks on a shelf), then angle, light and "
+        "surroundings. Set class_word to what the thing is one of, e.g. teapot.",
         ("captions", "diffusers"),
     ),
     "pose": Recipe(

@@ -22,14 +22,22 @@ LEAST_MEASURED = 4
 LEAST_GAIN = 0.01
 """Of the base's loss; what the best step gained over it counts as no less in what follows."""
 
-RISE = 0.08
-"""Of what the best step gained over the base, what must be lost again, and more than scatter, to say: memorises."""
 
-STILL = 0.02
-"""Of the same gain, what the last third must have added before it is said to learn still."""
+@dataclass(frozen=True)
+class Limits:
+    """Shares of what the best step gained over the base, from which on something is said.
 
-SCATTER = 0.3
-"""Of the same gain, the scatter of a measurement about its neighbours from which on the rate is too high."""
+    rise: what must be lost again, and more than the scatter, to say: memorises. still: what the last third may have
+    added at most, its scatter included, to say: settled. swing: how far the loss goes up and down from one measurement
+    to the next, on average, with a rate that is too high.
+    """
+
+    rise: float = 0.08
+    still: float = 0.02
+    swing: float = 0.07
+
+
+LIMITS = Limits()
 
 ALIKE = 0.5
 """Different captions for each image from which on there are enough of them."""
@@ -133,7 +141,7 @@ class Verdict:
 
 SENTENCES: dict[Kind, str] = {
     "early": "Too early to say: {measured:.0f} of at least 4 validations are made.",
-    "learning": "Still learning: the last third of the steps took another {trend:.0%} off what was gained.",
+    "learning": "Still learning: the last third added {trend:.0%} to the gain, give or take {scatter:.0%}.",
     "settled": "Best at step {step}; since then neither better nor worse: more steps gain nothing.",
     "memorises": "Best at step {step}; since then it memorises: {lost:.0%} of what was gained is lost again.",
     "hot": "Too hot: halve the learning rate ({learning_rate:g}) and go on from step {step}.",
@@ -149,7 +157,7 @@ def verdict(record: Record) -> Verdict | None:
     evidence = _evidence(record)
     best = min(record.heldout, key=lambda each: each.loss)
     step = best.step if best.loss < record.base.loss else 0
-    kind = _kind(evidence)
+    kind = kind_of(evidence)
     return Verdict(kind, record.heldout[-1].step, step, evidence)
 
 
@@ -165,27 +173,29 @@ def memorising_for(lines: Sequence[Mapping[str, Any]]) -> int:
     return count
 
 
-def _kind(found: dict[str, float]) -> Kind:
+def kind_of(found: Mapping[str, float], limits: Limits = LIMITS) -> Kind:
+    """What the evidence says."""
     if found["now"] > found["base"] or found["broken"]:
         return "worse" if found["best"] >= found["base"] else "hot"
     if found["measured"] < LEAST_MEASURED:
         return "early"
-    if found["scatter"] > SCATTER:
-        return "hot"
     if found["images"] >= FEW and found["captions"] < ALIKE * found["images"]:
         return "captions"
-    if found["lost"] > max(RISE, found["scatter"]) and found["risen"] >= MOST_LEVELS:
+    if found["swing"] > limits.swing:
+        return "hot"
+    if found["lost"] > max(limits.rise, found["scatter"]) and found["risen"] >= MOST_LEVELS:
         return "memorises"
-    return "learning" if found["trend"] > STILL else "settled"
+    return "learning" if found["trend"] + found["scatter"] > limits.still else "settled"
 
 
 def _evidence(record: Record) -> dict[str, float]:
     """The numbers that decide.
 
     base, best, now: validation loss of the base, of the best step, of the last measurements (two of them, from four
-    on). lost, trend, scatter: in units of base - best: what was lost since the best step, what the last third gained,
-    the median distance of a measurement in the second half from the mean of its neighbours. risen: share of the noise
-    levels whose loss is higher now than at the best step. loss_rise, norm_rise: mean training loss, and the gradient
+    on). lost, trend, scatter, swing: in units of base - best: what was lost since the best step, what the last third
+    gained, the median distance of a measurement in the second half from the mean of its neighbours, and by how much a
+    measurement lies above both neighbours or below both, on average. risen: share of the noise levels whose loss is
+    higher now than at the best step. loss_rise, norm_rise: mean training loss, and the gradient
     norm's 90th percentile, of the last third over those of the first. measured: validations; broken: skipped steps.
     """
     assert record.base is not None
@@ -198,6 +208,10 @@ def _evidence(record: Record) -> dict[str, float]:
     gain = max(record.base.loss - best.loss, LEAST_GAIN * record.base.loss)
     middle = losses[len(losses) // 2 - 1 :] if len(losses) >= LEAST_MEASURED else []
     scatter = [abs(b - (a + c) / 2) for a, b, c in zip(middle, middle[1:], middle[2:], strict=False)]
+    turns = [
+        max(0.0, min(a, c) - b if b > best.loss else 0.0, b - max(a, c))
+        for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)
+    ]
     third = len(losses) - max(2, round(len(losses) / 3))
     before = losses[max(0, third - 1) : third + 1] or losses[:1]
     levels = [mean(level) - least for *level, least in zip(*(e.by_sigma for e in last), best.by_sigma, strict=True)]
@@ -208,6 +222,7 @@ def _evidence(record: Record) -> dict[str, float]:
         "lost": lost / gain,
         "trend": (mean(before) - now) / gain,
         "scatter": median(scatter) / gain if scatter else 0.0,
+        "swing": mean(turns) / gain if turns else 0.0,
         "risen": mean(float(level > 0) for level in levels) if levels else 0.0,
         "loss_rise": _ratio(record.loss[: measured[-1].taken], mean),
         "norm_rise": _ratio(record.grad_norm[: measured[-1].taken], _high),

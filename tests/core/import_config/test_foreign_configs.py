@@ -293,6 +293,7 @@ SAID: dict[str, dict] = {
     # 8 double blocks, in which the image stream's attention and MLP are trained, and all single blocks.
     "kohya/04-layers.toml": {"layers": 8 * 6 + 190, "lora.rank_pattern.transformer_blocks.0.ff.net.2": 8},
     "kohya/05-regex.toml": {
+        "hold_out": 0.0,
         "objective.draw": "logit_normal",
         "objective.flow_shift": "none",
         "lr_power": 2.0,
@@ -323,6 +324,7 @@ SAID: dict[str, dict] = {
         "dataset.caption_lines": "first",
         "dataset.upscale": True,
     },
+    "kohya/09-validation.toml": {"hold_out": 0.1, "validate_every": 100},
 }
 """What some of them come to, read from the files by hand; `layers`: how many of Chroma's layers are trained."""
 

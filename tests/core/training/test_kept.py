@@ -20,7 +20,7 @@ from chroma_core.training.jobs.job import Job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run import kept
 from chroma_core.training.run.kept import kept_loras, superfluous
-from chroma_core.training.run.verdict import memorising_for
+from chroma_core.training.run.verdict import Record, memorising_for, verdict
 from training_cases import config, model_folder, write_dataset
 from waiting import PATIENCE, until
 
@@ -73,12 +73,12 @@ def test_a_short_disk_keeps_fewer(tmp_path, monkeypatch):
 
 
 def settings(places, **changes):
-    """`tiny` learns two images by heart at a high rate: the loss on a third is lowest at step 24 and then rises."""
+    """`tiny` learns two images by heart: the loss on a third is lowest at step 40 and then rises."""
     own: dict[str, Any] = {
         "model": {"flavour": "tiny", "precision": "fp32", "text_precision": "fp32"},
         "dataset": {"folder": str(places / "trained"), "trigger": "sks"},
         "validation_dataset": {"folder": str(places / "measured")},
-        **{"steps": 64, "lora": {"rank": 16}, "learning_rate": 1e-2, "validate_every": 8, "checkpoint_every": 0},
+        **{"steps": 72, "lora": {"rank": 16}, "learning_rate": 4e-3, "validate_every": 8, "checkpoint_every": 0},
         **{"keep_loras": 4, "stop_when_memorising": 1, "keep_checkpoints": 1},
     }
     return config(places, places, **{**own, **changes})
@@ -108,7 +108,7 @@ def same(path, other) -> bool:
 def test_a_job_that_memorises_ends_with_its_best_step(ended):
     folder, job = ended
     status = job.status()
-    assert 0 < status["best_step"] < status["step"] < status["steps"] == 64
+    assert 0 < status["best_step"] < status["step"] < status["steps"] == 72
     assert f"Ended by itself at step {status['step']}: the last 1 validation said" in status["message"]
     assert status["verdict"]["kind"] == "memorises" and memorising_for(job.metrics()) == 1
     measured = {line["step"]: line["heldout_loss"] for line in job.metrics() if "heldout_loss" in line}
@@ -123,18 +123,32 @@ def test_a_job_that_memorises_ends_with_its_best_step(ended):
     assert status["best_step"] in [one["step"] for one in status["kept"]] and len(status["kept"]) == 4
 
 
-def test_interrupted_and_resumed_it_ends_the_same(places, ended, tmp_path):
+def verdicts(job: Job) -> list[dict[str, Any]]:
+    """What was said at each validation."""
+    lines = job.metrics()
+    ends = [i + 1 for i, line in enumerate(lines) if "heldout_loss" in line]
+    return [found.to_dict("") for found in (verdict(Record.of(lines[:end])) for end in ends) if found]
+
+
+@pytest.mark.parametrize("how", ["interrupted", "stopped", "completed"])
+def test_resumed_or_extended_it_says_the_same_and_ends_the_same(places, ended, tmp_path, how: str):
     _, job = ended
     first = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
-    again = first.ensure(settings(places))
-    until(lambda: again.status()["step"] >= 10)
+    again = first.ensure(settings(places, **({"steps": 16} if how == "completed" else {})))
+    if how != "completed":
+        until(lambda: again.status()["step"] >= 10)
+        if how == "stopped":
+            first.stop(again.id)
+    if how != "interrupted":
+        assert again.wait(PATIENCE)
     first.shutdown()
-    assert again.state == "interrupted"
+    assert again.state == how
     second = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
-    again = second.ensure(settings(places))
+    again = second.extend(again.id, 56) if how == "completed" else second.resume(again.id)
     assert again.wait(PATIENCE) and again.state == "completed"
     second.shutdown()
-    for name in ("step", "best_step", "verdict", "message", "heldout_loss", "kept"):
+    assert verdicts(again) == verdicts(job) and len(verdicts(job)) >= 4
+    for name in ("step", "best_step", "message", "heldout_loss", "kept"):
         assert again.status()[name] == job.status()[name], name
     assert same(again.status()["lora_path"], job.status()["lora_path"])
 

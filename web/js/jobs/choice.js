@@ -49,7 +49,7 @@ export class Choice {
     this.judged.hidden = !verdict;
     if (!verdict) return;
     const { kind, step, at, evidence, command } = verdict;
-    const shares = Object.fromEntries(["trend", "lost", "scatter"].map((name) => [name, percent(evidence[name])]));
+    const shares = Object.fromEntries(["trend", "lost", "scatter", "swing"].map((name) => [name, percent(evidence[name])]));
     const numbers = { ...evidence, ...shares, step, at, learning_rate: rate(evidence.learning_rate) };
     say(this.sentence, t(`verdict.${kind}`, numbers));
     const losses = Object.fromEntries(["base", "best", "now"].map((name) => [name, loss(evidence[name])]));

@@ -30,6 +30,7 @@ export class Folder {
     /** @type {FolderLook | null} */
     this.found = null;
     this.again = false;
+    this.closed = false; // whether it could not be looked into at all
     /** @type {Promise<void> | null} */
     this.loading = null;
     /** @type {Promise<unknown>} */
@@ -59,7 +60,9 @@ export class Folder {
       const { trigger, size } = this.room.view;
       try {
         this.found = await post("datasets/images", { folder: this.name, trigger, size });
+        this.closed = false;
       } catch (error) {
+        this.closed = !this.found;
         this.failed(error);
       }
       this.changed();

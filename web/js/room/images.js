@@ -169,7 +169,8 @@ class Images {
     say(this.empty, t(folder ? "room.images.empty" : "room.images.begin"));
     const skipped = images.filter((image) => image.skipped).length;
     const sizes = (found?.buckets ?? []).map(({ width, height, count }) => `${width}×${height}: ${count}`).join(", ");
-    say(this.counts, found && images.length ? t("room.images.counts", { images: images.length, used: images.length - skipped, skipped }) : "");
+    const counts = found && images.length ? t("room.images.counts", { images: images.length, used: images.length - skipped, skipped }) : "";
+    say(this.counts, folder && !found && !this.folder.closed ? t("widgets.looking") : counts);
     this.counts.title = sizes;
     this.#checks(found);
     const warnings = found?.warnings ?? [];

@@ -157,7 +157,9 @@ class FolderLock:
             self._file.acquire(timeout=0)
         except Timeout:
             return False
-        if before not in (None, _identity(self._path)):  # locked is what was renamed away in this very moment
+        now = _identity(self._path)
+        # Locked is what was renamed away in this very moment. Its times say nothing: some versions of filelock truncate.
+        if before and (not now or before[0] != now[0]):
             self.let_go()
             return False
         return True

@@ -16,9 +16,9 @@ from pydantic import StrictInt, StrictStr
 from typing_extensions import NotRequired, TypedDict
 
 from ...chroma_core.comfy.graph import Prompt
-from ...chroma_core.data.dataset import Settings
 from ...chroma_core.errors import JobError
 from ...chroma_core.files import sha256_file
+from ...chroma_core.settings import Settings
 from ...chroma_core.training.jobs.manager import Job
 from ...chroma_core.training.run import publish
 from ...chroma_core.training.run.grid import (

@@ -100,10 +100,9 @@ def _mistake(detail: Any, model: type[BaseModel]) -> str:
     found = f"{where} is {short(detail['input'])}"
     if kind in _EXPECTED:
         return f"{found}, and must be {_EXPECTED[kind]}"
-    if kind in ("greater_than_equal", "less_than_equal") and len(loc) == 1:
-        metadata = model.model_fields[str(loc[-1])].metadata
-        low = next(limit.ge for limit in metadata if hasattr(limit, "ge"))
-        high = next(limit.le for limit in metadata if hasattr(limit, "le"))
+    limits = getattr(model.model_fields.get(str(loc[-1])), "metadata", ())  # the key of a table is no field
+    low, high = (next((getattr(one, end) for one in limits if hasattr(one, end)), None) for end in ("ge", "le"))
+    if kind in ("greater_than_equal", "less_than_equal") and low is not None and high is not None:
         return f"{found}, and must be between {low} and {high}"
     message = detail["msg"].removeprefix("Value error, ").rstrip(".") + choice_meant(detail)
     return f"{found}: {message[0].lower()}{message[1:]}"

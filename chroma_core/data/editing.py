@@ -205,10 +205,13 @@ def write_captions(folder: Path, texts: Mapping[str, str], seen: Mapping[str, st
 
 
 def move_crops(folder: Path, crops: Mapping[str, float]) -> None:
-    """Say where images are cropped, from 0 (left or top) to 1. Raises DataError for a name that is no image."""
+    """Say where images are cropped, from 0 (left or top) to 1.
+
+    Raises DataError for a name that is no image, and when what was said before cannot be read.
+    """
     for name in crops:
         image_path(folder, name)
-    now = {**read_crops(folder), **{name: round(min(1.0, max(0.0, at)), 4) for name, at in crops.items()}}
+    now = {**read_crops(folder, strict=True), **{name: round(min(1.0, max(0.0, at)), 4) for name, at in crops.items()}}
     path = folder / CROPS
     if path.is_symlink():
         raise DataError(f"'{CROPS}' in the dataset '{folder.name}' is a link to another file. Remove the link.")

@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..errors import DataError
 from .buckets import Size, crop_box
 from .dataset import DatasetConfig
 from .images import DatasetImage, UnreadableImage, load_alpha, load_image
@@ -82,10 +83,11 @@ def crop_positions(sha256: str, size: Size, bucket: Size, count: int) -> tuple[f
     return tuple(round((i + uniform(generator(0, f"crop/{sha256}", *bucket, i))) / count, 4) for i in range(count))
 
 
-def read_crops(folder: Path) -> dict[str, float]:
+def read_crops(folder: Path, strict: bool = False) -> dict[str, float]:
     """Where images of a dataset are cropped, by their names; those in the centre are left out.
 
     A file that is damaged, or of a later version, counts as none: all crops are then in the centre, which is logged.
+    Raises DataError for it with `strict`, as who is about to write over it needs.
     """
     try:
         found = json.loads((folder / CROPS).read_text(encoding="utf-8"))
@@ -95,6 +97,10 @@ def read_crops(folder: Path) -> dict[str, float]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if strict:
+            raise DataError(
+                f"'{CROPS}' in the dataset '{folder.name}' cannot be read ({error}). Repair it, or remove it."
+            ) from error
         log.warning("ChromaKit: '%s' in '%s' is not used (%s): crops are centred.", CROPS, folder.name, error)
         return {}
 

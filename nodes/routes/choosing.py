@@ -192,10 +192,10 @@ def forget(job_id: str) -> None:
 
 
 async def _image(request: web.Request) -> web.StreamResponse:
-    return await image_answer(request, lambda: _picture(job_of(request), request.match_info["key"]))
+    return await image_answer(request, lambda: _image_of(job_of(request), request.match_info["key"]))
 
 
-def _picture(job: Job, key: str) -> Path:
+def _image_of(job: Job, key: str) -> Path:
     found = image_of(job.folder, key) if _KEY.fullmatch(key) else None
     if found is None:
         raise Unknown(f"The grid of the job '{job.id}' has no image '{key[:40]}' yet. Make the grid, or wait for it.")
@@ -234,7 +234,7 @@ async def _keep(request: web.Request) -> web.Response:
     def keep() -> KeptFiles:
         job = job_of(request)
         grid, cell = _cell(job, body.key)
-        lora, image = host.lora_path(_lora_name(grid, cell.step)), _picture(job, cell.key)
+        lora, image = host.lora_path(_lora_name(grid, cell.step)), _image_of(job, cell.key)
         with jobs.manager().held(job.id):
             written, stayed = publish.keep(grid := _made(job), lora, cell, image)
             write_grid(job.folder, grid.model_copy(update={"written": written}))
@@ -251,7 +251,7 @@ async def _publish(request: web.Request) -> web.Response:
         job = job_of(request)
         grid, cell = _cell(job, body.key)
         row = [each for each in cells(job.config, grid) if (each.step, each.strength) == (cell.step, cell.strength)]
-        images = [(cell, _picture(job, cell.key))]
+        images = [(cell, _image_of(job, cell.key))]
         images += [(each, path) for each in row if each != cell and (path := image_of(job.folder, each.key))]
         folder = publish.publish(host.publish_folder(), host.lora_path(_lora_name(grid, cell.step)), images)
         return {"folder": str(folder), "images": len(images)}

@@ -52,7 +52,7 @@ def pixels(data: bytes) -> bytes:
         return image.convert("RGB").tobytes()
 
 
-def picture(server: Host, job: str, key: str) -> bytes:
+def image_of(server: Host, job: str, key: str) -> bytes:
     code, data = server.request("GET", f"/chromakit/jobs/{job}/grid/{key}")
     assert code == 200
     return data
@@ -67,7 +67,7 @@ def test_a_lora_is_chosen_kept_and_published(server: Host, job: str):
     assert len(asked["cells"]) == 12 and [column["seed"] for column in asked["columns"]] == [42, 43]
     grid = made(server, job)
     by_place = {(cell["step"], cell["strength"], cell["prompt"]): cell["key"] for cell in grid["cells"]}
-    images = {place: pixels(picture(server, job, key)) for place, key in by_place.items()}
+    images = {place: pixels(image_of(server, job, key)) for place, key in by_place.items()}
     assert len(set(images.values())) > 6, "steps and strengths differ"
     samples = server.get(where)["samples"]
     preview = server.request("GET", f"{where}/samples/{samples.index('step-000004-0.png')}")[1]
@@ -91,7 +91,7 @@ def test_a_lora_is_chosen_kept_and_published(server: Host, job: str):
     assert kept["lora"] == "to-choose-step-000004.safetensors" and kept["stayed"] == []
     source = server.base / "output" / "chromakit" / "jobs" / job / "loras" / "step-000004.safetensors"
     assert sha256_file(lora) == sha256_file(source), "the file as it was kept"
-    assert lora.with_suffix(".png").read_bytes() == picture(server, job, key)
+    assert lora.with_suffix(".png").read_bytes() == image_of(server, job, key)
     card = lora.with_suffix(".md").read_text(encoding="utf-8")
     assert "| strength | 1.5 |" in card and "| trigger word | `sks` |" in card and "canonical" in card
     shown = server.request("GET", f"/experiment/models/preview/loras/{_place(server, lora)}/{lora.name}")
@@ -100,7 +100,7 @@ def test_a_lora_is_chosen_kept_and_published(server: Host, job: str):
     lora.with_suffix(".md").write_text("mine")
     again_kept = ask(server, job, "keep", {"key": by_place[4, 1, 0]})
     assert again_kept["stayed"] == [f"{lora.stem}.md"] and lora.with_suffix(".md").read_text() == "mine"
-    assert lora.with_suffix(".png").read_bytes() == picture(server, job, by_place[4, 1, 0])
+    assert lora.with_suffix(".png").read_bytes() == image_of(server, job, by_place[4, 1, 0])
 
     for name in (lora.stem, f"{lora.stem}-2"):
         told = ask(server, job, "publish", {"key": key})
@@ -109,7 +109,7 @@ def test_a_lora_is_chosen_kept_and_published(server: Host, job: str):
     assert sha256_file(folder / lora.name) == sha256_file(source)
     front = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
     assert [entry["output"]["url"] for entry in front["widget"]] == ["images/01.png", "images/02.png"]
-    assert (folder / "images" / "01.png").read_bytes() == picture(server, job, key)
+    assert (folder / "images" / "01.png").read_bytes() == image_of(server, job, key)
 
 
 def _place(server: Host, lora: Path) -> int:

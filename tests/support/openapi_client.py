@@ -42,7 +42,7 @@ class Client:
         }
         self.called: dict[str, set[int]] = {name: set() for name in self.operations}
 
-    def call(self, name: str, body: Any = None, checked: bool = True, **parameters: Any) -> Answer:
+    def call(self, name: str, body: Any = None, /, checked: bool = True, **parameters: Any) -> Answer:
         """Call an operation; `checked`: what is sent is right by the document. What comes back always has to be."""
         method, path, operation = self.operations[name]
         query = {}

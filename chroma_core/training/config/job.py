@@ -361,6 +361,12 @@ class TrainingConfig(Settings):
         advanced=True,
         since="0.1",
     )
+    compile_auto: bool = option(
+        False,
+        "Compile where it can pay: on CUDA with Triton, from 1000 steps on. A warning says why a job does not.",
+        advanced=True,
+        since="0.1",
+    )
 
     @model_validator(mode="before")
     @classmethod

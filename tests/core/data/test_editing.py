@@ -151,6 +151,9 @@ def test_a_moved_crop_is_what_is_trained_and_all_others_keep_their_entries(folde
 def test_a_damaged_file_of_crops_is_none(folder, text, caplog):
     (folder / "chromakit-crops.json").write_text(text)
     assert seen(folder)["a.png"]["crop"] == 0.5 and "crops are centred" in caplog.text
+    with pytest.raises(DataError, match="cannot be read"):
+        move_crops(folder, {"a.png": 0.1})
+    assert (folder / "chromakit-crops.json").read_text() == text
 
 
 def test_the_trigger_check_names_who_lacks_it_and_what_stands_for_it():

@@ -38,9 +38,7 @@ class GridChoice(Settings):
     """What a grid is asked for. Without prompts it takes the job's previews."""
 
     steps: tuple[StrictInt, ...] = Field(min_length=1, max_length=12)
-    strengths: tuple[Annotated[float, Field(strict=True, allow_inf_nan=False)], ...] = Field(
-        (0.7, 1.0, 1.3), min_length=1
-    )
+    strengths: tuple[Strength, ...] = Field((0.7, 1.0, 1.3), min_length=1, max_length=12)
     prompts: tuple[Annotated[StrictStr, Field(max_length=10_000)], ...] = Field((), max_length=24)
 
     @field_validator("steps", "strengths", "prompts")

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from ...errors import JobError, counted
-from ...files import atomic_folder, free_name, require_room, sha256_file, write_atomic
+from ...errors import DiskFull, JobError, first_line
+from ...files import atomic_folder, disk_is_full, free_name, require_room, sha256_file, write_atomic
 from ...lora.files import read_metadata
 from ...model.flavours import FLAVOURS
 from ...sampling.recipe import Recipe
@@ -67,7 +67,7 @@ def model_card(header: Mapping[str, str], file: str, strength: float, images: Se
             "guidance": settings.guidance,
             "sampler": f"{settings.method}, {settings.spacing}",
         }
-    numbers = {name: training[name] for name in _NUMBERS if training.get(name) is not None}
+    numbers = {words: training[name] for name, words in _NUMBERS.items() if training.get(name) is not None}
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
         f"# {_line(title)}",
@@ -79,17 +79,19 @@ def model_card(header: Mapping[str, str], file: str, strength: float, images: Se
         "In ComfyUI: put the file into `models/loras`, and choose it in *Chroma Apply LoRA* or in any LoRA loader. The "
         "images hold the graph that made them: drop one onto ComfyUI's page.",
         "## How it was trained",
-        _table({name.replace("_", " "): value for name, value in numbers.items()}),
+        _table(numbers),
         f"Recipe (what decides an image beside the prompt): {_recipe(header)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-_NUMBERS = (
-    "kind", "rank", "alpha", "target", "steps", "batch", "pictures", "learning_rate", "heldout_loss_base",
-    "heldout_loss",
-)  # fmt: skip
-"""Of what the header says of the training, what a card tells."""
+_NUMBERS = {
+    **{name: name for name in ("kind", "rank", "alpha", "target", "steps", "batch", "learning_rate")},
+    "pictures": "images",
+    "heldout_loss_base": "validation loss of the base",
+    "heldout_loss": "validation loss",
+}
+"""Of what the header says of the training, what a card tells, in its words."""
 
 
 def _base(header: Mapping[str, str]) -> str:
@@ -139,9 +141,19 @@ def keep(grid: Grid, lora: Path, cell: Cell, image: Path) -> tuple[dict[str, str
 def publish(folder: Path, lora: Path, images: Sequence[tuple[Cell, Path]]) -> Path:
     """Write a folder of the LoRA's name below `folder`: the LoRA, `README.md` and `images/`; returns it.
 
-    One that is there is never replaced: the new one is then NAME-2. Raises JobError when the disk has no room.
+    One that is there is never replaced: the new one is then NAME-2. Raises JobError when it cannot be written.
     """
-    require_room(folder, lora.stat().st_size, counted(1, "folder to publish"), JobError)
+    try:
+        return _publish(folder, lora, images)
+    except OSError as error:
+        raise (DiskFull if disk_is_full(error) else JobError)(
+            f"The folder to publish cannot be written to '{folder}': {first_line(error)}. Nothing is left of it. Make "
+            "room, or allow writing there."
+        ) from error
+
+
+def _publish(folder: Path, lora: Path, images: Sequence[tuple[Cell, Path]]) -> Path:
+    require_room(folder, lora.stat().st_size, "the folder to publish", JobError)
     target = folder / free_name(lora.stem, lambda name: not (folder / name).exists())
     with atomic_folder(target) as made:
         (made / "images").mkdir()

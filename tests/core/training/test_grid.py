@@ -111,7 +111,7 @@ def test_a_card_says_what_the_header_says(job):
         "widget": [{"text": "a sks star", "output": {"url": "my.png"}}],
     }
     assert r"# My \| \<LoRA\>" in body and "| strength | 0.7 |" in body and "| rank | 16 |" in body
-    assert "heldout" not in body and "![a sks star](my.png)" in body
+    assert "validation loss" not in body and "![a sks star](my.png)" in body
     own = model_card(
         {**HEADER, "chromakit.base_file": "mine.gguf", "chromakit.training": '{"kind": "lokr"}'}, "f", 1, []
     )
@@ -141,3 +141,6 @@ def test_what_is_kept_leaves_the_users_files_and_the_lora_alone(job, tmp_path):
     assert found == ["README.md", "images/01.png", "images/02.png", "my-step-000002.safetensors"]
     assert sha256_file(folders[0] / lora.name) == before == sha256_file(lora)
     assert read_metadata(lora)["chromakit.trigger"] == "sks: #1"
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(JobError, match="cannot be written to"):
+        publish(tmp_path / "file", lora, [(cell, image)])

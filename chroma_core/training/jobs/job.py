@@ -158,7 +158,7 @@ class FolderLock:
         except Timeout:
             return False
         now = _identity(self._path)
-        # Locked is what was renamed away in this very moment. Its times say nothing: some versions of filelock truncate.
+        # What was renamed away in this moment is locked. Times say nothing: some versions of filelock truncate.
         if before and (not now or before[0] != now[0]):
             self.let_go()
             return False

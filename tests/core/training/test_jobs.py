@@ -1,6 +1,7 @@
 """Jobs in the background: asking twice, steering, yielding, failing, and being found again."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys

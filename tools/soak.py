@@ -196,15 +196,15 @@ def quiet(base: Path, prompts: int) -> tuple[list[list[bytes]], dict[str, float]
     return found, growth.slopes(prompts // 5, 100)
 
 
-def same_loras(statuses: list[dict[str, Any]]) -> int:
-    """How many of the jobs' LoRAs differ in a bit from the first of their kind."""
+def same_loras(statuses: list[dict[str, Any]], base: Path) -> int:
+    """How many of the jobs' LoRAs, below ComfyUI's base folder, differ in a bit from the first of their kind."""
     from safetensors.numpy import load_file
 
     first: dict[str, dict[str, bytes]] = {}
     different = 0
     for status in statuses:
         kind = status["name"].rpartition("-")[2]
-        tensors = {name: tensor.tobytes() for name, tensor in load_file(status["lora_path"]).items()}
+        tensors = {name: tensor.tobytes() for name, tensor in load_file(base / status["lora_path"]).items()}
         different += tensors != first.setdefault(kind, tensors)
     return different
 
@@ -299,7 +299,7 @@ def main() -> int:
             "prompts": options.prompts,
             "prompts_wrong": soak.wrong,
             "loras": len(statuses),
-            "loras_different": same_loras(statuses),
+            "loras_different": same_loras(statuses, base),
             "pages": options.pages,
             "page_reloads": soak.pages.reloads,
             "endings_heard_by_the_first_page": len(soak.pages.heard[0]),

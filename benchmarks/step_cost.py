@@ -3,12 +3,14 @@
     python benchmarks/step_cost.py --precision int8 --size 512 --flops --bytes --json
 
 On a real card, or on the simulated one (tests/support/nullgpu), where times mean nothing and everything else counts.
-The first step warms the allocator and makes the optimizer's state; the second is measured.
+The first step warms the allocator and makes the optimizer's state; the second is measured. Host time depends on what
+else the computer does: `--repeat 25` gives the least of as many steps, `--calls` counts Python's calls of functions.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import ctypes
 import json
 import logging
@@ -100,6 +102,14 @@ def count_launches(work: Callable[[], Any]) -> int:
     return sum(event.count for event in seen.key_averages() if event.self_device_time_total > 0)
 
 
+def count_calls(work: Callable[[], Any]) -> int:
+    """Calls of functions by Python in `work`, its backward pass included."""
+    profiler = cProfile.Profile()
+    with torch.autograd.set_multithreading_enabled(False):  # only its own thread is seen
+        profiler.runcall(work)
+    return sum(entry.callcount for entry in profiler.getstats())
+
+
 class SimulatedCard:
     """The counters of the simulated card."""
 
@@ -113,8 +123,10 @@ class SimulatedCard:
         return {name: getattr(self.library, f"null_{name}")() for name in ("launches", "h2d", "peak")}
 
 
-def measure(work: Callable[[], Any], flops: bool = False, moved: bool = False) -> dict[str, Any]:
-    """Costs of `work`, which has run once before."""
+def measure(
+    work: Callable[[], Any], flops: bool = False, moved: bool = False, repeat: int = 1, calls: bool = False
+) -> dict[str, Any]:
+    """Costs of `work`, which has run once before; host time is the least of `repeat` times."""
     card = SimulatedCard() if SIMULATED else None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -137,6 +149,13 @@ def measure(work: Callable[[], Any], flops: bool = False, moved: bool = False) -
         free, total = torch.cuda.mem_get_info()
         row["used_gib"] = (total - free) / GIB
         row["launches"] = count_launches(work)
+    for _ in range(repeat - 1):
+        busy = time.process_time()
+        work()
+        torch.cuda.synchronize()
+        row["host_cpu_s"] = min(row["host_cpu_s"], time.process_time() - busy)
+    if calls:
+        row["python_calls"] = count_calls(work)
     if flops:
         row["tflop"] = count_flops(work)
     if moved:
@@ -164,6 +183,8 @@ def main() -> int:
     parser.add_argument("--target", default="all", help="what the LoRA is added to")
     parser.add_argument("--heldout", action="store_true", help="the held-out loss instead of a step")
     parser.add_argument("--heldout-rows", type=int, default=len(HELDOUT_SIGMAS), help="… in parts of so many levels")
+    parser.add_argument("--repeat", type=int, default=1, help="steps of which the least host time is told")
+    parser.add_argument("--calls", action="store_true", help="also count the calls of functions by Python")
     parser.add_argument("--flops", action="store_true", help="also count the operations")
     parser.add_argument("--bytes", action="store_true", help="also count the bytes that are moved")
     parser.add_argument("--json", action="store_true", help="one JSON object in one line")
@@ -195,7 +216,8 @@ def main() -> int:
     else:
         work = made.step
     work()
-    row = vars(options) | {"simulated": SIMULATED, "weights_gib": weights} | measure(work, options.flops, options.bytes)
+    row = vars(options) | {"simulated": SIMULATED, "weights_gib": weights}
+    row |= measure(work, options.flops, options.bytes, options.repeat, options.calls)
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
     if options.json:
         print(json.dumps(row))

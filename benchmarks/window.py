@@ -2,6 +2,7 @@
 
     python benchmarks/window.py            # prints a table
     python benchmarks/window.py --write    # and writes it into docs/window.md
+    python benchmarks/window.py --wall     # only the training room's wall; with --write into docs/choosing.md
 
 It trains one short job on tiny, copies its folder into 50 finished jobs and one with 20 000 steps (the numbers in its
 metrics are made up, everything else is real), starts the host and Chromium, and opens things in the page. Times are
@@ -23,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
@@ -34,6 +37,9 @@ from tools.pages import fill, markdown_table  # noqa: E402
 
 JOBS, STEPS, ROUNDS = 50, 20_000, 5
 PAGE = ROOT / "docs" / "window.md"
+WALL_PAGE = ROOT / "docs" / "choosing.md"
+WALL = (40, 6)
+"""Steps and prompts of the wall."""
 
 OPEN_TAB = """async ([id, selector, count]) => {
     const tabs = window.app.extensionManager.sidebarTab;
@@ -88,6 +94,44 @@ EVERY_POINT = """async ([job, module]) => {
 }"""
 
 
+OPEN_WALL = """async ([job, first]) => {
+    const { openRoom } = await import('/extensions/chromakit/js/room/room.js');
+    const gaps = [];
+    let last = performance.now(), going = true;
+    const frame = now => { gaps.push(now - last); last = now; if (going) requestAnimationFrame(frame); };
+    requestAnimationFrame(frame);
+    const start = performance.now();
+    openRoom({ job: first });
+    openRoom({ job, step: 'watch' });
+    const wall = () => document.querySelector(`.ck-watched[data-job="${job}"] .ck-wall`);
+    const shown = () => [...wall().querySelectorAll('img')].filter(image => {
+        const [one, whole] = [image.getBoundingClientRect(), wall().getBoundingClientRect()];
+        return one.bottom > whole.top && one.top < whole.bottom && image.checkVisibility();
+    });
+    while (!wall() || !shown().length) await new Promise(requestAnimationFrame);
+    const built = performance.now() - start;
+    while (!shown().every(image => image.naturalWidth)) await new Promise(requestAnimationFrame);
+    await new Promise(requestAnimationFrame);
+    const found = { built, taken: performance.now() - start, images: shown().length };
+    going = false;
+    return { ...found, opening: Math.max(...gaps) };
+}"""
+
+SCROLL_WALL = """async () => {
+    const wall = document.querySelector('.ck-watched .ck-wall'), gaps = [];
+    let last = performance.now();
+    while (wall.scrollTop + wall.clientHeight < wall.scrollHeight - 1) {
+        wall.scrollTop += 60;
+        const now = await new Promise(requestAnimationFrame);
+        gaps.push(now - last);
+        last = now;
+    }
+    return gaps;
+}"""
+
+CLOSE_WALL = "() => document.querySelector('.ck-room [aria-label^=Close]').click()"
+
+
 def first_job(host: Host) -> Path:
     """A short real job with previews; its folder."""
     host.run(change(load_api("chroma_train_lora"), "ChromaTrainLora", steps=4, preview_every=2, name="one of many"))
@@ -120,6 +164,66 @@ def multiply(folder: Path) -> str:
                 by_sigma = [smooth * (1 + i / 10) for i in range(10)]
                 file.write(json.dumps({"step": step, "heldout_loss": smooth, "heldout_by_sigma": by_sigma}) + "\n")
     return long.name
+
+
+def wall_of(folder: Path) -> str:
+    """A copy of a job with previews of 1024 pixels for each step and prompt; its id."""
+    steps, prompts = WALL
+    values = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    texts = [f"a [trigger] emblem in place {i}" for i in range(prompts)]
+    config = {**values["config"], "name": "a wall", "steps": 50 * steps}
+    config["previews"] = {**config["previews"], "prompts": texts}
+    made = copy(folder, "a-wall-0000beef", {**values, "steps": 50 * steps, "step": 50 * steps, "config": config})
+    shutil.rmtree(made / "samples")
+    (made / "samples").mkdir()
+    for prompt in range(prompts):
+        # As large as a photograph's PNG: soft shapes with grain.
+        soft = Image.effect_noise((24, 24), 120).resize((1024, 1024), Image.Resampling.BICUBIC)
+        grain = [Image.blend(soft, Image.effect_noise((1024, 1024), 40), 0.15) for _ in "rgb"]
+        first = made / "samples" / f"step-000000-{prompt}.png"
+        Image.merge("RGB", grain).save(first)
+        for step in range(1, steps):
+            (made / "samples" / f"step-{50 * step:06d}-{prompt}.png").hardlink_to(first)
+    return made.name
+
+
+def measure_wall(host: Host, job: str, first: str) -> str:
+    """The wall's numbers for people: the first time, when ComfyUI makes the small images, and again."""
+    rounds: list[dict[str, Any]] = []
+    with open_page(host, 1280, 720) as page:
+        page.wait_for_timeout(2000)
+        client = page.context.new_cdp_session(page)
+        client.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+        def cpu() -> float:
+            """Milliseconds of CPU that the page's own thread has taken."""
+            metrics = client.send("Performance.getMetrics")["metrics"]
+            return 1000 * next(each["value"] for each in metrics if each["name"] == "TaskDuration")
+
+        for _ in range(2):
+            begun = cpu()
+            found = page.evaluate(OPEN_WALL, [job, first])
+            opened = cpu()
+            gaps = page.evaluate(SCROLL_WALL)
+            scrolled = cpu() - opened
+            page.evaluate(CLOSE_WALL)
+            slow = f"{max(gaps):.0f} ms; {sum(gap > 50 for gap in gaps)} of {len(gaps)} above 50 ms"
+            own = {"opening_cpu": opened - begun, "frame_cpu": scrolled / len(gaps), "slow": slow}
+            rounds.append({**found, **own})
+    steps, prompts = WALL
+    rows = [
+        (label, *(words(each) for each in rounds))
+        for label, words in (
+            ("opening until the wall stands", lambda each: f"{each['built']:.0f} ms"),
+            (f"and its {rounds[0]['images']} images in view are there", lambda each: f"{each['taken']:.0f} ms"),
+            ("longest frame while it opens", lambda each: f"{each['opening']:.0f} ms"),
+            ("longest frame while it scrolls from top to bottom", lambda each: each["slow"]),
+            ("CPU of the page to open it", lambda each: f"{each['opening_cpu']:.0f} ms"),
+            ("CPU of the page for a frame while it scrolls", lambda each: f"{each['frame_cpu']:.1f} ms"),
+        )
+    ]
+    about = f"{steps} steps × {prompts} prompts of 1024 × 1024 pixels."
+    return f"{markdown_table(rows, ('what', 'the first time', 'again'))}\n\n{about}"
 
 
 def copy(folder: Path, name: str, values: dict[str, Any]) -> Path:
@@ -197,18 +301,19 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--wall", action="store_true", help=f"the wall instead, into {WALL_PAGE.relative_to(ROOT)}")
     options = parser.parse_args()
     ensure_environment()
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
         with start_host(base) as host:
             folder = first_job(host)
-        long = multiply(folder)
+        made = wall_of(folder) if options.wall else multiply(folder)
         with start_host(base) as host:
-            text = table(measure(host, long))
+            text = measure_wall(host, made, folder.name) if options.wall else table(measure(host, made))
     print(text)
     if options.write:
-        fill(PAGE, "window", text)
+        fill(WALL_PAGE if options.wall else PAGE, "wall" if options.wall else "window", text)
     return 0
 
 

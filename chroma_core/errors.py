@@ -6,6 +6,7 @@ line show it as it stands, without a stack trace.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -24,6 +25,23 @@ def first_line(error: object, limit: int = 200) -> str:
 def shortened(text: str, limit: int = 60) -> str:
     """The beginning of a text that is quoted in a message."""
     return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+LONGEST_NAME = 200
+"""Letters of what could be a name misspelt; looking for anything longer takes long."""
+
+
+def nearest(name: object, known: Iterable[object]) -> str | None:
+    """What a name that is none of `known` may be meant for, whatever its capitals; None where nothing is near."""
+    text, choices = str(name).lower(), {str(each).lower(): str(each) for each in known}
+    near = difflib.get_close_matches(text, choices, 1, cutoff=0.55) if len(text) <= LONGEST_NAME else []
+    return choices[near[0]] if near else None  # steps, sample_steps: .59
+
+
+def did_you_mean(name: object, known: Iterable[object]) -> str:
+    """` Did you mean 'x'?` for the end of a message, with a space before it; empty where nothing is near."""
+    near = nearest(name, known)
+    return f" Did you mean '{near}'?" if near else ""
 
 
 def counted(number: int, what: str) -> str:
@@ -98,4 +116,5 @@ def check_choice(what: str, value: object, known: Iterable[str]) -> None:
     """Raise ConfigError, naming what there is, unless `value` is one of `known`; `what` begins the message."""
     choices = tuple(known)
     if value not in choices:
-        raise ConfigError(f"{what} is {value!r}; choose one of: {', '.join(choices)}.")
+        meant = did_you_mean(value, choices)
+        raise ConfigError(f"{what} is {shortened(repr(value))}; choose one of: {', '.join(choices)}.{meant}")

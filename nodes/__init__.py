@@ -42,6 +42,7 @@ class ChromaKitExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         routes.register(host.server_routes())
+        host.tell_of_halves("Chroma")
         while_training.start()
         jobs.end_as_ctrl_c_does()
 

@@ -9,9 +9,10 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from PIL import Image
+from typing_extensions import TypedDict
 
 from ..chroma_core.data.contact_sheet import (
     bucket_counts,
@@ -59,12 +60,49 @@ def sheet_of(found: DatasetScan, size: int) -> Image.Image:
     return contact_sheet(most_telling(found, SHOWN), found, size, cell=CELL)
 
 
+class Bucket(TypedDict):
+    """Images of one size, in pixels."""
+
+    width: int
+    height: int
+    count: int
+
+
+class Shown(TypedDict):
+    """One image; image: a data URL, None where it cannot be read."""
+
+    name: str
+    caption: str
+    notes: list[str]
+    image: str | None
+
+
+class DatasetFacts(TypedDict):
+    """A dataset in numbers and words."""
+
+    summary: list[str]
+    pictures: int
+    captions: int
+    skipped: int
+    size: int
+    buckets: list[Bucket]
+    warnings: list[str]
+    thumbnails: list[Shown]
+
+
+class DatasetLook(DatasetFacts):
+    """What the page shows of a dataset. size_from: what decides its size. sheet: the address of its contact sheet."""
+
+    size_from: Literal["widget", "model", "assumed"]
+    sheet: str
+
+
 @dataclass
 class _Preview:
     id: str
     found: DatasetScan
     size: int
-    answer: dict[str, Any]
+    answer: DatasetLook
     sheet: bytes | None = None
 
 
@@ -78,7 +116,7 @@ class DatasetPreviews:
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str, int], _Preview] = OrderedDict()
 
-    def of(self, config: DatasetConfig, model_size: int | None) -> dict[str, Any]:
+    def of(self, config: DatasetConfig, model_size: int | None) -> DatasetLook:
         """What the page shows of a dataset. Raises what `scan` raises.
 
         Args:
@@ -90,7 +128,7 @@ class DatasetPreviews:
         if found is None:
             seen = look(config, model_size or 0)
             size, name = model_size or FALLBACK_SIZE, secrets.token_urlsafe(16)
-            answer = {
+            answer: DatasetLook = {
                 **facts(seen, size, judged_by=model_size or 0),
                 "size_from": "widget" if config.resolutions else "model" if model_size else "assumed",
                 "sheet": f"datasets/sheets/{name}",
@@ -114,7 +152,7 @@ class DatasetPreviews:
         return found.sheet
 
 
-def facts(found: DatasetScan, size: int, judged_by: int) -> dict[str, Any]:
+def facts(found: DatasetScan, size: int, judged_by: int) -> DatasetFacts:
     """Counts, buckets, warnings in words and thumbnails of a dataset, as plain values for JSON.
 
     Without a resolution of its own, buckets are those of `size` pixels, and an image is small by `judged_by` (0: none
@@ -135,7 +173,7 @@ def facts(found: DatasetScan, size: int, judged_by: int) -> dict[str, Any]:
     }
 
 
-def _shown(item: DatasetImage, found: DatasetScan, size: int, warnings: list[str]) -> dict[str, Any]:
+def _shown(item: DatasetImage, found: DatasetScan, size: int, warnings: list[str]) -> Shown:
     image = thumbnail(item, found, size, SIDE)
     caption = next(iter(item.captions), "")
     return {

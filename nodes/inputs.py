@@ -17,7 +17,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..chroma_core.data.dataset import DatasetConfig
-from ..chroma_core.errors import ChromaKitError, ConfigError, check_text, shortened
+from ..chroma_core.errors import ChromaKitError, ConfigError, check_choice, check_text, shortened
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
 from . import host
 from .sockets import ChromaDatasetType, ChromaJob, ChromaModel, ChromaTextEncoder, ChromaTrainingType, TrainingPart
@@ -96,9 +96,8 @@ def value_of(widget: Any, value: Any) -> Any:
 
 def chosen_of(widget: Any, value: Any) -> Any:
     """`value_of`, and a combo's value is among its options. Raises ConfigError."""
-    if isinstance(widget, io.Combo.Input) and value not in (widget.options or ()):
-        choices = ", ".join(map(str, widget.options or ()))
-        raise ConfigError(f"{widget.id} is {shortened(repr(value))}; choose one of: {choices}.")
+    if isinstance(widget, io.Combo.Input):
+        check_choice(widget.id, value, map(str, widget.options or ()))
     return value_of(widget, value)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..chroma_core.errors import ModelFileError
+from ..chroma_core.loading.hub import OnDownload
 from ..chroma_core.loading.load import describe
 from ..chroma_core.loading.model_files import in_checkpoint, locate
 from ..chroma_core.loading.spec import Compute, ModelHandle, ModelSpec, Offload
@@ -161,7 +162,7 @@ class ChromaLoadModel(io.ComfyNode):
             quantised_folder=str(host.quantised_folder()) if keep_quantised else None,
             compute=compute,
         )
-        spec, planned = _checked(spec)
+        spec, planned = checked(spec, host.Downloads())
         return io.NodeOutput(ModelHandle(spec), spec, host.host_vae(spec), _memory_plan(spec, planned))
 
 
@@ -211,10 +212,13 @@ def _path(part: Part, name: str) -> str | None:
     return None if name == PUBLISHED else host.model_file(part, name)
 
 
-def _checked(spec: ModelSpec) -> tuple[ModelSpec, str]:
+def checked(spec: ModelSpec, on_download: OnDownload | None = None) -> tuple[ModelSpec, str]:
     """The specification with its tokenizer, and the flavour whose memory it needs, when all its parts fit together.
 
     Only headers are read. The user's own files come first, so that a wrong one is refused before anything is fetched.
+
+    Args:
+        on_download: see `hub.fetch`; who may not download asks `hub.is_here` before.
     """
     held = {part: str(path) for part in PARTS if (path := in_checkpoint(spec, part)) and getattr(spec, part) is None}
     if held:
@@ -222,7 +226,6 @@ def _checked(spec: ModelSpec) -> tuple[ModelSpec, str]:
         host.say(f"{' and '.join(held).replace('_', ' ')}: out of '{Path(held.popitem()[1]).name}', too.")
     published: list[Part] = [part for part in PARTS if getattr(spec, part) is None]
     own: list[Part] = [part for part in PARTS if part not in published]
-    on_download = host.Downloads()
     found = {part: _described(spec, part) for part in own}
     if published and spec.folder is None and FLAVOURS[spec.flavour].repository:
         _check_fit({**FULL_SIZE, **found})  # before anything is fetched
@@ -249,7 +252,7 @@ def _checked(spec: ModelSpec) -> tuple[ModelSpec, str]:
     return spec, "base"
 
 
-def _described(spec: ModelSpec, part: Part, on_download: host.Downloads | None = None) -> dict[str, Any]:
+def _described(spec: ModelSpec, part: Part, on_download: OnDownload | None = None) -> dict[str, Any]:
     """A part's configuration, from its header; what there is to know of its file is said on the node."""
     component = describe(spec, part, on_download)
     for note in component.notes:

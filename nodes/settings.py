@@ -99,6 +99,7 @@ WIDGETS: dict[str, Any] = {
     "hold_out": "hold_out",
     "keep_loras": "keep_loras",
     "stop_when_memorising": "stop_when_memorising",
+    "compile_auto": "compile_auto",
 }
 """The node's widgets in their order: the option of a job that one sets, else an input of its own."""
 

@@ -15,7 +15,6 @@ from PIL import Image
 from ..chroma_core.data.dataset import DatasetConfig
 from ..chroma_core.errors import ConfigError, JobError
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
-from ..chroma_core.sampling.text import apply_trigger
 from ..chroma_core.training.config import LoraConfig, PreviewConfig, PreviewPrompt, TrainingConfig
 from ..chroma_core.training.jobs.curve import plot_losses
 from ..chroma_core.training.jobs.manager import ACTIVE, IfExists, Job, JobStatus
@@ -129,15 +128,22 @@ def training_config(
     """
     settings = settings or {}
     prompts = lines(preview_prompt)
-    for prompt in prompts:
-        apply_trigger(prompt, dataset[0].trigger)
-    check_main(dataset)
     sets = {"dataset": dataset[0], "more_datasets": dataset[1:], "validation_dataset": single(validation_dataset)}
     own = {} if "full" in settings else {"rank": rank, "alpha": alpha or None, "target": target}
     lora = {**own, **settings.get("lora", {})}
     previews = {**settings.get("previews", {}), "prompts": prompts, "every": preview_every}
     parts = {"model": _trained_spec(model, text_encoder), "lora": lora, "previews": previews}
-    return TrainingConfig.parse({**settings, **plain, **sets, **parts})
+    return checked(TrainingConfig.parse({**settings, **plain, **sets, **parts}))
+
+
+def checked(config: TrainingConfig) -> TrainingConfig:
+    """The job, which is refused now rather than when it begins.
+
+    Raises ConfigError for a main set that is one of regularisation, PromptError for `[trigger]` without trigger word.
+    """
+    check_main((config.dataset,))
+    config.preview_list()
+    return config
 
 
 def widgets_of(config: TrainingConfig) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal, cast
 
-from ..chroma_core.errors import ConfigError, JobError
+from typing_extensions import TypedDict
+
+from ..chroma_core.errors import ConfigError, JobError, check_choice
 from ..chroma_core.files import check_format, write_json
 from ..chroma_core.training.jobs.manager import JobStatus
 from . import host, jobs
@@ -33,6 +35,20 @@ WITHOUT_DEVICE = frozenset(
     }
 )  # fmt: skip
 """Nodes, ComfyUI's among them, that compute nothing on the device. Chroma Load Model only describes the model."""
+
+
+class Choice(TypedDict):
+    """What can be chosen."""
+
+    prompts_while_training: Literal["yield", "finish", "refuse"]
+
+
+class Chosen(Choice):
+    """The choice, what else can be chosen in this ComfyUI, and how many prompts are held now (`finish`)."""
+
+    choices: list[str]
+    held: int
+
 
 DETAILS = "This host takes no prompts while a training job is at work, but for those that need no device."
 
@@ -80,12 +96,12 @@ def _read() -> str:
     return chosen
 
 
-def settings() -> dict[str, Any]:
-    """The choice, what else can be chosen, and how many prompts are held now (`finish`)."""
-    return {NAME: _choice, "choices": list(_choices), "held": host.held_prompts()}
+def settings() -> Chosen:
+    """How it is now."""
+    return cast(Chosen, {NAME: _choice, "choices": list(_choices), "held": host.held_prompts()})
 
 
-def change(values: Any) -> dict[str, Any]:
+def change(values: Any) -> Chosen:
     """Choose, from {prompts_while_training: …}; it holds at once, is kept, and every page is told.
 
     Returns `settings`. Raises ConfigError for anything else, and where a later version wrote the file; OSError when it
@@ -96,8 +112,7 @@ def change(values: Any) -> dict[str, Any]:
         found = ", ".join(map(str, values)) or "nothing" if isinstance(values, dict) else type(values).__name__
         raise ConfigError(f"The settings are a JSON object with {NAME} and nothing else; found {found}.")
     chosen = values[NAME]
-    if chosen not in _choices:
-        raise ConfigError(f"{NAME} is {chosen!r}; choose one of {', '.join(_choices)}.")
+    check_choice(NAME, chosen, _choices)
     with _changing:
         with suppress(OSError, ValueError):
             _read()

@@ -131,25 +131,32 @@ def find_node() -> tuple[list[str], list[str]] | None:
     return ([str(found)], [str(found), str(script)]) if found and script else None
 
 
-def check_page() -> int | None:
-    """Check the types of the page's scripts; returns tsc's status, or None, with words, where it cannot run."""
+def fetch_node_modules() -> list[str] | None:
+    """What checks the page (TypeScript, types, axe-core), fetched once; node's command, or None, with words."""
     tools = find_node()
     if tools is None:
-        print("Not checked: there is no npm, neither on the PATH nor, with pyright, in .venv.")
+        print("There is no npm, neither on the PATH nor, with pyright, in .venv: what needs it is left out.")
         return None
     node, npm = tools
     stamp = NODE_MODULES / "chromakit-stamp"
     wanted = hashlib.sha256((ROOT / "package-lock.json").read_bytes()).hexdigest()
     if not stamp.is_file() or stamp.read_text(encoding="utf-8") != wanted:
-        say("fetching TypeScript and ComfyUI's types into node_modules (50 MB)")
+        say("fetching TypeScript, ComfyUI's types and axe-core into node_modules (50 MB)")
         # npm starts node by its name.
         path = os.pathsep.join([str(Path(node[0]).parent), os.environ.get("PATH", "")])
         command = [*npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        status = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}).returncode
-        if status:
+        if subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}).returncode:
             print("npm could not fetch them. Check the network, then run the same command again.")
-            return status
+            return None
         stamp.write_text(wanted, encoding="utf-8")
+    return node
+
+
+def check_page() -> int | None:
+    """Check the types of the page's scripts; returns tsc's status, or None, with words, where it cannot run."""
+    node = fetch_node_modules()
+    if node is None:
+        return 1 if find_node() else None
     return run([*node, str(NODE_MODULES / "typescript" / "bin" / "tsc"), "--pretty", "false"])[0]
 
 
@@ -185,6 +192,7 @@ def main() -> int:
                 "No chromium or google-chrome was found, and only root can install it through apt. Install one, "
                 "or name it in CHROMIUM_PATH, or choose the other parts: python scripts/test.py --core --host"
             )
+        fetch_node_modules()
     empty = 0
     beside = [part for part in parts[1:] if part in BESIDE]
     if beside:

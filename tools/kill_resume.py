@@ -13,6 +13,7 @@ N`, and the exit status is 0 when K = N.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -150,6 +151,7 @@ def train(config: dict[str, Any], output: str, phase: Any) -> None:
     from chroma_core.training.jobs.blocking import run_job
 
     torch.set_num_threads(1)  # bit for bit only holds for one and the same number of threads
+    gc.freeze()  # what was imported stays: no collection looks through it
     watch(phase)
     status = run_job(TrainingConfig.parse(config), Path(output, "jobs"), Path(output, "loras"), "cpu")
     if status["state"] != "completed":

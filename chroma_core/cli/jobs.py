@@ -1,4 +1,4 @@
-"""The command about jobs that are there: what they say of themselves, and the LoRA of one of their steps."""
+"""The command about jobs that are there: what they say of themselves, the LoRA of one of their steps, going on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ChromaKitError, ConfigError, JobError
+from ..errors import ChromaKitError, ConfigError, JobError, did_you_mean
+from .train import resume_options
 
 if TYPE_CHECKING:
     from ..training.jobs.job import Job
@@ -28,6 +29,7 @@ def jobs_options(command: argparse.ArgumentParser) -> None:
         each.add_argument("--output", type=Path, default=Path("output"), help="as for train (default: output)")
         each.add_argument("--json", action="store_true", help="print JSON")
         each.set_defaults(run=run)
+    resume_options(actions.add_parser("resume", help="go on with a job, the same as the command resume"))
 
 
 def _job(options: argparse.Namespace) -> Job:
@@ -35,7 +37,10 @@ def _job(options: argparse.Namespace) -> Job:
 
     folder = options.output / "jobs" / options.job
     if not (folder / "job.json").is_file():
-        raise JobError(f"There is no job '{options.job}' in '{folder.parent}'. See: python -m chroma_core jobs list.")
+        meant = did_you_mean(options.job, (path.parent.name for path in folder.parent.glob("*/job.json")))
+        raise JobError(
+            f"There is no job '{options.job}' in '{folder.parent}'. See: python -m chroma_core jobs list.{meant}"
+        )
     return Job.read(folder)
 
 

@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from .lora import model_spec
-from .options import add_flag, add_lora_flags
+from .options import Bar, add_flag, add_lora_flags
 
 MODEL = "a flavour, a transformer's file, or a diffusers folder"
 
@@ -83,7 +81,7 @@ def _add_size(command: argparse.ArgumentParser) -> None:
 @contextmanager
 def _bar(unit: str, what: str) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar, as an `OnPart`."""
-    with tqdm(unit=unit, desc=what) as bar:
+    with Bar(unit, what) as bar:
 
         def show(done: int, total: int, part: str) -> None:
             bar.total = total

@@ -8,10 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..errors import ConfigError
-from .options import PARTS, add_flag, add_model_options, spec_from
+from .options import PARTS, Bar, add_flag, add_model_options, spec_from
 
 
 def fetch_options(fetch: argparse.ArgumentParser) -> None:
@@ -59,7 +57,7 @@ def _quantise(options: argparse.Namespace) -> None:
         raise ConfigError(f"The precision {chosen.name} is not a quantised one. Choose e.g. int8 or nf4.")
     if options.output.exists():
         raise ConfigError(f"'{options.output}' exists already. Choose another name, or remove it first.")
-    with tqdm(unit="block", desc=f"{chosen.name}") as bar:
+    with Bar("block", chosen.name) as bar:
 
         def show(done: int, total: int, what: str) -> None:
             bar.total, bar.n = total, done

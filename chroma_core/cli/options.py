@@ -1,10 +1,12 @@
-"""What several commands share: flags from options, the model's flags, the type of `--lora`."""
+"""What several commands share: flags from options, the model's flags, the type of `--lora`, the progress bar."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from ..errors import ConfigError
 
@@ -17,6 +19,19 @@ MODEL = (
     *("offload", "resident_blocks", "offload_during_startup", "compute"),
 )
 """The fields of a `ModelSpec` that are flags under their own names."""
+
+
+class Bar(tqdm):
+    """A progress bar that is first shown when there is progress, so that an error before that stands alone."""
+
+    def __init__(self, unit: str, desc: str, total: int | None = None, disable: bool = False):
+        super().__init__(unit=unit, desc=desc, total=total, disable=disable, delay=0.001)
+
+    def refresh(self, *args: Any, **kwargs: Any) -> Any:
+        """Show it, and, as it is shown, leave it there at the end."""
+        if not self.disable:
+            self.last_print_t = max(self.last_print_t, self.start_t + self.delay)
+        return super().refresh(*args, **kwargs)
 
 
 def add_flag(parser: argparse.ArgumentParser, owner: type, field: str, flag: str = "", **changes: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
-from ..errors import ChromaKitError, ConfigError
+from ..errors import ChromaKitError, check_choice
 from .options import add_flag, add_lora_flags, add_model_options, spec_from
 
 
@@ -67,11 +67,13 @@ def _compare(options: argparse.Namespace, folder: Path) -> Any:
     from ..loading.component_cache import ComponentCache
     from ..model.device import best_device
     from ..parity import NotRun, Report, in_process, through_command_line, vary
-    from ..parity.with_diffusers import through_diffusers
 
     device = best_device(options.device)
     kinds = _kinds(options.factors)
     case, preview = _case(options, folder, device)
+    # After whatever can be wrong with the options: it imports diffusers, which takes long and has much to say.
+    from ..parity.with_diffusers import through_diffusers
+
     images: dict[str, Any] = {} if preview is None else {"preview": preview}
     components = ComponentCache()
 
@@ -105,8 +107,7 @@ def _kinds(named: list[str] | None) -> tuple[Any, ...]:
     if named is None:
         return ()
     for name in named:
-        if name not in known:
-            raise ConfigError(f"There is no factor '{name}'. Choose from: {', '.join(known)}.")
+        check_choice("A factor", name, known)
     return tuple(named) or known
 
 

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from ..errors import ConfigError
 from .lora import warn_of_other_bases
-from .options import add_flag, add_lora_flags, add_model_options, spec_from
+from .options import Bar, add_flag, add_lora_flags, add_model_options, spec_from
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,7 +95,7 @@ def _sample(options: argparse.Namespace) -> None:
     print(f"recipe {rules.describe()}", file=sys.stderr)
     with (
         cache.transformer(handle, device) as transformer,
-        tqdm(total=settings.run_steps, unit="step", desc="sampling") as bar,
+        Bar("step", "sampling", settings.run_steps) as bar,
     ):
 
         def show(info: StepInfo) -> None:
@@ -243,7 +241,7 @@ def _request(options: argparse.Namespace) -> None:
     cache = ComponentCache()
     for request, spec, loras in planned:
         total = sum(image.sample_steps for image in request.images())
-        with tqdm(total=total, unit="step", desc="sampling") as bar:
+        with Bar("step", "sampling", total) as bar:
 
             def show(image: int, done: int, steps: int, bar=bar, of=request) -> None:
                 bar.set_postfix_str(f"image {image + 1} of {len(of.prompts)}")

@@ -1,4 +1,4 @@
-"""The commands about job files: training one, making one from another trainer's configuration, or a template."""
+"""The commands about job files: training one, making one for a folder or from another trainer's configuration."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from ..errors import ConfigError
+from .options import Bar, add_flag
 
 if TYPE_CHECKING:
     from ..training.config import TrainingConfig
@@ -26,15 +25,13 @@ def train_options(train: argparse.ArgumentParser) -> None:
     train.add_argument("job", type=Path, nargs="?", help="the job file (see docs/training.md)")
     train.add_argument("--job", dest="job_id", metavar="JOB_ID", help="go on with this job under the file's options")
     train.add_argument("--resume", metavar="JOB_ID", help="go on with this job as it is; needs no file")
-    train.add_argument("--extend", type=int, default=0, metavar="N", help="with either: N steps more")
-    train.add_argument("--force", action="store_true", help="with either: also change options that move the weights")
+    _add_extend(train, "with either: ")
     train.add_argument(
         "--branch", metavar="JOB_ID", help="a new job like this one at --learning-rate, from its LoRA of --step on"
     )
     train.add_argument("--step", type=int, default=0, metavar="N", help="with --branch: 0, the default, from nothing")
     train.add_argument("--learning-rate", type=float, metavar="RATE", help="with --branch")
-    train.add_argument("--output", type=Path, default=Path("output"), help="folder for job and LoRA (default: output)")
-    train.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    _add_places(train)
     train.add_argument(
         "--sharding",
         choices=["ddp", "fsdp"],
@@ -43,6 +40,26 @@ def train_options(train: argparse.ArgumentParser) -> None:
     )
     train.add_argument("--restart", action="store_true", help="forget an earlier run of the same job")
     train.set_defaults(run=_train)
+
+
+def resume_options(resume: argparse.ArgumentParser) -> None:
+    """What resume is asked: `train --resume` by a name of its own."""
+    resume.add_argument("resume", metavar="JOB_ID", help="the job's id, the name of its folder")
+    _add_extend(resume)
+    _add_places(resume)
+    resume.set_defaults(run=_train, job=None, job_id=None, branch=None, step=0, learning_rate=None)
+    resume.set_defaults(sharding=None, restart=False)
+
+
+def _add_extend(command: argparse.ArgumentParser, when: str = "") -> None:
+    command.add_argument("--extend", type=int, default=0, metavar="N", help=f"{when}N steps more")
+    command.add_argument("--force", action="store_true", help=f"{when}also change options that move the weights")
+
+
+def _add_places(command: argparse.ArgumentParser) -> None:
+    output = Path("output")
+    command.add_argument("--output", type=Path, default=output, help="folder for job and LoRA (default: output)")
+    command.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -92,7 +109,7 @@ def _trained(options: argparse.Namespace, config: TrainingConfig | None, world: 
     from ..training.jobs.blocking import branch_job, continue_job, run_distributed, run_job
 
     main, job_id = world.main, options.job_id or options.resume
-    with tqdm(unit="step", desc="preparing", disable=not main) as bar:
+    with Bar("step", "preparing", disable=not main) as bar:
 
         def show(status: dict) -> None:
             bar.set_description(status["state"])
@@ -130,7 +147,7 @@ def _trained(options: argparse.Namespace, config: TrainingConfig | None, world: 
         if main:
             job, saved = status.get("id"), status.get("checkpoint") or 0
             place = f" --output {shlex.quote(str(options.output))}" if options.output != Path("output") else ""
-            command = f"python -m chroma_core train --resume {job}{place}"
+            command = f"python -m chroma_core resume {job}{place}"
             print(f"interrupted: job {job}, saved at step {saved}. Go on with: {command}", file=sys.stderr)
         return INTERRUPTED
     if status["state"] != "completed" and (main or status["message"]):
@@ -157,6 +174,77 @@ def template_options(template: argparse.ArgumentParser) -> None:
     template.set_defaults(run=_template)
 
 
+def init_options(init: argparse.ArgumentParser) -> None:
+    """What init is asked."""
+    from ..loading.spec import ModelSpec
+    from ..training.config.recipes import RECIPE_TABLE
+
+    init.add_argument("images", type=Path, help="the folder with the images and their captions")
+    init.add_argument("--output", type=Path, default=Path("job.toml"), help="the file to write (default: job.toml)")
+    init.add_argument("--name", default=None, help="the LoRA's (default: the folder's)")
+    init.add_argument("--trigger", default="", help="the word that will call the concept")
+    recipes = list(RECIPE_TABLE)
+    init.add_argument("--recipe", choices=recipes, help="options for what is to be learnt (see docs/recipes.md)")
+    for field in ("flavour", "transformer", "text_encoder", "vae"):
+        add_flag(init, ModelSpec, field, default=None)
+    init.set_defaults(run=_init)
+
+
+def _init(options: argparse.Namespace) -> None:
+    """Look at the images, choose what fits this machine, write the file: what is wrong is said before."""
+    from ..data.contact_sheet import summary
+    from ..data.scan import DatasetConfig, scan
+    from ..memory.plan import Settings, recommend
+    from ..model.flavours import flavour
+    from ..training.config import TrainingConfig
+    from ..training.config.recipes import RECIPE_TABLE
+    from ..training.config.template import job_template
+
+    place = options.output.resolve().parent
+    recipe = RECIPE_TABLE[options.recipe].options if options.recipe else {}
+    begun = {path: value for path, (value, _) in recipe.items()}
+    chosen = options.flavour or begun.get("model.flavour", "base")
+    size = flavour(chosen).size
+    found = scan(DatasetConfig(folder=str(options.images), trigger=options.trigger), size)
+    own = {name: begun[path] for name, path in (("rank", "lora.rank"), ("batch_size", "batch_size")) if path in begun}
+    advised = recommend(Settings(flavour=chosen, **own), purpose="training")
+    parts = ("transformer", "text_encoder", "vae")
+    files = {f"model.{part}": _from(place, Path(path)) for part in parts if (path := getattr(options, part))}
+    placed = ("precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
+    values: dict[str, Any] = {
+        "hold_out": 0.1,
+        **begun,
+        "name": options.name or options.images.resolve().name,
+        "model.flavour": chosen,
+        **files,
+        **{f"model.{name}": getattr(advised, name) for name in placed},
+        "gradient_checkpointing": advised.gradient_checkpointing,
+        "dataset.folder": _from(place, options.images),
+        "dataset.trigger": options.trigger,
+    }
+    text = job_template(values)
+    TrainingConfig.from_text(text, options.output).preview_list()
+    _write_new(options.output, text)
+    print(options.output, summary(found, size), advised.sentence, sep="\n")
+
+
+def _from(place: Path, path: Path) -> str:
+    """A path as a job file in the folder `place` says it: relative where it lies below."""
+    real = path.resolve()
+    return (real.relative_to(place) if real.is_relative_to(place) else real).as_posix()
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Raises ConfigError for a file that is there already, or cannot be written."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"'{path}' exists already. Choose another name, or remove it first.") from None
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be written: {error.strerror or error}.") from error
+
+
 def _import(options: argparse.Namespace) -> None:
     from ..import_config import as_json, as_text, import_config, write_job
 
@@ -170,11 +258,5 @@ def _template(options: argparse.Namespace) -> None:
 
     if options.output is None:
         print(job_template(), end="")
-        return
-    try:
-        with options.output.open("x", encoding="utf-8") as file:
-            file.write(job_template())
-    except FileExistsError:
-        raise ConfigError(f"'{options.output}' exists already. Choose another name, or remove it first.") from None
-    except OSError as error:
-        raise ConfigError(f"'{options.output}' cannot be written: {error.strerror or error}.") from error
+    else:
+        _write_new(options.output, job_template())

@@ -103,10 +103,15 @@ class Host:
             return status, answer.decode(errors="replace")
 
     def post_prompt(self, prompt: dict[str, Any]) -> str:
-        """Queue an API-format prompt and return its id; PromptRejected if the host refuses it."""
+        """Queue an API-format prompt and return its id; PromptRejected if the host refuses it, or a part of it: then it
+        is taken back, since the rest would run and nobody hear of it."""
         status, answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
         if status != 200:
             raise PromptRejected(answer if isinstance(answer, dict) else {"error": answer})
+        if answer.get("node_errors"):
+            self.post("/queue", {"delete": [answer["prompt_id"]]})
+            self.post("/interrupt", {"prompt_id": answer["prompt_id"]})
+            raise PromptRejected(answer)
         return answer["prompt_id"]
 
     def finished(self, prompt_id: str) -> dict[str, Any] | None:

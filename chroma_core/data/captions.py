@@ -105,9 +105,12 @@ def with_trigger(caption: str, trigger: str) -> str:
     """
     if TRIGGER in caption or not trigger:
         return apply_trigger(caption, trigger)
-    if re.search(_as_a_word(trigger), caption, re.IGNORECASE):
-        return caption
-    return f"{trigger} {caption}".strip()
+    return caption if contains_trigger(caption, trigger) else f"{trigger} {caption}".strip()
+
+
+def contains_trigger(caption: str, trigger: str) -> bool:
+    """Whether the trigger word stands in a caption, as a word of its own or as `[trigger]`."""
+    return TRIGGER in caption or re.search(_as_a_word(trigger), caption, re.IGNORECASE) is not None
 
 
 def without_trigger(caption: str, triggers: Sequence[str], word: str = "") -> str:

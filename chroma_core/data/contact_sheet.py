@@ -47,7 +47,7 @@ def most_telling(scan: DatasetScan, limit: int) -> list[DatasetImage]:
 def contact_sheet(
     images: Sequence[DatasetImage], scan: DatasetScan, default_resolution: int, columns: int = 4, cell: int = 192
 ) -> Image.Image:
-    """A head with the buckets, thumbnails of `images` cropped (to the centre) as in training, a panel of warnings.
+    """A head with the buckets, thumbnails of `images` cropped (not at random) as in training, a panel of warnings.
 
     Under each thumbnail: name; bucket, repeats and caption number where there is more than one; the caption as it is
     trained; its warnings. What a loss mask leaves out is darkened.
@@ -201,13 +201,13 @@ def _thumbnail(image: DatasetImage, scan: DatasetScan, bucket: Size, side: int) 
     size = max(1, round(bucket[0] * scale)), max(1, round(bucket[1] * scale))
     if scale < 1:
         whole = load_image(image.path, scan.config.background, 2 * side)
-        small = whole.resize(size, Image.Resampling.LANCZOS, crop_box(*whole.size, bucket))
+        small = whole.resize(size, Image.Resampling.LANCZOS, crop_box(*whole.size, bucket, image.crop))
     else:  # what is trained at so few pixels is shown with just those
-        cropped = resize_and_crop(load_image(image.path, scan.config.background), bucket)
+        cropped = resize_and_crop(load_image(image.path, scan.config.background), bucket, image.crop)
         small = cropped.resize(size, Image.Resampling.NEAREST)
     if image.masked and (mask := load_mask(image.path, image.mask)) is not None:
         dark = ImageEnhance.Brightness(small).enhance(_UNTRAINED)
-        trained = resize_and_crop(mask, bucket).resize(size, Image.Resampling.BILINEAR)
+        trained = resize_and_crop(mask, bucket, image.crop).resize(size, Image.Resampling.BILINEAR)
         small = Image.composite(small, ImageChops.lighter(dark, Image.new("RGB", size, _PAGE)), trained)
     return small
 

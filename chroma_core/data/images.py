@@ -198,6 +198,7 @@ class DatasetImage(ImageFacts):
         mask, mask_sha256: its loss mask's file and that file's hash; None and "alpha" where its alpha channel is the
             mask; None and "" where all of it counts.
         captioned: whether it has a caption of its own, not the default one or an empty one.
+        crop: where its bucket lies on the overhang, from 0 (left or top) to 1, unless crops are drawn at random.
     """
 
     path: Path
@@ -209,6 +210,7 @@ class DatasetImage(ImageFacts):
     mask: Path | None = None
     mask_sha256: str = ""
     captioned: bool = True
+    crop: float = 0.5
 
     @property
     def masked(self) -> bool:

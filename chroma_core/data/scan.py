@@ -14,7 +14,7 @@ from .captions import caption_from_name, prepared, read_captions, read_metadata
 from .dataset import DatasetConfig
 from .images import OTHER_EXTENSIONS, DatasetImage, ImageFacts, UnreadableImage, image_extensions, reason
 from .remembered import Remembered
-from .views import is_mask, mask_file, mask_owner
+from .views import CENTRE, is_mask, mask_file, mask_owner, read_crops
 from .warnings import ENOUGH_TO_JUDGE, Findings, dataset_warnings, describe_skipped
 
 _REPEAT_FOLDER = re.compile(r"([0-9]+)_")
@@ -34,7 +34,9 @@ class DatasetScan:
     warnings: list[str]
 
 
-def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered | None = None) -> DatasetScan:
+def scan(
+    config: DatasetConfig, default_resolution: int = 0, known: Remembered | None = None, unfinished: bool = False
+) -> DatasetScan:
     """Read a dataset folder (and its sub-folders) in a fixed order.
 
     An image that cannot be opened, or has no caption, is skipped and named; see `missing_caption`. Pixels are not
@@ -43,6 +45,7 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
     Args:
         default_resolution: pixels, what small images are measured by when the dataset has no resolution; 0: nothing.
         known: what was read of the files before, which is taken, and to which what is read now is added.
+        unfinished: the folder is still being filled: that it has no usable image yet is no error.
     Raises:
         DataError: the folder is missing or holds no usable image, a caption is missing under `error`, or captions are
             to come from metadata that is not there.
@@ -62,7 +65,7 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
             f"The dataset folder '{config.folder}' does not exist. Check the name, or put a folder with images and "
             f"{config.caption_extension} captions there."
         )
-    if not files:
+    if not files and not unfinished:
         other = f" Files like {findings.foreign[0]} are not read: save them as PNG or JPEG." if findings.foreign else ""
         raise DataError(
             f"The dataset folder '{folder.name}' holds no image. Put files ending in "
@@ -70,6 +73,7 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
             f"same name.{other}"
         )
     caption_of = _caption_source(config, folder, files, texts, findings)
+    crops = read_crops(folder) if config.crop == "centre" else {}
     items: list[DatasetImage] = []
     skipped: list[tuple[str, str]] = []
     for path, name in files.items():
@@ -123,14 +127,16 @@ def scan(config: DatasetConfig, default_resolution: int = 0, known: Remembered |
                 mask=mask,
                 mask_sha256=mask_digest,
                 repeats=repeats,
+                crop=crops.get(name, CENTRE),
             )
         )
-    if not items:
+    if not items and not unfinished:
         raise DataError(
             f"None of the {len(files)} images in '{folder.name}' can be used: {describe_skipped(skipped)}. Repair "
             "them, add captions, or set a default caption."
         )
-    return DatasetScan(config, items, skipped, dataset_warnings(config, items, skipped, findings, default_resolution))
+    warnings = dataset_warnings(config, items, skipped, findings, default_resolution) if items else []
+    return DatasetScan(config, items, skipped, warnings)
 
 
 def hold_out(found: DatasetScan, share: float, most: int) -> tuple[DatasetScan, DatasetScan | None]:

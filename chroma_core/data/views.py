@@ -4,12 +4,16 @@ where in them the loss counts.
 All views of an image at a bucket size are equally likely at every use. Crops and posterior draws are functions of the
 image and the view's number, so that the cache holds the same entries after a restart and for every job.
 
+Where an image is cropped is the centre, or what the dataset's file `chromakit-crops.json` says of it.
+
 Loss masks: white counts in full, black not at all (or as little as the floor). A mask is a file `name-masklabel.png`
 beside the image `name.*` (OneTrainer's convention), or the image's own alpha channel.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,17 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..errors import DataError
 from .buckets import Size, crop_box
 from .dataset import DatasetConfig
 from .images import DatasetImage, UnreadableImage, load_alpha, load_image
 from .order import generator, uniform
+
+CENTRE = 0.5
+CROPS = "chromakit-crops.json"
+CROPS_FORMAT = 1
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class View:
 
     bucket: Size
     flipped: bool = False
-    crop: float = 0.5
+    crop: float = CENTRE
     draw: int | None = None
     background: str = "white"
 
@@ -54,7 +65,8 @@ def views_of(image: DatasetImage, bucket: Size, config: DatasetConfig) -> list[V
     size = image.width, image.height
     flips = (False, True) if config.flip else (False,)
     draws = range(config.posterior_samples) if config.latents == "sample" else (None,)
-    crops = crop_positions(image.sha256, size, bucket, config.random_crops) if config.crop == "random" else (0.5,)
+    random = config.crop == "random"
+    crops = crop_positions(image.sha256, size, bucket, config.random_crops) if random else (image.crop,)
     background = config.background if image.transparent else "white"
     return [View(bucket, flipped, crop, draw, background) for crop in crops for flipped in flips for draw in draws]
 
@@ -67,8 +79,30 @@ def crop_positions(sha256: str, size: Size, bucket: Size, count: int) -> tuple[f
     scale = min(size[0] / bucket[0], size[1] / bucket[1])
     overhang = max(size[0] - bucket[0] * scale, size[1] - bucket[1] * scale)
     if overhang < 1:
-        return (0.5,)
+        return (CENTRE,)
     return tuple(round((i + uniform(generator(0, f"crop/{sha256}", *bucket, i))) / count, 4) for i in range(count))
+
+
+def read_crops(folder: Path, strict: bool = False) -> dict[str, float]:
+    """Where images of a dataset are cropped, by their names; those in the centre are left out.
+
+    A file that is damaged, or of a later version, counts as none: all crops are then in the centre, which is logged.
+    Raises DataError for it with `strict`, as who is about to write over it needs.
+    """
+    try:
+        found = json.loads((folder / CROPS).read_text(encoding="utf-8"))
+        if found["format"] != CROPS_FORMAT:
+            raise ValueError(f"format {found['format']}, not {CROPS_FORMAT}")
+        return {str(name): round(min(1.0, max(0.0, float(at))), 4) for name, at in found["crops"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if strict:
+            raise DataError(
+                f"'{CROPS}' in the dataset '{folder.name}' cannot be read ({error}). Repair it, or remove it."
+            ) from error
+        log.warning("ChromaKit: '%s' in '%s' is not used (%s): crops are centred.", CROPS, folder.name, error)
+        return {}
 
 
 def posterior_noise(sha256: str, view: View, shape: torch.Size) -> Tensor:

@@ -158,16 +158,18 @@ def is_list_of_objects(content: Any) -> bool:
     return isinstance(content, list) and all(isinstance(item, dict) for item in content)
 
 
+def other_model(file: Path, kind: str, found: object, option: str, wanted: str) -> ConfigError:
+    """The error for a configuration that is not for Chroma."""
+    what = f"is for the {kind} {found!r}" if found else f"does not say its {option}"
+    return ConfigError(f"'{file.name}' {what}. ChromaKit trains Chroma alone: import {wanted}.")
+
+
 def simpletuner(file: Path, content: Mapping[str, Any], beside: Path | None) -> Imported:
     """SimpleTuner's config.json with its dataset file. Raises ConfigError, as all of them."""
     run = Import(SIMPLETUNER, "SimpleTuner", file)
     options, spelled = _under_one_name(file, content)
-    family = options.get("model_family")
-    if family != "chroma":
-        found = f"is for the model family {family!r}" if family else "does not say its model_family"
-        raise ConfigError(
-            f"'{file.name}' {found}. ChromaKit trains Chroma alone: import a config with model_family chroma."
-        )
+    if (family := options.get("model_family")) != "chroma":
+        raise other_model(file, "model family", family, "model_family", "a config with model_family chroma")
     if options.get("model_type", "lora") != "lora":
         raise ConfigError(
             f"'{file.name}' has model_type {shown(options['model_type'])}. Only LoRA jobs are imported: set it to lora."
@@ -294,8 +296,7 @@ def ai_toolkit(file: Path, content: Mapping[str, Any], beside: Path | None) -> I
     arch = model.get("arch")
     found = old_switch.removeprefix("is_") if arch is None else str(arch).partition(":")[0]
     if found != "chroma":
-        what = f"is for the architecture {found!r}" if found else "does not say its model.arch"
-        raise ConfigError(f"'{file.name}' {what}. ChromaKit trains Chroma alone: import a file with arch: \"chroma\".")
+        raise other_model(file, "architecture", found, "model.arch", 'a file with arch: "chroma"')
     if not sections["network"]:
         raise ConfigError(f"'{file.name}' has no `network`: it trains the whole model. Only LoRA jobs are imported.")
     run = Import(AI_TOOLKIT, "ai-toolkit", file)
@@ -342,8 +343,7 @@ def onetrainer(file: Path, content: Mapping[str, Any], beside: Path | None) -> I
     """OneTrainer's configuration, with the concepts and samples in it or in the files that it names."""
     model, method = content.get("model_type"), content.get("training_method", "FINE_TUNE (not stated)")
     if model != "CHROMA_1":
-        found = f"is for the model type {model!r}" if model else "does not say its model_type"
-        raise ConfigError(f"'{file.name}' {found}. ChromaKit trains Chroma alone: import one with CHROMA_1.")
+        raise other_model(file, "model type", model, "model_type", "one with CHROMA_1")
     if method != "LORA":
         raise ConfigError(f"'{file.name}' has the training_method {method}. Only LORA is imported.")
     run = Import(ONETRAINER, "OneTrainer", file)

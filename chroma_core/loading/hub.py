@@ -98,6 +98,15 @@ def fetch(
     return repository.snapshot(commit)
 
 
+def is_here(chosen: Flavour, parts: Sequence[str]) -> bool:
+    """Whether `fetch` of the pinned commit would find all it needs on this machine."""
+    if chosen.repository is None or chosen.revision is None:
+        return chosen.folder is not None
+    return _is_complete(
+        CachedRepository(chosen.repository, cache_folder(), endpoint()).snapshot(chosen.revision), parts
+    )
+
+
 def endpoint() -> str:
     """Address of the Hub or of a mirror, without a slash at its end."""
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from ..errors import ConfigError, check_choice, shortened
+from ..errors import ConfigError, check_choice, did_you_mean, shortened
 from ..lora.strengths import layer_strengths, parse_blocks, parse_schedule
 from ..model import eight_bits
 from ..model.eight_bits import Compute
@@ -134,9 +134,11 @@ class ModelSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelSpec:
         """The inverse of `to_dict`. Raises ConfigError for unknown fields, and for values of another type."""
-        unknown = set(values) - {f.name for f in fields(cls)}
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(map(str, values.keys() - known))
         if unknown:
-            raise ConfigError(f"The model specification has unknown fields: {', '.join(sorted(map(str, unknown)))}.")
+            meant = did_you_mean(unknown[0], known)
+            raise ConfigError(f"The model specification has unknown fields: {', '.join(unknown)}.{meant}")
         for f in fields(cls):
             value, wanted = values.get(f.name, f.default), str if f.default is None else type(f.default)
             if type(value) is not wanted and value is not f.default:

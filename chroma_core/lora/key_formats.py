@@ -59,7 +59,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import LoraError
+from ..errors import LoraError, did_you_mean
 from ..names.transformer import APPROXIMATOR, Rows, to_diffusers_modules, to_original_module, unflatten
 from .modules import (
     KINDS,
@@ -436,6 +436,7 @@ def style_of(key_format: str) -> Style:
     if key_format not in STYLES:
         raise LoraError(
             f"'{key_format}' is no key format that ChromaKit writes. Choose one of: {', '.join(KEY_FORMATS)}."
+            f"{did_you_mean(key_format, KEY_FORMATS)}"
         )
     return STYLES[key_format]
 

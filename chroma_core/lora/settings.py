@@ -23,7 +23,6 @@ The approximator (`distilled_guidance_layer`) is never trained: it sets the modu
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -33,7 +32,7 @@ from pydantic import model_validator
 from torch import nn
 from typing_extensions import Self
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from ..names.transformer import APPROXIMATOR
 from ..settings import Settings, option
 from .adapters import linear_modules
@@ -169,9 +168,8 @@ def _nothing_matches(part: str, names: list[str]) -> str:
             f"The LoRA target '{part}' lies in the approximator, which is never trained: it sets the modulation of all "
             f"blocks at once. Choose one of: {', '.join(TARGETS)}, or patterns on block layers."
         )
-    near = difflib.get_close_matches(part, TARGETS, n=1)
     leaf = [n for n in names if n.endswith(f".{part}")]
-    hint = f" Did you mean '{near[0]}'?" if near else f" Did you mean '*.{part}'?" if leaf else ""
+    hint = did_you_mean(part, TARGETS) or (f" Did you mean '*.{part}'?" if leaf else "")
     return (
         f"The LoRA target '{part}' matches no layer of this model.{hint} The names are: {', '.join(TARGETS)}; a "
         f"pattern must match a full module name such as '{names[0] if names else '(this model has no linear layer)'}'."

@@ -13,7 +13,7 @@ Font = ImageFont.FreeTypeFont
 _BACKGROUND, _INK = (24, 24, 27), (228, 228, 231)
 
 _ABSENT = str.maketrans({"×": "x", "–": "-", "—": "-", "\u00a0": " "})
-"""Signs of our own texts that the font has no image for."""
+"""Signs of our own texts that the font has no glyph for."""
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -62,4 +62,7 @@ def flavour(name: str) -> Flavour:
     try:
         return FLAVOURS[name]
     except KeyError:
-        raise ConfigError(f"There is no Chroma flavour '{name}'. Choose one of: {', '.join(FLAVOURS)}.") from None
+        meant = did_you_mean(name, FLAVOURS)
+        raise ConfigError(
+            f"There is no Chroma flavour '{name}'. Choose one of: {', '.join(FLAVOURS)}.{meant}"
+        ) from None

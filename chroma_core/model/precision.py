@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..errors import PrecisionError
+from ..errors import PrecisionError, did_you_mean
 from . import backends
 from .device import has_bf16, is_out_of_memory
 from .quantised import QuantisedLinear, outline
@@ -71,7 +71,10 @@ def precision(name: str) -> Precision:
     try:
         return PRECISIONS[name]
     except KeyError:
-        raise PrecisionError(f"There is no precision '{name}'. Choose one of: {', '.join(PRECISIONS)}.") from None
+        meant = did_you_mean(name, PRECISIONS)
+        raise PrecisionError(
+            f"There is no precision '{name}'. Choose one of: {', '.join(PRECISIONS)}.{meant}"
+        ) from None
 
 
 def computed_on(chosen: Precision, device: torch.device | str) -> Precision:

@@ -125,12 +125,14 @@ def dequantise_weight(
         return backends.backend(scheme).dequantise(parts, scheme, dtype, shape)
     device = parts["weight"].device
     fused = device.type == "cuda" and not torch.compiler.is_compiling()  # the compiler fuses by itself
-    whole = fused and scheme in ("int8", "fp8")  # without anything beside the result
     rows, columns = shape
-    spans = _chunks(rows, columns, max(1, shape.numel()) if whole else CHUNKS.get(device.type, CHUNK))
+    spans = _chunks(rows, columns, CHUNKS.get(device.type, CHUNK))
     if len(spans) == 1 and not fused:
         return _dequantise_rows(parts, scheme, dtype)
     weight = torch.empty(shape, dtype=dtype, device=device) if room is None else room
+    if fused and scheme in ("int8", "fp8"):  # at once: nothing is needed beside the result
+        dequantise_into(weight, parts, scheme)
+        return weight
     if fused and scheme in four_bits.SCHEMES and four_bits.filled(weight, parts, scheme, dequantise_into):
         return weight
     for a, b in spans:

@@ -18,17 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from . import configuration
 from .device import flash_instead
 from .first_block_cache import FirstBlockCache
+from .recomputing import recomputing
 
 MLP_RATIO = 4
 ROTARY_BASE = 10000
@@ -153,14 +152,11 @@ class Block(nn.Module):
 
     def recomputed(self, *inputs: Any) -> Any:
         """`forward`, of which the backward pass computes what it needs again."""
-        # No block draws random numbers; preserving the state would set the process-wide generator in the backward
-        # pass, under the feet of a prompt that runs at that moment.
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         hooked = self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__
         clipped = inputs[0].dtype == torch.float16  # see `finite`: clipping keeps what was clipped
         if hooked or clipped or self._compiled_call_impl is not None or not all(map(in_halves, self.last())):
-            return again(self, *inputs)
-        between: Any = again(self.first_half, *inputs)
+            return recomputing(self, *inputs)
+        between: Any = recomputing(self.first_half, *inputs)
         return self.second_half(inputs, *between)
 
 
@@ -206,8 +202,9 @@ class DoubleBlock(Block):
         )
         image = image_BLM + gate * image
         text = text_BTM + t_gate * text
-        for_image = self.ff.begun(modulated(image, mlp_shift, mlp_scale))
         for_text = self.ff_context.begun(modulated(text, t_mlp_shift, t_mlp_scale))
+        # The larger one last: its GELU is not computed again, since the backward pass needs only what goes into it.
+        for_image = self.ff.begun(modulated(image, mlp_shift, mlp_scale))
         return image, text, for_image, for_text
 
     def second_half(
@@ -239,8 +236,11 @@ class SingleBlock(Block):
         """modulation: [B, 3, M]."""
         shift, scale, _ = modulation.split(1, dim=1)
         x = modulated(x_BSM, shift, scale)
-        mlp = F.gelu(self.proj_mlp(x), approximate="tanh")
-        return begun(self.proj_out, torch.cat([self.attn(x, rotary, key_mask), mlp], dim=2))
+        inner, attended = self.proj_mlp(x), self.attn(x, rotary, key_mask)
+        # Last, so that it is not computed again: the backward pass needs only what goes into it.
+        mlp = F.gelu(inner, approximate="tanh")
+        del inner
+        return begun(self.proj_out, torch.cat([attended, mlp], dim=2))
 
     def second_half(self, inputs: Sequence[Any], *between: Tensor) -> Tensor:
         x_BSM, modulation = inputs[:2]

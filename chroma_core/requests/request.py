@@ -1,17 +1,14 @@
 """The inference request: its fields and limits, and the images that it asks for with everything decided.
 
-`mistakes` says what is wrong with it, as one paragraph: each field, what was found there, what it may be.
-
 The names and the defaults are those of ai-toolkit-inference (`POST /v1/inference`), whose requests work unchanged. What
 we do otherwise, and the fields that are ours, are listed in docs/requests.md.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -27,7 +24,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from ..errors import ChromaKitError, ConfigError, PromptError, check_text
+from ..errors import ChromaKitError, ConfigError, PromptError, check_text, nearest
 from ..files import each_once
 from ..loading.spec import LoraMode, Offload
 from ..lora.strengths import parse_blocks, parse_schedule
@@ -38,7 +35,7 @@ from ..options import MAX_SEED, option_of
 from ..sampling.recipe import recipe
 from ..sampling.sampler import SamplingSettings
 from ..sampling.text import TRIGGER, apply_trigger
-from ..settings import Settings
+from ..settings import Settings, mistakes, short
 
 MODEL_ID = "chroma"
 """What the reference calls Chroma1-Base."""
@@ -176,7 +173,7 @@ class InferenceRequest(Settings):
         try:
             request = cls.model_validate(data)
         except ValidationError as error:
-            raise unusable("; ".join(mistakes(error, cls, {"prompts": RequestPrompt, "loras": RequestLora}))) from error
+            raise unusable("; ".join(mistakes(error, cls))) from error
         request.images()
         request._remarks = tuple(remarks)
         return request
@@ -262,7 +259,7 @@ def _taken(data: dict[str, Any], kind_: str, where: str, remarks: list[str]) -> 
         if known and name in _FIELDS and isinstance(value, list):
             items = enumerate(value)
             value = [_taken(v, name, f"{name}[{i}].", remarks) if isinstance(v, dict) else v for i, v in items]
-        if known or kind_ == "loras" or _near(name, _FIELDS[kind_]) and name not in WITHOUT_EFFECT:
+        if known or kind_ == "loras" or nearest(name, _FIELDS[kind_].model_fields) and name not in WITHOUT_EFFECT:
             found[name] = value
         elif name == "ctrl_img":
             raise unusable(f"{where}{name} is {short(value)}, but Chroma takes no control image; leave it out")
@@ -289,73 +286,9 @@ class PlannedImage:
         return asdict(self)
 
 
-_SIZES = {
-    "missing": "is missing; it is required",
-    "too_long": "has {actual_length} items; at most {max_length} are allowed",
-    "too_short": "is empty; give at least one",
-    "string_too_short": "is an empty text; it must not be",
-    "string_too_long": "has {found} characters; at most {max_length} are allowed",
-}
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "a text in quotes",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "model_type": "a JSON object",
-    "model_attributes_type": "a JSON object",
-    "finite_number": "a finite number",
-}
-
-
 def unusable(why: str) -> ConfigError:
     """The error of a request that cannot be carried out."""
-    return ConfigError(f"The request cannot be used: {why}.")
-
-
-def mistakes(error: ValidationError, model: type[BaseModel], items: Mapping[str, type[BaseModel]]) -> list[str]:
-    """A line for every mistake; `items` are the models of the lists in `model`, by field."""
-    details = error.errors()
-    found = []
-    for detail in details:
-        loc = detail["loc"]
-        # A list with a wrong item also counts as too short, by that item.
-        if detail["type"] == "too_short" and any(len(d["loc"]) > len(loc) and d["loc"][0] == loc[0] for d in details):
-            continue
-        found.append(_line(detail, items[str(loc[0])] if len(loc) > 1 and loc[0] in items else model))
-    return found
-
-
-def _near(name: str, model: type[BaseModel]) -> list[str]:
-    """The field that a name may be meant for, if there is one."""
-    return difflib.get_close_matches(name, list(model.model_fields), 1, cutoff=0.55)  # steps, sample_steps: .59
-
-
-def _line(detail: Any, model: type[BaseModel]) -> str:
-    loc, kind_ = detail["loc"], detail["type"]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-    if kind_ == "extra_forbidden":
-        near = _near(str(loc[-1]), model)
-        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(model.model_fields)}"
-        return f"{where} is not a known field ({meant})"
-    if kind_ in _SIZES:
-        return f"{where} {_SIZES[kind_].format(found=len(detail['input']), **detail.get('ctx', {}))}"
-    found = f"{where} is {short(detail['input'])}"
-    if kind_ in _EXPECTED:
-        return f"{found}, and must be {_EXPECTED[kind_]}"
-    if kind_ in ("greater_than_equal", "less_than_equal"):
-        metadata = model.model_fields[str(loc[-1])].metadata
-        low = next(limit.ge for limit in metadata if hasattr(limit, "ge"))
-        high = next(limit.le for limit in metadata if hasattr(limit, "le"))
-        return f"{found}, and must be between {low} and {high}"
-    message = detail["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{found}: {message[0].lower()}{message[1:]}"
-
-
-def short(value: Any) -> str:
-    """A value as it is quoted in a message."""
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool | type(None)) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    return ConfigError(f"The request cannot be used: {why}{'' if why.endswith('?') else '.'}")
 
 
 def kind(data: Any) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from ..errors import ConfigError, check_choice
+from ..errors import ConfigError, check_choice, did_you_mean
 from .schedule import FlowShift, parse_flow_shift
 from .solvers import MultistepTime
 
@@ -86,7 +86,10 @@ class Recipe:
         changed: dict[str, Any] = {}
         for name, value in values.items():
             if name not in known:
-                raise ConfigError(f"A recipe has no field '{name}' to override. The fields are: {', '.join(known)}.")
+                raise ConfigError(
+                    f"A recipe has no field '{name}' to override. The fields are: {', '.join(known)}."
+                    f"{did_you_mean(name, known)}"
+                )
             value = _read(name, value)
             if value != getattr(self, name):
                 changed[name] = value
@@ -152,4 +155,5 @@ def recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     try:
         return RECIPES[name].override(overrides or {})
     except KeyError:
-        raise ConfigError(f"There is no recipe '{name}'. Choose one of: {', '.join(RECIPES)}.") from None
+        meant = did_you_mean(name, RECIPES)
+        raise ConfigError(f"There is no recipe '{name}'. Choose one of: {', '.join(RECIPES)}.{meant}") from None

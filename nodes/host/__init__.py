@@ -9,6 +9,7 @@ from __future__ import annotations
 from .folders import (
     LORAS,
     PACK,
+    check_link,
     check_links,
     dataset_folder,
     dataset_name,
@@ -16,17 +17,22 @@ from .folders import (
     file_state,
     folder_state,
     images_folder,
+    is_own_dataset,
     jobs_folder,
     load_tensors,
     lora_names,
     lora_path,
     loras_folder,
     models_folder,
+    output_name,
+    own_dataset_folder,
     path_state,
+    publish_folder,
     settings_file,
     told,
 )
 from .memory import (
+    MemoryReport,
     before_prompt,
     components,
     device,
@@ -48,7 +54,15 @@ from .model_files import (
     t5_tokenizer,
 )
 from .models import as_host_model, host_vae
-from .prompts import PromptState, cancel_prompt, prompt_state, queue_prompt, refuse_prompts
+from .prompts import (
+    PromptState,
+    PromptStateName,
+    cancel_prompt,
+    prompt_state,
+    queue_prompt,
+    refuse_prompts,
+    tell_of_halves,
+)
 from .queue import busy, computing, held_prompts, waiting, wake_prompts, watch_prompts, working
 
 __all__ = [
@@ -56,13 +70,16 @@ __all__ = [
     "PACK",
     "Downloads",
     "Interrupted",
+    "MemoryReport",
     "Progress",
     "PromptState",
+    "PromptStateName",
     "as_host_model",
     "before_prompt",
     "broadcast",
     "busy",
     "cancel_prompt",
+    "check_link",
     "check_links",
     "components",
     "computing",
@@ -75,6 +92,7 @@ __all__ = [
     "folder_state",
     "held_prompts",
     "host_vae",
+    "is_own_dataset",
     "jobs_folder",
     "load_tensors",
     "log",
@@ -89,9 +107,12 @@ __all__ = [
     "model_folder",
     "model_folders",
     "models_folder",
+    "output_name",
+    "own_dataset_folder",
     "path_state",
     "images_folder",
     "prompt_state",
+    "publish_folder",
     "quantised_folder",
     "queue_prompt",
     "refuse_prompts",
@@ -102,6 +123,7 @@ __all__ = [
     "share_device_with",
     "stay_known",
     "t5_tokenizer",
+    "tell_of_halves",
     "told",
     "waiting",
     "wake_prompts",

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 
 from ...chroma_core.data.images import image_extensions
 from ...chroma_core.data.scan import is_hidden
-from ...chroma_core.errors import DataError, LoraError, first_few
+from ...chroma_core.errors import DataError, LoraError, did_you_mean, first_few
 from ...chroma_core.files import only_names
 
 PACK = Path(__file__).resolve().parents[2]
@@ -32,9 +33,19 @@ LORAS = "loras"
 log = logging.getLogger("chromakit")
 
 
+def output_name(path: Path) -> str:
+    """A place in ComfyUI's output folder as its nodes name it."""
+    return path.relative_to(folder_paths.get_output_directory()).as_posix()
+
+
 def jobs_folder() -> Path:
     """Where training jobs are kept."""
     return Path(folder_paths.get_output_directory()) / "chromakit" / "jobs"
+
+
+def publish_folder() -> Path:
+    """Where folders go that are ready to be uploaded to a hub."""
+    return Path(folder_paths.get_output_directory()) / "chromakit" / "publish"
 
 
 def images_folder() -> Path:
@@ -74,7 +85,7 @@ def lora_path(name: str) -> Path:
         )
         raise LoraError(
             f"There is no LoRA file '{name}' in ComfyUI's LoRA folders. {listed} Choose one from the list (press R to "
-            f"refresh it), or put the file into '{loras_folder()}'."
+            f"refresh it), or put the file into '{loras_folder()}'.{did_you_mean(name, known)}"
         )
     return Path(found)
 
@@ -104,6 +115,11 @@ def _dataset_roots() -> list[Path]:
                 f"'{config}' cannot be read: {error}. Expected: dataset_roots = [\"/my/images\"]."
             ) from error
     return [root.resolve() for root in roots]
+
+
+def _known_roots() -> list[Path]:
+    """Where datasets may lie, images that other nodes gave included. Raises DataError."""
+    return [*_dataset_roots(), images_folder().resolve()]
 
 
 def dataset_names() -> list[str]:
@@ -138,8 +154,7 @@ def dataset_folder(name: str) -> Path:
 
     Images that other nodes gave are found by their folder's name too, so that a job on them can be started again.
     """
-    roots = _dataset_roots()
-    for root in (*roots, images_folder().resolve()):
+    for root in _known_roots():
         try:
             folder = (root / name.strip()).resolve()
             if name.strip() and folder != root and folder.is_relative_to(root) and folder.is_dir():
@@ -147,24 +162,61 @@ def dataset_folder(name: str) -> Path:
         except (OSError, ValueError):  # too long for a name, or with a zero byte in it
             continue
     raise DataError(
-        f"There is no dataset folder '{name}'. It must lie in one of: {', '.join(map(str, roots))}. Put a folder with "
-        "images and .txt captions into ComfyUI's input folder, or list further places as dataset_roots in "
-        "user/chromakit/config.toml."
+        f"There is no dataset folder '{name}'. It must lie in one of: {', '.join(map(str, _dataset_roots()))}. Put a "
+        "folder with images and .txt captions into ComfyUI's input folder, or list further places as dataset_roots in "
+        f"user/chromakit/config.toml.{did_you_mean(name, dataset_names())}"
     )
+
+
+def own_dataset_folder(name: str) -> Path:
+    """The folder behind a dataset name that may be changed: one below ComfyUI's input, though it be still to be made.
+
+    Raises DataError for any other, and for names that ComfyUI's own upload would understand otherwise.
+    """
+    root = Path(folder_paths.get_input_directory()).resolve()
+    parts = name.split("/")
+    try:
+        # As one segment after the other, none of them hidden, and none that a system would trim or read as a way.
+        plain = all(part == part.strip(" .") and part and not set(part) & set('\\:*?"<>|\0') for part in parts)
+        folder = root.joinpath(*parts) if plain else root
+        if folder != root and folder == folder.resolve() and (folder.is_dir() or not folder.exists()):
+            return folder
+    except (OSError, ValueError):  # too long for a name
+        pass
+    raise DataError(
+        f"'{name[:200]}' is no dataset that can be changed here. Choose a folder below ComfyUI's input folder, or a "
+        "name for a new one: letters, digits, spaces, - and _, with / for a folder within another."
+    )
+
+
+def is_own_dataset(folder: Path) -> bool:
+    """Whether a dataset folder lies below ComfyUI's input, where it may be changed."""
+    return folder.resolve().is_relative_to(Path(folder_paths.get_input_directory()).resolve())
 
 
 def check_links(folder: Path) -> None:
     """Raise DataError when a file below a dataset folder is a link to a place where no dataset may lie."""
-    places = [*_dataset_roots(), images_folder().resolve()]
-    astray = []
+    _check_links(folder, _links(folder))
+
+
+def check_link(folder: Path, path: Path) -> None:
+    """`check_links` for one file of the folder."""
+    _check_links(folder, [path])
+
+
+def _links(folder: Path) -> Iterator[Path]:
     for where, folders, names in os.walk(folder):  # which does not go into folders that are links
         folders[:] = [name for name in folders if not name.startswith(".")]
-        links = (Path(where, name) for name in names if not name.startswith("."))
-        astray += [
-            path.relative_to(folder).as_posix()
-            for path in links
-            if path.is_symlink() and path.exists() and not any(path.resolve().is_relative_to(root) for root in places)
-        ]
+        yield from (Path(where, name) for name in names if not name.startswith("."))
+
+
+def _check_links(folder: Path, paths: Iterable[Path]) -> None:
+    places = _known_roots()
+    astray = [
+        path.relative_to(folder).as_posix()
+        for path in paths
+        if path.is_symlink() and path.exists() and not any(path.resolve().is_relative_to(root) for root in places)
+    ]
     if astray:
         raise DataError(
             f"The dataset folder '{folder.name}' holds links to files that lie elsewhere: {first_few(astray)}. Copy "
@@ -175,7 +227,7 @@ def check_links(folder: Path) -> None:
 def dataset_name(folder: str) -> str | None:
     """The name under which `dataset_folder` finds a folder; None when it does not."""
     path = Path(folder).resolve()
-    for root in (*_dataset_roots(), images_folder().resolve()):
+    for root in _known_roots():
         if path != root and path.is_relative_to(root):
             return path.relative_to(root).as_posix()
     return None

@@ -27,6 +27,7 @@ import torch
 from comfy.cli_args import args
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
+from typing_extensions import TypedDict
 
 from ...chroma_core.loading.component_cache import ComponentCache
 from ...chroma_core.loading.load import COMPUTING_BYTES, transformer_identity
@@ -143,11 +144,21 @@ components = ComponentCache(make_room=make_room, on_part=show_loading, borrow=_b
 """What nodes keep loaded between prompts. Jobs load their own."""
 
 
-def memory_report() -> dict[str, Any]:
+class MemoryReport(TypedDict):
     """For programs: the device, its memory in bytes, and what the components that nodes keep loaded hold where.
 
-    `component_bytes` is by device; `known_to_host`: whether ComfyUI counts them among its loaded models.
+    component_bytes: by device. known_to_host: whether ComfyUI counts them among its loaded models.
     """
+
+    device: str
+    device_total_bytes: int
+    device_free_bytes: int
+    component_bytes: dict[str, int]
+    known_to_host: bool
+
+
+def memory_report() -> MemoryReport:
+    """How it is now."""
     total: Any = management.get_total_memory(device())
     free: Any = management.get_free_memory(device())
     return {

@@ -14,7 +14,7 @@ from pathlib import Path
 import comfy.sd
 import folder_paths
 
-from ...chroma_core.errors import ModelFileError
+from ...chroma_core.errors import ModelFileError, did_you_mean
 from ...chroma_core.weights.identify import Part
 from ...chroma_core.weights.opening import parts_in
 
@@ -45,6 +45,7 @@ def model_file(part: Part, name: str) -> str:
     raise ModelFileError(
         f"There is no {part.replace('_', ' ')} '{name}' in ComfyUI's folders: {', '.join(_roots(*FOLDERS[part]))}. "
         "Choose one from the list (press R to refresh it), or put the file there."
+        f"{did_you_mean(name, model_file_names(part))}"
     )
 
 
@@ -73,7 +74,7 @@ def model_folder(name: str) -> str:
                 return os.path.join(root, name)
     raise ModelFileError(
         f"There is no model '{name}' in models/diffusers. A model folder holds model_index.json and the sub-folders "
-        "transformer, text_encoder, tokenizer and vae."
+        f"transformer, text_encoder, tokenizer and vae.{did_you_mean(name, model_folders())}"
     )
 
 

@@ -5,10 +5,12 @@ Everything is read from ComfyUI's own queue and history, so nothing here is lost
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +20,8 @@ from aiohttp import web
 from comfy_execution.progress import get_progress_state
 from server import PromptServer
 
-from ...chroma_core.errors import ConfigError
+from ...chroma_core.errors import ConfigError, shortened
+from .folders import told
 
 log = logging.getLogger("chromakit")
 
@@ -55,7 +58,7 @@ async def queue_prompt(prompt: dict[str, Any], extra: dict[str, Any]) -> str:
     body = server.trigger_on_prompt({"prompt": prompt, "extra_data": extra})
     prompt, extra = body["prompt"], dict(body["extra_data"])
     accepted, error, outputs, node_errors = await execution.validate_prompt(prompt_id, prompt, None)
-    if not accepted:
+    if not accepted or node_errors:  # ComfyUI would run what is left of it
         raise ConfigError(_refusal(error, node_errors))
     extra["create_time"] = int(time.time() * 1000)
     number = server.number
@@ -79,7 +82,7 @@ def refuse_prompts(
 
     @web.middleware
     async def middleware(request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
-        if request.method == "POST" and request.path in ("/prompt", "/api/prompt") and (reason := refusal()):
+        if _is_prompt(request) and (reason := refusal()):
             prompt, targets = await _asked(request)
             if prompt is not None and not passes(prompt, targets):
                 log.info("ChromaKit: a prompt was refused. %s", reason)
@@ -87,6 +90,53 @@ def refuse_prompts(
                 return web.json_response({"error": error, "node_errors": {}}, status=400)
         return await handler(request)
 
+    return _watch(middleware)
+
+
+HALF = "chromakit.prompt_half"
+"""The event that says what was left out of a prompt: `{prompt_id, problems: [{node, title, error}]}`."""
+
+
+def tell_of_halves(ours: str) -> None:
+    """From now on, what ComfyUI leaves out of a prompt that has a node whose type begins with `ours` is said in the log
+    and to the page that queued it. ComfyUI runs the rest, and answers as if all were well but for `node_errors`.
+    """
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Callable[..., Any]) -> web.StreamResponse:
+        response = await handler(request)
+        if _is_prompt(request) and response.status == 200 and isinstance(response, web.Response):
+            with suppress(AttributeError, KeyError, TypeError, ValueError):  # what another version answers
+                _tell_of_half(json.loads(response.text or "{}"), await request.json(), ours)
+        return response
+
+    _watch(middleware)
+
+
+def _tell_of_half(answer: dict[str, Any], asked: dict[str, Any], ours: str) -> None:
+    prompt, found = asked["prompt"], answer.get("node_errors")
+    if not found or not any(node["class_type"].startswith(ours) for node in prompt.values()):
+        return
+    problems = [_problem(key, each, prompt[key]) for key, each in found.items()]
+    words = "; ".join(f"{each['title']} ({each['node']}): {each['error']}" for each in problems)
+    log.warning("ChromaKit: only a part of prompt %s runs. %s", answer["prompt_id"], words)
+    if client := asked.get("client_id"):
+        half = told({"prompt_id": answer["prompt_id"], "problems": problems})
+        PromptServer.instance.send_sync(HALF, half, client)
+
+
+def _problem(key: str, found: dict[str, Any], node: dict[str, Any]) -> dict[str, str]:
+    errors = (f"{each['message']} ({each['details']})" for each in found["errors"])
+    title = (node.get("_meta") or {}).get("title") or found["class_type"]
+    return {"node": key, "title": str(title), "error": shortened("; ".join(errors), 300)}
+
+
+def _is_prompt(request: web.Request) -> bool:
+    return request.method == "POST" and request.path in ("/prompt", "/api/prompt")
+
+
+def _watch(middleware: Any) -> bool:
+    """Put it around ComfyUI's routes; False where the server has begun already."""
     try:
         PromptServer.instance.app.middlewares.append(middleware)
     except RuntimeError:  # frozen

@@ -1,13 +1,17 @@
-"""HTTP under /chromakit, one file a resource."""
+"""HTTP under /chromakit, one file a resource: each has a table of its routes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from . import jobs, panels, requests
+from . import choosing, datasets, jobs, openapi, panels, requests
+from .common import add
+
+# `choosing` before `jobs`, where any word may stand after an id.
+ROUTES = openapi.described(*choosing.ROUTES, *jobs.ROUTES, *requests.ROUTES, *datasets.ROUTES, *panels.ROUTES)
 
 
 def register(routes: Any) -> None:
     """Add every route to ComfyUI's table."""
-    for resource in (jobs, requests, panels):
-        resource.register(routes)
+    for route in ROUTES:
+        add(routes, route)

@@ -1,4 +1,5 @@
-"""What all routes share: reading requests, JSON answers of work that reads files, errors as `{"error": …}`.
+"""What all routes share: their table's rows, reading requests, JSON answers of work that reads files, errors as
+`{"error": …}`.
 
 400 for a request that makes no sense, 404 for an unknown id or number, 409 for what cannot be done now, 413 for a body
 that is too large, 415 for one that is not declared as JSON, 507 for a full disk.
@@ -8,17 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
 from typing import Any, TypeVar
 
 from aiohttp import web
 from comfy_api.latest import io
+from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError, first_line
-from ...chroma_core.requests.request import mistakes
+from ...chroma_core.data.editing import Changed
+from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError, LoraError, did_you_mean, first_line
+from ...chroma_core.settings import mistakes
 from ...chroma_core.training.jobs.manager import Job
 from .. import host, jobs
 from ..inputs import chosen_of
@@ -30,6 +36,9 @@ Result = TypeVar("Result")
 MOST_DIGITS = 20
 """Of a whole number in a query: more than any has, and few enough to read."""
 
+
+THUMBNAILS = 1024
+"""Small images that are remembered: about 10 kB each."""
 
 JSON = "application/json"
 """The type of every body that is taken."""
@@ -61,22 +70,55 @@ STATUSES: dict[type[ChromaKitError], int] = {
     NotJson: 415,
     Malformed: 400,
     Unknown: 404,
+    Changed: 409,
     DiskFull: 507,
     JobError: 409,
 }
 """Statuses of errors, the first that fits; all others have that of their route."""
 
 
-# --- answers ----------------------------------------------------------------------------------------------------------
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
-def add(
-    routes: Any,
-    method: str,
-    path: str,
-    handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
-    otherwise: int = 409,
-) -> None:
+@dataclass(frozen=True)
+class Query:
+    """A parameter of a query, and the JSON schema of its values; see `whole_number`."""
+
+    name: str
+    sentence: str
+    schema: Mapping[str, Any]
+
+
+SIDE = Query(
+    "side",
+    "Pixels of a thumbnail's longer side; a JPEG. Without it the image as it is, a PNG.",
+    {"type": "integer", "minimum": 32, "maximum": 1024},
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """One route: what ComfyUI's table and the OpenAPI document are both made from.
+
+    summary: a sentence. answer: the type of the JSON that it answers, or the content type of a file. body: the model
+    that reads the request's, or what gives the widgets that it may hold; None: an empty JSON object. queries: what its
+    query may hold; a model or dataclass: the fields. parts: the schemas of the address's parts that are no texts.
+    statuses: of success. otherwise: that of errors that are not in `STATUSES`.
+    """
+
+    method: str
+    path: str
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    summary: str
+    answer: Any
+    body: Any = None
+    queries: tuple[Query, ...] | type = ()
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    statuses: tuple[int, ...] = (200,)
+    otherwise: int = 409
+
+
+def add(routes: Any, route: Route) -> None:
     """Add one route to ComfyUI's table; what the handler raises of ours is answered in words (see STATUSES).
 
     A request that is no GET must say that its body is JSON, even an empty one: for that type a browser asks the server
@@ -85,16 +127,21 @@ def add(
 
     async def in_words(request: web.Request) -> web.StreamResponse:
         try:
-            if method != "get" and request.content_type != JSON:
+            if route.method != "get" and request.content_type != JSON:
                 raise NotJson(f"The request's body is {request.content_type}. Send JSON: Content-Type: {JSON}.")
             if (request.content_length or 0) > MAX_BYTES:
                 raise TooLarge(TOO_LARGE)
-            return await handler(request)
+            return await route.handler(request)
         except ChromaKitError as error:
-            status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), otherwise)
+            status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), route.otherwise)
             return refused(status, error)
+        except RecursionError:
+            return refused(400, "The request cannot be used: it is nested too deeply.")
 
-    getattr(routes, method)(path)(in_words)
+    getattr(routes, route.method)(route.path)(in_words)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
 
 
 async def in_thread(work: Callable[[], Result], threads: Executor | None = None) -> Result:
@@ -105,6 +152,35 @@ async def in_thread(work: Callable[[], Result], threads: Executor | None = None)
 async def answer(work: Callable[[], Any], threads: Executor | None = None) -> web.Response:
     """The JSON of `work()`, as `in_thread` runs it."""
     return told(await in_thread(work, threads))
+
+
+async def image_answer(request: web.Request, find: Callable[[], Path]) -> web.StreamResponse:
+    """An image file; with `?side=160` a small one. With `&v=…`, whatever it is, the browser may keep it."""
+    side = whole_number(request, SIDE)
+    path = await in_thread(find)
+    headers = {"Cache-Control": "private, max-age=86400, immutable" if "v" in request.query else "no-cache"}
+    if side is None:
+        return web.FileResponse(path, headers=headers)
+    body = await in_thread(lambda: _small(path, side))
+    return web.Response(body=body, content_type="image/jpeg", headers=headers)
+
+
+def _small(path: Path, side: int) -> bytes:
+    try:
+        return _thumbnail(path, path.stat().st_mtime_ns, side)
+    except OSError as error:
+        raise Unknown(f"The image '{path.name}' cannot be read: {error}.") from error
+
+
+@lru_cache(maxsize=THUMBNAILS)
+def _thumbnail(path: Path, version: int, side: int) -> bytes:
+    """A small JPEG, remembered for as long as the file is the same. Raises OSError."""
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((side, side))
+    stream = BytesIO()
+    small.save(stream, "JPEG", quality=88)
+    return stream.getvalue()
 
 
 def told(value: Any, status: int = 200) -> web.Response:
@@ -128,13 +204,35 @@ def job_of(request: web.Request) -> Job:
         raise Unknown(str(error)) from error
 
 
-def whole_number(request: web.Request, name: str, default: int | None, low: int, high: int) -> int | None:
-    """A whole number of the query, `default` when it is left out. Raises Malformed."""
-    text = request.query.get(name)
+def lora_name(path: str) -> str:
+    """A name in ComfyUI's LoRA folders: as it stands, without its extension, or the id of a training job.
+
+    Raises LoraError. Only what ComfyUI lists counts, so no path leads outside its folders.
+    """
+    known = {name.replace("\\", "/"): name for name in host.lora_names()}
+    for candidate in (path, f"{path}.safetensors"):
+        if candidate in known:
+            return known[candidate]
+    try:
+        trained = jobs.manager().get(path).status().get("lora_name")
+    except JobError:
+        trained = None
+    if trained and trained in known:
+        return known[trained]
+    listed = f"It knows {', '.join(list(known)[:8])}" if known else "There is none yet"
+    raise LoraError(
+        f"there is no LoRA '{path}' in ComfyUI's LoRA folders. {listed}{' and more' if len(known) > 8 else ''}. Give "
+        f"one of their names, or the id of a training job that is completed.{did_you_mean(path, known)}"
+    )
+
+
+def whole_number(request: web.Request, query: Query) -> int | None:
+    """A whole number of the query, the default of its schema when it is left out. Raises Malformed."""
+    text, low, high = request.query.get(query.name), query.schema["minimum"], query.schema["maximum"]
     if text is None:
-        return default
+        return query.schema.get("default")
     if not (text.isdecimal() and len(text) <= MOST_DIGITS) or not low <= int(text) <= high:
-        raise Malformed(f"{name} is '{text}'; it must be a whole number from {low} to {high}.")
+        raise Malformed(f"{query.name} is '{text}'; it must be a whole number from {low} to {high}.")
     return int(text)
 
 
@@ -166,7 +264,7 @@ async def body_of(request: web.Request, model: type[Body]) -> Body:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise Malformed(f"The request cannot be used: {'; '.join(mistakes(error, model, {}))}.") from error
+        raise Malformed(f"The request cannot be used: {'; '.join(mistakes(error, model))}.") from error
 
 
 @lru_cache(maxsize=32)
@@ -186,5 +284,6 @@ def read_widgets(inputs: Iterable[Any], values: object) -> dict[str, Any]:
         raise Malformed(f"The request's body must be a JSON object with nothing but: {', '.join(known)}.")
     foreign = [name for name in values if name not in known]
     if foreign:
-        raise Malformed(f"The request has no field '{foreign[0]}'. It takes: {', '.join(known)}.")
+        meant = did_you_mean(foreign[0], known)
+        raise Malformed(f"The request has no field '{foreign[0]}'. It takes: {', '.join(known)}.{meant}")
     return {name: chosen_of(each, values[name]) if name in values else each.default for name, each in known.items()}

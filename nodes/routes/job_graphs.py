@@ -10,23 +10,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from ...chroma_core.comfy.graph import Prompt, node
 from ...chroma_core.data.dataset import DatasetConfig
 from ...chroma_core.errors import ChromaKitError, JobError
 from ...chroma_core.loading.spec import ModelHandle, ModelSpec
 from ...chroma_core.training.config import TrainingConfig
 from ...chroma_core.training.config.changes import differences
+from ...chroma_core.training.config.job import Preview
 from ...chroma_core.training.jobs.manager import Job
 from .. import dataset_widgets, host, loaders, settings, training
 from ..dataset import SLOTS
 from ..schedule import shift_widgets
 
 
-def again(job: Job) -> dict[str, Any]:
-    """The graph that starts this job: `{prompt, missing, folded}`.
+class JobGraph(TypedDict):
+    """A prompt in API form. missing: what it cannot say, in words. folded: ids of nodes that one rarely looks into."""
 
-    `missing` is what it cannot say, in words; `folded` are the ids of nodes that one rarely looks into.
-    """
+    prompt: Prompt
+    missing: list[str]
+    folded: list[str]
+
+
+def again(job: Job) -> JobGraph:
+    """The graph that starts this job."""
     config = job.config
     prompt: Prompt = {"load": _load(config.model)}
     main = _sets(prompt, (config.dataset, *config.more_datasets))
@@ -49,35 +57,41 @@ def again(job: Job) -> dict[str, Any]:
     return {"prompt": prompt, "missing": _missing(config, prompt, train, chosen), "folded": folded}
 
 
-def use(job: Job) -> dict[str, Any]:
-    """The graph that generates the job's first preview with the LoRA or model that it wrote, as `again` has it.
+def use(job: Job) -> JobGraph:
+    """The graph that generates the job's first preview with the LoRA or model that it wrote.
 
     Raises JobError for a job that has written none.
     """
-    status, config = job.status(), job.config
-    spec, model = config.model, ["load", 0]
+    status, previews = job.status(), job.config.preview_list()
     if not status["lora_path"] and not status["model_path"]:
         raise JobError(f"The job '{job.id}' has written no LoRA yet. Stop it, which writes one, or let it end.")
-    load = _load(spec)
-    prompt: Prompt = {"load": load}
-    if status["lora_path"]:
-        name = _lora_name(Path(status["lora_path"]))
-        prompt["lora"] = node("ChromaApplyLora", "Chroma Apply LoRA", model=model, lora=name, strength=1.0, mode="live")
+    lora = _lora_name(Path(status["lora_path"])) if status["lora_path"] else None
+    prompt = image_graph(job.config, lora, 1.0, previews[0] if previews else None)
+    if lora is None:
+        prompt["load"]["inputs"]["transformer"] = loaders.part_name("transformer", status["model_path"])
+    return {"prompt": prompt, "missing": [], "folded": []}
+
+
+def image_graph(config: TrainingConfig, lora: str | None, strength: float, preview: Preview | None) -> Prompt:
+    """What generates an image of the job's model, with a LoRA by its name among ComfyUI's; None: without."""
+    model = ["load", 0]
+    prompt: Prompt = {"load": _load(config.model)}
+    if lora is not None:
+        prompt["lora"] = node(
+            "ChromaApplyLora", "Chroma Apply LoRA", model=model, lora=lora, strength=strength, mode="live"
+        )
         model = ["lora", 0]
-    else:
-        load["inputs"]["transformer"] = loaders.part_name("transformer", status["model_path"])
     sampled: dict[str, Any] = {"recipe": config.recipe, "recipe_overrides": settings.overrides_text(config)}
-    if previews := config.preview_list():
-        first = previews[0]
-        text, negative, width, height = first.prompt, first.negative, first.width, first.height
-        shift, value = shift_widgets(first.settings.flow_shift, "recipe")
+    if preview is not None:
+        text, negative, width, height = preview.prompt, preview.negative, preview.width, preview.height
+        shift, value = shift_widgets(preview.settings.flow_shift, "recipe")
         same = ("seed", "steps", "guidance", "method", "spacing", "tail_bias")
-        sampled |= {name: getattr(first.settings, name) for name in same}
+        sampled |= {name: getattr(preview.settings, name) for name in same}
         sampled |= {"flow_shift": shift, "flow_shift_value": value}
     else:
         width, height = config.preview_size()
         text, negative = f"a picture of {config.dataset.trigger or 'what was trained'}", ""
-    prompt |= {
+    return prompt | {
         "positive": node("ChromaTextEncode", "Prompt", text_encoder=["load", 1], text=text, trigger=""),
         "negative": node("ChromaTextEncode", "Negative prompt", text_encoder=["load", 1], text=negative, trigger=""),
         "latent": node("ChromaEmptyLatent", "Chroma Empty Latent", width=width, height=height, batch_size=1),
@@ -93,7 +107,6 @@ def use(job: Job) -> dict[str, Any]:
         "decode": node("VAEDecode", "VAE Decode", samples=["sample", 0], vae=["load", 2]),
         "save": node("SaveImage", "Save Image", images=["decode", 0], filename_prefix=f"chroma/{config.name}"),
     }
-    return {"prompt": prompt, "missing": [], "folded": []}
 
 
 def _load(spec: ModelSpec) -> dict[str, Any]:

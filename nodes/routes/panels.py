@@ -13,8 +13,11 @@ from weakref import WeakValueDictionary
 
 from aiohttp import web
 from comfy_api.latest import io
+from typing_extensions import TypedDict
 
+from ...chroma_core.errors import did_you_mean
 from ...chroma_core.memory import Settings, estimate, memory_plan
+from ...chroma_core.memory.table import MemoryEstimate
 from ...chroma_core.model.flavours import FLAVOURS
 from ...chroma_core.model.latents import snap_size
 from ...chroma_core.sampling.schedule import SigmaSettings, sigma_density
@@ -22,12 +25,12 @@ from ...chroma_core.training.config.recipes import recipes_as_json
 from ...chroma_core.training.step.optimizers import Schedule
 from .. import host, while_training
 from ..dataset import ChromaDataset
-from ..dataset_preview import FALLBACK_SIZE, DatasetPreviews
+from ..dataset_preview import FALLBACK_SIZE, DatasetLook, DatasetPreviews
 from ..dataset_widgets import config_from
 from ..loaders import ChromaLoadModel
 from ..schedule import ChromaTailSigmas, sigmas_of
 from ..settings import ChromaTrainingSettings, sigma_fields
-from .common import Malformed, add, answer, in_thread, inputs_of, json_of, read_widgets, refused
+from .common import Malformed, Route, answer, in_thread, inputs_of, json_of, read_widgets, refused
 
 PLAN_WIDGETS = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
 PLAN = get_type_hints(Settings)
@@ -48,34 +51,55 @@ _reading: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 """A lock for each folder that is being looked at: whoever asks twice for the same finds it remembered."""
 
 
-def register(routes: Any) -> None:
-    """Add the routes to ComfyUI's table."""
-    add(routes, "post", "/chromakit/datasets/look", _dataset, otherwise=400)
-    add(routes, "get", "/chromakit/datasets/sheets/{id}", _sheet)
-    add(routes, "post", "/chromakit/sigmas", _sigmas, otherwise=400)
-    add(routes, "post", "/chromakit/density", _density, otherwise=400)
-    add(routes, "post", "/chromakit/plan/rows", _plan_rows, otherwise=400)
-    add(routes, "get", "/chromakit/plan", _plan, otherwise=400)
-    add(routes, "get", "/chromakit/memory", _memory)
-    add(routes, "get", "/chromakit/settings", _settings)
-    add(routes, "post", "/chromakit/settings", _change_settings, otherwise=400)
-    add(routes, "get", "/chromakit/recipes", _recipes)
+class SigmaList(TypedDict):
+    """Noise levels from 1 to 0, and the size in pixels that they are for."""
+
+    sigmas: list[float]
+    width: int
+    height: int
+
+
+class Curves(TypedDict):
+    """The density of the noise levels that training draws, at `centres`, beside the `plain` logit-normal; and the
+    learning rate as `[step, share]`."""
+
+    centres: list[float]
+    density: list[float]
+    plain: list[float]
+    size: int
+    steps: int
+    rates: list[tuple[int, float]]
+
+
+class PlanRows(TypedDict):
+    """The memory plan of this machine: a row for each choice, the device, advice in words and as settings."""
+
+    rows: list[dict[str, Any]]
+    size: int
+    device_name: str
+    shared: bool
+    device_bytes: int
+    device_budget_bytes: int
+    host_bytes: int
+    host_budget_bytes: int
+    sentences: list[str]
+    recommended: list[dict[str, Any]]
 
 
 async def _dataset(request: web.Request) -> web.Response:
     """Chroma Dataset's widgets, and `flavour`: the model's, whose size counts where `resolution` is 0."""
     body = await json_of(request)
-    values = await in_thread(lambda: _dataset_widgets(body))
+    values = await in_thread(lambda: read_widgets(_dataset_inputs(), body))
     async with _reading.setdefault(values["folder"], asyncio.Lock()):
         return await answer(lambda: _dataset_preview(**values), _readers)
 
 
-def _dataset_widgets(body: object) -> dict[str, Any]:
+def _dataset_inputs() -> list[Any]:
     own = {**inputs_of(ChromaDataset), "folder": io.String.Input("folder", default="")}
-    return read_widgets([*own.values(), io.Combo.Input("flavour", options=["", *FLAVOURS], default="")], body)
+    return [*own.values(), io.Combo.Input("flavour", options=["", *FLAVOURS], default="")]
 
 
-def _dataset_preview(folder: str, flavour: str, **options: Any) -> dict[str, Any]:
+def _dataset_preview(folder: str, flavour: str, **options: Any) -> DatasetLook:
     size = FLAVOURS[flavour].size if flavour else None
     return _previews.of(config_from(str(host.dataset_folder(folder)), **options), size)
 
@@ -93,8 +117,12 @@ async def _sigmas(request: web.Request) -> web.Response:
     return await answer(lambda: _sigma_list(body))
 
 
-def _sigma_list(body: object) -> dict[str, Any]:
-    values = read_widgets(inputs_of(ChromaTailSigmas).values(), body)
+def _sigma_inputs() -> list[Any]:
+    return [*inputs_of(ChromaTailSigmas).values()]
+
+
+def _sigma_list(body: object) -> SigmaList:
+    values = read_widgets(_sigma_inputs(), body)
     width, height = snap_size(values["width"], values["height"])
     return {"sigmas": sigmas_of(**values).tolist(), "width": width, "height": height}
 
@@ -105,10 +133,13 @@ async def _density(request: web.Request) -> web.Response:
     return await answer(lambda: _curves(body))
 
 
-def _curves(body: object) -> dict[str, Any]:
+def _density_inputs() -> list[Any]:
     own = inputs_of(ChromaTrainingSettings)
-    steps = io.Int.Input("steps", default=1000, min=1, max=1_000_000)
-    values = read_widgets([*(own[name] for name in DENSITY), steps], body)
+    return [*(own[name] for name in DENSITY), io.Int.Input("steps", default=1000, min=1, max=1_000_000)]
+
+
+def _curves(body: object) -> Curves:
+    values = read_widgets(_density_inputs(), body)
     tokens = FALLBACK_SIZE**2 // 256
     plain = SigmaSettings(remap="none")
     rate = Schedule(
@@ -122,7 +153,7 @@ def _curves(body: object) -> dict[str, Any]:
         "plain": sigma_density(plain, tokens, BINS),
         "size": FALLBACK_SIZE,
         "steps": values["steps"],
-        "rates": [[step, rate.at(step)] for step in seen],
+        "rates": [(step, rate.at(step)) for step in seen],
     }
 
 
@@ -132,10 +163,13 @@ async def _plan_rows(request: web.Request) -> web.Response:
     return await answer(lambda: _rows(body))
 
 
-def _rows(body: object) -> dict[str, Any]:
+def _plan_inputs() -> list[Any]:
     own = inputs_of(ChromaLoadModel)
-    size = io.Int.Input("size", default=0, min=0, max=4096)
-    values = read_widgets([*(own[name] for name in PLAN_WIDGETS), size], body)
+    return [*(own[name] for name in PLAN_WIDGETS), io.Int.Input("size", default=0, min=0, max=4096)]
+
+
+def _rows(body: object) -> PlanRows:
+    values = read_widgets(_plan_inputs(), body)
     values["size"] = values["size"] or None
     plan = memory_plan(Settings(**values), host.here())
     return {
@@ -160,7 +194,7 @@ async def _plan(request: web.Request) -> web.Response:
 
 def _setting(name: str, text: str) -> Any:
     if name not in PLAN:
-        raise Malformed(f"The plan knows no '{name}'. It takes: {', '.join(PLAN)}.")
+        raise Malformed(f"The plan knows no '{name}'. It takes: {', '.join(PLAN)}.{did_you_mean(name, PLAN)}")
     if PLAN[name] is bool and text.lower() in TRUTH:
         return TRUTH[text.lower()]
     if PLAN[name] is bool:
@@ -189,3 +223,79 @@ async def _change_settings(request: web.Request) -> web.Response:
         return await answer(lambda: while_training.change(values))
     except OSError as error:
         return refused(507, f"The settings could not be written, and stay as they were: {error}.")
+
+
+ROUTES = (
+    Route(
+        "post",
+        "/chromakit/datasets/look",
+        _dataset,
+        "What a dataset holds: counts, sizes, warnings, small images; widgets of Chroma Dataset.",
+        DatasetLook,
+        _dataset_inputs,
+        otherwise=400,
+    ),
+    Route("get", "/chromakit/datasets/sheets/{id}", _sheet, "A dataset's contact sheet.", "image/jpeg"),
+    Route(
+        "post",
+        "/chromakit/sigmas",
+        _sigmas,
+        "A schedule of noise levels; widgets of Chroma Tail Sigmas.",
+        SigmaList,
+        _sigma_inputs,
+        otherwise=400,
+    ),
+    Route(
+        "post",
+        "/chromakit/density",
+        _density,
+        "Which noise levels training draws, and its learning rate; widgets of Chroma Training Settings.",
+        Curves,
+        _density_inputs,
+        otherwise=400,
+    ),
+    Route(
+        "post",
+        "/chromakit/plan/rows",
+        _plan_rows,
+        "The memory plan of this machine; widgets of Chroma Load Model.",
+        PlanRows,
+        _plan_inputs,
+        otherwise=400,
+    ),
+    Route(
+        "get",
+        "/chromakit/recipes",
+        _recipes,
+        "Options to begin with, by what is to be learnt, and where each number comes from.",
+        dict[str, Any],
+    ),
+    Route(
+        "get",
+        "/chromakit/plan",
+        _plan,
+        "How much memory settings need on this machine.",
+        MemoryEstimate,
+        queries=Settings,
+        otherwise=400,
+    ),
+    Route(
+        "get", "/chromakit/memory", _memory, "The device, its memory, and what is kept loaded there.", host.MemoryReport
+    ),
+    Route(
+        "get",
+        "/chromakit/settings",
+        _settings,
+        "What prompts do while a job trains, and what can be chosen.",
+        while_training.Chosen,
+    ),
+    Route(
+        "post",
+        "/chromakit/settings",
+        _change_settings,
+        "Chooses what prompts do while a job trains.",
+        while_training.Chosen,
+        while_training.Choice,
+        otherwise=400,
+    ),
+)

@@ -92,3 +92,23 @@ def test_a_queue_from_the_page_runs_green(window):
     window.page.wait_for_timeout(1000)
     window.screenshot("queued")
     assert window.ours == []
+
+
+HALF = """async () => {
+  const graph = window.app.graph, of = (type) => graph.nodes.find((node) => node.comfyClass === type);
+  of("ChromaSampler").widgets.find((widget) => widget.name === "steps").value = 0;
+  const show = window.LiteGraph.createNode("PreviewAny");
+  graph.add(show);
+  of("ChromaLoadModel").connect(3, show, 0);
+  await window.app.queuePrompt(0, 1);
+}"""
+"""The sampler's branch is invalid, and a new one, which shows the memory plan, is not."""
+
+
+def test_a_graph_that_runs_by_half_is_told(window):
+    window.load(json.loads((FOLDER / "chroma_1_first_picture.json").read_text(encoding="utf-8")))
+    window.page.evaluate(HALF)
+    told = window.page.wait_for_selector("text=A part of this graph does not run")
+    notice = told.evaluate("(each) => each.parentElement.innerText")
+    assert "Chroma Sampler: " in notice and "min of 1" in notice, notice
+    window.screenshot("half")

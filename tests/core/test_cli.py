@@ -1,8 +1,11 @@
 """The command line, on real folders and files."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,14 @@ import torch
 from PIL import Image
 
 from chroma_core.cli.main import main
+from chroma_core.data.scan import DatasetConfig
 from chroma_core.lora.files import write_lora
 from chroma_core.lora.settings import LoraSettings
 from chroma_core.lora.trainable import add_trainable, trained_lora
 from chroma_core.model.images import decode, preview_image, preview_matrix, read_record, to_images, to_tensor
 from chroma_core.model.latents import LatentFormat
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.config.recipes import RECIPE_TABLE
 from miniature import transformer, vae, write_model_folder
 
 SMALL = ["--width", "64", "--height", "64", "--steps", "2", "--precision", "fp32", "--device", "cpu"]
@@ -166,6 +172,146 @@ def test_bad_input_is_one_paragraph(folder, tmp_path, capsys, arguments, message
     assert main(["sample", "--folder", folder, *SMALL, "--output", str(tmp_path), *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+MISSPELT = (
+    (["trian"], "Did you mean 'train'?"),
+    (["train", "job.toml", "--otput", "x"], "there is no option --otput. Did you mean '--output'?"),
+    (["sample", "--promt", "a star"], "Did you mean '--prompt'?"),
+    (["jobs", "shwo"], "Did you mean 'show'?"),
+    (["jobs", "list", "--jsn"], "Did you mean '--json'?"),
+    (["jobs", "show", "my-lora-1234abcf"], "Did you mean 'my-lora-1234abcd'?"),
+    (["resume", "my-lora-1234abcf"], "There is no training job"),
+    (["plan", "--flavour", "bse"], "Did you mean 'base'?"),
+    (["plan", "--precision", "INT-8"], "Did you mean 'int8'?"),
+    (["plan", "--optimizer", "adamv"], "Did you mean 'adamw'?"),
+    (["parity", "--factors", "recpie"], "Did you mean 'recipe'?"),
+    (["sample", "--prompt", "a", "--recipe-set", "noise_dtyp=bf16"], "Did you mean 'noise_dtype'?"),
+    (["train", "names.toml"], "stpes is not a known option (did you mean steps?)"),
+    (["train", "names.toml"], "rank is not a known option (did you mean lora.rank?)"),
+    (["train", "names.toml"], "lora.steps is not a known option (did you mean steps?)"),
+    (
+        ["train", "names.toml"],
+        "previews.prompts.0.PreviewPrompt.negativ is not a known option (did you mean negative?)",
+    ),
+    (["train", "values.toml"], "Did you mean 'constant'?"),
+    (["train", "model.toml"], "Did you mean 'flavour'?"),
+)
+NAMES = """
+name = "a"
+stpes = 1
+rank = 4
+dataset.folder = "."
+lora.steps = 4
+previews.prompts = [{ prompt = "a", negativ = "b" }]
+"""
+
+
+def test_what_is_misspelt_is_named_with_what_was_meant(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output" / "jobs" / "my-lora-1234abcd").mkdir(parents=True)
+    (tmp_path / "output" / "jobs" / "my-lora-1234abcd" / "job.json").write_text("{}")
+    (tmp_path / "names.toml").write_text(NAMES)
+    (tmp_path / "values.toml").write_text('name = "a"\nlr_schedule = "constnt"\ndataset.folder = "."')
+    (tmp_path / "model.toml").write_text('name = "a"\nmodel.flavor = "tiny"\ndataset.folder = "."')
+    for arguments, message in MISSPELT:
+        try:
+            status = main(arguments)
+        except SystemExit as usage:
+            status = usage.code
+        said = capsys.readouterr().err
+        assert status in (1, 2) and message in said, (arguments, said)
+
+
+WRONG = """
+train gone.toml
+train --resume gone
+resume gone
+jobs show gone
+init gone
+sample --prompt a --flavour tiny --width 8
+fetch --flavour hd --revision ../x
+quantise --flavour tiny --output x
+inspect-model gone
+import-config gone
+parity --factors gone
+request gone
+export-workflow gone
+inspect-lora gone
+convert-lora gone --to universal
+resize-lora gone --rank 2
+merge-lora tiny --lora gone --output m.safetensors
+extract-lora tiny gone --rank 2 --output e.safetensors
+plan --optimizer gone
+"""
+ALONE = """
+import os, shlex, sys
+from chroma_core.cli.main import main
+for number, line in enumerate(sys.argv[1:]):
+    os.dup2(os.open(f"{number}.txt", os.O_WRONLY | os.O_CREAT), 2)
+    assert main(shlex.split(line)) == 1, line
+"""
+
+
+def test_an_error_stands_alone(tmp_path):
+    """In a process of its own, where libraries are imported anew: nothing of theirs, and no progress bar."""
+    commands = WRONG.strip().splitlines()
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", ALONE, *commands], cwd=tmp_path, env=where, check=True, capture_output=True)
+    for number, command in enumerate(commands):
+        said = (tmp_path / f"{number}.txt").read_text().splitlines()
+        ours = [line for line in said if not line.startswith("recipe canonical")]
+        assert len(ours) == 1 and ours[0].startswith("error: "), (command, said)
+
+
+def test_a_job_file_for_a_folder(tmp_path, capsys):
+    images, file = Path(__file__).parents[2] / "example_datasets" / "sks_emblem", tmp_path / "job.toml"
+    command = ["init", str(images), "--flavour", "tiny", "--trigger", "sks", "--output", str(file)]
+    assert main(command) == 0
+    assert "16 images" in (said := capsys.readouterr().out) and "Train at 64 pixels" in said
+    config = TrainingConfig.from_toml(file)
+    assert (config.name, config.model.flavour, config.hold_out) == ("sks_emblem", "tiny", 0.1)
+    assert config.dataset == DatasetConfig(folder=str(images), trigger="sks")
+    assert file.read_text().count("\n# ") > 200, "every other option stands there as a comment"
+    assert main(command) == 1 and "exists already" in capsys.readouterr().err
+    other = [*command[:-1], str(tmp_path / "style.toml"), "--recipe", "style"]
+    assert main(other) == 0
+    style = TrainingConfig.from_toml(tmp_path / "style.toml")
+    wanted = {path: value for path, (value, _) in RECIPE_TABLE["style"].options.items() if path != "model.flavour"}
+    for path, value in wanted.items():
+        found = reduce(getattr, path.split("."), style)
+        assert found == value or path in ("model.precision", "gradient_checkpointing"), (path, found)
+    capsys.readouterr()
+    assert main([*other[:3], "base", "--output", str(tmp_path / "no.toml"), "--recipe", "style"]) == 1
+    assert "trigger" in capsys.readouterr().err
+
+
+def completed(script: str, *words: str) -> list[str]:
+    """What bash would offer for the last of these words."""
+    ask = 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _chromakit; printf "%s\\n" "${COMPREPLY[@]}"'
+    found = subprocess.run(
+        ["bash", "-c", f"{script}\n{ask}", "bash", *words], capture_output=True, text=True, check=True
+    )
+    return found.stdout.split()
+
+
+def test_a_shell_completes_the_commands(capsys):
+    scripts = {}
+    for shell in ("bash", "zsh", "fish"):
+        assert main(["completion", shell]) == 0
+        scripts[shell] = capsys.readouterr().out
+    assert completed(scripts["bash"], "chromakit", "in") == ["init", "inspect-model", "inspect-lora"]
+    assert completed(scripts["bash"], "chromakit", "jobs", "") == ["list", "show", "use", "resume"]
+    assert completed(scripts["bash"], "chromakit", "train", "--output", "") == []
+    assert completed(scripts["bash"], "chromakit", "jobs", "use", "--j") == ["--json"]
+    assert completed(scripts["bash"], "chromakit", "train", "--sharding", "") == ["ddp", "fsdp"]
+    assert completed(scripts["bash"], "chromakit", "train", "job") == [], "then bash completes names of files"
+    assert scripts["zsh"].endswith(scripts["bash"])
+    seen = "complete -c chromakit -n '__fish_seen_subcommand_from train'"
+    assert f"{seen} -l sharding" in scripts["fish"] and "-x -a 'ddp fsdp'" in scripts["fish"]
+    for shell in ("zsh", "fish"):  # where there is one, it can read it
+        if shutil.which(shell):
+            subprocess.run([shell, "-n"], input=scripts[shell], text=True, check=True)
 
 
 def test_module_entry_point_tells_the_truth():

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from _host import pack_node_ids
@@ -35,9 +36,15 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    """A file's syntax tree, which several rules look through."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """(level of relativeness, module) of every import in a file, wherever it stands."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -87,7 +94,7 @@ def floor(path: Path) -> int | None:
 def arrows(path: Path) -> set[Path]:
     """The core files that a core file imports, wherever the import stands; also those for the type checker alone."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if not (isinstance(node, ast.ImportFrom) and node.level):
             continue
         base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
@@ -161,14 +168,14 @@ def test_who_may_import_whom():
 
 
 def test_the_door_offers_what_it_lists():
-    tree = ast.parse((DOOR / "__init__.py").read_text(encoding="utf-8"))
-    imported = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    (listed,) = (ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign))
+    door = tree(DOOR / "__init__.py")
+    imported = {alias.name for node in door.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    (listed,) = (ast.literal_eval(node.value) for node in door.body if isinstance(node, ast.Assign))
     assert set(listed) == imported - {"annotations"}
     used = {
         node.attr
         for path in NODES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "host"
     }
     assert used <= set(listed)
@@ -303,7 +310,7 @@ def test_every_tool_answers_help():
         runs = '__name__ == "__main__"' in text and path.stem not in ("__main__", "comfyui_peer")
         if runs and not any(word in text for word in ("ArgumentParser(", "keep_current(")):
             silent.append(name(path))
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
                 if not any(keyword.arg == "help" for keyword in node.keywords):
                     silent.append(f"{name(path)}:{node.lineno}")

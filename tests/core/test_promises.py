@@ -231,11 +231,11 @@ def texts(folder: Path, pattern: str) -> list[str]:
 
 
 def routes() -> list[str]:
-    """Method and path of every route that the nodes add to the host's table."""
+    """Method and path of every route that the nodes have in their tables."""
     found = []
     for path in (ROOT / "nodes").rglob("*.py"):
         for method, where in re.findall(
-            r"add\(routes, \"(get|post|put|delete)\", \"([^\"]+)\"", path.read_text(encoding="utf-8")
+            r"Route\(\s*\"(get|post|put|delete)\",\s*\"([^\"]+)\"", path.read_text(encoding="utf-8")
         ):
             found.append(f"{method.upper()} {where}")
     return sorted(found)

@@ -12,10 +12,11 @@ from _host import Host
 
 JOB = "/chromakit/jobs/none-such"
 POSTS = (
+    "/chromakit/jobs",
     "/chromakit/requests",
     "/chromakit/requests/none/cancel",
     *(f"{JOB}/{action}" for action in ("change", "extend", "delete", "pause", "resume", "stop", "nonsense")),
-    "/chromakit/datasets/look",
+    *(f"/chromakit/datasets/{name}" for name in ("look", "images", "captions", "crops", "remove", "restore")),
     "/chromakit/sigmas",
     "/chromakit/density",
     "/chromakit/plan/rows",
@@ -39,9 +40,19 @@ QUERIES = (
     "?flavour[]=a",
 )
 GETS = (
-    *("/chromakit/jobs", JOB, f"{JOB}/metrics", f"{JOB}/curve", f"{JOB}/log", f"{JOB}/graph/api", f"{JOB}/samples/0"),
+    *(
+        "/chromakit",
+        "/chromakit/openapi.json",
+        "/chromakit/jobs",
+        JOB,
+        f"{JOB}/metrics",
+        f"{JOB}/curve",
+        f"{JOB}/log",
+        f"{JOB}/graph/api",
+        f"{JOB}/samples/0",
+    ),
     *("/chromakit/requests/none", "/chromakit/datasets/sheets/..%2f..%2fx", "/chromakit/plan", "/chromakit/memory"),
-    "/chromakit/jobs/%00/curve",
+    *("/chromakit/jobs/%00/curve", "/chromakit/datasets", "/chromakit/datasets/thumbnail"),
 )
 
 

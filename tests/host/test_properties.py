@@ -37,7 +37,7 @@ ROUTES = sorted(
     {
         (method, path)
         for file in (Path(__file__).resolve().parents[2] / "nodes" / "routes").glob("*.py")
-        for method, path in re.findall(r'add\(routes, "(\w+)", "([^"]+)"', file.read_text(encoding="utf-8"))
+        for method, path in re.findall(r'Route\(\s*"(\w+)",\s*"([^"]+)"', file.read_text(encoding="utf-8"))
     }
 )
 OURS = {name for name, found in vars(errors).items() if isinstance(found, type) and issubclass(found, Exception)}
@@ -82,6 +82,11 @@ def job(server: Host) -> str:
     """A completed job, whose LoRA the nodes can be given; and, where nobody may look, a dataset and a LoRA."""
     found = job_of(server.run(train("odd", 2, preview_prompt="a [trigger] star", preview_every=2)))
     assert until_not(server, found, ACTIVE) == "completed"
+    own = server.base / "input" / "odd_set"
+    own.mkdir(parents=True)
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (96, 64), name.encode()[0]).save(own / f"{name}.png")
+        (own / f"{name}.txt").write_text(f"a zxq {name}")
     foreign = server.base / NOT_OURS
     Image.new("RGB", (64, 64)).save(foreign / "secret.png")
     (foreign / "secret.txt").write_text("a secret")
@@ -126,6 +131,15 @@ def right_bodies(server: Host) -> dict[str, dict[str, Any]]:
     plan = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
     return {
         "/chromakit/datasets/look": {**at_defaults(server, "ChromaDataset")["inputs"], "folder": "sks_emblem"},
+        "/chromakit/datasets/images": {"folder": "odd_set", "trigger": "zxq", "size": 64},
+        "/chromakit/datasets/captions": {
+            "folder": "odd_set",
+            "captions": {"a.png": "zxq"},
+            "seen": {"a.png": "a zxq a"},
+        },
+        "/chromakit/datasets/crops": {"folder": "odd_set", "crops": {"a.png": 0.25}},
+        "/chromakit/datasets/remove": {"folder": "odd_set", "names": ["b.png"]},
+        "/chromakit/datasets/restore": {"folder": "odd_set", "batch": "1"},
         "/chromakit/sigmas": at_defaults(server, "ChromaTailSigmas")["inputs"],
         "/chromakit/density": {
             **{name: value for name, value in settings_.items() if name.startswith(("sigma_", "lr_", "warmup"))},
@@ -136,6 +150,23 @@ def right_bodies(server: Host) -> dict[str, dict[str, Any]]:
         "/chromakit/settings": {"prompts_while_training": "yield"},
         "/chromakit/jobs/{id}/change": {"changes": {"previews.every": 3}, "force": True},
         "/chromakit/jobs/{id}/extend": {"steps": 1, "force": True},
+        "/chromakit/jobs/{id}/grid": {"steps": [2], "strengths": [1.0], "prompts": ["a star"]},
+        "/chromakit/jobs/{id}/rate": {"key": "0" * 16, "rating": 3},
+        **{f"/chromakit/jobs/{{id}}/{end}": {"key": "0" * 16} for end in ("keep", "publish")},
+        "/chromakit/jobs": {
+            "name": "posted",
+            "steps": 1,
+            "seed": 1,
+            "learning_rate": 1e-3,
+            "recipe": "canonical",
+            "model": {"flavour": "tiny", "precision": "fp32", "text_precision": "fp32"},
+            "dataset": {"folder": "sks_emblem", "trigger": "sks"},
+            "lora": {"rank": 1, "target": "tiny"},
+            "previews": {"prompts": []},
+            "more_datasets": [],
+            "hold_out": 0.0,
+            "optimizer": "adamw",
+        },
     }
 
 
@@ -147,10 +178,11 @@ def test_routes(server: Host, job: str):
         "action": some.sampled_from(["pause", "resume", "stop", "sample", "save", "explode"]) | ODD_TEXTS.map(_part),
         "number": some.sampled_from(["0", "1", "-1", "%D9%A3", "9" * 5000]) | ODD_TEXTS.map(_part),
         "kind": some.sampled_from(["again", "use", "x"]) | ODD_TEXTS.map(_part),
+        "key": some.sampled_from(["0" * 16, "*", "..%2f..%2fjob"]) | ODD_TEXTS.map(_part),
         "id": ids,
     }
     queries = some.dictionaries(
-        some.sampled_from(["points", "after", "token", "lines", "side", "v", "brief", *known]) | ODD_TEXTS,
+        some.sampled_from(["points", "after", "token", "lines", "side", "v", "brief", "name", *known]) | ODD_TEXTS,
         ODD_TEXTS | NUMBERS.map(str),
         max_size=3,
     )
@@ -173,7 +205,7 @@ def test_routes(server: Host, job: str):
             values = dict(right.get(template, {}))
             for name in data.draw(some.lists(some.sampled_from(sorted(values) or sorted(known)), max_size=3)):
                 values[name] = data.draw(changes if name == "changes" else ODD)
-            if template.endswith("/extend") and isinstance(values.get("steps"), int) and values["steps"] > 2:
+            if template.endswith(("/extend", "/jobs")) and isinstance(values.get("steps"), int) and values["steps"] > 2:
                 values["steps"] = 2
             body = json.dumps(data.draw(some.sampled_from([values] * 9 + [None])) or data.draw(ODD)).encode()
             body = data.draw(some.sampled_from([body] * 19 + [b"[" * 50_000, b"\xff", b"", b"1" * 5000]))
@@ -182,7 +214,7 @@ def test_routes(server: Host, job: str):
         outcomes[str(code)] += 1
         if code >= 500:
             found[f"{code} of {method} {template}: {text[:200]!r} for {(body or path.encode())[:200]!r}"] += 1
-        elif code != 200 and not (re.match(rb'\{"error": ".|40[45]: ', text) or _not_ours(path, code, text)):
+        elif code not in (200, 202) and not (re.match(rb'\{"error": ".|40[45]: ', text) or _not_ours(path, code, text)):
             found[f"{code} without words of {method} {path}: {text[:200]!r}"] += 1
 
     each()

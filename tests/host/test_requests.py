@@ -277,6 +277,7 @@ def test_failures_say_why_and_foreign_prompts_are_no_requests(server: Host):
     assert (
         answer["state"] == "failed" and "no_vae.safetensors" in answer["error"] and not answer["prompts"][0]["images"]
     )
+    (vaes / "no_vae.safetensors").unlink()
     ordinary = server.post_prompt(text_to_image(steps=1))
     server.wait(ordinary)
     for id_ in (ordinary, "nothing", "..%2Fjobs"):

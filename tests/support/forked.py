@@ -7,6 +7,7 @@ there is no fork, a process is started as usual.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -90,6 +91,8 @@ def _serve(imports: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library says when it is imported is no answer
     exec(imports, {})  # noqa: S102
+    gc.collect()
+    gc.freeze()  # what was imported stays: a child looks through what is its own alone, and copies no page for it
     for line in sys.stdin:
         child = os.fork()
         if not child:

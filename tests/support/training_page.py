@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import waiting
@@ -45,6 +46,20 @@ BUILD = """async ([name, steps, prompt]) => {
 
 RENDERER = "on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)"
 THEME = "name => window.app.extensionManager.setting.set('Comfy.ColorPalette', name)"
+
+
+AXE = Path(__file__).resolve().parents[2] / "node_modules" / "axe-core" / "axe.min.js"
+SERIOUS = """async () => {
+    const { violations } = await axe.run('.ck-room', { resultTypes: ['violations'] });
+    const grave = violations.filter(each => ['serious', 'critical'].includes(each.impact));
+    return grave.map(each => `${each.id}: ${each.nodes.map(node => node.html).join(' ')}`);
+}"""
+
+
+def grave(page: Any) -> list[str]:
+    """What axe-core finds serious or critical in the training room as it is shown."""
+    page.evaluate(f"() => {{ if (!window.axe) {{ {AXE.read_text(encoding='utf-8')} }} }}")
+    return page.evaluate(SERIOUS)
 
 
 def build(page: Any, name: str, steps: int = ENDLESS, prompt: str = "") -> dict[str, Any]:

@@ -22,7 +22,7 @@ def watched_host(base: Path) -> Iterator[Host]:
     """A running ComfyUI as `start_host` starts it; `strays` tells what it touched."""
     foreign = base / NOT_OURS
     foreign.mkdir(parents=True)
-    roots = [base / name for name in ("output", "temp", "user", "models/chromakit")]
+    roots = [base / name for name in ("output", "temp", "user", "models/chromakit", "input")]
     roots += [Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}"), Path("/dev")]
     watch = {"log": str(_log(base)), "may_write": list(map(str, roots)), "may_not_read": [str(foreign)]}
     before = {name: os.environ.get(name) for name in ("CHROMAKIT_WATCH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")}

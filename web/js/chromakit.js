@@ -1,18 +1,22 @@
 // @ts-check
-// What the host's page gets from ChromaKit: the tab of jobs, the panel on Chroma Train LoRA, settings, notices.
+// What the host's page gets from ChromaKit: the tab of jobs, the training room, the panel on Chroma Train LoRA, settings, notices.
 import { app } from "../../../scripts/app.js";
 import { linkStyles } from "./lib/dom.js";
 import { loadWords } from "./lib/words.js";
-import { startNotices } from "./jobs/notices.js";
+import { startHalfNotices, startNotices } from "./jobs/notices.js";
 import { start } from "./jobs/store.js";
 import { openJobs, tab } from "./jobs/tab.js";
+import { openRoom } from "./room/room.js";
 import { settings, startSettings, wantsNotices } from "./settings.js";
 import { attachTrain } from "./widgets/train.js";
 
 app.registerExtension({
   name: "ChromaKit",
   settings: settings(),
-  commands: [{ id: "Chroma.OpenJobs", label: "Chroma: training jobs", icon: "pi pi-chart-line", function: () => openJobs() }],
+  commands: [
+    { id: "Chroma.OpenJobs", label: "Chroma: training jobs", icon: "pi pi-chart-line", function: () => openJobs() },
+    { id: "Chroma.OpenRoom", label: "Chroma: open the training room", icon: "pi pi-images", function: () => openRoom() },
+  ],
   async init() {
     linkStyles();
     start(); // the page need not wait for the list of jobs
@@ -21,6 +25,7 @@ app.registerExtension({
   async setup() {
     app.extensionManager.registerSidebarTab(tab());
     startNotices(wantsNotices);
+    startHalfNotices();
     await startSettings();
   },
   nodeCreated(node) {

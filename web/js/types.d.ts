@@ -43,6 +43,7 @@ type HostApp = Omit<ComfyApp, "registerExtension" | "extensionManager" | "ui"> &
 
 type HostApi = ComfyApi & {
   addEventListener(type: "chromakit.job", listener: (event: CustomEvent<Job>) => void): void;
+  addEventListener(type: "chromakit.prompt_half", listener: (event: CustomEvent<Half>) => void): void;
   addEventListener(type: "chromakit.job.deleted", listener: (event: CustomEvent<{ id: string }>) => void): void;
   addEventListener(type: "chromakit.settings", listener: (event: CustomEvent<HostSettings>) => void): void;
 };
@@ -139,6 +140,67 @@ interface Drawing {
   ticks: { x: [number, string][]; y: [number, string][] };
 }
 
+// --- the training room ------------------------------------------------------------------------------------------------
+
+type RoomStep = "images" | "aim" | "watch" | "choose";
+
+/** What is chosen in the room: a data set folder by its name, the trigger word, the size in pixels that crops are shown
+ * for (0: the model's own), what the LoRA is to learn, a job's id. Empty: nothing yet. */
+interface RoomView {
+  step: RoomStep;
+  folder: string;
+  trigger: string;
+  size: number;
+  aim: string;
+  job: string;
+}
+
+interface TrainingRoom {
+  readonly view: Readonly<RoomView>;
+  /** Choose something else; who listens is told what is new. */
+  choose(changed: Partial<RoomView>): void;
+  /** Returns what ends it. */
+  onChoice(listener: (changed: Partial<RoomView>) => void): () => void;
+  go(step: RoomStep): void;
+  /** One line at the foot of the room; an error stays until it is closed, an empty text takes it away. */
+  notice(text: string, kind?: "info" | "error"): void;
+  close(): void;
+}
+
+/** A step as it is built when one first goes there; `refresh` is called each time, `destroy` when the room is closed. */
+interface Step {
+  element: HTMLElement;
+  refresh?(): void;
+  destroy?(): void;
+}
+
+/** A step's module; `title` is a key of the words. */
+interface StepModule {
+  title: string;
+  build(room: TrainingRoom): Step;
+}
+
+/** An image of a wall. small, source, whole: its addresses by size, empty as long as it is not there. label: what it is;
+ * row: its row in words; note: what stands on it, and about: the long form of that. */
+interface WallCell {
+  key: string;
+  label: string;
+  row: string;
+  small: string;
+  source: string;
+  whole: string;
+  note?: string;
+  about?: string;
+}
+
+interface WallRow {
+  key: string;
+  label: string;
+  mark?: string;
+  best?: boolean;
+  cells: (WallCell | null)[];
+}
+
 // --- what our routes answer -------------------------------------------------------------------------------------------
 
 type JobState =
@@ -150,6 +212,7 @@ type Json = string | number | boolean | null | Json[] | { [name: string]: Json }
 interface JobConfig {
   previews?: { prompts?: (string | { prompt?: string })[] };
   dataset?: { trigger?: string | null };
+  lora?: { start_from?: string | null };
   [option: string]: unknown;
 }
 
@@ -164,6 +227,7 @@ interface Job {
   updated: number;
   message: string;
   yielded?: boolean;
+  flavour?: string;
   /** another process, which has the same folder, works on it */
   elsewhere?: boolean;
   /** "prompt", "memory" (until ComfyUI makes room), or nothing */
@@ -225,6 +289,47 @@ interface Curve {
   continued: boolean;
 }
 
+type CellState = "none" | "queued" | "running" | "done" | "failed" | "cancelled";
+
+interface GridCell {
+  key: string;
+  step: number;
+  strength: number;
+  prompt: number;
+  rating: number;
+  state: CellState;
+  error?: string;
+}
+
+interface GridAverage {
+  step: number;
+  strength: number;
+  mean: number | null;
+  rated: number;
+}
+
+/** The grid of a job; `choice` null: there is none yet. */
+interface GridLook {
+  choice: { steps: number[]; strengths: number[]; prompts: string[] } | null;
+  own_prompts: string[];
+  columns: { prompt: string; width: number; height: number; seed: number }[];
+  cells: GridCell[];
+  rows: GridAverage[];
+  best: GridAverage | null;
+}
+
+interface KeptLook {
+  lora: string;
+  path: string;
+  strength: number;
+  stayed: string[];
+}
+
+interface Half {
+  prompt_id: string;
+  problems: { node: string; title: string; error: string }[];
+}
+
 interface HostSettings {
   prompts_while_training: string;
   held: number;
@@ -259,6 +364,53 @@ interface DatasetLook {
   warnings: string[];
   thumbnails: Thumbnail[];
   sheet: string;
+}
+
+interface FolderList {
+  folders: { name: string; own: boolean }[];
+  endings: string[];
+  sizes: number[];
+}
+
+/** An image of a folder; see chroma_core/data/editing.py. */
+interface FolderImage {
+  name: string;
+  size: Point | null;
+  bucket: Point | null;
+  frame: [left: number, top: number, right: number, bottom: number] | null;
+  crop: number;
+  caption: string | null;
+  skipped: string;
+  notes: string[];
+  twin: string;
+  version: string;
+}
+
+interface FolderLook {
+  folder: string;
+  own: boolean;
+  size: number;
+  images: FolderImage[];
+  warnings: string[];
+  buckets: Bucket[];
+  removed: { batch: string; names: string[] }[];
+  check: { trigger: string; of: number; lacking: string[]; stands_as: { word: string; names: string[] }[] };
+}
+
+/** See chroma_core/training/config/recipes.py; `options` are nested as a job file has them, `options_from` by dotted name. */
+interface Recipe {
+  name: string;
+  title: string;
+  images: Point;
+  captions: string;
+  options: { [name: string]: Json };
+  options_from: Record<string, string[]>;
+}
+
+interface RecipeList {
+  recipes: Recipe[];
+  sources: Record<string, { words: string; address: string }>;
+  measured: string;
 }
 
 interface DensityLook {

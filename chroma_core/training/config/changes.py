@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import ConfigError, JobError
+from ...errors import ConfigError, JobError, did_you_mean
 from ...loading.spec import PLACEMENT
 from .job import TrainingConfig
 
@@ -158,7 +158,7 @@ def _put(values: dict[str, Any], path: Sequence[str], value: Any, name: str, don
         return
     inner = values.get(key)
     if not isinstance(inner, dict):
-        raise ConfigError(f"There is no option '{name}' to change.")
+        raise ConfigError(f"There is no option '{name}' to change.{did_you_mean(key, values)}")
     if rest:
         _put(inner, rest, value, name, f"{here}.")
         return

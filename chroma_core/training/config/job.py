@@ -361,6 +361,12 @@ class TrainingConfig(Settings):
         advanced=True,
         since="0.1",
     )
+    compile_auto: bool = option(
+        False,
+        "Compile where it can pay: on CUDA with Triton, from 1000 steps on. A warning says why a job does not.",
+        advanced=True,
+        since="0.1",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -485,10 +491,19 @@ class TrainingConfig(Settings):
         """Read a job file; dataset folders and model files in it are relative to the file. Raises ConfigError."""
         path = Path(path)
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin with a mark
+            text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin with a mark
         except OSError as error:
             raise ConfigError(f"The job file '{path}' cannot be read: {error.strerror or error}.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"The job file '{path.name}' is not valid TOML: {error}.") from error
+        return cls.from_text(text, path)
+
+    @classmethod
+    def from_text(cls, text: str, path: Path) -> Self:
+        """`from_toml` of a text that is, or is going to be, in the file `path`."""
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"The job file '{path.name}' is not valid TOML: {error}.") from error
         more = data.get("more_datasets")
         sections = [data.get("dataset"), data.get("validation_dataset"), *(more if isinstance(more, list) else ())]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...errors import ConfigError
+from ...errors import ConfigError, did_you_mean
 
 MEASURED = (
     "The real model has not been trained here. Numbers marked study were measured on tiny, a miniature of 64 × 64 "
@@ -194,7 +194,8 @@ def recipe(name: str) -> dict[str, Any]:
     Still to be given: the job's `name` and `dataset.folder`, and for most `dataset.trigger`. Raises ConfigError.
     """
     if name not in RECIPE_TABLE:
-        raise ConfigError(f"There is no recipe '{name}'. Choose one of: {', '.join(RECIPE_TABLE)}.")
+        meant = did_you_mean(name, RECIPE_TABLE)
+        raise ConfigError(f"There is no recipe '{name}'. Choose one of: {', '.join(RECIPE_TABLE)}.{meant}")
     options: dict[str, Any] = {}
     for path, (value, _) in RECIPE_TABLE[name].options.items():
         *sections, last = path.split(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import tomlkit
@@ -26,7 +27,7 @@ SECTIONS: dict[str, type] = {
 """The tables of a job file and what reads them; the first one is the job itself."""
 
 EXAMPLES = {"name": "my-lora", "dataset.folder": "pictures", "full.target": "double_blocks.0-3"}
-"""Values of options that have no default."""
+"""Values of options that have no default, by their dotted names."""
 
 OPTIONAL = ("full",)
 """Tables that change what a job is by being there: their lines stay comments."""
@@ -38,23 +39,25 @@ HEAD = """\
 """
 
 
-def job_template() -> str:
-    """The text of a job file whose options are comments, but for those that a job cannot do without."""
+def job_template(values: Mapping[str, Any] = EXAMPLES) -> str:
+    """The text of a job file whose options are comments, but for those that `values` sets, by their dotted names."""
+    values = {**EXAMPLES, **values}
     parts = [HEAD]
     for section, owner in SECTIONS.items():
         if section:
             parts.append(f"{'# ' if section in OPTIONAL else ''}[{section}]")
-        parts += [_entry(section, each) for name, each in options_of(owner).items() if section or name not in SECTIONS]
+        options = [each for name, each in options_of(owner).items() if section or name not in SECTIONS]
+        parts += [_entry(section, each, values) for each in options]
     return "\n".join(parts)
 
 
-def _entry(section: str, option: Described) -> str:
-    """An option's sentence and range as a comment, and the line that sets it."""
+def _entry(section: str, option: Described, values: Mapping[str, Any]) -> str:
+    """An option's sentence and range as a comment, and the line that sets it, to what `values` has."""
     path = f"{section}.{option.name}".lstrip(".")
     about = f"{option.sentence} ({option.range})" if option.range else option.sentence
     lines = textwrap.wrap(about, 116, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-    if path in EXAMPLES:
-        lines.append(f"{'# ' if section in OPTIONAL else ''}{option.name} = {as_toml(EXAMPLES[path])}")
+    if path in values:
+        lines.append(f"{'# ' if section in OPTIONAL else ''}{option.name} = {as_toml(values[path])}")
     elif option.default is None:
         lines.append(f"# {option.name} = …  (unset)")
     else:

@@ -13,9 +13,10 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image, ImageDraw
+from typing_extensions import TypedDict
 
 from ...model.drawing import font_of
 from ..run.verdict import Record, verdict
@@ -26,6 +27,39 @@ COLUMNS = ("step", "loss", "loss_smooth", "lr", "grad_norm", "sigma", "seconds")
 
 _TAIL = 256
 """Bytes before the place read last that are compared: a resume cuts the file and writes its steps again."""
+
+
+class HeldOutLoss(TypedDict):
+    """The validation loss, and that at each of the sigmas."""
+
+    loss: float
+    by_sigma: list[float] | None
+
+
+class HeldOutAt(HeldOutLoss):
+    """The validation loss at a step."""
+
+    step: int
+
+
+class CurveData(TypedDict):
+    """See `Curve.read`."""
+
+    token: str
+    continued: bool
+    total: int
+    step: list[int]
+    loss: list[float | None]
+    loss_smooth: list[float | None]
+    lr: list[float | None]
+    grad_norm: list[float | None]
+    sigma: list[float | None]
+    seconds: list[float | None]
+    sigmas: list[float]
+    base: HeldOutLoss | None
+    heldout: list[HeldOutAt]
+    verdict: dict[str, Any] | None
+    notes: list[dict[str, Any]]
 
 
 class Curve:
@@ -50,7 +84,7 @@ class Curve:
         self._record = Record()
         self._offset, self._tail = 0, b""
 
-    def read(self, points: int = 1500, after: int | None = None, token: str | None = None) -> dict[str, Any]:
+    def read(self, points: int = 1500, after: int | None = None, token: str | None = None) -> CurveData:
         """The curve as JSON values.
 
         Args:
@@ -70,7 +104,7 @@ class Curve:
             first = 0 if since is None else bisect_right(steps, since)
             told = verdict(self._record)
             rows = list(_thinned(self._columns["loss"], first, points))
-            return {
+            curve = {
                 "token": self.token,
                 "continued": since is not None,
                 "total": len(steps),
@@ -81,6 +115,7 @@ class Curve:
                 "verdict": told and told.to_dict(self.path.parent.name),
                 "notes": [note for note in self._notes if since is None or note["step"] >= since],
             }
+            return cast(CurveData, curve)
 
     def _refresh(self) -> None:
         try:

@@ -10,9 +10,10 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, cast
 
 from filelock import FileLock, Timeout
+from typing_extensions import TypedDict  # typing's own has no schema before Python 3.12
 
 from ...errors import ChromaKitError, ConfigError, JobError, counted, first_few, first_line
 from ...files import check_format, read_json, write_json
@@ -40,15 +41,14 @@ class JobEnd(TypedDict):
     message: str
 
 
-class JobValues(JobEnd):
-    """What changes of a job while it is worked on.
+class JobProgress(JobEnd):
+    """What changes of a job while it is worked on, without what only one who looks into it needs.
 
     loss, loss_smooth, lr, heldout_loss: of the newest step that has one. step_seconds: running mean; eta_seconds: time
-    left, by it. changes: options changed since the start (see `changes.entry`). checkpoint: step of the newest one.
-    best_step: of the lowest validation loss. verdict: what the newest validation says (see `run.verdict`). held_out:
-    images of the dataset that are measured on instead of trained.
+    left, by it. checkpoint: step of the newest one. best_step: of the lowest validation loss. verdict: what the newest
+    validation says (see `run.verdict`). held_out: images of the dataset that are measured on instead of trained.
     yielded: whether the trainer waits for a prompt. waits_for: `prompt`, `memory` (until ComfyUI makes room), or
-    nothing. memory: bytes (see `device.OwnMemory`). created, updated: Unix time.
+    nothing. created, updated: Unix time.
     """
 
     step: int
@@ -58,11 +58,7 @@ class JobValues(JobEnd):
     lr: float | None
     step_seconds: float | None
     eta_seconds: float | None
-    warnings: list[str]
-    changes: list[dict[str, Any]]
-    lora_path: str | None
     lora_name: str | None
-    model_path: str | None
     model_name: str | None
     model_folder: str | None
     heldout_loss_base: float | None
@@ -73,12 +69,23 @@ class JobValues(JobEnd):
     train_seconds: float
     skipped_steps: int
     checkpoint: int | None
-    base_sha256: str | None
     yielded: bool
     waits_for: Literal["", "prompt", "memory"]
-    memory: dict[str, int] | None
     created: float
     updated: float
+
+
+class JobValues(JobProgress):
+    """All that changes of a job. changes: options changed since the start (see `changes.entry`). memory: bytes (see
+    `device.OwnMemory`).
+    """
+
+    warnings: list[str]
+    changes: list[dict[str, Any]]
+    lora_path: str | None
+    model_path: str | None
+    base_sha256: str | None
+    memory: dict[str, int] | None
 
 
 class JobStatus(JobValues):
@@ -97,6 +104,17 @@ class JobStatus(JobValues):
     recipe: dict[str, Any]
 
 
+class JobSummary(JobProgress):
+    """What a list of jobs shows. kind: `lora` or `full`."""
+
+    id: str
+    name: str
+    elsewhere: bool
+    flavour: str
+    kind: Literal["lora", "full"]
+    warning_count: int
+
+
 def _fresh(config: TrainingConfig) -> dict[str, Any]:
     """The `JobValues` of a job that has not begun; what is not named here is not known yet: None."""
     now = time.time()
@@ -111,10 +129,6 @@ def _fresh(config: TrainingConfig) -> dict[str, Any]:
         "held_out": [],
     }
     return {**values, "train_seconds": 0.0, "skipped_steps": 0, "yielded": False, "waits_for": ""}
-
-
-_DETAILS = ("warnings", "changes", "memory", "base_sha256", "lora_path", "model_path")
-"""Values that `Job.summary` leaves out."""
 
 
 class FolderLock:
@@ -143,7 +157,9 @@ class FolderLock:
             self._file.acquire(timeout=0)
         except Timeout:
             return False
-        if before not in (None, _identity(self._path)):  # locked is what was renamed away in this very moment
+        now = _identity(self._path)
+        # What was renamed away in this moment is locked. Times say nothing: some versions of filelock truncate.
+        if before and (not now or before[0] != now[0]):
             self.let_go()
             return False
         return True
@@ -231,14 +247,14 @@ class Job:
         values["recipe"] = self.config.recipe_value().to_dict()
         return cast(JobStatus, {"id": self.id, "name": self.config.name, "elsewhere": self.elsewhere, **values})
 
-    def summary(self) -> dict[str, Any]:
-        """What a list of jobs shows: the status without what only one who looks into the job needs."""
+    def summary(self) -> JobSummary:
+        """The job in short."""
         with self._lock:
             values = self._values.copy()
-        kept = {name: value for name, value in values.items() if name not in _DETAILS}
+        kept = {name: values[name] for name in JobProgress.__annotations__}
         kind = "lora" if self.config.full is None else "full"
         facts = {"flavour": self.config.model.flavour, "kind": kind, "warning_count": len(values["warnings"])}
-        return {"id": self.id, "name": self.config.name, "elsewhere": self.elsewhere, **kept, **facts}
+        return cast(JobSummary, {"id": self.id, "name": self.config.name, "elsewhere": self.elsewhere, **kept, **facts})
 
     def samples(self) -> list[Path]:
         """All preview images, oldest first."""

@@ -13,9 +13,9 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from ...errors import ConfigError, DiskFull, JobError, first_line
+from ...errors import ConfigError, DiskFull, JobError, check_choice, did_you_mean, first_line
 from ...files import disk_is_full, replace
 from ..config import TrainingConfig
 from ..config.changes import check_changes, differences, entry, with_changes
@@ -102,6 +102,7 @@ class JobManager:
                 check_folder(self.root / Path(job_id).name)
                 raise JobError(
                     f"There is no training job '{job_id}' here. It may have been deleted; see the list of jobs."
+                    f"{did_you_mean(job_id, self._jobs)}"
                 )
             return self._jobs[job_id]
 
@@ -136,8 +137,7 @@ class JobManager:
             JobError: `restart` of a job that is running, or a job that another process is training, or that a later
                 version wrote.
         """
-        if if_exists not in ("keep", "resume", "restart"):
-            raise ConfigError(f"if_exists is {if_exists!r}; choose keep, resume or restart.")
+        check_choice("if_exists", if_exists, get_args(IfExists))
         check_folder(self.root / config.job_id())
         with self._changed:
             self.look_around()
@@ -240,21 +240,25 @@ class JobManager:
     def use(self, job_id: str, step: int = 0) -> Path:
         """Put the LoRA of one of the job's steps into the LoRA folder; 0: of the best. It may be at work meanwhile.
 
-        Returns the file. Raises JobError when the step is not kept, nothing says which is best, or another process
-        works on the job.
+        Returns the file. Raises JobError: the step is not kept, none is the best, another process works on the job.
         """
-        with self._changed, self._taken(self.get(job_id)) as job:
-            path = use_step(self._paths(job), job.config, step or job.best_step())
+        with self.held(job_id) as (job, paths):
+            path = use_step(paths, job.config, step or job.best_step())
         self._tell(job.status())
         return path
+
+    @contextmanager
+    def held(self, job_id: str) -> Iterator[tuple[Job, JobPaths]]:
+        """A job, at work or not, and its folders, to which nobody else writes meanwhile. For what takes a moment."""
+        with self._changed, self._taken(self.get(job_id)) as job, _written_down(job, "as it was"):
+            yield job, self._paths(job)
 
     def branch(self, job_id: str, step: int, learning_rate: float) -> Job:
         """A job like this one at another learning rate, from the LoRA of one of its steps on; 0: from nothing.
 
         Raises as `use`, and ConfigError for a rate that cannot work.
         """
-        changes: dict[str, Any] = {"learning_rate": learning_rate}
-        config = with_changes(self.get(job_id).config, changes)
+        config = with_changes(self.get(job_id).config, {"learning_rate": learning_rate})
         if step:
             config = with_changes(config, {"lora.start_from": str(self.use(job_id, step))})
         return self.ensure(config, "resume")
@@ -585,14 +589,12 @@ def _goes_on(job: Job, if_exists: IfExists) -> bool:
 
 
 @contextmanager
-def _written_down(job: Job) -> Iterator[None]:
-    """What cannot be written in a `with` block, as a JobError."""
+def _written_down(job: Job, stays: str = "not queued") -> Iterator[None]:
+    """What cannot be written in a `with` block, as a JobError that says how the job stays."""
     try:
         yield
     except (OSError, ValueError) as error:
-        kind = DiskFull if disk_is_full(error) else JobError
-        raise kind(
-            f"The job '{job.id}' cannot be written to '{job.folder}', so it is not queued: "
-            f"{first_line(error) or type(error).__name__}. Nothing was changed. Make room there, or see to it that it "
-            "may be written to, and try again."
+        raise (DiskFull if disk_is_full(error) else JobError)(
+            f"The job '{job.id}' cannot be written to '{job.folder}', so it is {stays}: "
+            f"{first_line(error) or type(error).__name__}. Nothing was changed. Make room, or allow writing there."
         ) from error

@@ -147,10 +147,11 @@ def worse_than_the_base(progress: Progress, checkpoint: str | None) -> str | Non
     )
 
 
-def resume_warnings(progress: Progress | None, damaged: list[str], data: str) -> list[str]:
+def resume_warnings(progress: Progress | None, damaged: list[str], data: str, compiled: bool = False) -> list[str]:
     """What to tell the user of a resume: from which checkpoint, and what is no longer as it was.
 
-    damaged: names of checkpoints that cannot be read. data: the fingerprint of the dataset now.
+    damaged: names of checkpoints that cannot be read. data: the fingerprint of the dataset now. compiled: whether the
+    blocks are compiled now.
     """
     found: list[str] = []
     if damaged:
@@ -167,6 +168,11 @@ def resume_warnings(progress: Progress | None, damaged: list[str], data: str) ->
         found.append(
             f"Until step {progress.step} this job was trained by an earlier version, which rounded sums otherwise: "
             "what follows is as good, but not bit for bit what that version would have given."
+        )
+    if progress is not None and progress.compiled not in (None, compiled):
+        found.append(
+            f"The blocks are {'compiled' if compiled else 'no longer compiled'} from step {progress.step} on, which "
+            "rounds otherwise: what follows is as good, but not bit for bit what an uninterrupted run would have given."
         )
     return found
 

@@ -82,7 +82,8 @@ ROUNDING = 2
 
 @dataclass
 class Progress:
-    """Where a run stands. Steps are counted as done; −1 means never. rounding: see `ROUNDING`."""
+    """Where a run stands. Steps are counted as done; −1 means never. rounding: see `ROUNDING`. compiled: whether the
+    blocks are, where that is known."""
 
     step: int = 0
     validated_at: int = -1
@@ -104,6 +105,7 @@ class Progress:
     diverged_at: int = -1
     rounding: int = ROUNDING
     worse_at: int = -1
+    compiled: bool | None = None
 
     @property
     def taken(self) -> int:

@@ -63,7 +63,7 @@ from .faults import (
 from .kept import keep_lora
 from .loop import Batches, StepResult, train_step
 from .metrics import ROUNDING, EventFiles, JobPaths, MetricsLog, Progress, check_event_files
-from .prepare import Prepared, compile_blocks, prepare
+from .prepare import Prepared, compile_blocks, compiles, prepare
 from .preserve import generate, planned
 from .preview import render_previews
 from .stepper import Stepper
@@ -132,14 +132,15 @@ class Run:
         self.control.gate(needed=self._device_bytes())
         with self.slot.coming():
             self.transformer = load_transformer(config.model, "cpu" if sharded else self.device)
-            loan = loan_of(config, self.transformer, self.device) if self.world.size == 1 else None
+            alone = self.world.size == 1 and not self._compiled
+            loan = loan_of(config, self.transformer, self.device) if alone else None
             self.slot.take(self.transformer, loan, self._follow)
         self.trained = make_trained(config, self.transformer, self.paths, data.base_sha256)
         if sharded:
             shard(self.transformer, self.trained.parameters, torch.device(self.device))
         self.transformer.checkpointing_interval = self._plan.interval
         self.transformer.set_deterministic(config.deterministic)
-        if config.compile:
+        if self._compiled:
             compile_blocks(self.transformer)
         self.stepper = Stepper(self.trained.parameters, config.optimizer_settings(self.device), self.trained.factors)
         self.ema = Ema(self.trained.parameters, config.ema_decay) if config.ema_decay else None
@@ -163,6 +164,11 @@ class Run:
         # Of several processes each may have less than the plan counts.
         return plan_settings(self.config, self.device if self.world.size == 1 else None)
 
+    @cached_property
+    def _compiled(self) -> bool:
+        """Whether the blocks are compiled."""
+        return compiles(self.config, self.device, self.world.sharded, self.data.warnings)
+
     def _beside(self) -> int:
         """What of it is not the model."""
         model = sum(module_bytes(self.transformer).values()) if self._begun else 0
@@ -185,12 +191,12 @@ class Run:
         self.warnings = warnings = list(self.data.warnings)
         data = fingerprint(self.data.samples)
         progress, damaged = self._restore()
-        warnings += resume_warnings(progress, damaged, data)
+        warnings += resume_warnings(progress, damaged, data, self._compiled)
         self.progress = progress or Progress()
         if self.world.main:  # a process that was killed may have come no further than to write the newest
             keep = self.config.keep_checkpoints, self.config.keep_best
             discard_old(self.paths.checkpoints, self.progress, *keep)
-        self.progress.data, self.progress.rounding = data, ROUNDING
+        self.progress.data, self.progress.rounding, self.progress.compiled = data, ROUNDING, self._compiled
         self.metrics.truncate(self.progress.metrics_bytes)
         if self.config.tensorboard and self.world.main:
             values, earlier = self.config.model_dump(mode="json"), self.metrics.read()
@@ -246,7 +252,7 @@ class Run:
 
         self._memory.begin(self.control.waits)
         # The compiler makes casts part of other kernels; what is divided is no tensor of its own.
-        ready = not (self.config.compile or self.world.sharded)
+        ready = not (self._compiled or self.world.sharded)
         casting = self.trained.casting if ready else nullcontext
         result = train_step(step, self.transformer, stepper, self.batches, self.config, self.world, between, casting)
         if self.ema is not None and not result.skipped:

@@ -166,7 +166,7 @@ def make_trained(
 
 def loan_of(config: TrainingConfig, transformer: ChromaTransformer, device: Device) -> Loan | None:
     """The base for prompts that want just that: its weights must stay as they are, and lie on the device."""
-    if config.full is not None or config.compile:
+    if config.full is not None:
         return None
 
     @contextmanager

@@ -13,8 +13,12 @@ from chroma_core.lora.settings import LoraSettings
 from chroma_core.lora.trainable import CastFactors, add_trainable
 from chroma_core.model.latents import image_ids
 from chroma_core.model.precision import precision, quantise
+from chroma_core.model.recomputing import recomputing
 from chroma_core.streaming import stream_blocks
-from chroma_core.training.run.prepare import compile_blocks
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.run.faults import resume_warnings
+from chroma_core.training.run.metrics import Progress
+from chroma_core.training.run.prepare import COMPILE_STEPS, compile_blocks, why_not_compiled
 from miniature import transformer
 
 
@@ -129,6 +133,27 @@ def test_factors_that_were_cast_before_give_the_same_bits(dtype, kind):
     assert not any(branch.cast for branch in cast.branches)
 
 
+def test_what_is_computed_again_is_told_to_be_the_same():
+    """As far as the last tensor that the backward pass needs, once."""
+    x, calls = torch.ones(3, requires_grad=True), []
+
+    def function(x):
+        calls.append("begun")
+        y = (x * 2).exp() if len(calls) < 4 else x * 2
+        calls.append("ended")
+        return y.sin() + 1
+
+    y = recomputing(function, x).sum()
+    (gradient,) = torch.autograd.grad(y, x, retain_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(torch.exp(x * 2).sin().sum(), x)[0])
+    assert calls == ["begun", "ended", "begun", "ended"]
+    with pytest.raises(RuntimeError, match="this is a second one"):
+        torch.autograd.grad(y, x)
+    with pytest.raises(RuntimeError, match="saved 1 tensors instead of 2"):
+        calls[:] = ["begun"]
+        torch.autograd.grad(recomputing(function, x).sum(), x)
+
+
 def test_a_larger_interval_recomputes_fewer_blocks_and_keeps_more():
     """Two double and four single blocks: all, three, two, one, and none are recomputed."""
     model, _ = trainable()
@@ -172,6 +197,35 @@ def test_compiled_blocks_give_the_same_gradients():
             assert torch.allclose(a, b, atol=1e-6)
     assert counters["stats"]["unique_graphs"] - trial <= 3
     assert not counters["graph_break"]
+
+
+def test_compiling_by_itself(tmp_path):
+    """On CUDA, where the compiler works and there are steps enough; otherwise the reason is told, and nothing asked."""
+    asked = []
+
+    def works(backend: str, device: torch.device) -> None:
+        asked.append((backend, str(device)))
+
+    def fails(backend: str, device: torch.device) -> None:
+        raise ConfigError("There is no Triton.")
+
+    def reason(device: str = "cuda", check=works, sharded: bool = False, **options) -> str:
+        values = {"name": "x", "dataset": {"folder": str(tmp_path)}, "compile_auto": True, "steps": COMPILE_STEPS}
+        return why_not_compiled(TrainingConfig.parse({**values, **options}), device, sharded, check)
+
+    assert reason() == "" and asked == [("inductor", "cuda")]
+    assert "runs on 'cpu'" in reason("cpu") and "999 steps are too few" in reason(steps=COMPILE_STEPS - 1)
+    assert "offload mode block" in reason(model={"flavour": "base", "offload": "block"})
+    assert "FSDP2" in reason(sharded=True) and "dropout" in reason(lora={"dropout": 0.1})
+    assert reason(check=fails) == "compile_auto: the blocks are not compiled: There is no Triton."
+    assert len(asked) == 1
+
+
+def test_a_job_that_is_compiled_otherwise_than_before_says_so():
+    before = {known: Progress(step=5, data="x", compiled=known) for known in (None, False, True)}
+    found = [len(resume_warnings(before[known], [], "x", now)) for known in before for now in (False, True)]
+    assert found == [0, 0, 0, 1, 1, 0]
+    assert "are no longer compiled from step 5 on" in resume_warnings(before[True], [], "x", False)[0]
 
 
 def test_what_cannot_be_compiled_is_refused():

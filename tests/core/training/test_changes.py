@@ -132,7 +132,7 @@ def test_command_line(places, tmp_path, capsys):
     write(1, 0.01)
     assert main(["train", str(file), *where]) == 0
     name = json.loads(capsys.readouterr().out)["id"]
-    assert main(["train", "--resume", name, "--extend", "1", *where]) == 0
+    assert main(["resume", name, "--extend", "1", *where]) == 0
     assert json.loads(capsys.readouterr().out) | {"id": name, "step": 2, "state": "completed"}
     write(3, 0.001)
     assert main(["train", str(file), "--job", name, *where]) == 1

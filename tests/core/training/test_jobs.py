@@ -1,6 +1,7 @@
 """Jobs in the background: asking twice, steering, yielding, failing, and being found again."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,24 @@ def manager(tmp_path):
     made = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
     yield made
     made.shutdown()
+
+
+def test_a_folder_is_taken_again_though_locking_changes_its_file(tmp_path, monkeypatch):
+    """filelock truncates the file as it locks it, but for its newest versions."""
+    lock, other = FolderLock(tmp_path), FolderLock(tmp_path)
+    acquire = lock._file.acquire
+
+    def truncated(**given):
+        os.utime(tmp_path / ".lock", (1, 1))
+        return acquire(**given)
+
+    assert lock.take() and not other.take()
+    lock.let_go()
+    monkeypatch.setattr(lock._file, "acquire", truncated)
+    assert lock.take() and not other.take()
+    lock.let_go()
+    assert other.take()
+    other.let_go()
 
 
 def test_a_job_runs_to_its_end_and_asking_again_does_not_train_again(places, manager):

@@ -146,6 +146,18 @@ def test_a_checkpoint_of_a_version_that_rounded_otherwise_goes_on_and_says_so(pl
     assert "step 0" in said
 
 
+def test_a_job_says_why_it_does_not_compile_and_knows_how_it_was_trained(places, tmp_path):
+    paths = JobPaths.of(tmp_path / "jobs", "job", tmp_path / "loras", places[2])
+    paths.job.mkdir(parents=True)
+    run = Run(config(*places[:2], compile_auto=True), paths, "cpu", Control(), lambda **_: None)
+    for stage in (run.prepare, run.load, run.resume, run.save):
+        stage()
+    assert all(block._compiled_call_impl is None for block in run.transformer.transformer_blocks)
+    run.close()
+    assert [warning for warning in run.warnings if "the job runs on 'cpu'" in warning]
+    assert json.loads((paths.checkpoints / "step-000000" / "state.json").read_text())["compiled"] is False
+
+
 def test_only_the_last_are_kept_and_damage_falls_back(places, tmp_path):
     made = trained(places, 0)
     for step in (1, 2, 3):

@@ -9,13 +9,18 @@ import { notify } from "./notices.js";
 const [COLUMN_GAP, ROW_GAP] = [60, 60]; // pixels; a row's has the title in it
 
 /**
- * Open the graph that starts this job (`again`) or generates with its result (`use`). Throws Error with the host's words.
+ * Open the graph that starts this job (`again`), or generates with its result (`use`) or an image of its grid (`path`,
+ * below the job). Throws Error with the host's words.
  * @param {Job} job
  * @param {"again" | "use"} kind
+ * @param {string} path
  */
-export async function openGraph(job, kind) {
-  const found = /** @type {JobGraph} */ (await get(`jobs/${encodeURIComponent(job.id)}/graph/${kind}`));
+export async function openGraph(job, kind, path = `graph/${kind}`) {
+  const found = /** @type {JobGraph} */ (await get(`jobs/${encodeURIComponent(job.id)}/${path}`));
   const { prompt, missing, folded } = found;
+  for (const { class_type: type, inputs } of Object.values(prompt)) {
+    if (type === "ChromaTextEncode" && typeof inputs.text === "string") inputs.text = literally(inputs.text);
+  }
   await app.refreshComboInNodes(); // a LoRA or folder that is younger than the page
   await app.loadApiJson(prompt, t(`graph.${kind}_title`, { name: job.name }));
   keepSeeds();
@@ -26,6 +31,12 @@ export async function openGraph(job, kind) {
   await app.extensionManager.command.execute("Comfy.Canvas.FitView");
   if (missing.length) notify("warn", t("graph.missing"), missing.join("\n"));
 }
+
+/**
+ * A prompt whose {words|in braces} and comments the page sends as they stand, instead of drawing and dropping some.
+ * @param {string} text
+ */
+const literally = (text) => text.replace(/[{}]/g, "\\$&").replace(/\/([/*])/g, "/{$1}");
 
 /**
  * Nodes in columns, each as far right as the longest way of links that leads to it; those of the ids in `folded` closed.

@@ -1,5 +1,6 @@
 // @ts-check
-// What is said when a job ends, wherever in the page one is.
+// What is said when a job ends, or when only a part of a graph runs, wherever in the page one is.
+import { api } from "../../../../scripts/api.js";
 import { app } from "../../../../scripts/app.js";
 import { t } from "../lib/words.js";
 import { onEnd } from "./store.js";
@@ -17,6 +18,18 @@ const MILLISECONDS = 8000;
 export function notify(severity, summary, detail = "") {
   const life = severity === "error" ? undefined : MILLISECONDS;
   app.extensionManager.toast.add({ severity, summary, detail, life });
+}
+
+const HALF = "chromakit.prompt_half";
+
+/**
+ * From now on: a notice for a graph of which ComfyUI leaves a part out, as it says so nowhere but in the nodes' colour.
+ */
+export function startHalfNotices() {
+  api.addEventListener(HALF, ({ detail }) => {
+    const lines = detail.problems.map((each) => `${each.title}: ${each.error}`);
+    notify("error", t("notice.half"), lines.join("\n"));
+  });
 }
 
 /**

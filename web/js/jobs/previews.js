@@ -8,7 +8,7 @@ export const THUMBNAIL = 160;
 const LARGE = 1024;
 
 /** @typedef {{ number: number, name: string, step: number, prompt: number }} Sample */
-/** @typedef {Sample & { source: string, whole: string }} Shown */
+/** @typedef {{ source: string, whole: string, label: string }} Shown */
 
 /**
  * step-000100-0.png → {number, name, step, prompt}; null for a name of another kind.
@@ -43,7 +43,7 @@ export function sourceOf(job, sample, side) {
  * @param {Job} job
  * @param {number} index
  */
-function promptText(job, index) {
+export function promptText(job, index) {
   const entry = job.config?.previews?.prompts?.[index];
   const text = typeof entry === "string" ? entry : (entry?.prompt ?? "");
   return text.replaceAll("[trigger]", job.config?.dataset?.trigger ?? "[trigger]");
@@ -159,12 +159,12 @@ class Strip {
 
   /** @param {Sample} sample */
   #large(sample) {
-    return { ...sample, source: sourceOf(this.job, sample, LARGE), whole: sourceOf(this.job, sample) };
+    return { source: sourceOf(this.job, sample, LARGE), whole: sourceOf(this.job, sample), label: t("previews.step", sample) };
   }
 }
 
 /** Two images, one over the other, and a handle that uncovers the lower one. */
-class Slider {
+export class Slider {
   constructor() {
     this.left = h("img", { class: "ck-left" });
     this.right = h("img", { class: "ck-right" });
@@ -187,8 +187,8 @@ class Slider {
     showImage(this.right, after);
     this.link.href = after.whole;
     this.frame.classList.toggle("ck-single", before.source === after.source);
-    say(this.labels[0], t("previews.step", before));
-    say(this.labels[1], t("previews.step", after));
+    say(this.labels[0], before.label);
+    say(this.labels[1], after.label);
   }
 
   #uncover() {
@@ -196,8 +196,8 @@ class Slider {
   }
 }
 
-/** @param {HTMLImageElement} image @param {Shown} sample */
-function showImage(image, sample) {
-  if (image.getAttribute("src") !== sample.source) image.src = sample.source;
-  image.alt = t("previews.step", sample);
+/** @param {HTMLImageElement} image @param {Shown} shown */
+function showImage(image, shown) {
+  if (image.getAttribute("src") !== shown.source) image.src = shown.source;
+  image.alt = shown.label;
 }

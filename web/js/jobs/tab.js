@@ -3,10 +3,12 @@
 import { app } from "../../../../scripts/app.js";
 import { fill, h, say } from "../lib/dom.js";
 import { t } from "../lib/words.js";
+import { openRoom } from "../room/room.js";
 import { JobList } from "./list.js";
-import { manners, onManners } from "./prompts.js";
-import { ACTIVE, all, find, listen } from "./store.js";
+import { onManners } from "./prompts.js";
+import { find, listen } from "./store.js";
 import { JobView } from "./view.js";
+import { mannersWords } from "./words.js";
 
 const TAB = "chromakit";
 
@@ -66,12 +68,10 @@ function render(element) {
   show();
 }
 
-/** Say it when prompts do not simply run. */
 function showManners() {
-  const { choice, held } = manners();
-  const atWork = all().some((job) => ACTIVE.has(job.state) && job.state !== "paused");
-  note.hidden = !atWork || choice == null || choice === "yield";
-  if (!note.hidden) say(note, t(held ? "tab.held" : `tab.${choice}`, { held }));
+  const words = mannersWords();
+  note.hidden = !words;
+  if (words) say(note, words);
 }
 
 function destroy() {
@@ -93,7 +93,8 @@ function show() {
   }
   const job = opened && find(opened);
   room = job ? new JobView(job, leave) : new JobList(open);
-  fill(root, h("header", {}, h("h1", {}, t("tab.title")), note), room.element);
+  const wide = h("button", { type: "button", "data-action": "room", onclick: () => openRoom(opened ? { job: opened } : {}) }, t("room.open"));
+  fill(root, h("header", {}, h("div", { class: "ck-row" }, h("h1", {}, t("tab.title")), wide), note), room.element);
 }
 
 /** @param {string} id */

@@ -3,7 +3,8 @@
 import { say } from "../lib/dom.js";
 import { bytes, duration, loss } from "../lib/format.js";
 import { t } from "../lib/words.js";
-import { ACTIVE } from "./store.js";
+import { manners } from "./prompts.js";
+import { ACTIVE, all } from "./store.js";
 
 /**
  * "running", "running, yielding to the queue", "running, in another process", …
@@ -58,3 +59,10 @@ export function costWords(job) {
  * @param {Job} job
  */
 export const share = (job) => (job.steps ? job.step / job.steps : 0);
+
+/** What prompts do while a job is at work, where they do not simply run; else empty. */
+export function mannersWords() {
+  const { choice, held } = manners();
+  const atWork = all().some((job) => ACTIVE.has(job.state) && job.state !== "paused");
+  return !atWork || choice == null || choice === "yield" ? "" : t(held ? "tab.held" : `tab.${choice}`, { held });
+}

@@ -1,7 +1,7 @@
 // @ts-check
 // Elements without a framework, and the stylesheets. Every rule in those begins with .chromakit, the class of each of our
 // roots, so that nothing of the host's page changes; colours are the host's own variables, so that themes are followed.
-const SHEETS = ["base", "jobs", "widgets"];
+const SHEETS = ["base", "jobs", "widgets", "room", "wall"];
 
 /**
  * Make an element: h("button", { class: "a", disabled: true, onclick: f, "aria-label": "x" }, "text", child, …).

@@ -2,6 +2,7 @@
 // Chroma Load Model: what the chosen settings need on this machine, and behind a disclosure what the others would.
 import { fill, h } from "../lib/dom.js";
 import { chain } from "../lib/node_panel.js";
+import { t } from "../lib/words.js";
 import { setWidgets, valueOf } from "./graph.js";
 import { LivePanel } from "./live_panel.js";
 
@@ -99,22 +100,8 @@ class Plan extends LivePanel {
       { class: "ck-scroll", tabIndex: 0 },
       h("table", { class: "ck-plan" }, h("thead", {}, head), h("tbody", {}, plan.rows.flatMap((row) => this.rows(row)))),
       h("p", { class: "ck-faint" }, about),
-      plan.recommended.map((choice) => h("p", { class: "ck-faint" }, this.advice(plan, choice))),
+      plan.recommended.map((choice) => h("p", { class: "ck-faint" }, advice(plan, choice))),
     );
-  }
-
-  /**
-   * What to choose on this machine, in a sentence.
-   * @param {PlanLook} plan
-   * @param {PlanChoice} choice
-   */
-  advice(plan, choice) {
-    const mode = choice.offload === "block" ? `block ${choice.resident_blocks}` : choice.offload;
-    const need = { device: gib(choice.device_peak_bytes), host: gib(choice.host_peak_bytes) };
-    return this.t(`advice.${choice.purpose}.${choice.fits ? "fits" : "too_large"}`, {
-      precision: choice.precision, t5: choice.text_precision, offload: mode,
-      need: this.t(plan.shared ? "advice.shared" : "advice.need", need),
-    });
   }
 
   /**
@@ -147,6 +134,20 @@ class Plan extends LivePanel {
     const blocks = offload === "block" ? { resident_blocks } : {};
     setWidgets(this.node, { precision, text_precision, offload, offload_during_startup, ...blocks });
   }
+}
+
+/**
+ * What to choose on this machine, in a sentence.
+ * @param {PlanLook} plan
+ * @param {PlanChoice} choice
+ */
+export function advice(plan, choice) {
+  const mode = choice.offload === "block" ? `block ${choice.resident_blocks}` : choice.offload;
+  const need = { device: gib(choice.device_peak_bytes), host: gib(choice.host_peak_bytes) };
+  return t(`widgets.plan.advice.${choice.purpose}.${choice.fits ? "fits" : "too_large"}`, {
+    precision: choice.precision, t5: choice.text_precision, offload: mode,
+    need: t(`widgets.plan.advice.${plan.shared ? "shared" : "need"}`, need),
+  }); // prettier-ignore
 }
 
 /**

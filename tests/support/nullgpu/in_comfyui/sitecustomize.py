@@ -22,8 +22,8 @@ def _prepare() -> None:
 
                 torch.backends.cudnn.enabled = False
                 module.require = lambda *_: None
-                finite = sys.modules[name.replace("loading.load", "model.finite")]
-                finite.broken = lambda _: False  # type: ignore[attr-defined]
+                device = sys.modules[name.replace("loading.load", "model.device")]
+                device.broken = lambda _: False  # type: ignore[attr-defined]
                 if "NULL_GPU_FILL" in os.environ:
                     _fill(Path(os.environ["NULL_GPU_FILL"]), torch)
                 return

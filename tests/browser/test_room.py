@@ -1,0 +1,180 @@
+"""The training room in the host's own page: from files on a desk to a job, by hand and by keyboard, for everybody."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from training_page import AXE, THEME, grave, stop_all, until
+
+ROOT = Path(__file__).resolve().parents[2]
+OPEN = "() => window.app.extensionManager.command.execute('Chroma.OpenRoom')"
+TAB = "() => window.app.extensionManager.sidebarTab.toggleSidebarTab('chromakit')"
+FOCUS = "() => document.activeElement.closest('[data-action], [role=tab], .ck-card')?.outerHTML ?? 'nothing'"
+
+
+@pytest.fixture
+def page(window) -> Iterator[Any]:
+    """The page at 1280 × 720; the room is closed, and nothing trains, afterwards."""
+    page = window.page
+    size = page.viewport_size
+    page.set_viewport_size({"width": 1280, "height": 720})
+    yield page
+    page.evaluate(THEME, "dark")
+    page.set_viewport_size(size)
+    if page.locator(".ck-room").count():
+        page.get_by_role("button", name="Close the training room").click()
+    page.evaluate("() => localStorage.removeItem('chromakit.room')")
+    stop_all(window.server)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> list[str]:
+    """Files as they lie on a desk: four images of different shapes, a twin, a broken one, captions, two strangers."""
+    sizes = {"wide.jpg": (120, 70), "tall.png": (60, 100), "square.webp": (80, 80), "plain.png": (64, 64)}
+    for i, (name, size) in enumerate(sizes.items()):
+        Image.new("RGB", size, (60 * i, 200 - 40 * i, 90)).save(tmp_path / name)
+    (tmp_path / "wide2.jpg").write_bytes((tmp_path / "wide.jpg").read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "clip.mp4").write_bytes(b"no image either")
+    texts = {"wide": "a zxq star, red, wide", "tall": "a sks star, green, tall", "square": "a zxq star, blue"}
+    for name, text in {**texts, "wide2": "a zxq star", "lost": "of no image"}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    return [str(path) for path in sorted(tmp_path.iterdir())]
+
+
+def filled(page: Any, name: str, files: list[str], cards: int) -> None:
+    """Open the room, make a dataset and upload files into it."""
+    page.evaluate(OPEN)
+    page.locator("[data-choice=folder]").select_option(label="＋ New folder…")
+    page.get_by_label("Name of the new folder").fill(name)
+    page.keyboard.press("Enter")
+    page.get_by_label("Trigger word").first.fill("zxq")
+    page.get_by_label("Crops at").select_option("64")
+    page.set_input_files(".ck-bar input[type=file]", files)
+    page.wait_for_function("n => document.querySelectorAll('.ck-card').length === n", arg=cards)
+    page.get_by_text("Uploaded to").wait_for()
+
+
+def test_from_files_to_a_job(window, page: Any, desk: list[str]):
+    server, folder = window.server, window.server.base / "input" / "stars"
+
+    def saw(condition: Callable[[], Any], what: str) -> None:
+        until(page, server, condition, what)
+
+    filled(page, "stars", desk, 6)
+    window.screenshot("room_1_uploaded")
+    told = page.locator(".ck-uploads").inner_text()
+    assert "clip.mp4: not an image" in told and "lost.txt: no image of that name" in told
+    assert "6 images: 4 trained, 2 skipped" in page.locator(".ck-summary").inner_text()
+    assert "no caption in plain.txt" in page.locator("[data-name='plain.png']").inner_text()
+    checks = page.locator(".ck-checks")
+    assert "1 of 4 lack zxq." in checks.inner_text() and "“zxq” once stands as “sks”." in checks.inner_text()
+
+    page.get_by_role("button", name="Replace sks by zxq").click()
+    saw(lambda: "All 4 captions have zxq." in checks.inner_text(), "the trigger in all captions")
+    assert (folder / "tall.txt").read_text() == "a zxq star, green, tall\n"
+    page.get_by_role("button", name="Undo").click()
+    saw(lambda: (folder / "tall.txt").read_text() == "a sks star, green, tall\n", "the old caption")
+    page.get_by_role("button", name="Redo").click()
+    saw(lambda: "All 4 captions have zxq." in checks.inner_text(), "the trigger again")
+
+    page.get_by_role("button", name="Write a caption").click()
+    page.keyboard.type("a zxq star, grey, plain")
+    page.keyboard.press("Tab")
+    saw(lambda: (folder / "plain.txt").is_file(), "the caption of the fourth image")
+    for _ in range(2):
+        page.keyboard.press("Shift+ArrowRight")  # the first tag, on which Tab has landed, to the end
+    saw(lambda: (folder / "plain.txt").read_text() == "grey, plain, a zxq star\n", "the tags in another order")
+    page.get_by_role("button", name="Take the copy out").click()
+    page.get_by_role("button", name="Take it out").click()
+    saw(lambda: "4 images: 4 trained, 0 skipped" in page.locator(".ck-summary").inner_text(), "four images")
+    assert not (folder / "wide2.jpg").exists() and len(list((folder / ".removed").rglob("wide2.*"))) == 2
+
+    frame = page.locator("[data-name='wide.jpg'] .ck-crop")
+    frame.focus()
+    page.keyboard.press("End")
+    crops = folder / "chromakit-crops.json"
+    saw(lambda: crops.is_file() and json.loads(crops.read_text())["crops"] == {"wide.jpg": 1}, "the moved crop")
+    page.locator(".ck-replace summary").click()
+    page.get_by_label("Find", exact=True).fill("star")
+    page.get_by_label("Replace by").fill("comet")
+    assert "4 times in 4 captions" in page.locator(".ck-replace").inner_text()
+    page.get_by_role("button", name="Replace all").click()
+    saw(lambda: (folder / "wide.txt").read_text() == "a zxq comet, red, wide\n", "the replaced word")
+    window.screenshot("room_2_mended")
+
+    page.get_by_role("button", name="Next: Aim").click()
+    page.locator("[data-aim=object]").click()
+    page.locator("[data-field=flavour]").select_option("tiny")
+    page.locator("[data-field=steps]").fill("2")
+    page.locator("[data-field=prompts]").fill("a [trigger] comet")
+    page.get_by_text("Best for training").wait_for()
+    assert "4 images are few; 8 or more are advised." in page.locator(".ck-needs").inner_text()
+    window.screenshot("room_3_aim")
+    page.get_by_role("button", name="Start training").click()
+    page.locator("[role=tab][aria-selected=true]", has_text="Watch").wait_for()
+    window.screenshot("room_4_watch")
+    (job,) = [each for each in server.get("/chromakit/jobs") if each["name"] == "stars-object"]
+    config = job["config"]
+    assert (config["dataset"]["trigger"], config["model"]["flavour"], config["steps"]) == ("zxq", "tiny", 2)
+    assert config["previews"]["prompts"] == ["a [trigger] comet"] and config["preserve"]["class_word"] == "object"
+    saw(lambda: server.get(f"/chromakit/jobs/{job['id']}")["state"] == "completed", "the end of the job")
+    assert server.get(f"/chromakit/jobs/{job['id']}")["lora_name"] and window.ours == []
+
+
+def test_keys_and_focus(window, page: Any):
+    """All by keyboard: the focus stays in the room, which no shortcut of the page's reaches, and returns."""
+    page.evaluate(TAB)
+    opener = page.locator(".ck-tab [data-action=room]")
+    opener.focus()
+    page.keyboard.press("Enter")
+    assert 'id="ck-room-tab-images"' in page.evaluate(FOCUS)
+    page.keyboard.press("ArrowRight")
+    assert 'id="ck-room-tab-aim"' in page.evaluate(FOCUS)
+    page.keyboard.press("Alt+1")
+    assert 'id="ck-room-tab-images"' in page.evaluate(FOCUS)
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Tab")
+    assert 'id="ck-room-tab-images"' in page.evaluate(FOCUS), "Tab goes round"
+    page.evaluate("() => document.activeElement.blur()")
+    page.keyboard.press("w")  # opens a panel of the page's, if it gets there
+    assert page.locator(".ck-room").is_visible()
+    page.keyboard.press("Escape")
+    assert page.locator(".ck-room").count() == 0 and 'data-action="room"' in page.evaluate(FOCUS)
+    page.evaluate(TAB)
+    assert window.ours == []
+
+
+@pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not there: python scripts/test.py --browser fetches it")
+def test_nothing_grave_is_found_by_axe(window, page: Any, desk: list[str]):
+    filled(page, "seen by all", desk, 6)
+    page.locator(".ck-replace summary").click()
+    page.locator("[data-name='tall.png'] textarea").focus()
+    found = {}
+    for theme in ("dark", "light"):
+        page.evaluate(THEME, theme)
+        for step, there in enumerate((".ck-card", "[data-aim]", ".ck-watch", ".ck-choose"), 1):
+            page.keyboard.press(f"Alt+{step}")
+            page.locator(there).first.wait_for()
+            window.screenshot(f"room_{theme}_{step}")
+            found[theme, step] = grave(page)
+    assert not any(found.values()), found
+
+
+def test_a_narrow_window_and_a_zoom_hide_nothing(window, page: Any, desk: list[str]):
+    """640 pixels are also 1280 at 200 %: nothing sticks out to the right."""
+    filled(page, "narrow", desk, 6)
+    for width in (700, 640):
+        page.set_viewport_size({"width": width, "height": 720})
+        for step, there in enumerate((".ck-card", "[data-aim]"), 1):
+            page.keyboard.press(f"Alt+{step}")
+            page.locator(there).first.wait_for()
+            window.screenshot(f"room_narrow_{width}_{step}")
+            wide = "() => document.querySelector('.ck-panel:not([hidden])').scrollWidth"
+            assert page.evaluate(wide) <= width, (width, step)

@@ -1,0 +1,314 @@
+// @ts-check
+// Step "Choose": kept steps × strengths × prompts as a grid that ComfyUI's queue makes; rated, kept, opened, published.
+import { api } from "../../../../scripts/api.js";
+import { app } from "../../../../scripts/app.js";
+import { fill, h, say, throttled } from "../lib/dom.js";
+import { address, get, post, reason } from "../lib/http.js";
+import { t } from "../lib/words.js";
+import { openGraph } from "../jobs/graphs.js";
+import { THUMBNAIL, samplesOf, sourceOf } from "../jobs/previews.js";
+import { find, listen, watch } from "../jobs/store.js";
+import { LARGE, SMALL, Wall } from "./wall.js";
+
+const STRENGTHS = "0.7, 1, 1.3";
+const STARS = [1, 2, 3, 4, 5];
+const MILLISECONDS = 1000;
+const WAITS = ["queued", "running"];
+
+export const title = "room.choose.title";
+
+/** @param {TrainingRoom} room @returns {Step} */
+export function build(room) {
+  const element = h("div", { class: "ck-choose" });
+  /** @type {Chooser | null} */
+  let shown = null;
+  const show = () => {
+    shown?.destroy();
+    const job = find(room.view.job);
+    shown = job ? new Chooser(job, room) : null;
+    fill(element, shown?.element ?? h("p", {}, t("room.choose.no_job")));
+  };
+  const ends = [
+    room.onChoice((changed) => "job" in changed && show()),
+    listen(() => Boolean(shown) !== Boolean(find(room.view.job)) && show()),
+  ];
+  show();
+  return {
+    element,
+    refresh: () => shown?.refresh(),
+    destroy() {
+      for (const end of ends) end();
+      shown?.destroy();
+    },
+  };
+}
+
+/** The form, the grid, and what one does with the image that is chosen in it. */
+class Chooser {
+  /** @param {Job} job @param {TrainingRoom} room */
+  constructor(job, room) {
+    this.id = job.id;
+    this.room = room;
+    /** @type {GridLook | null} */
+    this.grid = null;
+    /** @type {WallCell | null} */
+    this.cell = null;
+    this.keptKey = "";
+    this.refresh = throttled(() => this.#load(), MILLISECONDS);
+    this.steps = h("div", { class: "ck-choose-steps", role: "group", "aria-label": t("room.choose.steps") });
+    this.strengths = h("input", { type: "text", value: STRENGTHS, oninput: () => this.#count() });
+    this.prompts = h("textarea", { rows: 3, oninput: () => this.#count() });
+    this.make = this.#button("make", () => this.#make());
+    this.stop = this.#button("stop", () => this.#send("grid/stop", {}));
+    this.progress = h("span", { class: "ck-faint", role: "status" });
+    this.fault = h("div", { class: "ck-error", role: "alert" });
+    this.wall = new Wall(t("room.choose.grid"), {
+      click: "choose",
+      chosen: (cell) => this.#chosen(cell),
+      key: (cell, event) => this.#key(cell, event),
+    });
+    this.best = h("span", { class: "ck-strong", role: "status" });
+    this.what = h("span", { class: "ck-strong" });
+    this.stars = STARS.map((star) =>
+      h("button", { type: "button", "aria-label": t("room.choose.star", { star }), onclick: () => this.cell && this.#rate(this.cell, star) }, "★"),
+    );
+    this.keep = this.#button("keep", () => this.#keep());
+    this.open = this.#button("open", () => this.#open());
+    this.publish = this.#button("publish", () => this.#publish());
+    const rating = h("div", { class: "ck-stars", role: "group", "aria-label": t("room.choose.rating") }, this.stars);
+    this.doing = h("div", { class: "ck-row ck-choose-doing" }, this.what, rating, h("div", { class: "ck-group" }, this.keep, this.open, this.publish));
+    const field = (/** @type {string} */ name, /** @type {HTMLElement} */ input) => h("label", {}, t(`room.choose.${name}`), input);
+    this.form = h(
+      "details",
+      { open: true, class: "ck-choose-form" },
+      h("summary", {}, t("room.choose.form", { name: job.name })),
+      h("div", {}, t("room.choose.steps"), this.steps),
+      field("strengths", this.strengths),
+      field("prompts", this.prompts),
+    );
+    this.element = h(
+      "div",
+      { class: "ck-chooser", "data-job": job.id },
+      this.form,
+      h("div", { class: "ck-row" }, h("div", { class: "ck-group" }, this.make, this.stop, this.progress), this.best),
+      this.fault,
+      this.wall.element,
+      this.doing,
+      h("p", { class: "ck-faint" }, t("room.choose.keys")),
+    );
+    // The queue became longer or shorter; and while it works at the grid, ask.
+    const turned = () => this.#waits() && this.refresh();
+    api.addEventListener("status", turned);
+    const timer = setInterval(turned, 2 * MILLISECONDS);
+    this.ends = [
+      watch(job.id),
+      listen((id) => (!id || id === this.id) && this.#showSteps()),
+      () => api.removeEventListener("status", turned),
+      () => clearInterval(timer),
+    ];
+    this.stopped = false;
+    this.#showSteps();
+    this.#show(null);
+    this.refresh();
+  }
+
+  destroy() {
+    this.stopped = true;
+    for (const end of this.ends) end();
+  }
+
+  #waits() {
+    return this.grid?.cells.some(({ state }) => WAITS.includes(state)) ?? false;
+  }
+
+  /** @param {string} name @param {() => Promise<unknown>} work */
+  #button(name, work) {
+    const made = h("button", { type: "button", "data-action": name, title: t(`room.choose.${name}_tip`) }, t(`room.choose.${name}`));
+    made.addEventListener("click", async () => {
+      made.disabled = true;
+      this.room.notice("");
+      await work().catch((error) => this.room.notice(reason(error), "error"));
+      made.disabled = false;
+      if (!this.stopped) this.#show(this.grid);
+    });
+    return made;
+  }
+
+  async #load() {
+    if (this.stopped) return;
+    try {
+      this.#show(await get(`jobs/${encodeURIComponent(this.id)}/grid`));
+    } catch (error) {
+      this.room.notice(reason(error), "error");
+    }
+  }
+
+  /**
+   * Ask for something that the host answers with the grid.
+   * @param {string} end
+   * @param {object} body
+   */
+  async #send(end, body) {
+    this.#show(await post(`jobs/${encodeURIComponent(this.id)}/${end}`, body));
+  }
+
+  // --- the form -------------------------------------------------------------------------------------------------------
+
+  #showSteps() {
+    const job = find(this.id);
+    if (!job?.kept) return;
+    const key = JSON.stringify([job.kept, job.best_step, job.samples]);
+    if (key === this.keptKey) return;
+    const chosen = this.keptKey ? this.#chosenSteps() : (this.grid?.choice?.steps ?? [job.best_step, job.kept.at(-1)?.step]);
+    this.keptKey = key;
+    const samples = samplesOf(job);
+    fill(
+      this.steps,
+      [...job.kept].reverse().map(({ step }) => {
+        const sample = samples.find((each) => each.step === step);
+        const image = sample && h("img", { src: sourceOf(job, sample, THUMBNAIL), alt: "", loading: "lazy", width: 48, height: 48 });
+        const box = h("input", { type: "checkbox", value: step, checked: chosen.includes(step), onchange: () => this.#count() });
+        const best = step === job.best_step && h("span", { class: "ck-faint" }, t("kept.best"));
+        return h("label", {}, box, image, t("previews.step", { step }), best);
+      }),
+    );
+    if (!job.kept.length) fill(this.steps, h("span", { class: "ck-faint" }, t("room.choose.none_kept")));
+    this.#count();
+  }
+
+  #chosenSteps() {
+    const boxes = /** @type {NodeListOf<HTMLInputElement>} */ (this.steps.querySelectorAll("input:checked"));
+    return [...boxes].map((box) => Number(box.value)).sort((a, b) => a - b);
+  }
+
+  /** What the form asks for; a strength that is no number is NaN. */
+  #asked() {
+    const strengths = this.strengths.value.split(/[\s,;]+/).filter(Boolean).map(Number); // prettier-ignore
+    const prompts = this.prompts.value.split("\n").map((line) => line.trim()).filter(Boolean); // prettier-ignore
+    return { steps: this.#chosenSteps(), strengths, prompts };
+  }
+
+  #count() {
+    const { steps, strengths, prompts } = this.#asked();
+    const count = steps.length * strengths.length * prompts.length;
+    say(this.make, t("room.choose.make", { count }));
+    this.make.disabled = !count;
+  }
+
+  async #make() {
+    const asked = this.#asked();
+    const wrong = this.strengths.value.split(/[\s,;]+/).find((word) => word && !Number.isFinite(Number(word)));
+    if (wrong) throw new Error(t("room.choose.no_number", { wrong }));
+    await this.#send("grid", asked);
+    this.form.open = false;
+  }
+
+  // --- the grid -------------------------------------------------------------------------------------------------------
+
+  /** @param {GridLook | null} grid */
+  #show(grid) {
+    if (this.stopped) return;
+    if (grid && !this.grid) this.#fillForm(grid);
+    this.grid = grid;
+    const cells = grid?.cells ?? [];
+    const rows = (grid?.rows ?? []).map((row) => this.#row(row));
+    this.wall.element.hidden = this.doing.hidden = !rows.length;
+    this.wall.show((grid?.columns ?? []).map(({ prompt }) => prompt), rows);
+    this.wall.large.refresh();
+    const done = cells.filter(({ state }) => state === "done").length;
+    say(this.progress, done < cells.length ? t("room.choose.progress", { done, count: cells.length }) : "");
+    this.stop.hidden = !this.#waits();
+    say(this.fault, cells.find(({ error }) => error)?.error ?? "");
+    const best = grid?.best;
+    say(this.best, best ? t("room.choose.best", { ...best, mean: best.mean?.toFixed(1) }) : "");
+    this.#chosen(this.wall.cell);
+    this.#count();
+  }
+
+  /** @param {GridLook} grid */
+  #fillForm(grid) {
+    if (grid.choice) {
+      this.strengths.value = grid.choice.strengths.join(", ");
+      this.form.open = false;
+      for (const box of /** @type {NodeListOf<HTMLInputElement>} */ (this.steps.querySelectorAll("input"))) {
+        box.checked = grid.choice.steps.includes(Number(box.value));
+      }
+    }
+    const prompts = grid.choice?.prompts.length ? grid.choice.prompts : grid.own_prompts;
+    if (!this.prompts.value) this.prompts.value = prompts.join("\n");
+  }
+
+  /** @param {GridAverage} row @returns {WallRow} */
+  #row({ step, strength, mean, rated }) {
+    const label = t("room.choose.row", { step, strength });
+    const best = this.grid?.best;
+    return {
+      key: `${step} ${strength}`,
+      label,
+      mark: mean == null ? "" : t("room.choose.mean", { mean: mean.toFixed(1), rated }),
+      best: best != null && best.step === step && best.strength === strength,
+      cells: (this.grid?.cells ?? []).filter((cell) => cell.step === step && cell.strength === strength).map((cell) => this.#wallCell(cell, label)),
+    };
+  }
+
+  /** @param {GridCell} cell @param {string} row @returns {WallCell} */
+  #wallCell({ key, prompt, rating, state, error }, row) {
+    const at = (/** @type {number} */ side) => address(`jobs/${encodeURIComponent(this.id)}/grid/${key}?${side ? `side=${side}&` : ""}v=1`);
+    const done = state === "done";
+    return {
+      key,
+      label: `${row}, ${this.grid?.columns[prompt]?.prompt ?? ""}`,
+      row,
+      small: done ? at(SMALL) : "",
+      source: done ? at(LARGE) : "",
+      whole: done ? at(0) : "",
+      note: done ? "★".repeat(rating) : t(`room.choose.state_${state}`),
+      about: error ?? (rating ? t("room.choose.star", { star: rating }) : ""),
+    };
+  }
+
+  // --- the image that is chosen ---------------------------------------------------------------------------------------
+
+  /** @param {WallCell | null} cell */
+  #chosen(cell) {
+    this.cell = cell;
+    const ready = Boolean(cell?.source);
+    say(this.what, cell?.label ?? "");
+    for (const button of [this.keep, this.open, this.publish, ...this.stars]) button.disabled = !ready;
+    const rating = this.grid?.cells.find(({ key }) => key === cell?.key)?.rating ?? 0;
+    this.stars.forEach((star, i) => star.setAttribute("aria-pressed", String(i < rating)));
+  }
+
+  /** @param {WallCell} cell @param {KeyboardEvent} event */
+  #key(cell, event) {
+    if (!/^[0-5]$/.test(event.key) || !cell.source) return false;
+    this.#rate(cell, Number(event.key));
+    return true;
+  }
+
+  /** @param {WallCell} cell @param {number} rating */
+  async #rate(cell, rating) {
+    await this.#send("rate", { key: cell.key, rating }).catch((error) => this.room.notice(reason(error), "error"));
+  }
+
+  async #keep() {
+    if (!this.cell) return;
+    const found = /** @type {KeptLook} */ (await post(`jobs/${encodeURIComponent(this.id)}/keep`, { key: this.cell.key }));
+    const stayed = found.stayed.length ? ` ${t("room.choose.stayed", { files: found.stayed.join(", ") })}` : "";
+    this.room.notice(`${t("room.choose.kept", { ...found })}${stayed}`);
+    await app.refreshComboInNodes();
+  }
+
+  async #open() {
+    const job = find(this.id);
+    if (!this.cell || !job) return;
+    await openGraph(job, "use", `grid/${this.cell.key}/graph`);
+    this.room.close();
+  }
+
+  async #publish() {
+    if (!this.cell) return;
+    const found = /** @type {{ folder: string, images: number }} */ (await post(`jobs/${encodeURIComponent(this.id)}/publish`, { key: this.cell.key }));
+    this.room.notice(t("room.choose.published", found));
+  }
+}

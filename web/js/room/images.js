@@ -1,0 +1,239 @@
+// @ts-check
+// Step "Images": a folder of images to learn from. They come in here, are captioned here, and what is wrong with them is
+// said and mended here.
+import { fill, h, say } from "../lib/dom.js";
+import { reason } from "../lib/http.js";
+import { t } from "../lib/words.js";
+import { notify } from "../jobs/notices.js";
+import { Bar } from "./bar.js";
+import { Card } from "./card.js";
+import { Folder, listFolders } from "./folder.js";
+import { Replacing, replaced } from "./replacing.js";
+import { Uploads, droppedFiles } from "./uploads.js";
+
+export const title = "room.images.title";
+
+/** @param {TrainingRoom} room @returns {Step} */
+export const build = (room) => new Images(room);
+
+class Images {
+  /** @param {TrainingRoom} room */
+  constructor(room) {
+    this.room = room;
+    this.folder = this.#enter();
+    this.uploads = new Uploads(() => this.showUploads());
+    this.gone = false;
+    /** @type {FolderList} */
+    this.list = { folders: [], endings: [], sizes: [] };
+    /** @type {Map<string, Card>} */
+    this.cards = new Map();
+    this.grid = h("ul", { class: "ck-gallery", "aria-label": t("room.images.grid") });
+    this.counts = h("div", { class: "ck-strong", role: "status" });
+    this.check = h("div", { class: "ck-checks" });
+    this.warnings = h("ul", {});
+    this.warned = h("details", { class: "ck-warnings" }, h("summary", { class: "ck-warning" }), this.warnings);
+    this.aside = h("details", { class: "ck-aside" }, h("summary", {}), h("ul", {}));
+    this.progress = h("div", { class: "ck-uploads" });
+    this.empty = h("p", { class: "ck-empty" });
+    this.replacing = new Replacing(() => this.folder);
+    this.bar = new Bar(room, {
+      add: (files) => this.#send(files.map((file) => ({ file, place: "" }))),
+      undo: () => this.folder.undo(),
+      redo: () => this.folder.redo(),
+      again: () => this.folder.load(),
+    });
+    this.element = h(
+      "div",
+      { class: "ck-images" },
+      this.bar.element,
+      this.progress,
+      h("div", { class: "ck-summary" }, this.counts, this.check, this.warned, this.replacing.element, this.aside),
+      this.empty,
+      this.grid,
+    );
+    this.#drops();
+    this.element.addEventListener("keydown", (event) => this.#key(event));
+    this.unfollow = room.onChoice((changed) => this.#chosen(changed));
+  }
+
+  refresh() {
+    this.#begin();
+    this.folder.touch();
+  }
+
+  /** What is on its way still arrives. */
+  destroy() {
+    this.unfollow();
+    this.gone = true;
+  }
+
+  #enter() {
+    /** @type {Folder} */
+    const folder = new Folder(
+      this.room.view.folder,
+      this.room,
+      () => folder === this.folder && this.show(),
+      (error) => this.room.notice(reason(error), "error"),
+    );
+    return folder;
+  }
+
+  async #begin() {
+    try {
+      this.list = await listFolders();
+    } catch (error) {
+      this.room.notice(reason(error), "error");
+    }
+    this.bar.offer(this.list);
+    this.show();
+  }
+
+  /** @param {Partial<RoomView>} changed */
+  #chosen(changed) {
+    if ("folder" in changed) {
+      this.folder = this.#enter();
+      for (const card of this.cards.values()) card.element.remove();
+      this.cards.clear();
+      this.bar.offer(this.list);
+      this.show();
+    }
+    if ("folder" in changed || "trigger" in changed || "size" in changed) this.folder.touch();
+    this.bar.follow(changed);
+  }
+
+  // --- files that come in ---
+
+  #drops() {
+    this.element.addEventListener("dragover", (event) => {
+      if (!event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault();
+      this.element.classList.add("ck-over");
+    });
+    this.element.addEventListener("dragleave", (event) => {
+      if (!(event.relatedTarget instanceof Node && this.element.contains(event.relatedTarget))) this.element.classList.remove("ck-over");
+    });
+    this.element.addEventListener("drop", async (event) => {
+      this.element.classList.remove("ck-over");
+      if (!event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault();
+      this.#send(await droppedFiles(event.dataTransfer));
+    });
+  }
+
+  /** @param {import("./uploads.js").Given[]} given */
+  #send(given) {
+    if (!this.room.view.folder) return this.room.notice(t("room.images.no_folder"), "error");
+    if (this.folder.found && !this.folder.found.own) return this.room.notice(t("room.images.not_own"), "error");
+    if (this.uploads.going) return this.room.notice(t("room.images.busy"), "error");
+    return this.uploads.add(this.folder, given, this.list.endings);
+  }
+
+  showUploads() {
+    const { count, finished, bytes, sent, failures, going, folder } = this.uploads;
+    if (going) folder?.touch();
+    const text = t(going ? "room.images.sending" : "room.images.sent", { finished, count, folder: folder?.name });
+    if (this.gone && !going && failures.length) notify("error", text, failures.map(({ name, why }) => `${name}: ${why}`).join("\n"));
+    fill(
+      this.progress,
+      (going || finished > 0) && h("div", { class: "ck-row ck-nowrap" },
+        h("span", { role: "status" }, text),
+        going && h("progress", { max: bytes || 1, value: sent, "aria-label": text }),
+        going && h("button", { type: "button", "data-action": "cancel", onclick: () => this.uploads.cancel() }, t("room.images.cancel"))),
+      failures.length > 0 && h("div", { role: "alert" }, h("ul", { class: "ck-error" }, failures.map(({ name, why }) => h("li", {}, `${name}: ${why}`)))),
+    ); // prettier-ignore
+    this.bar.add.disabled = going;
+  }
+
+  // --- what is there ---
+
+  show() {
+    const { found, images } = this.folder;
+    const { folder } = this.room.view;
+    for (const [button, changes] of /** @type {const} */ ([[this.bar.undo, this.folder.done], [this.bar.redo, this.folder.undone]])) {
+      button.disabled = !changes.length;
+      button.title = changes.at(-1)?.label ?? "";
+    }
+    const gone = new Set(this.cards.keys());
+    images.forEach((image, i) => {
+      gone.delete(image.name);
+      const card = this.cards.get(image.name) ?? new Card(image, this.folder);
+      if (this.cards.has(image.name)) card.show(image);
+      this.cards.set(image.name, card);
+      if (this.grid.children[i] !== card.element) this.grid.insertBefore(card.element, this.grid.children[i] ?? null);
+    });
+    for (const name of gone) {
+      this.cards.get(name)?.element.remove();
+      this.cards.delete(name);
+    }
+    this.empty.hidden = images.length > 0 || (Boolean(folder) && !found);
+    say(this.empty, t(folder ? "room.images.empty" : "room.images.begin"));
+    const skipped = images.filter((image) => image.skipped).length;
+    const sizes = (found?.buckets ?? []).map(({ width, height, count }) => `${width}×${height}: ${count}`).join(", ");
+    const counts = found && images.length ? t("room.images.counts", { images: images.length, used: images.length - skipped, skipped }) : "";
+    say(this.counts, folder && !found && !this.folder.closed ? t("widgets.looking") : counts);
+    this.counts.title = sizes;
+    this.#checks(found);
+    const warnings = found?.warnings ?? [];
+    this.warned.hidden = !warnings.length;
+    say(this.warned.children[0], t(warnings.length === 1 ? "widgets.dataset.warning" : "widgets.dataset.warnings", { count: warnings.length }));
+    fill(this.warnings, warnings.map((text) => h("li", {}, text)));
+    this.#removed(found);
+    this.replacing.element.hidden = !found?.own || !images.length;
+    this.replacing.count();
+  }
+
+  /**
+   * The trigger word in sentences, each with what mends it.
+   * @param {FolderLook | null} found
+   */
+  #checks(found) {
+    if (!found?.check.trigger || !found.check.of) return fill(this.check);
+    const { own } = found;
+    const { trigger, of, lacking, stands_as } = found.check;
+    const names = (/** @type {string[]} */ list) => list.slice(0, 5).join(", ") + (list.length > 5 ? ", …" : "");
+    const row = (/** @type {string} */ text, /** @type {string[]} */ list, /** @type {string} */ label, /** @type {(text: string) => string} */ mend) =>
+      h("div", { class: "ck-group", title: names(list) },
+        h("span", { class: "ck-warning" }, text),
+        own && h("button", { type: "button", "data-mend": "trigger", onclick: () => this.#mend(list, mend, label) }, label)); // prettier-ignore
+    const others = new Set(stands_as.flatMap((each) => each.names));
+    const rest = lacking.filter((name) => !others.has(name));
+    const fronted = (/** @type {string} */ line) => (line.toLowerCase().includes(trigger.toLowerCase()) ? line : `${trigger} ${line}`);
+    fill(
+      this.check,
+      h("div", { class: lacking.length ? "ck-warning" : "ck-good" }, t(lacking.length ? "room.images.lacking" : "room.images.none_lack", { count: lacking.length, of, trigger })),
+      stands_as.map(({ word, names: list }) =>
+        row(t(list.length === 1 ? "room.images.stands_once" : "room.images.stands_as", { trigger, word, count: list.length }), list, t("room.images.put_right", { trigger, word }),
+          (text) => replaced(text, word, trigger, true))),
+      rest.length > 0 && own &&
+        row(t("room.images.put_front_why", { trigger }), rest, t("room.images.put_front", { trigger, count: rest.length }),
+          (text) => text.split("\n").map((line) => (line.trim() ? fronted(line) : line)).join("\n")),
+    ); // prettier-ignore
+  }
+
+  /** @param {string[]} names @param {(text: string) => string} work @param {string} label */
+  #mend(names, work, label) {
+    const texts = this.folder.images.filter(({ name }) => names.includes(name)).map(({ name, caption }) => [name, work(caption ?? "")]);
+    return this.folder.write(Object.fromEntries(texts), label);
+  }
+
+  /** @param {FolderLook | null} found */
+  #removed(found) {
+    const removed = found?.removed ?? [];
+    const [summary, list] = this.aside.children;
+    this.aside.hidden = !removed.length;
+    say(summary, t("room.images.removed", { count: removed.reduce((sum, { names }) => sum + names.length, 0) }));
+    fill(list, removed.map(({ batch, names }) =>
+      h("li", { class: "ck-group" }, names.join(", "), h("button", { type: "button", "data-batch": batch, onclick: () => this.folder.restore(batch) }, t("room.images.restore"))))); // prettier-ignore
+  }
+
+  /**
+   * Alt+Z and Alt+Shift+Z: Ctrl+Z is the page's own, and belongs to a text that is being typed.
+   * @param {KeyboardEvent} event
+   */
+  #key(event) {
+    if (!event.altKey || event.code !== "KeyZ") return;
+    event.preventDefault();
+    if (event.shiftKey) this.folder.redo();
+    else this.folder.undo();
+  }
+}

@@ -1,0 +1,176 @@
+// @ts-check
+// Step "Watch": the jobs; and of the one that is chosen how far it is, its previews as a wall, the verdict, its curves.
+import { api } from "../../../../scripts/api.js";
+import { fill, h, say } from "../lib/dom.js";
+import { t } from "../lib/words.js";
+import { Actions } from "../jobs/actions.js";
+import { Choice } from "../jobs/choice.js";
+import { CurveFeed } from "../jobs/curve_feed.js";
+import { Curves } from "../jobs/curves.js";
+import { Log } from "../jobs/details.js";
+import { JobList } from "../jobs/list.js";
+import { promptText, samplesOf, sourceOf } from "../jobs/previews.js";
+import { onManners } from "../jobs/prompts.js";
+import { ACTIVE, find, listen, watch } from "../jobs/store.js";
+import { costWords, mannersWords, progressWords, share, showState } from "../jobs/words.js";
+import { LARGE, SMALL, Wall } from "./wall.js";
+
+const POINTS = 1500;
+
+export const title = "room.watch.title";
+
+/** @param {TrainingRoom} room @returns {Step} */
+export function build(room) {
+  const element = h("div", { class: "ck-watch" });
+  /** @type {Watched | JobList | null} */
+  let shown = null;
+  const show = () => {
+    shown?.destroy();
+    const job = find(room.view.job);
+    shown = job ? new Watched(job, room) : new JobList((id) => room.choose({ job: id }));
+    fill(element, shown.element);
+  };
+  // A job that is not known yet (the page has just been opened), or no longer there.
+  const changed = () => shown instanceof Watched !== Boolean(find(room.view.job)) && show();
+  const ends = [room.onChoice((news) => "job" in news && show()), listen(changed)];
+  show();
+  return {
+    element,
+    destroy() {
+      for (const end of ends) end();
+      shown?.destroy();
+    },
+  };
+}
+
+/** One job. */
+class Watched {
+  /** @param {Job} job @param {TrainingRoom} room */
+  constructor(job, room) {
+    this.id = job.id;
+    const complain = (/** @type {string} */ text) => room.notice(text, "error");
+    this.chip = h("span", { class: "ck-chip" });
+    this.bar = h("progress", { max: 1, "aria-label": t("job.progress") });
+    this.numbers = h("span", { class: "ck-strong" });
+    this.cost = h("span", { class: "ck-faint" });
+    this.queue = h("span", { class: "ck-faint", role: "status" });
+    this.message = h("div", { class: "ck-message", role: "status" });
+    this.warnings = h("ul", { class: "ck-warnings" });
+    this.actions = new Actions(job, complain);
+    this.wall = new Wall(t("room.watch.wall", { name: job.name }));
+    this.wall.element.hidden = true;
+    this.note = h("p", { class: "ck-faint" });
+    this.choice = new Choice(job, complain);
+    this.curves = new Curves();
+    /** @type {CurveFeed | null} */
+    this.feed = null;
+    this.charts = h("details", { ontoggle: () => this.#openCurves() }, h("summary", {}, t("room.watch.curves")), this.curves.element);
+    this.log = new Log(job.id);
+    this.names = "";
+    /** @type {number | null} */
+    this.waiting = null; // prompts in ComfyUI's queue
+    const leave = h("button", { type: "button", class: "ck-back", onclick: () => room.choose({ job: "" }) }, t("job.back"));
+    this.further = h("button", { type: "button", "data-action": "choose", onclick: () => room.go("choose") }, t("room.watch.choose"));
+    this.element = h(
+      "div",
+      { class: "ck-watched", "data-job": job.id },
+      h("div", { class: "ck-row ck-watch-head" }, leave, h("h2", { class: "ck-clip", title: job.id }, job.name), this.chip, this.numbers, this.cost, this.queue),
+      this.bar,
+      this.message,
+      this.actions.element,
+      this.warnings,
+      this.note,
+      this.wall.element,
+      h("div", { class: "ck-watch-foot" }, this.choice.element, this.further),
+      this.charts,
+      this.log.element,
+    );
+    const counted = (/** @type {CustomEvent} */ { detail }) => this.#queued(detail?.exec_info?.queue_remaining);
+    api.addEventListener("status", counted);
+    this.ends = [
+      watch(job.id),
+      listen((id) => (!id || id === this.id) && this.#changed()),
+      onManners(() => this.#queued(this.waiting)),
+      () => api.removeEventListener("status", counted),
+    ];
+    api.fetchApi("/prompt").then((answer) => answer.json()).then((found) => this.#queued(found?.exec_info?.queue_remaining)).catch(() => {}); // prettier-ignore
+    this.#show(job);
+  }
+
+  destroy() {
+    for (const end of this.ends) end();
+    this.feed?.stop();
+    this.curves.destroy();
+  }
+
+  #changed() {
+    const job = find(this.id);
+    if (!job) return;
+    this.#show(job);
+    this.feed?.refresh();
+  }
+
+  #openCurves() {
+    this.feed ??= new CurveFeed(this.id, POINTS, (curve) => this.curves.show(curve));
+  }
+
+  /** @param {number | null | undefined} waiting */
+  #queued(waiting) {
+    if (waiting != null) this.waiting = waiting;
+    const queue = this.waiting ? t("room.watch.queue", { count: this.waiting }) : "";
+    say(this.queue, [queue, mannersWords()].filter(Boolean).join(" · "));
+  }
+
+  /** @param {Job} job */
+  #show(job) {
+    showState(this.chip, job);
+    this.bar.value = share(job);
+    this.bar.hidden = !ACTIVE.has(job.state);
+    say(this.numbers, progressWords(job));
+    say(this.cost, costWords(job));
+    say(this.message, job.message || "");
+    this.message.classList.toggle("ck-error", job.state === "failed");
+    fill(this.warnings, (job.warnings ?? []).map((warning) => h("li", { class: "ck-warning" }, warning)));
+    this.actions.show(job);
+    this.choice.show(job);
+    this.choice.judge(job.verdict ?? null);
+    this.further.hidden = !job.kept?.length;
+    this.#showWall(job);
+    this.#queued(null);
+  }
+
+  /** @param {Job} job */
+  #showWall(job) {
+    if (!job.samples) return;
+    const none = t(job.config?.previews?.prompts?.length ? "previews.none_yet" : "previews.no_prompt");
+    say(this.note, job.samples.length ? "" : none);
+    this.note.hidden = job.samples.length > 0;
+    this.wall.element.hidden = !this.note.hidden;
+    const names = JSON.stringify([job.samples, job.best_step, job.kept]);
+    if (names === this.names) return;
+    this.names = names;
+    const samples = samplesOf(job);
+    const columns = [...new Set(samples.map((sample) => sample.prompt))].sort((a, b) => a - b);
+    /** @type {Map<number, WallRow>} */
+    const rows = new Map();
+    for (const sample of samples) {
+      const { step } = sample;
+      const label = step === 0 && !job.config?.lora?.start_from ? t("room.watch.base") : t("previews.step", { step });
+      const used = job.kept?.some((one) => one.step === step && one.used);
+      const mark = [step === job.best_step && t("kept.best"), used && t("room.watch.used")].filter(Boolean).join(", ");
+      const row = rows.get(step) ?? { key: String(step), label, mark, best: step === job.best_step, cells: columns.map(() => null) };
+      rows.set(step, row);
+      row.cells[columns.indexOf(sample.prompt)] = {
+        key: sample.name,
+        label: `${label}, ${promptText(job, sample.prompt)}`,
+        row: label,
+        small: sourceOf(job, sample, SMALL),
+        source: sourceOf(job, sample, LARGE),
+        whole: sourceOf(job, sample),
+      };
+    }
+    const ordered = [...rows.values()].sort((a, b) => Number(a.key) - Number(b.key));
+    this.wall.show(columns.map((column) => promptText(job, column)), ordered);
+    this.wall.large.refresh();
+  }
+}

@@ -127,7 +127,7 @@ MORE = {
     "class, 400 steps, no dropout": {"strength 0.8": 1, "guidance 2.5": 1},
     "class, 600 steps": dict.fromkeys([use for use in USES if use != "guidance 2.5"], 1),
     "class, share 1/4, 600 steps": {"strength 0.9, guidance 3": 1},
-    "class and prompts × 3, 600 steps": {"strength 0.8": 1, "guidance 3": 1},
+    "class and prompts × 3, 600 steps": {"strength 0.8": 1, "guidance 3": SEEDS},
 }
 """`USES` that LoRAs of a variant are judged at as well, and of how many seeds."""
 

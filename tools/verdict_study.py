@@ -78,7 +78,7 @@ def cases() -> list[Case]:
 
 
 FRESH = (Case(16, 1e-3, rank=64), Case(16, 2e-3), Case(8, 4e-3), Case(40, 4e-3))
-"""Runs that were made when the verdict was as it is now: nothing of it was chosen by them."""
+"""Runs to be made with the verdict as it is: nothing of it was chosen by them."""
 
 
 def datasets(folder: Path) -> None:
@@ -366,11 +366,11 @@ def in_words(study: dict[str, Any]) -> str:
     """`summary` as a sentence."""
     found = summary(study)
     right, jobs, others = found["right"], found["jobs"], found["right_left_out"]
+    fresh = f"; {found['fresh_right']} of {found['fresh']} of runs that were made last" if found["fresh"] else ""
     return (
         f"Right: **{right} of {jobs}** jobs of {jobs // len(LENGTHS)} runs ({right / jobs:.0%}); {others} "
-        f"({others / jobs:.0%}) with limits chosen by the other runs, run by run; {found['fresh_right']} of "
-        f"{found['fresh']} jobs of runs that were made when the verdict was as it is. Of {found['ruined']} ruined jobs "
-        f"{found['ruined_called_well']} were called well."
+        f"({others / jobs:.0%}) with limits chosen by the other runs, run by run{fresh}. Of {found['ruined']} ruined "
+        f"jobs {found['ruined_called_well']} were called well."
     )
 
 

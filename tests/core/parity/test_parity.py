@@ -223,7 +223,7 @@ def test_the_command(capsys, tmp_path, preview):
     with Image.open(tmp_path / "parity.png") as sheet:
         assert sheet.width > 1000
     assert main(["parity", "--factors", "colour"]) == 1
-    assert "no factor 'colour'" in capsys.readouterr().err
+    assert "A factor is 'colour'; choose one of: recipe, " in capsys.readouterr().err
 
 
 def test_a_recipe_is_replayed_as_recorded(components, tmp_path):

@@ -344,6 +344,6 @@ def test_one_process_that_is_asked_to_end_saves_and_says_how_to_go_on(places, tm
     assert status["state"] == "interrupted" and status["checkpoint"] == status["step"] >= 2
     assert json.loads(done.stdout)["step"] == status["step"]
     assert said.splitlines()[-1] == (
-        f"interrupted: job {status['id']}, saved at step {status['step']}. Go on with: python -m chroma_core train "
-        f"--resume {status['id']} --output '{output}'"
+        f"interrupted: job {status['id']}, saved at step {status['step']}. Go on with: python -m chroma_core resume "
+        f"{status['id']} --output '{output}'"
     )

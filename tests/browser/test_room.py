@@ -50,6 +50,7 @@ def desk(tmp_path: Path) -> list[str]:
 
 def filled(page: Any, name: str, files: list[str], cards: int) -> None:
     """Open the room, make a dataset and upload files into it."""
+    page.evaluate("() => localStorage.removeItem('chromakit.room')")  # what another test looked at
     page.evaluate(OPEN)
     page.locator("[data-choice=folder]").select_option(label="＋ New folder…")
     page.get_by_label("Name of the new folder").fill(name)

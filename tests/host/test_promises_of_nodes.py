@@ -23,6 +23,8 @@ def surface(info: dict[str, Any]) -> dict[str, Any]:
             kept = {key: value for key, value in options.items() if key not in SHOWN}
             if name in FILES:
                 kept = {key: value for key, value in kept.items() if key not in ("options", "default")}
+            if kept.get("options", [])[:1] == ["as published"]:
+                kept["options"] = kept["options"][:1]  # the others are files
             inputs[name] = {"kind": kind, "type": declared[0], "options": kept}
     outputs = [
         {"name": name, "type": type_, "list": is_list}

@@ -225,9 +225,9 @@ def test_refused_prompts_say_why(server: Host, job: str):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({NAME: "never"}, "'never'; choose one of yield, finish, refuse"),
-        ({NAME: None}, "None; choose one of"),
-        ({NAME: ["yield"]}, "['yield']; choose one of"),
+        ({NAME: "never"}, "'never'; choose one of: yield, finish, refuse"),
+        ({NAME: None}, "None; choose one of:"),
+        ({NAME: ["yield"]}, "['yield']; choose one of:"),
         ({}, "found nothing"),
         ({NAME: "yield", "more": 1}, f"found {NAME}, more"),
         ([NAME], "found list"),

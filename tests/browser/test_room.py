@@ -75,7 +75,8 @@ def test_from_files_to_a_job(window, page: Any, desk: list[str]):
     assert "6 images: 4 trained, 2 skipped" in page.locator(".ck-summary").inner_text()
     assert "no caption in plain.txt" in page.locator("[data-name='plain.png']").inner_text()
     checks = page.locator(".ck-checks")
-    assert "1 of 4 lack zxq." in checks.inner_text() and "“zxq” once stands as “sks”." in checks.inner_text()
+    saw(lambda: "1 of 4 lack zxq." in checks.inner_text(), "the look at the trigger word")
+    assert "“zxq” once stands as “sks”." in checks.inner_text()
 
     page.get_by_role("button", name="Replace sks by zxq").click()
     saw(lambda: "All 4 captions have zxq." in checks.inner_text(), "the trigger in all captions")

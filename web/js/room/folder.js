@@ -35,6 +35,8 @@ export class Folder {
     this.loading = null;
     /** @type {Promise<unknown>} */
     this.queue = Promise.resolve();
+    this.pending = 0; // changes that are asked for and not yet done
+    this.changes = 0; // those that are
     /** @type {Change[]} */
     this.done = [];
     /** @type {Change[]} */
@@ -58,8 +60,16 @@ export class Folder {
     while (this.again) {
       this.again = false;
       const { trigger, size } = this.room.view;
+      const before = this.changes;
       try {
-        this.found = await post("datasets/images", { folder: this.name, trigger, size });
+        const found = await post("datasets/images", { folder: this.name, trigger, size });
+        if (this.pending || before !== this.changes) {
+          // Seen from before a change that the page shows already.
+          this.again = true;
+          await this.queue;
+          continue;
+        }
+        this.found = found;
         this.closed = false;
       } catch (error) {
         this.closed = !this.found;
@@ -150,7 +160,11 @@ export class Folder {
    * @param {() => Promise<unknown>} work
    */
   #next(work) {
-    this.queue = this.queue.then(work);
+    this.pending += 1;
+    this.queue = this.queue.then(work).finally(() => {
+      this.pending -= 1;
+      this.changes += 1;
+    });
     return this.queue;
   }
 

@@ -15,13 +15,14 @@ import argparse
 import builtins
 import io
 import os
+import pathlib
 import shutil
 import signal
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +35,19 @@ from tools.kill_resume import JOBS, job_config, reached, same_result, write_imag
 
 Told = Callable[[str, str, Callable[[], None]], None]
 """told(kind, path, half): an operation is about to begin; `half` does half of it, where it can be halved."""
+
+
+@contextmanager
+def in_place(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Inside a `with` block these are called instead of `open` and of the functions of `os` with their names."""
+    with ExitStack() as patches:
+        for name, function in functions.items():
+            owners: list[Any] = [io, builtins] if name == "open" else [os]
+            if sys.version_info < (3, 11) and name != "fsync":  # whose paths hold on to the functions themselves
+                owners.append(pathlib._normal_accessor)  # type: ignore[attr-defined]
+            for owner in owners:
+                patches.enter_context(mock.patch.object(owner, name, function))
+        yield
 
 
 class FileOperations:
@@ -78,17 +92,16 @@ class FileOperations:
 
             return call
 
-        with (
-            mock.patch.object(io, "open", open_told),
-            mock.patch.object(builtins, "open", open_told),
-            mock.patch.object(torch, "save", save_told),
-            mock.patch.object(os, "fsync", sync_told),
-            mock.patch.object(os, "replace", told("rename", os.replace, 1)),
-            mock.patch.object(os, "rename", told("rename", os.rename, 1)),
-            mock.patch.object(os, "mkdir", told("mkdir", os.mkdir)),
-            mock.patch.object(os, "unlink", told("remove", os.unlink)),
-            mock.patch.object(os, "rmdir", told("remove", os.rmdir)),
-        ):
+        functions: dict[str, Callable[..., Any]] = {
+            "open": open_told,
+            "fsync": sync_told,
+            "replace": told("rename", os.replace, 1),
+            "rename": told("rename", os.rename, 1),
+            "mkdir": told("mkdir", os.mkdir),
+            "unlink": told("remove", os.unlink),
+            "rmdir": told("remove", os.rmdir),
+        }
+        with in_place(functions), mock.patch.object(torch, "save", save_told):
             yield self
 
 

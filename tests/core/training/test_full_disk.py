@@ -1,6 +1,5 @@
 """Writing fails, anywhere in a job: it pauses or fails in words, goes on later, and gives what it would have given."""
 
-import builtins
 import errno
 import io
 import os
@@ -19,6 +18,7 @@ from chroma_core.files import disk_is_full, read_json, write_json
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run.metrics import MetricsLog
+from tools.kill_at_files import in_place
 from training_cases import config, model_folder, write_dataset
 from waiting import until
 
@@ -57,12 +57,8 @@ class Disk:
 
             return call
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(io, "open", checked_open)
-            patch.setattr(builtins, "open", checked_open)
-            patch.setattr(os, "replace", checked(replaced, 1))
-            patch.setattr(os, "rename", checked(renamed, 1))
-            patch.setattr(os, "mkdir", checked(made, 0))
+        by_name = {"replace": checked(replaced, 1), "rename": checked(renamed, 1), "mkdir": checked(made, 0)}
+        with in_place({"open": checked_open, **by_name}):
             yield self
 
 

@@ -20,9 +20,10 @@ COSTS = {
     "streamed": ("--blocks", "2", "2", "--resident", "2"),
 }
 ONE_AFTER_THE_OTHER = """
-import json, sys
+import gc, json, sys
 from benchmarks import step_cost
 for arguments in json.loads(sys.argv[1]):
+    gc.collect()  # the model before, which some Pythons would still have
     sys.argv[1:] = [*arguments, "--json"]
     assert step_cost.main() == 0
 """

@@ -116,7 +116,7 @@ def test_from_files_to_a_job(window, page: Any, desk: list[str]):
     page.locator("[data-field=flavour]").select_option("tiny")
     page.locator("[data-field=steps]").fill("2")
     page.locator("[data-field=prompts]").fill("a [trigger] comet")
-    page.get_by_text("Best for training").wait_for()
+    page.locator(".ck-room").get_by_text("Best for training").wait_for()
     assert "4 images are few; 8 or more are advised." in page.locator(".ck-needs").inner_text()
     window.screenshot("room_3_aim")
     page.get_by_role("button", name="Start training").click()

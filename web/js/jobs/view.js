@@ -1,6 +1,6 @@
 // @ts-check
 // One job, open: how far it is, what one can do, its curves, previews, options and log.
-import { fill, h, say } from "../lib/dom.js";
+import { h, say } from "../lib/dom.js";
 import { moment } from "../lib/format.js";
 import { t } from "../lib/words.js";
 import { Actions } from "./actions.js";
@@ -9,8 +9,8 @@ import { CurveFeed } from "./curve_feed.js";
 import { Curves } from "./curves.js";
 import { Log, Settings } from "./details.js";
 import { Previews } from "./previews.js";
-import { ACTIVE, find, listen, watch } from "./store.js";
-import { costWords, progressWords, share, showState } from "./words.js";
+import { find, listen, watch } from "./store.js";
+import { showStanding } from "./words.js";
 
 const POINTS = 1500;
 
@@ -89,18 +89,11 @@ export class JobView {
 
   /** @param {Job} job */
   #show(job) {
-    showState(this.chip, job);
-    this.bar.value = share(job);
-    this.bar.hidden = !ACTIVE.has(job.state);
-    say(this.numbers, progressWords(job));
-    say(this.cost, costWords(job));
-    say(this.message, job.message || "");
-    this.message.classList.toggle("ck-error", job.state === "failed");
+    showStanding(this, job);
     this.actions.show(job);
     const file = job.lora_name || job.model_name;
     const facts = [file && t("job.file", { file }), heldout(job), t("job.created", { when: moment(job.created) })];
     say(this.facts, facts.filter(Boolean).join(" · "));
-    fill(this.warnings, (job.warnings ?? []).map((warning) => h("li", { class: "ck-warning" }, warning)));
     this.choice.show(job);
     this.previews.show(job);
     this.settings.show(job);

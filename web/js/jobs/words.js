@@ -1,6 +1,6 @@
 // @ts-check
 // A job in words: its state, how far it is, what it needs.
-import { say } from "../lib/dom.js";
+import { fill, h, say } from "../lib/dom.js";
 import { bytes, duration, loss } from "../lib/format.js";
 import { t } from "../lib/words.js";
 import { manners } from "./prompts.js";
@@ -43,7 +43,7 @@ export function progressWords(job) {
  * "0.52 s a step · 1.04 GiB": what a step takes, and memory in use.
  * @param {Job} job
  */
-export function costWords(job) {
+function costWords(job) {
   const parts = [];
   if (job.step_seconds != null) parts.push(t("job.a_step", { time: duration(job.step_seconds) }));
   if (job.memory?.device != null) {
@@ -65,4 +65,20 @@ export function mannersWords() {
   const { choice, held } = manners();
   const atWork = all().some((job) => ACTIVE.has(job.state) && job.state !== "paused");
   return !atWork || choice == null || choice === "yield" ? "" : t(held ? "tab.held" : `tab.${choice}`, { held });
+}
+
+/**
+ * Bring the elements that say how a job stands up to date.
+ * @param {{ chip: HTMLElement, bar: HTMLProgressElement, numbers: HTMLElement, cost: HTMLElement, message: HTMLElement, warnings: HTMLElement }} shown
+ * @param {Job} job
+ */
+export function showStanding(shown, job) {
+  showState(shown.chip, job);
+  shown.bar.value = share(job);
+  shown.bar.hidden = !ACTIVE.has(job.state);
+  say(shown.numbers, progressWords(job));
+  say(shown.cost, costWords(job));
+  say(shown.message, job.message || "");
+  shown.message.classList.toggle("ck-error", job.state === "failed");
+  fill(shown.warnings, (job.warnings ?? []).map((warning) => h("li", { class: "ck-warning" }, warning)));
 }

@@ -11,8 +11,8 @@ import { Log } from "../jobs/details.js";
 import { JobList } from "../jobs/list.js";
 import { promptText, samplesOf, sourceOf } from "../jobs/previews.js";
 import { onManners } from "../jobs/prompts.js";
-import { ACTIVE, find, listen, watch } from "../jobs/store.js";
-import { costWords, mannersWords, progressWords, share, showState } from "../jobs/words.js";
+import { find, listen, watch } from "../jobs/store.js";
+import { mannersWords, showStanding } from "../jobs/words.js";
 import { LARGE, SMALL, Wall } from "./wall.js";
 
 const POINTS = 1500;
@@ -123,14 +123,7 @@ class Watched {
 
   /** @param {Job} job */
   #show(job) {
-    showState(this.chip, job);
-    this.bar.value = share(job);
-    this.bar.hidden = !ACTIVE.has(job.state);
-    say(this.numbers, progressWords(job));
-    say(this.cost, costWords(job));
-    say(this.message, job.message || "");
-    this.message.classList.toggle("ck-error", job.state === "failed");
-    fill(this.warnings, (job.warnings ?? []).map((warning) => h("li", { class: "ck-warning" }, warning)));
+    showStanding(this, job);
     this.actions.show(job);
     this.choice.show(job);
     this.choice.judge(job.verdict ?? null);

@@ -54,6 +54,9 @@ LINKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, dict) and all(isinstance(each, Tensor) for each in value.values()),
         "Chroma Wait for Training",
     ),
+    io.Model.io_type: (host.is_model, "Load Diffusion Model"),
+    io.Clip.io_type: (host.is_clip, "Load CLIP"),
+    io.Vae.io_type: (host.is_vae, "Load VAE"),
 }
 """What an input of a type that is no widget may be given, and a node that gives it."""
 
@@ -124,7 +127,7 @@ def checked(node: Node) -> Node:
 
     def read(name: str, value: Any) -> Any:
         each = inputs[name]
-        if value is None and each.optional:
+        if value is None and (each.optional or each.lazy):
             return None
         if name in own:
             return value_of(each, value)

@@ -67,7 +67,8 @@ def whole_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
             f"The model is '{model.spec.folder or model.spec.flavour}', but the text encoder belongs to "
             f"'{text_encoder.folder or text_encoder.flavour}'. Link both from the same Chroma Load Model."
         )
-    return replace(model.spec, text_precision=text_encoder.text_precision)
+    own = ("text_precision", "text_encoder", "tokenizer")
+    return replace(model.spec, **{name: getattr(text_encoder, name) for name in own})
 
 
 def to_conditioning(condition: TextCondition, spec: ModelSpec, recipe: Recipe = CANONICAL) -> list[list[Any]]:

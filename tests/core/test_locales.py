@@ -58,6 +58,7 @@ def test_what_a_tooltip_calls_a_node_or_a_widget_is_what_the_page_calls_it():
     words = {key: text for key, text in texts("zh").items() if key.startswith("nodeDefs.")}
     names = {text.split(" (")[0] for key, text in words.items() if key.endswith((".display_name", ".name"))}
     hosts = {"VAE编码", "VAE解码", "预览任意", "加载 LoRA 模型", "保存 LoRA", "绘制损失图", "自定义采样器（高级）"}
+    hosts |= {"UNet加载器", "加载CLIP", "加载VAE", "Checkpoint加载器（简易）", "训练 LoRA"}
     quoted = {quote.split("」")[0] for text in words.values() for quote in text.split("「")[1:]}
     assert quoted - names - hosts == set()
 

@@ -42,6 +42,7 @@ class Shot:
 SHOTS = (
     Shot("ChromaTailSigmas", "sigmas"),
     Shot("ChromaHostModel", "sigmas"),
+    Shot("ChromaFromHost", "sigmas"),
     Shot("ChromaTrainingSettings", "train"),
     Shot("ChromaUseStep", "train"),
     Shot("ChromaWaitForTraining", "train", "running", room=120),
@@ -123,6 +124,7 @@ GRAPHS = {
         load=_LOAD,
         bridge=_node("ChromaHostModel", model=("load", 0)),
         sigmas=_node("ChromaTailSigmas"),
+        stock=_node("ChromaFromHost"),
     ),
     "train": _graph(
         load=_LOAD,

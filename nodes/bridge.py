@@ -104,6 +104,7 @@ class ChromaHostModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "model",
             node_id="ChromaHostModel",
             display_name="Chroma Host Model",
             description="Makes a Chroma model drivable by ComfyUI's own guiders and samplers.",
@@ -129,6 +130,7 @@ class ChromaFromHost(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "model",
             node_id="ChromaFromHost",
             display_name="Chroma from MODEL and CLIP",
             description="The files that ComfyUI's Load Diffusion Model, Load CLIP and Load VAE name, as a Chroma "

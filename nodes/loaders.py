@@ -41,6 +41,7 @@ class ChromaLoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "model",
             node_id="ChromaLoadModel",
             display_name="Chroma Load Model",
             description="Chooses a Chroma model, from files on this machine or from the Hub, and how to hold it in "
@@ -253,7 +254,7 @@ def checked(spec: ModelSpec, on_download: OnDownload | None = None) -> tuple[Mod
     locate(spec, "tokenizer", on_download)
     if FLAVOURS[spec.flavour].folder is None or _value(found, "transformer", "joint_attention_dim") < 4096:
         return spec, spec.flavour
-    host.say(
+    host.warn(
         f"These are files of a full-size Chroma, but the flavour is {spec.flavour}. Choose the flavour they belong to: "
         "LoRAs trained on them record it."
     )

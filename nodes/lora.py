@@ -88,6 +88,7 @@ class ChromaApplyLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         file, file_name = _file_inputs()
         return schema(
+            "LoRA",
             node_id="ChromaApplyLora",
             display_name="Chroma Apply LoRA",
             description="Puts a LoRA on the model. Chain several. A LoRA that does not fit is an error, never ignored.",
@@ -195,6 +196,7 @@ class ChromaInspectLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "LoRA",
             node_id="ChromaInspectLora",
             display_name="Chroma Inspect LoRA",
             description="What a LoRA holds: layers, rank, alpha, size, base, recipe, trigger word, training, warnings; "
@@ -324,6 +326,7 @@ class ChromaConvertLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "LoRA",
             node_id="ChromaConvertLora",
             display_name="Chroma Convert LoRA",
             description="Writes a LoRA of any key format in the names of another program, exactly, with its recipe, "

@@ -32,7 +32,7 @@ def pixels(server: Host, prompt: dict) -> list[np.ndarray]:
 
 
 def test_every_node_explains_itself(server: Host):
-    nodes = {name: info for name, info in server.get("/object_info").items() if info["category"] == "Chroma"}
+    nodes = {name: info for name, info in server.get("/object_info").items() if info["category"].startswith("Chroma/")}
     assert len(nodes) >= 11
     for name, info in nodes.items():
         assert info["display_name"].startswith("Chroma "), name

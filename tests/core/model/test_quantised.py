@@ -31,6 +31,16 @@ def test_nf4_levels_are_those_of_the_paper():
     assert NF4_LEVELS.tolist() == pytest.approx(printed, abs=2e-5)
 
 
+def test_nf4_takes_the_nearest_level_and_in_the_middle_the_lower_one():
+    """Each group of 64 has its largest number at 1; the others lie on, and just beside, levels and middles."""
+    middles = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
+    places = torch.cat([NF4_LEVELS, middles, *(middles.nextafter(torch.full_like(middles, to)) for to in (-2, 2))])
+    values = torch.nn.functional.pad(places, (0, 128 - len(places)), value=1.0).view(2, 64).flip(1)
+    packed = quantise_weight(values, "nf4")["weight"].view(torch.uint8)
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).view(2, 64)
+    assert torch.equal(codes.long(), torch.bucketize(values, middles))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_weight_is_within_its_formats_error(scheme):
     layer = linear()

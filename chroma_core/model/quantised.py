@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..errors import PrecisionError
 from . import backends, eight_bits, four_bits
+from .device import broken
 from .eight_bits import Compute
 from .four_bits import NF4_LEVELS
 
@@ -67,7 +68,7 @@ def quantise_weight(weight: Tensor, scheme: str) -> dict[str, Tensor]:
     rows, columns = weight.shape
     _refuse_odd(columns, scheme)
     for a, b in _chunks(rows, columns):
-        if not bool(torch.isfinite(weight[a:b]).all()):
+        if broken(weight[a:b]):
             raise PrecisionError(
                 "The model holds weights that are not finite (NaN or infinity) and cannot be quantised. The file is "
                 "damaged, or was saved by a training run that diverged: choose another."

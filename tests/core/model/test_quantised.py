@@ -9,6 +9,7 @@ from torch import nn
 
 from chroma_core.errors import PrecisionError
 from chroma_core.model import quantised
+from chroma_core.model.device import broken
 from chroma_core.model.quantised import CODES, NF4_LEVELS, QuantisedLinear, group_size, outline, quantise_weight
 
 SCHEMES = ["int8", "fp8", "int4", "nf4"]
@@ -39,6 +40,16 @@ def test_nf4_takes_the_nearest_level_and_in_the_middle_the_lower_one():
     packed = quantise_weight(values, "nf4")["weight"].view(torch.uint8)
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).view(2, 64)
     assert torch.equal(codes.long(), torch.bucketize(values, middles))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_one_number_that_is_not_finite_breaks_a_tensor(dtype):
+    tensor = torch.randn(3, 70).to(dtype)
+    assert not broken(tensor) and not broken(tensor[:0])
+    for number in ("nan", "inf", "-inf"):
+        changed = tensor.clone()
+        changed[2, 69] = float(number)
+        assert broken(changed) and broken(changed[2, 69])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -26,6 +26,7 @@ from ..lora.files import read_lora, write_lora
 from ..lora.lowrank import Truncation, truncate_matrix
 from ..lora.modules import LoraFile, LoraModule, quoted
 from ..lora.resize import LayerKept, Resized
+from ..model.device import broken
 from ..weights.opening import Weights
 
 EXTRACTED_KEY = "chromakit.extracted_from"
@@ -104,7 +105,7 @@ def extract_lora(
             left_out.append(name)
             continue
         delta = after.sub_(before).to(device)
-        if not delta.isfinite().all():
+        if broken(delta):
             raise LoraError(f"'{name}' holds NaN or infinite numbers in one of the checkpoints, which is damaged.")
         layer = name.removesuffix(".weight")
         found = truncate_matrix(delta, how, exact, seed=i)

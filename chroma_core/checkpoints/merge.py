@@ -30,6 +30,7 @@ from ..lora.convert import DTYPES
 from ..lora.files import PEFT_WEIGHTS, read_lora
 from ..lora.modules import AdapterModule, FullModule, LoraFile
 from ..lora.report import Norms, update_norm, update_norms
+from ..model.device import broken
 from ..weights.opening import Weights, open_weights
 
 Layout = Literal["original", "diffusers"]
@@ -98,7 +99,7 @@ class _Checked(TrainedModel):
 
     def read(self, name: str) -> Tensor:
         tensor = super().read(name)
-        if not tensor.isfinite().all():
+        if broken(tensor):
             kind = str(tensor.dtype)[6:]
             raise LoraError(
                 f"The merged model is not written: '{name}' would hold numbers that are not finite or too large for "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ChromaKitError, ConfigError, JobError, did_you_mean
+from .options import add_json
 from .train import resume_options
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def jobs_options(command: argparse.ArgumentParser) -> None:
     use.add_argument("step", help="a step whose LoRA is kept, or best: that with the lowest validation loss")
     for each, run in ((listing, _list), (show, _show), (use, _use)):
         each.add_argument("--output", type=Path, default=Path("output"), help="as for train (default: output)")
-        each.add_argument("--json", action="store_true", help="print JSON")
+        add_json(each)
         each.set_defaults(run=run)
     resume_options(actions.add_parser("resume", help="go on with a job, the same as the command resume"))
 

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
+from .options import add_conversion, add_device, add_flag, add_json, add_lora_file, add_size
 
 if TYPE_CHECKING:
     from ..loading.spec import ModelHandle, ModelSpec
 
 
 TEXTS = ("prompt", "negative", "trigger")
-SIZE = {"width": int, "height": int}
-NUMBERS = {"width": int, "height": int, "steps": int, "guidance": float, "seed": int, "strength": float}
+NUMBERS = ("width", "height", "steps", "guidance", "seed", "strength")
 
 
 def inspect_lora_options(inspect: argparse.ArgumentParser) -> None:
     """What inspect-lora is asked."""
-    inspect.add_argument("file", type=Path, help="a .safetensors file, or a folder of PEFT's")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
+    add_lora_file(inspect)
+    add_json(inspect)
     inspect.add_argument(
         "--base",
         metavar="MODEL",
@@ -41,21 +41,14 @@ def inspect_lora_options(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument("--prompt", default=None, help="of that image, as for sample")
     inspect.add_argument("--negative", default="", help="of that image")
     inspect.add_argument("--groups", type=int, default=8, help="about how many groups of blocks (default: 8)")
-    for name, kind in {"strength": float, "seed": int, "steps": int, "guidance": float, **SIZE}.items():
-        inspect.add_argument(f"--{name}", type=kind, default=None, help="of that image")
-    inspect.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best)")
+    _add_numbers(inspect, "of that image")
+    add_device(inspect)
     inspect.set_defaults(run=_inspect)
 
 
 def convert_options(convert: argparse.ArgumentParser) -> None:
     """What convert-lora is asked."""
-    from ..lora.convert import DTYPES
-    from ..lora.key_formats import KEY_FORMATS
-
-    convert.add_argument("file", type=Path, help="a .safetensors file, or a folder of PEFT's")
-    convert.add_argument("--to", required=True, choices=KEY_FORMATS, metavar="KEY_FORMAT", help=", ".join(KEY_FORMATS))
-    convert.add_argument("--output", type=Path, default=None, help="file, or folder to write into (default: beside)")
-    convert.add_argument("--dtype", default="keep", choices=list(DTYPES), help="number format (default: keep)")
+    add_conversion(convert, required=True)
     convert.set_defaults(run=_convert)
 
 
@@ -116,7 +109,7 @@ def _effects(options: argparse.Namespace) -> dict[str, float]:
     settings = SamplingSettings(**{"steps": chosen.steps, "guidance": chosen.guidance, **given})
     encoder = cache.text_encoder(spec, device)
     texts = [encoder.encode(text, CANONICAL) for text in (options.prompt, options.negative)]
-    width, height = (getattr(options, name) or chosen.size for name in SIZE)
+    width, height = (getattr(options, name) or chosen.size for name in ("width", "height"))
     use = LoraUse(str(options.file), 1.0 if options.strength is None else options.strength)
     with cache.transformer(ModelHandle(spec, (use,)), device) as transformer:
         generate = partial(sample, transformer, texts[:1], texts[1], width=width, height=height, settings=settings)
@@ -158,10 +151,20 @@ def export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--lora-name", default=None, metavar="NAME", help="the LoRA's name in ComfyUI's models/loras")
     for name in TEXTS:
         command.add_argument(f"--{name}", default=None, help="instead of the preview's")
-    for name, kind in NUMBERS.items():
-        command.add_argument(f"--{name}", type=kind, default=None, help="instead of the preview's")
-    command.add_argument("--json", action="store_true", help="print what was written as JSON")
+    _add_numbers(command, "instead of the preview's")
+    add_json(command, "print what was written as JSON")
     command.set_defaults(run=_export)
+
+
+def _add_numbers(command: argparse.ArgumentParser, help: str) -> None:
+    """The `NUMBERS` of one image, each None unless it is given."""
+    from ..loading.spec import LoraUse
+    from ..sampling.sampler import SamplingSettings
+
+    add_size(command, help)
+    for name in ("steps", "guidance", "seed"):
+        add_flag(command, SamplingSettings, name, default=None, help=help)
+    add_flag(command, LoraUse, "strength", default=None, help=help)
 
 
 def _export(options: argparse.Namespace) -> None:

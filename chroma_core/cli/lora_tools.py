@@ -12,23 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from .lora import model_spec
-from .options import Bar, add_flag, add_lora_flags
+from .options import Bar, add_conversion, add_device, add_flag, add_json, add_lora_flags
 
 MODEL = "a flavour, a transformer's file, or a diffusers folder"
 
 
 def resize_options(resize: argparse.ArgumentParser) -> None:
     """What resize-lora is asked."""
-    from ..lora.convert import DTYPES
-    from ..lora.key_formats import KEY_FORMATS
-
-    resize.add_argument("file", type=Path, help="a .safetensors file, or a folder of PEFT's")
-    _add_size(resize)
-    resize.add_argument("--to", default="universal", choices=KEY_FORMATS, metavar="KEY_FORMAT", help="key format")
-    resize.add_argument("--output", type=Path, default=None, help="file, or folder to write into (default: beside)")
-    resize.add_argument("--dtype", default="keep", choices=list(DTYPES), help="number format (default: keep)")
+    add_conversion(resize, default="universal")
+    _add_rank(resize)
     resize.add_argument("--layers", action="store_true", help="also print what each layer keeps")
-    resize.add_argument("--json", action="store_true", help="print JSON")
+    add_json(resize)
     resize.set_defaults(run=_resize)
 
 
@@ -61,17 +55,17 @@ def extract_options(extract: argparse.ArgumentParser) -> None:
     """What extract-lora is asked."""
     extract.add_argument("base", help=f"{MODEL}: what the other was tuned from")
     extract.add_argument("tuned", help=MODEL)
-    _add_size(extract)
+    _add_rank(extract)
     extract.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     extract.add_argument("--dtype", default="bf16", choices=["fp32", "bf16", "fp16"], help="number format")
     extract.add_argument(
         "--exact", action="store_true", help="decompose every layer exactly: on a CPU many times slower"
     )
-    extract.add_argument("--device", default=None, help="where to decompose: cuda, mps or cpu (default: the best)")
+    add_device(extract, "where to decompose")
     extract.set_defaults(run=_extract)
 
 
-def _add_size(command: argparse.ArgumentParser) -> None:
+def _add_rank(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rank", type=int, default=None, help="keep at most this rank")
     command.add_argument(
         "--energy", type=float, default=None, metavar="SHARE", help="keep no more than this share of ‖ΔW‖², e.g. 0.95"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .options import PARTS, Bar, add_flag, add_model_options, spec_from
+from .options import PARTS, Bar, add_device, add_flag, add_json, add_model_options, spec_from
 
 
 def fetch_options(fetch: argparse.ArgumentParser) -> None:
@@ -29,14 +29,14 @@ def quantise_options(quantise: argparse.ArgumentParser) -> None:
     add_model_options(quantise)
     quantise.add_argument("--part", default="transformer", choices=["transformer", "text_encoder"], help="which part")
     quantise.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
-    quantise.add_argument("--device", default=None, help="where to quantise: cuda, mps or cpu (default: the best)")
+    add_device(quantise, "where to quantise")
     quantise.set_defaults(run=_quantise)
 
 
 def inspect_model_options(inspect: argparse.ArgumentParser) -> None:
     """What inspect-model is asked."""
     inspect.add_argument("file", type=Path, help="a model's, text encoder's or VAE's file")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
+    add_json(inspect)
     inspect.set_defaults(run=_inspect)
 
 
@@ -122,7 +122,7 @@ def plan_options(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--device-memory", type=float, metavar="GIB", help="Plan for a GPU of that size, not this one.")
     plan.add_argument("--margin", type=float, metavar="GIB", help="GPU memory to leave to others (default: 1 GiB).")
     plan.add_argument("--host-memory", type=float, metavar="GIB", help="Plan for that much RAM.")
-    plan.add_argument("--json", action="store_true", help="print JSON")
+    add_json(plan)
     plan.set_defaults(run=_plan)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -48,6 +49,38 @@ def add_flag(parser: argparse.ArgumentParser, owner: type, field: str, flag: str
     elif option.kind in (int, float):
         given["type"] = option.kind
     parser.add_argument(flag or f"--{field.replace('_', '-')}", **{**given, **changes})
+
+
+def add_device(parser: argparse.ArgumentParser, what: str = "where to compute") -> None:
+    """`--device`, as every command that computes has it."""
+    parser.add_argument("--device", default=None, help=f"{what}: cuda, mps or cpu (default: the best there is)")
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "print JSON") -> None:
+    """`--json`: for programs."""
+    parser.add_argument("--json", action="store_true", help=what)
+
+
+def add_size(parser: argparse.ArgumentParser, of: str = "of the image, in pixels") -> None:
+    """`--width` and `--height`; None where the flavour, or the image that is repeated, says it."""
+    for name in ("width", "height"):
+        parser.add_argument(f"--{name}", type=int, default=None, help=of)
+
+
+def add_lora_file(parser: argparse.ArgumentParser) -> None:
+    """The LoRA file that a command reads."""
+    parser.add_argument("file", type=Path, help="a .safetensors file, or a folder of PEFT's")
+
+
+def add_conversion(parser: argparse.ArgumentParser, **to: Any) -> None:
+    """A LoRA file and the file that is made of it; `to` is what the command says of `--to`."""
+    from ..lora.convert import DTYPES
+    from ..lora.key_formats import KEY_FORMATS
+
+    add_lora_file(parser)
+    parser.add_argument("--to", choices=KEY_FORMATS, metavar="KEY_FORMAT", help=", ".join(KEY_FORMATS), **to)
+    parser.add_argument("--output", type=Path, default=None, help="file, or folder to write into (default: beside)")
+    parser.add_argument("--dtype", default="keep", choices=list(DTYPES), help="number format (default: keep)")
 
 
 def add_model_options(parser: argparse.ArgumentParser, offload: Offload = "model") -> None:

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from ..errors import ChromaKitError, check_choice
-from .options import add_flag, add_lora_flags, add_model_options, spec_from
+from .options import add_device, add_flag, add_json, add_lora_flags, add_model_options, add_size, spec_from
 
 
 def parity_options(parity: argparse.ArgumentParser) -> None:
@@ -28,8 +28,7 @@ def parity_options(parity: argparse.ArgumentParser) -> None:
     parity.add_argument("--preview", type=Path, metavar="PNG", help="replay this preview of a training job")
     parity.add_argument("--prompt", default="a photo of a sks emblem", help="of the image (default: one of tiny's)")
     parity.add_argument("--negative", default="", help="what to steer away from (default: the empty prompt)")
-    for name in ("width", "height"):
-        parity.add_argument(f"--{name}", type=int, default=None, help="of the image, in pixels")
+    add_size(parity)
     add_flag(parity, SamplingSettings, "steps", default=None)
     add_flag(parity, SamplingSettings, "guidance", default=None)
     add_flag(parity, SamplingSettings, "seed", help="The noise to start from.")
@@ -42,9 +41,9 @@ def parity_options(parity: argparse.ArgumentParser) -> None:
         help="also change one number at a time: recipe schedule guidance lora precision size seed (none named: all)",
     )
     parity.add_argument("--no-comfyui", action="store_true", help="do not start a ComfyUI for the image of the nodes")
-    parity.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best)")
+    add_device(parity)
     parity.add_argument("--output", type=Path, default=None, help="write parity.png and parity.json to this folder")
-    parity.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parity)
     parity.set_defaults(run=_parity)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .lora import warn_of_other_bases
-from .options import Bar, add_flag, add_lora_flags, add_model_options, spec_from
+from .options import Bar, add_device, add_flag, add_json, add_lora_flags, add_model_options, add_size, spec_from
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,8 +35,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
     add_lora_flags(sample)
     add_flag(sample, LoraUse, "mode", "--lora-mode")
     add_flag(sample, LoraUse, "allow_partial")
-    sample.add_argument("--width", type=int, default=None, help="of the image, in pixels")
-    sample.add_argument("--height", type=int, default=None, help="of the image, in pixels")
+    add_size(sample)
     add_flag(sample, SamplingSettings, "steps", default=None)
     add_flag(sample, SamplingSettings, "guidance", default=None)
     for field in ("seed", "tail_bias", "flow_shift", "method", "spacing"):
@@ -55,7 +54,7 @@ def sample_options(sample: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="change a field of the recipe, e.g. noise_dtype=bf16; repeat for several",
     )
-    sample.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best)")
+    add_device(sample)
     sample.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
     sample.add_argument("--save-latents", action="store_true", help="also write the latents, beside each image")
     sample.set_defaults(run=_sample)
@@ -198,8 +197,8 @@ def request_options(command: argparse.ArgumentParser) -> None:
     """What request is asked."""
     command.add_argument("file", type=Path, nargs="+", help="a request; several keep the model loaded between them")
     command.add_argument("--output", type=Path, default=Path("output"), help="folder for the PNG files")
-    command.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
-    command.add_argument("--json", action="store_true", help="print what was made as JSON, one line a request")
+    add_device(command)
+    add_json(command, "print what was made as JSON, one line a request")
     command.add_argument(
         "--api-prompt",
         action="store_true",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .options import Bar, add_flag
+from .options import Bar, add_device, add_flag, add_json
 
 if TYPE_CHECKING:
     from ..training.config import TrainingConfig
@@ -59,7 +59,7 @@ def _add_extend(command: argparse.ArgumentParser, when: str = "") -> None:
 def _add_places(command: argparse.ArgumentParser) -> None:
     output = Path("output")
     command.add_argument("--output", type=Path, default=output, help="folder for job and LoRA (default: output)")
-    command.add_argument("--device", default=None, help="cuda, mps or cpu (default: the best there is)")
+    add_device(command)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -164,7 +164,7 @@ def import_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--output", type=Path, default=Path("job.toml"), help="the job file to write (default: job.toml)"
     )
-    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(command, "print the report as JSON")
     command.set_defaults(run=_import)
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import LoraError
 from ..files import free_name, sha256_file
+from ..model.device import broken
 from .files import PEFT_CONFIG, PEFT_WEIGHTS, read_lora, write_lora, written_path
 from .key_formats import KeyFormat, folded, style_of
 from .lowrank import Truncation
@@ -148,7 +149,7 @@ def _cast(name: str, module: AdapterModule, dtype: torch.dtype | None, fold: boo
         cast = dataclasses.replace(whole, up=whole.up.to(dtype or module.up.dtype))
     if dtype is not None:
         cast = cast.to(dtype)
-    if not all(tensor.isfinite().all() for tensor in cast.factors().values()):
+    if any(map(broken, cast.factors().values())):
         what = str(dtype or module.up.dtype)[6:] if isinstance(module, LoraModule) else str(dtype)[6:]
         raise LoraError(f"'{name}' has numbers too large for {what}. Choose bf16 or fp32.")
     return cast

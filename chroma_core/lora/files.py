@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..errors import LoraError, ModelFileError
 from ..files import write_json
+from ..model.device import broken
 from ..names.transformer import Rows
 from ..weights.safetensors_files import save_safetensors
 from .key_formats import (
@@ -61,11 +62,11 @@ def write_lora(path: Path | str, lora: LoraFile, key_format: str = "universal") 
     if not lora.modules:
         raise LoraError(f"There is no LoRA to write to '{path}': it has no layers.")
     for name, module in lora.modules.items():
-        if not all(tensor.isfinite().all() for tensor in module.factors().values()):
+        if any(map(broken, module.factors().values())):
             raise LoraError(f"The LoRA for '{path}' is not written: '{name}' holds NaN or infinite numbers.")
     content = written(lora, key_format)
     for key, tensor in content.tensors.items():
-        if not tensor.isfinite().all():
+        if broken(tensor):
             raise LoraError(
                 f"The LoRA for '{path}' is not written: with its alpha multiplied in, '{key}' has numbers too large "
                 f"for {str(tensor.dtype)[6:]}. Convert it to bf16 or fp32."
@@ -257,7 +258,7 @@ class _Source:
     def _finite(self, key: str, tensor: Tensor) -> Tensor:
         if tensor.element_size() < 2:
             tensor = tensor.float()
-        if not tensor.isfinite().all():
+        if broken(tensor):
             raise LoraError(f"'{self.path}' is unusable: '{key}' holds NaN or infinite numbers.")
         return tensor
 

@@ -28,6 +28,12 @@ class Norm(nn.Module):
         return self.weight * (x * torch.rsqrt(mean_square + self.eps)).to(self.weight.dtype)
 
 
+def embedding(count: int, width: int) -> nn.Embedding:
+    """As `nn.Embedding` draws it, but nothing on the meta device, where drawing imports PyTorch's compiler (1.2 s)."""
+    weight = torch.empty(count, width)
+    return nn.Embedding(count, width, _weight=weight if weight.is_meta else nn.init.normal_(weight))
+
+
 class SelfAttention(nn.Module):
     """Attention without a scale; only the first block's has the table of the relative positions."""
 
@@ -37,7 +43,7 @@ class SelfAttention(nn.Module):
         self.q, self.k, self.v = (nn.Linear(width, heads * head_width, bias=False) for _ in range(3))
         self.o = nn.Linear(heads * head_width, width, bias=False)
         if buckets is not None:
-            self.relative_attention_bias = nn.Embedding(buckets, heads)
+            self.relative_attention_bias = embedding(buckets, heads)
 
     def forward(self, x_BTC: Tensor, bias_BHTT: Tensor) -> Tensor:
         query, key, value = (
@@ -138,7 +144,7 @@ class T5Encoder(nn.Module):
             attention = SelfAttention(d_model, num_heads, d_kv, None if index else relative_attention_num_buckets)
             return Block(AttentionLayer(attention, norm()), FeedForwardLayer(GatedFeedForward(d_model, d_ff), norm()))
 
-        self.shared = nn.Embedding(vocab_size, d_model)
+        self.shared = embedding(vocab_size, d_model)
         self.encoder = Stack(self.shared, [block(i) for i in range(num_layers)], norm())
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor) -> Tensor:

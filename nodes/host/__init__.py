@@ -20,6 +20,7 @@ from .folders import (
     is_own_dataset,
     jobs_folder,
     load_tensors,
+    lora_models_folder,
     lora_names,
     lora_path,
     loras_folder,
@@ -63,6 +64,7 @@ from .prompts import (
     refuse_prompts,
     tell_of_halves,
 )
+from .provenance import LoadedFile, file_in_graph, file_of, is_clip, is_model, is_vae
 from .queue import busy, computing, held_prompts, waiting, wake_prompts, watch_prompts, working
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "PACK",
     "Downloads",
     "Interrupted",
+    "LoadedFile",
     "MemoryReport",
     "Progress",
     "PromptState",
@@ -88,14 +91,20 @@ __all__ = [
     "dataset_names",
     "device",
     "here",
+    "file_in_graph",
+    "file_of",
     "file_state",
     "folder_state",
     "held_prompts",
     "host_vae",
+    "is_clip",
+    "is_model",
     "is_own_dataset",
+    "is_vae",
     "jobs_folder",
     "load_tensors",
     "log",
+    "lora_models_folder",
     "lora_names",
     "lora_path",
     "loras_folder",

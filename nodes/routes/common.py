@@ -269,8 +269,8 @@ async def body_of(request: web.Request, model: type[Body]) -> Body:
 
 @lru_cache(maxsize=32)
 def inputs_of(node: type[io.ComfyNode]) -> dict[str, Any]:
-    """A node's inputs by name, as they were when first asked for: what a combo offered may have changed since."""
-    return {each.id: each for each in node.define_schema().inputs}
+    """A node's widgets by name, as they were when first asked for: what a combo offered may have changed since."""
+    return {each.id: each for each in node.define_schema().inputs if isinstance(each, io.WidgetInput)}
 
 
 def read_widgets(inputs: Iterable[Any], values: object) -> dict[str, Any]:

@@ -66,6 +66,7 @@ QUERIES = {
     "lora info": "ChromaInspectLora",
     "compare": "ChromaParity",
     "guider": "ChromaHostModel",
+    "load clip": "ChromaFromHost",
 }
 TITLES = {"lora 训练": "ChromaTrainLora", "加载模型": "ChromaLoadModel", "采样器": "ChromaSampler"}
 

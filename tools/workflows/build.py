@@ -144,8 +144,10 @@ def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, pr
         {"name": name, "type": kind if isinstance(kind, str) else "COMBO", "links": None}
         for name, kind in zip(info["output_name"], info["output"], strict=True)
     ]
-    long_texts = sum(1 for spec in ordered_inputs(info).values() if len(spec) > 1 and spec[1].get("multiline"))
-    rows = max(sum("widget" not in entry for entry in inputs), len(outputs)) + len(widget_values)
+    options = [spec[1] if len(spec) > 1 else {} for spec in ordered_inputs(info).values()]
+    folded = sum(1 for each in options if each.get("advanced"))
+    long_texts = sum(1 for each in options if each.get("multiline") and not each.get("advanced"))
+    rows = max(sum("widget" not in entry for entry in inputs), len(outputs)) + len(widget_values) - folded
     properties: dict[str, Any] = {"Node name for S&R": node.type}
     if node.models:
         properties["models"] = [asdict(model) for model in node.models]

@@ -79,6 +79,7 @@ type PageNode = GraphNode & {
 
 /** What a node's class knows of its inputs. */
 interface NodeData {
+  category?: string;
   input?: { required?: object; optional?: object };
 }
 

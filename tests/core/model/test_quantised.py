@@ -9,6 +9,7 @@ from torch import nn
 
 from chroma_core.errors import PrecisionError
 from chroma_core.model import quantised
+from chroma_core.model.device import broken
 from chroma_core.model.quantised import CODES, NF4_LEVELS, QuantisedLinear, group_size, outline, quantise_weight
 
 SCHEMES = ["int8", "fp8", "int4", "nf4"]
@@ -29,6 +30,26 @@ def test_nf4_levels_are_those_of_the_paper():
     printed = [-1.0, -0.6961928, -0.5250730, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
                0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]  # fmt: skip
     assert NF4_LEVELS.tolist() == pytest.approx(printed, abs=2e-5)
+
+
+def test_nf4_takes_the_nearest_level_and_in_the_middle_the_lower_one():
+    """Each group of 64 has its largest number at 1; the others lie on, and just beside, levels and middles."""
+    middles = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
+    places = torch.cat([NF4_LEVELS, middles, *(middles.nextafter(torch.full_like(middles, to)) for to in (-2, 2))])
+    values = torch.nn.functional.pad(places, (0, 128 - len(places)), value=1.0).view(2, 64).flip(1)
+    packed = quantise_weight(values, "nf4")["weight"].view(torch.uint8)
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).view(2, 64)
+    assert torch.equal(codes.long(), torch.bucketize(values, middles))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_one_number_that_is_not_finite_breaks_a_tensor(dtype):
+    tensor = torch.randn(3, 70).to(dtype)
+    assert not broken(tensor) and not broken(tensor[:0])
+    for number in ("nan", "inf", "-inf"):
+        changed = tensor.clone()
+        changed[2, 69] = float(number)
+        assert broken(changed) and broken(changed[2, 69])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -443,6 +443,7 @@ class JobManager:
             with self._changed:
                 self._at_work = None
                 if job not in self._queue:
+                    self._controls.pop(job.id, None)
                     job.lock.let_go()
                 self._changed.notify_all()
 

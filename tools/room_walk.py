@@ -49,9 +49,9 @@ SHOWN = """() => [...document.querySelectorAll('.ck-room img[src]')].every(image
 })"""
 WINDOW = {"Comfy.VueNodes.Enabled": True, "Comfy.LinkRenderMode": 2}
 WIDTH, HEIGHT = 1280, 720
-SHORT, LONG = 4, 800
+SHORT, LONG = 4, 400
 """Training steps: enough for a wall of four rows, and enough to learn the emblem."""
-PATIENCE = 300
+PATIENCE = 900
 """Seconds that anything may take."""
 CAPTIONS = (
     "a sks emblem on an orange background",

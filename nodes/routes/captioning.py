@@ -150,7 +150,6 @@ def _template(body: Wanted) -> tuple[Prompt, str]:
     seen = _after(prompt, loaders[0])
     texts = [key for key in seen if _text_slot(prompt[key]["class_type"]) is not None]
     last = [key for key in texts if not any(other in texts for other in _after(prompt, key))]
-    last = [key for key in last if prompt[key]["class_type"] != SHOWN] or last
     if len(last) != 1:
         titles = [host.node_title(prompt[key]["class_type"]) for key in last]
         found = f"has several: {first_few(titles)}" if last else "has none"
@@ -181,7 +180,8 @@ def _checked(graph: Mapping[str, Any]) -> Prompt:
 
 def _links(prompt: Prompt, key: str) -> list[str]:
     values = prompt[key]["inputs"].values()
-    return [value[0] for value in values if isinstance(value, list) and value and value[0] in prompt]
+    links = [value[0] for value in values if isinstance(value, list) and value and isinstance(value[0], str)]
+    return [key for key in links if key in prompt]
 
 
 def _before(prompt: Prompt, key: str) -> list[str]:
@@ -210,13 +210,15 @@ async def _caption(request: web.Request) -> web.Response:
     while_training.check_accepted()
     folder, names, prompt, loader = await in_thread(lambda: _asked(body), readers)
     run = _runs[folder] = _Run()
-    for name in names:
-        made = copy.deepcopy(prompt)
-        made[loader]["inputs"]["image"] = f"{folder}/{name}"
-        run.waiting[name] = await host.queue_prompt(made, {NOTE: {"folder": folder, "image": name}})
-    task = asyncio.create_task(_follow(folder, run, body.label))
-    _tasks.add(task)
-    task.add_done_callback(_tasks.discard)
+    try:
+        for name in names:
+            made = copy.deepcopy(prompt)
+            made[loader]["inputs"]["image"] = f"{folder}/{name}"
+            run.waiting[name] = await host.queue_prompt(made, {NOTE: {"folder": folder, "image": name}})
+    finally:  # also of those that were queued before one was refused
+        task = asyncio.create_task(_follow(folder, run, body.label))
+        _tasks.add(task)
+        task.add_done_callback(_tasks.discard)
     return told(run.told())
 
 

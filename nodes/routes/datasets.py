@@ -32,12 +32,22 @@ from ...chroma_core.sampling.text import TRIGGER
 from ...chroma_core.training.run.metrics import cache_folder
 from .. import host
 from ..dataset_preview import FALLBACK_SIZE
-from .common import Malformed, Query, Route, Unknown, answer, body_of, in_thread, refused, told, whole_number
+from .common import (
+    Malformed,
+    Query,
+    Route,
+    Unknown,
+    answer,
+    body_of,
+    in_thread,
+    refused,
+    small_answer,
+    told,
+    whole_number,
+)
 
 READERS = 8
 """Folders that are read at once, by threads of their own: one on a drive that does not answer holds up nobody else."""
-PAINTERS = 2
-"""Thumbnails that are made at once."""
 THUMBNAIL = 320
 QUERIES = (
     Query("folder", "The dataset.", {"type": "string"}),
@@ -52,7 +62,6 @@ SIZES = tuple(sorted({512, 768, *(flavour.size for flavour in FLAVOURS.values())
 Name = Annotated[StrictStr, Field(min_length=1, max_length=1000)]
 
 readers = ThreadPoolExecutor(READERS, "chromakit-dataset")
-_painters = ThreadPoolExecutor(PAINTERS, "chromakit-thumbnail")
 _busy: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 """A lock for each folder that is being looked at or changed: whoever asks twice for the same finds it remembered."""
 
@@ -282,14 +291,7 @@ async def _thumbnail(request: web.Request) -> web.Response:
     """The whole image, small. With `&v=…`, whatever it is, the browser may keep it."""
     side = whole_number(request, SIDE) or THUMBNAIL
     folder, name = (request.query.get(key, "") for key in ("folder", "name"))
-
-    def work() -> bytes:
-        gone = request.transport is None or request.transport.is_closing()  # scrolled past before its turn came
-        return b"" if gone else _small(folder, name, side)
-
-    body = await in_thread(work, _painters)
-    headers = {"Cache-Control": "private, max-age=86400, immutable" if "v" in request.query else "no-cache"}
-    return web.Response(body=body, content_type="image/jpeg", headers=headers)
+    return await small_answer(request, lambda: _small(folder, name, side))
 
 
 def _small(folder: str, name: str, side: int) -> bytes:

@@ -1,6 +1,6 @@
 """Measures how often the verdict on a training job is right, on jobs of the embedded `tiny` model.
 
-    python -m tools.verdict_study                  # 26 runs, a quarter hour of one free core; what is done stays done
+    python -m tools.verdict_study                  # 30 runs, a quarter hour of one free core; what is done stays done
     python -m tools.verdict_study --only report    # docs/data/verdict_study.json and the tables of docs/verdict.md
 
 Jobs over rates, sizes of the dataset, ranks and steps, each with its own seed. What a verdict may use is the job's
@@ -77,13 +77,17 @@ def cases() -> list[Case]:
     return [*found, *FRESH]
 
 
-FRESH = (Case(16, 1e-3, rank=64), Case(16, 2e-3), Case(8, 4e-3), Case(40, 4e-3))
+FRESH = (
+    *(Case(16, 1e-3, rank=64), Case(16, 2e-3), Case(8, 4e-3), Case(40, 4e-3)),
+    *(Case(24, rate, rank=8) for rate in (3e-3, 1.2e-2)),
+    *(Case(12, rate, rank=32) for rate in (3e-3, 1.2e-2)),
+)
 """Runs to be made with the verdict as it is: nothing of it was chosen by them."""
 
 
 def datasets(folder: Path) -> None:
     """Draw what the cases train on, and what the smallest, of which nothing is held out, are validated on."""
-    for images in (4, 8, 16, 40):
+    for images in sorted({case.images for case in cases()}):
         write(folder / str(images), images, np.random.default_rng(images), middle=0.6)
         alike = folder / f"{images}alike"
         write(alike, images, np.random.default_rng(images), middle=0.6)
@@ -301,20 +305,26 @@ def judged(study: dict[str, Any]) -> list[Judged]:
     return found
 
 
+def is_fresh(run: dict[str, Any]) -> bool:
+    """Whether a run was made with the verdict as it is."""
+    return Case(**run["case"]) in FRESH
+
+
 def summary(study: dict[str, Any]) -> dict[str, int]:
-    """How many verdicts are right, of how many; of those of `FRESH` runs; how many jobs are ruined, and how many of
-    them are called well; how many are right whose limits were chosen without their run."""
+    """How many verdicts are right, of how many, and how many were right with limits chosen without their run; the
+    first two of `FRESH` runs; of all runs how many jobs are ruined, and how many of them are called well."""
     rows = judged(study)
-    fresh = [row for row in rows if Case(**row.job.run["case"]) in FRESH]
+    fresh = [row for row in rows if is_fresh(row.job.run)]
+    known = [row for row in rows if not is_fresh(row.job.run)]
     ruined = [kind_of(row.evidence) for row in rows if row.true <= {"hot", "worse"}]
     return {
-        "right": sum(row.right() for row in rows),
-        "jobs": len(rows),
+        "right": sum(row.right() for row in known),
+        "jobs": len(known),
         "fresh_right": sum(row.right() for row in fresh),
         "fresh": len(fresh),
         "ruined": len(ruined),
         "ruined_called_well": sum(said in WELL for said in ruined),
-        "right_left_out": sum(_right_left_out(rows)),
+        "right_left_out": sum(_right_left_out(known)),
     }
 
 
@@ -355,7 +365,7 @@ def tables(study: dict[str, Any]) -> tuple[str, str]:
             if job.run is run:
                 cells.append(said if said in true else f"**{said}** ({' or '.join(sorted(true))})")
         cells = cells or ["not judged"]
-        which = f"{case['images']}{' alike' if case['alike'] else ''}"
+        which = f"{case['images']}{' alike' if case['alike'] else ''}{', fresh' if is_fresh(run) else ''}"
         lines.append([which, case["rank"], f"{case['rate']:g}", *cells])
     confusion = markdown_table(counts, ["the verdict said", "right", "wrong", "what was true then"])
     columns = ["images", "rank", "rate", *(f"{length} steps" for length in LENGTHS)]
@@ -366,11 +376,12 @@ def in_words(study: dict[str, Any]) -> str:
     """`summary` as a sentence."""
     found = summary(study)
     right, jobs, others = found["right"], found["jobs"], found["right_left_out"]
-    fresh = f"; {found['fresh_right']} of {found['fresh']} of runs that were made last" if found["fresh"] else ""
+    well, fresh = found["fresh_right"], found["fresh"]
     return (
-        f"Right: **{right} of {jobs}** jobs of {jobs // len(LENGTHS)} runs ({right / jobs:.0%}); {others} "
-        f"({others / jobs:.0%}) with limits chosen by the other runs, run by run{fresh}. Of {found['ruined']} ruined "
-        f"jobs {found['ruined_called_well']} were called well."
+        f"Right: **{right} of {jobs}** jobs of the {jobs // len(LENGTHS)} runs that the limits were chosen by "
+        f"({right / jobs:.0%}); {others} ({others / jobs:.0%}) with limits chosen by the others of them, run by run. "
+        f"Of {fresh // len(LENGTHS)} fresh runs **{well} of {fresh}** ({well / fresh:.0%}). "
+        f"Of {found['ruined']} ruined jobs {found['ruined_called_well']} were called well."
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from _host import Host
-from prompts import at_defaults, dataset, job_of, load, node, text_to_image, train, until_not
+from prompts import Prompt, at_defaults, dataset, job_of, load, node, text_to_image, train, until_not
 from waiting import until
 
 OPTIONS: dict[str, Any] = {
@@ -24,10 +24,14 @@ OPTIONS: dict[str, Any] = {
 """Widgets of Chroma Training Settings that are not at their defaults."""
 
 
+def looked_into() -> Prompt:
+    return train("looked into", 3, preview_prompt="a [trigger] star\na red circle", preview_every=2)
+
+
 @pytest.fixture(scope="module")
 def done(server: Host) -> str:
     """A completed job with previews."""
-    job = job_of(server.run(train("looked into", 3, preview_prompt="a [trigger] star\na red circle", preview_every=2)))
+    job = job_of(server.run(looked_into()))
     assert until_not(server, job) == "completed"
     return job
 
@@ -62,6 +66,28 @@ def test_thumbnails(server: Host, done: str):
         assert status == 200 and small.format == "JPEG" and small.size == (32, 32)
     assert server.request("GET", f"/chromakit/jobs/{done}/samples/99?side=32")[0] == 404
     assert server.request("GET", f"/chromakit/jobs/{done}/samples/0?side=5")[0] == 400
+
+
+def test_a_step_is_used_by_route_and_node_and_a_branch_goes_on_from_it(server: Host, done: str):
+    status, answer = server.post(f"/chromakit/jobs/{done}/use", {"step": 1})
+    assert status == 409 and "no LoRA of step 1: there are" in str(answer)
+    status, answer = server.post(f"/chromakit/jobs/{done}/use", {"step": 2})
+    name = "looked-into-step-000002.safetensors"
+    used, kept = (server.base / "output" / part for part in ("loras", f"chromakit/jobs/{done}/loras"))
+    assert status == 200 and {one["step"]: one["used"] for one in answer["kept"]}[2] == name
+    assert (used / name).read_bytes() == (kept / "step-000002.safetensors").read_bytes()
+    (used / name).unlink()
+
+    prompt = text_to_image() | looked_into() | {"use": node("ChromaUseStep", job=["train", 0], step=2)}
+    prompt["lora"] = node("ChromaApplyLora", model=["load", 0], lora="none", strength=1.0, lora_name=["use", 1])
+    prompt["sample"]["inputs"]["model"] = ["lora", 0]
+    history = server.run(prompt)
+    assert job_of(history) == done and history["outputs"]["use"]["text"] == [name] and (used / name).is_file()
+
+    status, branch = server.post(f"/chromakit/jobs/{done}/branch", {"step": 2, "learning_rate": 1e-3})
+    assert status == 200 and branch["id"] != done and branch["config"]["learning_rate"] == 1e-3
+    assert branch["config"]["lora"]["start_from"].endswith(name)
+    assert until_not(server, branch["id"]) == "completed"
 
 
 def again(server: Host, job: str) -> dict[str, Any]:

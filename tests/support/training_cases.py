@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+import forked
 from chroma_core.loading.load import load_transformer
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.control import Control, DeviceSlot, Stopped
+from chroma_core.training.jobs.job import Job
 from chroma_core.training.run.loop import Batches, StepResult, train_step
 from chroma_core.training.run.metrics import JobPaths
 from chroma_core.training.run.prepare import prepare
 from chroma_core.training.run.stepper import Stepper
 from chroma_core.training.run.trained import make_trained
+from chroma_core.training.run.verdict import Record, verdict
 from miniature import write_model_folder
 
 CAPTIONS = ("a red circle", "sks on a blue background", "a photo", "green square on red background", "sks")
@@ -56,6 +60,35 @@ def config(model: Path, data: Path, /, **changes: Any) -> TrainingConfig:
         "validate_every": 4,
     }
     return TrainingConfig.parse({**values, **changes})
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from chroma_core.training.config import TrainingConfig
+from chroma_core.training.jobs.manager import JobManager
+manager = JobManager(Path(sys.argv[1], "jobs"), Path(sys.argv[1], "loras"), "cpu")
+def look(status):
+    if status["step"] >= int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+manager.subscribe(look)
+configs = [TrainingConfig.parse(each) for each in json.loads(sys.argv[3])]
+[manager.ensure(each) for each in configs][0].wait()
+"""
+
+
+def killed(folder: Path, step: int, *settings: TrainingConfig) -> None:
+    """Start jobs in `folder`/jobs in another process, which SIGKILL ends when the first has reached that step."""
+    given = "[" + ",".join(each.model_dump_json() for each in settings) + "]"
+    ended = forked.run(forked.FULL, "-c", KILLED, folder, step, given)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+def verdicts(job: Job) -> list[dict[str, Any]]:
+    """What was said at each validation."""
+    lines = job.metrics()
+    ends = [i + 1 for i, line in enumerate(lines) if "heldout_loss" in line]
+    return [found.to_dict("") for found in (verdict(Record.of(lines[:end])) for end in ends) if found]
 
 
 def at_the_gate(control: Control, passed: threading.Semaphore, look: Callable[[], None] = lambda: None) -> Thread:

@@ -20,8 +20,8 @@ from chroma_core.training.jobs.job import Job
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run import kept
 from chroma_core.training.run.kept import kept_loras, superfluous
-from chroma_core.training.run.verdict import Record, memorising_for, verdict
-from training_cases import config, model_folder, write_dataset
+from chroma_core.training.run.verdict import memorising_for
+from training_cases import config, model_folder, verdicts, write_dataset
 from waiting import PATIENCE, until
 
 EXAMPLES = Path(chroma_core.__file__).parents[1] / "example_datasets"
@@ -121,13 +121,6 @@ def test_a_job_that_memorises_ends_with_its_best_step(ended):
     log = (job.folder / "log.txt").read_text()
     assert "verdict: Best at step" in log
     assert status["best_step"] in [one["step"] for one in status["kept"]] and len(status["kept"]) == 4
-
-
-def verdicts(job: Job) -> list[dict[str, Any]]:
-    """What was said at each validation."""
-    lines = job.metrics()
-    ends = [i + 1 for i, line in enumerate(lines) if "heldout_loss" in line]
-    return [found.to_dict("") for found in (verdict(Record.of(lines[:end])) for end in ends) if found]
 
 
 @pytest.mark.parametrize("how", ["interrupted", "stopped", "completed"])

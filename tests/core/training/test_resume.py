@@ -9,8 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import forked
+from chroma_core.training.jobs.manager import JobManager
 from tools import kill_resume
-from training_cases import model_folder
+from training_cases import config, killed, model_folder, verdicts, write_dataset
+from waiting import PATIENCE
 
 
 @pytest.mark.slow
@@ -31,6 +33,28 @@ def test_killed_at_a_file_operation_the_job_goes_on_to_the_same_end(tmp_path):
     lines = ended.stdout.splitlines()
     assert ended.returncode == 0 and lines[-1] == "identical 3 of 3", ended.stdout + ended.stderr
     assert "preparing" in ended.stdout and "running" in ended.stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL on Windows")
+def test_killed_and_resumed_it_says_the_same(tmp_path):
+    """At every validation, before the kill and after it, up to the last, at which the job ends by itself."""
+    places = model_folder(tmp_path / "model"), write_dataset(tmp_path / "data", 2)
+    apart = {"validation_dataset": {"folder": str(write_dataset(tmp_path / "apart", 2, seed=1))}}
+    often = {"steps": 60, "validate_every": 4, "checkpoint_every": 10, "stop_when_memorising": 2}
+    settings = config(*places, **apart, **often, learning_rate=0.06)
+    killed(tmp_path / "killed", 25, settings)
+    jobs = []
+    for name in ("killed", "whole"):
+        manager = JobManager(tmp_path / name / "jobs", tmp_path / name / "loras", "cpu")
+        job = manager.resume(settings.job_id()) if name == "killed" else manager.ensure(settings)
+        assert job.wait(PATIENCE) and job.state == "completed", job.status()["message"]
+        manager.shutdown()
+        jobs.append(job)
+    again, whole = jobs
+    assert "running at step 2" in (again.folder / "log.txt").read_text()
+    assert verdicts(again) == verdicts(whole) and len({each["kind"] for each in verdicts(whole)}) >= 3
+    for name in ("step", "best_step", "message", "verdict", "heldout_loss", "kept"):
+        assert again.status()[name] == whole.status()[name], name
 
 
 def test_whatever_differs_is_seen(tmp_path):

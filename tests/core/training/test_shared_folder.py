@@ -6,20 +6,18 @@ To whom a folder belongs is a matter of the open file, so two managers in one pr
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-import forked
 from chroma_core.errors import ChromaKitError, JobError
 from chroma_core.files import read_json
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.job import Job
 from chroma_core.training.jobs.manager import JobManager
-from training_cases import config, model_folder, write_dataset
+from training_cases import config, killed, model_folder, write_dataset
 from waiting import PATIENCE, until
 
 LONG = {"steps": 100_000, "checkpoint_every": 0, "validate_every": 0, "previews": {"prompts": "sks", "every": 0}}
@@ -134,28 +132,11 @@ def test_of_two_that_ask_at_once_one_has_the_job_and_the_other_words(places, two
         winner.stop(wanted.job_id())
 
 
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from chroma_core.training.config import TrainingConfig
-from chroma_core.training.jobs.manager import JobManager
-manager = JobManager(Path(sys.argv[1], "jobs"), Path(sys.argv[1], "loras"), "cpu")
-def look(status):
-    if status["step"] >= 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-manager.subscribe(look)
-configs = [TrainingConfig.parse(each) for each in json.loads(sys.argv[2])]
-[manager.ensure(each) for each in configs][0].wait()
-"""
-
-
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
 def test_what_a_killed_process_had_is_free_at_once(places, two):
     first, _ = two
     settings = [config(*places, **LONG), config(*places, name="queued", **LONG)]
-    given = "[" + ",".join(each.model_dump_json() for each in settings) + "]"
-    ended = forked.run(forked.FULL, "-c", KILLED, first.root.parent, given)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    killed(first.root.parent, 2, *settings)
     left = [read_json(first.root / each.job_id() / "job.json")["state"] for each in settings]
     assert left == ["running", "queued"]
     assert [(job.state, job.elsewhere) for job in first.list()] == [("interrupted", False)] * 2

@@ -188,10 +188,13 @@ def test_files_come_in_and_are_mended(window, page: Any, desk: list[str]):
 
 def test_keys_and_focus(window, page: Any):
     """All by keyboard: the focus stays in the room, which no shortcut of the page's reaches, and returns."""
+    page.evaluate(OPEN, FRESH)
+    page.keyboard.press("Escape")
     page.evaluate(TAB)
     opener = page.locator(".ck-tab [data-action=room]")
     opener.focus()
     page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('[data-choice=folder] option').length > 1")
     assert 'id="ck-room-tab-images"' in page.evaluate(FOCUS)
     page.keyboard.press("ArrowRight")
     assert 'id="ck-room-tab-aim"' in page.evaluate(FOCUS)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import ChromaPipeline
 from PIL import Image
 from transformers import AutoTokenizer, T5TokenizerFast
@@ -99,6 +100,9 @@ def test_spelling_with_capitals_means_the_same():
     assert torch.equal(lower, upper)
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.partition(".")[0]) < 5, reason="its own loader cannot read tokenizers of version 5"
+)
 def test_opens_in_diffusers_and_paints():
     """diffusers lets every pad token of the padded prompt through, so it is given little room for padding."""
     pipeline = ChromaPipeline.from_pretrained(ASSETS).to(torch.float32)

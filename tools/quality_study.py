@@ -162,7 +162,7 @@ MORE = {
     **{name: {"guidance 2.5": 1} for name in (PLAIN, "plain, 600 steps", "class", "prompts × 3, 400 steps")},
     "prompts × 3, 400 steps, no dropout": {"guidance 2.5": 1},
     "class, 400 steps, no dropout": {"strength 0.8": 1, "guidance 2.5": 1},
-    "class, 600 steps": dict.fromkeys([use for use in USES if use != "guidance 2.5"], 1),
+    "class, 600 steps": dict.fromkeys([use for use in USES if use not in ("guidance 2.5", "EMA")], 1),
     "class, share 1/4, 600 steps": {"strength 0.9, guidance 3": 1},
     "class and prompts × 3, 600 steps": {"strength 0.8": 1, "guidance 3": SEEDS},
     "class and 8 prompts × 3, 400 steps, σ uniform": {"guidance 3": 1},
@@ -280,15 +280,20 @@ def _number(column: str, values: Sequence[float]) -> str:
     return f"{factor * np.mean(values):{form}}{unit}{spread}".replace("-", "−")
 
 
+def _plain(name: str) -> str:
+    """In letters that the font has."""
+    return name.replace("×", "x").replace("σ", "sigma")
+
+
 def draw(study: Mapping[str, Any], path: Path) -> None:
     """Concept against ordinary: a small dot a run, a large one the mean of a variant, and the corner that is wanted.
     Variants of one option are letters."""
     sheet = Sheet(1290, 560)
-    axes = Axes(sheet, (60, 30, 620, 500), (0.4, 1.0), (0.3, 1.0), "concept right, against ordinary prompts right")
-    axes.grid([i / 10 for i in range(4, 11)], [i / 10 for i in range(3, 11)], "ordinary prompts right")
+    axes = Axes(sheet, (60, 30, 620, 500), (0.4, 1.0), (0.0, 1.0), "concept right, against ordinary prompts right")
+    axes.grid([i / 10 for i in range(4, 11)], [i / 10 for i in range(11)], "ordinary prompts right")
     corner = [axes.at(x, y) for x, y in ((WANTED[1], WANTED[0]), (1, WANTED[0]), (1, 1), (WANTED[1], 1))]
     sheet.area(corner, (16, 150, 90, 40))
-    base = axes.at(study["base"]["ordinary_right"], 0.3)[0]
+    base = axes.at(study["base"]["ordinary_right"], 0)[0]
     sheet.line([(base, 30), (base, 500)], (150, 150, 150))
     sheet.text(base - 4, 490, "without LoRA", "rm", 11, (110, 110, 110))
     found = by_variant(study)
@@ -297,7 +302,7 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
         sheet.dot(*axes.at(max(x, 0.4), y), LIGHT, 5)
         sheet.text(*axes.at(max(x, 0.4), y), chr(ord("a") + i), "mm", 9)
         sheet.dot(1060, 50 + 24 * i, LIGHT, 7)
-        sheet.text(1074, 50 + 24 * i, f"{chr(ord('a') + i)}: {name} ({len(found[name])})")
+        sheet.text(1074, 50 + 24 * i, f"{chr(ord('a') + i)}: {_plain(name)} ({len(found[name])})")
     for i, name in enumerate(name for name in found if name not in OPTIONS):
         colour, runs = COLOURS[i], found[name]
         points = [(run["ordinary"], run["concept"]) for run in runs.values()]
@@ -308,7 +313,7 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
         sheet.dot(x, y, colour, 7)
         sheet.text(x + 9, y, str(i + 1), size=10)
         sheet.dot(650, 50 + 24 * i, colour, 7)
-        sheet.text(664, 50 + 24 * i, f"{i + 1}: {name} ({len(points)})".replace("×", "x"))  # the font has no ×
+        sheet.text(664, 50 + 24 * i, f"{i + 1}: {_plain(name)} ({len(points)})")
     sheet.save(path, colours=250)
 
 

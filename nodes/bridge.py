@@ -1,4 +1,5 @@
-"""The way from CHROMA_MODEL to ComfyUI's own MODEL, so that its guiders and samplers can drive Chroma."""
+"""Between ComfyUI's own types and ours: a MODEL that its guiders and samplers can drive, made of a CHROMA_MODEL; and
+what its loaders have loaded, as ours."""
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..chroma_core.errors import ConfigError
-from ..chroma_core.loading.spec import ModelHandle
+from ..chroma_core.loading.spec import LoraUse, ModelHandle, ModelSpec
 from ..chroma_core.model.latents import PATCH, image_ids, pack, unpack
 from ..chroma_core.model.transformer import ChromaTransformer
+from ..chroma_core.weights.identify import Part
 from . import host
+from .loaders import SAME, checked, keep_quantised, memory_plan_of, outputs, spec_of
+from .lora import put_on
+from .option_widgets import widget
 from .sockets import ChromaModel, schema
 
 
@@ -99,6 +104,7 @@ class ChromaHostModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "model",
             node_id="ChromaHostModel",
             display_name="Chroma Host Model",
             description="Makes a Chroma model drivable by ComfyUI's own guiders and samplers.",
@@ -113,4 +119,75 @@ class ChromaHostModel(io.ComfyNode):
         return io.NodeOutput(host.as_host_model(module, module.opened))
 
 
-NODES = [ChromaHostModel]
+LINKED: dict[Part, str] = {"transformer": "model", "text_encoder": "clip", "vae": "vae"}
+"""The part of a model that each input brings."""
+
+
+class ChromaFromHost(io.ComfyNode):
+    """MODEL, CLIP, VAE → CHROMA_MODEL, CHROMA_TEXT_ENCODER: the files that they were read from, as Chroma Load Model
+    would name them. What the graph tells is never loaded by ComfyUI."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "model",
+            node_id="ChromaFromHost",
+            display_name="Chroma from MODEL and CLIP",
+            description="The files that ComfyUI's Load Diffusion Model, Load CLIP and Load VAE name, as a Chroma "
+            "model: for graphs that have these nodes already. They are not loaded a second time.",
+            search_aliases=[
+                "load diffusion model",
+                "unet loader",
+                "load clip",
+                "clip loader",
+                "load checkpoint",
+                "convert model",
+                "stock model",
+                "model to chroma",
+            ],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    lazy=True,
+                    tooltip="From Load Diffusion Model or Load Checkpoint. LoRAs of Load LoRA between "
+                    "them are taken over; other changes are refused. weight_dtype is not read: see precision.",
+                ),
+                io.Clip.Input("clip", lazy=True, tooltip="From Load CLIP (any type that takes T5-XXL)."),
+                io.Vae.Input(
+                    "vae",
+                    lazy=True,
+                    optional=True,
+                    tooltip="From Load VAE; for previews and training. Not linked: the flavour's published one (0.2 "
+                    "GB), fetched the first time.",
+                ),
+                *(widget(ModelSpec, name, **({"default": "hd"} if name == "flavour" else {})) for name in SAME),
+                keep_quantised(),
+            ],
+            outputs=outputs(),
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+        )
+
+    @classmethod
+    def check_lazy_status(cls, **given: Any) -> list[str]:
+        """What the graph does not tell has to be loaded."""
+        return [name for part, name in LINKED.items() if name in given and cls._in_graph(part) is None]
+
+    @classmethod
+    def _in_graph(cls, part: Part) -> host.LoadedFile | None:
+        return host.file_in_graph(cls.hidden.dynprompt, cls.hidden.unique_id, LINKED[part], part)
+
+    @classmethod
+    def execute(cls, model=None, clip=None, vae=None, **held: Any) -> io.NodeOutput:
+        found = {
+            part: cls._in_graph(part) or (None if value is None else host.file_of(value, part))
+            for part, value in zip(LINKED, (model, clip, vae), strict=True)
+        }
+        files: dict[str, Any] = {part: each.path for part, each in found.items() if each}
+        spec, planned = checked(spec_of(**held, **files), host.Downloads())
+        handle = ModelHandle(spec)
+        for name, strength in found["transformer"].loras if found["transformer"] else ():
+            handle, _ = put_on(handle, name, LoraUse(str(host.lora_path(name)), strength))
+        return io.NodeOutput(handle, spec, memory_plan_of(spec, planned))
+
+
+NODES = [ChromaHostModel, ChromaFromHost]

@@ -22,6 +22,7 @@ class ChromaMergeLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "LoRA",
             node_id="ChromaMergeLora",
             display_name="Chroma Merge LoRA",
             description="Writes the model with the LoRAs that Chroma Apply LoRA put on it merged in, as a new file in "
@@ -82,6 +83,7 @@ class ChromaExtractLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "LoRA",
             node_id="ChromaExtractLora",
             display_name="Chroma Extract LoRA",
             description="Writes what a tuned model has more than its base as a LoRA into output/loras: the best "

@@ -13,9 +13,9 @@ from ..chroma_core.data.image_folder import bytes_in, store_images, stored
 from ..chroma_core.data.samples import multiples
 from ..chroma_core.errors import ConfigError, DataError
 from . import host
-from .dataset_widgets import config_from, outputs, shown, widgets
-from .option_widgets import widget
-from .sockets import ChromaDatasetType, images_of, masks_of, schema
+from .dataset_widgets import FIRST, FOLDED, OF_FILES, config_from, options_input, outputs, shown, widgets
+from .option_widgets import changed, defaults_of, unfolded, widget, with_options
+from .sockets import ChromaDatasetOptionsType, ChromaDatasetType, images_of, masks_of, schema
 
 
 class ChromaDataset(io.ComfyNode):
@@ -23,6 +23,7 @@ class ChromaDataset(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         names = host.dataset_names()
         return schema(
+            "dataset",
             node_id="ChromaDataset",
             display_name="Chroma Dataset",
             description="A folder of images with .txt captions beside them. Shows what will be trained on and what "
@@ -45,17 +46,11 @@ class ChromaDataset(io.ComfyNode):
                     tooltip="A folder in ComfyUI's input folder, in the pack's example_datasets, or under a place "
                     "listed in user/chromakit/config.toml. Press R to refresh the list.",
                 ),
-                # Saved workflows hold values by position: new widgets go to the end.
-                *widgets(
-                    "trigger", "resolution", "repeats", "caption_dropout", "default_caption", "missing_caption", "flip",
-                    "caption_source", "caption_prefix", "caption_suffix", "tag_shuffles", "keep_tags",
-                    "more_resolutions", "alignment", "upscale", "crop", "masks", "regularisation", "weight",
-                    "sigma_bias", "latents", "posterior_samples", "random_crops", "mask_floor", "background",
-                    "caption_extension", "caption_column", "repeat_folders", "caption_lines",
-                ),
+                *widgets("trigger", "resolution", "repeats", "caption_dropout", "default_caption", *FOLDED),
+                options_input(),
             ],
             outputs=outputs(),
-        )  # fmt: skip
+        )
 
     @classmethod
     def validate_inputs(cls, folder) -> bool:
@@ -71,8 +66,9 @@ class ChromaDataset(io.ComfyNode):
             return str(folder)
 
     @classmethod
-    def execute(cls, folder, **options: Any) -> io.NodeOutput:
-        return shown(cls, config_from(str(host.dataset_folder(folder)), **options))
+    def execute(cls, folder, options=None, **fields: Any) -> io.NodeOutput:
+        fields = with_options("Chroma Dataset", fields, options, defaults_of(widgets(*FOLDED)))
+        return shown(cls, config_from(str(host.dataset_folder(folder)), **fields))
 
 
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -101,11 +97,14 @@ class _Kept:
 
 _kept = _Kept()
 
+_OF_IMAGES = tuple(name for name in FOLDED if name not in OF_FILES)
+
 
 class ChromaDatasetFromImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "dataset",
             node_id="ChromaDatasetFromImages",
             display_name="Chroma Dataset from Images",
             description="Images and captions straight from other nodes. A copy is kept below "
@@ -134,16 +133,11 @@ class ChromaDatasetFromImages(io.ComfyNode):
                     optional=True,
                     tooltip="Train only where it is white. One for each image, or one for all; a black one is none.",
                 ),
-                # Saved workflows hold values by position: new widgets go to the end.
-                *widgets(
-                    "trigger", "resolution", "repeats", "caption_dropout", "missing_caption", "flip", "caption_prefix",
-                    "caption_suffix", "tag_shuffles", "keep_tags", "more_resolutions", "alignment", "upscale", "crop",
-                    "regularisation", "weight", "sigma_bias", "latents", "posterior_samples", "random_crops",
-                    "mask_floor", "background",
-                ),
+                *widgets("trigger", "resolution", "repeats", "caption_dropout", *_OF_IMAGES),
+                options_input(),
             ],
             outputs=outputs(),
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> int:
@@ -151,8 +145,9 @@ class ChromaDatasetFromImages(io.ComfyNode):
         return _kept.losses()
 
     @classmethod
-    def execute(cls, images, captions, masks=(), **options: Any) -> io.NodeOutput:
-        fields = {name: values[0] for name, values in options.items()}
+    def execute(cls, images, captions, masks=(), options=(None,), **lists: Any) -> io.NodeOutput:
+        fields = {name: values[0] for name, values in lists.items()}
+        fields = with_options("Chroma Dataset from Images", fields, options[0], defaults_of(widgets(*_OF_IMAGES)))
         separate = images_of(images)
         texts = [str(text) for text in captions if text is not None]
         _check_captions(texts, fields)
@@ -188,6 +183,29 @@ def _size(number: int) -> str:
     return f"{value:.1f} {unit}"
 
 
+class ChromaDatasetOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "dataset",
+            node_id="ChromaDatasetOptions",
+            display_name="Chroma Dataset Options",
+            description="What few datasets need: other captions, sizes, crops, masks and weights. For Chroma Dataset "
+            "and Chroma Dataset from Images.",
+            search_aliases=["caption prefix", "shuffle tags", "flip images", "loss mask", "crop", "regularisation"],
+            inputs=cls._inputs(),
+            outputs=[ChromaDatasetOptionsType.Output("options", tooltip="For the options of Chroma Dataset.")],
+        )
+
+    @classmethod
+    def _inputs(cls) -> list[Any]:
+        return unfolded(widgets(*FIRST, *(name for name in FOLDED if name not in FIRST)))
+
+    @classmethod
+    def execute(cls, **fields: Any) -> io.NodeOutput:
+        return io.NodeOutput(changed(fields, defaults_of(cls._inputs())))
+
+
 SLOTS = 4
 """Sets that one node takes. They are fixed inputs and not growing ones, because each has a weight beside it."""
 
@@ -219,6 +237,7 @@ class ChromaCombineDatasets(io.ComfyNode):
             for i in numbers
         ]
         return schema(
+            "dataset",
             node_id="ChromaCombineDatasets",
             display_name="Chroma Combine Datasets",
             description="Several datasets for one LoRA, e.g. the images to learn and others that should stay as "
@@ -286,4 +305,4 @@ def mixture(sets: Sequence[DatasetConfig]) -> str:
     return "\n".join(lines)
 
 
-NODES = [ChromaDataset, ChromaDatasetFromImages, ChromaCombineDatasets]
+NODES = [ChromaDataset, ChromaDatasetFromImages, ChromaDatasetOptions, ChromaCombineDatasets]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -11,7 +12,7 @@ from ..chroma_core.data.dataset import DatasetConfig
 from ..chroma_core.errors import ConfigError
 from .dataset_preview import FALLBACK_SIZE, look, sheet_of
 from .option_widgets import ADVANCED, widget
-from .sockets import ChromaDatasetType, to_image
+from .sockets import ChromaDatasetOptionsType, ChromaDatasetType, to_image
 
 OWN = {
     "resolution": io.Int.Input(
@@ -33,9 +34,35 @@ OWN = {
 """Widgets that are no option with the same values; `config_from` and `widgets_of` say what they mean."""
 
 
+FOLDED = (
+    "missing_caption", "flip", "caption_source", "caption_prefix", "caption_suffix", "tag_shuffles", "keep_tags",
+    "more_resolutions", "alignment", "upscale", "crop", "masks", "regularisation", "weight", "sigma_bias", "latents",
+    "posterior_samples", "random_crops", "mask_floor", "background", "caption_extension", "caption_column",
+    "repeat_folders", "caption_lines",
+)  # fmt: skip
+"""Widgets that few people set, in the order in which saved workflows hold them: new ones go to the end."""
+OF_FILES = ("caption_source", "masks", "caption_extension", "caption_column", "repeat_folders", "caption_lines")
+"""Those of them that images from other nodes have no use for."""
+FIRST = (
+    "missing_caption", "caption_prefix", "caption_suffix", "tag_shuffles", "keep_tags", "flip", "more_resolutions",
+    "crop", "masks", "regularisation",
+)  # fmt: skip
+"""Those that Chroma Dataset Options shows."""
+
+
+def options_input() -> Any:
+    """Where Chroma Dataset Options is linked."""
+    return ChromaDatasetOptionsType.Input(
+        "options",
+        optional=True,
+        tooltip="From Chroma Dataset Options, in place of the advanced inputs. What both set in different ways is an "
+        "error.",
+    )
+
+
 def widgets(*names: str) -> list[Any]:
     """Inputs of a node by the names of their options, in that order."""
-    return [OWN[name] if name in OWN else widget(DatasetConfig, name) for name in names]
+    return [copy(OWN[name]) if name in OWN else widget(DatasetConfig, name) for name in names]
 
 
 def outputs() -> list[Any]:

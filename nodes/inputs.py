@@ -20,7 +20,17 @@ from ..chroma_core.data.dataset import DatasetConfig
 from ..chroma_core.errors import ChromaKitError, ConfigError, check_choice, check_text, shortened
 from ..chroma_core.loading.spec import ModelHandle, ModelSpec
 from . import host
-from .sockets import ChromaDatasetType, ChromaJob, ChromaModel, ChromaTextEncoder, ChromaTrainingType, TrainingPart
+from .option_widgets import Options
+from .sockets import (
+    ChromaDatasetOptionsType,
+    ChromaDatasetType,
+    ChromaJob,
+    ChromaModel,
+    ChromaSamplerOptionsType,
+    ChromaTextEncoder,
+    ChromaTrainingType,
+    TrainingPart,
+)
 
 Node = TypeVar("Node", bound=type[io.ComfyNode])
 
@@ -41,6 +51,8 @@ LINKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ),
         "Chroma Dataset",
     ),
+    ChromaDatasetOptionsType.io_type: (lambda value: isinstance(value, Options), "Chroma Dataset Options"),
+    ChromaSamplerOptionsType.io_type: (lambda value: isinstance(value, Options), "Chroma Sampler Options"),
     ChromaTrainingType.io_type: (lambda value: isinstance(value, TrainingPart), "Chroma Training Settings"),
     ChromaJob.io_type: (lambda value: isinstance(value, str), "Chroma Train LoRA"),
     io.Conditioning.io_type: (_conditioning, "Chroma Text Encode"),
@@ -54,6 +66,9 @@ LINKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, dict) and all(isinstance(each, Tensor) for each in value.values()),
         "Chroma Wait for Training",
     ),
+    io.Model.io_type: (host.is_model, "Load Diffusion Model"),
+    io.Clip.io_type: (host.is_clip, "Load CLIP"),
+    io.Vae.io_type: (host.is_vae, "Load VAE"),
 }
 """What an input of a type that is no widget may be given, and a node that gives it."""
 
@@ -117,14 +132,14 @@ def checked(node: Node) -> Node:
     A choice that was not offered when the node was made, e.g. a file that is new, is looked up in the list as it is
     now; where a node judges an input itself (`validate_inputs`), any text passes.
     """
-    execute = node.__dict__["execute"].__func__
+    execute: Any = node.execute.__func__
     schema = node.define_schema()
     inputs = {each.id: each for each in schema.inputs}
     own = inspect.getfullargspec(node.validate_inputs).args
 
     def read(name: str, value: Any) -> Any:
         each = inputs[name]
-        if value is None and each.optional:
+        if value is None and (each.optional or each.lazy):
             return None
         if name in own:
             return value_of(each, value)

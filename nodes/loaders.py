@@ -12,7 +12,7 @@ from ..chroma_core.errors import ModelFileError
 from ..chroma_core.loading.hub import OnDownload
 from ..chroma_core.loading.load import describe
 from ..chroma_core.loading.model_files import in_checkpoint, locate
-from ..chroma_core.loading.spec import Compute, ModelHandle, ModelSpec, Offload
+from ..chroma_core.loading.spec import ModelHandle, ModelSpec, Offload
 from ..chroma_core.memory import Settings, estimate, in_gib, memory_plan
 from ..chroma_core.model.flavours import FLAVOURS
 from ..chroma_core.model.latents import PATCH
@@ -41,6 +41,7 @@ class ChromaLoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "model",
             node_id="ChromaLoadModel",
             display_name="Chroma Load Model",
             description="Chooses a Chroma model, from files on this machine or from the Hub, and how to hold it in "
@@ -98,27 +99,10 @@ class ChromaLoadModel(io.ComfyNode):
                 _file_input("vae", "The Flux VAE (ae.safetensors) from models/vae, in either layout, or a folder."),
                 widget(ModelSpec, "resident_blocks"),
                 widget(ModelSpec, "offload_during_startup"),
-                io.Boolean.Input(
-                    "keep_quantised",
-                    default=False,
-                    tooltip="Keep a copy of quantised weights in models/chromakit/quantised, so that the next start "
-                    "neither reads the full weights nor quantises again. Takes as much disk as the model does memory.",
-                    **ADVANCED,
-                ),
+                keep_quantised(),
                 widget(ModelSpec, "compute"),
             ],
-            outputs=[
-                ChromaModel.Output(
-                    "model", tooltip="The model, for Chroma Sampler, Chroma Apply LoRA and Chroma Train LoRA."
-                ),
-                ChromaTextEncoder.Output("text_encoder", tooltip="The text encoder, for Chroma Text Encode."),
-                io.Vae.Output("vae", tooltip="The VAE, for ComfyUI's VAE Encode and VAE Decode."),
-                io.String.Output(
-                    "memory_plan",
-                    tooltip="What each precision and offload mode would need on this machine, and what is "
-                    "recommended. Link it to Preview as Text.",
-                ),
-            ],
+            outputs=outputs(io.Vae.Output("vae", tooltip="The VAE, for ComfyUI's VAE Encode and VAE Decode.")),
         )
 
     @classmethod
@@ -135,35 +119,60 @@ class ChromaLoadModel(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        flavour,
-        precision,
-        text_precision="bf16",
-        offload: Offload = "none",
         folder=PUBLISHED,
         transformer=PUBLISHED,
         text_encoder=PUBLISHED,
         vae=PUBLISHED,
-        resident_blocks=2,
-        offload_during_startup=False,
-        keep_quantised=False,
-        compute: Compute = "weights",
+        **held: Any,
     ) -> io.NodeOutput:
-        spec = ModelSpec(
-            flavour,
-            None if folder == PUBLISHED else host.model_folder(folder),
-            precision,
-            text_precision,
-            offload,
-            transformer=_path("transformer", transformer),
-            text_encoder=_path("text_encoder", text_encoder),
-            vae=_path("vae", vae),
-            resident_blocks=resident_blocks if offload == "block" else 2,  # else unread, and no reason to load again
-            offload_during_startup=offload_during_startup,
-            quantised_folder=str(host.quantised_folder()) if keep_quantised else None,
-            compute=compute,
+        spec, planned = checked(
+            spec_of(
+                **held,
+                folder=None if folder == PUBLISHED else host.model_folder(folder),
+                transformer=_path("transformer", transformer),
+                text_encoder=_path("text_encoder", text_encoder),
+                vae=_path("vae", vae),
+            ),
+            host.Downloads(),
         )
-        spec, planned = checked(spec, host.Downloads())
-        return io.NodeOutput(ModelHandle(spec), spec, host.host_vae(spec), _memory_plan(spec, planned))
+        return io.NodeOutput(ModelHandle(spec), spec, host.host_vae(spec), memory_plan_of(spec, planned))
+
+
+def keep_quantised() -> Any:
+    """The widget that has no field of its own: where quantised weights are kept is not the user's to say."""
+    return io.Boolean.Input(
+        "keep_quantised",
+        default=False,
+        tooltip="Keep a copy of quantised weights in models/chromakit/quantised, so that the next start "
+        "neither reads the full weights nor quantises again. Takes as much disk as the model does memory.",
+        **ADVANCED,
+    )
+
+
+def outputs(*between: Any) -> list[Any]:
+    """What a node gives that chooses a model; `between` before its memory plan."""
+    return [
+        ChromaModel.Output("model", tooltip="The model, for Chroma Sampler, Chroma Apply LoRA and Chroma Train LoRA."),
+        ChromaTextEncoder.Output("text_encoder", tooltip="The text encoder, for Chroma Text Encode."),
+        *between,
+        io.String.Output(
+            "memory_plan",
+            tooltip="What each precision and offload mode would need on this machine, and what is "
+            "recommended. Link it to Preview as Text.",
+        ),
+    ]
+
+
+def spec_of(
+    *, offload: Offload = "none", resident_blocks: int = 2, keep_quantised: bool = False, **fields: Any
+) -> ModelSpec:
+    """The specification that a node's widgets and files mean. Raises ConfigError."""
+    return ModelSpec(
+        offload=offload,
+        resident_blocks=resident_blocks if offload == "block" else 2,  # else unread, and no reason to load again
+        quantised_folder=str(host.quantised_folder()) if keep_quantised else None,
+        **fields,
+    )
 
 
 SAME = ("flavour", "precision", "text_precision", "offload", "resident_blocks", "offload_during_startup", "compute")
@@ -185,7 +194,7 @@ def part_name(part: Any, path: str | None) -> str:
     return PUBLISHED if path is None else host.model_file_name(part, path) or Path(path).name
 
 
-def _memory_plan(spec: ModelSpec, planned: str) -> str:
+def memory_plan_of(spec: ModelSpec, planned: str) -> str:
     """The table of what fits; when the chosen settings do not, that is also said on the node."""
     here = host.here()
     settings = Settings.of(spec, flavour=planned)
@@ -245,7 +254,7 @@ def checked(spec: ModelSpec, on_download: OnDownload | None = None) -> tuple[Mod
     locate(spec, "tokenizer", on_download)
     if FLAVOURS[spec.flavour].folder is None or _value(found, "transformer", "joint_attention_dim") < 4096:
         return spec, spec.flavour
-    host.say(
+    host.warn(
         f"These are files of a full-size Chroma, but the flavour is {spec.flavour}. Choose the flavour they belong to: "
         "LoRAs trained on them record it."
     )

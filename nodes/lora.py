@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
 from PIL import Image
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
 
 from ..chroma_core.checkpoints.merge import norms_on
 from ..chroma_core.errors import ConfigError, LoraError
-from ..chroma_core.files import file_stem
+from ..chroma_core.files import file_stem, write_atomic
 from ..chroma_core.loading.load import transformer_outline
 from ..chroma_core.loading.model_files import base_warning
 from ..chroma_core.loading.spec import LoraMode, LoraUse, ModelHandle, ModelSpec
@@ -84,6 +88,7 @@ class ChromaApplyLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         file, file_name = _file_inputs()
         return schema(
+            "LoRA",
             node_id="ChromaApplyLora",
             display_name="Chroma Apply LoRA",
             description="Puts a LoRA on the model. Chain several. A LoRA that does not fit is an error, never ignored.",
@@ -97,6 +102,12 @@ class ChromaApplyLora(io.ComfyNode):
                 file_name,
                 widget(LoraUse, "blocks", default=""),
                 widget(LoraUse, "schedule", default=""),
+                io.LoraModel.Input(
+                    "lora_model",
+                    optional=True,
+                    tooltip="A LoRA over a link, e.g. from ComfyUI's Train LoRA, in place of a file. A copy is kept "
+                    "in output/chromakit/lora_models.",
+                ),
             ],
             outputs=[
                 ChromaModel.Output("model", tooltip="The model with the LoRA on it."),
@@ -126,16 +137,42 @@ class ChromaApplyLora(io.ComfyNode):
         lora_name=None,
         blocks="",
         schedule="",
+        lora_model=None,
     ) -> io.NodeOutput:
         name = lora_name or lora
-        if name == NO_FILE:
-            raise LoraError("No LoRA is chosen. Pick a file from the list, link a lora_name, or take this node out.")
-        use = LoraUse(str(host.lora_path(name)), strength, mode, allow_partial, blocks, schedule)
-        report, remark = _report(model.spec, use)
-        if remark:
-            host.warn(f"{name}: {remark}")
-            report = f"WARNING: {remark}\n{report}"
-        return io.NodeOutput(model.with_lora(use), f"{name} at {strength:g}, {mode}: {report}")
+        if lora_model is not None:
+            name, path = "LORA_MODEL", _kept(lora_model)
+        elif name == NO_FILE:
+            raise LoraError(
+                "No LoRA is chosen. Pick a file from the list, link a lora_name or a lora_model, or take this node out."
+            )
+        else:
+            path = host.lora_path(name)
+        use = LoraUse(str(path), strength, mode, allow_partial, blocks, schedule)
+        return io.NodeOutput(*put_on(model, name, use))
+
+
+def _kept(tensors: Mapping[str, Tensor]) -> Path:
+    """A file with a LORA_MODEL in it, as a CHROMA_MODEL names its LoRAs; written once, under its content's digest.
+
+    Raises LoraError for what is no LoRA of Chroma's.
+    """
+    lora_of(tensors)
+    content = safetensors_bytes({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+    path = host.lora_models_folder() / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    return path
+
+
+def put_on(model: ModelHandle, name: str, use: LoraUse) -> tuple[ModelHandle, str]:
+    """The model with the LoRA of that name, and a report. Raises LoraError if it does not fit."""
+    report, remark = _report(model.spec, use)
+    if remark:
+        host.warn(f"{name}: {remark}")
+        report = f"WARNING: {remark}\n{report}"
+    return model.with_lora(use), f"{name} at {use.strength:g}, {use.mode}: {report}"
 
 
 def _report(spec: ModelSpec, use: LoraUse) -> tuple[str, str | None]:
@@ -159,6 +196,7 @@ class ChromaInspectLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "LoRA",
             node_id="ChromaInspectLora",
             display_name="Chroma Inspect LoRA",
             description="What a LoRA holds: layers, rank, alpha, size, base, recipe, trigger word, training, warnings; "
@@ -288,6 +326,7 @@ class ChromaConvertLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "LoRA",
             node_id="ChromaConvertLora",
             display_name="Chroma Convert LoRA",
             description="Writes a LoRA of any key format in the names of another program, exactly, with its recipe, "

@@ -23,6 +23,7 @@ class ChromaParity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "sampling",
             node_id="ChromaParity",
             display_name="Chroma Parity",
             description="Generates one image several times, each time with one number changed, and says which of them "

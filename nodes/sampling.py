@@ -19,16 +19,16 @@ from ..chroma_core.model.images import decode, preview_image
 from ..chroma_core.model.latents import FLUX_LATENTS, LatentFormat, snap_size
 from ..chroma_core.sampling.recipe import Recipe, parse_overrides
 from ..chroma_core.sampling.recipe import recipe as find_recipe
-from ..chroma_core.sampling.sampler import Method, SamplingSettings, StepInfo, sample
-from ..chroma_core.sampling.schedule import Spacing
+from ..chroma_core.sampling.sampler import SamplingSettings, StepInfo, sample
 from ..chroma_core.sampling.text import apply_trigger
 from ..chroma_core.training.config import TrainingConfig
 from . import host
-from .option_widgets import ADVANCED, widget
+from .option_widgets import ADVANCED, changed, defaults_of, unfolded, widget, with_options
 from .schedule import SHIFT_TIP, SHIFTS, end_step_widget, flow_shift_of, shift_value
 from .sockets import (
     OURS,
     ChromaModel,
+    ChromaSamplerOptionsType,
     ChromaTextEncoder,
     crop_latents,
     encoder_of,
@@ -44,6 +44,7 @@ class ChromaEmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "sampling",
             node_id="ChromaEmptyLatent",
             display_name="Chroma Empty Latent",
             description="Empty latents of a size that Chroma can generate, and that size: sides are floored to "
@@ -79,6 +80,7 @@ class ChromaTextEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "sampling",
             node_id="ChromaTextEncode",
             display_name="Chroma Text Encode",
             description="Encodes a prompt with T5, the way Chroma was trained: the real tokens and one visible pad "
@@ -115,14 +117,45 @@ class ChromaTextEncode(io.ComfyNode):
         with host.working():
             condition = host.components.text_encoder(text_encoder, host.device()).encode(prompt)
         if condition.truncated:
-            host.say(f"The prompt is too long: its last {condition.truncated} tokens were cut off.")
+            host.warn(f"The prompt is too long: its last {condition.truncated} tokens were cut off.")
         return io.NodeOutput(to_conditioning(condition, text_encoder))
+
+
+def sampler_options() -> dict[str, Any]:
+    """The widgets of Chroma Sampler that few people set, by name."""
+    found = [
+        io.Combo.Input(
+            "flow_shift",
+            options=["recipe", *SHIFTS],
+            default="recipe",
+            tooltip=f"recipe: what the recipe says. {SHIFT_TIP}",
+            **ADVANCED,
+        ),
+        shift_value(**ADVANCED),
+        widget(SamplingSettings, "method", display_name="sampler_name"),
+        widget(
+            TrainingConfig,
+            "recipe",
+            tooltip="How text, noise and time are computed: canonical follows the model's author; the "
+            "others reproduce what ComfyUI, ai-toolkit or diffusers generate.",
+            **ADVANCED,
+        ),
+        widget(SamplingSettings, "spacing", display_name="scheduler"),
+        widget(SamplingSettings, "start_step"),
+        end_step_widget(),
+        widget(SamplingSettings, "add_noise"),
+        widget(TrainingConfig, "recipe_overrides", kind=io.String, default=""),
+        widget(SamplingSettings, "first_block_cache"),
+    ]
+    return {each.id: each for each in found}
 
 
 class ChromaSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        folded = sampler_options()
         return schema(
+            "sampling",
             node_id="ChromaSampler",
             display_name="Chroma Sampler",
             description="Generates images. The trainer's previews come from the same sampler: same prompt, seed and "
@@ -154,66 +187,61 @@ class ChromaSampler(io.ComfyNode):
                 ),
                 widget(SamplingSettings, "seed", control_after_generate=True),
                 widget(SamplingSettings, "steps"),
-                widget(SamplingSettings, "guidance"),
+                widget(SamplingSettings, "guidance", display_name="cfg"),
                 widget(SamplingSettings, "tail_bias"),
-                io.Combo.Input(
-                    "flow_shift",
-                    options=["recipe", *SHIFTS],
-                    default="recipe",
-                    tooltip=f"recipe: what the recipe says. {SHIFT_TIP}",
-                    **ADVANCED,
-                ),
-                shift_value(**ADVANCED),
-                widget(SamplingSettings, "method"),
+                # Saved workflows hold values by position: new widgets go to the end.
+                *(folded.pop(name) for name in ("flow_shift", "flow_shift_value", "method")),
                 widget(SamplingSettings, "denoise"),
-                widget(
-                    TrainingConfig,
-                    "recipe",
-                    tooltip="How text, noise and time are computed: canonical follows the model's author; the "
-                    "others reproduce what ComfyUI, ai-toolkit or diffusers generate.",
-                    **ADVANCED,
+                *folded.values(),
+                ChromaSamplerOptionsType.Input(
+                    "options",
+                    optional=True,
+                    tooltip="From Chroma Sampler Options, in place of the advanced inputs. What both set in different "
+                    "ways is an error.",
                 ),
-                widget(SamplingSettings, "spacing"),
-                widget(SamplingSettings, "start_step"),
-                end_step_widget(),
-                widget(SamplingSettings, "add_noise"),
-                widget(TrainingConfig, "recipe_overrides", kind=io.String, default=""),
-                widget(SamplingSettings, "first_block_cache"),
             ],
             outputs=[io.Latent.Output("latent", tooltip="The generated latents, for VAE Decode.")],
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        positive,
-        latent,
-        seed,
-        steps,
-        guidance,
-        tail_bias,
-        denoise,
-        negative=None,
-        flow_shift="recipe",
-        flow_shift_value=1.0,
-        method: Method = "euler",
-        recipe="canonical",
-        spacing: Spacing = "linear",
-        start_step=0,
-        end_step=0,
-        add_noise=True,
-        recipe_overrides="",
-        first_block_cache=0.0,
-    ) -> io.NodeOutput:
-        shift = flow_shift_of(flow_shift, flow_shift_value)
-        part = start_step, end_step or None, add_noise
-        settings = SamplingSettings(
-            steps, guidance, seed, tail_bias, shift, method, denoise, spacing, *part, first_block_cache
-        )
-        rules = find_recipe(recipe, parse_overrides(recipe_overrides))
+    def execute(cls, model, positive, latent, negative=None, options=None, **widgets: Any) -> io.NodeOutput:
+        widgets = with_options("Chroma Sampler", widgets, options, defaults_of(sampler_options().values()))
+        settings, rules = settings_of(**widgets)
         with host.working():
             return io.NodeOutput(_sample(model, positive, negative, latent, settings, rules))
+
+
+def settings_of(
+    flow_shift: str = "recipe",
+    flow_shift_value: float = 1.0,
+    end_step: int = 0,
+    recipe: str = "canonical",
+    recipe_overrides: str = "",
+    **fields: Any,
+) -> tuple[SamplingSettings, Recipe]:
+    """What the sampler's widgets mean. Raises ConfigError."""
+    shift = flow_shift_of(flow_shift, flow_shift_value)
+    settings = SamplingSettings(flow_shift=shift, end_step=end_step or None, **fields)
+    return settings, find_recipe(recipe, parse_overrides(recipe_overrides))
+
+
+class ChromaSamplerOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "sampling",
+            node_id="ChromaSamplerOptions",
+            display_name="Chroma Sampler Options",
+            description="What few images need: another sampler, scheduler, flow shift or recipe, a part of the steps. "
+            "For Chroma Sampler.",
+            search_aliases=["sampler name", "scheduler", "flow shift", "start at step", "end at step", "recipe"],
+            inputs=unfolded(sampler_options().values()),
+            outputs=[ChromaSamplerOptionsType.Output("options", tooltip="For the options of Chroma Sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, **widgets: Any) -> io.NodeOutput:
+        return io.NodeOutput(changed(widgets, defaults_of(sampler_options().values())))
 
 
 def _sample(
@@ -229,7 +257,8 @@ def _sample(
     format_ = FLUX_LATENTS
     samples, notice = crop_latents(latent, format_, recipe.size_multiple)
     said = f"{notice}\nRecipe {recipe.describe()}".strip()
-    host.say(said)
+    tell = host.warn if notice else host.say
+    tell(said)
     B, _, rows, columns = samples.shape
     mask = noise_mask(latent, recipe.size_multiple // format_.downscale)
     matrix = host.components.preview_matrix(model.spec, device) if host.wants_previews() else None
@@ -244,7 +273,7 @@ def _sample(
         image = None if matrix is None else preview_image(info.denoised_BCHW, matrix)
         progress.step(info.step, info.steps, image)
         if settings.first_block_cache and info.step == info.steps:
-            host.say(f"{said}\nApproximate: the first-block cache cut {info.cut_short:.0%} of the passes short.")
+            tell(f"{said}\nApproximate: the first-block cache cut {info.cut_short:.0%} of the passes short.")
 
     host.make_room(0)  # a transformer that is loaded already still needs room to compute
     with host.components.transformer(model, device) as transformer:
@@ -340,4 +369,4 @@ def _encode(text: str, spec: ModelSpec, recipe: Recipe) -> list:
     return to_conditioning(host.components.text_encoder(spec, host.device()).encode(text, recipe), spec, recipe)
 
 
-NODES = [ChromaTextEncode, ChromaEmptyLatent, ChromaSampler]
+NODES = [ChromaTextEncode, ChromaEmptyLatent, ChromaSampler, ChromaSamplerOptions]

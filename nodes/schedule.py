@@ -49,6 +49,7 @@ class ChromaTailSigmas(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "sampling",
             node_id="ChromaTailSigmas",
             display_name="Chroma Tail Sigmas",
             description="Chroma Sampler's schedule as SIGMAS, for ComfyUI's SamplerCustomAdvanced.",
@@ -70,7 +71,7 @@ class ChromaTailSigmas(io.ComfyNode):
                     for side in ("width", "height")
                 ),
                 widget(SamplingSettings, "denoise"),
-                widget(SamplingSettings, "spacing"),
+                widget(SamplingSettings, "spacing", display_name="scheduler"),
                 widget(SamplingSettings, "start_step"),
                 end_step_widget(),
             ],

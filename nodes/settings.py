@@ -1,15 +1,17 @@
-"""Training settings beyond the common knobs."""
+"""Training settings beyond the common knobs: all of them in one node, and by subject in nodes that are chained."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from copy import copy
+from typing import Any, ClassVar
 
 from comfy_api.latest import io
 
 from ..chroma_core.lora.strengths import parse_blocks
 from ..chroma_core.sampling.recipe import parse_overrides
 from ..chroma_core.training.config import LoraConfig, ObjectiveConfig, PreserveConfig, PreviewConfig, TrainingConfig
-from .option_widgets import ADVANCED, lines, nested, values_at, widget
+from .option_widgets import ADVANCED, changed, defaults_of, lines, nested, unfolded, values_at, widget, with_options
 from .schedule import SHIFTS, flow_shift_of, shift_value, shift_widgets
 from .sockets import ChromaTrainingType, TrainingPart, schema
 
@@ -106,15 +108,41 @@ WIDGETS: dict[str, Any] = {
 PATHS: dict[str, str] = {name: path for name, path in WIDGETS.items() if isinstance(path, str)}
 
 
-def _input(name: str, path: str) -> Any:
-    section, _, field = path.rpartition(".")
-    return widget(SECTIONS[section], field, name)
+SEEN = (
+    "gradient_accumulation", "warmup_steps", "lr_schedule", "weight_decay", "sigma_draw", "sigma_remap",
+    "checkpoint_every", "validate_every", "preview_steps", "preview_guidance",
+)  # fmt: skip
+"""The widgets of Chroma Training Settings that are not folded."""
+
+
+def _inputs(*names: str) -> list[Any]:
+    """The widgets of these names, or all, folded where Chroma Training Settings folds them."""
+    found = []
+    for name in names or WIDGETS:
+        section, _, field = PATHS.get(name, "").rpartition(".")
+        made = widget(SECTIONS[section], field, name) if name in PATHS else copy(WIDGETS[name])
+        made.advanced = None if name in SEEN else True
+        found.append(made)
+    return found
+
+
+def _linked() -> Any:
+    return ChromaTrainingType.Input(
+        "settings",
+        optional=True,
+        tooltip="From another node with training settings. What both set in different ways is an error.",
+    )
+
+
+def _output() -> Any:
+    return ChromaTrainingType.Output("settings", tooltip="For Chroma Train LoRA, or the next node with settings.")
 
 
 class ChromaTrainingSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "training",
             node_id="ChromaTrainingSettings",
             display_name="Chroma Training Settings",
             description="Everything about training beyond the common knobs of Chroma Train LoRA. What you leave "
@@ -135,13 +163,114 @@ class ChromaTrainingSettings(io.ComfyNode):
                 "differential output preservation",
                 "blank preservation",
             ],
-            inputs=[_input(name, PATHS[name]) if name in PATHS else own for name, own in WIDGETS.items()],
-            outputs=[ChromaTrainingType.Output("settings", tooltip="For Chroma Train LoRA.")],
+            inputs=[*_inputs(), _linked()],
+            outputs=[_output()],
         )
 
     @classmethod
-    def execute(cls, **inputs: Any) -> io.NodeOutput:
-        return io.NodeOutput(TrainingPart(settings_from(inputs)))
+    def execute(cls, settings: TrainingPart | None = None, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(joined("Chroma Training Settings", inputs, settings))
+
+
+def joined(node: str, inputs: Mapping[str, Any], linked: TrainingPart | None) -> TrainingPart:
+    """A node's widgets with the settings that are linked to it. Raises ConfigError where the two disagree."""
+    defaults = defaults_of(_inputs())
+    options = with_options(node, changed(inputs, defaults), linked and linked.options, defaults)
+    return TrainingPart(settings_from({**defaults, **options}), options)
+
+
+class Subject(io.ComfyNode):
+    """A node with the training settings of one subject; the settings of another may be linked to it."""
+
+    node_id: ClassVar[str]
+    title: ClassVar[str]
+    says: ClassVar[str]
+    aliases: ClassVar[list[str]]
+    names: ClassVar[tuple[str, ...]]
+    """Widgets of Chroma Training Settings: the first ten are seen."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "training",
+            node_id=cls.node_id,
+            display_name=cls.title,
+            description=f"{cls.says} For Chroma Train LoRA; chain several.",
+            search_aliases=cls.aliases,
+            inputs=[*unfolded(_inputs(*cls.names)), _linked()],
+            outputs=[_output()],
+        )
+
+    @classmethod
+    def execute(cls, settings: TrainingPart | None = None, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(joined(cls.title, inputs, settings))
+
+
+class ChromaOptimizerSettings(Subject):
+    node_id = "ChromaOptimizerSettings"
+    title = "Chroma Optimizer Settings"
+    says = "The optimizer and how the learning rate goes."
+    aliases = ["adamw", "prodigy", "adafactor", "learning rate schedule", "cosine", "warmup", "weight decay", "ema"]
+    names = (
+        "optimizer", "lr_schedule", "warmup_steps", "lr_cycles", "lr_power", "lr_pattern", "weight_decay",
+        "max_grad_norm", "ema_decay",
+    )  # fmt: skip
+
+
+class ChromaNoiseSettings(Subject):
+    node_id = "ChromaNoiseSettings"
+    title = "Chroma Noise Settings"
+    says = "Which noise levels are trained how often, and the loss."
+    aliases = ["timestep sampling", "sigmas", "timestep bias", "flow shift", "huber loss", "noise offset"]
+    names = (
+        "sigma_draw", "sigma_remap", "sigma_scale", "sigma_shift", "sigma_shift_value", "sigma_minimum",
+        "sigma_maximum", "loss", "huber_delta", "noise_offset", "prior_weight", "pair_noise", "text_padding",
+        "sigma_shift_first",
+    )  # fmt: skip
+
+
+class ChromaPreviewSettings(Subject):
+    node_id = "ChromaPreviewSettings"
+    title = "Chroma Preview Settings"
+    says = "How the previews are sampled that training makes."
+    aliases = ["sample images", "preview size", "sample steps", "validation prompts", "negative prompt"]
+    names = (
+        "preview_steps", "preview_guidance", "preview_seed", "preview_width", "preview_height", "preview_negative",
+        "preview_method", "preview_spacing", "preview_tail_bias", "recipe", "recipe_overrides",
+    )  # fmt: skip
+
+
+class ChromaSavingSettings(Subject):
+    node_id = "ChromaSavingSettings"
+    title = "Chroma Saving Settings"
+    says = "What is measured on held-out images, and what is kept when."
+    aliases = ["hold out", "validation loss", "overfitting", "checkpoints", "save every", "best step", "tensorboard"]
+    names = (
+        "hold_out", "validate_every", "stop_when_memorising", "keep_best", "keep_loras", "checkpoint_every",
+        "checkpoint_minutes", "keep_checkpoints", "save_dtype", "tensorboard",
+    )  # fmt: skip
+
+
+class ChromaAdapterSettings(Subject):
+    node_id = "ChromaAdapterSettings"
+    title = "Chroma Adapter Settings"
+    says = "What is trained, and what has to stay as it is."
+    aliases = ["dora", "lokr", "rslora", "dropout", "target modules", "full finetune", "prior preservation"]
+    names = (
+        "adapter", "dropout", "target_patterns", "preserve_class", "preserve_class_word", "preserve_blank",
+        "preserve_prompts", "preserve_prompts_weight", "preserve_images", "preserve_share", "full_rank_blocks",
+    )  # fmt: skip
+
+
+class ChromaSpeedSettings(Subject):
+    node_id = "ChromaSpeedSettings"
+    title = "Chroma Speed Settings"
+    says = "Memory against time: checkpointing, compiling, accumulation."
+    aliases = ["gradient checkpointing", "compile", "gradient accumulation", "deterministic", "less memory", "faster"]
+    names = (
+        "gradient_accumulation", "gradient_checkpointing", "checkpointing_interval", "compile", "compile_auto",
+        "deterministic",
+    )  # fmt: skip
 
 
 def settings_from(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -190,4 +319,14 @@ def sigma_fields(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**plain, "flow_shift": flow_shift_of(inputs["sigma_shift"], inputs["sigma_shift_value"])}
 
 
-NODES = [ChromaTrainingSettings]
+SUBJECTS: list[type[Subject]] = [
+    ChromaOptimizerSettings,
+    ChromaNoiseSettings,
+    ChromaPreviewSettings,
+    ChromaSavingSettings,
+    ChromaAdapterSettings,
+    ChromaSpeedSettings,
+]
+"""Each option of Chroma Training Settings belongs to one of them."""
+
+NODES = [ChromaTrainingSettings, *SUBJECTS]

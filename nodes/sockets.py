@@ -6,7 +6,7 @@ A link carries a handle, an id or plain settings, never a loaded model: ComfyUI 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -28,6 +28,9 @@ ChromaTextEncoder = io.Custom("CHROMA_TEXT_ENCODER")
 """A `ModelSpec`."""
 ChromaDatasetType = io.Custom("CHROMA_DATASET")
 """A tuple of `DatasetConfig`s, the main one first."""
+ChromaDatasetOptionsType = io.Custom("CHROMA_DATASET_OPTIONS")
+ChromaSamplerOptionsType = io.Custom("CHROMA_SAMPLER_OPTIONS")
+"""The last two: `Options`."""
 ChromaTrainingType = io.Custom("CHROMA_TRAINING")
 """A `TrainingPart`."""
 ChromaJob = io.Custom("CHROMA_JOB")
@@ -39,7 +42,11 @@ OURS = "chromakit"
 
 class TrainingPart(dict[str, Any]):
     """A part of a `TrainingConfig` that Chroma Training Settings made: JSON in a prompt is none, as it could name any
-    file."""
+    file. `options` are the widgets that it was made of, as far as they are not at their default."""
+
+    def __init__(self, values: Mapping[str, Any], options: Mapping[str, Any]):
+        super().__init__(values)
+        self.options = dict(options)
 
 
 _UNSUPPORTED = {
@@ -54,10 +61,10 @@ _UNSUPPORTED = {
 }
 
 
-def schema(**options: Any) -> io.Schema:
-    """An `io.Schema` without the options that an older host does not know yet."""
+def schema(family: str, **options: Any) -> io.Schema:
+    """An `io.Schema` below `family` in the menu, without the options that an older ComfyUI does not know yet."""
     known = {field.name for field in fields(io.Schema)}
-    return io.Schema(category="Chroma", **{name: value for name, value in options.items() if name in known})
+    return io.Schema(category=f"Chroma/{family}", **{name: value for name, value in options.items() if name in known})
 
 
 def whole_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
@@ -67,7 +74,8 @@ def whole_spec(model: ModelHandle, text_encoder: ModelSpec) -> ModelSpec:
             f"The model is '{model.spec.folder or model.spec.flavour}', but the text encoder belongs to "
             f"'{text_encoder.folder or text_encoder.flavour}'. Link both from the same Chroma Load Model."
         )
-    return replace(model.spec, text_precision=text_encoder.text_precision)
+    own = ("text_precision", "text_encoder", "tokenizer")
+    return replace(model.spec, **{name: getattr(text_encoder, name) for name in own})
 
 
 def to_conditioning(condition: TextCondition, spec: ModelSpec, recipe: Recipe = CANONICAL) -> list[list[Any]]:

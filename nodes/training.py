@@ -39,6 +39,7 @@ class ChromaTrainLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "training",
             node_id="ChromaTrainLora",
             display_name="Chroma Train LoRA",
             description="Makes sure that a training job with these settings exists, and returns at once: it trains "
@@ -63,12 +64,14 @@ class ChromaTrainLora(io.ComfyNode):
                 widget(TrainingConfig, "name", default="my-lora"),
                 widget(TrainingConfig, "steps"),
                 widget(LoraConfig, "rank"),
-                widget(LoraConfig, "alpha", default=0.0, tooltip="Scale: alpha / rank. 0: the same as rank."),
+                widget(
+                    LoraConfig, "alpha", default=0.0, tooltip="Scale: alpha / rank. 0: the same as rank.", advanced=True
+                ),
                 widget(TrainingConfig, "learning_rate"),
                 widget(LoraConfig, "target"),
                 widget(TrainingConfig, "batch_size"),
                 # else the page would draw a new seed, and so another job, at every queue
-                widget(TrainingConfig, "seed", control_after_generate=False),
+                widget(TrainingConfig, "seed", control_after_generate=False, advanced=True),
                 io.String.Input(
                     "preview_prompt",
                     multiline=True,
@@ -85,7 +88,11 @@ class ChromaTrainLora(io.ComfyNode):
                     "interrupted or failed), "
                     "resume also goes on with a stopped one, restart trains again from nothing.",
                 ),
-                ChromaTrainingType.Input("settings", optional=True, tooltip="From Chroma Training Settings."),
+                ChromaTrainingType.Input(
+                    "settings",
+                    optional=True,
+                    tooltip="From Chroma Training Settings, or from nodes with the settings of one subject, chained.",
+                ),
                 ChromaDatasetType.Input(
                     "validation_dataset",
                     optional=True,
@@ -203,6 +210,7 @@ class ChromaWaitForTraining(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "training",
             node_id="ChromaWaitForTraining",
             display_name="Chroma Wait for Training",
             description="Holds this prompt until the job has ended, then hands on the LoRA. Cancel stops the job, "
@@ -265,6 +273,7 @@ class ChromaUseStep(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "training",
             node_id="ChromaUseStep",
             display_name="Chroma Use Step",
             description="The LoRA of one step of a training job, also while it still trains. It is put into "
@@ -313,6 +322,7 @@ class ChromaTrainingStatus(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
+            "training",
             node_id="ChromaTrainingStatus",
             display_name="Chroma Training Status",
             description="How a job is doing right now: state and losses in words, the latest previews, the loss "

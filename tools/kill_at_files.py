@@ -2,17 +2,21 @@
 
     OMP_NUM_THREADS=1 python -m tools.kill_at_files
     OMP_NUM_THREADS=1 python -m tools.kill_at_files --every 40
+    OMP_NUM_THREADS=1 python -m tools.kill_at_files --by full --first 100 --last 199
 
 A short job writes, syncs, renames and removes some hundred times. Trial n is a process that runs it and is killed
-(SIGKILL) at its n-th operation: a write is half done then, all others have not begun. Another process resumes the job.
-Processes are forked from one that has run the job, so that a trial takes a second or two. The last line is `identical K
-of N`, and the exit status is 0 when K = N. Not on Windows.
+(SIGKILL) at its n-th operation: a write is half done then, all others have not begun. With `--by` the operation fails
+instead: once, with an I/O error (`error`) or for lack of a permission (`denied`), or it and all that write after it for
+lack of space (`full`). The job must then not be, be completed, or be paused or failed in words. Another process resumes
+it. Processes are forked from one that has run the job, so that a trial takes a second or two. The last line is
+`identical K of N`, and the exit status is 0 when K = N. Not on Windows.
 """
 
 from __future__ import annotations
 
 import argparse
 import builtins
+import errno
 import io
 import os
 import pathlib
@@ -29,8 +33,11 @@ from unittest import mock
 
 import torch
 
+from chroma_core.errors import JobError
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.blocking import run_job
+from chroma_core.training.jobs.job import ACTIVE
+from chroma_core.training.jobs.manager import JobManager
 from tools.kill_resume import JOBS, job_config, reached, same_result, write_images
 
 Told = Callable[[str, str, Callable[[], None]], None]
@@ -134,20 +141,52 @@ class _Told:
         return self._file.truncate(*args)
 
 
-def run(config: TrainingConfig, output: Path, kill_at: int = 0) -> tuple[str, list[str]]:
-    """Run or resume the job in `output`; returns its final state, and what it did to files. Dies at operation
-    `kill_at`, counted from 1."""
-    done: list[str] = []
+FAULTS = {"error": errno.EIO, "denied": errno.EACCES, "full": errno.ENOSPC}
+"""How an operation may fail; `full` goes on failing, but for what makes room."""
+SECONDS = 600
+"""How long a trial may take before it counts as stuck."""
 
-    def told(kind: str, path: str, half: Callable[[], None]) -> None:
-        done.append(kind)
-        if len(done) == kill_at:
-            half()
+
+class Fault:
+    """What happens to the operations of a process: at number `at`, counted from 1, it is killed, or one of `FAULTS`."""
+
+    def __init__(self, by: str = "kill", at: int = 0):
+        self.by, self.at, self.done = by, at, list[str]()
+
+    def told(self, kind: str, path: str, half: Callable[[], None]) -> None:
+        self.done.append(kind)
+        number = len(self.done)
+        goes_on = self.by == "full" and 0 < self.at < number and kind != "remove"
+        if number != self.at and not goes_on:
+            return
+        half()
+        if self.by == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(FAULTS[self.by], os.strerror(FAULTS[self.by]), path)
 
-    with FileOperations(output, told).watched():
-        status = run_job(config, output / "jobs", output / "loras", "cpu")
-    return status["state"], done
+
+def run(config: TrainingConfig, output: Path, fault: Fault) -> bool:
+    """Run or resume the job in `output`; whether it is completed."""
+    with FileOperations(output, fault.told).watched():
+        return run_job(config, output / "jobs", output / "loras", "cpu")["state"] == "completed"
+
+
+def survived(config: TrainingConfig, output: Path, fault: Fault) -> bool:
+    """Begin the job in `output`, and say what a fault makes of it; whether that is one of the ends it may come to."""
+    with FileOperations(output, fault.told).watched():
+        try:
+            manager = JobManager(output / "jobs", output / "loras", "cpu")
+            job = manager.ensure(config)
+        except (JobError, OSError) as error:
+            print(f"      refused: {error}")
+            return not any(output.glob("jobs/*/job.json"))
+        while job.state in ACTIVE and job.state != "paused":
+            job.wait(0.05)
+        status = job.status()
+        print(f"      {status['state']} at step {status['step']}: {status['message'] or status['warnings']}")
+        if status["state"] == "paused":
+            return "nothing is lost" in status["message"]
+        return status["state"] == "completed" or (status["state"] == "failed" and bool(status["message"]))
 
 
 def forked(work: Callable[[], object]) -> int:
@@ -157,46 +196,54 @@ def forked(work: Callable[[], object]) -> int:
     child = os.fork()
     if not child:
         status = 2
+        signal.alarm(SECONDS)
         try:
             status = 0 if work() else 1
         finally:
+            sys.stdout.flush()
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_at_each(config: TrainingConfig, work: Path, every: int = 1, first: int = 1) -> tuple[int, list[str]]:
-    """Kill the job at each `every`-th operation from the `first` one on.
+def disturb_each(
+    config: TrainingConfig, work: Path, by: str = "kill", numbers: slice = slice(None)
+) -> tuple[int, list[str]]:
+    """Kill the job at each of its operations with these numbers, counted from 0, or let each fail.
 
     Returns how often, and what did not go on to the same end.
     """
     torch.set_num_threads(1)
-    state, operations = run(config, work / "reference")
-    assert state == "completed", state
-    counts = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(operations).items()))
-    print(f"{len(operations)} operations: {counts}")
-    kills, wrong = 0, list[str]()
-    for number in range(first, len(operations) + 1, every):
+    plain = Fault()
+    assert run(config, work / "reference", plain), "the job failed"
+    counts = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(plain.done).items()))
+    print(f"{len(plain.done)} operations: {counts}")
+    begin = run if by == "kill" else survived
+    disturbed, wrong = 0, list[str]()
+    for number in range(1, len(plain.done) + 1)[numbers]:
         output = work / f"trial-{number}"
-        killed = forked(lambda number=number, output=output: run(config, output, number)[0] == "completed")
-        if not killed:
+        first = forked(lambda number=number, output=output: begin(config, output, Fault(by, number)))
+        if not first and by == "kill":
             print(f"{number:4d}: it was over")  # `job.json` is written now and then, by the clock
             continue
-        kills += 1
-        place = f"{operations[number - 1]}, {reached(output)}"
-        ended = forked(lambda output=output: run(config, output)[0] == "completed")
-        if killed == -signal.SIGKILL and ended == 0 and same_result(work / "reference", output):
+        disturbed += 1
+        place = f"{plain.done[number - 1]}, {reached(output)}"
+        then = forked(lambda output=output: run(config, output, Fault()))
+        expected = -signal.SIGKILL if by == "kill" else 0
+        if first == expected and then == 0 and same_result(work / "reference", output):
             shutil.rmtree(output)
         else:
-            place += f" -> ended with {killed}, then with {ended}"
+            place += f" -> ended with {first}, then with {then}"
             wrong.append(f"{number}: {place}")
         print(f"{number:4d}: {place}", flush=True)
-    return kills, wrong
+    return disturbed, wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", type=int, default=1, help="kill at each n-th operation (default: at all)")
-    parser.add_argument("--first", type=int, default=1, help="of them, counted from 1 (default: 1)")
+    parser.add_argument("--every", type=int, default=1, help="at each n-th operation (default: at all)")
+    parser.add_argument("--first", type=int, default=1, help="from this one on, counted from 1 (default: 1)")
+    parser.add_argument("--last", type=int, default=None, help="up to this one (default: the last)")
+    parser.add_argument("--by", choices=("kill", *FAULTS), default="kill", help="what happens (default: kill)")
     parser.add_argument("--steps", type=int, default=3, help="length of the job (default: 3)")
     parser.add_argument("--job", choices=JOBS, default="dora", help="which (default: dora)")
     parser.add_argument("--model", default=None, help="a diffusers folder instead of the embedded tiny model")
@@ -206,8 +253,9 @@ def main() -> int:
         data = write_images(Path(work, "pictures"), 0, count=2)
         write_images(Path(work, "pictures-2"), 1, count=2, size=(128, 64))
         config = TrainingConfig.parse(job_config(data, model, options.steps, options.job))
-        kills, wrong = kill_at_each(config, Path(work), options.every, options.first)
-    print(*wrong, f"identical {kills - len(wrong)} of {kills}", sep="\n")
+        numbers = slice(options.first - 1, options.last, options.every)
+        disturbed, wrong = disturb_each(config, Path(work), options.by, numbers)
+    print(*wrong, f"identical {disturbed - len(wrong)} of {disturbed}", sep="\n")
     return 1 if wrong else 0
 
 

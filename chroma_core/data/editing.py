@@ -1,7 +1,7 @@
-"""A dataset folder being made: what is in it, image by image; captions written, images set aside, crops moved.
+"""A dataset folder being made: what is in it, image by image; captions written, crops moved, files exchanged.
 
-Nothing is deleted: an image that is taken out goes, with its caption and mask, into a numbered folder below `.removed`,
-which a scan does not look into, and comes back from there. A caption is written only over the text that its writer saw.
+Nothing is deleted: what is taken out goes into a numbered folder below `.removed`, which a scan does not look into, and
+comes back from there. A caption is written only over the text that its writer saw. What was done is kept by `history`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from ..files import replace, write_atomic, write_json
 from .buckets import choose_bucket, crop_box
 from .captions import contains_trigger, read_captions
 from .dataset import DatasetConfig
-from .images import ImageFacts, UnreadableImage, image_extensions
+from .images import ImageFacts, UnreadableImage, can_convert, image_extensions, known_extensions
 from .remembered import Remembered
 from .scan import DatasetScan, scan
 from .views import CENTRE, CROPS, CROPS_FORMAT, is_mask, mask_file, read_crops
 from .warnings import image_warnings
 
 REMOVED = ".removed"
+SWAPPED = ".swapped"
 CAPTION = ".txt"
 
 
@@ -41,7 +42,8 @@ class Entry(TypedDict):
     right, bottom, as shares of its width and height. crop: where the frame lies on the overhang, 0..1. caption: the
     text of its caption file, "" without one; None when that cannot be read. skipped: why it is not trained on; empty
     when it is. notes: what to warn of. twin: the name of the first image with the same content, if that is another
-    one. version: changes when the file does.
+    one. version: changes when the file does. mask: the same of its loss mask; empty without one. convertible: it is in
+    a format that is not read, and can be made a PNG.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Entry(TypedDict):
     notes: list[str]
     twin: str
     version: str
+    mask: str
+    convertible: bool
 
 
 class StandIn(TypedDict):
@@ -85,7 +89,7 @@ def entries(config: DatasetConfig, size: int, known: Remembered) -> tuple[list[E
     skipped, warned = dict(found.skipped), image_warnings(config, found.items, size)
     used = {item.name: item for item in found.items}
     firsts: dict[str, str] = {}
-    made = []
+    made: list[Entry] = []
     for name in sorted([*used, *skipped], key=lambda name: os.path.normcase(name).split("/")):
         path, facts, digest = folder / name, None, ""
         try:
@@ -107,9 +111,34 @@ def entries(config: DatasetConfig, size: int, known: Remembered) -> tuple[list[E
                 notes=warned.get(name, []),
                 twin=first if first != name else "",
                 version=_version(path),
+                mask=_version(mask_file(path)),
+                convertible=False,
             )
         )
-    return made, found
+    made += [_foreign(folder / name, name) for name in found.foreign]
+    return sorted(made, key=lambda entry: os.path.normcase(entry["name"]).split("/")), found
+
+
+def _foreign(path: Path, name: str) -> Entry:
+    """An image in a format that is not read."""
+    convertible = can_convert(path)
+    mend = "Convert it" if convertible else "Save it as PNG or JPEG"
+    if path.suffix.lower() in (".heic", ".heif", ".jxl"):
+        mend += f", or install {'pillow-jxl-plugin' if path.suffix.lower() == '.jxl' else 'pillow-heif'} for ComfyUI"
+    return Entry(
+        name=name,
+        size=None,
+        bucket=None,
+        frame=None,
+        crop=CENTRE,
+        caption=caption_text(path),
+        skipped=f"{path.suffix} files are not read. {mend}.",
+        notes=[],
+        twin="",
+        version=_version(path),
+        mask="",
+        convertible=convertible,
+    )
 
 
 def _frame(
@@ -132,15 +161,15 @@ def _version(path: Path) -> str:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def image_path(folder: Path, name: str) -> Path:
-    """The image of that name in a dataset folder. Raises DataError for any other file, and for one that a link to
-    another place leads to."""
+def image_path(folder: Path, name: str, foreign: bool = False) -> Path:
+    """The image of that name in a dataset folder; with `foreign` also one in a format that is not read. Raises
+    DataError for any other file, and for one that a link to another place leads to."""
     parts = name.split("/")
     try:
         path = folder.joinpath(*parts)
         ours = (
             not any(part.startswith(".") or not part or "\\" in part for part in parts)
-            and path.suffix.lower() in image_extensions()
+            and path.suffix.lower() in (known_extensions() if foreign else image_extensions())
             and path.is_file()
             and path.parent.resolve().is_relative_to(folder.resolve())
         )
@@ -172,10 +201,11 @@ def caption_text(image: Path) -> str | None:
         return ""
     except (OSError, UnicodeDecodeError, DataError):
         return None
-    return _plain(text)
+    return plain(text)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """A caption as its file holds it."""
     return text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
 
 
@@ -193,7 +223,7 @@ def write_captions(folder: Path, texts: Mapping[str, str], seen: Mapping[str, st
         ConfigError: a text that no file can hold.
     """
     check_text(dict(texts))
-    files = {name: caption_path(image_path(folder, name)) for name in texts}
+    files = {name: caption_path(image_path(folder, name, foreign=True)) for name in texts}
     other = [name for name in texts if name in seen and caption_text(folder / name) != seen[name]]
     if other:
         raise Changed(
@@ -201,7 +231,7 @@ def write_captions(folder: Path, texts: Mapping[str, str], seen: Mapping[str, st
             "edit them again."
         )
     for name, path in files.items():
-        write_atomic(path, _plain(texts[name]) + "\n" if texts[name].strip() else "")
+        write_atomic(path, plain(texts[name]) + "\n" if texts[name].strip() else "")
 
 
 def move_crops(folder: Path, crops: Mapping[str, float]) -> None:
@@ -218,45 +248,53 @@ def move_crops(folder: Path, crops: Mapping[str, float]) -> None:
     write_json(path, {"format": CROPS_FORMAT, "crops": {name: at for name, at in now.items() if at != CENTRE}})
 
 
-def set_aside(folder: Path, names: Sequence[str]) -> str:
-    """Move images out of the dataset, each with its caption and mask; returns the batch, for `bring_back`.
+def files_of(folder: Path, names: Sequence[str]) -> list[str]:
+    """Images with their captions and masks, as names in the folder. Raises DataError for a name that is none.
 
-    A caption that an image of another format shares stays with that one. Raises DataError for a name that is none.
+    A caption that an image of another format shares stays with that one.
     """
-    moved = [image_path(folder, name) for name in dict.fromkeys(names)]
-    if not moved:
-        raise DataError("No image is named. Name at least one.")
-    leaving, files = set(moved), list(moved)
-    for path in moved:
+    images = [image_path(folder, name, foreign=True) for name in dict.fromkeys(names)]
+    leaving, files = set(images), list(images)
+    for path in images:
         others = path.parent.glob(f"{_literal(path.stem)}.*")
         if not any(other.suffix.lower() in image_extensions() and other not in leaving for other in others):
             files += [each for each in (caption_path(path), mask_file(path)) if each.is_file() and not is_mask(path)]
-    root = _removed_folder(folder)
-    batch = str(1 + max((int(each.name) for each in root.glob("*") if each.name.isdecimal()), default=0))
-    for path in dict.fromkeys(files):
-        _move(path, folder, f"{REMOVED}/{batch}/{path.relative_to(folder).as_posix()}")
-    return batch
+    return [path.relative_to(folder).as_posix() for path in dict.fromkeys(files)]
 
 
-def bring_back(folder: Path, batch: str) -> list[str]:
-    """Move what `set_aside` moved back to its places; returns the images' names.
-
-    Raises DataError for an unknown batch, Changed when something stands in one of the places: then nothing is moved.
-    """
-    root = _removed_folder(folder) / batch
+def files_aside(folder: Path, batch: str) -> list[str]:
+    """What lies in a numbered folder below `.removed`, as names in the dataset. Raises DataError when nothing does."""
+    root = removed_folder(folder) / batch
     files = sorted(path for path in root.rglob("*") if path.is_file()) if batch.isdecimal() and root.is_dir() else []
     if not files:
         raise DataError(f"There is nothing removed under the number '{batch[:20]}' in the dataset '{folder.name}'.")
-    names = [path.relative_to(root).as_posix() for path in files]
-    if taken := [name for name in names if (folder / name).exists()]:
+    return [path.relative_to(root).as_posix() for path in files]
+
+
+def exchange(folder: Path, batch: str, leaving: Sequence[str], coming: Sequence[str]) -> None:
+    """Move files out of the dataset into a numbered folder below `.removed`, and others from there to their places.
+
+    A name may be both: the two files change places. Raises Changed, and moves nothing, when a file is gone, or another
+    one stands where one is to come.
+    """
+    root = removed_folder(folder) / batch
+    if taken := [name for name in coming if name not in leaving and (folder / name).exists()]:
         raise Changed(
             f"There is a file of that name in the dataset again: {first_few(taken)}. Rename or remove it first."
         )
-    for path, name in zip(files, names, strict=True):
-        _move(path, folder, name)
+    places = [(folder, name) for name in leaving] + [(root, name) for name in coming]
+    if gone := [name for place, name in places if not (place / name).is_file()]:
+        raise Changed(f"A file is no longer where it was: {first_few(gone)}. Refresh.")
+    both = set(leaving) & set(coming)
+    for name in leaving:
+        _move(folder / name, folder, f"{REMOVED}/{batch}/{name}{SWAPPED if name in both else ''}")
+    for name in coming:
+        _move(root / name, folder, name)
+    for name in both:
+        replace(root / f"{name}{SWAPPED}", root / name)
     for where in sorted((path for path in (root, *root.rglob("*")) if path.is_dir()), reverse=True):
-        where.rmdir()
-    return [name for path, name in zip(files, names, strict=True) if _is_image(path)]
+        if not any(where.iterdir()):
+            where.rmdir()
 
 
 def removed(folder: Path) -> dict[str, list[str]]:
@@ -264,17 +302,19 @@ def removed(folder: Path) -> dict[str, list[str]]:
     root = folder / REMOVED
     batches = sorted((each for each in root.glob("*") if each.name.isdecimal()), key=lambda each: -int(each.name))
     found = {
-        batch.name: sorted(path.relative_to(batch).as_posix() for path in batch.rglob("*") if _is_image(path))
+        batch.name: sorted(path.relative_to(batch).as_posix() for path in batch.rglob("*") if is_image(path))
         for batch in batches
     }
     return {batch: names for batch, names in found.items() if names}
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in image_extensions() and not is_mask(path)
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its name, read here or not, and no mask."""
+    return path.suffix.lower() in known_extensions() and not is_mask(path)
 
 
-def _removed_folder(folder: Path) -> Path:
+def removed_folder(folder: Path) -> Path:
+    """Where what is taken out of a dataset lies. Raises DataError when it is a link."""
     root = folder / REMOVED
     if root.is_symlink():
         raise DataError(f"'{REMOVED}' in the dataset '{folder.name}' is a link to another place. Remove the link.")

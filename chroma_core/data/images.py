@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from .buckets import choose_bucket
 from .dataset import DatasetConfig
 
 OTHER_EXTENSIONS = {
-    ".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".psd", ".svg", ".tga",
-    ".xcf",
+    ".arw", ".avif", ".cr2", ".cr3", ".dds", ".dng", ".exr", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jpe", ".jxl",
+    ".nef", ".pcx", ".ppm", ".psd", ".qoi", ".svg", ".tga", ".xcf",
 }  # fmt: skip
 """Images that are not read here, unless `image_extensions` has them; a dataset that has some says so."""
 
@@ -55,6 +56,11 @@ def image_extensions() -> frozenset[str]:
     known = Image.registered_extensions()
     more = {ending for ending in (".avif", ".heic", ".heif", ".jxl") if known.get(ending) in Image.OPEN}
     return frozenset(_USUAL | more)
+
+
+def known_extensions() -> frozenset[str]:
+    """How the names of images end, read here or not."""
+    return image_extensions() | OTHER_EXTENSIONS
 
 
 class UnreadableImage(Exception):
@@ -112,6 +118,26 @@ def load_image(path: Path, background: str = "white", least: int = 0) -> Image.I
             return _upright(opened, "RGB", lambda strip: _flat(strip, background, scale))
     except _UNREADABLE as error:
         raise UnreadableImage(reason(error)) from error
+
+
+def can_convert(path: Path) -> bool:
+    """Whether Pillow knows what this file is, whatever its name says."""
+    try:
+        with Image.open(path) as image:
+            _check_size(image)
+            return True
+    except _UNREADABLE:
+        return False
+
+
+def as_png(path: Path) -> bytes:
+    """An image as `load_image` has it, with its transparency, as a PNG. Raises UnreadableImage."""
+    image, alpha = load_image(path), load_alpha(path)
+    if alpha is not None:
+        image.putalpha(alpha)
+    stream = BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def load_alpha(path: Path) -> Image.Image | None:

@@ -36,9 +36,13 @@ class Remembered:
         cache: the folder where they are kept for the next process, in a file that any number of jobs and processes
             share; None: nowhere. A file that is damaged, or of an older version, counts as empty; one of a later
             version is left alone.
+        most_bytes: how much is read for hashes; None: everything. The `facts` of files beyond come with an empty hash,
+            and these files are `unread`.
     """
 
-    def __init__(self, cache: Path | None = None):
+    def __init__(self, cache: Path | None = None, most_bytes: int | None = None):
+        self._left = most_bytes
+        self.unread: list[Path] = []
         self._file = None if cache is None else cache / "images.json"
         self._known: dict[str, list] = {}
         if self._file is not None:
@@ -51,8 +55,16 @@ class Remembered:
 
     def facts(self, path: Path) -> tuple[ImageFacts, str]:
         """What an image's header tells, and the file's SHA-256. Raises OSError, UnreadableImage."""
-        size, digest = self._of(f"facts {path}", path, lambda: [[*astuple(image_facts(path))], sha256_file(path)])
+        size, digest = self._of(f"facts {path}", path, lambda: [[*astuple(image_facts(path))], self._hash(path)])
         return ImageFacts(*size), digest
+
+    def _hash(self, path: Path) -> str:
+        if self._left is not None:
+            self._left -= path.stat().st_size
+            if self._left < 0:
+                self.unread.append(path)
+                return ""
+        return sha256_file(path)
 
     def sha256(self, path: Path) -> str:
         """A file's SHA-256. Raises OSError, UnreadableImage."""
@@ -82,7 +94,7 @@ class Remembered:
         if known is not None and known[0] == state:
             return known[1]
         value = read()
-        if time.time() - max(found.st_mtime, found.st_ctime) >= SETTLED:
+        if value[-1] and time.time() - max(found.st_mtime, found.st_ctime) >= SETTLED:
             self._known[key] = self._new[key] = [state, value]
             if len(self._known) > MOST:
                 self._known.pop(next(iter(self._known)), None)

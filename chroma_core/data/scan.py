@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import ConfigError, DataError, check_text, printable
@@ -26,12 +26,14 @@ MOST_REPEATS = 1000
 
 @dataclass(frozen=True)
 class DatasetScan:
-    """What a folder holds: usable images, what was skipped and why, and what to warn of."""
+    """What a folder holds: usable images, what was skipped and why, what to warn of, and images in formats that are
+    not read."""
 
     config: DatasetConfig
     items: list[DatasetImage]
     skipped: list[tuple[str, str]]
     warnings: list[str]
+    foreign: list[str] = field(default_factory=list)
 
 
 def scan(
@@ -136,7 +138,7 @@ def scan(
             "them, add captions, or set a default caption."
         )
     warnings = dataset_warnings(config, items, skipped, findings, default_resolution) if items else []
-    return DatasetScan(config, items, skipped, warnings)
+    return DatasetScan(config, items, skipped, warnings, findings.foreign)
 
 
 def hold_out(found: DatasetScan, share: float, most: int) -> tuple[DatasetScan, DatasetScan | None]:

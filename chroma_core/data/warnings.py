@@ -109,7 +109,7 @@ def _about_files(config: DatasetConfig, items: Sequence[DatasetImage], findings:
     groups: dict[str, list[str]] = {}
     for item in items:
         groups.setdefault(item.sha256, []).append(item.name)
-    twins = [names for names in groups.values() if len(names) > 1]
+    twins = [names for digest, names in groups.items() if digest and len(names) > 1]
     if twins:
         copies = sum(map(len, twins)) - len(twins)
         more = f" and {len(twins) - 3} more" if len(twins) > 3 else ""
@@ -176,7 +176,7 @@ def image_warnings(
     resolution = config.sizes(default_resolution)[0]
     captions = Counter(caption for item in items for caption in set(item.captions))
     first: dict[str, str] = {}
-    twins = Counter(item.sha256 for item in items)
+    twins = Counter(item.sha256 for item in items if item.sha256)
     masks_expected = config.masks != "none" and 2 * sum(item.masked for item in items) >= len(items)
     found: dict[str, list[str]] = {}
     for item in items:

@@ -3,7 +3,9 @@ they first appear, before they become a black image."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -134,7 +136,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory(gone: Iterable[weakref.ref] = ()) -> None:
-    """Return what is no longer referenced to the accelerator.
+    """Return what is no longer referenced to the accelerator, and RAM that was freed in pieces to the system.
 
     gone: what nobody should refer to any more. Only if some of it is still there, because objects refer to one another
     in a circle, the collector looks through the whole process, which stands still for as long as that takes (0.4 s
@@ -146,6 +148,18 @@ def release_memory(gone: Iterable[weakref.ref] = ()) -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    """glibc's `malloc_trim`; None with another C library. Of freed tensors glibc keeps what lies below others."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim.argtypes = [ctypes.c_size_t]
+    return trim
 
 
 def broken(tensor: Tensor) -> bool:

@@ -58,6 +58,11 @@ def loras_folder() -> Path:
     return Path(folder_paths.get_output_directory()) / LORAS
 
 
+def lora_models_folder() -> Path:
+    """Where LoRAs are kept that came over a link; ComfyUI does not search it."""
+    return Path(folder_paths.get_output_directory()) / "chromakit" / "lora_models"
+
+
 def models_folder() -> Path:
     """Where models that are made here go; ComfyUI searches it for diffusion models."""
     return Path(folder_paths.get_output_directory()) / "diffusion_models"

@@ -25,6 +25,8 @@ from .folders import told
 
 log = logging.getLogger("chromakit")
 
+_nodes: Any = execution.nodes  # ComfyUI's module of that name, which is also that of a folder of ours
+
 BEGIN_SECONDS = 10.0
 """A prompt has begun so soon after ComfyUI's worker took it, or never does."""
 
@@ -65,6 +67,16 @@ async def queue_prompt(prompt: dict[str, Any], extra: dict[str, Any]) -> str:
     server.number += 1
     server.prompt_queue.put((number, prompt_id, prompt, extra, outputs, {}))
     return prompt_id
+
+
+def node_types() -> dict[str, Any]:
+    """The classes of all nodes that ComfyUI has, by the type that a prompt names them by."""
+    return _nodes.NODE_CLASS_MAPPINGS
+
+
+def node_title(node_type: str) -> str:
+    """What ComfyUI's page calls a node."""
+    return _nodes.NODE_DISPLAY_NAME_MAPPINGS.get(node_type) or node_type
 
 
 def refuse_prompts(

@@ -42,7 +42,7 @@ from ...chroma_core.training.run.grid import (
 from ...chroma_core.training.run.kept import kept_path
 from .. import host, jobs, while_training
 from .common import SIDE, Route, Unknown, answer, body_of, image_answer, in_thread, job_of
-from .job_graphs import JobGraph, image_graph
+from .job_graphs import JobGraph, image_graph, stock_graph
 
 NOTE = "chromakit_grid"
 """Under which a queued prompt carries which image it makes."""
@@ -214,6 +214,16 @@ async def _graph(request: web.Request) -> web.Response:
     return await answer(make)
 
 
+async def _stock(request: web.Request) -> web.Response:
+    def make() -> JobGraph:
+        job = job_of(request)
+        grid, cell = _cell(job, request.match_info["key"])
+        lora = _lora_name(grid, cell.step)
+        return {"prompt": stock_graph(job.config, lora, cell.strength, cell.preview), "missing": [], "folded": []}
+
+    return await answer(make)
+
+
 async def _rate(request: web.Request) -> web.Response:
     body = await body_of(request, Rating)
 
@@ -328,6 +338,13 @@ ROUTES = (
     Route("post", "/chromakit/jobs/{id}/grid/stop", _stop, "Takes out of the queue what is not made yet.", GridState),
     Route("get", "/chromakit/jobs/{id}/grid/{key}", _image, "An image of the grid.", "image/*", queries=(SIDE,)),
     Route("get", "/chromakit/jobs/{id}/grid/{key}/graph", _graph, "A prompt that repeats it, bit for bit.", JobGraph),
+    Route(
+        "get",
+        "/chromakit/jobs/{id}/grid/{key}/stock",
+        _stock,
+        "A prompt that makes it with ComfyUI's own nodes, as far as these know the model.",
+        JobGraph,
+    ),
     Route("post", "/chromakit/jobs/{id}/rate", _rate, "Rates an image of the grid.", GridState, Rating, otherwise=400),
     Route(
         "post",

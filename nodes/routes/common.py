@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
@@ -36,6 +36,10 @@ Result = TypeVar("Result")
 MOST_DIGITS = 20
 """Of a whole number in a query: more than any has, and few enough to read."""
 
+
+PAINTERS = 2
+"""Small images that are made at once."""
+_painters = ThreadPoolExecutor(PAINTERS, "chromakit-thumbnail")
 
 THUMBNAILS = 1024
 """Small images that are remembered: about 10 kB each."""
@@ -158,11 +162,23 @@ async def image_answer(request: web.Request, find: Callable[[], Path]) -> web.St
     """An image file; with `?side=160` a small one. With `&v=…`, whatever it is, the browser may keep it."""
     side = whole_number(request, SIDE)
     path = await in_thread(find)
-    headers = {"Cache-Control": "private, max-age=86400, immutable" if "v" in request.query else "no-cache"}
     if side is None:
-        return web.FileResponse(path, headers=headers)
-    body = await in_thread(lambda: _small(path, side))
-    return web.Response(body=body, content_type="image/jpeg", headers=headers)
+        return web.FileResponse(path, headers=_kept(request))
+    return await small_answer(request, lambda: _small(path, side))
+
+
+async def small_answer(request: web.Request, paint: Callable[[], bytes]) -> web.Response:
+    """The JPEG of `paint()`, made by threads of their own; not for a page that has scrolled past before its turn."""
+
+    def work() -> bytes:
+        gone = request.transport is None or request.transport.is_closing()
+        return b"" if gone else paint()
+
+    return web.Response(body=await in_thread(work, _painters), content_type="image/jpeg", headers=_kept(request))
+
+
+def _kept(request: web.Request) -> dict[str, str]:
+    return {"Cache-Control": "private, max-age=86400, immutable" if "v" in request.query else "no-cache"}
 
 
 def _small(path: Path, side: int) -> bytes:
@@ -269,8 +285,8 @@ async def body_of(request: web.Request, model: type[Body]) -> Body:
 
 @lru_cache(maxsize=32)
 def inputs_of(node: type[io.ComfyNode]) -> dict[str, Any]:
-    """A node's inputs by name, as they were when first asked for: what a combo offered may have changed since."""
-    return {each.id: each for each in node.define_schema().inputs}
+    """A node's widgets by name, as they were when first asked for: what a combo offered may have changed since."""
+    return {each.id: each for each in node.define_schema().inputs if isinstance(each, io.WidgetInput)}
 
 
 def read_widgets(inputs: Iterable[Any], values: object) -> dict[str, Any]:

@@ -6,8 +6,11 @@ Files come in through ComfyUI's own upload. Only a folder below ComfyUI's input 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import base64
+import binascii
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +21,10 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 from typing_extensions import TypedDict
 
-from ...chroma_core.data import editing
+from ...chroma_core.data import editing, history
 from ...chroma_core.data.contact_sheet import bucket_counts
 from ...chroma_core.data.dataset import DatasetConfig
-from ...chroma_core.data.images import UnreadableImage, image_extensions, load_image
+from ...chroma_core.data.images import UnreadableImage, image_extensions, known_extensions, load_image
 from ...chroma_core.data.remembered import Remembered
 from ...chroma_core.errors import DataError
 from ...chroma_core.model.flavours import FLAVOURS
@@ -29,12 +32,22 @@ from ...chroma_core.sampling.text import TRIGGER
 from ...chroma_core.training.run.metrics import cache_folder
 from .. import host
 from ..dataset_preview import FALLBACK_SIZE
-from .common import Malformed, Query, Route, Unknown, answer, body_of, in_thread, refused, told, whole_number
+from .common import (
+    Malformed,
+    Query,
+    Route,
+    Unknown,
+    answer,
+    body_of,
+    in_thread,
+    refused,
+    small_answer,
+    told,
+    whole_number,
+)
 
 READERS = 8
 """Folders that are read at once, by threads of their own: one on a drive that does not answer holds up nobody else."""
-PAINTERS = 2
-"""Thumbnails that are made at once."""
 THUMBNAIL = 320
 QUERIES = (
     Query("folder", "The dataset.", {"type": "string"}),
@@ -48,48 +61,69 @@ SIZES = tuple(sorted({512, 768, *(flavour.size for flavour in FLAVOURS.values())
 
 Name = Annotated[StrictStr, Field(min_length=1, max_length=1000)]
 
-_readers = ThreadPoolExecutor(READERS, "chromakit-dataset")
-_painters = ThreadPoolExecutor(PAINTERS, "chromakit-thumbnail")
+readers = ThreadPoolExecutor(READERS, "chromakit-dataset")
 _busy: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 """A lock for each folder that is being looked at or changed: whoever asks twice for the same finds it remembered."""
 
 
-class _Body(BaseModel):
+_hasher = ThreadPoolExecutor(1, "chromakit-hash")
+_hashing: set[str] = set()
+"""Folders whose large files are being read, by one thread, one after the other."""
+AT_ONCE = 32 << 20
+"""Bytes of image files that are read before a folder is shown; what is beyond is read afterwards."""
+
+
+class OneFolder(BaseModel):
+    """The body of `undo` and `redo`: a dataset."""
+
     model_config = ConfigDict(extra="forbid")
 
     folder: Name
 
 
-class Look(_Body):
+class _Change(OneFolder):
+    """What every change may say: what it is, in words, for whoever takes it back."""
+
+    label: Annotated[StrictStr, Field(max_length=200)] = ""
+
+
+class Look(OneFolder):
     """The body of `images`. `size` is pixels, 0 for a size that is not known yet."""
 
     trigger: Annotated[StrictStr, Field(max_length=1000)] = ""
     size: Annotated[StrictInt, Field(ge=0, le=4096)] = 0
 
 
-class Captions(_Body):
+class Captions(_Change):
     """The body of `captions`: texts by image, and what they are written over."""
 
     captions: dict[Name, StrictStr]
     seen: dict[Name, StrictStr] = {}
 
 
-class Crops(_Body):
+class Crops(_Change):
     """The body of `crops`: where images are cropped, from 0 (left or top) to 1."""
 
     crops: dict[Name, Annotated[float, Field(ge=0, le=1, strict=True)]]
 
 
-class Names(_Body):
-    """The body of `remove`."""
+class Names(_Change):
+    """The body of `remove` and `convert`."""
 
     names: list[Name]
 
 
-class Batch(_Body):
+class Batch(_Change):
     """The body of `restore`."""
 
     batch: Name
+
+
+class Mask(_Change):
+    """The body of `mask`: an image, and the mask as a PNG in base 64; empty: none from now on."""
+
+    name: Name
+    mask: StrictStr
 
 
 class FolderName(TypedDict):
@@ -100,10 +134,11 @@ class FolderName(TypedDict):
 
 
 class FolderList(TypedDict):
-    """The datasets, the endings of the images that are read, and usual training sizes in pixels."""
+    """The datasets, the endings of images that are read and of any images, and usual training sizes in pixels."""
 
     folders: list[FolderName]
     endings: list[str]
+    known: list[str]
     sizes: list[int]
 
 
@@ -123,7 +158,8 @@ class RemovedBatch(TypedDict):
 
 
 class FolderContents(TypedDict):
-    """What a dataset holds, image by image."""
+    """What a dataset holds, image by image. unread: how many images were not read yet, so that nothing is known of
+    copies of them. done, undone: what can be taken back and done again, the last one last."""
 
     folder: str
     own: bool
@@ -133,6 +169,9 @@ class FolderContents(TypedDict):
     buckets: list[BucketCount]
     removed: list[RemovedBatch]
     check: editing.TriggerCheck
+    unread: int
+    done: list[str]
+    undone: list[str]
 
 
 class Restored(TypedDict):
@@ -147,29 +186,40 @@ class Removed(TypedDict):
     batch: str
 
 
+class Converted(TypedDict):
+    """The images that were made."""
+
+    names: list[str]
+
+
 # --- what is there ----------------------------------------------------------------------------------------------------
 
 
 async def _folders(request: web.Request) -> web.Response:
     """The datasets by name and whether each may be changed, the endings of images that are read, and usual sizes."""
-    return await answer(_folder_list, _readers)
+    return await answer(_folder_list, readers)
 
 
 def _folder_list() -> FolderList:
     folders: list[FolderName] = [
         {"name": name, "own": host.is_own_dataset(host.dataset_folder(name))} for name in host.dataset_names()
     ]
-    return {"folders": folders, "endings": sorted(image_extensions()), "sizes": list(SIZES)}
+    return {
+        "folders": folders,
+        "endings": sorted(image_extensions()),
+        "known": sorted(known_extensions()),
+        "sizes": list(SIZES),
+    }
 
 
 async def _images(request: web.Request) -> web.Response:
     """Every image of a folder with its crop, caption and warnings; an own folder need not be there yet."""
     body = await body_of(request, Look)
-    async with _lock(body.folder):
-        return await answer(lambda: _contents(body), _readers)
+    async with lock_of(body.folder):
+        return await answer(lambda: contents(body), readers)
 
 
-def _contents(body: Look) -> FolderContents:
+def contents(body: Look) -> FolderContents:
     folder, size, trigger = _folder(body.folder), body.size or FALLBACK_SIZE, body.trigger.strip()
     own = host.is_own_dataset(folder)
     shown: FolderContents = {
@@ -181,23 +231,52 @@ def _contents(body: Look) -> FolderContents:
         "buckets": [],
         "removed": [],
         "check": editing.trigger_check({}, trigger),
+        "unread": 0,
+        "done": [],
+        "undone": [],
     }
     if not folder.is_dir():
         return shown
     host.check_links(folder)
     # Captions with [trigger] are read before there is a trigger word; what stands for it is not shown.
     fields = {"folder": str(folder), "trigger": trigger or TRIGGER, "resolution": body.size}
-    known = Remembered(cache_folder(host.jobs_folder()))
+    known = Remembered(cache_folder(host.jobs_folder()), 0 if str(folder) in _hashing else AT_ONCE)
     try:
         images, found = editing.entries(DatasetConfig.parse(fields), size, known)
     finally:
         known.save()
+    _read_later(folder, known.unread)
+    steps = history.read_history(folder) if own else history.History(done=[], undone=[])
     batches = editing.removed(folder) if own else {}
     shown["images"], shown["warnings"] = images, found.warnings
     shown["buckets"] = [{"width": w, "height": h, "count": n} for (w, h), n in bucket_counts(found, size)]
     shown["removed"] = [{"batch": batch, "names": names} for batch, names in batches.items()]
     shown["check"] = editing.trigger_of_folder(images, folder, trigger)
+    shown["unread"] = len(set(known.unread))
+    shown["done"], shown["undone"] = (
+        [step.get("label", "") for step in each] for each in (steps["done"], steps["undone"])
+    )
     return shown
+
+
+def _read_later(folder: Path, paths: Sequence[Path]) -> None:
+    """Read these files, so that the next look knows them; what was read is kept every few seconds' worth of bytes."""
+    if not paths or str(folder) in _hashing:
+        return
+    _hashing.add(str(folder))
+
+    def work() -> None:
+        try:
+            for start in range(0, len(paths), 20):
+                known = Remembered(cache_folder(host.jobs_folder()))
+                for path in paths[start : start + 20]:
+                    with suppress(OSError, UnreadableImage):  # which the next look says
+                        known.facts(path)
+                known.save()
+        finally:
+            _hashing.discard(str(folder))
+
+    _hasher.submit(work)
 
 
 def _folder(name: str) -> Path:
@@ -212,9 +291,7 @@ async def _thumbnail(request: web.Request) -> web.Response:
     """The whole image, small. With `&v=…`, whatever it is, the browser may keep it."""
     side = whole_number(request, SIDE) or THUMBNAIL
     folder, name = (request.query.get(key, "") for key in ("folder", "name"))
-    body = await in_thread(lambda: _small(folder, name, side), _painters)
-    headers = {"Cache-Control": "private, max-age=86400, immutable" if "v" in request.query else "no-cache"}
-    return web.Response(body=body, content_type="image/jpeg", headers=headers)
+    return await small_answer(request, lambda: _small(folder, name, side))
 
 
 def _small(folder: str, name: str, side: int) -> bytes:
@@ -236,26 +313,50 @@ def _small(folder: str, name: str, side: int) -> bytes:
 
 async def _captions(request: web.Request) -> web.Response:
     body = await body_of(request, Captions)
-    return await _change(body, lambda folder: editing.write_captions(folder, body.captions, body.seen))
+    return await _change(body, lambda folder: history.caption(folder, body.captions, body.seen, body.label))
 
 
 async def _crops(request: web.Request) -> web.Response:
     body = await body_of(request, Crops)
-    return await _change(body, lambda folder: editing.move_crops(folder, body.crops))
+    return await _change(body, lambda folder: history.crop(folder, body.crops, body.label))
 
 
 async def _remove(request: web.Request) -> web.Response:
     """Images go into a folder below `.removed`; the answer's `batch` brings them back."""
     body = await body_of(request, Names)
-    return await _change(body, lambda folder: {"batch": editing.set_aside(folder, body.names)})
+    return await _change(body, lambda folder: {"batch": history.take_out(folder, body.names, body.label)})
 
 
 async def _restore(request: web.Request) -> web.Response:
     body = await body_of(request, Batch)
-    return await _change(body, lambda folder: {"names": editing.bring_back(folder, body.batch)})
+    return await _change(body, lambda folder: {"names": history.bring_back(folder, body.batch, body.label)})
 
 
-async def _change(body: _Body, change: Callable[[Path], dict[str, Any] | None]) -> web.Response:
+async def _convert(request: web.Request) -> web.Response:
+    """The files that the PNGs are made of go where `remove` puts them."""
+    body = await body_of(request, Names)
+    return await _change(body, lambda folder: {"names": history.convert(folder, body.names, body.label)})
+
+
+async def _mask(request: web.Request) -> web.Response:
+    """White is trained. Any size of the image's shape; a mask that is there goes where `remove` puts images."""
+    body = await body_of(request, Mask)
+    try:
+        content = base64.b64decode(body.mask, validate=True)
+    except binascii.Error as error:
+        raise Malformed(f"The mask is not base 64: {error}.") from error
+    return await _change(body, lambda folder: history.mask(folder, body.name, content, body.label))
+
+
+async def _undo(request: web.Request) -> web.Response:
+    return await _change(await body_of(request, OneFolder), history.undo)
+
+
+async def _redo(request: web.Request) -> web.Response:
+    return await _change(await body_of(request, OneFolder), history.redo)
+
+
+async def _change(body: OneFolder, change: Callable[[Path], dict[str, Any] | None]) -> web.Response:
     """`change` an own dataset folder that is there; nobody else changes or looks at it meanwhile."""
 
     def work() -> dict[str, Any]:
@@ -264,14 +365,14 @@ async def _change(body: _Body, change: Callable[[Path], dict[str, Any] | None]) 
             raise Malformed(f"There is no dataset '{body.folder}' in ComfyUI's input folder. Upload an image first.")
         return change(folder) or {}
 
-    async with _lock(body.folder):
+    async with lock_of(body.folder):
         try:
-            return told(await in_thread(work, _readers))
+            return told(await in_thread(work, readers))
         except OSError as error:
             return refused(507, f"The dataset could not be changed: {error.strerror or error}.")
 
 
-def _lock(folder: str) -> asyncio.Lock:
+def lock_of(folder: str) -> asyncio.Lock:
     return _busy.setdefault(folder, asyncio.Lock())
 
 
@@ -330,5 +431,39 @@ ROUTES = (
         Restored,
         Batch,
         otherwise=400,
+    ),
+    Route(
+        "post",
+        "/chromakit/datasets/convert",
+        _convert,
+        "Makes PNGs of images in formats that are not read; nothing is deleted.",
+        Converted,
+        Names,
+        otherwise=400,
+    ),
+    Route(
+        "post",
+        "/chromakit/datasets/mask",
+        _mask,
+        "Gives an image a loss mask, or takes it away.",
+        dict[str, Any],
+        Mask,
+        otherwise=400,
+    ),
+    Route(
+        "post",
+        "/chromakit/datasets/undo",
+        _undo,
+        "Takes the last change of a dataset back.",
+        dict[str, Any],
+        OneFolder,
+    ),
+    Route(
+        "post",
+        "/chromakit/datasets/redo",
+        _redo,
+        "Does again what was taken back last.",
+        dict[str, Any],
+        OneFolder,
     ),
 )

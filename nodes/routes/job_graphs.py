@@ -13,9 +13,11 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from ...chroma_core.comfy.graph import Prompt, node
+from ...chroma_core.comfy.stock import METHODS, StockPreview, check, stock_prompt
 from ...chroma_core.data.dataset import DatasetConfig
 from ...chroma_core.errors import ChromaKitError, JobError
 from ...chroma_core.loading.spec import ModelHandle, ModelSpec
+from ...chroma_core.model.flavours import flavour
 from ...chroma_core.training.config import TrainingConfig
 from ...chroma_core.training.config.changes import differences
 from ...chroma_core.training.config.job import Preview
@@ -107,6 +109,45 @@ def image_graph(config: TrainingConfig, lora: str | None, strength: float, previ
         "decode": node("VAEDecode", "VAE Decode", samples=["sample", 0], vae=["load", 2]),
         "save": node("SaveImage", "Save Image", images=["decode", 0], filename_prefix=f"chroma/{config.name}"),
     }
+
+
+def stock_graph(config: TrainingConfig, lora: str, strength: float, preview: Preview) -> Prompt:
+    """What generates an image of the job's model with ComfyUI's own nodes; of a flavour that their loaders do not know,
+    with its KSampler on our loaded model.
+
+    Raises ConfigError for settings that ComfyUI's nodes do not have.
+    """
+    chosen, settings = flavour(config.model.flavour), preview.settings
+    if chosen.folder is None:
+        text = (
+            preview.prompt,
+            preview.negative,
+            preview.width,
+            preview.height,
+            settings,
+            config.recipe_value(),
+        )
+        stock = StockPreview(Path(lora), chosen.name, *text, strength=strength)
+        check(stock)
+        parts = {part: loaders.part_name(part, getattr(config.model, part)) for part in loaders.PARTS}
+        return stock_prompt(stock, lora=lora, **{k: v for k, v in parts.items() if v != loaders.PUBLISHED})
+    prompt = image_graph(config, lora, strength, preview)
+    prompt["host"] = node("ChromaHostModel", "Chroma Host Model", model=["lora", 0])
+    links = {name: prompt["sample"]["inputs"][name] for name in ("positive", "negative")}
+    prompt["sample"] = node(
+        "KSampler",
+        "KSampler",
+        model=["host", 0],
+        **links,
+        latent_image=["latent", 0],
+        seed=settings.seed,
+        steps=settings.steps,
+        cfg=max(1.0, settings.guidance),
+        sampler_name=METHODS.get(settings.method, "euler"),
+        scheduler="simple",
+        denoise=1.0,
+    )
+    return prompt
 
 
 def _load(spec: ModelSpec) -> dict[str, Any]:

@@ -10,11 +10,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from training_page import AXE, THEME, grave, stop_all, until
+from tools import room_walk
+from training_page import AXE, RENDERER, THEME, grave, stop_all, until
 
-ROOT = Path(__file__).resolve().parents[2]
-OPEN = "() => window.app.extensionManager.command.execute('Chroma.OpenRoom')"
+FRESH = {"step": "images", "folder": "", "trigger": "", "size": 0, "aim": "", "job": "", "typed": {}}
+OPEN = "view => import('/extensions/chromakit/js/room/room.js').then(({ openRoom }) => openRoom(view))"
+MOST_ACTIONS = 42
 TAB = "() => window.app.extensionManager.sidebarTab.toggleSidebarTab('chromakit')"
+MOVING = """() => [...document.querySelectorAll('.ck-room, .ck-room *')].filter(element => {
+    const { animationName, transitionDuration } = getComputedStyle(element);
+    return animationName !== 'none' || transitionDuration.split(', ').some(each => each !== '0s');
+}).map(element => element.className)"""
 FOCUS = "() => document.activeElement.closest('[data-action], [role=tab], .ck-card')?.outerHTML ?? 'nothing'"
 
 
@@ -24,12 +30,13 @@ def page(window) -> Iterator[Any]:
     page = window.page
     size = page.viewport_size
     page.set_viewport_size({"width": 1280, "height": 720})
+    page.evaluate(OPEN, FRESH)  # forgets what another test looked at
+    page.keyboard.press("Escape")
     yield page
     page.evaluate(THEME, "dark")
     page.set_viewport_size(size)
     if page.locator(".ck-room").count():
         page.get_by_role("button", name="Close the training room").click()
-    page.evaluate("() => localStorage.removeItem('chromakit.room')")
     stop_all(window.server)
 
 
@@ -50,9 +57,8 @@ def desk(tmp_path: Path) -> list[str]:
 
 def filled(page: Any, name: str, files: list[str], cards: int) -> None:
     """Open the room, make a dataset and upload files into it."""
-    page.evaluate("() => localStorage.removeItem('chromakit.room')")  # what another test looked at
-    page.evaluate(OPEN)
-    page.locator("[data-choice=folder]").select_option(label="＋ New folder…")
+    page.evaluate(OPEN, {})
+    page.locator("[data-choice=folder]").select_option(label="+ New folder…")
     page.get_by_label("Name of the new folder").fill(name)
     page.keyboard.press("Enter")
     page.get_by_label("Trigger word").first.fill("zxq")
@@ -62,7 +68,34 @@ def filled(page: Any, name: str, files: list[str], cards: int) -> None:
     page.get_by_text("Uploaded to").wait_for()
 
 
-def test_from_files_to_a_job(window, page: Any, desk: list[str]):
+@pytest.mark.slow
+def test_the_whole_walk(window, page: Any, tmp_path: Path):
+    """Thirty mixed images, dropped; mended, trained, one step of them chosen and kept, and used in ComfyUI's own nodes:
+    by a user's hand alone, without the file system or a node."""
+    server = window.server
+    page.evaluate(RENDERER, True)
+    seen = set(server.get("/history"))
+    hand = room_walk.Hand(page, lambda name: window.screenshot(f"walk_{name}"))
+    room_walk.walk(hand, room_walk.desk(tmp_path / "desk"), "walked", room_walk.SHORT)
+
+    folder = server.base / "input" / "walked"
+    names = {path.name for path in folder.iterdir()}
+    assert {"export.png", "scan.png", "export.txt", "04.txt", "09.txt", "h2.txt"} <= names
+    assert not {"export.jp2", "scan.tga", "cut off.png", "empty.jpg", "copy of 01.png"} & names
+    assert json.loads((folder / "chromakit-crops.json").read_text())["crops"] == {"wide.png": 1}
+    (job,) = [each for each in server.get("/chromakit/jobs") if each["name"] == "walked-object"]
+    config = job["config"]
+    assert (config["dataset"]["trigger"], config["model"]["flavour"], config["steps"]) == ("sks", "tiny", 4)
+    assert config["previews"]["prompts"] == list(room_walk.PROMPTS) and config["preserve"]["class_word"] == "object"
+    assert config["previews"]["every"] == config["validate_every"] == 1, "a short job has its previews, too"
+    kept = {path.name for path in (server.base / "output" / "loras").glob("walked-object-step-*")}
+    assert {Path(name).suffix for name in kept} == {".safetensors", ".png", ".md"}
+    used = [each["prompt"][2] for prompt, each in server.get("/history").items() if prompt not in seen]
+    assert any(node["class_type"] == "KSampler" for prompt in used for node in prompt.values())
+    assert len(hand.done) <= MOST_ACTIONS and window.ours == []
+
+
+def test_files_come_in_and_are_mended(window, page: Any, desk: list[str]):
     server, folder = window.server, window.server.base / "input" / "stars"
 
     def saw(condition: Callable[[], Any], what: str) -> None:
@@ -111,6 +144,20 @@ def test_from_files_to_a_job(window, page: Any, desk: list[str]):
     saw(lambda: (folder / "wide.txt").read_text() == "a zxq comet, red, wide\n", "the replaced word")
     window.screenshot("room_2_mended")
 
+    mask = page.get_by_role("button", name="Paint a mask on wide.jpg")
+    mask.click()
+    canvas = page.locator(".ck-mask").bounding_box()
+    page.mouse.move(canvas["x"] + 5, canvas["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(canvas["x"] + 60, canvas["y"] + 40)
+    page.mouse.up()
+    window.screenshot("room_mask")
+    page.get_by_role("button", name="Keep the mask").click()
+    saw(lambda: (folder / "wide-masklabel.png").is_file(), "the mask")
+    assert "wide.jpg" in page.evaluate("() => document.activeElement.ariaLabel"), "the focus is back"
+    with Image.open(folder / "wide-masklabel.png") as drawn:
+        assert drawn.mode == "L" and drawn.getextrema() == (0, 255) and drawn.getpixel((119, 69)) == 255
+
     page.get_by_role("button", name="Next: Aim").click()
     page.locator("[data-aim=object]").click()
     page.locator("[data-field=flavour]").select_option("tiny")
@@ -119,23 +166,35 @@ def test_from_files_to_a_job(window, page: Any, desk: list[str]):
     page.locator(".ck-room").get_by_text("Best for training").wait_for()
     assert "4 images are few; 8 or more are advised." in page.locator(".ck-needs").inner_text()
     window.screenshot("room_3_aim")
-    page.get_by_role("button", name="Start training").click()
-    page.locator("[role=tab][aria-selected=true]", has_text="Watch").wait_for()
-    window.screenshot("room_4_watch")
-    (job,) = [each for each in server.get("/chromakit/jobs") if each["name"] == "stars-object"]
-    config = job["config"]
-    assert (config["dataset"]["trigger"], config["model"]["flavour"], config["steps"]) == ("zxq", "tiny", 2)
-    assert config["previews"]["prompts"] == ["a [trigger] comet"] and config["preserve"]["class_word"] == "object"
-    saw(lambda: server.get(f"/chromakit/jobs/{job['id']}")["state"] == "completed", "the end of the job")
-    assert server.get(f"/chromakit/jobs/{job['id']}")["lora_name"] and window.ours == []
+    kept = "/settings/Chroma.Room"
+    saw(lambda: server.get(kept)["typed"].get("steps") == "2", "what was typed, on the server")
+    page.keyboard.press("Escape")
+    page.evaluate(OPEN, {})
+    prompts = page.locator("[data-field=prompts]")
+    saw(lambda: prompts.input_value() == "a [trigger] comet", "the same when one comes back")
+    page.keyboard.press("Alt+1")
+    page.get_by_role("button", name="Undo").click()
+    saw(lambda: not (folder / "wide-masklabel.png").exists(), "the last change taken back after the room was closed")
+
+    (folder / "plain.txt").unlink()
+    page.get_by_role("button", name="Refresh").click()
+    page.locator("summary", has_text="Caption all").click()
+    page.get_by_label("Made by").select_option("TestTagger")
+    page.get_by_role("button", name="Caption 1", exact=True).click()
+    saw(lambda: (folder / "plain.txt").is_file() and (folder / "plain.txt").read_text(), "a caption by a node")
+    page.get_by_text("1 captions written").wait_for()
+    assert (folder / "plain.txt").read_text() == "dark, 64 by 64\n" and window.ours == []
 
 
 def test_keys_and_focus(window, page: Any):
     """All by keyboard: the focus stays in the room, which no shortcut of the page's reaches, and returns."""
+    page.evaluate(OPEN, FRESH)
+    page.keyboard.press("Escape")
     page.evaluate(TAB)
     opener = page.locator(".ck-tab [data-action=room]")
     opener.focus()
     page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('[data-choice=folder] option').length > 1")
     assert 'id="ck-room-tab-images"' in page.evaluate(FOCUS)
     page.keyboard.press("ArrowRight")
     assert 'id="ck-room-tab-aim"' in page.evaluate(FOCUS)
@@ -169,14 +228,17 @@ def test_nothing_grave_is_found_by_axe(window, page: Any, desk: list[str]):
     assert not any(found.values()), found
 
 
-def test_a_narrow_window_and_a_zoom_hide_nothing(window, page: Any, desk: list[str]):
-    """640 pixels are also 1280 at 200 %: nothing sticks out to the right."""
+def test_a_narrow_window_a_zoom_and_stillness(window, page: Any, desk: list[str]):
+    """640 × 360 is 1280 × 720 at 200 %: nothing sticks out to the right; and nothing moves for who asked for that."""
     filled(page, "narrow", desk, 6)
-    for width in (700, 640):
-        page.set_viewport_size({"width": width, "height": 720})
-        for step, there in enumerate((".ck-card", "[data-aim]"), 1):
+    page.emulate_media(reduced_motion="reduce")
+    for width, height in ((700, 720), (640, 360)):
+        page.set_viewport_size({"width": width, "height": height})
+        for step, there in enumerate((".ck-card", "[data-aim]", ".ck-watch", ".ck-choose"), 1):
             page.keyboard.press(f"Alt+{step}")
             page.locator(there).first.wait_for()
             window.screenshot(f"room_narrow_{width}_{step}")
             wide = "() => document.querySelector('.ck-panel:not([hidden])').scrollWidth"
             assert page.evaluate(wide) <= width, (width, step)
+            assert page.evaluate(MOVING) == [], step
+    page.emulate_media(reduced_motion="no-preference")

@@ -66,6 +66,15 @@ QUERIES = {
     "lora info": "ChromaInspectLora",
     "compare": "ChromaParity",
     "guider": "ChromaHostModel",
+    "load clip": "ChromaFromHost",
+    "loss mask": "ChromaDatasetOptions",
+    "sampler name": "ChromaSamplerOptions",
+    "prodigy": "ChromaOptimizerSettings",
+    "huber loss": "ChromaNoiseSettings",
+    "preview size": "ChromaPreviewSettings",
+    "overfitting": "ChromaSavingSettings",
+    "lokr": "ChromaAdapterSettings",
+    "less memory": "ChromaSpeedSettings",
 }
 TITLES = {"lora 训练": "ChromaTrainLora", "加载模型": "ChromaLoadModel", "采样器": "ChromaSampler"}
 

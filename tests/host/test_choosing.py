@@ -77,6 +77,9 @@ def test_a_lora_is_chosen_kept_and_published(server: Host, job: str):
     graph = server.get(f"{where}/grid/{key}/graph")["prompt"]
     (again,) = server.images(server.run(graph))
     assert again.tobytes() == images[4, 1.5, 0], "the graph gives what the grid shows"
+    stock = server.get(f"{where}/grid/{key}/stock")["prompt"]
+    assert {"KSampler", "ChromaHostModel"} <= {each["class_type"] for each in stock.values()}
+    assert [image.size for image in server.images(server.run(stock))] == [(64, 64)]
     known = len(server.get("/history"))
     assert {cell["state"] for cell in ask(server, job, "grid", choice)["cells"]} == {"done"}
     assert len(server.get("/history")) == known, "nothing is made twice"

@@ -13,6 +13,7 @@ from PIL import Image
 
 from _host import Host
 from prompts import dataset
+from waiting import until
 
 IMAGES, CAPTIONS, CROPS, REMOVE, RESTORE = (
     f"/chromakit/datasets/{name}" for name in ("images", "captions", "crops", "remove", "restore")
@@ -128,3 +129,77 @@ def test_the_examples_can_be_looked_at_and_not_changed(server: Host):
     }.items():
         code, answer = server.post(route, {"folder": "sks_emblem", **body})
         assert code == 400 and "in ComfyUI's input folder" in answer["error"], route
+
+
+def test_changes_are_undone_by_whoever_asks(server: Host, folder: Path):
+    """The server holds what was done: captions, a converted image, a mask, and takes each back in turn."""
+    name = name_of(folder)
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(folder / "old.tga")
+    stream = io.BytesIO()
+    Image.new("L", (200, 100), 255).save(stream, "PNG")
+    mask = base64.b64encode(stream.getvalue()).decode()
+    for route, body in {
+        "captions": {"captions": {"bare.png": "a bare zxq"}, "label": "one"},
+        "convert": {"names": ["old.tga"], "label": "two"},
+        "mask": {"name": "wide.png", "mask": mask, "label": "three"},
+    }.items():
+        code, answer = server.post(f"/chromakit/datasets/{route}", {"folder": name, **body})
+        assert code == 200, answer
+    found = look(server, folder)
+    images = {image["name"]: image for image in found["images"]}
+    assert (found["done"], found["undone"], found["unread"]) == (["one", "two", "three"], [], 0)
+    assert images["wide.png"]["mask"] and images["old.png"]["size"] == [64, 64] and "old.tga" not in images
+    for _ in range(3):
+        assert server.post("/chromakit/datasets/undo", {"folder": name})[0] == 200
+    images = {image["name"]: image for image in look(server, folder)["images"]}
+    assert not images["wide.png"]["mask"] and images["old.tga"]["convertible"] and images["bare.png"]["caption"] == ""
+    assert server.post("/chromakit/datasets/redo", {"folder": name})[0] == 200
+    assert look(server, folder)["undone"] == ["three", "two"] and (folder / "bare.txt").read_text() == "a bare zxq\n"
+    code, answer = server.post("/chromakit/datasets/mask", {"folder": name, "name": "wide.png", "mask": "?"})
+    assert code == 400 and "base 64" in answer["error"]
+
+
+def captioned(server: Host, folder: Path, **body: Any) -> dict[str, Any]:
+    """Have captions made, and wait for them."""
+    code, answer = server.post("/chromakit/datasets/caption", {"folder": name_of(folder), **body})
+    assert code == 200, answer
+    query = urlencode({"folder": name_of(folder)})
+
+    def over() -> dict[str, Any] | None:
+        found = server.get(f"/chromakit/datasets/caption?{query}")
+        return found if not found["waiting"] else None
+
+    return until(over, "the captions", report=server.log_tail)
+
+
+def test_any_node_that_makes_a_text_captions_what_has_none(server: Host, folder: Path):
+    Image.new("RGB", (13, 64)).save(folder / "thin.png")
+    assert {"node": "TestTagger", "title": "Tagger of the tests"} in server.get("/chromakit/datasets/captioners")[
+        "nodes"
+    ]
+    found = captioned(server, folder, node="TestTagger", label="by a node")
+    assert (found["written"], [each["name"] for each in found["failed"]]) == (1, ["thin.png"])
+    assert "thirteen pixels are too few" in found["failed"][0]["error"]
+    assert (folder / "bare.txt").read_text() == "dark, 64 by 64\n" and (folder / "wide.txt").read_text() == "a wide zxq"
+    assert look(server, folder)["done"] == ["by a node"]
+    assert server.post("/chromakit/datasets/undo", {"folder": name_of(folder)})[0] == 200
+
+    (folder / "thin.png").unlink()
+    graph = {
+        "7": {"class_type": "LoadImage", "inputs": {"image": "whatever.png"}},
+        "8": {"class_type": "TestTagger", "inputs": {"image": ["7", 0], "threshold": 0.1, "kind": "b"}},
+        "9": {"class_type": "TestShorter", "inputs": {"text": ["8", 0]}},
+        "10": {"class_type": "PreviewImage", "inputs": {"images": ["7", 0]}},
+    }
+    assert captioned(server, folder, graph=graph)["written"] == 1
+    assert (folder / "bare.txt").read_text() == "bright\n", "the last node's text, with the graph's own threshold"
+    for body, why in (
+        ({"node": "TestShorter"}, "is no node that makes a text of an image by itself"),
+        ({"graph": {"7": graph["7"], "10": graph["10"]}}, "it has none"),
+        ({"graph": {"8": graph["8"]}}, "has 0 nodes Load Image"),
+        ({"graph": {"8": "x"}}, "no prompt in API form"),
+        ({}, "Say either"),
+        ({"node": "TestTagger"}, "Every image"),
+    ):
+        code, answer = server.post("/chromakit/datasets/caption", {"folder": name_of(folder), **body})
+        assert code == 400 and why in answer["error"], (body, answer)

@@ -17,6 +17,7 @@ POSTS = (
     "/chromakit/requests/none/cancel",
     *(f"{JOB}/{action}" for action in ("change", "extend", "delete", "pause", "resume", "stop", "nonsense")),
     *(f"/chromakit/datasets/{name}" for name in ("look", "images", "captions", "crops", "remove", "restore")),
+    *(f"/chromakit/datasets/{name}" for name in ("convert", "mask", "undo", "redo", "caption", "caption/stop")),
     "/chromakit/sigmas",
     "/chromakit/density",
     "/chromakit/plan/rows",

@@ -85,15 +85,24 @@ def test_every_operation_answers_as_the_document_says(server: Host, client: Clie
     until_not(server, posted)
     folder = server.base / "input" / "told"
     folder.mkdir()
-    Image.new("RGB", (96, 64)).save(folder / "a.png")
+    for name in ("a.png", "b.tga"):
+        Image.new("RGB", (96, 64)).save(folder / name)
     own = {"captions": {"captions": {"a.png": "a star"}}, "crops": {"crops": {"a.png": 0.2}}, "images": {"size": 64}}
-    own |= {"remove": {"names": ["a.png"]}, "restore": {"batch": "1"}}
-    bodies |= {f"post_datasets_{end}": {"folder": "told", **body} for end, body in own.items()}
+    own |= {"remove": {"names": ["a.png"]}, "restore": {"batch": "1"}, "convert": {"names": ["b.tga"]}}
+    own |= {
+        "mask": {"name": "a.png", "mask": ""},
+        "undo": {},
+        "redo": {},
+        "caption": {"node": "TestTagger"},
+        "caption/stop": {},
+    }
+    bodies |= {f"post_datasets_{end.replace('/', '_')}": {"folder": "told", **body} for end, body in own.items()}
     special = {
         "post_jobs_id_delete": {"id": posted},
         "get_requests_id": {"id": (asked := client.call("post_requests", bodies["post_requests"]).value["id"])},
         "post_requests_id_cancel": {"id": asked},
         "get_datasets_thumbnail": {"folder": "told", "name": "a.png"},
+        "get_datasets_caption": {"folder": "told"},
         "get_datasets_sheets_id": {
             "id": client.call("post_datasets_look", bodies["post_datasets_look"]).value["sheet"].rpartition("/")[2]
         },

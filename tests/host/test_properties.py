@@ -139,7 +139,11 @@ def right_bodies(server: Host) -> dict[str, dict[str, Any]]:
         },
         "/chromakit/datasets/crops": {"folder": "odd_set", "crops": {"a.png": 0.25}},
         "/chromakit/datasets/remove": {"folder": "odd_set", "names": ["b.png"]},
-        "/chromakit/datasets/restore": {"folder": "odd_set", "batch": "1"},
+        "/chromakit/datasets/restore": {"folder": "odd_set", "batch": "1", "label": "back"},
+        "/chromakit/datasets/convert": {"folder": "odd_set", "names": ["a.png"]},
+        "/chromakit/datasets/mask": {"folder": "odd_set", "name": "a.png", "mask": ""},
+        **{f"/chromakit/datasets/{end}": {"folder": "odd_set"} for end in ("undo", "redo", "caption/stop")},
+        "/chromakit/datasets/caption": {"folder": "odd_set", "node": "TestTagger"},
         "/chromakit/sigmas": at_defaults(server, "ChromaTailSigmas")["inputs"],
         "/chromakit/density": {
             **{name: value for name, value in settings_.items() if name.startswith(("sigma_", "lr_", "warmup"))},

@@ -5,14 +5,18 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from _host import Host, start_host
+from chroma_core.comfy.server import PACK_NAME
 
 WATCHED = Path(__file__).resolve().parent / "watched"
+TAGGER = Path(__file__).resolve().parent / "tagger"
+"""A pack of nodes of somebody else, beside ours."""
 NOT_OURS = "none_of_its_business"
 """A folder beside those of a watched ComfyUI, with images and a LoRA, which no request may reach."""
 
@@ -30,7 +34,9 @@ def watched_host(base: Path) -> Iterator[Host]:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WATCHED), before["PYTHONPATH"]]))
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     try:
-        host = start_host(base)
+        (base / "custom_nodes").mkdir()
+        shutil.copytree(TAGGER, base / "custom_nodes" / TAGGER.name)
+        host = start_host(base, extra=("--whitelist-custom-nodes", PACK_NAME, TAGGER.name))
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)

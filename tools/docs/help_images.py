@@ -42,6 +42,7 @@ class Shot:
 SHOTS = (
     Shot("ChromaTailSigmas", "sigmas"),
     Shot("ChromaHostModel", "sigmas"),
+    Shot("ChromaFromHost", "sigmas"),
     Shot("ChromaTrainingSettings", "train"),
     Shot("ChromaUseStep", "train"),
     Shot("ChromaWaitForTraining", "train", "running", room=120),
@@ -59,6 +60,14 @@ SHOTS = (
     Shot("ChromaTextEncode", "generate"),
     Shot("ChromaEmptyLatent", "generate"),
     Shot("ChromaSampler", "generate", "running", room=120),
+    Shot("ChromaDatasetOptions", "options"),
+    Shot("ChromaSamplerOptions", "options"),
+    Shot("ChromaOptimizerSettings", "options"),
+    Shot("ChromaNoiseSettings", "options"),
+    Shot("ChromaPreviewSettings", "options"),
+    Shot("ChromaSavingSettings", "options"),
+    Shot("ChromaAdapterSettings", "options", width=400),
+    Shot("ChromaSpeedSettings", "options"),
     Shot("ChromaParity", "parity", "done", width=530, room=60),
 )
 
@@ -123,6 +132,17 @@ GRAPHS = {
         load=_LOAD,
         bridge=_node("ChromaHostModel", model=("load", 0)),
         sigmas=_node("ChromaTailSigmas"),
+        stock=_node("ChromaFromHost"),
+    ),
+    "options": _graph(
+        dataset=_node("ChromaDatasetOptions"),
+        sampler=_node("ChromaSamplerOptions"),
+        optimizer=_node("ChromaOptimizerSettings"),
+        noise=_node("ChromaNoiseSettings"),
+        preview=_node("ChromaPreviewSettings"),
+        saving=_node("ChromaSavingSettings"),
+        adapter=_node("ChromaAdapterSettings"),
+        speed=_node("ChromaSpeedSettings"),
     ),
     "train": _graph(
         load=_LOAD,

@@ -31,9 +31,27 @@ from .using import FIRST_IMAGE, USE_LORA, USING_WORKFLOWS
 SEED_NAMES = ("seed", "noise_seed")  # the page gives these a second widget unless the node says otherwise
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR"}
 # The page opens a graph at three quarters of the window and writes no text below 57 % of full size: a workflow more
-# than 2000 pixels wide or 1240 high opens as empty boxes in a window of 1600 × 1000.
-COLUMN_GAP, ROW_GAP, NODE_WIDTH, NOTE_WIDTH = 40, 50, 280, 400
-NOTE_LINE, NOTE_LETTERS = 17, 62  # pixels of a line of text in a note, and letters in it
+# than 1680 pixels wide or 945 high opens as empty boxes in a window of 1280 × 720.
+READABLE = 0.57
+"""Of full size: below it the page writes no text."""
+COLUMN_GAP, ROW_GAP, FOLDED_GAP, NODE_WIDTH, NOTE_WIDTH = 30, 40, 20, 232, 340
+WIDEST = 1650  # pixels of the whole, note included
+NOTE_LINE, NOTE_LETTER = 17, 6.5  # pixels of a line of text in a note, and of a letter in it
+TITLE = 30
+HIGHEST = 900
+"""Pixels that a column may take: more, and a window of 1280 × 720 opens the workflow too small to read."""
+AFTER_RUN = {
+    "ChromaLoadModel": 330,
+    "ChromaDataset": 780,
+    "ChromaDatasetFromImages": 720,
+    "ChromaInspectLora": 520,
+    "ChromaSampler": 590,
+    "ChromaWaitForTraining": 400,
+    "ChromaTrainLora": 660,
+    "ChromaTrainingStatus": 420,
+    "SaveImage": 380,
+}
+"""Pixels of height, with the title, that a node takes in either renderer once panels and images are on it."""
 INDEX = """# Example workflows
 
 ComfyUI shows these under *Templates → chromakit*, by their file names; start with the numbered ones.
@@ -109,7 +127,8 @@ def window_form(workflow: Workflow, object_info: dict[str, Any]) -> dict[str, An
     links: list[list] = []
     nodes = [_window_node(workflow, key, node, object_info, prompt, links) for key, node in workflow.nodes.items()]
     _lay_out(workflow, nodes)
-    nodes.append(_note(workflow, len(nodes) + 1))
+    width = max(node["pos"][0] + node["size"][0] for node in nodes)
+    nodes.append(_note(workflow, len(nodes) + 1, max(NOTE_WIDTH, WIDEST - COLUMN_GAP - width)))
     outgoing: dict[tuple[int, int], list[int]] = {}
     for link_id, source, slot, *_ in links:
         outgoing.setdefault((source, slot), []).append(link_id)
@@ -144,33 +163,40 @@ def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, pr
         {"name": name, "type": kind if isinstance(kind, str) else "COMBO", "links": None}
         for name, kind in zip(info["output_name"], info["output"], strict=True)
     ]
-    long_texts = sum(1 for spec in ordered_inputs(info).values() if len(spec) > 1 and spec[1].get("multiline"))
-    rows = max(sum("widget" not in entry for entry in inputs), len(outputs)) + len(widget_values)
+    options = [spec[1] if len(spec) > 1 else {} for spec in ordered_inputs(info).values()]
+    folded = sum(1 for each in options if each.get("advanced"))
+    long_texts = sum(1 for each in options if each.get("multiline") and not each.get("advanced"))
+    rows = max(sum("widget" not in entry for entry in inputs), len(outputs)) + len(widget_values) - folded
     properties: dict[str, Any] = {"Node name for S&R": node.type}
     if node.models:
         properties["models"] = [asdict(model) for model in node.models]
-    size = [NODE_WIDTH + node.extra_width, 36 + 24 * rows + 80 * long_texts + node.extra_height]
+    size = [NODE_WIDTH + node.extra_width, 36 + 24 * rows + 50 * long_texts + node.extra_height]
     made = stored_node(number, node.type, [0, 0], size, node.title or info["display_name"], widget_values)
     flags = {"collapsed": True} if node.collapsed else {}
     return made | {"flags": flags, "inputs": inputs, "outputs": outputs, "properties": properties}
 
 
 def _lay_out(workflow: Workflow, nodes: list[dict]) -> None:
-    """One column for each step of the way from the first node to the last, top to bottom in the table's order."""
+    """One column for each step of the way from the first node to the last, top to bottom in the table's order.
+
+    Collapsed nodes come first: the newer renderer counts their whole height when it fits a workflow into the window.
+    """
     widths: dict[int, int] = {}
     for node, spec in zip(nodes, workflow.nodes.values(), strict=True):
         widths[spec.column] = max(widths.get(spec.column, 0), node["size"][0])
     left = {column: sum(widths[c] + COLUMN_GAP for c in widths if c < column) for column in widths}
     bottom: dict[int, int] = {}
-    for node, spec in zip(nodes, workflow.nodes.values(), strict=True):
+    for node, spec in sorted(zip(nodes, workflow.nodes.values(), strict=True), key=lambda pair: not pair[1].collapsed):
         top = bottom.get(spec.column, 0)
         node["pos"] = [left[spec.column], top]
-        bottom[spec.column] = top + (0 if spec.collapsed else node["size"][1]) + ROW_GAP
+        full = max(node["size"][1] + TITLE, AFTER_RUN.get(spec.type, 0))
+        bottom[spec.column] = top + (TITLE + FOLDED_GAP if spec.collapsed else full + ROW_GAP)
 
 
-def _note(workflow: Workflow, number: int) -> dict:
-    lines = sum(1 + len(line) // NOTE_LETTERS for line in workflow.note.splitlines())
-    return about(number, [-NOTE_WIDTH - COLUMN_GAP, 0], [NOTE_WIDTH, 80 + NOTE_LINE * lines], workflow.note)
+def _note(workflow: Workflow, number: int, width: int) -> dict:
+    """What stands left of the nodes: as wide as there is room, as the newer renderer makes it as high as its text."""
+    lines = sum(1 + int(len(line) * NOTE_LETTER / width) for line in workflow.note.splitlines())
+    return about(number, [-width - COLUMN_GAP, 0], [width, min(HIGHEST - TITLE, 80 + NOTE_LINE * lines)], workflow.note)
 
 
 def render(object_info: dict[str, Any]) -> dict[Path, str]:

@@ -3,8 +3,8 @@
 python -m tools.workflows.images                          a few minutes: it really trains
 python -m tools.workflows.images chroma_4_real_06gb …     only these
 
-The presets for the real Chroma are not run: theirs is what `tiny` generates with a LoRA, with the size of the GPU
-written on it. No image here is of the real model.
+The presets for the real Chroma are not run: theirs is drawn, with the size of the GPU and what is done on it. No image
+here is of the real model.
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ def thumbnail(image):
     return ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.BICUBIC, "white")
 
 
-def labelled(image, text: str):
-    """A thumbnail with a line of text below the middle, readable on any colour."""
-    from PIL import ImageDraw, ImageFont
+def card(name: str):
+    """What a preset's image says: the GPU, and what is done on it. None of it is of the real model."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    made, font = thumbnail(image), ImageFont.load_default(size=SIDE / 5)
-    ImageDraw.Draw(made).text(
-        (SIDE / 2, SIDE - SIDE / 20), text, "white", font, "mb", stroke_width=4, stroke_fill="black"
-    )
+    gigabytes, _, use = name.removeprefix(PRESET).partition("gb")
+    made = Image.new("RGB", (SIDE, SIDE), "#3b3561" if use else "#1f4e46")
+    draw = ImageDraw.Draw(made)
+    for text, size, y in ((f"{int(gigabytes)} GB", 4, 0.45), ("use a LoRA" if use else "train a LoRA", 9, 0.7)):
+        draw.text((SIDE / 2, SIDE * y), text, "white", ImageFont.load_default(size=SIDE / size), "mm")
     return made
 
 
@@ -74,14 +75,16 @@ def main() -> int:
     parser.add_argument("names", nargs="*", choices=[[], *known], metavar="NAME", help="workflows; none: all")
     chosen = parser.parse_args().names or known
     ensure_environment()
+    for name in (each for each in chosen if each.startswith(PRESET)):
+        card(name).save(FOLDER / f"{name}.jpg", quality=88)
+        say(f"wrote example_workflows/{name}.jpg")
+    chosen = [name for name in chosen if not name.startswith(PRESET)]
+    if not chosen:
+        return 0
     names = sorted({FIRST, *chosen}, key=lambda name: (name != FIRST, name))
     with tempfile.TemporaryDirectory() as base, start_host(Path(base)) as host:
         for name in names:
-            if name.startswith(PRESET):
-                card = int(name.removeprefix(PRESET).removesuffix("gb"))
-                made = labelled(image_of(host, "chroma_3_use_lora"), f"{card} GB")
-            else:
-                made = thumbnail(image_of(host, name))
+            made = thumbnail(image_of(host, name))
             if name not in chosen:
                 continue
             made.save(FOLDER / f"{name}.jpg", quality=88)

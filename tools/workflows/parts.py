@@ -99,7 +99,9 @@ PROMPTS = {
         {"text_encoder": Link("load", 1), "text": "a red star on a blue background"},
         "Prompt",
     ),
-    "negative": Node("ChromaTextEncode", 1, {"text_encoder": Link("load", 1), "text": ""}, "Negative prompt"),
+    "negative": Node(
+        "ChromaTextEncode", 1, {"text_encoder": Link("load", 1), "text": ""}, "Negative prompt", collapsed=True
+    ),
     "latent": Node("ChromaEmptyLatent", 1, {"width": 64, "height": 64, "batch_size": 1}),
 }
 LOAD_AND_NEGATIVE = LOAD | {"negative": replace(PROMPTS["negative"], column=0)}
@@ -110,18 +112,17 @@ LORA = "sks.safetensors"
 """What `TRAINING` makes, as the host lists it."""
 
 TRAINING = {
-    "dataset": Node("ChromaDataset", 1, {"folder": TRAINING_SET, "trigger": "sks"}, extra_height=250),
+    "dataset": Node("ChromaDataset", 1, {"folder": TRAINING_SET, "trigger": "sks"}),
     "heldout": Node(
         "ChromaDataset",
         1,
         {"folder": f"{TRAINING_SET}_heldout", "trigger": "sks"},
         "Held-out images",
-        extra_height=250,
         collapsed=True,
     ),
     "settings": Node(
         "ChromaTrainingSettings",
-        0,
+        1,
         # Ordinary images stay ordinary: docs/quality.md.
         {"lr_schedule": "cosine", "validate_every": 100, "preserve_class": 1.0, "preserve_share": 0.33},
         collapsed=True,
@@ -143,7 +144,6 @@ TRAINING = {
             "preview_prompt": CONCEPT_PROMPT,
             "preview_every": 100,
         },
-        extra_height=120,
     ),
 }
 """The training that several workflows share: the same settings are the same job, whichever of them starts it."""
@@ -154,7 +154,7 @@ def decode(samples: str, prefix: str, column: int, key: str = "") -> dict[str, N
     return {
         f"decode{key}": Node("VAEDecode", column, {"samples": Link(samples), "vae": Link("load", 2)}, collapsed=True),
         f"save{key}": Node(
-            "SaveImage", column, {"images": Link(f"decode{key}"), "filename_prefix": prefix}, extra_height=250
+            "SaveImage", column, {"images": Link(f"decode{key}"), "filename_prefix": prefix}, extra_height=200
         ),
     }
 
@@ -165,41 +165,39 @@ def with_text(text: str, column: int = 1, trigger: str = "", **size: int) -> dic
     latent = {**PROMPTS["latent"].inputs, **size}
     return {
         "positive": Node("ChromaTextEncode", column, prompt, "Prompt"),
-        "negative": Node("ChromaTextEncode", column, PROMPTS["negative"].inputs, "Negative prompt"),
+        "negative": replace(PROMPTS["negative"], column=column),
         "latent": Node("ChromaEmptyLatent", column, latent),
     }
 
 
-def sampler(model: str, column: int, **inputs: Any) -> Node:
+def sampler(model: str, column: int, collapsed: bool = False, **inputs: Any) -> Node:
     """A Chroma Sampler on the workflow's prompts and latent."""
     links = {"model": Link(model), "positive": Link("positive"), "negative": Link("negative"), "latent": Link("latent")}
-    return Node("ChromaSampler", column, {**links, **inputs})
+    return Node("ChromaSampler", column, {**links, **inputs}, collapsed=collapsed)
 
 
 def wait_and_apply(column: int) -> dict[str, Node]:
     """What makes a model with the LoRA of a job that has just been started."""
+    lora = {"model": Link("load", 0), "lora_name": Link("wait", 1)}
     return {
-        "wait": Node("ChromaWaitForTraining", column, {"job": Link("train")}),
-        "lora": Node("ChromaApplyLora", column, {"model": Link("load", 0), "lora_name": Link("wait", 1)}),
+        "wait": Node("ChromaWaitForTraining", column, {"job": Link("train")}, collapsed=True),
+        "lora": Node("ChromaApplyLora", column, lora, collapsed=True),
     }
 
 
 def status(column: int) -> dict[str, Node]:
     """How a job is doing, as images and as text."""
     return {
-        "status": Node("ChromaTrainingStatus", column, {"job": Link("train")}, extra_height=240),
+        "status": Node("ChromaTrainingStatus", column, {"job": Link("train")}, extra_height=200),
         "show": Node("PreviewAny", column, {"source": Link("status", 0)}, "Status", extra_height=100),
     }
 
 
 def train_on(dataset: str, column: int, **inputs: Any) -> dict[str, Node]:
-    """A short training of tiny on one dataset link, and what shows how it is doing."""
+    """A short training of tiny on one dataset link."""
     links = {"model": Link("load", 0), "text_encoder": Link("load", 1), "dataset": Link(dataset)}
     common = {"steps": 300, "learning_rate": 2e-3, "target": "all+ffs", "batch_size": 4, "preview_every": 100}
-    return {
-        "train": Node("ChromaTrainLora", column, {**links, **common, **inputs}, extra_height=120),
-        **status(column),
-    }
+    return {"train": Node("ChromaTrainLora", column, {**links, **common, **inputs})}
 
 
 def generated(key: str, text: str, batch: int, seed: int, column: int = 1) -> dict[str, Node]:
@@ -209,9 +207,11 @@ def generated(key: str, text: str, batch: int, seed: int, column: int = 1) -> di
     links = {"model": Link("load"), "positive": Link(f"prompt_{key}"), "negative": Link("negative")}
     return {
         f"prompt_{key}": Node("ChromaTextEncode", column, prompt, "Prompt"),
-        f"latent_{key}": Node("ChromaEmptyLatent", column, size),
-        f"sample_{key}": Node("ChromaSampler", column + 1, {**links, "latent": Link(f"latent_{key}"), "seed": seed}),
+        f"latent_{key}": Node("ChromaEmptyLatent", column, size, collapsed=True),
+        f"sample_{key}": Node(
+            "ChromaSampler", column, {**links, "latent": Link(f"latent_{key}"), "seed": seed}, collapsed=True
+        ),
         f"decode_{key}": Node(
-            "VAEDecode", column + 1, {"samples": Link(f"sample_{key}"), "vae": Link("load", 2)}, collapsed=True
+            "VAEDecode", column, {"samples": Link(f"sample_{key}"), "vae": Link("load", 2)}, collapsed=True
         ),
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from _environment import ROOT
 
-from .parts import Link, ModelFile, Node, Workflow, decode, sampler, wait_and_apply, with_text
+from .parts import Link, ModelFile, Node, Workflow, decode, sampler, status, with_text
 
 if TYPE_CHECKING:
     from chroma_core.memory import Machine
@@ -25,6 +25,9 @@ IMAGE_SIZES = {4: 512}  # where the VAE alone, which needs 2.8 GiB for 1024, doe
 BUS = 12.0  # GB/s; what PCIe 3.0 x16, or 4.0 x8, carries in practice
 STEPS = 1500
 FOLDER = "my_pictures"
+LORA_NAME = "my-lora"
+HELD_OUT = 0.1
+"""Share of the images; none of fewer than 8."""
 
 HUB = "https://huggingface.co"
 FILES = {
@@ -97,11 +100,11 @@ def preset(card: int) -> Preset:
 
 
 def presets() -> tuple[Workflow, ...]:
-    """One workflow a card, smallest first."""
-    return tuple(_workflow(preset(card)) for card in CARDS)
+    """Two workflows a card, to train and to use what was trained; smallest card first."""
+    return tuple(made for card in CARDS for made in _workflows(preset(card)))
 
 
-def _workflow(found: Preset) -> Workflow:
+def _workflows(found: Preset) -> tuple[Workflow, Workflow]:
     plan = found.settings
     loader = {
         "flavour": "base",
@@ -112,28 +115,29 @@ def _workflow(found: Preset) -> Workflow:
         "resident_blocks": plan.resident_blocks,
         "offload_during_startup": plan.offload_during_startup,
     }
-    return Workflow(
+    load = {"load": Node("ChromaLoadModel", 0, loader, models=tuple(FILES.values()))}
+    train = Workflow(
         found.name,
-        f"The real Chroma on a GPU of {found.card} GB: train a LoRA on your images, then generate with it.",
-        _note(found),
-        {
-            "load": Node("ChromaLoadModel", 0, loader, extra_height=60, models=tuple(FILES.values())),
-            "settings": Node(
-                "ChromaTrainingSettings",
+        f"The real Chroma on a GPU of {found.card} GB: train a LoRA on your images.",
+        _note(found, _TRAIN, plan_of_training(found)),
+        load
+        | {
+            "speed": Node("ChromaSpeedSettings", 0, {"gradient_checkpointing": plan.gradient_checkpointing}),
+            "previews": Node(
+                "ChromaPreviewSettings",
                 0,
-                {
-                    "gradient_checkpointing": plan.gradient_checkpointing,
-                    "preview_width": TRAINING_SIZE,
-                    "preview_height": TRAINING_SIZE,
-                },
+                {"preview_width": TRAINING_SIZE, "preview_height": TRAINING_SIZE, "settings": Link("speed")},
+                collapsed=True,
+            ),
+            "saving": Node(
+                "ChromaSavingSettings",
+                0,
+                {"hold_out": HELD_OUT, "settings": Link("previews")},
+                "A tenth is held out",
                 collapsed=True,
             ),
             "dataset": Node(
-                "ChromaDataset",
-                1,
-                {"folder": FOLDER, "trigger": "sks", "resolution": TRAINING_SIZE},
-                "Your images",
-                extra_height=250,
+                "ChromaDataset", 1, {"folder": FOLDER, "trigger": "sks", "resolution": TRAINING_SIZE}, "Your images"
             ),
             "train": Node(
                 "ChromaTrainLora",
@@ -142,59 +146,86 @@ def _workflow(found: Preset) -> Workflow:
                     "model": Link("load", 0),
                     "text_encoder": Link("load", 1),
                     "dataset": Link("dataset"),
-                    "settings": Link("settings"),
-                    "name": "my-lora",
+                    "settings": Link("saving"),
+                    "name": LORA_NAME,
                     "steps": STEPS,
                     "preview_prompt": "a photo of [trigger]",
                 },
-                extra_height=120,
             ),
         }
-        | with_text("a photo of [trigger]", 0, width=plan.pixels, height=plan.pixels, trigger="sks")
-        | wait_and_apply(2)
-        | {"sample": sampler("lora", 3, steps=28)}
-        | decode("sample", "chroma/my-lora", 4),
+        | status(3),
     )
+    use = Workflow(
+        f"{found.name}_use",
+        f"The real Chroma on a GPU of {found.card} GB: generate with the LoRA that you trained.",
+        _note(found, _USE, plan_of_sampling(found)),
+        load
+        | {"lora": Node("ChromaApplyLora", 1, {"model": Link("load", 0), "lora": f"{LORA_NAME}.safetensors"})}
+        | with_text("a photo of [trigger]", width=plan.pixels, height=plan.pixels, trigger="sks")
+        | {"sample": sampler("lora", 2, steps=28)}
+        | decode("sample", f"chroma/{LORA_NAME}", 3),
+    )
+    return train, use
 
 
-def _note(found: Preset) -> str:
+_TRAIN = (
+    "**1. The files.** The page lists the missing files and offers to download them, 28 GB in all. What your browser "
+    "downloads goes to `models/diffusion_models`, `models/text_encoders` or `models/vae`, as listed; then press R. "
+    "Files that you have work too: choose them in **Chroma Load Model**.\n\n"
+    f"**2. Your images.** 10 to 50 of them in a folder `{FOLDER}` below ComfyUI's `input`, {TRAINING_SIZE} "
+    "pixels or larger, each with a `.txt` caption of the same name, with a made-up word for the new concept: “a "
+    "photo of a sks dog on grass”. Then press R. A tenth of them is not trained on but measured on.\n\n"
+    "**3. Run.** Before that, change *name*, *trigger* and *preview_prompt*. The job trains in the background, for "
+    "hours; the queue is free at once. Run again, or open the **Chroma** tab, to see how it is doing.\n\n"
+)
+_USE = (
+    f"Train first, with *{{train}}*. Then press R, choose your LoRA in **Chroma Apply LoRA** (the page reports "
+    f"`{LORA_NAME}.safetensors` as missing until it is there), and write the *Prompt*; *trigger* is the word that you "
+    "trained with.\n\n"
+)
+
+
+def plan_of_training(found: Preset) -> str:
+    """What training needs on the card, and what a larger size would."""
     from chroma_core.memory import in_gib
     from chroma_core.memory.plan import peaks, step_traffic
 
-    plan = found.settings
-    size = plan.pixels
-    sampling, training = peaks(plan), peaks(replace(plan, size=TRAINING_SIZE))
+    plan = replace(found.settings, size=TRAINING_SIZE)
     fits = "fits here too" if found.fits("training", IMAGE_SIZE) else "does not fit here with these settings"
-    larger = f"A *resolution* of {IMAGE_SIZE} {fits}."
-    if moved := step_traffic(replace(plan, size=TRAINING_SIZE)):
-        larger += (
-            f" The price: every training step sends {in_gib(moved)} of weights to the GPU, at {BUS:g} GB/s at least "
+    text = (
+        f"Training at {TRAINING_SIZE} pixels needs about {in_gib(peaks(plan).training)} of GPU memory. A *resolution* "
+        f"of {IMAGE_SIZE} {fits}."
+    )
+    if moved := step_traffic(plan):
+        text += (
+            f" The price: every step sends {in_gib(moved)} of weights to the GPU, at {BUS:g} GB/s at least "
             f"{moved / (BUS * 1e9):.1f} s, so that {STEPS} steps take {STEPS * moved / (BUS * 3.6e12):.1f} hours or "
             "more."
         )
+    return text
+
+
+def plan_of_sampling(found: Preset) -> str:
+    """What an image needs on the card."""
+    from chroma_core.memory import in_gib
+    from chroma_core.memory.plan import peaks
+
+    size = found.settings.pixels
+    return f"An image of {size} × {size} needs about {in_gib(peaks(found.settings).sampling)} of GPU memory."
+
+
+def _note(found: Preset, what_to_do: str, needed: str) -> str:
+    from chroma_core.memory import in_gib
+
+    plan = found.settings
     checkpointing = "on" if plan.gradient_checkpointing else "off"
     return (
-        f"## The real Chroma on a GPU of {found.card} GB\n\n"
-        "**1. The files.** The page lists the missing files and offers to download them, 28 GB in all. If your browser "
-        "downloads them, move each to `models/diffusion_models`, `models/text_encoders` or `models/vae`, as listed; "
-        "then press R. Files that you already have work too, e.g. an fp8 T5: choose them in **Chroma Load Model**.\n\n"
-        f"**2. Your images.** 10 to 50 of them in a folder `{FOLDER}` below ComfyUI's `input`, {TRAINING_SIZE} "
-        "pixels or larger, each with a `.txt` caption of the same name. Use a made-up word for the new concept: “a "
-        "photo of a sks dog on grass”. Then press R.\n\n"
-        "**3. Run.** It trains, waits, and generates an image. Before that, change *name*, *trigger* (in **Your "
-        "images** and in the *Prompt*), the *Prompt* and *preview_prompt*.\n\n"
-        "The prompt waits until the LoRA is finished, which takes hours; *Cancel* ends the job and keeps what it has "
-        "learnt. To keep the queue free meanwhile, select the five nodes from **Chroma Wait for Training** to **Save "
-        "Image** and mute them (Ctrl+M) before you run; unmute them and run again when the job is completed.\n\n"
+        f"## The real Chroma on a GPU of {found.card} GB\n\n{what_to_do.replace('{train}', found.name)}"
         "### The memory plan\n\n"
         f"| setting | value |\n|---|---|\n| precision | `{plan.precision}` |\n"
         f"| text_precision | `{plan.text_precision}` |\n"
         f"| offload | `{plan.offload}` |\n| gradient_checkpointing | {checkpointing} |\n\n"
-        f"This assumes {COMPUTER} GB of RAM. Sampling at {size} × {size} needs about "
-        f"{in_gib(sampling.sampling)} of GPU memory, training at {TRAINING_SIZE} about "
-        f"{in_gib(training.training)}; {in_gib(found.on.device_budget)} are available, the rest is left for the "
-        f"desktop and the driver. {larger} These are predictions (docs/memory.md), not measured on such a GPU. "
-        "The output *memory_plan* of **Chroma Load Model** shows what fits your machine; see *chroma_your_files*.\n\n"
-        "The templates for 4 to 24 GB differ in this plan only (and that for 4 GB in the size of the image); 12 and "
-        "16 GB have the same one, as there is nothing between `int8` and `bf16`."
+        f"{needed} {in_gib(found.on.device_budget)} are available, the rest is left for the desktop and the driver; "
+        f"{COMPUTER} GB of RAM are assumed. These are predictions, not measured on such a GPU: **Chroma Load Model** "
+        "shows what fits your machine."
     )

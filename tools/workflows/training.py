@@ -39,9 +39,9 @@ FIRST_LORA = Workflow(
     | TRAINING
     | with_text(CONCEPT_PROMPT, 0)
     | wait_and_apply(2)
-    | {"base": sampler("load", 3), "sample": sampler("lora", 3)}
-    | decode("base", "chroma/without_lora", 4, "_base")
-    | decode("sample", "chroma/with_lora", 4),
+    | {"base": sampler("load", 2, collapsed=True), "sample": sampler("lora", 2, collapsed=True)}
+    | decode("base", "chroma/without_lora", 3, "_base")
+    | decode("sample", "chroma/with_lora", 3),
 )
 
 
@@ -50,12 +50,12 @@ def compared(key: str, label: str) -> dict[str, Node]:
     samples, vae = Link(f"sample_{key}"), Link("load", 2)
     text = {"text": label, "font_size": 9.0, "position": "bottom"}
     return {
-        f"decode_{key}": Node("VAEDecode", 4, {"samples": samples, "vae": vae}, collapsed=True),
+        f"decode_{key}": Node("VAEDecode", 3, {"samples": samples, "vae": vae}, collapsed=True),
         # The grid takes a list of images, not a batch.
-        f"list_{key}": Node("RebatchImages", 4, {"images": Link(f"decode_{key}"), "batch_size": 1}, collapsed=True),
-        f"grid_{key}": Node("ImageGrid", 4, {"images": Link(f"list_{key}"), "columns": SEEDS}),
+        f"list_{key}": Node("RebatchImages", 3, {"images": Link(f"decode_{key}"), "batch_size": 1}, collapsed=True),
+        f"grid_{key}": Node("ImageGrid", 3, {"images": Link(f"list_{key}"), "columns": SEEDS}, collapsed=True),
         f"label_{key}": Node(
-            "TextOverlay", 4, {"images": Link(f"grid_{key}"), **text}, f"Write: {label}", collapsed=True
+            "TextOverlay", 3, {"images": Link(f"grid_{key}"), **text}, f"Write: {label}", collapsed=True
         ),
     }
 
@@ -92,7 +92,6 @@ TRAINING_WORKFLOWS = (
                 "ChromaTrainLora",
                 2,
                 {**TRAINING["train"].inputs, "if_exists": "resume"},
-                extra_height=TRAINING["train"].extra_height,
             )
         }
         | status(3),
@@ -113,13 +112,13 @@ TRAINING_WORKFLOWS = (
         | TRAINING
         | with_text(CONCEPT_PROMPT, 0, batch_size=SEEDS)
         | wait_and_apply(2)
-        | {"sample_without": sampler("load", 3), "sample_with": sampler("lora", 3)}
+        | {"sample_without": sampler("load", 2, collapsed=True), "sample_with": sampler("lora", 2, collapsed=True)}
         | compared("without", "without the LoRA")
         | compared("with", "with the LoRA")
         | {
             "stitch": Node(
                 "ImageStitch",
-                4,
+                3,
                 {
                     "image1": Link("label_without"),
                     "image2": Link("label_with"),
@@ -130,7 +129,7 @@ TRAINING_WORKFLOWS = (
             ),
             "save": Node(
                 "SaveImage",
-                4,
+                3,
                 {"images": Link("stitch"), "filename_prefix": "chroma/compared"},
                 "Without and with the LoRA",
                 extra_height=350,
@@ -154,20 +153,20 @@ TRAINING_WORKFLOWS = (
         | generated("first", "a yellow ring on a green background", 2, 11)
         | generated("second", "a yellow ring on a blue background", 2, 12)
         | {
-            "join": Node("ImageBatch", 3, {"image1": Link("decode_first"), "image2": Link("decode_second")}),
+            "join": Node("ImageBatch", 2, {"image1": Link("decode_first"), "image2": Link("decode_second")}),
             "dataset": Node(
                 "ChromaDatasetFromImages",
-                3,
+                2,
                 {
                     "images": Link("join"),
                     "captions": "a sks on a green background\na sks on a green background\n"
                     "a sks on a blue background\na sks on a blue background",
                     "trigger": "sks",
                 },
-                extra_height=300,
             ),
         }
-        | train_on("dataset", 4, name="from-images", preview_prompt="a sks on a red background"),
+        | train_on("dataset", 3, name="from-images", preview_prompt="a sks on a red background")
+        | status(4),
     ),
     Workflow(
         "chroma_train_with_regularisation",
@@ -177,9 +176,8 @@ TRAINING_WORKFLOWS = (
         "trained "
         "to change nothing, so that a star stays a star. **Chroma Combine Datasets** mixes both: with *weight_2* 0.5 "
         "an "
-        "image of the second is used half as often as one of the first. Each dataset keeps its own options; the "
-        "trigger word of previews and LoRA is the main dataset's. *prior_weight* in **Chroma Training Settings** sets "
-        "how strongly it regularises.\n\n"
+        "image of the second is used half as often as one of the first. Each dataset keeps its own options. "
+        "*prior_weight* in **Chroma Training Settings** sets how strongly it regularises.\n\n"
         + REAL_MODEL
         + REAL_FOLDER
         + "\n- the *Prompt* and the *captions* to your concept's class (for one dog: `a photo of a dog`), "
@@ -188,29 +186,28 @@ TRAINING_WORKFLOWS = (
         LOAD_AND_NEGATIVE
         | generated("ordinary", "a red star on a blue background", 4, 21, column=0)
         | {
-            "main": Node(
-                "ChromaDataset", 2, {"folder": TRAINING_SET, "trigger": "sks"}, "Main dataset", extra_height=250
-            ),
+            "main": Node("ChromaDataset", 1, {"folder": TRAINING_SET, "trigger": "sks"}, "Main dataset"),
             "ordinary": Node(
                 "ChromaDatasetFromImages",
-                3,
+                2,
                 {
                     "images": Link("decode_ordinary"),
                     "captions": "a red star on a blue background",
                     "regularisation": True,
                 },
                 "Regularisation set",
-                extra_height=250,
             ),
             "combine": Node(
                 "ChromaCombineDatasets",
-                1,
+                3,
                 {"dataset_1": Link("main"), "dataset_2": Link("ordinary"), "weight_2": 0.5},
             ),
             "mixture": Node(
-                "PreviewAny", 1, {"source": Link("combine", 1)}, "How the datasets are mixed", extra_height=100
+                "PreviewAny", 3, {"source": Link("combine", 1)}, "How the datasets are mixed", extra_height=60
             ),
         }
-        | train_on("combine", 4, name="sks-regularised", preview_prompt=CONCEPT_PROMPT),
+        | train_on("combine", 4, name="sks-regularised", preview_prompt=CONCEPT_PROMPT)
+        | status(3)
+        | {"show": Node("PreviewAny", 4, {"source": Link("status", 0)}, "Status", extra_height=60)},
     ),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .parts import (
     CONCEPT_PROMPT,
     LOAD,
@@ -73,8 +75,14 @@ USING_WORKFLOWS = (
                 {"text_encoder": Link("load", 1), "text": "a yellow ring on a blue background"},
                 "Prompt of the part",
             ),
-            "first": sampler("load", 2, seed=42),
-            "picture": Node("VAEDecode", 2, {"samples": Link("first"), "vae": Link("load", 2)}, "The image to change"),
+            "first": sampler("load", 2, collapsed=True, seed=42),
+            "picture": Node(
+                "VAEDecode",
+                2,
+                {"samples": Link("first"), "vae": Link("load", 2)},
+                "The image to change",
+                collapsed=True,
+            ),
             "before": Node("PreviewImage", 2, {"images": Link("picture")}, "Before", extra_height=200),
             "canvas": Node(
                 "SolidMask", 3, {"value": 0.0, "width": INPAINT_SIDE, "height": INPAINT_SIDE}, "Nothing changes…"
@@ -92,8 +100,8 @@ USING_WORKFLOWS = (
                 },
                 "The part to change",
             ),
-            "encode": Node("VAEEncode", 3, {"pixels": Link("picture"), "vae": Link("load", 2)}),
-            "masked": Node("SetLatentNoiseMask", 3, {"samples": Link("encode"), "mask": Link("mask")}),
+            "encode": Node("VAEEncode", 3, {"pixels": Link("picture"), "vae": Link("load", 2)}, collapsed=True),
+            "masked": Node("SetLatentNoiseMask", 3, {"samples": Link("encode"), "mask": Link("mask")}, collapsed=True),
             "sample": Node(
                 "ChromaSampler",
                 4,
@@ -113,10 +121,10 @@ USING_WORKFLOWS = (
             ),
             "save": Node(
                 "SaveImage",
-                4,
+                2,
                 {"images": Link("composite"), "filename_prefix": "chroma/inpainted"},
                 "After",
-                extra_height=250,
+                extra_height=200,
             ),
         },
     ),
@@ -214,20 +222,19 @@ USING_WORKFLOWS = (
                 "ChromaLoadModel",
                 0,
                 {"precision": "int8", "text_precision": "fp32", "offload": "model"},
-                extra_height=60,
             ),
             "plan": Node(
                 "PreviewAny",
                 3,
                 {"source": Link("load", 3)},
                 "What fits this machine",
-                extra_height=380,
-                extra_width=330,
+                extra_height=300,
+                extra_width=120,
             ),
         }
         | with_text("a blue ring on a yellow background")
         | {"sample": sampler("load", 2)}
-        | decode("sample", "chroma/your_files", 2),
+        | decode("sample", "chroma/your_files", 3),
     ),
     Workflow(
         "chroma_convert_lora",
@@ -239,22 +246,23 @@ USING_WORKFLOWS = (
         "works.\n\n" + TRAIN_FIRST + REAL_SAMPLING,
         LOAD
         | {
-            "inspect": Node("ChromaInspectLora", 1, {"lora": LORA, "model": Link("load", 0)}, extra_height=220),
-            "report": Node("PreviewAny", 1, {"source": Link("inspect", 0)}, "Report", extra_height=250),
+            "inspect": Node("ChromaInspectLora", 1, {"lora": LORA, "model": Link("load", 0)}),
+            "report": Node("PreviewAny", 1, {"source": Link("inspect", 0)}, "Report", extra_height=150),
             "map": Node(
                 "SaveImage",
                 1,
                 {"images": Link("inspect", 1), "filename_prefix": "chroma/lora_heat_map"},
                 "Changed layers",
-                extra_height=150,
+                collapsed=True,
             ),
             "convert": Node("ChromaConvertLora", 2, {"lora": LORA, "dialect": "kohya"}),
             "written": Node("PreviewAny", 2, {"source": Link("convert", 2)}, "What was written", extra_height=80),
             "lora": Node("ChromaApplyLora", 2, {"model": Link("load", 0), "lora_name": Link("convert", 1)}),
         }
         | with_text(CONCEPT_PROMPT, 3)
-        | {"sample": sampler("lora", 4)}
-        | decode("sample", "chroma/converted_lora", 4),
+        | {"latent": replace(PROMPTS["latent"], column=3, collapsed=True)}
+        | {"sample": sampler("lora", 3, collapsed=True)}
+        | decode("sample", "chroma/converted_lora", 3),
     ),
     Workflow(
         "chroma_parity",

@@ -79,6 +79,7 @@ type PageNode = GraphNode & {
 
 /** What a node's class knows of its inputs. */
 interface NodeData {
+  category?: string;
   input?: { required?: object; optional?: object };
 }
 
@@ -145,7 +146,7 @@ interface Drawing {
 type RoomStep = "images" | "aim" | "watch" | "choose";
 
 /** What is chosen in the room: a data set folder by its name, the trigger word, the size in pixels that crops are shown
- * for (0: the model's own), what the LoRA is to learn, a job's id. Empty: nothing yet. */
+ * for (0: the model's own), what the LoRA is to learn, a job's id, what was typed over the recipe. Empty: nothing yet. */
 interface RoomView {
   step: RoomStep;
   folder: string;
@@ -153,6 +154,7 @@ interface RoomView {
   size: number;
   aim: string;
   job: string;
+  typed: Record<string, string>;
 }
 
 interface TrainingRoom {
@@ -366,9 +368,21 @@ interface DatasetLook {
   sheet: string;
 }
 
+/** Nodes that make a text of an image; see nodes/routes/captioning.py. */
+interface Captioners {
+  nodes: { node: string; title: string }[];
+}
+
+interface CaptionProgress {
+  waiting: number;
+  written: number;
+  failed: { name: string; error: string }[];
+}
+
 interface FolderList {
   folders: { name: string; own: boolean }[];
   endings: string[];
+  known: string[];
   sizes: number[];
 }
 
@@ -384,6 +398,8 @@ interface FolderImage {
   notes: string[];
   twin: string;
   version: string;
+  mask: string;
+  convertible: boolean;
 }
 
 interface FolderLook {
@@ -394,6 +410,9 @@ interface FolderLook {
   warnings: string[];
   buckets: Bucket[];
   removed: { batch: string; names: string[] }[];
+  unread: number;
+  done: string[];
+  undone: string[];
   check: { trigger: string; of: number; lacking: string[]; stands_as: { word: string; names: string[] }[] };
 }
 

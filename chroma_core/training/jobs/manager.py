@@ -33,8 +33,7 @@ Listener = Callable[[JobStatus], None]
 TRASH = ".deleted-"
 """How the folder of a job begins that is being deleted."""
 LOCK_SECONDS = 2.0
-"""How long what is asked of a job waits for its folder, which another process may be looking at, or just have done
-with."""
+"""How long what is asked of a job waits for its folder, which another process may be looking at."""
 
 
 class JobManager:
@@ -443,6 +442,7 @@ class JobManager:
             with self._changed:
                 self._at_work = None
                 if job not in self._queue:
+                    self._controls.pop(job.id, None)
                     job.lock.let_go()
                 self._changed.notify_all()
 

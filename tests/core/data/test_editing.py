@@ -9,16 +9,15 @@ from chroma_core.data.buckets import choose_bucket, crop_box
 from chroma_core.data.dataset import DatasetConfig
 from chroma_core.data.editing import (
     Changed,
-    bring_back,
     caption_text,
     entries,
     image_path,
     move_crops,
     removed,
-    set_aside,
     trigger_check,
     write_captions,
 )
+from chroma_core.data.history import bring_back, take_out
 from chroma_core.data.remembered import Remembered
 from chroma_core.data.scan import scan
 from chroma_core.data.views import views_of
@@ -107,14 +106,14 @@ def test_links_to_other_places_are_refused(folder, tmp_path):
         write_captions(folder, {"d.png": "x"}, {})
     (folder / ".removed").symlink_to(tmp_path / "other")
     with pytest.raises(DataError, match="link"):
-        set_aside(folder, ["a.png"])
+        take_out(folder, ["a.png"])
     assert (tmp_path / "secret.txt").read_text() == "secret" and (folder / "a.png").is_file()
 
 
 def test_what_is_removed_comes_back_as_it_was(folder):
     (folder / "a-masklabel.png").write_bytes((folder / "a.png").read_bytes())
     before = tree(folder)
-    first, second = set_aside(folder, ["a.png", "sub/b.png"]), set_aside(folder, ["e.png"])
+    first, second = take_out(folder, ["a.png", "sub/b.png"]), take_out(folder, ["e.png"])
     assert list(seen(folder)) == ["c.png", "d.png"] and not (folder / "a.txt").exists()
     assert removed(folder) == {second: ["e.png"], first: ["a.png", "sub/b.png"]}
     (folder / "a.png").write_bytes(b"another")
@@ -122,6 +121,7 @@ def test_what_is_removed_comes_back_as_it_was(folder):
         bring_back(folder, first)
     (folder / "a.png").unlink()
     assert bring_back(folder, first) == ["a.png", "sub/b.png"] and bring_back(folder, second)
+    (folder / ".removed/history.json").unlink()
     assert tree(folder) == before and removed(folder) == {}
     with pytest.raises(DataError, match="nothing removed"):
         bring_back(folder, first)
@@ -129,7 +129,7 @@ def test_what_is_removed_comes_back_as_it_was(folder):
 
 def test_a_caption_that_another_format_shares_stays(folder):
     Image.new("RGB", (64, 64)).save(folder / "a.jpg")
-    set_aside(folder, ["a.png"])
+    take_out(folder, ["a.png"])
     assert (folder / "a.txt").is_file() and not (folder / "a.png").exists()
 
 

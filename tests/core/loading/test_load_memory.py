@@ -1,6 +1,7 @@
-"""Loading takes one copy: a file of Chroma's real widths, in a fresh process, by the high-water mark of its memory."""
+"""Memory, in a fresh process: loading takes one copy of a file of Chroma's real widths; what is freed is returned."""
 
 import json
+import platform
 import sys
 from pathlib import Path
 
@@ -56,3 +57,25 @@ def test_loading_takes_one_copy(real_file, precision, limit):
     ratio = found["extra"] / real_file.stat().st_size
     print(f"{precision}: {ratio:.3f} × the file, model {found['model'] / 2**20:.0f} MiB")
     assert ratio <= limit
+
+
+FREED = """
+import resource
+import torch
+from chroma_core.model.device import release_memory
+
+def now():
+    return int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() >> 20
+
+made = [torch.ones(16 << 10) for _ in range(3200)]  # 64 KiB each, which the C library takes from its heap
+full = now()
+made[:-1] = []  # the last one lies above the others
+release_memory()
+print(full - now())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_what_was_freed_in_pieces_goes_back_to_the_system():
+    done = forked.run(forked.LIGHT, "-c", FREED)
+    assert int(done.stdout or 0) > 190, done.stderr

@@ -30,7 +30,9 @@ export function addPanel(node, name, element, height) {
   let last = 0;
   const settled = () => {
     last = pixels();
-    element.style.setProperty("min-height", `${Math.max(0, last - 2 * (widget.margin ?? 10))}px`);
+    const room = `${Math.max(0, last - 2 * (widget.margin ?? 10))}px`;
+    element.style.setProperty("min-height", room);
+    element.style.setProperty("max-height", room);
   };
   // A node is measured before it has our panel, and a saved graph may be older than it.
   const makeRoom = () => {

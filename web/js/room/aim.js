@@ -12,6 +12,7 @@ import { advice } from "../widgets/plan.js";
 export const title = "room.aim.title";
 
 const WAIT = 300;
+const [PREVIEWS, VALIDATIONS] = [8, 10]; // at least so many in a job, however short
 const NUMBERS = /** @type {const} */ ({
   steps: { path: "steps", min: 1, max: 1000000, step: 50 },
   rank: { path: "lora.rank", min: 1, max: 512, step: 4 },
@@ -49,20 +50,24 @@ class Aim {
     this.plan = null;
     /** @type {FolderLook | null} */
     this.found = null;
-    this.named = false; // whether the name was typed
     this.cards = h("div", { class: "ck-aims", role: "radiogroup", "aria-label": t("room.aim.question") });
-    const field = (/** @type {string} */ key, /** @type {Properties} */ more = {}) => h("input", { type: "text", ...more, "data-field": key });
-    this.name = field("name", { oninput: () => (this.named = true) });
-    this.trigger = field("trigger", { oninput: debounced(() => room.choose({ trigger: this.trigger.value.trim() }), WAIT) });
-    this.word = field("class_word");
-    this.prompts = h("textarea", { rows: 4, "data-field": "prompts" });
-    this.flavour = h("select", { "data-field": "flavour", onchange: () => this.#ask() });
+    this.trigger = h("input", { type: "text", "data-field": "trigger", oninput: debounced(() => room.choose({ trigger: this.trigger.value.trim() }), WAIT) });
     const soon = debounced(() => this.#costs(), WAIT);
     const number = (/** @type {Numeric} */ key) => {
       const { min, max, step } = NUMBERS[key];
-      return h("input", { type: "number", min: String(min), max: String(max), step: String(step), "data-field": key, oninput: soon });
+      return h("input", { type: "number", min: String(min), max: String(max), step: String(step), oninput: soon });
     };
     this.numbers = { steps: number("steps"), rank: number("rank"), learning_rate: number("learning_rate") };
+    this.name = h("input", { type: "text" });
+    this.word = h("input", { type: "text" });
+    this.prompts = h("textarea", { rows: 4 });
+    this.flavour = h("select", { onchange: () => this.#ask() });
+    /** @type {Record<string, HTMLInputElement | HTMLTextAreaElement | HTMLSelectElement>} what is typed over the recipe */
+    this.fields = { name: this.name, class_word: this.word, flavour: this.flavour, ...this.numbers, prompts: this.prompts };
+    for (const [key, control] of Object.entries(this.fields)) {
+      control.dataset.field = key;
+      control.addEventListener("input", () => room.choose({ typed: { ...room.view.typed, [key]: control.value } }));
+    }
     this.advised = h("p", { class: "ck-faint" });
     this.needs = h("ul", { class: "ck-needs", "aria-live": "polite" });
     this.costs = h("ul", { class: "ck-costs", "aria-live": "polite" });
@@ -142,7 +147,10 @@ class Aim {
       this.#draw();
       this.#fill();
     }
-    if ("folder" in changed) this.named = false;
+    if ("folder" in changed) {
+      const { name, ...typed } = this.room.view.typed;
+      this.room.choose({ typed });
+    }
     if ("trigger" in changed && this.trigger.value.trim() !== changed.trigger) this.trigger.value = changed.trigger ?? "";
     if (this.room.view.step === "aim" && ["folder", "trigger", "size"].some((name) => name in changed)) this.refresh();
   }
@@ -157,7 +165,7 @@ class Aim {
       const on = name === chosen;
       const card = h(
         "button",
-        { type: "button", role: "radio", "aria-checked": String(on), tabIndex: on ? 0 : -1, "data-aim": name, onclick: () => this.room.choose({ aim: name }) },
+        { type: "button", role: "radio", "aria-checked": String(on), tabIndex: on ? 0 : -1, "data-aim": name, onclick: () => this.#aim(name) },
         h("b", {}, t(`room.aim.${name}.title`)),
         h("span", {}, t(`room.aim.${name}.about`)),
         h("span", { class: "ck-faint" }, t("room.aim.images", { from: images[0], to: images[1] })),
@@ -166,14 +174,19 @@ class Aim {
         const by = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
         if (!by) return;
         event.preventDefault();
-        this.room.choose({ aim: recipes[(i + by + recipes.length) % recipes.length].name });
+        this.#aim(recipes[(i + by + recipes.length) % recipes.length].name);
       });
       return card;
     })); // prettier-ignore
     if (focused) /** @type {HTMLElement | null} */ (this.cards.querySelector("[aria-checked=true]"))?.focus();
   }
 
-  /** The recipe's numbers and words, over what stood there. */
+  /** @param {string} aim */
+  #aim(aim) {
+    if (aim !== this.room.view.aim) this.room.choose({ aim, typed: {} });
+  }
+
+  /** The recipe's numbers and words, and what was typed over them. */
   #fill() {
     const { recipe, list } = this;
     if (!recipe || !list) return;
@@ -186,6 +199,7 @@ class Aim {
     if (this.word.parentElement) this.word.parentElement.hidden = word == null;
     this.trigger.value = this.room.view.trigger;
     this.flavour.value = String(at(options, "model.flavour") ?? this.flavour.value);
+    for (const [key, text] of Object.entries(this.room.view.typed)) if (Object.hasOwn(this.fields, key)) this.fields[key].value = text;
     say(this.advised, t(`room.aim.${recipe.name}.captions`));
     say(this.measured, list.measured);
     fill(this.sources, Object.entries(recipe.options_from).map(([path, names]) =>
@@ -204,7 +218,7 @@ class Aim {
 
   #name() {
     const { folder } = this.room.view;
-    if (!this.named) this.name.value = [folder.split("/").at(-1), this.recipe?.name].filter(Boolean).join("-").replaceAll(" ", "-");
+    this.name.value = this.room.view.typed.name || [folder.split("/").at(-1), this.recipe?.name].filter(Boolean).join("-").replaceAll(" ", "-");
   }
 
   // --- what it needs ---
@@ -282,11 +296,15 @@ class Aim {
     const table = (/** @type {string} */ name) => (isTable(options[name]) ? options[name] : {});
     const { folder, trigger, size } = this.room.view;
     const choice = this.#choice();
+    const steps = Number(this.numbers.steps.value);
+    const often = (/** @type {string} */ path, /** @type {number} */ times) => Math.min(Number(at(options, path) ?? 0) || steps, Math.max(1, Math.round(steps / times)));
+    const masked = this.found?.images.some((image) => image.mask);
     const word = at(options, "preserve.class_word") != null && { class_word: this.word.value.trim() };
     return {
       ...options,
       name: this.name.value.trim(),
-      steps: Number(this.numbers.steps.value),
+      steps,
+      validate_every: often("validate_every", VALIDATIONS),
       learning_rate: Number(this.numbers.learning_rate.value),
       model: {
         ...table("model"),
@@ -295,8 +313,8 @@ class Aim {
         ...(choice?.offload === "block" && { resident_blocks: choice.resident_blocks }),
       },
       lora: { ...table("lora"), rank: Number(this.numbers.rank.value) },
-      dataset: { ...table("dataset"), folder, trigger: this.trigger.value.trim() || trigger, ...(size && { resolution: size }) },
-      previews: { ...table("previews"), prompts: this.prompts.value.split("\n").map((line) => line.trim()).filter(Boolean) },
+      dataset: { ...table("dataset"), folder, trigger: this.trigger.value.trim() || trigger, ...(size && { resolution: size }), ...(masked && { masks: "files" }) },
+      previews: { ...table("previews"), every: often("previews.every", PREVIEWS), prompts: this.prompts.value.split("\n").map((line) => line.trim()).filter(Boolean) },
       ...("preserve" in options && { preserve: { ...table("preserve"), ...word } }),
     };
   }

@@ -20,7 +20,7 @@ export class Bar {
     this.making = h("span", { class: "ck-group", hidden: true }, this.name, create);
     const soon = debounced(() => room.choose({ trigger: this.trigger.value.trim() }), TYPING);
     this.trigger = h("input", { type: "text", size: 10, value: room.view.trigger, placeholder: "zxq", oninput: soon });
-    this.size = h("select", { onchange: () => room.choose({ size: Number(this.size.value) }) });
+    this.size = h("select", { "data-choice": "size", onchange: () => room.choose({ size: Number(this.size.value) }) });
     const file = h("input", { type: "file", multiple: true, hidden: true, "aria-label": t("room.images.add") });
     file.addEventListener("change", () => {
       doing.add([...(file.files ?? [])]);
@@ -69,6 +69,12 @@ export class Bar {
   follow({ trigger, size }) {
     if (trigger != null && this.trigger.value.trim() !== trigger) this.trigger.value = trigger;
     if (size != null) this.size.value = String(size);
+  }
+
+  /** Ask for the name of a new folder. */
+  nameNew() {
+    this.choice.value = NEW;
+    this.#choose();
   }
 
   #choose() {

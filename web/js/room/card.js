@@ -1,8 +1,9 @@
 // @ts-check
 // One image of a data set: all of it with the frame that is trained, its caption, what is wrong with it.
 import { debounced, fill, h, say } from "../lib/dom.js";
-import { address } from "../lib/http.js";
 import { t } from "../lib/words.js";
+import { maskOf, sourceOf } from "./folder.js";
+import { paintMask } from "./mask.js";
 
 const SIDE = 320;
 const PAUSE = 900; // milliseconds without a key, after which a caption is written
@@ -11,16 +12,24 @@ const STEP = 0.05;
 /** @param {number} share */
 const percent = (share) => `${(100 * share).toFixed(3)}%`;
 
+/** @param {HTMLImageElement} picture @param {string} source */
+function load(picture, source) {
+  if (picture.getAttribute("src") !== source) picture.src = source;
+}
+
 /** A list item that follows `show(image)`. */
 export class Card {
   /** @param {FolderImage} image @param {import("./folder.js").Folder} folder */
   constructor(image, folder) {
     this.image = image;
     this.folder = folder;
+    this.seen = false; // whether it is in view, or nearly
     this.refused = false; // whether the caption that stands here could not be written
-    this.picture = h("img", { loading: "lazy", decoding: "async", draggable: false, alt: "" });
+    this.picture = h("img", { decoding: "async", draggable: false, alt: "" });
     this.frame = h("div", { class: "ck-crop" });
-    this.look = h("div", { class: "ck-whole" }, this.picture, this.frame);
+    this.shade = h("img", { class: "ck-shade", alt: "", hidden: true });
+    this.look = h("div", { class: "ck-whole" }, this.picture, this.shade, this.frame);
+    this.masking = h("button", { type: "button", "data-action": "mask", class: "ck-quiet", onclick: () => paintMask(this.image, this.folder, this.masking) }, "◐");
     this.name = h("span", { class: "ck-strong ck-clip" });
     this.size = h("span", { class: "ck-faint" });
     const away = h("button", { type: "button", class: "ck-quiet", onclick: () => this.remove() }, "✕");
@@ -31,7 +40,7 @@ export class Card {
     this.element = h(
       "li",
       { class: "ck-card" },
-      h("div", { class: "ck-row ck-nowrap" }, this.name, away),
+      h("div", { class: "ck-row ck-nowrap" }, this.name, this.masking, away),
       this.look,
       this.size,
       this.trouble,
@@ -55,14 +64,17 @@ export class Card {
   /** @param {FolderImage} image */
   show(image) {
     this.image = image;
-    const { name, size, bucket, frame, skipped, notes, version } = image;
+    const { name, size, bucket, frame, skipped, notes } = image;
     const own = Boolean(this.folder.found?.own);
     this.element.dataset.name = name;
     say(this.name, name);
     this.name.title = name;
-    const query = new URLSearchParams({ folder: this.folder.name, name, side: String(SIDE), v: version });
-    const source = address(`datasets/thumbnail?${query}`);
-    if (size && this.picture.getAttribute("src") !== source) this.picture.src = source;
+    this.shade.hidden = !image.mask;
+    this.see(this.seen);
+    this.masking.hidden = !own || !size;
+    this.masking.classList.toggle("ck-chosen", Boolean(image.mask));
+    this.masking.title = t(image.mask ? "room.mask.change" : "room.mask.paint_one", { name });
+    this.masking.setAttribute("aria-label", this.masking.title);
     this.picture.alt = t("room.images.picture", { name });
     this.look.classList.toggle("ck-unreadable", !size);
     this.look.style.setProperty("--ck-aspect", size ? String(size[0] / size[1]) : "1");
@@ -80,7 +92,20 @@ export class Card {
     if (document.activeElement !== this.caption && !this.refused && this.caption.value !== (image.caption ?? "")) this.caption.value = image.caption ?? "";
     if (this.tags.childElementCount) this.#tag();
     this.element.classList.toggle("ck-skipped", Boolean(skipped));
+    this.element.classList.toggle("ck-doubtful", Boolean(image.twin));
     this.#complain(skipped, notes, own);
+  }
+
+  /**
+   * Small images are asked for in view alone: hundreds that were scrolled past would hold up whatever is asked next.
+   * @param {boolean} seen
+   */
+  see(seen) {
+    this.seen = seen;
+    const { name, size, version, mask } = this.image;
+    if (!seen && !this.picture.complete) this.picture.removeAttribute("src");
+    if (seen && size) load(this.picture, sourceOf(this.folder, name, SIDE, version));
+    if (seen && mask) load(this.shade, sourceOf(this.folder, maskOf(name), SIDE, mask));
   }
 
   /** Write the caption as it stands now. */
@@ -93,12 +118,13 @@ export class Card {
     const { name } = this.image;
     const next = this.element.nextElementSibling ?? this.element.previousElementSibling;
     next?.querySelector("textarea")?.focus({ preventScroll: true });
-    return this.folder.remove([name], t("room.images.did_remove", { name }));
+    return this.folder.change("remove", { names: [name], label: t("room.images.did_remove", { name }) });
   }
 
   /** @param {string} skipped @param {string[]} notes @param {boolean} own */
   #complain(skipped, notes, own) {
-    const { twin, size, caption } = this.image;
+    const { name, twin, size, caption, convertible } = this.image;
+    const convert = () => this.folder.change("convert", { names: [name], label: t("room.images.did_convert", { name }) });
     const texts = [...(skipped ? [t("room.images.skipped", { why: skipped })] : []), ...notes];
     const writing = own && skipped && size && caption === "";
     const button = (/** @type {string} */ key, /** @type {() => unknown} */ work) => h("button", { type: "button", "data-mend": key, onclick: work }, t(`room.images.${key}`));
@@ -107,6 +133,7 @@ export class Card {
       texts.map((text) => h("p", { class: skipped ? "ck-error" : "ck-warning" }, text)),
       writing && button("write", () => this.caption.focus()),
       own && twin && button("remove_twin", () => this.remove()),
+      own && convertible && button("convert", convert),
       own && !size && button("remove_file", () => this.remove()),
     );
   }
@@ -157,7 +184,8 @@ export class Card {
       frame.setAttribute("aria-valuenow", String(Math.round(100 * at)));
     };
     const keep = () => {
-      if (at !== this.image.crop) this.folder.move(this.image.name, Number(at.toFixed(4)), t("room.images.did_crop", { name: this.image.name }));
+      const { name, crop } = this.image;
+      if (at !== crop) this.folder.change("crops", { crops: { [name]: Number(at.toFixed(4)) }, label: t("room.images.did_crop", { name }) });
     };
     frame.addEventListener("pointerdown", (event) => {
       if (!movable()) return;

@@ -73,10 +73,11 @@ class Chooser {
       h("button", { type: "button", "aria-label": t("room.choose.star", { star }), onclick: () => this.cell && this.#rate(this.cell, star) }, "★"),
     );
     this.keep = this.#button("keep", () => this.#keep());
-    this.open = this.#button("open", () => this.#open());
+    this.open = this.#button("open", () => this.#open("graph"));
+    this.stock = this.#button("stock", () => this.#open("stock"));
     this.publish = this.#button("publish", () => this.#publish());
     const rating = h("div", { class: "ck-stars", role: "group", "aria-label": t("room.choose.rating") }, this.stars);
-    this.doing = h("div", { class: "ck-row ck-choose-doing" }, this.what, rating, h("div", { class: "ck-group" }, this.keep, this.open, this.publish));
+    this.doing = h("div", { class: "ck-row ck-choose-doing" }, this.what, rating, h("div", { class: "ck-group" }, this.keep, this.open, this.stock, this.publish));
     const field = (/** @type {string} */ name, /** @type {HTMLElement} */ input) => h("label", {}, t(`room.choose.${name}`), input);
     this.form = h(
       "details",
@@ -201,6 +202,7 @@ class Chooser {
     if (wrong) throw new Error(t("room.choose.no_number", { wrong }));
     await this.#send("grid", asked);
     this.form.open = false;
+    if (this.wall.cell) this.wall.focus(this.wall.cell.key);
   }
 
   // --- the grid -------------------------------------------------------------------------------------------------------
@@ -274,7 +276,7 @@ class Chooser {
     this.cell = cell;
     const ready = Boolean(cell?.source);
     say(this.what, cell?.label ?? "");
-    for (const button of [this.keep, this.open, this.publish, ...this.stars]) button.disabled = !ready;
+    for (const button of [this.keep, this.open, this.stock, this.publish, ...this.stars]) button.disabled = !ready;
     const rating = this.grid?.cells.find(({ key }) => key === cell?.key)?.rating ?? 0;
     this.stars.forEach((star, i) => star.setAttribute("aria-pressed", String(i < rating)));
   }
@@ -299,10 +301,11 @@ class Chooser {
     await app.refreshComboInNodes();
   }
 
-  async #open() {
+  /** @param {"graph" | "stock"} which */
+  async #open(which) {
     const job = find(this.id);
     if (!this.cell || !job) return;
-    await openGraph(job, "use", `grid/${this.cell.key}/graph`);
+    await openGraph(job, "use", `grid/${this.cell.key}/${which}`);
     this.room.close();
   }
 

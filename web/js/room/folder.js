@@ -1,9 +1,7 @@
 // @ts-check
-// A data set folder in the room: what the host says is in it, and the changes made here, each of which can be undone.
+// A data set folder in the room: what the host says is in it, and changes of it, each of which the host can undo.
 import { throttled } from "../lib/dom.js";
-import { get, post } from "../lib/http.js";
-
-/** @typedef {{ label: string, forth(): Promise<unknown>, back(): Promise<unknown> }} Change */
+import { address, get, post } from "../lib/http.js";
 
 const MILLISECONDS = 700;
 
@@ -18,6 +16,22 @@ export function plain(text) {
   const found = text.replace(/\r\n?/g, "\n").replace(/^\n+|\n+$/g, "");
   return found.trim() ? found : "";
 }
+
+/**
+ * Where a small image of a folder is.
+ * @param {Folder} folder
+ * @param {string} name
+ * @param {number} side
+ * @param {string} version
+ */
+export const sourceOf = (folder, name, side, version) =>
+  address(`datasets/thumbnail?${new URLSearchParams({ folder: folder.name, name, side: String(side), v: version })}`);
+
+/**
+ * What an image's mask is called.
+ * @param {string} name
+ */
+export const maskOf = (name) => name.replace(/\.[^./]+$/, "-masklabel.png");
 
 /** One folder. `changed()` is called after anything in it did, `failed(error)` when the host refused. */
 export class Folder {
@@ -37,10 +51,6 @@ export class Folder {
     this.queue = Promise.resolve();
     this.pending = 0; // changes that are asked for and not yet done
     this.changes = 0; // those that are
-    /** @type {Change[]} */
-    this.done = [];
-    /** @type {Change[]} */
-    this.undone = [];
     /** Look again soon; many calls are one. */
     this.touch = throttled(() => this.load(), MILLISECONDS);
   }
@@ -90,69 +100,22 @@ export class Folder {
       const now = new Map(this.images.map(({ name, caption }) => [name, caption]));
       const news = Object.entries(texts).map(([name, text]) => [name, plain(text)]).filter(([name, text]) => now.get(name) !== text);
       if (!news.length) return true;
-      const after = /** @type {Record<string, string>} */ (Object.fromEntries(news));
-      const before = Object.fromEntries(Object.keys(after).map((name) => [name, now.get(name) ?? ""]));
-      return this.#do({ label, forth: () => this.#captions(after, before), back: () => this.#captions(before, after) });
+      const captions = /** @type {Record<string, string>} */ (Object.fromEntries(news));
+      const seen = Object.fromEntries(Object.keys(captions).map((name) => [name, now.get(name) ?? ""]));
+      if (!(await this.#tried("captions", { captions, seen, label }))) return false;
+      for (const image of this.images) if (image.name in captions) image.caption = captions[image.name];
+      this.changed();
+      return true;
     });
-  }
-
-  /** @param {Record<string, string>} captions @param {Record<string, string>} seen */
-  async #captions(captions, seen) {
-    await this.#post("captions", { captions, seen });
-    for (const image of this.images) if (image.name in captions) image.caption = captions[image.name];
-  }
-
-  /** @param {string} name @param {number} crop @param {string} label */
-  move(name, crop, label) {
-    const before = this.images.find((image) => image.name === name)?.crop ?? 0.5;
-    const to = (/** @type {number} */ at) => () => this.#post("crops", { crops: { [name]: at } });
-    return this.#next(() => this.#do({ label, forth: to(crop), back: to(before) }));
   }
 
   /**
-   * Take images out of the folder; the host keeps them aside.
-   * @param {string[]} names
-   * @param {string} label
+   * Another change, by the name and body of its route.
+   * @param {"crops" | "remove" | "restore" | "convert" | "mask" | "undo" | "redo"} action
+   * @param {object} [body]
    */
-  remove(names, label) {
-    let batch = "";
-    const forth = async () => (batch = (await this.#post("remove", { names })).batch);
-    return this.#next(() => this.#do({ label, forth, back: () => this.#post("restore", { batch }) }));
-  }
-
-  /** @param {string} batch */
-  restore(batch) {
-    return this.#next(() => this.#tried(() => this.#post("restore", { batch })));
-  }
-
-  /** Take back what was done last. */
-  undo() {
-    return this.#again(this.done, this.undone, "back");
-  }
-
-  /** Do what was taken back last. */
-  redo() {
-    return this.#again(this.undone, this.done, "forth");
-  }
-
-  /** @param {Change[]} from @param {Change[]} to @param {"back" | "forth"} way */
-  #again(from, to, way) {
-    return this.#next(async () => {
-      const last = from.at(-1);
-      if (!last || !(await this.#tried(last[way]))) return;
-      from.pop();
-      to.push(last);
-      this.changed();
-    });
-  }
-
-  /** @param {Change} change */
-  async #do(change) {
-    if (!(await this.#tried(change.forth))) return false;
-    this.done.push(change);
-    this.undone.length = 0;
-    this.changed();
-    return true;
+  change(action, body = {}) {
+    return this.#next(() => this.#tried(action, body));
   }
 
   /**
@@ -168,10 +131,10 @@ export class Folder {
     return this.queue;
   }
 
-  /** @param {() => Promise<unknown>} work */
-  async #tried(work) {
+  /** @param {string} action @param {object} body */
+  async #tried(action, body) {
     try {
-      await work();
+      await post(`datasets/${action}`, { folder: this.name, ...body });
       return true;
     } catch (error) {
       this.failed(error);
@@ -179,10 +142,5 @@ export class Folder {
     } finally {
       this.touch();
     }
-  }
-
-  /** @param {string} action @param {object} body @returns {Promise<{ batch: string }>} */
-  #post(action, body) {
-    return post(`datasets/${action}`, { folder: this.name, ...body });
   }
 }

@@ -6,10 +6,13 @@ import { reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { notify } from "../jobs/notices.js";
 import { Bar } from "./bar.js";
+import { CaptionAll } from "./caption_all.js";
 import { Card } from "./card.js";
 import { Folder, listFolders } from "./folder.js";
 import { Replacing, replaced } from "./replacing.js";
 import { Uploads, droppedFiles } from "./uploads.js";
+
+const NEAR = "300px"; // above and below the page, where small images are fetched already
 
 export const title = "room.images.title";
 
@@ -24,11 +27,16 @@ class Images {
     this.uploads = new Uploads(() => this.showUploads());
     this.gone = false;
     /** @type {FolderList} */
-    this.list = { folders: [], endings: [], sizes: [] };
+    this.list = { folders: [], endings: [], known: [], sizes: [] };
+    /** @type {import("./uploads.js").Given[]} what was dropped before there was a folder for it */
+    this.held = [];
     /** @type {Map<string, Card>} */
     this.cards = new Map();
     this.grid = h("ul", { class: "ck-gallery", "aria-label": t("room.images.grid") });
-    this.counts = h("div", { class: "ck-strong", role: "status" });
+    /** @type {IntersectionObserver | undefined} */
+    this.view = undefined; // which cards are in it
+    this.counts = h("span", { class: "ck-strong", role: "status" });
+    this.only = h("button", { type: "button", "data-action": "only", onclick: () => this.#only(!this.grid.classList.contains("ck-only")) });
     this.check = h("div", { class: "ck-checks" });
     this.warnings = h("ul", {});
     this.warned = h("details", { class: "ck-warnings" }, h("summary", { class: "ck-warning" }), this.warnings);
@@ -36,10 +44,11 @@ class Images {
     this.progress = h("div", { class: "ck-uploads" });
     this.empty = h("p", { class: "ck-empty" });
     this.replacing = new Replacing(() => this.folder);
+    this.captioning = new CaptionAll(room, () => this.folder);
     this.bar = new Bar(room, {
       add: (files) => this.#send(files.map((file) => ({ file, place: "" }))),
-      undo: () => this.folder.undo(),
-      redo: () => this.folder.redo(),
+      undo: () => this.folder.change("undo"),
+      redo: () => this.folder.change("redo"),
       again: () => this.folder.load(),
     });
     this.element = h(
@@ -47,7 +56,7 @@ class Images {
       { class: "ck-images" },
       this.bar.element,
       this.progress,
-      h("div", { class: "ck-summary" }, this.counts, this.check, this.warned, this.replacing.element, this.aside),
+      h("div", { class: "ck-summary" }, h("div", { class: "ck-group" }, this.counts, this.only), this.check, this.warned, this.captioning.element, this.replacing.element, this.aside),
       this.empty,
       this.grid,
     );
@@ -96,6 +105,9 @@ class Images {
       this.cards.clear();
       this.bar.offer(this.list);
       this.show();
+      this.room.notice("");
+      const held = this.held.splice(0);
+      if (held.length) this.#send(held);
     }
     if ("folder" in changed || "trigger" in changed || "size" in changed) this.folder.touch();
     this.bar.follow(changed);
@@ -122,10 +134,14 @@ class Images {
 
   /** @param {import("./uploads.js").Given[]} given */
   #send(given) {
-    if (!this.room.view.folder) return this.room.notice(t("room.images.no_folder"), "error");
+    if (!this.room.view.folder) {
+      this.held = given;
+      this.bar.nameNew();
+      return this.room.notice(t("room.images.name_it", { count: given.length }));
+    }
     if (this.folder.found && !this.folder.found.own) return this.room.notice(t("room.images.not_own"), "error");
     if (this.uploads.going) return this.room.notice(t("room.images.busy"), "error");
-    return this.uploads.add(this.folder, given, this.list.endings);
+    return this.uploads.add(this.folder, given, this.list.known);
   }
 
   showUploads() {
@@ -148,16 +164,21 @@ class Images {
 
   show() {
     const { found, images } = this.folder;
+    this.view ??= new IntersectionObserver(
+      (entries) => entries.forEach(({ target, isIntersecting }) => target instanceof HTMLElement && this.cards.get(target.dataset.name ?? "")?.see(isIntersecting)),
+      { root: this.element.parentElement, rootMargin: NEAR },
+    );
     const { folder } = this.room.view;
-    for (const [button, changes] of /** @type {const} */ ([[this.bar.undo, this.folder.done], [this.bar.redo, this.folder.undone]])) {
-      button.disabled = !changes.length;
-      button.title = changes.at(-1)?.label ?? "";
+    for (const [button, labels] of /** @type {const} */ ([[this.bar.undo, found?.done], [this.bar.redo, found?.undone]])) {
+      button.disabled = !labels?.length;
+      button.title = labels?.at(-1) ?? "";
     }
     const gone = new Set(this.cards.keys());
     images.forEach((image, i) => {
       gone.delete(image.name);
       const card = this.cards.get(image.name) ?? new Card(image, this.folder);
       if (this.cards.has(image.name)) card.show(image);
+      else this.view?.observe(card.element);
       this.cards.set(image.name, card);
       if (this.grid.children[i] !== card.element) this.grid.insertBefore(card.element, this.grid.children[i] ?? null);
     });
@@ -168,6 +189,10 @@ class Images {
     this.empty.hidden = images.length > 0 || (Boolean(folder) && !found);
     say(this.empty, t(folder ? "room.images.empty" : "room.images.begin"));
     const skipped = images.filter((image) => image.skipped).length;
+    const doubtful = images.filter((image) => image.skipped || image.twin).length;
+    say(this.only, t("room.images.only", { count: doubtful }));
+    this.only.hidden = !doubtful;
+    if (!doubtful) this.#only(false);
     const sizes = (found?.buckets ?? []).map(({ width, height, count }) => `${width}×${height}: ${count}`).join(", ");
     const counts = found && images.length ? t("room.images.counts", { images: images.length, used: images.length - skipped, skipped }) : "";
     say(this.counts, folder && !found && !this.folder.closed ? t("widgets.looking") : counts);
@@ -180,6 +205,17 @@ class Images {
     this.#removed(found);
     this.replacing.element.hidden = !found?.own || !images.length;
     this.replacing.count();
+    this.captioning.show();
+    if (found?.unread) this.folder.touch();
+  }
+
+  /**
+   * Show what needs mending alone.
+   * @param {boolean} on
+   */
+  #only(on) {
+    this.grid.classList.toggle("ck-only", on);
+    this.only.setAttribute("aria-pressed", String(on));
   }
 
   /**
@@ -223,7 +259,7 @@ class Images {
     this.aside.hidden = !removed.length;
     say(summary, t("room.images.removed", { count: removed.reduce((sum, { names }) => sum + names.length, 0) }));
     fill(list, removed.map(({ batch, names }) =>
-      h("li", { class: "ck-group" }, names.join(", "), h("button", { type: "button", "data-batch": batch, onclick: () => this.folder.restore(batch) }, t("room.images.restore"))))); // prettier-ignore
+      h("li", { class: "ck-group" }, names.join(", "), h("button", { type: "button", "data-batch": batch, onclick: () => this.folder.change("restore", { batch, label: t("room.images.did_restore") }) }, t("room.images.restore"))))); // prettier-ignore
   }
 
   /**
@@ -233,7 +269,6 @@ class Images {
   #key(event) {
     if (!event.altKey || event.code !== "KeyZ") return;
     event.preventDefault();
-    if (event.shiftKey) this.folder.redo();
-    else this.folder.undo();
+    this.folder.change(event.shiftKey ? "redo" : "undo");
   }
 }

@@ -1,7 +1,8 @@
 // @ts-check
 // The training room: one wide page over ComfyUI, four steps from a folder of images to a LoRA. What is chosen (folder,
-// aim, job) is only a choice of view, kept in this browser; everything else is the host's.
-import { fill, h } from "../lib/dom.js";
+// aim, job, what was typed for it) is a setting of ComfyUI's user; everything else is the host's, too.
+import { api } from "../../../../scripts/api.js";
+import { fill, h, throttled } from "../lib/dom.js";
 import { t } from "../lib/words.js";
 import * as aim from "./aim.js";
 import * as choose from "./choose.js";
@@ -11,48 +12,56 @@ import * as watch from "./watch.js";
 /** @type {Record<RoomStep, StepModule>} */
 const STEPS = { images, aim, watch, choose };
 const NAMES = /** @type {RoomStep[]} */ (Object.keys(STEPS));
-const KEPT = "chromakit.room";
+const KEPT = "/settings/Chroma.Room";
+const KEPT_MILLISECONDS = 500;
 const NOTICE_MILLISECONDS = 8000;
 const FOCUSABLE = "button, select, input, textarea, summary, a[href], [tabindex]";
 /** @type {RoomView} */
-const FIRST = { step: "images", folder: "", trigger: "", size: 0, aim: "", job: "" };
+const FIRST = { step: "images", folder: "", trigger: "", size: 0, aim: "", job: "", typed: {} };
 
 /** @type {Room | null} */
 let open = null;
+/** @type {Promise<RoomView> | null} */
+let chosen = null; // before, in this page or another
 
 /**
  * Open the room, at a step or for a job if one is given; the open one where there is one.
  * @param {Partial<RoomView>} [view]
  */
-export function openRoom(view = {}) {
+export async function openRoom(view = {}) {
+  const before = await (chosen ??= kept());
   if (!open) {
-    open = new Room(() => (open = null));
+    open = new Room(before, () => (open = null));
     document.body.append(open.element);
   }
-  const { step, ...chosen } = view;
-  open.choose(chosen);
+  const { step, ...others } = view;
+  open.choose(others);
   open.go(step ?? open.view.step);
 }
 
-/** @returns {RoomView} */
-function kept() {
+/** @returns {Promise<RoomView>} */
+async function kept() {
   try {
-    const found = JSON.parse(localStorage.getItem(KEPT) ?? "{}");
+    const found = (await (await api.fetchApi(KEPT)).json()) ?? {};
     const fits = (/** @type {[string, unknown]} */ [name, value]) => Object.hasOwn(found, name) && typeof found[name] === typeof value;
     const view = { ...FIRST, ...Object.fromEntries(Object.entries(FIRST).filter(fits).map(([name]) => [name, found[name]])) };
     return NAMES.includes(view.step) ? view : { ...view, step: FIRST.step };
   } catch {
-    return { ...FIRST }; // a browser that keeps nothing
+    return { ...FIRST }; // a host that is going down
   }
 }
 
 /** The open room. What steps may use of it is the interface `TrainingRoom` of types.d.ts. */
 class Room {
-  /** @param {() => void} closed */
-  constructor(closed) {
+  /** @param {RoomView} view @param {() => void} closed */
+  constructor(view, closed) {
     this.closed = closed;
     this.before = document.activeElement;
-    this.view = kept();
+    this.view = view;
+    this.keep = throttled(() => {
+      const body = JSON.stringify(this.view);
+      api.fetchApi(KEPT, { method: "POST", headers: { "Content-Type": "application/json" }, body, keepalive: true }).catch(() => {});
+    }, KEPT_MILLISECONDS);
     /** @type {Map<RoomStep, Step>} */
     this.built = new Map();
     /** @type {Set<(changed: Partial<RoomView>) => void>} */
@@ -85,11 +94,7 @@ class Room {
     const news = Object.fromEntries(Object.entries(changed).filter(([name, value]) => view.get(name) !== value));
     if (!Object.keys(news).length) return;
     Object.assign(this.view, news);
-    try {
-      localStorage.setItem(KEPT, JSON.stringify(this.view));
-    } catch {
-      // A browser that keeps nothing: then the choice ends with the page.
-    }
+    this.keep();
     for (const listener of [...this.listeners]) listener(news);
   }
 

@@ -2,7 +2,7 @@
 // Chroma Dataset: what is in the folder, before anything runs.
 import { fill, h } from "../lib/dom.js";
 import { address } from "../lib/http.js";
-import { sourceOf, targetsOf, valueOf } from "./graph.js";
+import { companionValues, sourceOf, targetsOf, valueOf } from "./graph.js";
 import { LivePanel } from "./live_panel.js";
 
 const HEIGHT = 206;
@@ -24,7 +24,7 @@ class Dataset extends LivePanel {
 
   /** The widgets, and the flavour of the model that the Chroma Train LoRA at the other end trains. */
   question() {
-    const values = this.values();
+    const values = { ...this.values(), ...companionValues(this.node, "options") };
     if (!values.folder) return this.t(values.folder == null ? "linked" : "empty");
     const models = targetsOf(this.node, "ChromaTrainLora").map((node) => sourceOf(node, "model")?.node);
     const flavour = models.map((node) => valueOf(node, "flavour")).find(Boolean);

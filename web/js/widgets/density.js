@@ -1,8 +1,8 @@
 // @ts-check
-// Chroma Training Settings: how often each noise level is trained, and how the learning rate goes.
+// Chroma Training Settings and Chroma Noise Settings: how often each noise level is trained, and how the learning rate goes.
 import { fill } from "../lib/dom.js";
 import { SmallChart } from "./small_chart.js";
-import { targetsOf, valueOf } from "./graph.js";
+import { companionValues, targetsOf, valueOf } from "./graph.js";
 import { LivePanel } from "./live_panel.js";
 
 const HEIGHT = 214;
@@ -29,7 +29,8 @@ class Density extends LivePanel {
   question() {
     const trainers = targetsOf(this.node, "ChromaTrainLora");
     const steps = trainers.map((node) => Number(valueOf(node, "steps"))).find((value) => value > 0);
-    return { ...this.values(NAMES), ...(steps ? { steps } : {}) };
+    const linked = Object.entries(companionValues(this.node, "settings")).filter(([name]) => NAMES.includes(name));
+    return { ...this.values(NAMES), ...Object.fromEntries(linked), ...(steps ? { steps } : {}) };
   }
 
   /** @param {DensityLook} found @param {Record<string, unknown>} asked */
@@ -60,7 +61,7 @@ class Density extends LivePanel {
 }
 
 /**
- * Put the plots on a Chroma Training Settings node.
+ * Put the plots on a node with settings of noise levels.
  * @param {PageNode} node
  */
 export function attachDensity(node) {

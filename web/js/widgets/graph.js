@@ -1,7 +1,13 @@
 // @ts-check
 // What the graph says about a node: its neighbours over links, and values of widgets that no link replaces.
 
-const THROUGH = ["Reroute", "ChromaApplyLora", "ChromaCombineDatasets"];
+import { widgetValues } from "../lib/node_panel.js";
+
+const SETTINGS = [
+  "ChromaTrainingSettings", "ChromaOptimizerSettings", "ChromaNoiseSettings", "ChromaPreviewSettings",
+  "ChromaSavingSettings", "ChromaAdapterSettings", "ChromaSpeedSettings",
+];
+const THROUGH = ["Reroute", "ChromaApplyLora", "ChromaCombineDatasets", ...SETTINGS];
 
 /** @param {GraphNode["graph"]} graph @param {number | null | undefined} id */
 const linkOf = (graph, id) => graph?.getLink(id);
@@ -51,6 +57,23 @@ export function targetsOf(node, comfyClass, seen = new Set()) {
 export function valueOf(node, name) {
   if (isLinked(node, name)) return undefined;
   return node?.widgets?.find((widget) => widget.name === name)?.value;
+}
+
+/**
+ * What the companion nodes that are linked to an input set: values that are not at their default.
+ * @param {GraphNode} node
+ * @param {string} name of the input
+ * @returns {WidgetValues}
+ */
+export function companionValues(node, name) {
+  const input = node.inputs?.find((each) => each.name === name);
+  const from = node.graph?.getNodeById(linkOf(node.graph, input?.link)?.origin_id);
+  if (!from) return {};
+  const { nodeData } = /** @type {{ nodeData?: NodeData }} */ (/** @type {unknown} */ (from.constructor));
+  /** @type {Record<string, [unknown, { default?: unknown }?]>} */
+  const inputs = { ...nodeData?.input?.required, ...nodeData?.input?.optional };
+  const changed = Object.entries(widgetValues(from)).filter(([key, value]) => inputs[key] && inputs[key][1]?.default !== value);
+  return { ...companionValues(from, name), ...Object.fromEntries(changed) };
 }
 
 /**

@@ -21,7 +21,6 @@ class Plan extends LivePanel {
   constructor(node) {
     super(node, "plan", "plan/rows");
     chain(node, { onConfigure: () => this.restore() });
-    this.shape();
   }
 
   height() {
@@ -38,15 +37,9 @@ class Plan extends LivePanel {
     return Boolean(this.node.properties?.[OPENED]);
   }
 
-  /** Closed, it stays one line also in a node that has more room. */
-  shape() {
-    this.root.style.setProperty("max-height", this.open ? "none" : `${CLOSED - 20}px`);
-  }
-
   /** The disclosure as the node was saved, whose size has the panel's height in it. */
   restore() {
     this.panel.settled();
-    this.shape();
     if (this.details) this.details.open = this.open;
   }
 
@@ -63,7 +56,6 @@ class Plan extends LivePanel {
     if (open === undefined || open === this.open) return;
     this.node.properties ??= {};
     this.node.properties[OPENED] = open;
-    this.shape();
     this.panel.resized();
   }
 

@@ -7,6 +7,7 @@ import { loadWords } from "../lib/words.js";
 import { attachDataset } from "./dataset.js";
 import { attachDensity } from "./density.js";
 import { SETTING, showAll, touchAll } from "./live_panel.js";
+import { dress, startLooks } from "./looks.js";
 import { attachPlan } from "./plan.js";
 import { attachSigmas } from "./sigmas.js";
 
@@ -14,6 +15,7 @@ import { attachSigmas } from "./sigmas.js";
 const PANELS = {
   ChromaDataset: attachDataset,
   ChromaLoadModel: attachPlan,
+  ChromaNoiseSettings: attachDensity,
   ChromaTailSigmas: attachSigmas,
   ChromaTrainingSettings: attachDensity,
 };
@@ -37,7 +39,11 @@ app.registerExtension({
     // Links, undo and values that other code sets: what a widget's own callback does not tell.
     api.addEventListener("graphChanged", touchAll);
   },
+  async setup() {
+    startLooks();
+  },
   nodeCreated(node) {
+    dress(node);
     PANELS[node.comfyClass ?? ""]?.(node);
   },
 });

@@ -288,7 +288,7 @@ def _plain(name: str) -> str:
 def draw(study: Mapping[str, Any], path: Path) -> None:
     """Concept against ordinary: a small dot a run, a large one the mean of a variant, and the corner that is wanted.
     Variants of one option are letters."""
-    sheet = Sheet(1290, 560)
+    sheet = Sheet(1330, 560)
     axes = Axes(sheet, (60, 30, 620, 500), (0.4, 1.0), (0.0, 1.0), "concept right, against ordinary prompts right")
     axes.grid([i / 10 for i in range(4, 11)], [i / 10 for i in range(11)], "ordinary prompts right")
     corner = [axes.at(x, y) for x, y in ((WANTED[1], WANTED[0]), (1, WANTED[0]), (1, 1), (WANTED[1], 1))]

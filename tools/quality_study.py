@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ from chroma_core.training.run.faults import plan_settings
 from .charts import Axes, Sheet
 from .pages import filled as filled_place
 from .pages import markdown_table
+from .sigma_study.report import DATA as SIGMA_DATA
+from .sigma_study.report import DEFAULT as DRAW
 from .sigma_study.report import paired
 from .sigma_study.study import (
     CONCEPT_SEED,
@@ -42,6 +45,7 @@ from .sigma_study.study import (
     write_runs,
 )
 from .tiny.build import check_prompts
+from .tiny.example_dataset import write
 from .tiny.world import plain_caption
 from .verdict_study import DATA as VERDICT_DATA
 
@@ -60,44 +64,75 @@ MEASURES = {
     "overlap": "concept_iou",
     "likeness": "likeness",
 }
-"""Columns of the table."""
+COLUMNS = (*MEASURES, "loss")
 SHARES = ("concept", "ordinary")
 """Those that are shares of images."""
+
+
+class Use(NamedTuple):
+    """How a LoRA is used: its strength, the guidance scale, and whether it is the running mean of its weights."""
+
+    strength: float = 1.0
+    guidance: float = 4.0
+    ema: bool = False
+
+
 USES = {
-    "strength 0.65": (0.65, 4.0),
-    "strength 0.8": (0.8, 4.0),
-    "strength 0.9": (0.9, 4.0),
-    "guidance 3": (1.0, 3.0),
-    "guidance 2.5": (1.0, 2.5),
-    "strength 0.9, guidance 3": (0.9, 3.0),
-    "strength 0.9, guidance 2.5": (0.9, 2.5),
+    "strength 0.65": Use(0.65),
+    "strength 0.8": Use(0.8),
+    "strength 0.9": Use(0.9),
+    "guidance 3": Use(guidance=3.0),
+    "guidance 2.5": Use(guidance=2.5),
+    "strength 0.9, guidance 3": Use(0.9, 3.0),
+    "strength 0.9, guidance 2.5": Use(0.9, 2.5),
+    "EMA": Use(ema=True),
 }
-"""Other strengths and guidance scales that LoRAs are judged at; training knows nothing of them."""
+"""Other ways to use a LoRA than as `Use()`; training knows nothing of them."""
 OPEN_PROMPTS = ("a sks emblem", "a star")
 """Prompts that leave nearly everything open: do `VARIETY_SEEDS` seeds of them differ?"""
 VARIETY_SEEDS = 10
 COLOURS = (
     (30, 30, 34), (120, 120, 126), (200, 120, 0), (37, 99, 235), (16, 150, 90), (220, 60, 40), (122, 75, 176),
     (0, 150, 170), (230, 90, 160), (110, 140, 30), (150, 90, 40), (70, 70, 200), (180, 180, 60), (240, 150, 130),
-    (60, 90, 80), (160, 130, 200),
+    (60, 90, 80), (160, 130, 200), (180, 30, 110),
 )  # fmt: skip
+LIGHT = (222, 222, 228)
 
 
-def ordinary_things(count: int, seed: int = 7) -> list[str]:
-    """Prompts to preserve; none of them is judged."""
+def ordinary_things() -> list[tuple[str, str, str]]:
+    """Shapes, colours and backgrounds of 24 prompts to preserve; none of them is judged."""
     judged_on = check_prompts(ORDINARY_PROMPTS)
-    found = [triple for triple in check_prompts(200, seed) if triple not in judged_on]
-    return [plain_caption(*triple) for triple in found[:count]]
+    return [triple for triple in check_prompts(200, seed=7) if triple not in judged_on][:24]
+
+
+def drawn(images: int) -> str:
+    """Where the first images of the concept lie, relative to `ROOT`: 16 of them are the example's."""
+    return f"quality-study/images/{images}"
 
 
 THIRD = 0.3334
 """One step in three."""
-THINGS = ordinary_things(24)
+THINGS = [plain_caption(*triple) for triple in ordinary_things()]
 PROMPTS = {"preserve.prompts": THINGS, "preserve.share": THIRD}
 CLASS = {"preserve.class_weight": 1, "preserve.share": THIRD}
 BLANK = {"preserve.blank_weight": 1, "preserve.share": THIRD}
 STRONG = {**PROMPTS, "preserve.prompts_weight": 3, "steps": 400}
 NO_DROPOUT = {"dataset.caption_dropout": 0}
+EVEN = {"objective.draw": "uniform", "objective.remap": "none"}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "constant rate": {"lr_schedule": "constant", "lora.ema_decay": 0.99},
+    "warm-up of 50 steps": {"warmup_steps": 50},
+    "target all": {"lora.target": "all"},
+    "target context+ffs, σ uniform": {"lora.target": "context+ffs", **EVEN},
+    "rank 4": {"lora.rank": 4},
+    "rank 64": {"lora.rank": 64},
+    "dropout 0.3": {"dataset.caption_dropout": 0.3},
+    "4 images": {"dataset.folder": drawn(4)},
+    "40 images": {"dataset.folder": drawn(40)},
+    "σ uniform": EVEN,
+    "σ uniform from 0.25 on": {**EVEN, "objective.minimum": 0.25},
+}
+"""Variants without preservation that differ from `plain` in an option or two; a running mean changes no LoRA."""
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "plain, 600 steps": {"steps": 600},
@@ -115,26 +150,30 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "class, 400 steps, no dropout": {**CLASS, **NO_DROPOUT, "steps": 400},
     "class, 600 steps": {**CLASS, "steps": 600},
     "class and prompts × 3, 600 steps": {**STRONG, **CLASS, "steps": 600},
+    "class and 8 prompts × 3, 400 steps, σ uniform": {**STRONG, **CLASS, **EVEN, "preserve.prompts": THINGS[:8]},
+    **OPTIONS,
 }
 """What the study compares: names, and options that differ from the job of `plain`, by dotted names."""
 
-REPEATED = (PLAIN, "class, 400 steps", "class and prompts × 3, 600 steps")
-"""Variants with `SEEDS` runs; the others have one, which says little about each."""
+REPEATED = {PLAIN: SEEDS, "class, 400 steps": 3, "class and prompts × 3, 600 steps": SEEDS}
+"""Runs of a variant; the others have one, which says little about each."""
 
 MORE = {
     **{name: {"guidance 2.5": 1} for name in (PLAIN, "plain, 600 steps", "class", "prompts × 3, 400 steps")},
     "prompts × 3, 400 steps, no dropout": {"guidance 2.5": 1},
     "class, 400 steps, no dropout": {"strength 0.8": 1, "guidance 2.5": 1},
-    "class, 600 steps": dict.fromkeys([use for use in USES if use != "guidance 2.5"], 1),
+    "class, 600 steps": dict.fromkeys([use for use in USES if use not in ("guidance 2.5", "EMA")], 1),
     "class, share 1/4, 600 steps": {"strength 0.9, guidance 3": 1},
     "class and prompts × 3, 600 steps": {"strength 0.8": 1, "guidance 3": SEEDS},
+    "class and 8 prompts × 3, 400 steps, σ uniform": {"guidance 3": 1},
+    "constant rate": {"EMA": 1},
 }
 """`USES` that LoRAs of a variant are judged at as well, and of how many seeds."""
 
 
 def variant_config(name: str, seed: int) -> dict[str, Any]:
     """The options of a job."""
-    values = job_config("quadratic", seed, STEPS)
+    values = deepcopy(job_config(DRAW, seed, STEPS))
     values["name"] = f"quality-{slug(name)}-{seed}"
     for path, value in VARIANTS[name].items():
         *sections, last = path.split(".")
@@ -142,6 +181,7 @@ def variant_config(name: str, seed: int) -> dict[str, Any]:
         for section in sections:
             place = place.setdefault(section, {})
         place[last] = value
+    values["dataset"]["folder"] = str(ROOT / values["dataset"]["folder"])
     return values
 
 
@@ -172,15 +212,18 @@ def by_variant(study: Mapping[str, Any]) -> dict[str, dict[int, dict[str, float]
 def tables(study: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Name and text of each table of the page."""
     found, base = by_variant(study), study["base"]
-    columns = (*MEASURES, "loss")
     without = by_variant({"runs": [{**base, "variant": "", "seed": 0}]})[""][0]
-    rows: list[list[object]] = [["without LoRA", "", "", "", *(_number(c, [without[c]]) for c in columns)]]
-    for name, runs in found.items():
-        cells = [_number(column, [run[column] for run in runs.values()]) for column in columns]
-        rows.append([f"`{name}`", f"{step_price(name):.2f}", f"{cost(name):.2f}", len(runs), *cells])
-    yield "results", markdown_table(rows, ["", "a step", "the job", "seeds", *columns])
+    rows: list[list[object]] = [["without LoRA", "", "", "", *(_number(c, [without[c]]) for c in COLUMNS)]]
+    for name in (name for name in found if name not in OPTIONS):
+        rows.append([f"`{name}`", f"{step_price(name):.2f}", f"{cost(name):.2f}", *_cells(found[name])])
+    yield "results", markdown_table(rows, ["", "a step", "the job", "seeds", *COLUMNS])
 
-    rows = []
+    drawn_as = by_variant(json.loads(SIGMA_DATA.read_text(encoding="utf-8")))
+    rows = [[f"`{name}`", *_cells(found[name])] for name in (PLAIN, *OPTIONS) if name in found]
+    rows += [[f"`σ: {name}`", *_cells(runs)] for name, runs in drawn_as.items() if name != DRAW]
+    yield "options", markdown_table(rows, ["", "seeds", *COLUMNS])
+
+    rows = [["without LoRA", use, "", *(_number(c, [base["uses"][use][c]]) for c in SHARES)] for use in base["uses"]]
     for name in found:
         for use in USES:
             both = [run["uses"][use] for run in study["runs"] if run["variant"] == name and use in run.get("uses", {})]
@@ -225,6 +268,11 @@ def rates() -> str:
     return markdown_table(rows, columns)
 
 
+def _cells(runs: Mapping[int, Mapping[str, float]]) -> list[object]:
+    """How many runs of a variant there are, and their numbers."""
+    return [len(runs), *(_number(column, [run[column] for run in runs.values()]) for column in COLUMNS)]
+
+
 def _number(column: str, values: Sequence[float]) -> str:
     """Mean and, of several, standard deviation."""
     factor, form, unit = (100, ".0f", " %") if column in SHARES else (1, ".3f", "")
@@ -232,18 +280,31 @@ def _number(column: str, values: Sequence[float]) -> str:
     return f"{factor * np.mean(values):{form}}{unit}{spread}".replace("-", "−")
 
 
+def _plain(name: str) -> str:
+    """In letters that the font has."""
+    return name.replace("×", "x").replace("σ", "sigma")
+
+
 def draw(study: Mapping[str, Any], path: Path) -> None:
-    """Concept against ordinary: a small dot a run, a large one the mean of a variant, and the corner that is wanted."""
-    sheet = Sheet(1010, 560)
-    axes = Axes(sheet, (60, 30, 620, 500), (0.4, 1.0), (0.3, 1.0), "concept right, against ordinary prompts right")
-    axes.grid([i / 10 for i in range(4, 11)], [i / 10 for i in range(3, 11)], "ordinary prompts right")
+    """Concept against ordinary: a small dot a run, a large one the mean of a variant, and the corner that is wanted.
+    Variants of one option are letters."""
+    sheet = Sheet(1330, 560)
+    axes = Axes(sheet, (60, 30, 620, 500), (0.4, 1.0), (0.0, 1.0), "concept right, against ordinary prompts right")
+    axes.grid([i / 10 for i in range(4, 11)], [i / 10 for i in range(11)], "ordinary prompts right")
     corner = [axes.at(x, y) for x, y in ((WANTED[1], WANTED[0]), (1, WANTED[0]), (1, 1), (WANTED[1], 1))]
     sheet.area(corner, (16, 150, 90, 40))
-    base = axes.at(study["base"]["ordinary_right"], 0.3)[0]
+    base = axes.at(study["base"]["ordinary_right"], 0)[0]
     sheet.line([(base, 30), (base, 500)], (150, 150, 150))
     sheet.text(base - 4, 490, "without LoRA", "rm", 11, (110, 110, 110))
-    for i, (name, runs) in enumerate(by_variant(study).items()):
-        colour = COLOURS[i % len(COLOURS)]
+    found = by_variant(study)
+    for i, name in enumerate(name for name in OPTIONS if name in found):
+        x, y = (float(np.mean([run[column] for run in found[name].values()])) for column in ("ordinary", "concept"))
+        sheet.dot(*axes.at(max(x, 0.4), y), LIGHT, 5)
+        sheet.text(*axes.at(max(x, 0.4), y), chr(ord("a") + i), "mm", 9)
+        sheet.dot(1060, 50 + 24 * i, LIGHT, 7)
+        sheet.text(1074, 50 + 24 * i, f"{chr(ord('a') + i)}: {_plain(name)} ({len(found[name])})")
+    for i, name in enumerate(name for name in found if name not in OPTIONS):
+        colour, runs = COLOURS[i], found[name]
         points = [(run["ordinary"], run["concept"]) for run in runs.values()]
         for x, y in points:
             sheet.dot(*axes.at(max(x, 0.4), y), (*colour, 110), 3)
@@ -252,7 +313,7 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
         sheet.dot(x, y, colour, 7)
         sheet.text(x + 9, y, str(i + 1), size=10)
         sheet.dot(650, 50 + 24 * i, colour, 7)
-        sheet.text(664, 50 + 24 * i, f"{i + 1}: {name} ({len(points)})".replace("×", "x"))  # the font has no ×
+        sheet.text(664, 50 + 24 * i, f"{i + 1}: {_plain(name)} ({len(points)})")
     sheet.save(path, colours=250)
 
 
@@ -266,12 +327,16 @@ def filled(page: str, study: Mapping[str, Any]) -> str:
 def run(output: Path, only: Sequence[str], train: bool = True) -> None:
     """Train and judge what is wanted and not done yet, and write all that is done."""
     output.mkdir(parents=True, exist_ok=True)
+    for images in (4, 40):
+        write(ROOT / drawn(images), images, np.random.default_rng(1), middle=0.6)
     judge = Judge()
     base = remembered(output / "base.json", lambda: judge.judge(None) | {"variety": variety(judge, None)})
-    assert base is not None
+    gentle = remembered(output / "base-guidance-3.json", lambda: judge.judge(None, guidance=3.0))
+    assert base is not None and gentle is not None
+    base["uses"] = {"guidance 3": {column: gentle[MEASURES[column]] for column in SHARES}}
     runs = []
     for name in VARIANTS:
-        for seed in range(FIRST_SEED, FIRST_SEED + (SEEDS if name in REPEATED else 1)):
+        for seed in range(FIRST_SEED, FIRST_SEED + REPEATED.get(name, 1)):
             values = variant_config(name, seed)
             found = judged(name, seed, values, judge, output, train and (not only or name in only))
             if found:
@@ -286,9 +351,10 @@ def further(name: str, seed: int, values: Mapping[str, Any], judge: Judge, outpu
     lora = output / "loras" / f"{values['name']}.safetensors"
     wanted = MORE.get(name, {}) if lora.is_file() else {}
     uses = {}
-    for use, (strength, guidance) in USES.items():
+    for use, (strength, guidance, ema) in USES.items():
+        worn = lora.with_stem(f"{lora.stem}-ema") if ema else lora
         measure = (
-            partial(judge.judge, lora, None, guidance, strength) if seed < FIRST_SEED + wanted.get(use, 0) else None
+            partial(judge.judge, worn, None, guidance, strength) if seed < FIRST_SEED + wanted.get(use, 0) else None
         )
         if found := remembered(output / f"{job}-{slug(use)}.json", measure):
             uses[use] = {column: found[MEASURES[column]] for column in SHARES}

@@ -194,17 +194,19 @@ def _mend(hand: Hand) -> None:
     hand.press("Show only the 8 to mend")
     hand.shoot("3_to_mend")
 
-    def mend(name: str, then: Callable[[], None] = lambda: None) -> None:
+    def mend(name: str, text: str = "") -> None:
         there = page.locator(".ck-card").get_by_role("button", name=name, exact=True)
         left = there.count() - 1
         hand.press(name)
-        then()
+        if text:
+            hand.type(text)
+            hand.key("Tab")
         there.nth(left).wait_for(state="detached")
 
     for name in ("Take the copy out", "Take it out", "Take it out", "Convert to PNG", "Convert to PNG"):
         mend(name)
     for text in CAPTIONS:
-        mend("Write a caption", lambda text=text: (hand.type(text), hand.key("Tab")))
+        mend("Write a caption", text)
     hand.until("0 skipped")
     page.locator("[data-name='wide.png'] .ck-crop").focus()
     hand.key("End")

@@ -173,6 +173,7 @@ def _download(file: RemoteFile, commit: str, repository: CachedRepository, progr
         remove(partial)
     # The address is resolved anew by every attempt: the one that it redirects to is signed and expires.
     url = hf_hub_url(repository.name, file.path, revision=commit, endpoint=repository.endpoint)
+    anew = False
     while True:
         there = size_of(partial)
         progress.start(file.path, there)
@@ -181,7 +182,10 @@ def _download(file: RemoteFile, commit: str, repository: CachedRepository, progr
                 _receive(url, file, out, there, progress)
             return
         except TRANSFER_ERRORS as error:
-            if not there < size_of(partial) <= file.size:
+            if there and size_of(partial) > file.size and not anew:  # sent whole, which clients before 1.0 append
+                anew = True
+                remove(partial)
+            elif not there < size_of(partial) <= file.size:
                 raise
             log.warning("%s broke off at %d of %d bytes (%s); going on", file.path, size_of(partial), file.size, error)
 

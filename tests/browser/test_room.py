@@ -30,6 +30,8 @@ def page(window) -> Iterator[Any]:
     page = window.page
     size = page.viewport_size
     page.set_viewport_size({"width": 1280, "height": 720})
+    page.evaluate(OPEN, FRESH)  # forgets what another test looked at
+    page.keyboard.press("Escape")
     yield page
     page.evaluate(THEME, "dark")
     page.set_viewport_size(size)
@@ -55,7 +57,7 @@ def desk(tmp_path: Path) -> list[str]:
 
 def filled(page: Any, name: str, files: list[str], cards: int) -> None:
     """Open the room, make a dataset and upload files into it."""
-    page.evaluate(OPEN, FRESH)
+    page.evaluate(OPEN, {})
     page.locator("[data-choice=folder]").select_option(label="+ New folder…")
     page.get_by_label("Name of the new folder").fill(name)
     page.keyboard.press("Enter")
@@ -71,8 +73,6 @@ def test_the_whole_walk(window, page: Any, tmp_path: Path):
     """Thirty mixed images, dropped; mended, trained, one step of them chosen and kept, and used in ComfyUI's own nodes:
     by a user's hand alone, without the file system or a node."""
     server = window.server
-    page.evaluate(OPEN, FRESH)
-    page.keyboard.press("Escape")
     page.evaluate(RENDERER, True)
     seen = set(server.get("/history"))
     hand = room_walk.Hand(page, lambda name: window.screenshot(f"walk_{name}"))

@@ -89,7 +89,13 @@ def test_every_operation_answers_as_the_document_says(server: Host, client: Clie
         Image.new("RGB", (96, 64)).save(folder / name)
     own = {"captions": {"captions": {"a.png": "a star"}}, "crops": {"crops": {"a.png": 0.2}}, "images": {"size": 64}}
     own |= {"remove": {"names": ["a.png"]}, "restore": {"batch": "1"}, "convert": {"names": ["b.tga"]}}
-    own |= {"mask": {"name": "a.png", "mask": ""}, "undo": {}, "redo": {}, "caption": {"node": "TestTagger"}, "caption/stop": {}}
+    own |= {
+        "mask": {"name": "a.png", "mask": ""},
+        "undo": {},
+        "redo": {},
+        "caption": {"node": "TestTagger"},
+        "caption/stop": {},
+    }
     bodies |= {f"post_datasets_{end.replace('/', '_')}": {"folder": "told", **body} for end, body in own.items()}
     special = {
         "post_jobs_id_delete": {"id": posted},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKL
 from torch import nn
 
@@ -32,7 +33,15 @@ def test_the_text_encoder(dtype: torch.dtype, tokens: int, real: int):
     mask = torch.arange(tokens)[None] < real
     with torch.no_grad():
         expected = reference(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        assert torch.equal(ours(ids, mask), expected)
+        assert as_theirs(ours(ids, mask), expected)
+
+
+def as_theirs(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Bit for bit; before version 5 transformers added in another order, a few last digits away."""
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        return torch.equal(found, expected)
+    near = 8 * torch.finfo(expected.dtype).eps
+    return bool((found - expected).float().norm() <= near * expected.float().norm())
 
 
 def test_half_precision_that_runs_over_stays_finite():
@@ -44,7 +53,7 @@ def test_half_precision_that_runs_over_stays_finite():
     with torch.no_grad():
         found = ours(ids, torch.ones_like(ids))
         expected = theirs(text_encoder_of, ours)(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    assert found.isfinite().all() and torch.equal(found, expected)
+    assert found.isfinite().all() and as_theirs(found, expected)
 
 
 def test_a_text_encoder_of_another_kind_is_refused():

@@ -194,9 +194,13 @@ def _lay_out(workflow: Workflow, nodes: list[dict]) -> None:
 
 
 def _note(workflow: Workflow, number: int, width: int) -> dict:
-    """What stands left of the nodes: as wide as there is room, as the newer renderer makes it as high as its text."""
-    lines = sum(1 + int(len(line) * NOTE_LETTER / width) for line in workflow.note.splitlines())
-    return about(number, [-width - COLUMN_GAP, 0], [width, min(HIGHEST - TITLE, 80 + NOTE_LINE * lines)], workflow.note)
+    """What stands left of the nodes: as wide as there is room, as the newer renderer makes it as high as its text.
+
+    Code style is turned into italics: on a note's colour the page's code cannot be read.
+    """
+    note = workflow.note.replace("`", "*")
+    lines = sum(1 + int(len(line) * NOTE_LETTER / width) for line in note.splitlines())
+    return about(number, [-width - COLUMN_GAP, 0], [width, min(HIGHEST - TITLE, 80 + NOTE_LINE * lines)], note)
 
 
 def render(object_info: dict[str, Any]) -> dict[Path, str]:

@@ -222,9 +222,9 @@ def _note(found: Preset, what_to_do: str, needed: str) -> str:
     return (
         f"## The real Chroma on a GPU of {found.card} GB\n\n{what_to_do.replace('{train}', found.name)}"
         "### The memory plan\n\n"
-        f"| setting | value |\n|---|---|\n| precision | `{plan.precision}` |\n"
-        f"| text_precision | `{plan.text_precision}` |\n"
-        f"| offload | `{plan.offload}` |\n| gradient_checkpointing | {checkpointing} |\n\n"
+        f"| setting | value |\n|---|---|\n| precision | {plan.precision} |\n"
+        f"| text_precision | {plan.text_precision} |\n"
+        f"| offload | {plan.offload} |\n| gradient_checkpointing | {checkpointing} |\n\n"
         f"{needed} {in_gib(found.on.device_budget)} are available, the rest is left for the desktop and the driver; "
         f"{COMPUTER} GB of RAM are assumed. These are predictions, not measured on such a GPU: **Chroma Load Model** "
         "shows what fits your machine."

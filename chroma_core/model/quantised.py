@@ -272,8 +272,8 @@ class QuantisedLinear(nn.Module):
 
     def parts(self) -> dict[str, Tensor]:
         """Codes and scales by name."""
-        buffers: Any = self._buffers  # as attributes they would be looked for by Python
-        return {name: buffers[name] for name in self.names}
+        buffers: Any = self._buffers  # as attributes they are looked for by Python; FSDP2 makes parameters of them
+        return {name: buffers[name] if name in buffers else getattr(self, name) for name in self.names}
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] as it is used."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from _host import Host, start_host
+from watching import PACKS
 
 
 @contextmanager
@@ -19,5 +20,5 @@ def restarted(server: Host, number: signal.Signals = signal.SIGINT) -> Iterator[
     try:
         yield
     finally:
-        fresh = start_host(server.base, port=int(server.url.rpartition(":")[2]))
+        fresh = start_host(server.base, port=int(server.url.rpartition(":")[2]), extra=PACKS)
         server.process, server.log_path = fresh.process, fresh.log_path

@@ -19,6 +19,8 @@ TAGGER = Path(__file__).resolve().parent / "tagger"
 """A pack of nodes of somebody else, beside ours."""
 NOT_OURS = "none_of_its_business"
 """A folder beside those of a watched ComfyUI, with images and a LoRA, which no request may reach."""
+PACKS = ("--whitelist-custom-nodes", PACK_NAME, TAGGER.name)
+"""The packs that a watched ComfyUI loads."""
 
 
 @contextmanager
@@ -36,7 +38,7 @@ def watched_host(base: Path) -> Iterator[Host]:
     try:
         (base / "custom_nodes").mkdir()
         shutil.copytree(TAGGER, base / "custom_nodes" / TAGGER.name)
-        host = start_host(base, extra=("--whitelist-custom-nodes", PACK_NAME, TAGGER.name))
+        host = start_host(base, extra=PACKS)
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)

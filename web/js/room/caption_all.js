@@ -39,10 +39,14 @@ export class CaptionAll {
   /** The nodes that ComfyUI has now. */
   async #offer() {
     if (!this.element.open) return;
-    const { nodes } = /** @type {Captioners} */ (await get("datasets/captioners"));
-    this.none.hidden = nodes.length > 0;
-    const offered = [...nodes, { node: GRAPH, title: t("room.caption_all.graph") }];
-    fill(this.choice, offered.map(({ node, title }) => h("option", { value: node }, title)));
+    try {
+      const { nodes } = /** @type {Captioners} */ (await get("datasets/captioners"));
+      this.none.hidden = nodes.length > 0;
+      const offered = [...nodes, { node: GRAPH, title: t("room.caption_all.graph") }];
+      fill(this.choice, offered.map(({ node, title }) => h("option", { value: node }, title)));
+    } catch (error) {
+      this.room.notice(reason(error), "error");
+    }
   }
 
   async #start() {

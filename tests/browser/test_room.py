@@ -177,7 +177,7 @@ def test_files_come_in_and_are_mended(window, page: Any, desk: list[str]):
     saw(lambda: not (folder / "wide-masklabel.png").exists(), "the last change taken back after the room was closed")
 
     (folder / "plain.txt").unlink()
-    page.get_by_role("button", name="Refresh").click()
+    page.locator(".ck-room").get_by_role("button", name="Refresh").click()
     page.locator("summary", has_text="Caption all").click()
     page.get_by_label("Made by").select_option("TestTagger")
     page.get_by_role("button", name="Caption 1", exact=True).click()

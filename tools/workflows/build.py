@@ -50,6 +50,7 @@ AFTER_RUN = {
     "ChromaTrainLora": 660,
     "ChromaTrainingStatus": 420,
     "SaveImage": 380,
+    "SamplerCustomAdvanced": 420,
 }
 """Pixels of height, with the title, that a node takes in either renderer once panels and images are on it."""
 INDEX = """# Example workflows

@@ -99,13 +99,19 @@ EVERY_POINT = """async ([job, module]) => {
 }"""
 
 
-OPEN_WALL = """async ([job, first]) => {
+FRAMES = """
     const { openRoom } = await import('/extensions/chromakit/js/room/room.js');
     const gaps = [];
     let last = performance.now(), going = true;
     const frame = now => { gaps.push(now - last); last = now; if (going) requestAnimationFrame(frame); };
     requestAnimationFrame(frame);
-    const start = performance.now();
+    const start = performance.now();"""
+"""How the opening of something in the room is timed: its `start`, and the `gaps` between frames while it is `going`."""
+
+OPEN_WALL = (
+    "async ([job, first]) => {"
+    + FRAMES
+    + """
     await openRoom({ job: first });
     await openRoom({ job, step: 'watch' });
     const wall = () => document.querySelector(`.ck-watched[data-job="${job}"] .ck-wall`);
@@ -121,12 +127,13 @@ OPEN_WALL = """async ([job, first]) => {
     going = false;
     return { ...found, opening: Math.max(...gaps) };
 }"""
+)
 
-SCROLL_WALL = """async () => {
-    const wall = document.querySelector('.ck-watched .ck-wall'), gaps = [];
+SCROLL = """async ([selector, pixels]) => {
+    const element = document.querySelector(selector), gaps = [];
     let last = performance.now();
-    while (wall.scrollTop + wall.clientHeight < wall.scrollHeight - 1) {
-        wall.scrollTop += 60;
+    while (element.scrollTop + element.clientHeight < element.scrollHeight - 1) {
+        element.scrollTop += pixels;
         const now = await new Promise(requestAnimationFrame);
         gaps.push(now - last);
         last = now;
@@ -134,13 +141,10 @@ SCROLL_WALL = """async () => {
     return gaps;
 }"""
 
-OPEN_IMAGES = """async ([folder, count]) => {
-    const { openRoom } = await import('/extensions/chromakit/js/room/room.js');
-    const gaps = [];
-    let last = performance.now(), going = true;
-    const frame = now => { gaps.push(now - last); last = now; if (going) requestAnimationFrame(frame); };
-    requestAnimationFrame(frame);
-    const start = performance.now();
+OPEN_IMAGES = (
+    "async ([folder, count]) => {"
+    + FRAMES
+    + """
     await openRoom({ step: 'images', folder, size: 1024, trigger: 'zxq' });
     while (document.querySelectorAll('.ck-card').length < count) await new Promise(requestAnimationFrame);
     await new Promise(requestAnimationFrame);
@@ -150,8 +154,7 @@ OPEN_IMAGES = """async ([folder, count]) => {
     going = false;
     return { built, taken: performance.now() - start, images: 5, opening: Math.max(...gaps) };
 }"""
-
-SCROLL_IMAGES = SCROLL_WALL.replace(".ck-watched .ck-wall", ".ck-panel:not([hidden])").replace("60", "200")
+)
 
 CLOSE_WALL = "() => document.querySelector('.ck-room [aria-label^=Close]').click()"
 
@@ -247,7 +250,7 @@ def measure_images(host: Host, folder: str) -> str:
             others.append(time.perf_counter() - start)
             time.sleep(0.1)
     print(*looks, sep="\n")
-    rounds = opened_and_scrolled(host, OPEN_IMAGES, [folder, IMAGES], SCROLL_IMAGES)
+    rounds = opened_and_scrolled(host, OPEN_IMAGES, [folder, IMAGES], ".ck-panel:not([hidden])", 200)
     (first, first_cpu, left), (last, last_cpu, _) = looks[0], looks[-1]
     rows = [
         (
@@ -266,15 +269,17 @@ def measure_images(host: Host, folder: str) -> str:
 
 def measure_wall(host: Host, job: str, first: str) -> str:
     """The wall's numbers for people: the first time, when ComfyUI makes the small images, and again."""
-    rounds = opened_and_scrolled(host, OPEN_WALL, [job, first], SCROLL_WALL)
+    rounds = opened_and_scrolled(host, OPEN_WALL, [job, first], ".ck-watched .ck-wall", 60)
     steps, prompts = WALL
     rows = page_rows(rounds, "opening until the wall stands", "from top to bottom")
     about = f"{steps} steps × {prompts} prompts of 1024 × 1024 pixels."
     return f"{markdown_table(rows, ('what', 'the first time', 'again'))}\n\n{about}"
 
 
-def opened_and_scrolled(host: Host, opening: str, arguments: list[Any], scrolling: str) -> list[dict[str, Any]]:
-    """What opening something in the room and scrolling through it takes, twice."""
+def opened_and_scrolled(
+    host: Host, opening: str, arguments: list[Any], selector: str, pixels: int
+) -> list[dict[str, Any]]:
+    """What opening something in the room and scrolling through it, so many pixels a frame, takes; twice."""
     rounds: list[dict[str, Any]] = []
     with open_page(host, 1280, 720) as page:
         page.wait_for_timeout(2000)
@@ -290,7 +295,7 @@ def opened_and_scrolled(host: Host, opening: str, arguments: list[Any], scrollin
             begun = cpu()
             found = page.evaluate(opening, arguments)
             opened = cpu()
-            gaps = page.evaluate(scrolling)
+            gaps = page.evaluate(SCROLL, [selector, pixels])
             scrolled = cpu() - opened
             page.evaluate(CLOSE_WALL)
             slow = f"{max(gaps):.0f} ms; {sum(gap > 50 for gap in gaps)} of {len(gaps)} above 50 ms"

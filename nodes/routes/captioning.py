@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -92,7 +92,7 @@ _tasks: set[asyncio.Task[None]] = set()
 
 
 async def _captioners(request: web.Request) -> web.Response:
-    return await answer(lambda: Captioners(nodes=[_told(name) for name in sorted(host.node_types()) if _alone(name)]))
+    return await answer(lambda: Captioners(nodes=[_told(name) for name in sorted(_offered())]))
 
 
 def _told(name: str) -> Captioner:
@@ -135,10 +135,9 @@ def _template(body: Wanted) -> tuple[Prompt, str]:
     if body.node:
         prompt = _alone(body.node)
         if prompt is None:
-            known = [name for name in host.node_types() if _alone(name)]
             raise ConfigError(
-                f"'{body.node[:200]}' is no node that makes a text of an image by itself. {_offer(known)}"
-                f"{did_you_mean(body.node, known)}"
+                f"'{body.node[:200]}' is no node that makes a text of an image by itself. {_offer()}"
+                f"{did_you_mean(body.node, _offered())}"
             )
     else:
         prompt = _checked(body.graph)
@@ -160,9 +159,13 @@ def _template(body: Wanted) -> tuple[Prompt, str]:
     return made, loaders[0]
 
 
-def _offer(known: Iterable[str] | None = None) -> str:
-    known = [name for name in host.node_types() if _alone(name)] if known is None else list(known)
-    if known:
+def _offered() -> list[str]:
+    """The nodes that can be asked."""
+    return [name for name in host.node_types() if _alone(name)]
+
+
+def _offer() -> str:
+    if known := _offered():
         return f"There is {first_few(known)}."
     return "No such node is installed: install a pack of nodes for captions or tags, and restart ComfyUI."
 

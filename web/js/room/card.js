@@ -25,6 +25,7 @@ export class Card {
     this.folder = folder;
     this.seen = false; // whether it is in view, or nearly
     this.refused = false; // whether the caption that stands here could not be written
+    this.writing = 0; // captions on their way to the host
     this.picture = h("img", { decoding: "async", draggable: false, alt: "" });
     this.frame = h("div", { class: "ck-crop" });
     this.shade = h("img", { class: "ck-shade", alt: "", hidden: true });
@@ -88,8 +89,9 @@ export class Card {
     this.caption.setAttribute("aria-label", t("room.images.caption", { name }));
     this.caption.readOnly = !own || image.caption == null;
     this.caption.hidden = !size;
-    // What is being typed stays, as does what could not be written.
-    if (document.activeElement !== this.caption && !this.refused && this.caption.value !== (image.caption ?? "")) this.caption.value = image.caption ?? "";
+    // What is being typed stays, as does what is not written yet or could not be.
+    const typed = document.activeElement === this.caption || this.refused || this.writing > 0;
+    if (!typed && this.caption.value !== (image.caption ?? "")) this.caption.value = image.caption ?? "";
     if (this.tags.childElementCount) this.#tag();
     this.element.classList.toggle("ck-skipped", Boolean(skipped));
     this.element.classList.toggle("ck-doubtful", Boolean(image.twin));
@@ -111,7 +113,10 @@ export class Card {
   /** Write the caption as it stands now. */
   async write() {
     if (this.caption.readOnly) return;
+    this.writing += 1;
     this.refused = !(await this.folder.write({ [this.image.name]: this.caption.value }, t("room.images.did_caption", { name: this.image.name })));
+    this.writing -= 1;
+    this.show(this.image);
   }
 
   remove() {

@@ -151,7 +151,7 @@ def is_rebound(named: str, port: int | None) -> bool:
     of this machine, and what forwards to it listens on another port. None for one that others reach under any name.
     """
     found = _HOST.fullmatch(named.lower())
-    return bool(found and int(found[2] or 80) == port and not _PRIVATE.fullmatch(found[1]))
+    return bool(found and (found[2] or "80") == str(port) and not _PRIVATE.fullmatch(found[1]))
 
 
 def add(routes: Any, route: Route) -> None:

@@ -64,7 +64,7 @@ def test_no_route_answers_under_a_name_of_the_internet_that_leads_here(server: H
         code, text = answer(server, method, path, headers, b"{}" if method == "POST" else None)
         assert code == 403 and f"was asked as 'evil.example:{port}'" in json.loads(text)["error"], (method, path)
     home = ("localhost", "127.0.0.1", "[::1]", "workstation", "workstation.local", "comfy.lan.", "comfy.home.arpa")
-    proxies = ("comfy.example.org", "comfy.example.org:443", "comfy.example.org:9000")
+    proxies = ("comfy.example.org", "comfy.example.org:443", f"comfy.example.org:{'9' * 5000}")
     for name in (*(f"{each}:{port}" for each in home), "127.0.0.1", *proxies):
         assert answer(server, "GET", "/chromakit", {"Host": name})[0] == 200, name
     for name in (f"EVIL.example.:{port}", f"a.localhost.evil.example:{port}", f"127.0.0.1.evil.example:{port}"):

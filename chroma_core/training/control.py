@@ -315,7 +315,8 @@ class Control:
 
     def between_blocks(self) -> None:
         """Inside a part of a step or of a preview: raise Halted when the process is going down, which has seconds. The
-        weights are still those of the last whole step. Any thread: a backward pass has its own."""
+        weights are still those of the last whole step. Any thread: a backward pass has its own. Not for one of several
+        processes, which end at the same place."""
         if self.halt.is_set() and not (self.slot is not None and self.slot.lent):  # then it is a prompt that computes
             raise Halted
 

@@ -134,8 +134,7 @@ class Run:
             self.transformer = load_transformer(config.model, "cpu" if sharded else self.device)
             alone = self.world.size == 1 and not self._compiled
             loan = loan_of(config, self.transformer, self.device) if alone else None
-            if self.world.size == 1:  # several processes end at the same place
-                self.transformer.between_blocks = self.control.between_blocks
+            self.transformer.between_blocks = self.control.between_blocks if self.world.size == 1 else None
             self.slot.take(self.transformer, loan, self._follow)
         self.trained = make_trained(config, self.transformer, self.paths, data.base_sha256)
         if sharded:

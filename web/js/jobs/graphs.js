@@ -1,8 +1,7 @@
-// @ts-check
 // New graphs in the window: from a job, or one of the pack's templates.
 import { app } from "../../../../scripts/app.js";
 import { api } from "../../../../scripts/api.js";
-import { get } from "../lib/http.js";
+import { get, ofJob } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { notify } from "./notices.js";
 
@@ -16,7 +15,7 @@ const [COLUMN_GAP, ROW_GAP] = [60, 60]; // pixels; a row's has the title in it
  * @param {string} path
  */
 export async function openGraph(job, kind, path = `graph/${kind}`) {
-  const found = /** @type {JobGraph} */ (await get(`jobs/${encodeURIComponent(job.id)}/${path}`));
+  const found = /** @type {JobGraph} */ (await get(ofJob(job.id, path)));
   const { prompt, missing, folded } = found;
   for (const { class_type: type, inputs } of Object.values(prompt)) {
     if (type === "ChromaTextEncode" && typeof inputs.text === "string") inputs.text = literally(inputs.text);
@@ -39,13 +38,12 @@ export async function openGraph(job, kind, path = `graph/${kind}`) {
 const literally = (text) => text.replace(/[{}]/g, "\\$&").replace(/\/([/*])/g, "/{$1}");
 
 /**
- * Nodes in columns, each as far right as the longest way of links that leads to it; those of the ids in `folded` closed.
+ * Nodes in columns, each no further left than what is linked to it; those of the ids in `folded` closed. Columns go under
+ * their neighbours as long as the whole is then shown larger.
  * (The page's own arrangement puts tall nodes under one another as if they were open, and so out of sight.)
  * @param {Set<string>} folded
  */
 function layOut(folded) {
-  /** @type {GraphNode[][]} */
-  const columns = [];
   /** @type {Map<GraphNode, number>} */
   const depths = new Map();
   /** @type {(node: GraphNode) => number} */
@@ -58,25 +56,38 @@ function layOut(folded) {
     depths.set(node, found);
     return found;
   };
-  for (const node of app.graph.nodes) (columns[depth(node)] ??= []).push(node);
+  /** @type {GraphNode[][]} */
+  let columns = [];
+  for (const node of app.graph.nodes) {
+    if (folded.has(String(node.id)) && !node.flags.collapsed) node.collapse();
+    (columns[depth(node)] ??= []).push(node);
+  }
+  const heightOf = (/** @type {GraphNode} */ node) => (node.flags.collapsed ? 0 : node.size[1]) + ROW_GAP;
+  const widthOf = (/** @type {GraphNode[]} */ column) => Math.max(...column.map((node) => node.size[0])) + COLUMN_GAP;
+  const sum = (/** @type {number[]} */ numbers) => numbers.reduce((all, each) => all + each, 0);
+  const { clientWidth, clientHeight } = app.canvas.canvas;
+  const scale = (/** @type {GraphNode[][]} */ all) =>
+    Math.min(clientWidth / sum(all.map(widthOf)), clientHeight / Math.max(...all.map((column) => sum(column.map(heightOf)))));
+  for (;;) {
+    const joined = columns.slice(1).map((_, i) => [...columns.slice(0, i), columns.slice(i, i + 2).flat(), ...columns.slice(i + 2)]);
+    const best = joined.sort((a, b) => scale(b) - scale(a))[0];
+    if (!best || scale(best) <= scale(columns)) break;
+    columns = best;
+  }
   let left = 0;
   for (const column of columns) {
     let top = 0;
     for (const node of column) {
-      if (folded.has(String(node.id)) && !node.flags.collapsed) node.collapse();
       node.pos = [left, top];
-      top += (node.flags.collapsed ? 0 : node.size[1]) + ROW_GAP;
+      top += heightOf(node);
     }
-    left += Math.max(...column.map((node) => node.size[0])) + COLUMN_GAP;
+    left += widthOf(column);
   }
 }
 
 const drawn = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
 
-/**
- * Open a template of ours by its name. Throws Error when the host does not give it.
- * @param {string} name
- */
+/** Open a template of ours by its name. Throws Error when the host does not give it. @param {string} name */
 export async function openTemplate(name) {
   const pack = new URL("../../", import.meta.url).pathname.split("/").at(-2); // users name its folder as they like
   const answer = await api.fetchApi(`/workflow_templates/${pack}/${name}.json`);

@@ -5,7 +5,10 @@ import { get, ofJob } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { notify } from "./notices.js";
 
-const [COLUMN_GAP, ROW_GAP] = [60, 60]; // pixels; a row's has the title in it
+const [COLUMN_GAP, ROW_GAP, TITLE] = [60, 60, 30]; // pixels; a row's gap has the title in it
+const [EDGE, BUTTONS] = [20, 60]; // pixels around the graph, and where the page's own buttons lie over it
+const [GROWING, IMAGE] = [/Sampler(?:Custom)?(?:Advanced)?$|^SaveImage$|Status$/, 240]; // nodes that show images, so many pixels high, later
+const READABLE = 0.6; // below it the classic renderer writes no text
 
 /**
  * Open the graph that starts this job (`again`), or generates with its result (`use`) or an image of its grid (`path`,
@@ -24,10 +27,7 @@ export async function openGraph(job, kind, path = `graph/${kind}`) {
   await app.loadApiJson(prompt, t(`graph.${kind}_title`, { name: job.name }));
   keepSeeds();
   await drawn(); // the panels have taken their room on the nodes
-  layOut(new Set(folded));
-  await drawn(); // bounds of nodes are those of the last drawing
-  app.canvas.deselectAll(); // a selection is what the view would be fitted to
-  await app.extensionManager.command.execute("Comfy.Canvas.FitView");
+  layOut(new Set(folded), inSight());
   if (missing.length) notify("warn", t("graph.missing"), missing.join("\n"));
 }
 
@@ -39,11 +39,12 @@ const literally = (text) => text.replace(/[{}]/g, "\\$&").replace(/\/([/*])/g, "
 
 /**
  * Nodes in columns, each no further left than what is linked to it; those of the ids in `folded` closed. Columns go under
- * their neighbours as long as the whole is then shown larger.
+ * their neighbours as long as the whole is then shown larger; it is shown in `view`, and no smaller than can be read.
  * (The page's own arrangement puts tall nodes under one another as if they were open, and so out of sight.)
  * @param {Set<string>} folded
+ * @param {ReturnType<typeof inSight>} view
  */
-function layOut(folded) {
+function layOut(folded, view) {
   /** @type {Map<GraphNode, number>} */
   const depths = new Map();
   /** @type {(node: GraphNode) => number} */
@@ -62,12 +63,12 @@ function layOut(folded) {
     if (folded.has(String(node.id)) && !node.flags.collapsed) node.collapse();
     (columns[depth(node)] ??= []).push(node);
   }
-  const heightOf = (/** @type {GraphNode} */ node) => (node.flags.collapsed ? 0 : node.size[1]) + ROW_GAP;
+  const heightOf = (/** @type {GraphNode} */ node) =>
+    (node.flags.collapsed ? 0 : node.size[1] + (GROWING.test(node.type) ? IMAGE : 0)) + ROW_GAP;
   const widthOf = (/** @type {GraphNode[]} */ column) => Math.max(...column.map((node) => node.size[0])) + COLUMN_GAP;
   const sum = (/** @type {number[]} */ numbers) => numbers.reduce((all, each) => all + each, 0);
-  const { clientWidth, clientHeight } = app.canvas.canvas;
   const scale = (/** @type {GraphNode[][]} */ all) =>
-    Math.min(clientWidth / sum(all.map(widthOf)), clientHeight / Math.max(...all.map((column) => sum(column.map(heightOf)))));
+    Math.min(view.width / sum(all.map(widthOf)), view.height / Math.max(...all.map((column) => sum(column.map(heightOf)))));
   for (;;) {
     const joined = columns.slice(1).map((_, i) => [...columns.slice(0, i), columns.slice(i, i + 2).flat(), ...columns.slice(i + 2)]);
     const best = joined.sort((a, b) => scale(b) - scale(a))[0];
@@ -83,6 +84,18 @@ function layOut(folded) {
     }
     left += widthOf(column);
   }
+  const { ds } = app.canvas;
+  ds.scale = Math.min(1, Math.max(READABLE, scale(columns)));
+  ds.offset = [view.left / ds.scale, view.top / ds.scale + TITLE];
+  app.canvas.setDirty(true, true);
+}
+
+/** Where a graph can be seen: between the page's panels, below its buttons; in pixels of the canvas. */
+function inSight() {
+  const { canvas } = app.canvas;
+  const { left, top } = canvas.getBoundingClientRect();
+  const seen = (document.querySelector(".graph-canvas-panel") ?? canvas).getBoundingClientRect();
+  return { left: seen.left - left + EDGE, top: seen.top - top + BUTTONS, width: seen.width - 2 * EDGE, height: seen.height - BUTTONS - EDGE };
 }
 
 const drawn = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));

@@ -1,10 +1,9 @@
-// @ts-check
 // What a job's metrics say in one sentence, what one can do about it, and the LoRAs of its steps to choose from.
 import { fill, h, say } from "../lib/dom.js";
 import { loss, rate } from "../lib/format.js";
 import { reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
-import { THUMBNAIL, samplesOf, sourceOf } from "./previews.js";
+import { thumbnail } from "./previews.js";
 import { ACTIVE, act } from "./store.js";
 
 /** @param {number} share */
@@ -19,14 +18,14 @@ export class Choice {
     /** @type {Verdict | null} */
     this.verdict = null;
     this.key = "";
-    this.sentence = h("div", { class: "ck-strong", role: "status" });
-    this.evidence = h("div", { class: "ck-faint" });
-    this.command = h("code", { class: "ck-command" });
-    this.doing = h("button", { type: "button", onclick: () => this.#follow() });
-    this.judged = h("div", { class: "ck-verdict" }, this.sentence, this.evidence, h("div", { class: "ck-row" }, this.doing, this.command));
-    this.list = h("ul", { class: "ck-kept" });
-    this.kept = h("details", {}, h("summary", {}, t("kept.title")), this.list);
-    this.element = h("section", {}, this.judged, this.kept);
+    this.sentence = h("div.ck-strong", { role: "status" });
+    this.evidence = h("div.ck-faint");
+    this.command = h("code.ck-command");
+    this.doing = h("button", { onclick: () => this.#follow() });
+    this.judged = h("div.ck-verdict", this.sentence, this.evidence, h("div.ck-row", this.doing, this.command));
+    this.list = h("ul.ck-kept");
+    this.kept = h("details", h("summary", t("kept.title")), this.list);
+    this.element = h("section", this.judged, this.kept);
     this.show(job);
   }
 
@@ -81,10 +80,8 @@ export class Choice {
 
   /** @param {{ step: number, used: string | null }} one */
   #row({ step, used }) {
-    const sample = samplesOf(this.job).find((each) => each.step === step);
-    const image = sample && h("img", { src: sourceOf(this.job, sample, THUMBNAIL), loading: "lazy", alt: "", width: 48, height: 48 });
     const marks = [step === this.job.best_step && t("kept.best"), used && t("kept.used", { file: used })].filter(Boolean);
-    const button = h("button", { type: "button", "data-step": step, onclick: () => this.#do("use", { step }) }, t("kept.use"));
-    return h("li", { class: "ck-row" }, image, h("span", {}, t("previews.step", { step })), h("span", { class: "ck-faint" }, marks.join(" · ")), button);
+    const button = h("button", { "data-step": step, onclick: () => this.#do("use", { step }) }, t("kept.use"));
+    return h("li.ck-row", thumbnail(this.job, step), h("span", t("previews.step", { step })), h("span.ck-faint", marks.join(" · ")), button);
   }
 }

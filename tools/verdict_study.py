@@ -1,6 +1,6 @@
 """Measures how often the verdict on a training job is right, on jobs of the embedded `tiny` model.
 
-    python -m tools.verdict_study                  # 30 runs, a quarter hour of one free core; what is done stays done
+    python -m tools.verdict_study                  # 50 runs, half an hour of one free core; what is done stays done
     python -m tools.verdict_study --only report    # docs/data/verdict_study.json and the tables of docs/verdict.md
 
 Jobs over rates, sizes of the dataset, ranks and steps, each with its own seed. What a verdict may use is the job's
@@ -81,6 +81,13 @@ FRESH = (
     *(Case(16, 1e-3, rank=64), Case(16, 2e-3), Case(8, 4e-3), Case(40, 4e-3)),
     *(Case(24, rate, rank=8) for rate in (3e-3, 1.2e-2)),
     *(Case(12, rate, rank=32) for rate in (3e-3, 1.2e-2)),
+    *(Case(20, rate, rank=4) for rate in (2e-3, 8e-3, 2.4e-2)),
+    *(Case(10, rate) for rate in (1.5e-3, 6e-3, 1.2e-2)),
+    *(Case(32, rate) for rate in (3e-3, 6e-3, 2.4e-2)),
+    *(Case(16, rate, rank=8) for rate in (2e-3, 6e-3, 1.6e-2)),
+    *(Case(24, rate, rank=32) for rate in (1.5e-3, 4e-3, 1e-2)),
+    *(Case(8, rate, rank=8) for rate in (2e-3, 5e-3, 1e-2)),
+    *(Case(24, 4e-3, rank=32, alike=True), Case(10, 6e-3, alike=True)),
 )
 """Runs to be made with the verdict as it is: nothing of it was chosen by them."""
 

@@ -42,8 +42,7 @@ def measure(
             step=0,
             heldout_loss_base=progress.heldout_loss_base,
             heldout_by_sigma_base=base,
-            images=image_count(data.samples),
-            captions=caption_count(data.samples),
+            **looked_at(data),
         )
     by_sigma = base if progress.step == 0 else None  # before the first step nothing was learnt
     if by_sigma is None:
@@ -52,6 +51,11 @@ def measure(
     metrics.append(step=progress.step, heldout_loss=progress.heldout_loss, heldout_by_sigma=by_sigma)
     if progress.best_loss is None or progress.heldout_loss < progress.best_loss:
         progress.best_loss, progress.best_at = progress.heldout_loss, progress.step
+
+
+def looked_at(data: Prepared) -> dict[str, int]:
+    """How many images are trained on, and how many of their captions differ, for a line of the metrics."""
+    return {"images": image_count(data.samples), "captions": caption_count(data.samples)}
 
 
 def told_of(lines: Sequence[Mapping[str, Any]], job_id: str) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny is far slower on many thre
 
 import numpy as np
 import torch
+from scipy.stats import beta
 
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.blocking import run_job
@@ -424,6 +425,12 @@ def tables(study: dict[str, Any]) -> tuple[str, str, str]:
     return both, markdown_table(lines, columns), confusion(judged(study, alone=True), get_args(Training))
 
 
+def _interval(right: int, of: int) -> str:
+    """In what range the share lies that is right in the long run (Clopper and Pearson)."""
+    low, high = beta.ppf(0.025, right, of - right + 1), beta.ppf(0.975, right + 1, of - right)
+    return f"{low:.0%} to {high:.0%}"
+
+
 def in_words(study: dict[str, Any]) -> str:
     """`summary` as a sentence."""
     found = summary(study)
@@ -432,8 +439,10 @@ def in_words(study: dict[str, Any]) -> str:
     return (
         f"Right: **{right} of {jobs}** jobs of the {jobs // len(LENGTHS)} runs that the limits were chosen by "
         f"({right / jobs:.0%}); {others} ({others / jobs:.0%}) with limits chosen by the others of them, run by run. "
-        f"Of {fresh // len(LENGTHS)} fresh runs **{well} of {fresh}** ({well / fresh:.0%}). "
-        f"Of {found['ruined']} ruined jobs {found['ruined_called_well']} were called well."
+        f"Of {fresh // len(LENGTHS)} fresh runs **{well} of {fresh}** ({well / fresh:.0%}; 95 % interval "
+        f"{_interval(well, fresh)}, were they independent). Together {right + well} of {jobs + fresh} "
+        f"({(right + well) / (jobs + fresh):.0%}). Of {found['ruined']} ruined jobs {found['ruined_called_well']} were "
+        f"called well."
     )
 
 

@@ -68,7 +68,7 @@ from .preserve import generate, planned
 from .preview import render_previews
 from .stepper import Stepper
 from .trained import WrittenFiles, check_trained, file_metadata, loan_of, make_trained
-from .validation import ended_by_itself, looked_at, measure, told_of
+from .validation import ended_by_itself, measure, told_of
 from .verdict import memorising_for
 
 Result = TypeVar("Result")
@@ -381,10 +381,8 @@ class Run:
 
         judging = due(config.validate_every) and progress.validated_at != step
         looked = judging and bool(self.data.heldout)
-        if looked:
+        if judging:
             self.world.evaluate(self._validate)
-        elif judging:
-            self.world.on_main(self._judge_by_training)
         progress.validated_at = step if due(config.validate_every) else progress.validated_at
         previews = config.previews
         if previews.prompts and previews.every and due(previews.every) and progress.previewed_at != step:
@@ -424,12 +422,6 @@ class Run:
             metrics.append(step=progress.step, warning=warning)
             self._warn(warning)
         self.report(**self._numbers(), verdict=told_of(metrics.read(), self.paths.job.name))
-
-    def _judge_by_training(self) -> None:
-        """The verdict where nothing is held out."""
-        if self.progress.step == 0:
-            self.metrics.append(step=0, **looked_at(self.data))
-        self.report(verdict=told_of(self.metrics.read(), self.paths.job.name))
 
     def _memorises_long_enough(self) -> bool:
         """Whether the job ends here by itself. From the metrics alone, so that a resumed job ends at the same step."""

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from _workflows import FOLDER, load_api
+from tools.page import drawn
 from training_page import RENDERER, until
 
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
@@ -89,7 +90,7 @@ def test_a_queue_from_the_page_runs_green(window):
     )
     entry = window.server.wait(prompt_id)
     assert len(window.server.images(entry)) == 1
-    window.page.wait_for_timeout(1000)
+    drawn(window.page)
     window.screenshot("queued")
     assert window.ours == []
 

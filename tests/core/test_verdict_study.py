@@ -16,5 +16,5 @@ def test_the_page_follows_from_the_numbers_and_no_ruined_job_is_called_well():
     assert found["ruined"] >= 10 and found["ruined_called_well"] == 0
     assert found["jobs"] >= 60 and found["right"] >= 0.9 * found["jobs"]
     alone = found["alone_jobs"] - found["alone_unclear"]
-    assert found["alone_right"] >= 0.85 * alone and found["alone_ruined_called_well"] <= 0.05 * found["ruined"]
+    assert found["alone_right"] >= 0.85 * alone and found["alone_ruined_called_well"] <= 0.1 * found["ruined"]
     assert {kind_of(row.evidence) for row in judged(study)} & set(WELL), "some jobs are well"

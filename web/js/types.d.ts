@@ -284,7 +284,7 @@ interface Job {
   held_out?: string[];
 }
 
-type VerdictKind = "early" | "learning" | "settled" | "memorises" | "hot" | "captions" | "worse";
+type VerdictKind = "early" | "learning" | "settled" | "memorises" | "hot" | "captions" | "worse" | "diverged" | "unsteady" | "falling" | "fallen" | "unclear";
 
 /** What the metrics of a job say; `step` measured best, `at` was measured last. */
 interface Verdict {

@@ -6,8 +6,14 @@ import { t } from "../lib/words.js";
 import { thumbnail } from "./previews.js";
 import { ACTIVE, act } from "./store.js";
 
+/** Of the evidence, what is shown in percent. */
+const SHARES = ["trend", "lost", "scatter", "swing", "risen", "ratio", "error"];
+
 /** @param {number} share */
 const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
+
+/** What follows from a verdict. @type {Partial<Record<VerdictKind, "extend" | "branch">>} */
+const FOLLOWS = { learning: "extend", falling: "extend", hot: "branch", worse: "branch", diverged: "branch", unsteady: "branch" };
 
 /** The verdict under the curves, and the list of kept LoRAs. `complain(text)` shows what the host refused. */
 export class Choice {
@@ -48,14 +54,16 @@ export class Choice {
     this.judged.hidden = !verdict;
     if (!verdict) return;
     const { kind, step, at, evidence, command } = verdict;
-    const shares = Object.fromEntries(["trend", "lost", "scatter", "swing"].map((name) => [name, percent(evidence[name])]));
-    const numbers = { ...evidence, ...shares, step, at, learning_rate: rate(evidence.learning_rate) };
-    say(this.sentence, t(`verdict.${kind}`, numbers));
+    const shares = Object.fromEntries(SHARES.map((name) => [name, percent(evidence[name])]));
     const losses = Object.fromEntries(["base", "best", "now"].map((name) => [name, loss(evidence[name])]));
-    say(this.evidence, t("verdict.evidence", { ...numbers, ...losses, risen: percent(evidence.risen) }));
+    const shown = { jump: evidence.jump?.toFixed(1), learning_rate: rate(evidence.learning_rate) };
+    const numbers = { ...evidence, ...shares, ...losses, ...shown, step, at };
+    say(this.sentence, t(`verdict.${kind}`, numbers));
+    say(this.evidence, t("base" in evidence ? "verdict.evidence" : "verdict.evidence_training", numbers));
     say(this.command, command);
-    const useless = !command || ((kind === "learning" || kind === "hot") && ACTIVE.has(this.job.state));
-    this.doing.hidden = useless || (this.job.kept != null && step > 0 && kind !== "learning" && !this.#keeps(step));
+    const follows = FOLLOWS[kind];
+    const useless = !command || (follows && kind !== "worse" && ACTIVE.has(this.job.state));
+    this.doing.hidden = useless || (this.job.kept != null && step > 0 && follows !== "extend" && !this.#keeps(step));
     say(this.doing, t(`verdict.do_${kind}`, { ...numbers, rate: rate(evidence.learning_rate / 2) }));
   }
 
@@ -67,8 +75,8 @@ export class Choice {
   async #follow() {
     if (!this.verdict) return;
     const { kind, step, at, evidence } = this.verdict;
-    if (kind === "learning") await this.#do("extend", { steps: Math.max(1, Math.floor(at / 2)), force: false });
-    else if (kind === "hot" || kind === "worse") await this.#do("branch", { step, learning_rate: evidence.learning_rate / 2 });
+    if (FOLLOWS[kind] === "extend") await this.#do("extend", { steps: Math.max(1, Math.floor(at / 2)), force: false });
+    else if (FOLLOWS[kind] === "branch") await this.#do("branch", { step, learning_rate: evidence.learning_rate / 2 });
     else await this.#do("use", { step });
   }
 

@@ -3,7 +3,7 @@
     python benchmarks/window.py            # prints a table
     python benchmarks/window.py --write    # and writes it into docs/window.md
     python benchmarks/window.py --wall     # only the training room's wall; with --write into docs/choosing.md
-    python benchmarks/window.py --images   # only a dataset of 500 large images; with --write into docs/room.md
+    python benchmarks/window.py --images   # only 500 large images beside 51 jobs; with --write into docs/room.md
 
 It trains one short job on tiny, copies its folder into 50 finished jobs and one with 20 000 steps (the numbers in its
 metrics are made up, everything else is real), starts the host and Chromium, and opens things in the page. Times are
@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,20 @@ OPEN_IMAGES = (
 }"""
 )
 
-CLOSE_WALL = "() => document.querySelector('.ck-room [aria-label^=Close]').click()"
+OPEN_JOBS = (
+    "async count => {"
+    + FRAMES
+    + """
+    await openRoom({ step: 'watch', job: '' });
+    while (document.querySelectorAll('.ck-room .ck-list li').length < count) await new Promise(requestAnimationFrame);
+    await new Promise(requestAnimationFrame);
+    going = false;
+    return performance.now() - start;
+}"""
+)
+"""The list of jobs in the room that is open."""
+
+CLOSE_WALL = "() => document.querySelector('.ck-room [aria-label^=Close]')?.click()"
 
 
 def first_job(host: Host) -> Path:
@@ -250,7 +264,8 @@ def measure_images(host: Host, folder: str) -> str:
             others.append(time.perf_counter() - start)
             time.sleep(0.1)
     print(*looks, sep="\n")
-    rounds = opened_and_scrolled(host, OPEN_IMAGES, [folder, IMAGES], ".ck-panel:not([hidden])", 200)
+    beside = {"jobs": (OPEN_JOBS, JOBS + 1), "tab": (OPEN_TAB, ["chromakit", ".ck-tab .ck-list li", JOBS + 1])}
+    rounds = opened_and_scrolled(host, OPEN_IMAGES, [folder, IMAGES], ".ck-panel:not([hidden])", 200, beside)
     (first, first_cpu, left), (last, last_cpu, _) = looks[0], looks[-1]
     rows = [
         (
@@ -259,6 +274,8 @@ def measure_images(host: Host, folder: str) -> str:
             f"{1000 * last:.0f} ms, {1000 * last_cpu:.0f} ms",
         ),
         *page_rows(rounds, f"opening until all {IMAGES} images stand", "through all of them"),
+        (f"then *Watch* with {JOBS + 1} jobs", *(f"{each['jobs']:.0f} ms" for each in rounds)),
+        ("and the tab with them", *(f"{each['tab']:.0f} ms" for each in rounds)),
     ]
     about = (
         f"{IMAGES} JPEGs of {LARGE[0]} × {LARGE[1]} pixels. {left} of them were not yet read with the first answer; "
@@ -269,7 +286,7 @@ def measure_images(host: Host, folder: str) -> str:
 
 def measure_wall(host: Host, job: str, first: str) -> str:
     """The wall's numbers for people: the first time, when ComfyUI makes the small images, and again."""
-    rounds = opened_and_scrolled(host, OPEN_WALL, [job, first], ".ck-watched .ck-wall", 60)
+    rounds = opened_and_scrolled(host, OPEN_WALL, [job, first], ".ck-watched .ck-wall", 60, {})
     steps, prompts = WALL
     rows = page_rows(rounds, "opening until the wall stands", "from top to bottom")
     about = f"{steps} steps × {prompts} prompts of 1024 × 1024 pixels."
@@ -277,9 +294,12 @@ def measure_wall(host: Host, job: str, first: str) -> str:
 
 
 def opened_and_scrolled(
-    host: Host, opening: str, arguments: list[Any], selector: str, pixels: int
+    host: Host, opening: str, arguments: list[Any], selector: str, pixels: int, beside: Mapping[str, tuple[str, Any]]
 ) -> list[dict[str, Any]]:
-    """What opening something in the room and scrolling through it, so many pixels a frame, takes; twice."""
+    """What opening something in the room and scrolling through it, so many pixels a frame, takes; twice.
+
+    beside: what is opened afterwards, by name: a script and its argument.
+    """
     rounds: list[dict[str, Any]] = []
     with open_page(host, 1280, 720) as page:
         page.wait_for_timeout(2000)
@@ -297,10 +317,11 @@ def opened_and_scrolled(
             opened = cpu()
             gaps = page.evaluate(SCROLL, [selector, pixels])
             scrolled = cpu() - opened
+            others = {name: page.evaluate(script, argument) for name, (script, argument) in beside.items()}
             page.evaluate(CLOSE_WALL)
             slow = f"{max(gaps):.0f} ms; {sum(gap > 50 for gap in gaps)} of {len(gaps)} above 50 ms"
             own = {"opening_cpu": opened - begun, "frame_cpu": scrolled / len(gaps), "slow": slow}
-            rounds.append({**found, **own})
+            rounds.append({**found, **own, **others})
     return rounds
 
 
@@ -402,20 +423,19 @@ def main() -> int:
         base = Path(name)
         if options.images:
             photographs(base / "input" / "photographs")
-            with start_host(base) as host:
-                text = measure_images(host, "photographs")
-            print(text)
-            if options.write:
-                fill(ROOM_PAGE, "images", text)
-            return 0
         with start_host(base) as host:
             folder = first_job(host)
         made = wall_of(folder) if options.wall else multiply(folder)
         with start_host(base) as host:
-            text = measure_wall(host, made, folder.name) if options.wall else table(measure(host, made))
+            if options.images:
+                page, part, text = ROOM_PAGE, "images", measure_images(host, "photographs")
+            elif options.wall:
+                page, part, text = WALL_PAGE, "wall", measure_wall(host, made, folder.name)
+            else:
+                page, part, text = PAGE, "window", table(measure(host, made))
     print(text)
     if options.write:
-        fill(WALL_PAGE if options.wall else PAGE, "wall" if options.wall else "window", text)
+        fill(page, part, text)
     return 0
 
 

@@ -94,7 +94,7 @@ VARIETY_SEEDS = 10
 COLOURS = (
     (30, 30, 34), (120, 120, 126), (200, 120, 0), (37, 99, 235), (16, 150, 90), (220, 60, 40), (122, 75, 176),
     (0, 150, 170), (230, 90, 160), (110, 140, 30), (150, 90, 40), (70, 70, 200), (180, 180, 60), (240, 150, 130),
-    (60, 90, 80), (160, 130, 200), (180, 30, 110),
+    (60, 90, 80), (160, 130, 200), (180, 30, 110), (20, 110, 40),
 )  # fmt: skip
 LIGHT = (222, 222, 228)
 
@@ -149,13 +149,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prompts × 3 without images, 400 steps, no dropout": {**STRONG, **NO_DROPOUT, "preserve.images": 0},
     "class, 400 steps, no dropout": {**CLASS, **NO_DROPOUT, "steps": 400},
     "class, 600 steps": {**CLASS, "steps": 600},
+    "class and prompts × 3, 400 steps": {**STRONG, **CLASS},
     "class and prompts × 3, 600 steps": {**STRONG, **CLASS, "steps": 600},
     "class and 8 prompts × 3, 400 steps, σ uniform": {**STRONG, **CLASS, **EVEN, "preserve.prompts": THINGS[:8]},
     **OPTIONS,
 }
 """What the study compares: names, and options that differ from the job of `plain`, by dotted names."""
 
-REPEATED = {PLAIN: SEEDS, "class, 400 steps": 3, "class and prompts × 3, 600 steps": SEEDS}
+REPEATED = {
+    PLAIN: SEEDS,
+    "class, 400 steps": 3,
+    "class and prompts × 3, 400 steps": 3,
+    "class and prompts × 3, 600 steps": SEEDS,
+}
 """Runs of a variant; the others have one, which says little about each."""
 
 MORE = {
@@ -164,6 +170,7 @@ MORE = {
     "class, 400 steps, no dropout": {"strength 0.8": 1, "guidance 2.5": 1},
     "class, 600 steps": dict.fromkeys([use for use in USES if use not in ("guidance 2.5", "EMA")], 1),
     "class, share 1/4, 600 steps": {"strength 0.9, guidance 3": 1},
+    "class and prompts × 3, 400 steps": {"guidance 3": 3},
     "class and prompts × 3, 600 steps": {"strength 0.8": 1, "guidance 3": SEEDS},
     "class and 8 prompts × 3, 400 steps, σ uniform": {"guidance 3": 1},
     "constant rate": {"EMA": 1},

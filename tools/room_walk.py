@@ -3,6 +3,7 @@
 By clicks, keys and a drop on the page alone, each of which is counted.
 
     python -m tools.room_walk            # walks in a real ComfyUI and writes screenshots to test-output/
+    python -m tools.room_walk --classic  # the same with the nodes of ComfyUI's classic renderer
     python -m tools.room_walk --write    # trains longer, and writes the images of docs/first-hour.md
 """
 
@@ -260,6 +261,7 @@ def _choose(hand: Hand) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--write", action="store_true", help="train longer, and write the images into docs/images")
+    parser.add_argument("--classic", action="store_true", help="with the classic renderer of nodes")
     options = parser.parse_args()
     ensure_environment()
     folder = ROOT / ("docs/images" if options.write else "test-output")
@@ -267,7 +269,7 @@ def main() -> int:
     with (
         tempfile.TemporaryDirectory() as name,
         start_host(Path(name)) as host,
-        open_page(host, WIDTH, HEIGHT, **WINDOW) as page,
+        open_page(host, WIDTH, HEIGHT, **WINDOW | {"Comfy.VueNodes.Enabled": not options.classic}) as page,
     ):
         page.set_default_timeout(1000 * PATIENCE)
 

@@ -1,6 +1,6 @@
 """Measures how often the verdict on a training job is right, on jobs of the embedded `tiny` model.
 
-    python -m tools.verdict_study                  # 30 runs, a quarter hour of one free core; what is done stays done
+    python -m tools.verdict_study                  # 50 runs, half an hour of one free core; what is done stays done
     python -m tools.verdict_study --only report    # docs/data/verdict_study.json and the tables of docs/verdict.md
 
 Jobs over rates, sizes of the dataset, ranks and steps, each with its own seed. What a verdict may use is the job's
@@ -15,23 +15,24 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny is far slower on many threads
 
 import numpy as np
 import torch
+from scipy.stats import beta
 
 from chroma_core.training.config import TrainingConfig
 from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.jobs.job import Job as Finished
 from chroma_core.training.run.kept import kept_loras
-from chroma_core.training.run.verdict import LIMITS, Limits, Record, kind_of, verdict
+from chroma_core.training.run.verdict import LIMITS, Limits, Record, Training, kind_of, kind_of_training, verdict
 from chroma_core.training.step.objective import heldout_loss
 
 from .pages import fill, markdown_table
@@ -77,12 +78,24 @@ def cases() -> list[Case]:
     return [*found, *FRESH]
 
 
+LATEST = (
+    *(Case(20, rate, rank=4) for rate in (2e-3, 8e-3, 2.4e-2)),
+    *(Case(10, rate) for rate in (1.5e-3, 6e-3, 1.2e-2)),
+    *(Case(32, rate) for rate in (3e-3, 6e-3, 2.4e-2)),
+    *(Case(16, rate, rank=8) for rate in (2e-3, 6e-3, 1.6e-2)),
+    *(Case(24, rate, rank=32) for rate in (1.5e-3, 4e-3, 1e-2)),
+    *(Case(8, rate, rank=8) for rate in (2e-3, 5e-3, 1e-2)),
+    *(Case(24, 4e-3, rank=32, alike=True), Case(10, 6e-3, alike=True)),
+)
+"""Runs by which nothing was chosen, not even what is said without held-out images."""
+
 FRESH = (
     *(Case(16, 1e-3, rank=64), Case(16, 2e-3), Case(8, 4e-3), Case(40, 4e-3)),
     *(Case(24, rate, rank=8) for rate in (3e-3, 1.2e-2)),
     *(Case(12, rate, rank=32) for rate in (3e-3, 1.2e-2)),
+    *LATEST,
 )
-"""Runs to be made with the verdict as it is: nothing of it was chosen by them."""
+"""Runs to be made with the verdict as it is: nothing of what it says by held-out images was chosen by them."""
 
 
 def datasets(folder: Path) -> None:
@@ -168,7 +181,7 @@ def run_case(case: Case, seed: int, output: Path, truth: Truth) -> dict[str, Any
 
 
 KEYS = ("step", "loss", "grad_norm", "heldout_loss", "heldout_by_sigma", "heldout_loss_base", "heldout_by_sigma_base")
-KEYS += ("images", "captions", "skipped")
+KEYS += ("images", "captions", "skipped", "sigma")
 
 
 def compact(line: dict[str, Any]) -> dict[str, Any]:
@@ -229,6 +242,12 @@ class Job(NamedTuple):
         return [line for line in self.run["metrics"] if line["step"] <= self.length]
 
     @property
+    def without_heldout(self) -> list[dict[str, Any]]:
+        """Its metrics as a job has them that holds nothing out."""
+        lines: list[dict[str, Any]] = [{k: v for k, v in line.items() if "heldout" not in k} for line in self.metrics]
+        return [line for line in lines if len(line) > 1]
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """Jobs that differ in their rate alone have the same."""
         case = self.run["case"]
@@ -279,53 +298,75 @@ def true_of(job: Job, study: dict[str, Any]) -> set[str]:
 
 # --- numbers and page ------------------------------------------------------------------------------------------------
 
-WELL = ("learning", "settled")
+WELL = ("learning", "settled", "falling")
 """Verdicts after which nobody would look for a fault."""
 
 
+MEANS = {
+    "diverged": {"hot", "worse"},
+    "unsteady": {"hot", "worse"},
+    "falling": {"learning"},
+    "fallen": {"memorises", "settled"},
+    "unclear": set(),
+}
+"""What must be true for a verdict without held-out images to be right; nothing makes *unclear* right, or wrong."""
+
+
 class Judged(NamedTuple):
-    """A job with the evidence of its verdict, and what is true of it."""
+    """A job with the evidence of its verdict, and what is true of it. alone: by training loss and gradient norm."""
 
     job: Job
     evidence: dict[str, float]
     true: set[str]
+    alone: bool
+
+    def said(self, limits: Limits = LIMITS) -> str:
+        return (kind_of_training if self.alone else kind_of)(self.evidence, limits)
 
     def right(self, limits: Limits = LIMITS) -> bool:
         """Whether the verdict is, under some limits."""
-        return kind_of(self.evidence, limits) in self.true
+        said = self.said(limits)
+        return bool(MEANS.get(said, {said}) & self.true)
 
 
-def judged(study: dict[str, Any]) -> list[Judged]:
+def judged(study: dict[str, Any], alone: bool = False) -> list[Judged]:
     """Every job."""
     found = []
     for job in jobs_of(study):
-        said = verdict(Record.of(job.metrics))
-        assert said is not None
-        found.append(Judged(job, said.evidence, true_of(job, study)))
+        said = verdict(Record.of(job.without_heldout if alone else job.metrics))
+        assert said is not None and said.measured is not alone
+        found.append(Judged(job, said.evidence, true_of(job, study), alone))
     return found
 
 
-def is_fresh(run: dict[str, Any]) -> bool:
+def is_fresh(run: dict[str, Any], of: Sequence[Case] = FRESH) -> bool:
     """Whether a run was made with the verdict as it is."""
-    return Case(**run["case"]) in FRESH
+    return Case(**run["case"]) in of
 
 
 def summary(study: dict[str, Any]) -> dict[str, int]:
     """How many verdicts are right, of how many, and how many were right with limits chosen without their run; the
-    first two of `FRESH` runs; of all runs how many jobs are ruined, and how many of them are called well."""
-    rows = judged(study)
-    fresh = [row for row in rows if is_fresh(row.job.run)]
-    known = [row for row in rows if not is_fresh(row.job.run)]
-    ruined = [kind_of(row.evidence) for row in rows if row.true <= {"hot", "worse"}]
-    return {
-        "right": sum(row.right() for row in known),
-        "jobs": len(known),
-        "fresh_right": sum(row.right() for row in fresh),
-        "fresh": len(fresh),
-        "ruined": len(ruined),
-        "ruined_called_well": sum(said in WELL for said in ruined),
-        "right_left_out": sum(_right_left_out(known)),
-    }
+    first two of `FRESH` runs; of all runs how many jobs are ruined, and how many of them are called well. `alone_…`:
+    the same of what is said without held-out images, whose fresh runs are `LATEST`, and how often nothing is said."""
+    found: dict[str, int] = {}
+    for name, alone, of, grid in (("", False, FRESH, GRID), ("alone_", True, LATEST, ALONE_GRID)):
+        rows = judged(study, alone)
+        fresh = [row for row in rows if is_fresh(row.job.run, of)]
+        known = [row for row in rows if not is_fresh(row.job.run, of)]
+        ruined = [row.said() for row in rows if row.true <= {"hot", "worse"}]
+        found |= {
+            f"{name}right": sum(row.right() for row in known),
+            f"{name}jobs": len(known),
+            f"{name}unclear": sum(row.said() == "unclear" for row in known),
+            f"{name}fresh_right": sum(row.right() for row in fresh),
+            f"{name}fresh": len(fresh),
+            f"{name}fresh_unclear": sum(row.said() == "unclear" for row in fresh),
+            f"{name}ruined": len(ruined),
+            f"{name}ruined_called_well": sum(said in WELL for said in ruined),
+            f"{name}ruined_unclear": sum(said == "unclear" for said in ruined),
+            f"{name}right_left_out": sum(_right_left_out(known, grid)),
+        }
+    return found
 
 
 GRID = [
@@ -334,11 +375,17 @@ GRID = [
 ]
 """Limits to choose from."""
 
+ALONE_GRID = [
+    Limits(grown=grown, jump=jump, sunk=sunk)
+    for grown, jump, sunk in product((1.05, 1.1, 1.2, 1.3), (4, 5, 6, 7, 8), (0.45, 0.5, 0.55, 0.6, 0.65))
+]
+"""Those of what is said without held-out images."""
 
-def _right_left_out(rows: list[Judged]) -> Iterator[bool]:
+
+def _right_left_out(rows: list[Judged], grid: list[Limits]) -> Iterator[bool]:
     """For each job, whether it is right under limits that suit the jobs of the other runs best; their median, where
     several do."""
-    marks = {limits: [row.right(limits) for row in rows] for limits in GRID}
+    marks = {limits: [row.right(limits) for row in rows] for limits in grid}
     for left_out in {id(row.job.run) for row in rows}:
         own = [id(row.job.run) == left_out for row in rows]
         scores = {
@@ -349,27 +396,39 @@ def _right_left_out(rows: list[Judged]) -> Iterator[bool]:
         yield from (row.right(chosen) for row, mine in zip(rows, own, strict=True) if mine)
 
 
-def tables(study: dict[str, Any]) -> tuple[str, str]:
-    """The confusion of what is said with what is true; every job with its verdict."""
-    rows = [(row.job, kind_of(row.evidence), row.true) for row in judged(study)]
-    kinds = list(dict.fromkeys([*WELL, "memorises", "hot", "worse", "captions"]))
+def confusion(rows: list[Judged], kinds: Sequence[str]) -> str:
+    """The table of what is said with what is true."""
     counts = []
     for kind in kinds:
-        wrong = [" or ".join(sorted(true)) for _, said, true in rows if said == kind not in true]
-        instead = "; ".join(f"{n} × {true}" for true, n in Counter(wrong).items())
-        counts.append([kind, sum(said == kind in true for _, said, true in rows), len(wrong), instead])
+        own = [row for row in rows if row.said() == kind]
+        wrong = Counter(" or ".join(sorted(row.true)) for row in own if not row.right())
+        instead = "; ".join(f"{n} × {true}" for true, n in wrong.items())
+        counts.append([kind, sum(row.right() for row in own), "–" if kind == "unclear" else wrong.total(), instead])
+    return markdown_table(counts, ["the verdict said", "right", "wrong", "what was true then"])
+
+
+def tables(study: dict[str, Any]) -> tuple[str, str, str]:
+    """The confusion of what is said with what is true; every job with its verdict; the confusion of what is said
+    without held-out images."""
+    rows = judged(study)
     lines = []
     for run in study["runs"]:
         case, cells = run["case"], []
-        for job, said, true in rows:
-            if job.run is run:
-                cells.append(said if said in true else f"**{said}** ({' or '.join(sorted(true))})")
+        for row in rows:
+            if row.job.run is run:
+                cells.append(row.said() if row.right() else f"**{row.said()}** ({' or '.join(sorted(row.true))})")
         cells = cells or ["not judged"]
         which = f"{case['images']}{' alike' if case['alike'] else ''}{', fresh' if is_fresh(run) else ''}"
         lines.append([which, case["rank"], f"{case['rate']:g}", *cells])
-    confusion = markdown_table(counts, ["the verdict said", "right", "wrong", "what was true then"])
     columns = ["images", "rank", "rate", *(f"{length} steps" for length in LENGTHS)]
-    return confusion, markdown_table(lines, columns)
+    both = confusion(rows, [*WELL[:2], "memorises", "hot", "worse", "captions"])
+    return both, markdown_table(lines, columns), confusion(judged(study, alone=True), get_args(Training))
+
+
+def _interval(right: int, of: int) -> str:
+    """In what range the share lies that is right in the long run (Clopper and Pearson)."""
+    low, high = beta.ppf(0.025, right, of - right + 1), beta.ppf(0.975, right + 1, of - right)
+    return f"{low:.0%} to {high:.0%}"
 
 
 def in_words(study: dict[str, Any]) -> str:
@@ -380,18 +439,41 @@ def in_words(study: dict[str, Any]) -> str:
     return (
         f"Right: **{right} of {jobs}** jobs of the {jobs // len(LENGTHS)} runs that the limits were chosen by "
         f"({right / jobs:.0%}); {others} ({others / jobs:.0%}) with limits chosen by the others of them, run by run. "
-        f"Of {fresh // len(LENGTHS)} fresh runs **{well} of {fresh}** ({well / fresh:.0%}). "
-        f"Of {found['ruined']} ruined jobs {found['ruined_called_well']} were called well."
+        f"Of {fresh // len(LENGTHS)} fresh runs **{well} of {fresh}** ({well / fresh:.0%}; 95 % interval "
+        f"{_interval(well, fresh)}, were they independent). Together {right + well} of {jobs + fresh} "
+        f"({(right + well) / (jobs + fresh):.0%}). Of {found['ruined']} ruined jobs {found['ruined_called_well']} were "
+        f"called well."
+    )
+
+
+def alone_in_words(study: dict[str, Any]) -> str:
+    """The same of what is said without held-out images."""
+    found = {key.removeprefix("alone_"): n for key, n in summary(study).items() if key.startswith("alone_")}
+    right, jobs, others = found["right"], found["jobs"], found["right_left_out"]
+    said, well, fresh = jobs - found["unclear"], found["fresh_right"], found["fresh"]
+    later = fresh - found["fresh_unclear"]
+    return (
+        f"Of {jobs} jobs of the {jobs // len(LENGTHS)} runs that this was chosen by something is said of {said}, and "
+        f"right is **{right}** ({right / said:.0%}); {others} with limits chosen by the others of them, run by run. "
+        + (
+            f"Of {fresh} jobs of {fresh // len(LENGTHS)} fresh runs something is said of {later}, and right is "
+            f"**{well}** ({well / later:.0%}). "
+            if fresh
+            else ""
+        )
+        + f"Of {found['ruined']} ruined jobs {found['ruined_called_well']} were called well, and of "
+        f"{found['ruined_unclear']} nothing was said."
     )
 
 
 def write_report() -> None:
     """Fill docs/verdict.md from the numbers."""
     numbers = json.loads(DATA.read_text(encoding="utf-8"))
-    said, (confusion, listed) = in_words(numbers), tables(numbers)
-    fill(PAGE, "accuracy", f"{said}\n\n{confusion}")
+    (measured, listed, alone), said = tables(numbers), (in_words(numbers), alone_in_words(numbers))
+    fill(PAGE, "accuracy", f"{said[0]}\n\n{measured}")
     fill(PAGE, "jobs", listed)
-    print(said)
+    fill(PAGE, "alone", f"{said[1]}\n\n{alone}")
+    print(*said, sep="\n")
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ def _list(options: argparse.Namespace) -> None:
         print(json.dumps(told))
         return
     for each in told:
-        sentence = each["verdict"]["sentence"] if each["verdict"] else "no validation loss, no verdict"
+        sentence = each["verdict"]["sentence"] if each["verdict"] else "too few steps for a verdict"
         print(f"{each['id']}  {each['state']}, step {each['step']} of {each['steps']}. {sentence}")
 
 
@@ -80,12 +80,12 @@ def _show(options: argparse.Namespace) -> None:
         return
     print(f"{told['id']}: {told['state']}, step {told['step']} of {told['steps']}")
     found = told["verdict"]
-    if found is None:
-        print("No verdict: nothing was measured on held-out images. Set hold_out, or a validation dataset.")
-    else:
+    if found is not None:
         print(found["sentence"])
         print("evidence: " + ", ".join(f"{name} {value:.4g}" for name, value in found["evidence"].items()))
         print(*filter(None, [found["command"]]))
+    if found is None or "base" not in found["evidence"]:
+        print("Nothing was measured on held-out images. Set hold_out, or a validation dataset.")
     for one in told["kept"]:
         marks = ["best"] * (one["step"] == told["best_step"]) + [f"used as {one['used']}"] * bool(one["used"])
         print(f"LoRA of step {one['step']}" + (f" ({', '.join(marks)})" if marks else ""))

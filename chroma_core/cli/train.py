@@ -197,6 +197,7 @@ def _init(options: argparse.Namespace) -> None:
     from ..memory.plan import Settings, recommend
     from ..model.flavours import flavour
     from ..training.config import TrainingConfig
+    from ..training.config.job import HELD_OUT
     from ..training.config.recipes import RECIPE_TABLE
     from ..training.config.template import job_template
 
@@ -212,7 +213,7 @@ def _init(options: argparse.Namespace) -> None:
     files = {f"model.{part}": _from(place, Path(path)) for part in parts if (path := getattr(options, part))}
     placed = ("precision", "text_precision", "offload", "resident_blocks", "offload_during_startup")
     values: dict[str, Any] = {
-        "hold_out": 0.1,
+        "hold_out": HELD_OUT,
         **begun,
         "name": options.name or options.images.resolve().name,
         "model.flavour": chosen,

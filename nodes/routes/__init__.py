@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import captioning, choosing, datasets, jobs, openapi, panels, requests
+from . import captioning, choosing, datasets, docs, jobs, openapi, panels, requests
 from .common import add
 
 # `choosing` before `jobs`, where any word may stand after an id.
 ROUTES = openapi.described(
-    *choosing.ROUTES, *jobs.ROUTES, *requests.ROUTES, *captioning.ROUTES, *datasets.ROUTES, *panels.ROUTES
+    *choosing.ROUTES, *jobs.ROUTES, *requests.ROUTES, *captioning.ROUTES, *datasets.ROUTES, *panels.ROUTES, *docs.ROUTES
 )
 
 

@@ -25,6 +25,13 @@ FAILED = ("it fails", "failed")
 PROMPTS = "a [trigger] emblem on a red background\na red circle"
 
 
+IN_SIGHT = """() => {
+  const { scale, offset } = app.canvas.ds, tab = document.querySelector('.ck-tab').getBoundingClientRect();
+  return scale >= 0.6 && app.graph.nodes.every(node => (node.pos[0] + offset[0]) * scale >= tab.right);
+}"""
+"""Whether the whole graph lies beside the tab, and is large enough for its text."""
+
+
 @pytest.fixture(autouse=True)
 def clean(window, server: Host):
     yield
@@ -250,6 +257,7 @@ def test_a_job_is_extended_duplicated_used_and_deleted(window, server: Host):
 
     act(page, "use")
     page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'ChromaSampler')")
+    page.wait_for_function(IN_SIGHT)
     seen = set(server.get("/history"))
     page.evaluate("() => window.app.queuePrompt(0, 1)")
     until(page, server, lambda: set(server.get("/history")) - seen, "the image")

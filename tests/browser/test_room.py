@@ -168,12 +168,16 @@ def test_files_come_in_and_are_mended(window, page: Any, desk: list[str]):
     page.mouse.down()
     page.mouse.move(canvas["x"] + 60, canvas["y"] + 40)
     page.mouse.up()
+    page.locator(".ck-mask").focus()
+    for key in [*"]" * 6, *["ArrowLeft"] * 10, *["ArrowDown"] * 10, "Space"]:
+        page.keyboard.press(key)
     window.screenshot("room_mask")
     page.get_by_role("button", name="Keep the mask").click()
     saw(lambda: (folder / "wide-masklabel.png").is_file(), "the mask")
     assert "wide.jpg" in page.evaluate("() => document.activeElement.ariaLabel"), "the focus is back"
     with Image.open(folder / "wide-masklabel.png") as drawn:
         assert drawn.mode == "L" and drawn.getextrema() == (0, 255) and drawn.getpixel((119, 69)) == 255
+        assert drawn.getpixel((1, drawn.height - 2)) == 0, "painted by keys"
 
     page.get_by_role("button", name="Next: Aim").click()
     page.locator("[data-aim=object]").click()

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from _environment import ROOT
 from _host import pack_node_ids
 
 FOLDER = "/extensions/chromakit/docs"
@@ -57,3 +58,28 @@ def test_the_host_serves_every_image(server):
         (source,) = re.findall(r'<img src="([^"]+)"', page_of(server, node))
         status, body = server.request("GET", f"{FOLDER}/{source}")
         assert status == 200 and body[:4] == b"RIFF" and body[8:12] == b"WEBP", node
+
+
+def test_every_document_is_a_page_whose_links_and_images_lead_somewhere(server):
+    """Those of docs/ and the help pages, as HTML without a network; what is no document is refused."""
+    root = "/chromakit/docs"
+    pages = {"guide.md": ""}
+    for name in iter(lambda: next((name for name, text in pages.items() if not text), None), None):
+        status, body = server.request("GET", f"{root}/{name}")
+        assert status == 200, name
+        pages[name] = body.decode("utf-8")
+        for link in re.findall(r'<a href="([^"#]+)', pages[name]):
+            if not link.startswith("http"):
+                pages.setdefault(link, "")
+    assert set(pages) == {path.name for folder in ("docs", "web/docs") for path in (ROOT / folder).glob("*.md")}
+    sources = set()
+    for name, text in pages.items():
+        assert "<h1" in text and not re.search(
+            r"\]\(|\*\*|\0", re.sub(r"<(pre|code)>.*?</\1>", "", text, flags=re.S)
+        ), name
+        for link, section in re.findall(r'<a href="([^"#]*)#([^"]+)"', text):
+            assert link.startswith("http") or f' id="{section}"' in pages[link or name], (name, link, section)
+        sources |= set(re.findall(r'<img src="([^"]+)"', text))
+    assert len(sources) > 30 and {server.request("GET", f"{root}/{each}")[0] for each in sources} == {200}
+    for odd in ("none.md", "..%2FREADME.md", "%2Fetc%2Fpasswd", "images/..%2Froom.md", "images/guide.md", "data"):
+        assert server.request("GET", f"{root}/{odd}")[0] == 404, odd

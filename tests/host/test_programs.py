@@ -103,6 +103,8 @@ def test_every_operation_answers_as_the_document_says(server: Host, client: Clie
         "post_requests_id_cancel": {"id": asked},
         "get_datasets_thumbnail": {"folder": "told", "name": "a.png"},
         "get_datasets_caption": {"folder": "told"},
+        "get_docs_name": {"name": "guide.md"},
+        "get_docs_images_name": {"name": "room.webp"},
         "get_datasets_sheets_id": {
             "id": client.call("post_datasets_look", bodies["post_datasets_look"]).value["sheet"].rpartition("/")[2]
         },

@@ -1,4 +1,3 @@
-// @ts-check
 // What the host's page gets from ChromaKit: the tab of jobs, the training room, the panel on Chroma Train LoRA, settings, notices.
 import { app } from "../../../scripts/app.js";
 import { linkStyles } from "./lib/dom.js";

@@ -1,4 +1,3 @@
-// @ts-check
 // Settings → Chroma. What prompts do while a job trains is the host's choice, the same for every page: it is kept there,
 // and only shown here as a setting.
 import { app } from "../../../scripts/app.js";
@@ -10,10 +9,7 @@ import { choose, manners, onManners, startManners } from "./jobs/prompts.js";
 const PROMPTS = "Chroma.Training.Prompts";
 const NOTICES = "Chroma.Training.Notices";
 
-/**
- * What `registerExtension` takes.
- * @returns {Setting[]}
- */
+/** What `registerExtension` takes. @returns {Setting[]} */
 export function settings() {
   return [
     {

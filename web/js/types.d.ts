@@ -104,7 +104,25 @@ interface Place {
 type Child = Node | string | null | undefined | false;
 type Children = Child | Child[];
 /** Properties, attributes and, as `style`, CSS properties of an element. */
-type Properties = Record<string, unknown>;
+type Properties<K extends keyof HTMLElementTagNameMap> = {
+  [P in Exclude<keyof HTMLElementTagNameMap[K], "style">]?: HTMLElementTagNameMap[K][P] extends string ? string | number | null : HTMLElementTagNameMap[K][P] | null;
+} & { [attribute: `${string}-${string}`]: unknown; class?: string; style?: Record<string, string> };
+type Parts<K extends keyof HTMLElementTagNameMap> = [Properties<K>, ...Children[]] | Children[];
+
+/** A preview of a job: the how-many-th, its file, training step and the number of its prompt. */
+type Sample = { number: number; name: string; step: number; prompt: number };
+
+/** An image under the slider: its address as shown and as a whole. */
+interface Shown {
+  source: string;
+  whole: string;
+  label: string;
+}
+
+/** Texts in tables by name. */
+interface Words {
+  [key: string]: Words | string;
+}
 
 type Column = (number | null)[];
 /** Columns of equal length, the first of which is the step. */
@@ -166,6 +184,8 @@ interface TrainingRoom {
   go(step: RoomStep): void;
   /** One line at the foot of the room; an error stays until it is closed, an empty text takes it away. */
   notice(text: string, kind?: "info" | "error"): void;
+  /** The same of an error. */
+  failed(error: unknown): void;
   close(): void;
 }
 
@@ -180,6 +200,14 @@ interface Step {
 interface StepModule {
   title: string;
   build(room: TrainingRoom): Step;
+}
+
+type Folder = import("./room/folder.js").Folder;
+
+/** A file, and the folder within the data set that it goes to. */
+interface Given {
+  file: File;
+  place: string;
 }
 
 /** An image of a wall. small, source, whole: its addresses by size, empty as long as it is not there. label: what it is;
@@ -256,7 +284,7 @@ interface Job {
   held_out?: string[];
 }
 
-type VerdictKind = "early" | "learning" | "settled" | "memorises" | "hot" | "captions" | "worse";
+type VerdictKind = "early" | "learning" | "settled" | "memorises" | "hot" | "captions" | "worse" | "diverged" | "unsteady" | "falling" | "fallen" | "unclear";
 
 /** What the metrics of a job say; `step` measured best, `at` was measured last. */
 interface Verdict {

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 MODEL_PATHS = ("folder", "transformer", "text_encoder", "tokenizer", "vae", "quantised_folder")
 """Fields of a `ModelSpec` that are paths."""
 
+HELD_OUT = 0.1
+"""The share of its images that a job holds out by itself."""
+
 FULL_RANK_RATE = 1e-5
 """The learning rate of full-rank training where none is given: a LoRA's is far too high for the weights themselves."""
 
@@ -318,7 +321,10 @@ class TrainingConfig(Settings):
     )
     keep_checkpoints: int = option(3, "Checkpoints to keep; older ones are deleted.", ge=1, most=100)
     keep_best: bool = option(
-        True, "Keep the checkpoint with the lowest validation loss beside the last ones.", advanced=True
+        True,
+        "Keep the checkpoint with the lowest validation loss beside the last ones. Takes hold_out or a validation "
+        "dataset.",
+        advanced=True,
     )
     tensorboard: bool = option(
         False,
@@ -336,7 +342,7 @@ class TrainingConfig(Settings):
     hold_out: float = option(
         0.0,
         "Without a validation dataset: share of the images (at least 2) that are not trained on but measured on, from "
-        "8 images on. 0.1 is usual. 0: none.",
+        "8 images on. 0.1 is usual, and taken by itself with stop_when_memorising. 0: none.",
         ge=0,
         le=0.5,
         step=0.05,
@@ -450,20 +456,22 @@ class TrainingConfig(Settings):
                 )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_out_to_stop(cls, values: Any) -> Any:
+        """A job that is to stop by itself, and has nothing to tell by, holds out a share of its images."""
+        if isinstance(values, dict) and values.get("stop_when_memorising"):
+            if not values.get("hold_out") and values.get("validation_dataset") is None:
+                return {**values, "hold_out": HELD_OUT}
+        return values
+
     @model_validator(mode="after")
     def _can_stop_by_itself(self) -> Self:
-        """Raise ConfigError when nothing could tell the job to stop, or nothing would be there to go back to."""
-        if not self.stop_when_memorising:
-            return self
-        if not self.keep_best:
+        """Raise ConfigError when nothing would be there to go back to."""
+        if self.stop_when_memorising and not self.keep_best:
             raise ConfigError(
                 "stop_when_memorising ends the job with the step that measured best, which keep_best = false does not "
                 "keep. Turn keep_best on, or leave stop_when_memorising at 0."
-            )
-        if self.validation_dataset is None and not self.hold_out:
-            raise ConfigError(
-                "stop_when_memorising needs a validation loss. Set hold_out (0.1 is usual) or a validation dataset, or "
-                "leave stop_when_memorising at 0."
             )
         return self
 

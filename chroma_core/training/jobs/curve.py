@@ -150,7 +150,7 @@ class Curve:
             values = [float(line["step"]), *(_float(line.get(name)) for name in COLUMNS[1:])]
             for column, value in zip(self._columns.values(), values, strict=True):
                 column.append(value)
-        else:
+        elif "images" not in line:
             self._notes.append({"step": int(line["step"]), **line})
 
 

@@ -45,10 +45,10 @@ class JobProgress(JobEnd):
     """What changes of a job while it is worked on, without what only one who looks into it needs.
 
     loss, loss_smooth, lr, heldout_loss: of the newest step that has one. step_seconds: running mean; eta_seconds: time
-    left, by it. checkpoint: step of the newest one. best_step: of the lowest validation loss. verdict: what the newest
-    validation says (see `run.verdict`). held_out: images of the dataset that are measured on instead of trained.
-    yielded: whether the trainer waits for a prompt. waits_for: `prompt`, `memory` (until ComfyUI makes room), or
-    nothing. created, updated: Unix time.
+    left, by it. checkpoint: step of the newest one. best_step: of the lowest validation loss. verdict: at the
+    newest step to validate at (see `run.verdict`). held_out: images of the dataset that are measured on instead of
+    trained. yielded: whether the trainer waits for a prompt. waits_for: `prompt`, `memory` (until ComfyUI makes room),
+    or nothing. created, updated: Unix time.
     """
 
     step: int
@@ -270,14 +270,15 @@ class Job:
         return MetricsLog(self.folder / "metrics.jsonl").read()
 
     def verdict(self) -> Verdict | None:
-        """What its metrics say of it now; None without a validation loss."""
+        """What its metrics say of it now; None while they are few."""
         return verdict(Record.of(self.metrics()))
 
     def best_step(self) -> int:
         """The step with the lowest validation loss. Raises JobError when there is none, or the base measured best."""
         found = self.verdict()
         if found is None or not found.step:
-            why = "it has no validation loss" if found is None else "no step is better than the base"
+            measured = found is not None and found.measured
+            why = "no step is better than the base" if measured else "it has no validation loss"
             raise JobError(f"The job '{self.id}' has no best step: {why}. Choose one of those that are kept.")
         return found.step
 

@@ -380,8 +380,9 @@ class Run:
         def due(every: int) -> bool:
             return step == 0 or step == config.steps or (every > 0 and step % every == 0)
 
-        looked = due(config.validate_every) and progress.validated_at != step and bool(self.data.heldout)
-        if looked:
+        judging = due(config.validate_every) and progress.validated_at != step
+        looked = judging and bool(self.data.heldout)
+        if judging:
             self.world.evaluate(self._validate)
         progress.validated_at = step if due(config.validate_every) else progress.validated_at
         previews = config.previews

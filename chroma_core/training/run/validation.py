@@ -27,10 +27,17 @@ def measure(
 ) -> None:
     """Measure the loss on held-out images, the first time that of the base too, and take it into progress and metrics.
 
+    Without such images only what is trained on is written down, at step 0.
+
     Args:
         rows: noise levels in one pass.
         between: called before every image; may wait or raise.
     """
+    looked_at = {"images": image_count(data.samples), "captions": caption_count(data.samples)}
+    if not data.heldout:
+        if progress.step == 0:
+            metrics.append(step=0, **looked_at)
+        return
     images = [(data.cache.latents(sample.latents[0]), data.cache.text(sample.captions[0])) for sample in data.heldout]
     base: list[float] | None = None
     without = trained.base(progress.step) if progress.heldout_loss_base is None else None
@@ -42,8 +49,7 @@ def measure(
             step=0,
             heldout_loss_base=progress.heldout_loss_base,
             heldout_by_sigma_base=base,
-            images=image_count(data.samples),
-            captions=caption_count(data.samples),
+            **looked_at,
         )
     by_sigma = base if progress.step == 0 else None  # before the first step nothing was learnt
     if by_sigma is None:

@@ -11,10 +11,17 @@ import shlex
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import mean, median
+from math import exp, log, sqrt
+from statistics import mean, median, pstdev
 from typing import Any, Literal
 
-Kind = Literal["early", "learning", "settled", "memorises", "hot", "captions", "worse"]
+Measuring = Literal["early", "learning", "settled", "memorises", "hot", "captions", "worse"]
+"""What is said by a validation loss."""
+
+Training = Literal["diverged", "unsteady", "captions", "falling", "fallen", "unclear"]
+"""What is said by training loss and gradient norm alone."""
+
+Kind = Measuring | Training
 
 LEAST_MEASURED = 4
 """Measurements after the first step from which on there is a verdict."""
@@ -23,18 +30,40 @@ LEAST_GAIN = 0.01
 """Of the base's loss; what the best step gained over it counts as no less in what follows."""
 
 
+LEAST_STEPS = 24
+"""Steps from which on training loss and gradient norm alone say something."""
+
+FIRST_STEPS = 8
+"""Steps at least that count as the first; of long jobs it is a tenth."""
+
+LEVELS = 10
+"""Parts of the noise levels 0..1: training losses are compared within one."""
+
+ERRORS = 2.0
+"""Standard errors by which the training loss must have changed."""
+
+SPIKES = 0.02
+"""Share of the steps, two of them at least, that must have a large gradient norm."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Shares of what the best step gained over the base, from which on something is said.
+    """From which numbers on something is said.
 
-    rise: what must be lost again, and more than the scatter, to say: memorises. still: what the last third may have
-    added at most, its scatter included, to say: settled. swing: how far the loss goes up and down from one measurement
-    to the next, on average, with a rate that is too high.
+    Shares of what the best step gained over the base: rise, what must be lost again, and more than the scatter, to
+    say: memorises. still: what the last third may have added at most, its scatter included, to say: settled. swing: how
+    far the loss goes up and down from one measurement to the next, on average, with a rate that is too high.
+
+    Without held-out images, training loss and gradient norm of the last third, or of the largest, over those of the
+    first steps: above `grown` it diverged, above `jump` it is unsteady, below `sunk` the images may be known by heart.
     """
 
     rise: float = 0.08
     still: float = 0.02
     swing: float = 0.07
+    grown: float = 1.1
+    jump: float = 6.0
+    sunk: float = 0.55
 
 
 LIMITS = Limits()
@@ -61,12 +90,15 @@ class Measured:
 
 @dataclass
 class Record:
-    """What a verdict reads. loss, grad_norm, lr: of every step that was taken. broken: steps that were skipped because
-    a number was not finite. images, captions: how many are trained on, and how many of the captions differ."""
+    """What a verdict reads. loss, grad_norm, lr, sigma: of every step that was taken, the last of which was `step`.
+    broken: steps that were skipped because a number was not finite. images, captions: how many are trained on, and how
+    many of the captions differ."""
 
     loss: array[float] = field(default_factory=lambda: array("d"))
     grad_norm: array[float] = field(default_factory=lambda: array("d"))
     lr: array[float] = field(default_factory=lambda: array("d"))
+    sigma: array[float] = field(default_factory=lambda: array("d"))
+    step: int = 0
     heldout: list[Measured] = field(default_factory=list)
     base: Measured | None = None
     images: int | None = None
@@ -84,10 +116,9 @@ class Record:
     def take(self, line: Mapping[str, Any]) -> None:
         """The next line. What a step does not tell counts as 0."""
         if "loss" in line:
-            loss, norm, rate = (float(line.get(name) or 0.0) for name in ("loss", "grad_norm", "lr"))
-            self.loss.append(loss)
-            self.grad_norm.append(norm)
-            self.lr.append(rate)
+            for name in ("loss", "grad_norm", "lr", "sigma"):
+                getattr(self, name).append(float(line.get(name) or 0.0))
+            self.step = line["step"]
         elif "heldout_loss_base" in line:
             self.base = Measured(0, line["heldout_loss_base"], line.get("heldout_by_sigma_base") or (), 0)
             self.images, self.captions = line.get("images"), line.get("captions")
@@ -96,13 +127,16 @@ class Record:
             self.heldout.append(Measured(line["step"], line["heldout_loss"], levels, len(self.loss)))
         elif line.get("skipped") == "broken":
             self.broken += 1
+        elif "images" in line:
+            self.images, self.captions = line["images"], line["captions"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of a job. at: the step of the last measurement; step: that which measured best, 0 for the base.
+    """What is said of a job. at: the step of the last measurement; step: that which measured best, 0 for the base, and
+    where nothing was measured.
 
-    evidence: the numbers behind it, by name, as JSON values; see `_evidence`.
+    evidence: the numbers behind it, by name, as JSON values; see `_evidence` and `_evidence_of_training`.
     """
 
     kind: Kind
@@ -115,14 +149,19 @@ class Verdict:
         """In English, with its numbers; the page has its own words for the kinds."""
         return SENTENCES[self.kind].format(step=self.step, at=self.at, **self.evidence)
 
+    @property
+    def measured(self) -> bool:
+        """Whether it follows from held-out images; otherwise from training loss and gradient norm."""
+        return "base" in self.evidence
+
     def command(self, job_id: str) -> str:
         """What follows from it, as a command; empty where a command cannot help."""
         job, rate = shlex.quote(job_id), f"{self.evidence['learning_rate'] / 2:g}"
-        if self.kind == "learning":
+        if self.kind in ("learning", "falling"):
             return f"python -m chroma_core train --resume {job} --extend {max(1, self.at // 2)}"
         if self.kind in ("settled", "memorises"):
             return f"python -m chroma_core jobs use {job} {self.step}"
-        if self.kind in ("hot", "worse"):
+        if self.kind in ("hot", "worse", "diverged", "unsteady"):
             start = f" --step {self.step}" if self.step else ""
             return f"python -m chroma_core train --branch {job}{start} --learning-rate {rate}"
         return ""
@@ -147,18 +186,34 @@ SENTENCES: dict[Kind, str] = {
     "hot": "Too hot: halve the learning rate ({learning_rate:g}) and go on from step {step}.",
     "captions": "Too few different captions: {captions:.0f} for {images:.0f} images, so the prompt decides too little.",
     "worse": "Worse than the base: the validation loss is {now:.3g}, the base's {base:.3g}.",
+    "diverged": "Diverged: the training loss is {ratio:.0%} of that of the first steps. Halve the learning rate "
+    "({learning_rate:g}).",
+    "unsteady": "Too hot: gradient norm up to {jump:.1f} times that of the first steps, broken steps: {broken:.0f}. "
+    "Halve the learning rate ({learning_rate:g}).",
+    "falling": "Still learning, by its training loss alone: {ratio:.0%} of that of the first steps.",
+    "fallen": "It may know its images by heart: the training loss is {ratio:.0%} of that of the first steps. Compare "
+    "its earlier steps.",
+    "unclear": "The training loss alone tells nothing: it is neither lower nor higher than its scatter explains.",
 }
 
 
 def verdict(record: Record) -> Verdict | None:
-    """What is to be said of a job; None for one without a validation loss."""
+    """What is to be said of a job: by its validation loss, and before there is one, or without one, by its training
+    loss and gradient norm; None while there are few steps, too."""
     if record.base is None or not record.heldout:
-        return None
+        return _verdict_on_training(record)
     evidence = _evidence(record)
     best = min(record.heldout, key=lambda each: each.loss)
     step = best.step if best.loss < record.base.loss else 0
     kind = kind_of(evidence)
     return Verdict(kind, record.heldout[-1].step, step, evidence)
+
+
+def _verdict_on_training(record: Record) -> Verdict | None:
+    if len(record.loss) < LEAST_STEPS:
+        return None
+    evidence = _evidence_of_training(record)
+    return Verdict(kind_of_training(evidence), record.step, 0, evidence)
 
 
 def memorising_for(lines: Sequence[Mapping[str, Any]]) -> int:
@@ -173,19 +228,65 @@ def memorising_for(lines: Sequence[Mapping[str, Any]]) -> int:
     return count
 
 
-def kind_of(found: Mapping[str, float], limits: Limits = LIMITS) -> Kind:
+def kind_of(found: Mapping[str, float], limits: Limits = LIMITS) -> Measuring:
     """What the evidence says."""
     if found["now"] > found["base"] or found["broken"]:
         return "worse" if found["best"] >= found["base"] else "hot"
     if found["measured"] < LEAST_MEASURED:
         return "early"
-    if found["images"] >= FEW and found["captions"] < ALIKE * found["images"]:
+    if _alike(found):
         return "captions"
     if found["swing"] > limits.swing:
         return "hot"
     if found["lost"] > max(limits.rise, found["scatter"]) and found["risen"] >= MOST_LEVELS:
         return "memorises"
     return "learning" if found["trend"] + found["scatter"] > limits.still else "settled"
+
+
+def kind_of_training(found: Mapping[str, float], limits: Limits = LIMITS) -> Training:
+    """What the evidence says where there are no held-out images."""
+    clear = abs(log(found["ratio"])) > ERRORS * found["error"]
+    if found["ratio"] > limits.grown and clear:
+        return "diverged"
+    if found["jump"] > limits.jump or found["broken"]:
+        return "unsteady"
+    if _alike(found):
+        return "captions"
+    if found["ratio"] >= 1 or not clear:
+        return "unclear"
+    return "fallen" if found["ratio"] < limits.sunk else "falling"
+
+
+def _alike(found: Mapping[str, float]) -> bool:
+    return found["images"] >= FEW and found["captions"] < ALIKE * found["images"]
+
+
+def _evidence_of_training(record: Record) -> dict[str, float]:
+    """The numbers that decide without held-out images.
+
+    ratio: geometric mean of the training loss in the last third over that of the first steps, each loss as a share of
+    the mean at its noise level, which decides most of it. error: standard error of its logarithm. jump: the gradient
+    norm that `SPIKES` of the steps reach, over the median of the first. broken: skipped steps.
+    """
+    steps = len(record.loss)
+    level = [min(LEVELS - 1, int(LEVELS * sigma)) for sigma in record.sigma]
+    logs: list[list[float]] = [[] for _ in range(LEVELS)]
+    for where, loss in zip(level, record.loss, strict=True):
+        logs[where].append(log(max(loss, 1e-12)))
+    usual = [mean(each) if each else 0.0 for each in logs]
+    left = [log(max(loss, 1e-12)) - usual[where] for where, loss in zip(level, record.loss, strict=True)]
+    first, last = max(FIRST_STEPS, steps // 10), steps // 3
+    largest = sorted(record.grad_norm)[-max(2, round(SPIKES * steps))]
+    start = median(record.grad_norm[:FIRST_STEPS])
+    return {
+        "ratio": exp(mean(left[-last:]) - mean(left[:first])),
+        "error": pstdev(left) * sqrt(1 / first + 1 / last),
+        "jump": largest / start if start else 1.0,
+        "learning_rate": max(record.lr, default=0.0),
+        "images": float(record.images or 0),
+        "captions": float(record.captions or 0),
+        "broken": float(record.broken),
+    }
 
 
 def _evidence(record: Record) -> dict[str, float]:

@@ -222,7 +222,10 @@ def test_shutdown_saves_and_the_next_manager_goes_on(places, tmp_path):
     assert later.ensure(settings).wait(PATIENCE)
     status = later.get(job.id).status()
     assert status["state"] == "completed"
-    assert [line["step"] for line in later.get(job.id).metrics()] == list(range(1, 31))
+    job = later.get(job.id)
+    assert [line["step"] for line in job.metrics()] == list(range(31))
+    found = job.verdict()
+    assert found is not None and not found.measured and status["verdict"] == found.to_dict(job.id)
     later.shutdown()
 
 

@@ -213,7 +213,8 @@ def test_a_job_holds_images_out_and_says_so(tmp_path):
     manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
     many, few = write_dataset(tmp_path / "many", 10), write_dataset(tmp_path / "few", 7)
     options: dict[str, Any] = {"steps": 2, "hold_out": 0.1, "checkpoint_every": 0}
-    job, small = manager.ensure(config(model, many, **options)), manager.ensure(config(model, few, **options))
+    job = manager.ensure(config(model, many, **options))
+    small = manager.ensure(config(model, few, **{**options, "steps": 26}))
     assert job.wait(PATIENCE) and small.wait(PATIENCE)
     assert job.state == small.state == "completed", job.status()["message"]
     status, (base, *_) = job.status(), job.metrics()
@@ -221,8 +222,10 @@ def test_a_job_holds_images_out_and_says_so(tmp_path):
     assert (base["images"], base["captions"]) == (8, len({f"{i % 5}" for i in range(10)}))
     assert "2 images held out for the validation loss" in (job.folder / "log.txt").read_text()
     manager.shutdown()
-    status = small.status()
-    assert status["verdict"] is None and status["held_out"] == [] and status["kept"] == []
+    status, found = small.status(), small.verdict()
+    assert found is not None and not found.measured and status["verdict"] == found.to_dict(small.id)
+    assert small.metrics()[0] == {"step": 0, "images": 7, "captions": 5} and found.at == 26
+    assert status["held_out"] == [] and status["kept"] == []
     assert any(
         "No image is held out (hold_out): the dataset has 7 images, and at" in each for each in status["warnings"]
     )
@@ -234,7 +237,9 @@ def test_an_option_left_alone_is_no_part_of_a_jobs_id(tmp_path):
     places = tmp_path, tmp_path
     assert config(*places).job_id() == config(*places, hold_out=0.0, keep_loras=12, stop_when_memorising=0).job_id()
     assert config(*places).job_id() != config(*places, hold_out=0.1).job_id()
-    with pytest.raises(ConfigError, match="needs a validation loss"):
-        config(*places, stop_when_memorising=2)
+    assert config(*places, stop_when_memorising=2) == config(*places, stop_when_memorising=2, hold_out=0.1)
+    assert config(*places, stop_when_memorising=2, hold_out=0.2).hold_out == 0.2
+    apart = {"validation_dataset": {"folder": str(tmp_path)}}
+    assert config(*places, stop_when_memorising=2, **apart).hold_out == 0
     with pytest.raises(ConfigError, match="keep_best = false does not keep"):
         config(*places, stop_when_memorising=2, hold_out=0.1, keep_best=False)

@@ -57,9 +57,51 @@ def test_captions_that_are_alike_are_named():
     assert found is not None and found.sentence.startswith("Too few different captions: 1 for 14 images")
 
 
-def test_without_a_validation_loss_nothing_is_said():
-    assert verdict(Record.of([])) is None
-    assert verdict(Record.of([{"step": 1, "loss": 0.5, "lr": 1e-3, "grad_norm": 1.0}])) is None
+def alone(change: float, steps: int = 60, captions: int = 14, spikes: int = 0) -> list[Any]:
+    """The metrics of a job that holds nothing out: its loss, which the noise level decides most of, changes by that
+    factor from the first step to the last; so many steps have ten times the gradient norm of the others."""
+    found: list[Any] = [{"step": 0, "images": 14, "captions": captions}]
+    for step in range(1, steps + 1):
+        sigma = (0.37 * step) % 1
+        loss = (0.2 + sigma**2) * change ** (step / steps)
+        norm = 10.0 if step > steps - spikes else 1.0
+        found.append({"step": step, "loss": loss, "lr": 1e-3, "grad_norm": norm, "sigma": sigma})
+    return found
+
+
+@pytest.mark.parametrize(
+    "metrics, kind, command",
+    [
+        (alone(2), "diverged", "train --branch j --learning-rate 0.0005"),
+        (alone(0.7, spikes=2), "unsteady", "train --branch j --learning-rate 0.0005"),
+        (alone(0.7, captions=2), "captions", ""),
+        (alone(0.7), "falling", "train --resume j --extend 30"),
+        (alone(0.7, spikes=1), "falling", "train --resume j --extend 30"),
+        (alone(0.3), "fallen", ""),
+        (alone(1), "unclear", ""),
+        ([{**line, "sigma": 0.5} for line in alone(0.9)], "unclear", ""),
+        ([*alone(0.7), {"step": 61, "skipped": "broken"}], "unsteady", "train --branch j --learning-rate 0.0005"),
+    ],
+)
+def test_without_held_out_images_training_loss_and_gradient_norm_speak(metrics: list[Any], kind: str, command: str):
+    """Losses are compared at like noise levels: with those taken for the same, a fall drowns in their scatter."""
+    found = verdict(Record.of(metrics))
+    assert found is not None and (found.kind, found.step, found.at, found.measured) == (kind, 0, 60, False)
+    assert found.command("j") == (f"python -m chroma_core {command}" if command else "")
+    told = found.to_dict("j")
+    assert json.loads(json.dumps(told, allow_nan=False)) == told and told["sentence"].endswith(".")
+    assert memorising_for(metrics) == 0 and verdict(Record.of(metrics[:24])) is None
+
+
+def test_held_out_images_have_the_word_once_they_were_measured():
+    """Whatever training loss and gradient norm are then."""
+    first, at_base, *rest = lines(FALLING)
+    for line in rest:
+        line.update({"loss": line["step"], "grad_norm": 2.0 ** line["step"], "sigma": 0.5} if "loss" in line else {})
+    found = [verdict(Record.of([first, at_base, *rest[:n]])) for n in range(len(rest) + 1)]
+    assert {each.kind for each in found if each} == {"early", "learning"}
+    before = verdict(Record.of([first, *[line for line in rest if "loss" in line]]))
+    assert before is not None and before.kind == "diverged"
 
 
 def test_a_step_that_broke_is_never_all_well():

@@ -1,4 +1,3 @@
-// @ts-check
 // What one can do with a job, as a row of buttons that follow its state.
 import { app } from "../../../../scripts/app.js";
 import { h, say } from "../lib/dom.js";
@@ -9,6 +8,23 @@ import { ACTIVE, act, remove } from "./store.js";
 
 const DEFAULT_MORE = 500;
 const WAITS = ["stopped", "failed", "interrupted"];
+
+/**
+ * A button that is off while its work goes on, with the words `name` and `<name>_tip` of a table; `over` is called afterwards.
+ * @param {string} table @param {string} name @param {() => Promise<unknown>} work
+ * @param {(text: string) => void} complain @param {() => void} over
+ */
+export function doing(table, name, work, complain, over) {
+  const onclick = async () => {
+    made.disabled = true;
+    complain("");
+    await work().catch((error) => complain(reason(error)));
+    made.disabled = false;
+    over();
+  };
+  const made = h("button", { "data-action": name, title: t(`${table}.${name}_tip`), onclick }, t(`${table}.${name}`));
+  return made;
+}
 
 /** The buttons. `complain(text)` shows what the host refused; an empty text takes it away. */
 export class Actions {
@@ -30,9 +46,9 @@ export class Actions {
     };
     const { extend, use, again, delete: erase, ...steering } = this.buttons;
     this.more = h("input", { type: "number", min: 1, max: 1000000, step: 50, value: DEFAULT_MORE, "aria-label": t("action.more") });
-    this.extending = h("span", { class: "ck-group" }, extend, this.more);
+    this.extending = h("span.ck-group", extend, this.more);
     erase.classList.add("ck-danger");
-    this.element = h("div", { class: "ck-actions" }, Object.values(steering), this.extending, use, again, erase);
+    this.element = h("div.ck-actions", Object.values(steering), this.extending, use, again, erase);
     this.show(job);
   }
 
@@ -45,7 +61,7 @@ export class Actions {
     const shown = {
       pause: here, stop: here, sample: here, save: here, resume: waits, extend: !active,
       use: Boolean(job.lora_name || job.model_name), again: true, delete: !active,
-    }; // prettier-ignore
+    };
     for (const [name, button] of Object.entries(this.buttons)) button.hidden = !shown[name];
     this.extending.hidden = active;
     const steerable = ["running", "paused"].includes(job.state);
@@ -56,20 +72,7 @@ export class Actions {
 
   /** @param {string} name @param {() => Promise<unknown>} work */
   #button(name, work) {
-    const made = h("button", { type: "button", "data-action": name, title: t(`action.${name}_tip`) }, t(`action.${name}`));
-    made.addEventListener("click", async () => {
-      made.disabled = true;
-      this.complain("");
-      try {
-        await work();
-      } catch (error) {
-        this.complain(reason(error));
-      } finally {
-        made.disabled = false;
-        this.show(this.job);
-      }
-    });
-    return made;
+    return doing("action", name, work, this.complain, () => this.show(this.job));
   }
 
   /** A schedule that depends on the number of steps is not what it was; the host says so, and the user decides. */

@@ -1,14 +1,19 @@
-// @ts-check
 // What a job's metrics say in one sentence, what one can do about it, and the LoRAs of its steps to choose from.
 import { fill, h, say } from "../lib/dom.js";
 import { loss, rate } from "../lib/format.js";
 import { reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
-import { THUMBNAIL, samplesOf, sourceOf } from "./previews.js";
+import { thumbnail } from "./previews.js";
 import { ACTIVE, act } from "./store.js";
+
+/** Of the evidence, what is shown in percent. */
+const SHARES = ["trend", "lost", "scatter", "swing", "risen", "ratio", "error"];
 
 /** @param {number} share */
 const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
+
+/** What follows from a verdict. @type {Partial<Record<VerdictKind, "extend" | "branch">>} */
+const FOLLOWS = { learning: "extend", falling: "extend", hot: "branch", worse: "branch", diverged: "branch", unsteady: "branch" };
 
 /** The verdict under the curves, and the list of kept LoRAs. `complain(text)` shows what the host refused. */
 export class Choice {
@@ -19,14 +24,14 @@ export class Choice {
     /** @type {Verdict | null} */
     this.verdict = null;
     this.key = "";
-    this.sentence = h("div", { class: "ck-strong", role: "status" });
-    this.evidence = h("div", { class: "ck-faint" });
-    this.command = h("code", { class: "ck-command" });
-    this.doing = h("button", { type: "button", onclick: () => this.#follow() });
-    this.judged = h("div", { class: "ck-verdict" }, this.sentence, this.evidence, h("div", { class: "ck-row" }, this.doing, this.command));
-    this.list = h("ul", { class: "ck-kept" });
-    this.kept = h("details", {}, h("summary", {}, t("kept.title")), this.list);
-    this.element = h("section", {}, this.judged, this.kept);
+    this.sentence = h("div.ck-strong", { role: "status" });
+    this.evidence = h("div.ck-faint");
+    this.command = h("code.ck-command");
+    this.doing = h("button", { onclick: () => this.#follow() });
+    this.judged = h("div.ck-verdict", this.sentence, this.evidence, h("div.ck-row", this.doing, this.command));
+    this.list = h("ul.ck-kept");
+    this.kept = h("details", h("summary", t("kept.title")), this.list);
+    this.element = h("section", this.judged, this.kept);
     this.show(job);
   }
 
@@ -49,14 +54,16 @@ export class Choice {
     this.judged.hidden = !verdict;
     if (!verdict) return;
     const { kind, step, at, evidence, command } = verdict;
-    const shares = Object.fromEntries(["trend", "lost", "scatter", "swing"].map((name) => [name, percent(evidence[name])]));
-    const numbers = { ...evidence, ...shares, step, at, learning_rate: rate(evidence.learning_rate) };
-    say(this.sentence, t(`verdict.${kind}`, numbers));
+    const shares = Object.fromEntries(SHARES.map((name) => [name, percent(evidence[name])]));
     const losses = Object.fromEntries(["base", "best", "now"].map((name) => [name, loss(evidence[name])]));
-    say(this.evidence, t("verdict.evidence", { ...numbers, ...losses, risen: percent(evidence.risen) }));
+    const shown = { jump: evidence.jump?.toFixed(1), learning_rate: rate(evidence.learning_rate) };
+    const numbers = { ...evidence, ...shares, ...losses, ...shown, step, at };
+    say(this.sentence, t(`verdict.${kind}`, numbers));
+    say(this.evidence, t("base" in evidence ? "verdict.evidence" : "verdict.evidence_training", numbers));
     say(this.command, command);
-    const useless = !command || ((kind === "learning" || kind === "hot") && ACTIVE.has(this.job.state));
-    this.doing.hidden = useless || (this.job.kept != null && step > 0 && kind !== "learning" && !this.#keeps(step));
+    const follows = FOLLOWS[kind];
+    const useless = !command || (follows && kind !== "worse" && ACTIVE.has(this.job.state));
+    this.doing.hidden = useless || (this.job.kept != null && step > 0 && follows !== "extend" && !this.#keeps(step));
     say(this.doing, t(`verdict.do_${kind}`, { ...numbers, rate: rate(evidence.learning_rate / 2) }));
   }
 
@@ -68,8 +75,8 @@ export class Choice {
   async #follow() {
     if (!this.verdict) return;
     const { kind, step, at, evidence } = this.verdict;
-    if (kind === "learning") await this.#do("extend", { steps: Math.max(1, Math.floor(at / 2)), force: false });
-    else if (kind === "hot" || kind === "worse") await this.#do("branch", { step, learning_rate: evidence.learning_rate / 2 });
+    if (FOLLOWS[kind] === "extend") await this.#do("extend", { steps: Math.max(1, Math.floor(at / 2)), force: false });
+    else if (FOLLOWS[kind] === "branch") await this.#do("branch", { step, learning_rate: evidence.learning_rate / 2 });
     else await this.#do("use", { step });
   }
 
@@ -81,10 +88,8 @@ export class Choice {
 
   /** @param {{ step: number, used: string | null }} one */
   #row({ step, used }) {
-    const sample = samplesOf(this.job).find((each) => each.step === step);
-    const image = sample && h("img", { src: sourceOf(this.job, sample, THUMBNAIL), loading: "lazy", alt: "", width: 48, height: 48 });
     const marks = [step === this.job.best_step && t("kept.best"), used && t("kept.used", { file: used })].filter(Boolean);
-    const button = h("button", { type: "button", "data-step": step, onclick: () => this.#do("use", { step }) }, t("kept.use"));
-    return h("li", { class: "ck-row" }, image, h("span", {}, t("previews.step", { step })), h("span", { class: "ck-faint" }, marks.join(" · ")), button);
+    const button = h("button", { "data-step": step, onclick: () => this.#do("use", { step }) }, t("kept.use"));
+    return h("li.ck-row", thumbnail(this.job, step), h("span", t("previews.step", { step })), h("span.ck-faint", marks.join(" · ")), button);
   }
 }

@@ -1,4 +1,3 @@
-// @ts-check
 // Smoothed losses of several jobs over one another.
 import { fill, h } from "../lib/dom.js";
 import { Chart, LINES, joined } from "../lib/chart.js";
@@ -14,7 +13,7 @@ export class Comparison {
   constructor() {
     /** @type {Map<string, CurveFeed>} */
     this.feeds = new Map();
-    this.element = h("div", { class: "ck-compare", hidden: true });
+    this.element = h("div.ck-compare", { hidden: true });
     this.chart = new Chart({ series: [], label: t("compare.chart"), height: 200 });
     this.what = h(
       "select",
@@ -23,7 +22,7 @@ export class Comparison {
       h("option", { value: "heldout" }, t("compare.heldout")),
     );
     const log = h("input", { type: "checkbox", onchange: () => this.chart.setLogarithmic(log.checked) });
-    const head = h("div", { class: "ck-row" }, this.what, h("label", {}, log, " ", t("chart.log")));
+    const head = h("div.ck-row", this.what, h("label", log, " ", t("chart.log")));
     fill(this.element, head, this.chart.element);
     this.unlisten = listen((id) => id && this.feeds.get(id)?.refresh());
   }
@@ -34,10 +33,7 @@ export class Comparison {
     this.chart.destroy();
   }
 
-  /**
-   * Compare these jobs.
-   * @param {string[]} ids
-   */
+  /** Compare these jobs. @param {string[]} ids */
   show(ids) {
     const wanted = new Set(ids.length > 1 ? ids : []);
     let changed = false;

@@ -1,7 +1,6 @@
-// @ts-check
 // A job's curve, fetched whole once and then only what is new, at most once a second.
 import { throttled } from "../lib/dom.js";
-import { get } from "../lib/http.js";
+import { get, ofJob } from "../lib/http.js";
 
 const MILLISECONDS = 1000;
 const COLUMNS = /** @type {const} */ (["loss", "loss_smooth", "lr", "grad_norm", "sigma", "seconds"]);
@@ -41,8 +40,7 @@ export class CurveFeed {
     // What was added is not thinned; from twice the points on, have all of it thinned anew.
     const goesOn = curve && curve.step.length < 2 * points;
     const after = goesOn ? `&after=${curve.step.at(-1) ?? 0}&token=${curve.token}` : "";
-    const path = `jobs/${encodeURIComponent(this.id)}/curve?points=${points}${after}`;
-    const asked = /** @type {Promise<Curve>} */ (get(path));
+    const asked = /** @type {Promise<Curve>} */ (get(ofJob(this.id, `curve?points=${points}${after}`)));
     const found = await asked.catch(() => null); // the job is gone, or the host is; the store notices
     if (!found || this.stopped) return;
     this.curve = found.continued && curve ? grown(curve, found) : found;

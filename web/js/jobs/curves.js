@@ -1,4 +1,3 @@
-// @ts-check
 // A job's curves: loss, held-out loss as a whole and by noise level, learning rate, gradient norm, time a step.
 import { fill, h } from "../lib/dom.js";
 import { Chart, joined } from "../lib/chart.js";
@@ -11,10 +10,7 @@ import { measured } from "./curve_feed.js";
 /** @param {number} value */
 const seconds = (value) => `${value.toPrecision(3)} s`;
 
-/**
- * From blue for fine detail (low noise) to red for composition (high noise).
- * @param {number} share
- */
+/** From blue for fine detail (low noise) to red for composition (high noise). @param {number} share */
 const bandColour = (share) => `hsl(${Math.round(220 - 220 * share)} 75% 55%)`;
 
 /**
@@ -98,12 +94,11 @@ export class Curves {
       Object.keys(VIEWS).map((name) => h("option", { value: name }, t(`curves.view_${name}`))),
     );
     this.log = h("input", { type: "checkbox", onchange: () => this.#draw() });
-    this.reset = h("button", { type: "button", onclick: () => this.chart.reset() }, t("chart.reset"));
-    this.about = h("div", { class: "ck-faint" });
+    this.reset = h("button", { onclick: () => this.chart.reset() }, t("chart.reset"));
+    this.about = h("div.ck-faint");
     this.element = h(
-      "section",
-      { class: "ck-curves" },
-      h("div", { class: "ck-row" }, this.what, h("label", {}, this.log, " ", t("chart.log")), this.reset),
+      "section.ck-curves",
+      h("div.ck-row", this.what, h("label", this.log, " ", t("chart.log")), this.reset),
       this.chart.element,
       this.about,
     );

@@ -1,7 +1,6 @@
-// @ts-check
 // What one rarely looks at: the options and the recipe of a job, and its log.
 import { fill, h, say } from "../lib/dom.js";
-import { get, reason } from "../lib/http.js";
+import { get, ofJob, reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 
 const LOG_LINES = 200;
@@ -22,7 +21,7 @@ function flat(values, prefix = "") {
 
 /** @param {object | undefined} values */
 function table(values) {
-  return h("dl", {}, flat(values).flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
+  return h("dl", flat(values).flatMap(([name, value]) => [h("dt", name), h("dd", value)]));
 }
 
 /** Options and recipe, filled in when they are opened. */
@@ -31,9 +30,9 @@ export class Settings {
     this.key = "";
     this.optionsBody = h("div");
     this.recipeBody = h("div");
-    this.options = h("details", {}, h("summary", {}, t("details.options")), this.optionsBody);
-    this.recipe = h("details", {}, h("summary", {}, t("details.recipe")), this.recipeBody);
-    this.element = h("section", { class: "ck-settings" }, this.recipe, this.options);
+    this.options = h("details", h("summary", t("details.options")), this.optionsBody);
+    this.recipe = h("details", h("summary", t("details.recipe")), this.recipeBody);
+    this.element = h("section.ck-settings", this.recipe, this.options);
   }
 
   /** @param {Job} job */
@@ -42,7 +41,7 @@ export class Settings {
     if (!job.config || key === this.key) return;
     this.key = key;
     fill(this.optionsBody, table(job.config));
-    const changes = (job.changes ?? []).map((change) => h("p", {}, t("details.changed", { step: change.step }), table(change.changes)));
+    const changes = (job.changes ?? []).map((change) => h("p", t("details.changed", { step: change.step }), table(change.changes)));
     fill(this.recipeBody, table(job.recipe), changes);
   }
 }
@@ -53,13 +52,13 @@ export class Log {
   constructor(id) {
     this.id = id;
     this.lines = h("pre", { tabIndex: 0 });
-    this.element = h("details", { class: "ck-log", ontoggle: () => this.refresh() }, h("summary", {}, t("details.log")), this.lines);
+    this.element = h("details.ck-log", { ontoggle: () => this.refresh() }, h("summary", t("details.log")), this.lines);
   }
 
   async refresh() {
     if (!this.element.open) return;
     try {
-      const lines = /** @type {string[]} */ (await get(`jobs/${encodeURIComponent(this.id)}/log?lines=${LOG_LINES}`));
+      const lines = /** @type {string[]} */ (await get(ofJob(this.id, `log?lines=${LOG_LINES}`)));
       const atEnd = this.lines.scrollTop + this.lines.clientHeight >= this.lines.scrollHeight - 8;
       say(this.lines, lines.join("\n") || t("details.log_empty"));
       if (atEnd) this.lines.scrollTop = this.lines.scrollHeight;

@@ -1,12 +1,14 @@
-// @ts-check
 // New graphs in the window: from a job, or one of the pack's templates.
 import { app } from "../../../../scripts/app.js";
 import { api } from "../../../../scripts/api.js";
-import { get } from "../lib/http.js";
+import { get, ofJob } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { notify } from "./notices.js";
 
-const [COLUMN_GAP, ROW_GAP] = [60, 60]; // pixels; a row's has the title in it
+const [COLUMN_GAP, ROW_GAP, TITLE] = [60, 60, 30]; // pixels; a row's gap has the title in it
+const [EDGE, BUTTONS] = [20, 60]; // pixels around the graph, and where the page's own buttons lie over it
+const [GROWING, IMAGE] = [/Sampler(?:Custom)?(?:Advanced)?$|^SaveImage$|Status$/, 240]; // nodes that show images, so many pixels high, later
+const READABLE = 0.6; // below it the classic renderer writes no text
 
 /**
  * Open the graph that starts this job (`again`), or generates with its result (`use`) or an image of its grid (`path`,
@@ -16,7 +18,7 @@ const [COLUMN_GAP, ROW_GAP] = [60, 60]; // pixels; a row's has the title in it
  * @param {string} path
  */
 export async function openGraph(job, kind, path = `graph/${kind}`) {
-  const found = /** @type {JobGraph} */ (await get(`jobs/${encodeURIComponent(job.id)}/${path}`));
+  const found = /** @type {JobGraph} */ (await get(ofJob(job.id, path)));
   const { prompt, missing, folded } = found;
   for (const { class_type: type, inputs } of Object.values(prompt)) {
     if (type === "ChromaTextEncode" && typeof inputs.text === "string") inputs.text = literally(inputs.text);
@@ -25,10 +27,7 @@ export async function openGraph(job, kind, path = `graph/${kind}`) {
   await app.loadApiJson(prompt, t(`graph.${kind}_title`, { name: job.name }));
   keepSeeds();
   await drawn(); // the panels have taken their room on the nodes
-  layOut(new Set(folded));
-  await drawn(); // bounds of nodes are those of the last drawing
-  app.canvas.deselectAll(); // a selection is what the view would be fitted to
-  await app.extensionManager.command.execute("Comfy.Canvas.FitView");
+  layOut(new Set(folded), inSight());
   if (missing.length) notify("warn", t("graph.missing"), missing.join("\n"));
 }
 
@@ -39,13 +38,13 @@ export async function openGraph(job, kind, path = `graph/${kind}`) {
 const literally = (text) => text.replace(/[{}]/g, "\\$&").replace(/\/([/*])/g, "/{$1}");
 
 /**
- * Nodes in columns, each as far right as the longest way of links that leads to it; those of the ids in `folded` closed.
+ * Nodes in columns, each no further left than what is linked to it; those of the ids in `folded` closed. Columns go under
+ * their neighbours as long as the whole is then shown larger; it is shown in `view`, and no smaller than can be read.
  * (The page's own arrangement puts tall nodes under one another as if they were open, and so out of sight.)
  * @param {Set<string>} folded
+ * @param {ReturnType<typeof inSight>} view
  */
-function layOut(folded) {
-  /** @type {GraphNode[][]} */
-  const columns = [];
+function layOut(folded, view) {
   /** @type {Map<GraphNode, number>} */
   const depths = new Map();
   /** @type {(node: GraphNode) => number} */
@@ -58,25 +57,50 @@ function layOut(folded) {
     depths.set(node, found);
     return found;
   };
-  for (const node of app.graph.nodes) (columns[depth(node)] ??= []).push(node);
+  /** @type {GraphNode[][]} */
+  let columns = [];
+  for (const node of app.graph.nodes) {
+    if (folded.has(String(node.id)) && !node.flags.collapsed) node.collapse();
+    (columns[depth(node)] ??= []).push(node);
+  }
+  const heightOf = (/** @type {GraphNode} */ node) =>
+    (node.flags.collapsed ? 0 : node.size[1] + (GROWING.test(node.type) ? IMAGE : 0)) + ROW_GAP;
+  const widthOf = (/** @type {GraphNode[]} */ column) => Math.max(...column.map((node) => node.size[0])) + COLUMN_GAP;
+  const sum = (/** @type {number[]} */ numbers) => numbers.reduce((all, each) => all + each, 0);
+  const scale = (/** @type {GraphNode[][]} */ all) =>
+    Math.min(view.width / sum(all.map(widthOf)), view.height / Math.max(...all.map((column) => sum(column.map(heightOf)))));
+  for (;;) {
+    const joined = columns.slice(1).map((_, i) => [...columns.slice(0, i), columns.slice(i, i + 2).flat(), ...columns.slice(i + 2)]);
+    const best = joined.sort((a, b) => scale(b) - scale(a))[0];
+    if (!best || scale(best) <= scale(columns)) break;
+    columns = best;
+  }
   let left = 0;
   for (const column of columns) {
     let top = 0;
     for (const node of column) {
-      if (folded.has(String(node.id)) && !node.flags.collapsed) node.collapse();
       node.pos = [left, top];
-      top += (node.flags.collapsed ? 0 : node.size[1]) + ROW_GAP;
+      top += heightOf(node);
     }
-    left += Math.max(...column.map((node) => node.size[0])) + COLUMN_GAP;
+    left += widthOf(column);
   }
+  const { ds } = app.canvas;
+  ds.scale = Math.min(1, Math.max(READABLE, scale(columns)));
+  ds.offset = [view.left / ds.scale, view.top / ds.scale + TITLE];
+  app.canvas.setDirty(true, true);
+}
+
+/** Where a graph can be seen: between the page's panels, below its buttons; in pixels of the canvas. */
+function inSight() {
+  const { canvas } = app.canvas;
+  const { left, top } = canvas.getBoundingClientRect();
+  const seen = (document.querySelector(".graph-canvas-panel") ?? canvas).getBoundingClientRect();
+  return { left: seen.left - left + EDGE, top: seen.top - top + BUTTONS, width: seen.width - 2 * EDGE, height: seen.height - BUTTONS - EDGE };
 }
 
 const drawn = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
 
-/**
- * Open a template of ours by its name. Throws Error when the host does not give it.
- * @param {string} name
- */
+/** Open a template of ours by its name. Throws Error when the host does not give it. @param {string} name */
 export async function openTemplate(name) {
   const pack = new URL("../../", import.meta.url).pathname.split("/").at(-2); // users name its folder as they like
   const answer = await api.fetchApi(`/workflow_templates/${pack}/${name}.json`);

@@ -1,4 +1,3 @@
-// @ts-check
 // The list of jobs by state, and the choice of those whose curves are laid over one another.
 import { app } from "../../../../scripts/app.js";
 import { fill, h, say } from "../lib/dom.js";
@@ -30,12 +29,12 @@ export class JobList {
     this.rows = new Map();
     /** @type {Set<string>} */
     this.chosen = new Set();
-    this.groups = h("div", {});
-    this.unreadable = h("section", {});
+    this.groups = h("div");
+    this.unreadable = h("section");
     this.empty = this.#emptyNote();
-    this.trouble = h("div", { class: "ck-error", role: "alert" });
+    this.trouble = h("div.ck-error", { role: "alert" });
     this.comparison = new Comparison();
-    this.element = h("div", { class: "ck-list" }, this.trouble, this.comparison.element, this.groups, this.unreadable, this.empty);
+    this.element = h("div.ck-list", this.trouble, this.comparison.element, this.groups, this.unreadable, this.empty);
     this.unlisten = listen((id) => this.#changed(id));
     this.#order();
   }
@@ -51,9 +50,9 @@ export class JobList {
     const begin = (name) => () => openTemplate(name).catch((error) => notify("error", reason(error)));
     const browse = () => app.extensionManager.command.execute("Comfy.BrowseTemplates");
     /** @param {string} label @param {() => void} work */
-    const button = (label, work) => h("button", { type: "button", onclick: work }, label);
+    const button = (label, work) => h("button", { onclick: work }, label);
     const steps = Object.entries(TEMPLATES).map(([key, name]) => button(t(`list.${key}`), begin(name)));
-    return h("div", { class: "ck-empty" }, h("p", {}, t("list.empty")), steps, button(t("list.templates"), browse));
+    return h("div.ck-empty", h("p", t("list.empty")), steps, button(t("list.templates"), browse));
   }
 
   /** @param {string | null} id */
@@ -80,17 +79,17 @@ export class JobList {
         if (name === "at_work") jobs.reverse().sort((a, b) => Number(a.state === "queued") - Number(b.state === "queued"));
         if (!jobs.length) return null;
         const items = jobs.map((job) => this.#row(job).element);
-        const title = h("h3", {}, t(`list.${name}`), " ", h("span", { class: "ck-faint" }, String(jobs.length)));
-        return h("section", {}, title, h("ul", {}, items));
+        const title = h("h3", t(`list.${name}`), " ", h("span.ck-faint", String(jobs.length)));
+        return h("section", title, h("ul", items));
       }),
     );
     const left = unreadable();
     this.unreadable.hidden = !left.length;
-    const items = left.flatMap(({ id, error }) => [h("dt", { class: "ck-strong" }, id), h("dd", {}, error)]);
-    fill(this.unreadable, h("h3", {}, t("list.unreadable")), h("dl", {}, items));
+    const items = left.flatMap(({ id, error }) => [h("dt.ck-strong", id), h("dd", error)]);
+    fill(this.unreadable, h("h3", t("list.unreadable")), h("dl", items));
     this.empty.hidden = list.length > 0 || Boolean(problem());
     fill(this.trouble, problem() && t("list.trouble", { problem: problem() }));
-    if (problem()) this.trouble.append(" ", h("button", { type: "button", onclick: reload }, t("list.again")));
+    if (problem()) this.trouble.append(" ", h("button", { onclick: reload }, t("list.again")));
     this.comparison.show([...this.chosen]);
   }
 
@@ -121,10 +120,10 @@ const groupOf = (job) => GROUPS.find(([, fits]) => fits(job))?.[0];
 class Row {
   /** @param {Job} job @param {() => void} open @param {(on: boolean) => void} choose */
   constructor(job, open, choose) {
-    this.chip = h("span", { class: "ck-chip" });
-    this.name = h("span", { class: "ck-strong ck-clip" });
-    this.numbers = h("span", { class: "ck-faint ck-clip" });
-    this.when = h("span", { class: "ck-faint" });
+    this.chip = h("span.ck-chip");
+    this.name = h("span.ck-strong.ck-clip");
+    this.numbers = h("span.ck-faint.ck-clip");
+    this.when = h("span.ck-faint");
     this.bar = h("progress", { max: 1, "aria-label": t("job.progress") });
     const choice = h("input", {
       type: "checkbox",
@@ -132,9 +131,9 @@ class Row {
       "aria-label": t("list.compare_named", { name: job.name }),
       onchange: () => choose(choice.checked),
     });
-    const head = h("span", { class: "ck-row" }, this.name, this.chip);
-    const foot = h("span", { class: "ck-row" }, this.numbers, this.when);
-    const button = h("button", { type: "button", class: "ck-open", onclick: open, title: job.id }, head, this.bar, foot);
+    const head = h("span.ck-row", this.name, this.chip);
+    const foot = h("span.ck-row", this.numbers, this.when);
+    const button = h("button.ck-open", { onclick: open, title: job.id }, head, this.bar, foot);
     this.element = h("li", { "data-job": job.id }, choice, button);
   }
 

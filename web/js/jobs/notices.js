@@ -1,4 +1,3 @@
-// @ts-check
 // What is said when a job ends, or when only a part of a graph runs, wherever in the page one is.
 import { api } from "../../../../scripts/api.js";
 import { app } from "../../../../scripts/app.js";

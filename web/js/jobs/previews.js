@@ -1,14 +1,10 @@
-// @ts-check
 // The previews of a job: for each prompt a strip through time, and two of them under a slider.
 import { fill, h, say } from "../lib/dom.js";
-import { address } from "../lib/http.js";
+import { address, ofJob } from "../lib/http.js";
 import { t } from "../lib/words.js";
 
-export const THUMBNAIL = 160;
+const THUMBNAIL = 160;
 const LARGE = 1024;
-
-/** @typedef {{ number: number, name: string, step: number, prompt: number }} Sample */
-/** @typedef {{ source: string, whole: string, label: string }} Shown */
 
 /**
  * step-000100-0.png → {number, name, step, prompt}; null for a name of another kind.
@@ -21,21 +17,24 @@ function parsed(name, number) {
   return found && { number, name, step: Number(found[1]), prompt: Number(found[2]) };
 }
 
-/**
- * The previews that a job has, in order.
- * @param {Job} job
- */
+/** The previews that a job has, in order. @param {Job} job */
 export const samplesOf = (job) => (job.samples ?? []).map(parsed).filter((sample) => sample != null);
 
 /**
  * Where an image of a preview is, as it is or with a longer side of so many pixels.
  * @param {Job} job
- * @param {Sample} sample
+ * @param {Pick<Sample, "number" | "name">} sample
  * @param {number} [side]
  */
 export function sourceOf(job, sample, side) {
   const query = new URLSearchParams({ ...(side ? { side: String(side) } : {}), v: `${sample.name} ${job.created}` });
-  return address(`jobs/${encodeURIComponent(job.id)}/samples/${sample.number}?${query}`);
+  return address(ofJob(job.id, `samples/${sample.number}?${query}`));
+}
+
+/** A small image of what a job made at a step, if it made one. @param {Job} job @param {number} step */
+export function thumbnail(job, step) {
+  const sample = samplesOf(job).find((each) => each.step === step);
+  return sample && h("img", { src: sourceOf(job, sample, THUMBNAIL), loading: "lazy", alt: "", width: 48, height: 48 });
 }
 
 /**
@@ -55,8 +54,8 @@ export class Previews {
     /** @type {Map<number, Strip>} */
     this.strips = new Map();
     this.names = "";
-    this.note = h("div", { class: "ck-faint" });
-    this.element = h("section", { class: "ck-previews" }, this.note);
+    this.note = h("div.ck-faint");
+    this.element = h("section.ck-previews", this.note);
   }
 
   /** @param {Job} job */
@@ -95,12 +94,12 @@ class Strip {
     /** @type {Sample | undefined} */
     this.after = undefined;
     this.pinned = false;
-    this.prompt = h("div", { class: "ck-strong" });
-    this.row = h("div", { class: "ck-strip", role: "listbox", "aria-label": t("previews.strip") });
+    this.prompt = h("div.ck-strong");
+    this.row = h("div.ck-strip", { role: "listbox", "aria-label": t("previews.strip") });
     this.slider = new Slider();
     this.choice = h("select", { "aria-label": t("previews.before"), onchange: () => this.#choose(Number(this.choice.value)) });
-    this.head = h("label", { class: "ck-faint" }, t("previews.compare_with"), " ", this.choice);
-    this.element = h("div", { class: "ck-prompt" }, this.prompt, this.row, this.slider.element, this.head);
+    this.head = h("label.ck-faint", t("previews.compare_with"), " ", this.choice);
+    this.element = h("div.ck-prompt", this.prompt, this.row, this.slider.element, this.head);
   }
 
   /** @param {Sample[]} samples @param {string} prompt */
@@ -128,7 +127,6 @@ class Strip {
     return h(
       "button",
       {
-        type: "button",
         role: "option",
         "aria-selected": sample === this.after,
         "data-step": sample.step,
@@ -143,7 +141,7 @@ class Strip {
         },
       },
       image,
-      h("span", {}, String(sample.step)),
+      h("span", String(sample.step)),
     );
   }
 
@@ -166,18 +164,18 @@ class Strip {
 /** Two images, one over the other, and a handle that uncovers the lower one. */
 export class Slider {
   constructor() {
-    this.left = h("img", { class: "ck-left" });
-    this.right = h("img", { class: "ck-right" });
-    this.labels = [h("span", { class: "ck-tag" }), h("span", { class: "ck-tag ck-tag-right" })];
+    this.left = h("img.ck-left");
+    this.right = h("img.ck-right");
+    this.labels = [h("span.ck-tag"), h("span.ck-tag.ck-tag-right")];
     this.range = h("input", {
       type: "range", min: 0, max: 100, step: 1, value: 50,
       "aria-label": t("previews.slider"),
       oninput: () => this.#uncover(),
-    }); // prettier-ignore
-    this.edge = h("span", { class: "ck-edge" });
-    this.link = h("a", { target: "_blank", rel: "noopener", class: "ck-faint" }, t("previews.full_size"));
-    this.frame = h("div", { class: "ck-frame" }, this.right, this.left, this.edge, ...this.labels, this.range);
-    this.element = h("figure", { class: "ck-slider" }, this.frame, this.link);
+    });
+    this.edge = h("span.ck-edge");
+    this.link = h("a.ck-faint", { target: "_blank", rel: "noopener" }, t("previews.full_size"));
+    this.frame = h("div.ck-frame", this.right, this.left, this.edge, ...this.labels, this.range);
+    this.element = h("figure.ck-slider", this.frame, this.link);
     this.#uncover();
   }
 

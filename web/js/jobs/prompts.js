@@ -1,4 +1,3 @@
-// @ts-check
 // What prompts do while a job trains: the host's one choice (yield, finish or refuse), and how many it holds back.
 import { api } from "../../../../scripts/api.js";
 import { throttled } from "../lib/dom.js";
@@ -17,10 +16,7 @@ let heard = 0; // how often the host has told by itself
 /** The choice, or null before it is known; and the number of prompts that wait for the job. */
 export const manners = () => ({ choice, held });
 
-/**
- * Call `listener()` when either changed; returns what ends it.
- * @param {() => void} listener
- */
+/** Call `listener()` when either changed; returns what ends it. @param {() => void} listener */
 export function onManners(listener) {
   listeners.add(listener);
   return () => listeners.delete(listener);
@@ -51,10 +47,7 @@ async function load() {
   }
 }
 
-/**
- * Choose for the host. Throws Error with its words.
- * @param {unknown} value
- */
+/** Choose for the host. Throws Error with its words. @param {unknown} value */
 export async function choose(value) {
   await takeAnswer(() => post("settings", { prompts_while_training: value }));
 }

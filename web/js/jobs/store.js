@@ -1,8 +1,7 @@
-// @ts-check
 // What the page knows about training jobs: fetched when the page opens, kept current by the host's broadcasts, fetched
 // again when some may have been missed. The host holds the truth; nothing here is lost by a reload.
 import { api } from "../../../../scripts/api.js";
-import { get, post, reason } from "../lib/http.js";
+import { get, ofJob, post, reason } from "../lib/http.js";
 
 /** States of a job that is queued or at work. */
 export const ACTIVE = new Set(["queued", "preparing", "running", "paused"]);
@@ -28,10 +27,7 @@ let trouble = "";
 /** All jobs, newest first; each the newest status or summary that is known. */
 export const all = () => [...known.values()].sort((a, b) => b.created - a.created);
 
-/**
- * One job, or undefined.
- * @param {string} id
- */
+/** One job, or undefined. @param {string} id */
 export const find = (id) => known.get(id);
 
 /** Why the list could not be fetched, in words; empty when it could. */
@@ -49,10 +45,7 @@ export function listen(listener) {
   return () => listeners.delete(listener);
 }
 
-/**
- * Call `listener(status)` when a job that this page saw at work has ended.
- * @param {(job: Job) => void} listener
- */
+/** Call `listener(status)` when a job that this page saw at work has ended. @param {(job: Job) => void} listener */
 export function onEnd(listener) {
   endings.add(listener);
 }
@@ -130,17 +123,14 @@ export async function act(id, action, body = {}) {
 /** @param {string} id @param {string} action @param {object} body */
 async function posted(id, action, body = {}) {
   try {
-    return await post(`jobs/${encodeURIComponent(id)}/${action}`, body);
+    return await post(ofJob(id, action), body);
   } catch (error) {
     reload();
     throw error;
   }
 }
 
-/**
- * Delete a job that is not at work. Throws Error with the host's words.
- * @param {string} id
- */
+/** Delete a job that is not at work. Throws Error with the host's words. @param {string} id */
 export async function remove(id) {
   await posted(id, "delete");
   forget(id);

@@ -1,4 +1,3 @@
-// @ts-check
 // The sidebar tab: the list of jobs, or one of them.
 import { app } from "../../../../scripts/app.js";
 import { fill, h, say } from "../lib/dom.js";
@@ -8,7 +7,7 @@ import { JobList } from "./list.js";
 import { onManners } from "./prompts.js";
 import { find, listen } from "./store.js";
 import { JobView } from "./view.js";
-import { mannersWords } from "./words.js";
+import { help, mannersWords } from "./words.js";
 
 const TAB = "chromakit";
 
@@ -24,12 +23,9 @@ let opened = null; // the job that is open, kept while the tab is closed
 let unlisten = null;
 /** @type {(() => void) | null} */
 let unfollow = null;
-const note = h("p", { class: "ck-faint", role: "status" }); // what prompts do meanwhile
+const note = h("p.ck-faint", { role: "status" }); // what prompts do meanwhile
 
-/**
- * What `registerSidebarTab` takes.
- * @returns {Parameters<ExtensionManager["registerSidebarTab"]>[0]}
- */
+/** What `registerSidebarTab` takes. @returns {Parameters<ExtensionManager["registerSidebarTab"]>[0]} */
 export function tab() {
   return {
     id: TAB,
@@ -42,10 +38,7 @@ export function tab() {
   };
 }
 
-/**
- * Open the tab, at this job if one is given.
- * @param {string} [id]
- */
+/** Open the tab, at this job if one is given. @param {string} [id] */
 export function openJobs(id) {
   if (id) opened = id;
   const tabs = app.extensionManager.sidebarTab;
@@ -59,7 +52,7 @@ function render(element) {
   if (holder === element && root?.parentElement === element) return;
   destroy();
   holder = element;
-  root = h("div", { class: "chromakit ck-tab" });
+  root = h("div.chromakit.ck-tab");
   element.style.setProperty("height", "100%");
   fill(element, root);
   const ends = [listen(showManners), onManners(showManners)];
@@ -93,8 +86,8 @@ function show() {
   }
   const job = opened && find(opened);
   room = job ? new JobView(job, leave) : new JobList(open);
-  const wide = h("button", { type: "button", "data-action": "room", onclick: () => openRoom(opened ? { job: opened } : {}) }, t("room.open"));
-  fill(root, h("header", {}, h("div", { class: "ck-row" }, h("h1", {}, t("tab.title")), wide), note), room.element);
+  const wide = h("button", { "data-action": "room", onclick: () => openRoom(opened ? { job: opened } : {}) }, t("room.open"));
+  fill(root, h("header", h("div.ck-row", h("h1", t("tab.title")), h("span.ck-group", help("guide"), wide)), note), room.element);
 }
 
 /** @param {string} id */

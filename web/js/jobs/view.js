@@ -1,4 +1,3 @@
-// @ts-check
 // One job, open: how far it is, what one can do, its curves, previews, options and log.
 import { h, say } from "../lib/dom.js";
 import { moment } from "../lib/format.js";
@@ -10,7 +9,7 @@ import { Curves } from "./curves.js";
 import { Log, Settings } from "./details.js";
 import { Previews } from "./previews.js";
 import { find, listen, watch } from "./store.js";
-import { showStanding } from "./words.js";
+import { Standing } from "./words.js";
 
 const POINTS = 1500;
 
@@ -20,38 +19,34 @@ export class JobView {
   constructor(job, back) {
     const { id } = job;
     this.id = id;
-    this.chip = h("span", { class: "ck-chip" });
-    this.numbers = h("div", { class: "ck-strong" });
-    this.cost = h("div", { class: "ck-faint" });
-    this.bar = h("progress", { max: 1, "aria-label": t("job.progress") });
-    this.message = h("div", { class: "ck-message", role: "status" });
-    this.refusal = h("div", { class: "ck-error", role: "alert" });
-    this.facts = h("div", { class: "ck-faint" });
-    this.warnings = h("ul", { class: "ck-warnings" });
+    this.standing = new Standing();
+    const { chip, bar, numbers, cost, message, warnings } = this.standing;
+    this.refusal = h("div.ck-error", { role: "alert" });
+    this.facts = h("div.ck-faint");
     this.actions = new Actions(job, (text) => say(this.refusal, text));
     this.curves = new Curves();
     this.choice = new Choice(job, (text) => say(this.refusal, text));
     this.previews = new Previews();
     this.settings = new Settings();
     this.log = new Log(id);
-    const leave = h("button", { type: "button", class: "ck-back", onclick: back }, t("job.back"));
-    const title = h("h2", { class: "ck-clip", title: id }, job.name);
+    const leave = h("button.ck-back", { onclick: back }, t("job.back"));
+    const title = h("h2.ck-clip", { title: id }, job.name);
     this.element = h(
-      "div",
-      { class: "ck-job", "data-job": id },
-      h("div", { class: "ck-row" }, leave, this.chip),
+      "div.ck-job",
+      { "data-job": id },
+      h("div.ck-row", leave, chip),
       title,
-      this.bar,
-      this.numbers,
-      this.cost,
-      this.message,
+      bar,
+      numbers,
+      cost,
+      message,
       this.actions.element,
       this.refusal,
       this.facts,
-      this.warnings,
+      warnings,
       this.curves.element,
       this.choice.element,
-      h("h3", {}, t("previews.title")),
+      h("h3", t("previews.title")),
       this.previews.element,
       this.settings.element,
       this.log.element,
@@ -89,7 +84,7 @@ export class JobView {
 
   /** @param {Job} job */
   #show(job) {
-    showStanding(this, job);
+    this.standing.show(job);
     this.actions.show(job);
     const file = job.lora_name || job.model_name;
     const facts = [file && t("job.file", { file }), heldout(job), t("job.created", { when: moment(job.created) })];

@@ -1,15 +1,12 @@
-// @ts-check
 // A job in words: its state, how far it is, what it needs.
 import { fill, h, say } from "../lib/dom.js";
 import { bytes, duration, loss } from "../lib/format.js";
+import { address } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { manners } from "./prompts.js";
 import { ACTIVE, all } from "./store.js";
 
-/**
- * "running", "running, yielding to the queue", "running, in another process", …
- * @param {Job} job
- */
+/** "running", "running, yielding to the queue", "running, in another process", … @param {Job} job */
 function stateWords(job) {
   const state = t(`state.${job.state}`);
   if (job.elsewhere) return t("state.elsewhere", { state });
@@ -27,10 +24,7 @@ export function showState(chip, job) {
   say(chip, stateWords(job));
 }
 
-/**
- * "120 / 600 · loss 0.3120 · 2 min 5 s left"
- * @param {Job} job
- */
+/** "120 / 600 · loss 0.3120 · 2 min 5 s left" @param {Job} job */
 export function progressWords(job) {
   const parts = [`${job.step} / ${job.steps}`];
   const value = job.loss_smooth ?? job.loss;
@@ -39,10 +33,7 @@ export function progressWords(job) {
   return parts.join(" · ");
 }
 
-/**
- * "0.52 s a step · 1.04 GiB": what a step takes, and memory in use.
- * @param {Job} job
- */
+/** "0.52 s a step · 1.04 GiB": what a step takes, and memory in use. @param {Job} job */
 function costWords(job) {
   const parts = [];
   if (job.step_seconds != null) parts.push(t("job.a_step", { time: duration(job.step_seconds) }));
@@ -54,10 +45,7 @@ function costWords(job) {
   return parts.join(" · ");
 }
 
-/**
- * From 0 to 1.
- * @param {Job} job
- */
+/** From 0 to 1. @param {Job} job */
 export const share = (job) => (job.steps ? job.step / job.steps : 0);
 
 /** What prompts do while a job is at work, where they do not simply run; else empty. */
@@ -67,18 +55,28 @@ export function mannersWords() {
   return !atWork || choice == null || choice === "yield" ? "" : t(held ? "tab.held" : `tab.${choice}`, { held });
 }
 
-/**
- * Bring the elements that say how a job stands up to date.
- * @param {{ chip: HTMLElement, bar: HTMLProgressElement, numbers: HTMLElement, cost: HTMLElement, message: HTMLElement, warnings: HTMLElement }} shown
- * @param {Job} job
- */
-export function showStanding(shown, job) {
-  showState(shown.chip, job);
-  shown.bar.value = share(job);
-  shown.bar.hidden = !ACTIVE.has(job.state);
-  say(shown.numbers, progressWords(job));
-  say(shown.cost, costWords(job));
-  say(shown.message, job.message || "");
-  shown.message.classList.toggle("ck-error", job.state === "failed");
-  fill(shown.warnings, (job.warnings ?? []).map((warning) => h("li", { class: "ck-warning" }, warning)));
+/** A link to a page of the pack's documents. @param {string} page */
+export const help = (page) =>
+  h("a.ck-help", { href: address(`docs/${page}.md`), target: "_blank", rel: "noopener", title: t("room.help_tip") }, t("room.help"));
+
+/** How a job stands: elements to be placed, which follow `show(job)`. */
+export class Standing {
+  chip = h("span.ck-chip");
+  bar = h("progress", { max: 1, "aria-label": t("job.progress") });
+  numbers = h("div.ck-strong");
+  cost = h("div.ck-faint");
+  message = h("div.ck-message", { role: "status" });
+  warnings = h("ul.ck-warnings");
+
+  /** @param {Job} job */
+  show(job) {
+    showState(this.chip, job);
+    this.bar.value = share(job);
+    this.bar.hidden = !ACTIVE.has(job.state);
+    say(this.numbers, progressWords(job));
+    say(this.cost, costWords(job));
+    say(this.message, job.message || "");
+    this.message.classList.toggle("ck-error", job.state === "failed");
+    fill(this.warnings, (job.warnings ?? []).map((warning) => h("li.ck-warning", warning)));
+  }
 }

@@ -1,4 +1,3 @@
-// @ts-check
 // A chart of values over training steps: uPlot with the page's colours, zoom by mouse and keyboard, a logarithmic scale.
 import uPlot from "../vendor/uplot.js";
 import { h } from "./dom.js";
@@ -28,7 +27,7 @@ export class Chart {
     this.plot = null;
     this.ink = "";
     this.zoomed = false;
-    this.element = h("div", { class: "ck-chart", tabIndex: 0, role: "img", "aria-label": label, title: t("chart.help") });
+    this.element = h("div.ck-chart", { tabIndex: 0, role: "img", "aria-label": label, title: t("chart.help") });
     this.element.addEventListener("keydown", (event) => this.#key(event));
     this.resizes = new ResizeObserver(() => this.#fit());
     this.resizes.observe(this.element);
@@ -39,10 +38,7 @@ export class Chart {
     }
   }
 
-  /**
-   * Draw these columns; a zoom stays.
-   * @param {Table} data
-   */
+  /** Draw these columns; a zoom stays. @param {Table} data */
   show(data) {
     this.data = data;
     if (!this.plot) return this.#build();
@@ -82,10 +78,7 @@ export class Chart {
     this.plot = null;
   }
 
-  /**
-   * What a CSS variable stands for now, in a form that a canvas takes.
-   * @param {string} name
-   */
+  /** What a CSS variable stands for now, in a form that a canvas takes. @param {string} name */
   #colour(name) {
     if (!name.startsWith("--")) return name;
     this.element.style.setProperty("color", `var(${name})`);
@@ -185,8 +178,5 @@ export class Chart {
   }
 }
 
-/**
- * Several charts' columns over one axis of steps.
- * @param {Table[]} tables
- */
+/** Several charts' columns over one axis of steps. @param {Table[]} tables */
 export const joined = (tables) => /** @type {Table} */ (uPlot.join(tables));

@@ -1,28 +1,31 @@
-// @ts-check
 // Elements without a framework, and the stylesheets. Every rule in those begins with .chromakit, the class of each of our
 // roots, so that nothing of the host's page changes; colours are the host's own variables, so that themes are followed.
 const SHEETS = ["base", "jobs", "widgets", "room", "wall"];
 
 /**
- * Make an element: h("button", { class: "a", disabled: true, onclick: f, "aria-label": "x" }, "text", child, …).
+ * Make an element: h("button.a", { disabled: true, onclick: f, "aria-label": "x" }, "text", child, …).
  *
- * Properties with a dash, `role` and `class` become attributes, `style` is an object of CSS properties, the rest are set
- * on the element. Children that are null or false are left out.
+ * After the tag come its classes, then properties, which may be left out, and children; those that are null or false are
+ * left out. Properties with a dash, `role` and `class` become attributes, `style` is an object of CSS properties, the rest
+ * are set on the element. A button is a plain one.
  *
  * @template {keyof HTMLElementTagNameMap} K
- * @param {K} tag
- * @param {Properties} properties
- * @param {Children[]} children
+ * @param {K | `${K}.${string}`} kind
+ * @param {Parts<K>} parts
  */
-export function h(tag, properties = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
+export function h(kind, ...parts) {
+  const [tag, ...classes] = kind.split(".");
+  const made = document.createElement(/** @type {K} */ (tag));
+  if (tag === "button") made.setAttribute("type", "button");
+  if (classes.length) made.className = classes.join(" ");
+  const given = parts[0]?.constructor === Object ? parts.shift() : {};
+  for (const [name, value] of Object.entries(/** @type {object} */ (given))) {
     if (value == null) continue;
     if (name === "style") for (const [key, text] of Object.entries(value)) made.style.setProperty(key, text);
     else if (name === "class" || name === "role" || name.includes("-")) made.setAttribute(name, String(value));
     else Object.assign(made, { [name]: value });
   }
-  made.append(...present(children));
+  made.append(...present(/** @type {Children[]} */ (parts)));
   return made;
 }
 

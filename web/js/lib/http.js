@@ -1,4 +1,3 @@
-// @ts-check
 // The host's routes under /chromakit, as JSON. An error carries the host's own words.
 import { api } from "../../../../scripts/api.js";
 
@@ -38,15 +37,16 @@ export async function post(path, body = {}) {
 }
 
 /**
- * What an error says.
- * @param {unknown} error
+ * The path of what is below a job.
+ * @param {string} id
+ * @param {string} rest
  */
+export const ofJob = (id, rest) => `jobs/${encodeURIComponent(id)}/${rest}`;
+
+/** What an error says. @param {unknown} error */
 export const reason = (error) => (error instanceof Error ? error.message : String(error));
 
-/**
- * The address of what GET /chromakit/<path> gives, for an image or a link.
- * @param {string} path
- */
+/** The address of what GET /chromakit/<path> gives, for an image or a link. @param {string} path */
 export function address(path) {
   return api.apiURL(`/chromakit/${path}`);
 }

@@ -1,4 +1,3 @@
-// @ts-check
 // What of ours stands on a node: an element as a widget that is never saved, and the node's life around it.
 
 const OPERATING = ["Enter", " ", "ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown"];
@@ -75,6 +74,9 @@ export function chain(node, hooks) {
     };
   }
 }
+
+/** What a node's class knows of its inputs. @param {GraphNode} node @returns {NodeData} */
+export const nodeData = (node) => /** @type {{ nodeData?: NodeData }} */ (/** @type {unknown} */ (node.constructor)).nodeData ?? {};
 
 /**
  * The values of a node's widgets by name; those of inputs that are linked are left out.

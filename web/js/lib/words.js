@@ -1,9 +1,6 @@
-// @ts-check
 // What the page says, in the user's language: the host serves locales/<language>/main.json of every pack at /i18n.
 import { app } from "../../../../scripts/app.js";
 import { api } from "../../../../scripts/api.js";
-
-/** @typedef {{ [key: string]: Words | string }} Words */
 
 /** @type {Words} */
 let languages = {};

@@ -1,10 +1,9 @@
-// @ts-check
 // Step "Aim": what the LoRA is to learn. A recipe gives the numbers and says where each comes from; what it needs here is
 // shown before anything runs.
 import { api } from "../../../../scripts/api.js";
 import { debounced, fill, h, say } from "../lib/dom.js";
-import { duration } from "../lib/format.js";
-import { get, post, reason } from "../lib/http.js";
+import { duration, lines } from "../lib/format.js";
+import { address, get, post, reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { all, reload } from "../jobs/store.js";
 import { advice } from "../widgets/plan.js";
@@ -50,7 +49,7 @@ class Aim {
     this.plan = null;
     /** @type {FolderLook | null} */
     this.found = null;
-    this.cards = h("div", { class: "ck-aims", role: "radiogroup", "aria-label": t("room.aim.question") });
+    this.cards = h("div.ck-aims", { role: "radiogroup", "aria-label": t("room.aim.question") });
     this.trigger = h("input", { type: "text", "data-field": "trigger", oninput: debounced(() => room.choose({ trigger: this.trigger.value.trim() }), WAIT) });
     const soon = debounced(() => this.#costs(), WAIT);
     const number = (/** @type {Numeric} */ key) => {
@@ -68,19 +67,18 @@ class Aim {
       control.dataset.field = key;
       control.addEventListener("input", () => room.choose({ typed: { ...room.view.typed, [key]: control.value } }));
     }
-    this.advised = h("p", { class: "ck-faint" });
-    this.needs = h("ul", { class: "ck-needs", "aria-live": "polite" });
-    this.costs = h("ul", { class: "ck-costs", "aria-live": "polite" });
-    this.sources = h("tbody", {});
-    this.measured = h("p", { class: "ck-faint" });
-    this.refusal = h("div", { class: "ck-error", role: "alert" });
-    this.start = h("button", { type: "button", class: "ck-primary", "data-action": "start", onclick: () => this.#start() }, t("room.aim.start"));
+    this.advised = h("p.ck-faint");
+    this.needs = h("ul.ck-needs", { "aria-live": "polite" });
+    this.costs = h("ul.ck-costs", { "aria-live": "polite" });
+    this.sources = h("tbody");
+    this.measured = h("p.ck-faint");
+    this.refusal = h("div.ck-error", { role: "alert" });
+    this.start = h("button.ck-primary", { "data-action": "start", onclick: () => this.#start() }, t("room.aim.start"));
     const labelled = (/** @type {string} */ key, /** @type {HTMLElement} */ control) =>
-      h("label", { title: t(`room.aim.${key}_tip`) }, h("span", {}, t(`room.aim.${key}`)), control);
-    const why = h("details", {}, h("summary", {}, t("room.aim.why")), this.measured, h("table", { class: "ck-reasons" }, this.sources));
+      h("label", { title: t(`room.aim.${key}_tip`) }, h("span", t(`room.aim.${key}`)), control);
+    const why = h("details", h("summary", t("room.aim.why")), this.measured, h("table.ck-reasons", this.sources));
     this.form = h(
-      "div",
-      { class: "ck-form" },
+      "div.ck-form",
       labelled("name", this.name),
       labelled("trigger", this.trigger),
       labelled("class_word", this.word),
@@ -89,16 +87,15 @@ class Aim {
       labelled("prompts", this.prompts),
     );
     this.element = h(
-      "div",
-      { class: "ck-aim" },
-      h("h2", {}, t("room.aim.question")),
+      "div.ck-aim",
+      h("h2", t("room.aim.question")),
       this.cards,
       this.advised,
       this.form,
-      h("h3", {}, t("room.aim.before")),
+      h("h3", t("room.aim.before")),
       this.costs,
       this.needs,
-      h("div", { class: "ck-group" }, this.start, h("span", { class: "ck-faint" }, t("room.aim.start_tip"))),
+      h("div.ck-group", this.start, h("span.ck-faint", t("room.aim.start_tip"))),
       this.refusal,
       why,
     );
@@ -122,7 +119,7 @@ class Aim {
       this.list = list;
       this.#offer((await node.json()).ChromaLoadModel.input.required.flavour);
     } catch (error) {
-      return this.room.notice(reason(error), "error");
+      return this.room.failed(error);
     }
     this.#draw();
     this.#fill();
@@ -132,10 +129,7 @@ class Aim {
     return this.list?.recipes.find(({ name }) => name === this.room.view.aim) ?? this.list?.recipes[0];
   }
 
-  /**
-   * The flavours that Chroma Load Model has.
-   * @param {[string[] | string, { options?: string[] }?]} input
-   */
+  /** The flavours that Chroma Load Model has. @param {[string[] | string, { options?: string[] }?]} input */
   #offer([kind, more]) {
     const names = Array.isArray(kind) ? kind : (more?.options ?? []);
     fill(this.flavour, names.map((name) => h("option", { value: name }, name)));
@@ -165,10 +159,10 @@ class Aim {
       const on = name === chosen;
       const card = h(
         "button",
-        { type: "button", role: "radio", "aria-checked": String(on), tabIndex: on ? 0 : -1, "data-aim": name, onclick: () => this.#aim(name) },
-        h("b", {}, t(`room.aim.${name}.title`)),
-        h("span", {}, t(`room.aim.${name}.about`)),
-        h("span", { class: "ck-faint" }, t("room.aim.images", { from: images[0], to: images[1] })),
+        { role: "radio", "aria-checked": String(on), tabIndex: on ? 0 : -1, "data-aim": name, onclick: () => this.#aim(name) },
+        h("b", t(`room.aim.${name}.title`)),
+        h("span", t(`room.aim.${name}.about`)),
+        h("span.ck-faint", t("room.aim.images", { from: images[0], to: images[1] })),
       );
       card.addEventListener("keydown", (event) => {
         const by = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
@@ -177,7 +171,7 @@ class Aim {
         this.#aim(recipes[(i + by + recipes.length) % recipes.length].name);
       });
       return card;
-    })); // prettier-ignore
+    }));
     if (focused) /** @type {HTMLElement | null} */ (this.cards.querySelector("[aria-checked=true]"))?.focus();
   }
 
@@ -203,7 +197,7 @@ class Aim {
     say(this.advised, t(`room.aim.${recipe.name}.captions`));
     say(this.measured, list.measured);
     fill(this.sources, Object.entries(recipe.options_from).map(([path, names]) =>
-      h("tr", {}, h("th", { scope: "row" }, h("code", {}, path)), h("td", {}, shown(at(options, path))), h("td", {}, names.map((name) => this.#source(name)))))); // prettier-ignore
+      h("tr", h("th", { scope: "row" }, h("code", path)), h("td", shown(at(options, path))), h("td", names.map((name) => this.#source(name))))));
     this.#name();
     this.refresh();
     this.#ask();
@@ -211,9 +205,9 @@ class Aim {
 
   /** @param {string} name */
   #source(name) {
-    const { words, address } = this.list?.sources[name] ?? { words: name, address: "" };
-    const whole = address.startsWith("http");
-    return h("div", {}, whole ? h("a", { href: address, target: "_blank", rel: "noopener" }, words) : words);
+    const { words, address: place } = this.list?.sources[name] ?? { words: name, address: "" };
+    const href = place.startsWith("http") ? place : address(`docs/${place}`);
+    return h("div", place ? h("a", { href, target: "_blank", rel: "noopener" }, words) : words);
   }
 
   #name() {
@@ -231,7 +225,7 @@ class Aim {
       this.found = folder ? await post("datasets/images", { folder, trigger, size }) : null;
     } catch (error) {
       this.found = null;
-      this.room.notice(reason(error), "error");
+      this.room.failed(error);
     }
     this.#complain();
   }
@@ -250,8 +244,8 @@ class Aim {
       used > most && t("room.aim.many", { used, most }),
       skipped > 0 && t("room.aim.skipped", { skipped }),
     ].filter((text) => text !== false && text !== "");
-    const back = h("button", { type: "button", onclick: () => this.room.go("images") }, t("room.aim.to_images"));
-    fill(this.needs, texts.map((text, i) => h("li", { class: "ck-warning" }, text, " ", i === texts.length - 1 && back)));
+    const back = h("button", { onclick: () => this.room.go("images") }, t("room.aim.to_images"));
+    fill(this.needs, texts.map((text, i) => h("li.ck-warning", text, " ", i === texts.length - 1 && back)));
     this.start.disabled = !used;
   }
 
@@ -263,7 +257,7 @@ class Aim {
       this.plan = await post("plan/rows", { flavour, size: this.room.view.size });
     } catch (error) {
       this.plan = null;
-      this.room.notice(reason(error), "error");
+      this.room.failed(error);
     }
     this.#costs();
   }
@@ -280,7 +274,7 @@ class Aim {
     fill(
       this.costs,
       this.plan && choice && h("li", { class: choice.fits ? "" : "ck-warning" }, t("room.aim.device", { device: this.plan.device_name }), " ", advice(this.plan, choice)),
-      h("li", {}, time),
+      h("li", time),
     );
   }
 
@@ -314,7 +308,7 @@ class Aim {
       },
       lora: { ...table("lora"), rank: Number(this.numbers.rank.value) },
       dataset: { ...table("dataset"), folder, trigger: this.trigger.value.trim() || trigger, ...(size && { resolution: size }), ...(masked && { masks: "files" }) },
-      previews: { ...table("previews"), every: often("previews.every", PREVIEWS), prompts: this.prompts.value.split("\n").map((line) => line.trim()).filter(Boolean) },
+      previews: { ...table("previews"), every: often("previews.every", PREVIEWS), prompts: lines(this.prompts.value) },
       ...("preserve" in options && { preserve: { ...table("preserve"), ...word } }),
     };
   }

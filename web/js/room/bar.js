@@ -1,4 +1,3 @@
-// @ts-check
 // The head of step "Images": which folder, for which size, with which trigger word; files in, changes back.
 import { debounced, fill, h } from "../lib/dom.js";
 import { t } from "../lib/words.js";
@@ -17,7 +16,7 @@ export class Bar {
     this.name = h("input", { type: "text", placeholder: t("room.images.name_hint"), "aria-label": t("room.images.name_hint") });
     this.name.addEventListener("keydown", (event) => event.key === "Enter" && this.#create());
     const create = button("create", () => this.#create());
-    this.making = h("span", { class: "ck-group", hidden: true }, this.name, create);
+    this.making = h("span.ck-group", { hidden: true }, this.name, create);
     const soon = debounced(() => room.choose({ trigger: this.trigger.value.trim() }), TYPING);
     this.trigger = h("input", { type: "text", size: 10, value: room.view.trigger, placeholder: "zxq", oninput: soon });
     this.size = h("select", { "data-choice": "size", onchange: () => room.choose({ size: Number(this.size.value) }) });
@@ -29,13 +28,12 @@ export class Bar {
     this.add = button("add", () => file.click());
     this.undo = button("undo", doing.undo);
     this.redo = button("redo", doing.redo);
-    const again = h("button", { type: "button", class: "ck-quiet", title: t("room.images.again"), "aria-label": t("room.images.again"), onclick: doing.again }, "⟳");
+    const again = h("button.ck-quiet", { title: t("room.images.again"), "aria-label": t("room.images.again"), onclick: doing.again }, "⟳");
     const next = button("next", () => room.go("aim"));
     this.add.classList.add("ck-primary");
     next.classList.add("ck-next");
     this.element = h(
-      "div",
-      { class: "ck-bar" },
+      "div.ck-bar",
       labelled("folder", this.choice),
       this.making,
       labelled("trigger", this.trigger),
@@ -49,10 +47,7 @@ export class Bar {
     );
   }
 
-  /**
-   * The folders and sizes to choose from, what is chosen among them.
-   * @param {FolderList} list
-   */
+  /** The folders and sizes to choose from, what is chosen among them. @param {FolderList} list */
   offer({ folders, sizes }) {
     const { folder, size } = this.room.view;
     const names = folders.map((each) => each.name);
@@ -92,7 +87,7 @@ export class Bar {
 }
 
 /** @param {string} key @param {() => void} work */
-const button = (key, work) => h("button", { type: "button", "data-action": key, onclick: work }, t(`room.images.${key}`));
+const button = (key, work) => h("button", { "data-action": key, onclick: work }, t(`room.images.${key}`));
 
 /** @param {string} key @param {HTMLElement} control */
 const labelled = (key, control) => h("label", { title: t(`room.images.${key}_tip`) }, t(`room.images.${key}`), " ", control);

@@ -1,9 +1,8 @@
-// @ts-check
 // Captions by any node that makes a text of an image, or by the graph that is open in ComfyUI, through its own queue: only
 // for images that have none.
 import { app } from "../../../../scripts/app.js";
 import { fill, h, say } from "../lib/dom.js";
-import { get, post, reason } from "../lib/http.js";
+import { get, post } from "../lib/http.js";
 import { t } from "../lib/words.js";
 
 const GRAPH = "\n"; // no node's name
@@ -11,20 +10,20 @@ const MILLISECONDS = 1000;
 
 /** Behind a disclosure; `show()` after the folder changed. */
 export class CaptionAll {
-  /** @param {TrainingRoom} room @param {() => import("./folder.js").Folder} folder gives the one that is shown */
+  /** @param {TrainingRoom} room @param {() => Folder} folder gives the one that is shown */
   constructor(room, folder) {
     this.room = room;
     this.folder = folder;
     this.followed = ""; // the folder whose captions are being made
     this.last = ""; // the one whose captions were made last
     this.choice = h("select", { "aria-label": t("room.caption_all.by") });
-    this.none = h("p", { class: "ck-faint", hidden: true }, t("room.caption_all.none"));
-    this.start = h("button", { type: "button", "data-action": "caption_all", onclick: () => this.#start() });
-    this.stop = h("button", { type: "button", hidden: true, onclick: () => this.#ask("caption/stop") }, t("room.choose.stop"));
-    this.state = h("span", { class: "ck-faint", role: "status" });
-    this.failed = h("ul", { class: "ck-error" });
-    const row = h("div", { class: "ck-group" }, this.choice, this.start, this.stop, this.state);
-    this.element = h("details", { ontoggle: () => this.#offer() }, h("summary", {}, t("room.caption_all.title")), row, this.none, this.failed);
+    this.none = h("p.ck-faint", { hidden: true }, t("room.caption_all.none"));
+    this.start = h("button", { "data-action": "caption_all", onclick: () => this.#start() });
+    this.stop = h("button", { hidden: true, onclick: () => this.#ask("caption/stop") }, t("room.choose.stop"));
+    this.state = h("span.ck-faint", { role: "status" });
+    this.failed = h("ul.ck-error");
+    const row = h("div.ck-group", this.choice, this.start, this.stop, this.state);
+    this.element = h("details", { ontoggle: () => this.#offer() }, h("summary", t("room.caption_all.title")), row, this.none, this.failed);
   }
 
   show() {
@@ -45,7 +44,7 @@ export class CaptionAll {
       const offered = [...nodes, { node: GRAPH, title: t("room.caption_all.graph") }];
       fill(this.choice, offered.map(({ node, title }) => h("option", { value: node }, title)));
     } catch (error) {
-      this.room.notice(reason(error), "error");
+      this.room.failed(error);
     }
   }
 
@@ -60,7 +59,7 @@ export class CaptionAll {
     try {
       this.#told(name, await post(`datasets/${action}`, { folder: name, ...body }));
     } catch (error) {
-      this.room.notice(reason(error), "error");
+      this.room.failed(error);
     }
   }
 
@@ -72,7 +71,7 @@ export class CaptionAll {
     if (waiting && !before) this.#follow();
     say(this.state, t(waiting ? "room.caption_all.waiting" : "room.caption_all.over", { waiting, written }));
     this.stop.hidden = !waiting;
-    fill(this.failed, failed.map(({ name: image, error }) => h("li", {}, `${image}: ${error}`)));
+    fill(this.failed, failed.map(({ name: image, error }) => h("li", `${image}: ${error}`)));
     this.folder().touch();
     this.show();
   }
@@ -81,7 +80,7 @@ export class CaptionAll {
     while (this.followed) {
       await new Promise((done) => setTimeout(done, MILLISECONDS));
       const name = this.followed;
-      if (name) await get(`datasets/caption?${new URLSearchParams({ folder: name })}`).then((found) => this.#told(name, found)).catch(() => {}); // prettier-ignore
+      if (name) await get(`datasets/caption?${new URLSearchParams({ folder: name })}`).then((found) => this.#told(name, found)).catch(() => {});
     }
   }
 }

@@ -1,4 +1,3 @@
-// @ts-check
 // One image of a data set: all of it with the frame that is trained, its caption, what is wrong with it.
 import { debounced, fill, h, say } from "../lib/dom.js";
 import { t } from "../lib/words.js";
@@ -19,29 +18,29 @@ function load(picture, source) {
 
 /** A list item that follows `show(image)`. */
 export class Card {
-  /** @param {FolderImage} image @param {import("./folder.js").Folder} folder */
+  /** @param {FolderImage} image @param {Folder} folder */
   constructor(image, folder) {
     this.image = image;
     this.folder = folder;
     this.seen = false; // whether it is in view, or nearly
+    this.key = ""; // what stands here, as a text; empty: it may have been changed here since
     this.refused = false; // whether the caption that stands here could not be written
     this.writing = 0; // captions on their way to the host
     this.picture = h("img", { decoding: "async", draggable: false, alt: "" });
-    this.frame = h("div", { class: "ck-crop" });
-    this.shade = h("img", { class: "ck-shade", alt: "", hidden: true });
-    this.look = h("div", { class: "ck-whole" }, this.picture, this.shade, this.frame);
-    this.masking = h("button", { type: "button", "data-action": "mask", class: "ck-quiet", onclick: () => paintMask(this.image, this.folder, this.masking) }, "◐");
-    this.name = h("span", { class: "ck-strong ck-clip" });
-    this.size = h("span", { class: "ck-faint" });
-    const away = h("button", { type: "button", class: "ck-quiet", onclick: () => this.remove() }, "✕");
+    this.frame = h("div.ck-crop");
+    this.shade = h("img.ck-shade", { alt: "", hidden: true });
+    this.look = h("div.ck-whole", this.picture, this.shade, this.frame);
+    this.masking = h("button.ck-quiet", { "data-action": "mask", onclick: () => paintMask(this.image, this.folder, this.masking) }, "◐");
+    this.name = h("span.ck-strong.ck-clip");
+    this.size = h("span.ck-faint");
+    const away = h("button.ck-quiet", { onclick: () => this.remove() }, "✕");
     this.away = away;
-    this.trouble = h("div", { class: "ck-trouble" });
+    this.trouble = h("div.ck-trouble");
     this.caption = h("textarea", { rows: 3, placeholder: t("room.images.caption_hint") });
-    this.tags = h("div", { class: "ck-tags" });
+    this.tags = h("div.ck-tags");
     this.element = h(
-      "li",
-      { class: "ck-card" },
-      h("div", { class: "ck-row ck-nowrap" }, this.name, this.masking, away),
+      "li.ck-card",
+      h("div.ck-row.ck-nowrap", this.name, this.masking, away),
       this.look,
       this.size,
       this.trouble,
@@ -67,6 +66,12 @@ export class Card {
     this.image = image;
     const { name, size, bucket, frame, skipped, notes } = image;
     const own = Boolean(this.folder.found?.own);
+    // What is being typed stays, as does what is not written yet or could not be.
+    const typed = document.activeElement === this.caption || this.refused || this.writing > 0;
+    if (!typed && this.caption.value !== (image.caption ?? "")) this.caption.value = image.caption ?? "";
+    const key = JSON.stringify([image, own]);
+    if (key === this.key) return; // hundreds that stay as they are would hold up the page
+    this.key = key;
     this.element.dataset.name = name;
     say(this.name, name);
     this.name.title = name;
@@ -89,9 +94,6 @@ export class Card {
     this.caption.setAttribute("aria-label", t("room.images.caption", { name }));
     this.caption.readOnly = !own || image.caption == null;
     this.caption.hidden = !size;
-    // What is being typed stays, as does what is not written yet or could not be.
-    const typed = document.activeElement === this.caption || this.refused || this.writing > 0;
-    if (!typed && this.caption.value !== (image.caption ?? "")) this.caption.value = image.caption ?? "";
     if (this.tags.childElementCount) this.#tag();
     this.element.classList.toggle("ck-skipped", Boolean(skipped));
     this.element.classList.toggle("ck-doubtful", Boolean(image.twin));
@@ -116,6 +118,7 @@ export class Card {
     this.writing += 1;
     this.refused = !(await this.folder.write({ [this.image.name]: this.caption.value }, t("room.images.did_caption", { name: this.image.name })));
     this.writing -= 1;
+    this.key = "";
     this.show(this.image);
   }
 
@@ -132,7 +135,7 @@ export class Card {
     const convert = () => this.folder.change("convert", { names: [name], label: t("room.images.did_convert", { name }) });
     const texts = [...(skipped ? [t("room.images.skipped", { why: skipped })] : []), ...notes];
     const writing = own && skipped && size && caption === "";
-    const button = (/** @type {string} */ key, /** @type {() => unknown} */ work) => h("button", { type: "button", "data-mend": key, onclick: work }, t(`room.images.${key}`));
+    const button = (/** @type {string} */ key, /** @type {() => unknown} */ work) => h("button", { "data-mend": key, onclick: work }, t(`room.images.${key}`));
     fill(
       this.trouble,
       texts.map((text) => h("p", { class: skipped ? "ck-error" : "ck-warning" }, text)),
@@ -157,10 +160,7 @@ export class Card {
     return [1 - (right - left), 1 - (bottom - top)];
   }
 
-  /**
-   * The frame is a slider where there is something to choose.
-   * @param {boolean} own
-   */
+  /** The frame is a slider where there is something to choose. @param {boolean} own */
   #handle(own) {
     const [across, down] = this.#overhang();
     const movable = own && Math.max(across, down) > 0.005;
@@ -169,7 +169,7 @@ export class Card {
       role: "slider", tabindex: "0", "aria-label": t("room.images.crop", { name: this.image.name }), title: t("room.images.crop_tip"),
       "aria-valuemin": "0", "aria-valuemax": "100", "aria-valuenow": String(Math.round(100 * this.image.crop)),
       "aria-orientation": across > down ? "horizontal" : "vertical",
-    }; // prettier-ignore
+    };
     for (const [name, value] of Object.entries(about)) {
       if (movable) this.frame.setAttribute(name, value);
       else this.frame.removeAttribute(name);
@@ -190,6 +190,7 @@ export class Card {
     };
     const keep = () => {
       const { name, crop } = this.image;
+      this.key = "";
       if (at !== crop) this.folder.change("crops", { crops: { [name]: Number(at.toFixed(4)) }, label: t("room.images.did_crop", { name }) });
     };
     frame.addEventListener("pointerdown", (event) => {
@@ -241,7 +242,7 @@ export class Card {
 
   /** @param {number} line @param {string[]} tags */
   #row(line, tags) {
-    const row = h("div", { class: "ck-group", role: "group", "aria-label": t("room.images.tags") });
+    const row = h("div.ck-group", { role: "group", "aria-label": t("room.images.tags") });
     /** @param {number} from @param {number} to */
     const move = (from, to) => {
       if (from === to || to < 0 || to >= tags.length) return;
@@ -254,7 +255,7 @@ export class Card {
       this.#tag();
       /** @type {NodeListOf<HTMLElement>} */ (this.tags.querySelectorAll(`[data-line="${line}"]`))[to]?.focus();
     };
-    const buttons = tags.map((tag, i) => h("button", { type: "button", class: "ck-tag-part", draggable: true, "data-line": line, title: t("room.images.tag_tip") }, tag));
+    const buttons = tags.map((tag, i) => h("button.ck-tag-part", { draggable: true, "data-line": line, title: t("room.images.tag_tip") }, tag));
     buttons.forEach((button, i) => {
       button.addEventListener("dragstart", (event) => event.dataTransfer?.setData("text/x-chromakit-tag", `${line} ${i}`));
       button.addEventListener("dragover", (event) => event.preventDefault());

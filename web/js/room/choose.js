@@ -1,14 +1,16 @@
-// @ts-check
 // Step "Choose": kept steps × strengths × prompts as a grid that ComfyUI's queue makes; rated, kept, opened, published.
 import { api } from "../../../../scripts/api.js";
 import { app } from "../../../../scripts/app.js";
 import { fill, h, say, throttled } from "../lib/dom.js";
-import { address, get, post, reason } from "../lib/http.js";
+import { lines } from "../lib/format.js";
+import { address, get, ofJob, post } from "../lib/http.js";
 import { t } from "../lib/words.js";
+import { doing } from "../jobs/actions.js";
 import { openGraph } from "../jobs/graphs.js";
-import { THUMBNAIL, samplesOf, sourceOf } from "../jobs/previews.js";
+import { thumbnail } from "../jobs/previews.js";
 import { find, listen, watch } from "../jobs/store.js";
 import { LARGE, SMALL, Wall } from "./wall.js";
+import { ofChosenJob } from "./watch.js";
 
 const STRENGTHS = "0.7, 1, 1.3";
 const STARS = [1, 2, 3, 4, 5];
@@ -17,31 +19,10 @@ const WAITS = ["queued", "running"];
 
 export const title = "room.choose.title";
 
+const none = () => ({ element: h("p", t("room.choose.no_job")), destroy() {} });
+
 /** @param {TrainingRoom} room @returns {Step} */
-export function build(room) {
-  const element = h("div", { class: "ck-choose" });
-  /** @type {Chooser | null} */
-  let shown = null;
-  const show = () => {
-    shown?.destroy();
-    const job = find(room.view.job);
-    shown = job ? new Chooser(job, room) : null;
-    fill(element, shown?.element ?? h("p", {}, t("room.choose.no_job")));
-  };
-  const ends = [
-    room.onChoice((changed) => "job" in changed && show()),
-    listen(() => Boolean(shown) !== Boolean(find(room.view.job)) && show()),
-  ];
-  show();
-  return {
-    element,
-    refresh: () => shown?.refresh(),
-    destroy() {
-      for (const end of ends) end();
-      shown?.destroy();
-    },
-  };
-}
+export const build = (room) => ofChosenJob(room, h("div.ck-choose"), (job) => (job ? new Chooser(job, room) : none()));
 
 /** The form, the grid, and what one does with the image that is chosen in it. */
 class Chooser {
@@ -55,47 +36,47 @@ class Chooser {
     this.cell = null;
     this.keptKey = "";
     this.refresh = throttled(() => this.#load(), MILLISECONDS);
-    this.steps = h("div", { class: "ck-choose-steps", role: "group", "aria-label": t("room.choose.steps") });
+    this.steps = h("div.ck-choose-steps", { role: "group", "aria-label": t("room.choose.steps") });
     this.strengths = h("input", { type: "text", value: STRENGTHS, oninput: () => this.#count() });
     this.prompts = h("textarea", { rows: 3, oninput: () => this.#count() });
     this.make = this.#button("make", () => this.#make());
     this.stop = this.#button("stop", () => this.#send("grid/stop", {}));
-    this.progress = h("span", { class: "ck-faint", role: "status" });
-    this.fault = h("div", { class: "ck-error", role: "alert" });
+    this.progress = h("span.ck-faint", { role: "status" });
+    this.fault = h("div.ck-error", { role: "alert" });
     this.wall = new Wall(t("room.choose.grid"), {
       click: "choose",
       chosen: (cell) => this.#chosen(cell),
       key: (cell, event) => this.#key(cell, event),
     });
-    this.best = h("span", { class: "ck-strong", role: "status" });
-    this.what = h("span", { class: "ck-strong" });
+    this.best = h("span.ck-strong", { role: "status" });
+    this.what = h("span.ck-strong");
     this.stars = STARS.map((star) =>
-      h("button", { type: "button", "aria-label": t("room.choose.star", { star }), onclick: () => this.cell && this.#rate(this.cell, star) }, "★"),
+      h("button", { "aria-label": t("room.choose.star", { star }), onclick: () => this.cell && this.#rate(this.cell, star) }, "★"),
     );
     this.keep = this.#button("keep", () => this.#keep());
     this.open = this.#button("open", () => this.#open("graph"));
     this.stock = this.#button("stock", () => this.#open("stock"));
     this.publish = this.#button("publish", () => this.#publish());
-    const rating = h("div", { class: "ck-stars", role: "group", "aria-label": t("room.choose.rating") }, this.stars);
-    this.doing = h("div", { class: "ck-row ck-choose-doing" }, this.what, rating, h("div", { class: "ck-group" }, this.keep, this.open, this.stock, this.publish));
-    const field = (/** @type {string} */ name, /** @type {HTMLElement} */ input) => h("label", {}, t(`room.choose.${name}`), input);
+    const rating = h("div.ck-stars", { role: "group", "aria-label": t("room.choose.rating") }, this.stars);
+    this.doing = h("div.ck-row.ck-choose-doing", this.what, rating, h("div.ck-group", this.keep, this.open, this.stock, this.publish));
+    const field = (/** @type {string} */ name, /** @type {HTMLElement} */ input) => h("label", t(`room.choose.${name}`), input);
     this.form = h(
-      "details",
-      { open: true, class: "ck-choose-form" },
-      h("summary", {}, t("room.choose.form", { name: job.name })),
-      h("div", {}, t("room.choose.steps"), this.steps),
+      "details.ck-choose-form",
+      { open: true },
+      h("summary", t("room.choose.form", { name: job.name })),
+      h("div", t("room.choose.steps"), this.steps),
       field("strengths", this.strengths),
       field("prompts", this.prompts),
     );
     this.element = h(
-      "div",
-      { class: "ck-chooser", "data-job": job.id },
+      "div.ck-chooser",
+      { "data-job": job.id },
       this.form,
-      h("div", { class: "ck-row" }, h("div", { class: "ck-group" }, this.make, this.stop, this.progress), this.best),
+      h("div.ck-row", h("div.ck-group", this.make, this.stop, this.progress), this.best),
       this.fault,
       this.wall.element,
       this.doing,
-      h("p", { class: "ck-faint" }, t("room.choose.keys")),
+      h("p.ck-faint", t("room.choose.keys")),
     );
     // The queue became longer or shorter; and while it works at the grid, ask.
     const turned = () => this.#waits() && this.refresh();
@@ -124,23 +105,15 @@ class Chooser {
 
   /** @param {string} name @param {() => Promise<unknown>} work */
   #button(name, work) {
-    const made = h("button", { type: "button", "data-action": name, title: t(`room.choose.${name}_tip`) }, t(`room.choose.${name}`));
-    made.addEventListener("click", async () => {
-      made.disabled = true;
-      this.room.notice("");
-      await work().catch((error) => this.room.notice(reason(error), "error"));
-      made.disabled = false;
-      if (!this.stopped) this.#show(this.grid);
-    });
-    return made;
+    return doing("room.choose", name, work, (text) => this.room.notice(text, "error"), () => this.#show(this.grid));
   }
 
   async #load() {
     if (this.stopped) return;
     try {
-      this.#show(await get(`jobs/${encodeURIComponent(this.id)}/grid`));
+      this.#show(await get(ofJob(this.id, "grid")));
     } catch (error) {
-      this.room.notice(reason(error), "error");
+      this.room.failed(error);
     }
   }
 
@@ -150,7 +123,7 @@ class Chooser {
    * @param {object} body
    */
   async #send(end, body) {
-    this.#show(await post(`jobs/${encodeURIComponent(this.id)}/${end}`, body));
+    this.#show(await post(ofJob(this.id, end), body));
   }
 
   // --- the form -------------------------------------------------------------------------------------------------------
@@ -162,18 +135,15 @@ class Chooser {
     if (key === this.keptKey) return;
     const chosen = this.keptKey ? this.#chosenSteps() : (this.grid?.choice?.steps ?? [job.best_step, job.kept.at(-1)?.step]);
     this.keptKey = key;
-    const samples = samplesOf(job);
     fill(
       this.steps,
       [...job.kept].reverse().map(({ step }) => {
-        const sample = samples.find((each) => each.step === step);
-        const image = sample && h("img", { src: sourceOf(job, sample, THUMBNAIL), alt: "", loading: "lazy", width: 48, height: 48 });
         const box = h("input", { type: "checkbox", value: step, checked: chosen.includes(step), onchange: () => this.#count() });
-        const best = step === job.best_step && h("span", { class: "ck-faint" }, t("kept.best"));
-        return h("label", {}, box, image, t("previews.step", { step }), best);
+        const best = step === job.best_step && h("span.ck-faint", t("kept.best"));
+        return h("label", box, thumbnail(job, step), t("previews.step", { step }), best);
       }),
     );
-    if (!job.kept.length) fill(this.steps, h("span", { class: "ck-faint" }, t("room.choose.none_kept")));
+    if (!job.kept.length) fill(this.steps, h("span.ck-faint", t("room.choose.none_kept")));
     this.#count();
   }
 
@@ -184,8 +154,8 @@ class Chooser {
 
   /** What the form asks for; a strength that is no number is NaN. */
   #asked() {
-    const strengths = this.strengths.value.split(/[\s,;]+/).filter(Boolean).map(Number); // prettier-ignore
-    const prompts = this.prompts.value.split("\n").map((line) => line.trim()).filter(Boolean); // prettier-ignore
+    const strengths = this.strengths.value.split(/[\s,;]+/).filter(Boolean).map(Number);
+    const prompts = lines(this.prompts.value);
     return { steps: this.#chosenSteps(), strengths, prompts };
   }
 
@@ -255,7 +225,7 @@ class Chooser {
 
   /** @param {GridCell} cell @param {string} row @returns {WallCell} */
   #wallCell({ key, prompt, rating, state, error }, row) {
-    const at = (/** @type {number} */ side) => address(`jobs/${encodeURIComponent(this.id)}/grid/${key}?${side ? `side=${side}&` : ""}v=1`);
+    const at = (/** @type {number} */ side) => address(ofJob(this.id, `grid/${key}?${side ? `side=${side}&` : ""}v=1`));
     const done = state === "done";
     return {
       key,
@@ -290,12 +260,12 @@ class Chooser {
 
   /** @param {WallCell} cell @param {number} rating */
   async #rate(cell, rating) {
-    await this.#send("rate", { key: cell.key, rating }).catch((error) => this.room.notice(reason(error), "error"));
+    await this.#send("rate", { key: cell.key, rating }).catch((error) => this.room.failed(error));
   }
 
   async #keep() {
     if (!this.cell) return;
-    const found = /** @type {KeptLook} */ (await post(`jobs/${encodeURIComponent(this.id)}/keep`, { key: this.cell.key }));
+    const found = /** @type {KeptLook} */ (await post(ofJob(this.id, "keep"), { key: this.cell.key }));
     const stayed = found.stayed.length ? ` ${t("room.choose.stayed", { files: found.stayed.join(", ") })}` : "";
     this.room.notice(`${t("room.choose.kept", { ...found })}${stayed}`);
     await app.refreshComboInNodes();
@@ -311,7 +281,7 @@ class Chooser {
 
   async #publish() {
     if (!this.cell) return;
-    const found = /** @type {{ folder: string, images: number }} */ (await post(`jobs/${encodeURIComponent(this.id)}/publish`, { key: this.cell.key }));
+    const found = /** @type {{ folder: string, images: number }} */ (await post(ofJob(this.id, "publish"), { key: this.cell.key }));
     this.room.notice(t("room.choose.published", found));
   }
 }

@@ -1,4 +1,3 @@
-// @ts-check
 // A data set folder in the room: what the host says is in it, and changes of it, each of which the host can undo.
 import { throttled } from "../lib/dom.js";
 import { address, get, post } from "../lib/http.js";
@@ -8,10 +7,7 @@ const MILLISECONDS = 700;
 /** @returns {Promise<FolderList>} */
 export const listFolders = () => get("datasets");
 
-/**
- * A caption as the host keeps it.
- * @param {string} text
- */
+/** A caption as the host keeps it. @param {string} text */
 export function plain(text) {
   const found = text.replace(/\r\n?/g, "\n").replace(/^\n+|\n+$/g, "");
   return found.trim() ? found : "";
@@ -27,10 +23,7 @@ export function plain(text) {
 export const sourceOf = (folder, name, side, version) =>
   address(`datasets/thumbnail?${new URLSearchParams({ folder: folder.name, name, side: String(side), v: version })}`);
 
-/**
- * What an image's mask is called.
- * @param {string} name
- */
+/** What an image's mask is called. @param {string} name */
 export const maskOf = (name) => name.replace(/\.[^./]+$/, "-masklabel.png");
 
 /** One folder. `changed()` is called after anything in it did, `failed(error)` when the host refused. */
@@ -118,10 +111,7 @@ export class Folder {
     return this.#next(() => this.#tried(action, body));
   }
 
-  /**
-   * One change after another: each counts on what the one before has left.
-   * @param {() => Promise<unknown>} work
-   */
+  /** One change after another: each counts on what the one before has left. @param {() => Promise<unknown>} work */
   #next(work) {
     this.pending += 1;
     this.queue = this.queue.then(work).finally(() => {

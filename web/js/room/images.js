@@ -1,8 +1,6 @@
-// @ts-check
 // Step "Images": a folder of images to learn from. They come in here, are captioned here, and what is wrong with them is
 // said and mended here.
 import { fill, h, say } from "../lib/dom.js";
-import { reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { notify } from "../jobs/notices.js";
 import { Bar } from "./bar.js";
@@ -28,21 +26,21 @@ class Images {
     this.gone = false;
     /** @type {FolderList} */
     this.list = { folders: [], endings: [], known: [], sizes: [] };
-    /** @type {import("./uploads.js").Given[]} what was dropped before there was a folder for it */
+    /** @type {Given[]} what was dropped before there was a folder for it */
     this.held = [];
     /** @type {Map<string, Card>} */
     this.cards = new Map();
-    this.grid = h("ul", { class: "ck-gallery", "aria-label": t("room.images.grid") });
+    this.grid = h("ul.ck-gallery", { "aria-label": t("room.images.grid") });
     /** @type {IntersectionObserver | undefined} */
     this.view = undefined; // which cards are in it
-    this.counts = h("span", { class: "ck-strong", role: "status" });
-    this.only = h("button", { type: "button", "data-action": "only", onclick: () => this.#only(!this.grid.classList.contains("ck-only")) });
-    this.check = h("div", { class: "ck-checks" });
-    this.warnings = h("ul", {});
-    this.warned = h("details", { class: "ck-warnings" }, h("summary", { class: "ck-warning" }), this.warnings);
-    this.aside = h("details", { class: "ck-aside" }, h("summary", {}), h("ul", {}));
-    this.progress = h("div", { class: "ck-uploads" });
-    this.empty = h("p", { class: "ck-empty" });
+    this.counts = h("span.ck-strong", { role: "status" });
+    this.only = h("button", { "data-action": "only", onclick: () => this.#only(!this.grid.classList.contains("ck-only")) });
+    this.check = h("div.ck-checks");
+    this.warnings = h("ul");
+    this.warned = h("details.ck-warnings", h("summary.ck-warning"), this.warnings);
+    this.aside = h("details.ck-aside", h("summary"), h("ul"));
+    this.progress = h("div.ck-uploads");
+    this.empty = h("p.ck-empty");
     this.replacing = new Replacing(() => this.folder);
     this.captioning = new CaptionAll(room, () => this.folder);
     this.bar = new Bar(room, {
@@ -52,11 +50,10 @@ class Images {
       again: () => this.folder.load(),
     });
     this.element = h(
-      "div",
-      { class: "ck-images" },
+      "div.ck-images",
       this.bar.element,
       this.progress,
-      h("div", { class: "ck-summary" }, h("div", { class: "ck-group" }, this.counts, this.only), this.check, this.warned, this.captioning.element, this.replacing.element, this.aside),
+      h("div.ck-summary", h("div.ck-group", this.counts, this.only), this.check, this.warned, this.captioning.element, this.replacing.element, this.aside),
       this.empty,
       this.grid,
     );
@@ -82,7 +79,7 @@ class Images {
       this.room.view.folder,
       this.room,
       () => folder === this.folder && this.show(),
-      (error) => this.room.notice(reason(error), "error"),
+      (error) => this.room.failed(error),
     );
     return folder;
   }
@@ -91,7 +88,7 @@ class Images {
     try {
       this.list = await listFolders();
     } catch (error) {
-      this.room.notice(reason(error), "error");
+      this.room.failed(error);
     }
     this.bar.offer(this.list);
     this.show();
@@ -132,7 +129,7 @@ class Images {
     });
   }
 
-  /** @param {import("./uploads.js").Given[]} given */
+  /** @param {Given[]} given */
   #send(given) {
     if (!this.room.view.folder) {
       this.held = given;
@@ -151,12 +148,11 @@ class Images {
     if (this.gone && !going && failures.length) notify("error", text, failures.map(({ name, why }) => `${name}: ${why}`).join("\n"));
     fill(
       this.progress,
-      (going || finished > 0) && h("div", { class: "ck-row ck-nowrap" },
-        h("span", { role: "status" }, text),
+      (going || finished > 0) && h("div.ck-row.ck-nowrap", h("span", { role: "status" }, text),
         going && h("progress", { max: bytes || 1, value: sent, "aria-label": text }),
-        going && h("button", { type: "button", "data-action": "cancel", onclick: () => this.uploads.cancel() }, t("room.images.cancel"))),
-      failures.length > 0 && h("div", { role: "alert" }, h("ul", { class: "ck-error" }, failures.map(({ name, why }) => h("li", {}, `${name}: ${why}`)))),
-    ); // prettier-ignore
+        going && h("button", { "data-action": "cancel", onclick: () => this.uploads.cancel() }, t("room.images.cancel"))),
+      failures.length > 0 && h("div", { role: "alert" }, h("ul.ck-error", failures.map(({ name, why }) => h("li", `${name}: ${why}`)))),
+    );
     this.bar.add.disabled = going;
   }
 
@@ -201,7 +197,7 @@ class Images {
     const warnings = found?.warnings ?? [];
     this.warned.hidden = !warnings.length;
     say(this.warned.children[0], t(warnings.length === 1 ? "widgets.dataset.warning" : "widgets.dataset.warnings", { count: warnings.length }));
-    fill(this.warnings, warnings.map((text) => h("li", {}, text)));
+    fill(this.warnings, warnings.map((text) => h("li", text)));
     this.#removed(found);
     this.replacing.element.hidden = !found?.own || !images.length;
     this.replacing.count();
@@ -209,28 +205,22 @@ class Images {
     if (found?.unread) this.folder.touch();
   }
 
-  /**
-   * Show what needs mending alone.
-   * @param {boolean} on
-   */
+  /** Show what needs mending alone. @param {boolean} on */
   #only(on) {
     this.grid.classList.toggle("ck-only", on);
     this.only.setAttribute("aria-pressed", String(on));
   }
 
-  /**
-   * The trigger word in sentences, each with what mends it.
-   * @param {FolderLook | null} found
-   */
+  /** The trigger word in sentences, each with what mends it. @param {FolderLook | null} found */
   #checks(found) {
     if (!found?.check.trigger || !found.check.of) return fill(this.check);
     const { own } = found;
     const { trigger, of, lacking, stands_as } = found.check;
     const names = (/** @type {string[]} */ list) => list.slice(0, 5).join(", ") + (list.length > 5 ? ", …" : "");
     const row = (/** @type {string} */ text, /** @type {string[]} */ list, /** @type {string} */ label, /** @type {(text: string) => string} */ mend) =>
-      h("div", { class: "ck-group", title: names(list) },
-        h("span", { class: "ck-warning" }, text),
-        own && h("button", { type: "button", "data-mend": "trigger", onclick: () => this.#mend(list, mend, label) }, label)); // prettier-ignore
+      h("div.ck-group", { title: names(list) },
+        h("span.ck-warning", text),
+        own && h("button", { "data-mend": "trigger", onclick: () => this.#mend(list, mend, label) }, label));
     const others = new Set(stands_as.flatMap((each) => each.names));
     const rest = lacking.filter((name) => !others.has(name));
     const fronted = (/** @type {string} */ line) => (line.toLowerCase().includes(trigger.toLowerCase()) ? line : `${trigger} ${line}`);
@@ -243,7 +233,7 @@ class Images {
       rest.length > 0 && own &&
         row(t("room.images.put_front_why", { trigger }), rest, t("room.images.put_front", { trigger, count: rest.length }),
           (text) => text.split("\n").map((line) => (line.trim() ? fronted(line) : line)).join("\n")),
-    ); // prettier-ignore
+    );
   }
 
   /** @param {string[]} names @param {(text: string) => string} work @param {string} label */
@@ -259,7 +249,7 @@ class Images {
     this.aside.hidden = !removed.length;
     say(summary, t("room.images.removed", { count: removed.reduce((sum, { names }) => sum + names.length, 0) }));
     fill(list, removed.map(({ batch, names }) =>
-      h("li", { class: "ck-group" }, names.join(", "), h("button", { type: "button", "data-batch": batch, onclick: () => this.folder.change("restore", { batch, label: t("room.images.did_restore") }) }, t("room.images.restore"))))); // prettier-ignore
+      h("li.ck-group", names.join(", "), h("button", { "data-batch": batch, onclick: () => this.folder.change("restore", { batch, label: t("room.images.did_restore") }) }, t("room.images.restore")))));
   }
 
   /**

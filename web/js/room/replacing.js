@@ -1,21 +1,20 @@
-// @ts-check
 // Find and replace in all captions of a folder; how often is said before anything is written.
 import { h, say } from "../lib/dom.js";
 import { t } from "../lib/words.js";
 
 /** Behind a disclosure; `count()` after the captions changed. */
 export class Replacing {
-  /** @param {() => import("./folder.js").Folder} folder gives the one that is shown */
+  /** @param {() => Folder} folder gives the one that is shown */
   constructor(folder) {
     this.folder = folder;
     const field = (/** @type {string} */ key) => h("input", { type: "text", "aria-label": t(`room.images.${key}`), placeholder: t(`room.images.${key}`), oninput: () => this.count() });
     this.find = field("find");
     this.put = field("put");
     this.whole = h("input", { type: "checkbox", onchange: () => this.count() });
-    this.matches = h("span", { class: "ck-faint", role: "status" });
-    this.all = h("button", { type: "button", "data-action": "replace", onclick: () => this.#replace() }, t("room.images.replace_all"));
-    const row = h("div", { class: "ck-group" }, this.find, this.put, h("label", {}, this.whole, " ", t("room.images.whole")), this.all, this.matches);
-    this.element = h("details", { class: "ck-replace" }, h("summary", {}, t("room.images.replace")), row);
+    this.matches = h("span.ck-faint", { role: "status" });
+    this.all = h("button", { "data-action": "replace", onclick: () => this.#replace() }, t("room.images.replace_all"));
+    const row = h("div.ck-group", this.find, this.put, h("label", this.whole, " ", t("room.images.whole")), this.all, this.matches);
+    this.element = h("details.ck-replace", h("summary", t("room.images.replace")), row);
   }
 
   #found() {

@@ -1,9 +1,10 @@
-// @ts-check
 // The training room: one wide page over ComfyUI, four steps from a folder of images to a LoRA. What is chosen (folder,
 // aim, job, what was typed for it) is a setting of ComfyUI's user; everything else is the host's, too.
 import { api } from "../../../../scripts/api.js";
 import { fill, h, throttled } from "../lib/dom.js";
+import { reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
+import { help } from "../jobs/words.js";
 import * as aim from "./aim.js";
 import * as choose from "./choose.js";
 import * as images from "./images.js";
@@ -68,16 +69,16 @@ class Room {
     this.listeners = new Set();
     this.timer = 0;
     this.tabs = NAMES.map((name, i) => this.#tab(name, i));
-    this.panels = NAMES.map((name) => h("div", { class: "ck-panel", role: "tabpanel", id: `ck-room-${name}`, "aria-labelledby": `ck-room-tab-${name}`, hidden: true }));
-    const close = h("button", { type: "button", class: "ck-quiet", title: t("room.close"), "aria-label": t("room.close"), onclick: () => this.close() }, "✕");
+    this.panels = NAMES.map((name) => h("div.ck-panel", { role: "tabpanel", id: `ck-room-${name}`, "aria-labelledby": `ck-room-tab-${name}`, hidden: true }));
+    const close = h("button.ck-quiet", { title: t("room.close"), "aria-label": t("room.close"), onclick: () => this.close() }, "✕");
     const title = h("h1", { id: "ck-room-title" }, t("room.title"));
-    const list = h("div", { class: "ck-steps", role: "tablist", "aria-labelledby": "ck-room-title" }, this.tabs);
-    this.note = h("div", { class: "ck-notice", role: "status", "aria-live": "polite" });
+    const list = h("div.ck-steps", { role: "tablist", "aria-labelledby": "ck-room-title" }, this.tabs);
+    this.note = h("div.ck-notice", { role: "status", "aria-live": "polite" });
     this.element = h(
-      "div",
-      { class: "chromakit ck-room", role: "dialog", "aria-modal": "true", "aria-labelledby": "ck-room-title", tabIndex: -1 },
-      h("header", {}, title, list, close),
-      h("div", { class: "ck-main" }, this.panels),
+      "div.chromakit.ck-room",
+      { role: "dialog", "aria-modal": "true", "aria-labelledby": "ck-room-title", tabIndex: -1 },
+      h("header", title, list, help("room"), close),
+      h("div.ck-main", this.panels),
       this.note,
     );
     this.element.addEventListener("keydown", (event) => this.#key(event));
@@ -126,9 +127,14 @@ class Room {
   notice(text, kind = "info") {
     clearTimeout(this.timer);
     this.note.setAttribute("role", kind === "error" ? "alert" : "status");
-    const close = h("button", { type: "button", class: "ck-quiet", "aria-label": t("room.dismiss"), onclick: () => fill(this.note) }, "✕");
+    const close = h("button.ck-quiet", { "aria-label": t("room.dismiss"), onclick: () => fill(this.note) }, "✕");
     fill(this.note, text && h("span", { class: kind === "error" ? "ck-error" : "" }, text), text && close);
     if (kind === "info") this.timer = setTimeout(() => fill(this.note), NOTICE_MILLISECONDS);
+  }
+
+  /** @param {unknown} error */
+  failed(error) {
+    this.notice(reason(error), "error");
   }
 
   close() {
@@ -144,7 +150,7 @@ class Room {
   #tab(name, i) {
     return h(
       "button",
-      { type: "button", role: "tab", id: `ck-room-tab-${name}`, "aria-controls": `ck-room-${name}`, title: `Alt+${i + 1}`, onclick: () => this.go(name) },
+      { role: "tab", id: `ck-room-tab-${name}`, "aria-controls": `ck-room-${name}`, title: `Alt+${i + 1}`, onclick: () => this.go(name) },
       h("b", { "aria-hidden": "true" }, String(i + 1)),
       t(STEPS[name].title),
     );
@@ -169,10 +175,7 @@ class Room {
     event.preventDefault();
   }
 
-  /**
-   * The focus goes round within the room.
-   * @param {KeyboardEvent} event
-   */
+  /** The focus goes round within the room. @param {KeyboardEvent} event */
   #hold(event) {
     const all = /** @type {HTMLElement[]} */ ([...this.element.querySelectorAll(FOCUSABLE)]);
     const reached = all.filter((each) => each.tabIndex >= 0 && !each.matches(":disabled") && each.checkVisibility());

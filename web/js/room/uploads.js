@@ -1,4 +1,3 @@
-// @ts-check
 // Files on their way into a data set folder, through ComfyUI's own upload; captions through ours, once their images are
 // there. Every file that does not arrive is named with the reason.
 import { api } from "../../../../scripts/api.js";
@@ -7,14 +6,10 @@ import { t } from "../lib/words.js";
 
 const AT_ONCE = 3;
 
-/** @typedef {{ file: File, place: string }} Given a file, and the folder within the data set that it goes to */
-
 /** @param {string} name */
 const ending = (name) => (/\.[^./]+$/.exec(name)?.[0] ?? "").toLowerCase();
 /** @param {string} name */
 const stem = (name) => name.replace(/\.[^./]+$/, "");
-
-/** @typedef {import("./folder.js").Folder} Folder */
 
 /** One batch after another: none is added while `going`. `arrived()` is called after each file. */
 export class Uploads {

@@ -1,4 +1,3 @@
-// @ts-check
 // A wall of images, rows down and prompts across: walked by keys, and each image enlarged over another of its column.
 import { fill, h, say } from "../lib/dom.js";
 import { t } from "../lib/words.js";
@@ -28,23 +27,20 @@ export class Wall {
     this.columns = "";
     /** @type {string | null} */
     this.current = null; // the key of the image that the Tab key comes to
-    this.heads = h("div", { role: "row", class: "ck-wall-heads" });
-    this.element = h("div", { class: "ck-wall", role: "grid", "aria-label": label }, this.heads);
+    this.heads = h("div.ck-wall-heads", { role: "row" });
+    this.element = h("div.ck-wall", { role: "grid", "aria-label": label }, this.heads);
     this.element.addEventListener("keydown", (event) => this.#key(event));
     this.large = new Enlarged(this);
   }
 
-  /**
-   * @param {string[]} columns what each prompt says
-   * @param {WallRow[]} rows
-   */
+  /** @param {string[]} columns what each prompt says @param {WallRow[]} rows */
   show(columns, rows) {
     const atEnd = this.element.scrollTop > 0 && this.element.scrollTop + this.element.clientHeight >= this.element.scrollHeight - 8;
     this.rows = rows;
     if (this.columns !== columns.join("\n")) {
       this.columns = columns.join("\n");
-      const head = (/** @type {string} */ text) => h("div", { role: "columnheader", title: text }, h("span", {}, text));
-      fill(this.heads, h("div", { role: "columnheader", class: "ck-wall-corner" }, t("wall.step")), columns.map(head));
+      const head = (/** @type {string} */ text) => h("div", { role: "columnheader", title: text }, h("span", text));
+      fill(this.heads, h("div.ck-wall-corner", { role: "columnheader" }, t("wall.step")), columns.map(head));
       this.element.style.setProperty("--ck-columns", String(columns.length));
     }
     const wanted = new Set(rows.map((row) => row.key));
@@ -64,7 +60,7 @@ export class Wall {
   #row(row, columns) {
     let shown = this.shown.get(row.key);
     if (!shown) {
-      const [head, mark] = [h("span", {}), h("span", { class: "ck-faint" })];
+      const [head, mark] = [h("span"), h("span.ck-faint")];
       const element = h("div", { role: "row", "data-row": row.key }, h("div", { role: "rowheader" }, head, mark));
       shown = { element, head, mark, cells: new Map() };
       this.shown.set(row.key, shown);
@@ -119,10 +115,7 @@ export class Wall {
     if (cell) this.chosen(cell);
   }
 
-  /**
-   * Go to an image.
-   * @param {string} key
-   */
+  /** Go to an image. @param {string} key */
   focus(key) {
     const place = this.#place(key);
     if (!place) return;
@@ -130,10 +123,7 @@ export class Wall {
     this.shown.get(this.rows[place[0]].key)?.cells.get(place[1])?.element.focus();
   }
 
-  /**
-   * An image and those above and below it that are there, from the top.
-   * @param {WallCell} cell
-   */
+  /** An image and those above and below it that are there, from the top. @param {WallCell} cell */
   column(cell) {
     const place = this.#place(cell.key);
     return place ? this.rows.flatMap((row) => row.cells[place[1]] ?? []).filter((each) => each.source) : [];
@@ -182,7 +172,7 @@ class Tile {
     /** @type {WallCell | null} */
     this.cell = null;
     this.image = h("img", { loading: "lazy", decoding: "async", alt: "", hidden: true });
-    this.note = h("span", { class: "ck-wall-note" });
+    this.note = h("span.ck-wall-note");
     this.element = h("div", { role: "gridcell" }, this.image, this.note);
     this.element.addEventListener("click", () => this.cell && clicked(this.cell, false));
     this.element.addEventListener("dblclick", () => this.cell && clicked(this.cell, true));
@@ -232,18 +222,18 @@ class Enlarged {
     this.pinned = null; // the key of the image on the left, where one was chosen
     this.slider = new Slider();
     this.title = h("h2", { id: "ck-large-title" });
-    this.note = h("span", { class: "ck-strong", role: "status" });
-    this.left = h("select", { onchange: () => { this.pinned = this.left.value; this.#show(); } }); // prettier-ignore
-    this.up = h("button", { type: "button", title: t("wall.up_tip"), onclick: () => this.#go(-1) }, t("wall.up"));
-    this.down = h("button", { type: "button", title: t("wall.down_tip"), onclick: () => this.#go(1) }, t("wall.down"));
-    const close = h("button", { type: "button", onclick: () => this.element.close() }, t("wall.close"));
-    this.choice = h("label", { class: "ck-group" }, t("previews.compare_with"), this.left);
+    this.note = h("span.ck-strong", { role: "status" });
+    this.left = h("select", { onchange: () => { this.pinned = this.left.value; this.#show(); } });
+    this.up = h("button", { title: t("wall.up_tip"), onclick: () => this.#go(-1) }, t("wall.up"));
+    this.down = h("button", { title: t("wall.down_tip"), onclick: () => this.#go(1) }, t("wall.down"));
+    const close = h("button", { onclick: () => this.element.close() }, t("wall.close"));
+    this.choice = h("label.ck-group", t("previews.compare_with"), this.left);
     this.element = h(
-      "dialog",
-      { class: "ck-large", "aria-labelledby": "ck-large-title" },
-      h("div", { class: "ck-row" }, this.title, this.note, close),
+      "dialog.ck-large",
+      { "aria-labelledby": "ck-large-title" },
+      h("div.ck-row", this.title, this.note, close),
       this.slider.element,
-      h("div", { class: "ck-row" }, this.choice, h("div", { class: "ck-group" }, this.up, this.down)),
+      h("div.ck-row", this.choice, h("div.ck-group", this.up, this.down)),
     );
     this.element.addEventListener("keydown", (event) => this.#key(event));
     this.element.addEventListener("click", (event) => event.target === this.element && this.element.close());

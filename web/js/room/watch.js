@@ -1,4 +1,3 @@
-// @ts-check
 // Step "Watch": the jobs; and of the one that is chosen how far it is, its previews as a wall, the verdict, its curves.
 import { api } from "../../../../scripts/api.js";
 import { fill, h, say } from "../lib/dom.js";
@@ -12,7 +11,7 @@ import { JobList } from "../jobs/list.js";
 import { promptText, samplesOf, sourceOf } from "../jobs/previews.js";
 import { onManners } from "../jobs/prompts.js";
 import { find, listen, watch } from "../jobs/store.js";
-import { mannersWords, showStanding } from "../jobs/words.js";
+import { Standing, mannersWords } from "../jobs/words.js";
 import { LARGE, SMALL, Wall } from "./wall.js";
 
 const POINTS = 1500;
@@ -20,25 +19,35 @@ const POINTS = 1500;
 export const title = "room.watch.title";
 
 /** @param {TrainingRoom} room @returns {Step} */
-export function build(room) {
-  const element = h("div", { class: "ck-watch" });
-  /** @type {Watched | JobList | null} */
-  let shown = null;
+export const build = (room) =>
+  ofChosenJob(room, h("div.ck-watch"), (job) => (job ? new Watched(job, room) : new JobList((id) => room.choose({ job: id }))));
+
+/**
+ * A step that shows the job which is chosen in the room, or what there is to see without one.
+ * @param {TrainingRoom} room
+ * @param {HTMLElement} element
+ * @param {(job: Job | undefined) => Required<Pick<Step, "element" | "destroy">> & Step} make
+ * @returns {Step}
+ */
+export function ofChosenJob(room, element, make) {
+  let job = find(room.view.job);
+  let shown = make(job);
   const show = () => {
-    shown?.destroy();
-    const job = find(room.view.job);
-    shown = job ? new Watched(job, room) : new JobList((id) => room.choose({ job: id }));
+    shown.destroy();
+    job = find(room.view.job);
+    shown = make(job);
     fill(element, shown.element);
   };
   // A job that is not known yet (the page has just been opened), or no longer there.
-  const changed = () => shown instanceof Watched !== Boolean(find(room.view.job)) && show();
+  const changed = () => Boolean(job) !== Boolean(find(room.view.job)) && show();
   const ends = [room.onChoice((news) => "job" in news && show()), listen(changed)];
-  show();
+  fill(element, shown.element);
   return {
     element,
+    refresh: () => shown.refresh?.(),
     destroy() {
       for (const end of ends) end();
-      shown?.destroy();
+      shown.destroy();
     },
   };
 }
@@ -49,39 +58,35 @@ class Watched {
   constructor(job, room) {
     this.id = job.id;
     const complain = (/** @type {string} */ text) => room.notice(text, "error");
-    this.chip = h("span", { class: "ck-chip" });
-    this.bar = h("progress", { max: 1, "aria-label": t("job.progress") });
-    this.numbers = h("span", { class: "ck-strong" });
-    this.cost = h("span", { class: "ck-faint" });
-    this.queue = h("span", { class: "ck-faint", role: "status" });
-    this.message = h("div", { class: "ck-message", role: "status" });
-    this.warnings = h("ul", { class: "ck-warnings" });
+    this.standing = new Standing();
+    const { chip, bar, numbers, cost, message, warnings } = this.standing;
+    this.queue = h("span.ck-faint", { role: "status" });
     this.actions = new Actions(job, complain);
     this.wall = new Wall(t("room.watch.wall", { name: job.name }));
     this.wall.element.hidden = true;
-    this.note = h("p", { class: "ck-faint" });
+    this.note = h("p.ck-faint");
     this.choice = new Choice(job, complain);
     this.curves = new Curves();
     /** @type {CurveFeed | null} */
     this.feed = null;
-    this.charts = h("details", { ontoggle: () => this.#openCurves() }, h("summary", {}, t("room.watch.curves")), this.curves.element);
+    this.charts = h("details", { ontoggle: () => this.#openCurves() }, h("summary", t("room.watch.curves")), this.curves.element);
     this.log = new Log(job.id);
     this.names = "";
     /** @type {number | null} */
     this.waiting = null; // prompts in ComfyUI's queue
-    const leave = h("button", { type: "button", class: "ck-back", onclick: () => room.choose({ job: "" }) }, t("job.back"));
-    this.further = h("button", { type: "button", "data-action": "choose", onclick: () => room.go("choose") }, t("room.watch.choose"));
+    const leave = h("button.ck-back", { onclick: () => room.choose({ job: "" }) }, t("job.back"));
+    this.further = h("button", { "data-action": "choose", onclick: () => room.go("choose") }, t("room.watch.choose"));
     this.element = h(
-      "div",
-      { class: "ck-watched", "data-job": job.id },
-      h("div", { class: "ck-row ck-watch-head" }, leave, h("h2", { class: "ck-clip", title: job.id }, job.name), this.chip, this.numbers, this.cost, this.queue),
-      this.bar,
-      this.message,
+      "div.ck-watched",
+      { "data-job": job.id },
+      h("div.ck-row.ck-watch-head", leave, h("h2.ck-clip", { title: job.id }, job.name), chip, numbers, cost, this.queue),
+      bar,
+      message,
       this.actions.element,
-      this.warnings,
+      warnings,
       this.note,
       this.wall.element,
-      h("div", { class: "ck-watch-foot" }, this.choice.element, this.further),
+      h("div.ck-watch-foot", this.choice.element, this.further),
       this.charts,
       this.log.element,
     );
@@ -93,7 +98,7 @@ class Watched {
       onManners(() => this.#queued(this.waiting)),
       () => api.removeEventListener("status", counted),
     ];
-    api.fetchApi("/prompt").then((answer) => answer.json()).then((found) => this.#queued(found?.exec_info?.queue_remaining)).catch(() => {}); // prettier-ignore
+    api.fetchApi("/prompt").then((answer) => answer.json()).then((found) => this.#queued(found?.exec_info?.queue_remaining)).catch(() => {});
     this.#show(job);
   }
 
@@ -123,7 +128,7 @@ class Watched {
 
   /** @param {Job} job */
   #show(job) {
-    showStanding(this, job);
+    this.standing.show(job);
     this.actions.show(job);
     this.choice.show(job);
     this.choice.judge(job.verdict ?? null);

@@ -1,4 +1,3 @@
-// @ts-check
 // Chroma Dataset: what is in the folder, before anything runs.
 import { fill, h } from "../lib/dom.js";
 import { address } from "../lib/http.js";
@@ -10,7 +9,7 @@ const WARNED = 96;
 const CHIPS = 6;
 
 /** @extends {LivePanel<DatasetLook>} */
-class Dataset extends LivePanel {
+export class Dataset extends LivePanel {
   /** @param {PageNode} node */
   constructor(node) {
     super(node, "dataset", "datasets/look");
@@ -35,11 +34,11 @@ class Dataset extends LivePanel {
   show(found) {
     const assumed = found.size_from === "assumed" ? "size_assumed" : found.size_from === "model" ? "size_model" : "size";
     const counts = this.t("counts", { pictures: found.pictures, captions: found.captions });
-    const again = h("button", { type: "button", class: "ck-quiet", onclick: () => this.again(), "aria-label": this.t("again"), title: this.t("again") }, "⟳");
-    const size = h("li", { class: "ck-faint", title: this.t(`${assumed}_tip`) }, this.t(assumed, { size: found.size }));
+    const again = h("button.ck-quiet", { onclick: () => this.again(), "aria-label": this.t("again"), title: this.t("again") }, "⟳");
+    const size = h("li.ck-faint", { title: this.t(`${assumed}_tip`) }, this.t(assumed, { size: found.size }));
     fill(
       this.body,
-      h("div", { class: "ck-row ck-nowrap", title: found.summary.join("\n") }, h("span", { class: "ck-strong ck-clip" }, counts), again),
+      h("div.ck-row.ck-nowrap", { title: found.summary.join("\n") }, h("span.ck-strong.ck-clip", counts), again),
       this.chips(size, found.buckets),
       this.warnings(found.warnings),
       this.sheet(found),
@@ -57,22 +56,22 @@ class Dataset extends LivePanel {
     const chip = (/** @type {Bucket} */ { width, height, count }) => {
       const longest = Math.max(width, height);
       const shape = { width: `${(11 * width) / longest}px`, height: `${(11 * height) / longest}px` };
-      return h("li", { class: "ck-chip" }, h("i", { style: shape, "aria-hidden": "true" }), `${width}×${height}`, h("b", {}, String(count)));
+      return h("li.ck-chip", h("i", { style: shape, "aria-hidden": "true" }), `${width}×${height}`, h("b", String(count)));
     };
     const title = rest.map((b) => `${b.width}×${b.height}: ${b.count}`).join("\n");
-    const more = rest.length > 0 && h("li", { class: "ck-faint", title }, this.t("more", { count: rest.length }));
-    return h("ul", { class: "ck-chips", "aria-label": this.t("buckets") }, size, sorted.slice(0, CHIPS).map(chip), more);
+    const more = rest.length > 0 && h("li.ck-faint", { title }, this.t("more", { count: rest.length }));
+    return h("ul.ck-chips", { "aria-label": this.t("buckets") }, size, sorted.slice(0, CHIPS).map(chip), more);
   }
 
   /** @param {string[]} texts */
   warnings(texts) {
-    if (!texts.length) return h("div", { class: "ck-faint" }, this.t("no_warnings"));
+    if (!texts.length) return h("div.ck-faint", this.t("no_warnings"));
     const label = texts.length === 1 ? this.t("warning") : this.t("warnings", { count: texts.length });
     const details = h(
-      "details",
-      { class: "ck-warnings", open: this.unfolded },
-      h("summary", { class: "ck-warning ck-clip", title: texts[0] }, `${label}: ${texts[0]}`),
-      h("ul", { class: "ck-scroll", tabIndex: 0 }, texts.map((text) => h("li", {}, text))),
+      "details.ck-warnings",
+      { open: this.unfolded },
+      h("summary.ck-warning.ck-clip", { title: texts[0] }, `${label}: ${texts[0]}`),
+      h("ul.ck-scroll", { tabIndex: 0 }, texts.map((text) => h("li", text))),
     );
     details.addEventListener("toggle", () => {
       if (details.open === this.unfolded) return;
@@ -82,10 +81,7 @@ class Dataset extends LivePanel {
     return details;
   }
 
-  /**
-   * Small images, cropped as in training; a click opens the whole contact sheet.
-   * @param {DatasetLook} found
-   */
+  /** Small images, cropped as in training; a click opens the whole contact sheet. @param {DatasetLook} found */
   sheet(found) {
     const tile = (/** @type {Thumbnail} */ { name, caption, notes, image }) => {
       const title = [name, caption, ...notes.map((note) => `! ${note}`)].filter(Boolean).join("\n");
@@ -93,14 +89,6 @@ class Dataset extends LivePanel {
       return h("span", { class: notes.length ? "ck-tile ck-doubt" : "ck-tile", title }, inside);
     };
     const href = address(found.sheet);
-    return h("a", { class: "ck-tiles", href, target: "_blank", rel: "noopener", "aria-label": this.t("open") }, found.thumbnails.map(tile));
+    return h("a.ck-tiles", { href, target: "_blank", rel: "noopener", "aria-label": this.t("open") }, found.thumbnails.map(tile));
   }
-}
-
-/**
- * Put the contact sheet on a Chroma Dataset node.
- * @param {PageNode} node
- */
-export function attachDataset(node) {
-  return new Dataset(node);
 }

@@ -1,4 +1,3 @@
-// @ts-check
 // Chroma Training Settings and Chroma Noise Settings: how often each noise level is trained, and how the learning rate goes.
 import { fill } from "../lib/dom.js";
 import { SmallChart } from "./small_chart.js";
@@ -12,7 +11,7 @@ const NAMES = [
 ];
 
 /** @extends {LivePanel<DensityLook>} */
-class Density extends LivePanel {
+export class Density extends LivePanel {
   /** @param {PageNode} node */
   constructor(node) {
     super(node, "density", "density");
@@ -58,12 +57,4 @@ class Density extends LivePanel {
       read: (i) => this.t("rate", { step: rates[i][0], share: (100 * rates[i][1]).toFixed(1) }),
     });
   }
-}
-
-/**
- * Put the plots on a node with settings of noise levels.
- * @param {PageNode} node
- */
-export function attachDensity(node) {
-  return new Density(node);
 }

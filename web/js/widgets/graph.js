@@ -1,7 +1,6 @@
-// @ts-check
 // What the graph says about a node: its neighbours over links, and values of widgets that no link replaces.
 
-import { widgetValues } from "../lib/node_panel.js";
+import { nodeData, widgetValues } from "../lib/node_panel.js";
 
 const SETTINGS = [
   "ChromaTrainingSettings", "ChromaOptimizerSettings", "ChromaNoiseSettings", "ChromaPreviewSettings",
@@ -69,9 +68,9 @@ export function companionValues(node, name) {
   const input = node.inputs?.find((each) => each.name === name);
   const from = node.graph?.getNodeById(linkOf(node.graph, input?.link)?.origin_id);
   if (!from) return {};
-  const { nodeData } = /** @type {{ nodeData?: NodeData }} */ (/** @type {unknown} */ (from.constructor));
+  const { input: kinds } = nodeData(from);
   /** @type {Record<string, [unknown, { default?: unknown }?]>} */
-  const inputs = { ...nodeData?.input?.required, ...nodeData?.input?.optional };
+  const inputs = { ...kinds?.required, ...kinds?.optional };
   const changed = Object.entries(widgetValues(from)).filter(([key, value]) => inputs[key] && inputs[key][1]?.default !== value);
   return { ...companionValues(from, name), ...Object.fromEntries(changed) };
 }

@@ -1,9 +1,8 @@
-// @ts-check
 // A panel that asks the host a question made of its node's widgets, and shows the answer to the last one asked.
 import { app } from "../../../../scripts/app.js";
 import { debounced, fill, h, say } from "../lib/dom.js";
 import { post, reason } from "../lib/http.js";
-import { addPanel, chain, onWidgets, widgetValues } from "../lib/node_panel.js";
+import { addPanel, chain, nodeData, onWidgets, widgetValues } from "../lib/node_panel.js";
 import { t } from "../lib/words.js";
 
 export const SETTING = "Chroma.Panels";
@@ -19,10 +18,7 @@ export function touchAll() {
   for (const panel of panels) panel.touch();
 }
 
-/**
- * Show or hide all panels.
- * @param {boolean} on
- */
+/** Show or hide all panels. @param {boolean} on */
 export function showAll(on) {
   for (const panel of panels) panel.toggle(on);
 }
@@ -50,9 +46,9 @@ export class LivePanel {
     this.asked = null;
     this.waiting = false;
     this.on = isOn();
-    this.note = h("div", { class: "ck-note ck-faint", role: "status" });
-    this.body = h("div", { class: "ck-body" });
-    this.root = h("section", { class: "chromakit ck-node ck-live", "aria-label": this.t("title") }, this.body, this.note);
+    this.note = h("div.ck-note.ck-faint", { role: "status" });
+    this.body = h("div.ck-body");
+    this.root = h("section.chromakit.ck-node.ck-live", { "aria-label": this.t("title") }, this.body, this.note);
     this.root.dataset.panel = name;
     this.panel = addPanel(node, `chromakit_${name}`, this.root, () => (this.on ? this.height() : 0));
     this.touch = debounced(() => this.ask(), WAIT);
@@ -91,8 +87,7 @@ export class LivePanel {
    * @returns {WidgetValues}
    */
   values(names) {
-    const { nodeData } = /** @type {{ nodeData?: NodeData }} */ (/** @type {unknown} */ (this.node.constructor));
-    const { required, optional } = nodeData?.input ?? {};
+    const { required, optional } = nodeData(this.node).input ?? {};
     const wanted = names ?? Object.keys({ ...required, ...optional });
     return Object.fromEntries(Object.entries(widgetValues(this.node)).filter(([name]) => wanted.includes(name)));
   }

@@ -1,9 +1,8 @@
-// @ts-check
 // How our nodes look in both renderers: folded widgets take no room, sockets have colours, no text stays after a run.
 import { app } from "../../../../scripts/app.js";
 import { api } from "../../../../scripts/api.js";
 import { h } from "../lib/dom.js";
-import { chain } from "../lib/node_panel.js";
+import { chain, nodeData } from "../lib/node_panel.js";
 import { isLinked } from "./graph.js";
 
 /** @type {Record<string, string>} Near those of ComfyUI's own type, where there is one. */
@@ -27,13 +26,9 @@ const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
 /** @type {Map<PageNode, number>} our nodes in the graph, and how high each was when the prompt began */
 const heights = new Map();
 
-/**
- * Make a node of ours look as it should; others are left alone.
- * @param {PageNode} node
- */
+/** Make a node of ours look as it should; others are left alone. @param {PageNode} node */
 export function dress(node) {
-  const { nodeData } = /** @type {{ nodeData?: NodeData }} */ (/** @type {unknown} */ (node.constructor));
-  if (!nodeData?.category?.startsWith("Chroma/")) return;
+  if (!nodeData(node).category?.startsWith("Chroma/")) return;
   fold(node);
   const [width, height] = node.size;
   if (width < TITLE) node.setSize([TITLE, height]);
@@ -88,7 +83,7 @@ function colour() {
     }
   }
   const rules = Object.entries(COLOURS).map(([type, value]) => `--color-datatype-${type}: ${value};`);
-  document.head.append(h("style", {}, `:root { ${rules.join(" ")} }`));
+  document.head.append(h("style", `:root { ${rules.join(" ")} }`));
 }
 
 /** Once the page is there. */

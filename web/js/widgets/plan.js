@@ -1,4 +1,3 @@
-// @ts-check
 // Chroma Load Model: what the chosen settings need on this machine, and behind a disclosure what the others would.
 import { fill, h } from "../lib/dom.js";
 import { chain } from "../lib/node_panel.js";
@@ -16,7 +15,7 @@ const PUBLISHED = "as published";
 const gib = (bytes) => (bytes / 2 ** 30).toFixed(bytes < 2 ** 30 ? 2 : 1);
 
 /** @extends {LivePanel<PlanLook>} */
-class Plan extends LivePanel {
+export class Plan extends LivePanel {
   /** @param {PageNode} node */
   constructor(node) {
     super(node, "plan", "plan/rows");
@@ -46,7 +45,7 @@ class Plan extends LivePanel {
   /** @param {PlanLook} plan */
   show(plan) {
     const chosen = plan.rows.find((row) => row.marks.includes("chosen"));
-    this.details = h("details", { open: this.open }, h("summary", {}, chosen && this.line(plan, chosen)), this.table(plan));
+    this.details = h("details", { open: this.open }, h("summary", chosen && this.line(plan, chosen)), this.table(plan));
     this.details.addEventListener("toggle", () => this.disclosed());
     fill(this.body, this.details);
   }
@@ -83,23 +82,20 @@ class Plan extends LivePanel {
   /** @param {PlanLook} plan */
   table(plan) {
     const names = ["precision", "t5", "offload", "sampling", "training", "computer"];
-    const head = h("tr", {}, names.map((name) => h("th", { scope: "col" }, this.t(`column.${name}`))));
+    const head = h("tr", names.map((name) => h("th", { scope: "col" }, this.t(`column.${name}`))));
     const about = this.t("about", {
       device: plan.device_name, size: plan.size, budget: gib(plan.device_budget_bytes), host: gib(plan.host_budget_bytes),
     });
     return h(
-      "div",
-      { class: "ck-scroll", tabIndex: 0 },
-      h("table", { class: "ck-plan" }, h("thead", {}, head), h("tbody", {}, plan.rows.flatMap((row) => this.rows(row)))),
-      h("p", { class: "ck-faint" }, about),
-      plan.recommended.map((choice) => h("p", { class: "ck-faint" }, advice(plan, choice))),
+      "div.ck-scroll",
+      { tabIndex: 0 },
+      h("table.ck-plan", h("thead", head), h("tbody", plan.rows.flatMap((row) => this.rows(row)))),
+      h("p.ck-faint", about),
+      plan.recommended.map((choice) => h("p.ck-faint", advice(plan, choice))),
     );
   }
 
-  /**
-   * A row, and below it what is to say about it.
-   * @param {PlanRow} row
-   */
+  /** A row, and below it what is to say about it. @param {PlanRow} row */
   rows(row) {
     const chosen = row.marks.includes("chosen");
     const advised = row.marks.some((mark) => mark.startsWith("recommended"));
@@ -107,16 +103,16 @@ class Plan extends LivePanel {
     const mode = row.offload === "block" ? `block ${row.resident_blocks}` : row.offload;
     const need = (/** @type {Purpose} */ purpose) =>
       h("td", { class: row.fits.includes(purpose) ? "ck-number" : "ck-number ck-faint" }, gib(row[`${purpose}_bytes`]));
-    const cells = [row.precision, row.text_precision, mode].map((text) => h("td", {}, text));
+    const cells = [row.precision, row.text_precision, mode].map((text) => h("td", text));
     const made = [
       h("tr", { class: name, "aria-current": chosen ? "true" : null },
-        cells, need("sampling"), need("training"), h("td", { class: "ck-number" }, gib(row.host_bytes))),
+        cells, need("sampling"), need("training"), h("td.ck-number", gib(row.host_bytes))),
     ];
     const marks = row.marks.map((mark) => this.t(`mark.${mark}`));
     if (marks.length) {
-      const use = h("button", { type: "button", onclick: () => this.use(row) }, this.t("use"));
+      const use = h("button", { onclick: () => this.use(row) }, this.t("use"));
       const badge = h("span", { class: advised ? "ck-badge" : "ck-faint" }, `↳ ${marks.join(" · ")}`);
-      made.push(h("tr", { class: name }, h("td", { colSpan: 6 }, h("div", { class: "ck-row" }, badge, advised && !chosen && use))));
+      made.push(h("tr", { class: name }, h("td", { colSpan: 6 }, h("div.ck-row", badge, advised && !chosen && use))));
     }
     return made;
   }
@@ -139,13 +135,5 @@ export function advice(plan, choice) {
   return t(`widgets.plan.advice.${choice.purpose}.${choice.fits ? "fits" : "too_large"}`, {
     precision: choice.precision, t5: choice.text_precision, offload: mode,
     need: t(`widgets.plan.advice.${plan.shared ? "shared" : "need"}`, need),
-  }); // prettier-ignore
-}
-
-/**
- * Put the memory plan on a Chroma Load Model node.
- * @param {PageNode} node
- */
-export function attachPlan(node) {
-  return new Plan(node);
+  });
 }

@@ -1,23 +1,22 @@
-// @ts-check
 // The live panels of the nodes, and the setting that switches them off.
 import { app } from "../../../../scripts/app.js";
 import { api } from "../../../../scripts/api.js";
 import { linkStyles } from "../lib/dom.js";
 import { loadWords } from "../lib/words.js";
-import { attachDataset } from "./dataset.js";
-import { attachDensity } from "./density.js";
+import { Dataset } from "./dataset.js";
+import { Density } from "./density.js";
 import { SETTING, showAll, touchAll } from "./live_panel.js";
 import { dress, startLooks } from "./looks.js";
-import { attachPlan } from "./plan.js";
-import { attachSigmas } from "./sigmas.js";
+import { Plan } from "./plan.js";
+import { Sigmas } from "./sigmas.js";
 
-/** @type {Record<string, (node: PageNode) => unknown>} */
+/** @type {Record<string, new (node: PageNode) => unknown>} */
 const PANELS = {
-  ChromaDataset: attachDataset,
-  ChromaLoadModel: attachPlan,
-  ChromaNoiseSettings: attachDensity,
-  ChromaTailSigmas: attachSigmas,
-  ChromaTrainingSettings: attachDensity,
+  ChromaDataset: Dataset,
+  ChromaLoadModel: Plan,
+  ChromaNoiseSettings: Density,
+  ChromaTailSigmas: Sigmas,
+  ChromaTrainingSettings: Density,
 };
 
 app.registerExtension({
@@ -44,6 +43,7 @@ app.registerExtension({
   },
   nodeCreated(node) {
     dress(node);
-    PANELS[node.comfyClass ?? ""]?.(node);
+    const Panel = PANELS[node.comfyClass ?? ""];
+    if (Panel) new Panel(node);
   },
 });

@@ -1,4 +1,3 @@
-// @ts-check
 // Chroma Tail Sigmas: the noise levels over the steps.
 import { fill } from "../lib/dom.js";
 import { SmallChart } from "./small_chart.js";
@@ -8,7 +7,7 @@ import { LivePanel } from "./live_panel.js";
 const HEIGHT = 150;
 
 /** @extends {LivePanel<SigmasLook>} */
-class Sigmas extends LivePanel {
+export class Sigmas extends LivePanel {
   /** @param {PageNode} node */
   constructor(node) {
     super(node, "sigmas", "sigmas");
@@ -49,12 +48,4 @@ class Sigmas extends LivePanel {
       read: (i) => this.t("value", { step: i, sigma: sigmas[i].toFixed(4) }),
     });
   }
-}
-
-/**
- * Put the plot on a Chroma Tail Sigmas node.
- * @param {PageNode} node
- */
-export function attachSigmas(node) {
-  return new Sigmas(node);
 }

@@ -1,4 +1,3 @@
-// @ts-check
 // A small plot in SVG: axes, lines, areas and points, a value under the pointer or the arrow keys.
 import { h, svg as s } from "../lib/dom.js";
 
@@ -8,8 +7,8 @@ export class SmallChart {
   /** @param {string} label what it shows, for screen readers. */
   constructor(label) {
     this.svg = s("svg", { class: "ck-plot", role: "img", tabindex: "0", "aria-label": label });
-    this.caption = h("div", { class: "ck-caption ck-faint ck-clip", role: "status" });
-    this.root = h("div", { class: "ck-chart" }, this.svg, this.caption);
+    this.caption = h("div.ck-caption.ck-faint.ck-clip", { role: "status" });
+    this.root = h("div.ck-chart", this.svg, this.caption);
     /** @type {Drawing | null} */
     this.data = null;
     /** @type {number | null} */
@@ -26,10 +25,7 @@ export class SmallChart {
     new ResizeObserver(() => this.draw()).observe(this.svg);
   }
 
-  /**
-   * Draw something else.
-   * @param {Drawing} data
-   */
+  /** Draw something else. @param {Drawing} data */
   set(data) {
     this.data = data;
     this.at = null;
@@ -73,10 +69,7 @@ export class SmallChart {
     this.pick(this.at);
   }
 
-  /**
-   * Say the value of point `at`, or the caption for null.
-   * @param {number | null} at
-   */
+  /** Say the value of point `at`, or the caption for null. @param {number | null} at */
   pick(at) {
     if (!this.data || !this.hair.parentNode) return;
     this.at = at;

@@ -1,12 +1,12 @@
-// @ts-check
 // The panel on Chroma Train LoRA: state, bar, curve, the last preview, pause and stop. It shows what the store knows about
 // the job that the node started, and holds no truth of its own.
 import { fill, h, say, svg } from "../lib/dom.js";
-import { address, reason } from "../lib/http.js";
+import { reason } from "../lib/http.js";
 import { addPanel, chain } from "../lib/node_panel.js";
 import { t } from "../lib/words.js";
 import { CurveFeed } from "../jobs/curve_feed.js";
 import { ACTIVE, act, find, listen, watch } from "../jobs/store.js";
+import { sourceOf } from "../jobs/previews.js";
 import { openJobs } from "../jobs/tab.js";
 import { progressWords, share, showState } from "../jobs/words.js";
 
@@ -27,23 +27,22 @@ class Panel {
     this.feed = undefined;
     /** @type {string | undefined} */
     this.following = undefined;
-    this.chip = h("span", { class: "ck-chip" });
-    this.numbers = h("span", { class: "ck-clip" });
+    this.chip = h("span.ck-chip");
+    this.numbers = h("span.ck-clip");
     this.bar = h("progress", { max: 1, value: 0, "aria-label": t("job.progress") });
     this.curve = svg("svg", { class: "ck-spark", role: "img", "aria-label": t("curves.chart") });
-    this.sample = h("img", { class: "ck-last", alt: t("train.last_preview"), hidden: true });
-    this.note = h("span", { class: "ck-faint ck-clip" });
+    this.sample = h("img.ck-last", { alt: t("train.last_preview"), hidden: true });
+    this.note = h("span.ck-faint.ck-clip");
     this.pause = this.#button(() => (this.job?.state === "paused" ? "resume" : "pause"));
     this.stop = this.#button(() => "stop");
     this.stop.title = t("action.stop_tip");
-    this.open = h("button", { type: "button", title: t("train.open_tip"), onclick: () => openJobs(this.id) }, t("train.open"));
+    this.open = h("button", { title: t("train.open_tip"), onclick: () => openJobs(this.id) }, t("train.open"));
     this.element = h(
-      "div",
-      { class: "chromakit ck-node chromakit-train" },
-      h("div", { class: "ck-row ck-fixed" }, this.chip, this.numbers),
+      "div.chromakit.ck-node.chromakit-train",
+      h("div.ck-row.ck-fixed", this.chip, this.numbers),
       this.bar,
-      h("div", { class: "ck-look" }, this.curve, this.sample),
-      h("div", { class: "ck-row ck-fixed" }, this.note, h("span", { class: "ck-group ck-fixed" }, this.pause, this.stop, this.open)),
+      h("div.ck-look", this.curve, this.sample),
+      h("div.ck-row.ck-fixed", this.note, h("span.ck-group.ck-fixed", this.pause, this.stop, this.open)),
     );
     this.#show();
   }
@@ -56,7 +55,7 @@ class Panel {
 
   /** @param {() => string} action */
   #button(action) {
-    const made = h("button", { type: "button" });
+    const made = h("button");
     made.addEventListener("click", async () => {
       try {
         if (this.id) await act(this.id, action());
@@ -144,8 +143,7 @@ class Panel {
     const last = firstOfLast(samples);
     this.sample.hidden = last < 0;
     if (last >= 0) {
-      const query = new URLSearchParams({ side: String(SIDE), v: `${samples[last]} ${job.created}` });
-      const source = address(`jobs/${encodeURIComponent(job.id)}/samples/${last}?${query}`);
+      const source = sourceOf(job, { number: last, name: samples[last] }, SIDE);
       if (this.sample.getAttribute("src") !== source) this.sample.src = source;
     }
     this.feed?.refresh();
@@ -161,10 +159,7 @@ function firstOfLast(samples) {
   return samples.findIndex((name) => name.startsWith(step));
 }
 
-/**
- * Put the panel on a node.
- * @param {PageNode} node
- */
+/** Put the panel on a node. @param {PageNode} node */
 export function attachTrain(node) {
   const panel = new Panel(node);
   addPanel(node, "chromakit_status", panel.element, HEIGHT);

@@ -253,6 +253,22 @@ def test_the_index_shows_every_workflow():
     assert all(re.fullmatch(r"Chroma [a-zA-Z0-9, ]{5,30}", path.stem) for path in WORKFLOWS)
 
 
+def test_an_app_form_shows_widgets_that_are_there():
+    forms = {name: graph for name in window_files() if (graph := load_window(name))["extra"]}
+    assert set(forms) == {name for name in window_files() if re.match(r"chroma_\d_", name)}
+    for graph in forms.values():
+        widgets = [[node["id"], slot["name"]] for node in graph["nodes"] for slot in node["inputs"] if "widget" in slot]
+        data = graph["extra"]["linearData"]
+        assert all(field in widgets for field in data["inputs"]) and len(data["inputs"]) >= 5
+        assert data["outputs"] and set(data["outputs"]) <= {node["id"] for node in graph["nodes"]}
+
+
+def test_the_page_opens_templates_that_are_there():
+    script = (ROOT / "web" / "js" / "jobs" / "list.js").read_text(encoding="utf-8")
+    (table,) = re.findall(r"const TEMPLATES = \{(.+)\}", script)
+    assert set(re.findall(r'"(.+?)"', table)) <= {path.stem for path in WORKFLOWS}
+
+
 def test_every_workflow_runs_tiny_and_says_how_to_leave_it():
     wrong = []
     for name in window_files():

@@ -1,13 +1,15 @@
 """Runs the tests: `python scripts/test.py [--core] [--host] [--browser] [--lint] [pytest options]`.
 
 Without a choice, core, host and browser run. Each part is a pytest process of its own, because the host's `comfy`
-package changes torch's global settings when it is imported. The browser's tests and, at a low priority, the linters run
-beside the others, fill what those leave idle, and are shown after them. The exit status is 0 only if everything passed.
+package changes torch's global settings when it is imported. The browser's tests, which are the longest row of one after
+the other, run beside the others and before them in priority, the linters after them; both are shown at the end. The
+exit status is 0 only if everything passed.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import hashlib
 import json
 import os
@@ -26,12 +28,14 @@ PARTS = (*TESTS, "lint")
 BESIDE = ("browser", "lint")
 """What begins with the first part."""
 COUNTED = ("passed", "failed", "error", "errors", "skipped", "xfailed", "xpassed", "deselected")
+SOURCES = tuple(ROOT / name for name in ("chroma_core", "nodes", "scripts", "tests", "tools", "benchmarks"))
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NODE_MODULES = ROOT / "node_modules"
 NOTHING_COLLECTED = 5
 CORES = os.cpu_count() or 1
 PROCESSES = {"core": min(4, CORES), "host": min(2, CORES), "browser": min(2, CORES)}
 """Core tests share nothing but the file system, the others a server for each process: their files are dealt out."""
+NICE = {"browser": 0, "core": 5, "host": 5, "lint": 10}
 DEALT = ("--dist", "loadscope", "--no-loadscope-reorder")
 """By whole files, and in the order, that tests/conftest.py gives them."""
 SLOWEST = ("--durations=50", "--durations-min=1")
@@ -75,14 +79,25 @@ def run(command: list[str]) -> tuple[int, str]:
     return Running(command).shown()
 
 
-def begin(part: str, extra: list[str], beside: bool = False) -> Running:
-    """Begin a part; `beside` another one tests take a single process on few cores, and linters a low priority."""
+def compile_sources() -> None:
+    """Compile ComfyUI and this repository once, not in each of the many processes that a run begins, where Python is
+    told to write no bytecode (PYTHONDONTWRITEBYTECODE). A ComfyUI that COMFYUI_PATH names is never changed."""
+    for folder in (*SOURCES, HOST):
+        if folder != HOST or host_folder() == HOST:
+            compileall.compile_dir(folder, quiet=2)
+    compileall.compile_file(ROOT / "__init__.py", quiet=2)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # pytest compiles tests in a way of its own
+
+
+def begin(part: str, extra: list[str], among: int = 1) -> Running:
+    """Begin a part; `among` several the browser's tests take a single process on few cores, and the highest priority."""
+    gently = ["nice", "-n", str(NICE[part])] if among > 1 and NICE[part] and shutil.which("nice") else []
+    later = among > 1 and part in BESIDE
     if part == "lint":
-        gently = ["nice", "-n", "5"] if beside and shutil.which("nice") else []
-        return Running([*gently, sys.executable, str(Path(__file__).resolve()), "--lint"], later=beside)
-    processes = 1 if beside and CORES <= 2 else PROCESSES[part]
+        return Running([*gently, sys.executable, str(Path(__file__).resolve()), "--lint"], later)
+    processes = 1 if later and CORES <= 2 else PROCESSES[part]
     dealt = ["-n", str(processes), *DEALT] if processes > 1 else []
-    return Running([sys.executable, "-m", "pytest", f"tests/{part}", *dealt, *SLOWEST, *extra], later=beside)
+    return Running([*gently, sys.executable, "-m", "pytest", f"tests/{part}", *dealt, *SLOWEST, *extra], later)
 
 
 def pyright_options() -> list[str]:
@@ -194,13 +209,14 @@ def main() -> int:
             )
         fetch_node_modules()
     empty = 0
+    compile_sources()
     beside = [part for part in parts[1:] if part in BESIDE]
     if beside:
         say(f"beside {parts[0]}, shown at the end: {', '.join(beside)}")
-    begun = {part: begin(part, extra, beside=True) for part in beside}
+    begun = {part: begin(part, extra, len(parts)) for part in beside}
     for part in parts:
         print(f"\n=== {part} ===", flush=True)
-        status, last = (begun.get(part) or begin(part, extra)).shown()
+        status, last = (begun.get(part) or begin(part, extra, len(parts))).shown()
         for number, word in re.findall(r"(\d+) (\w+)", last):
             if word in counts:
                 counts[word] += int(number)

@@ -9,8 +9,11 @@ first byte of weights is read.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -283,16 +286,22 @@ def check_config(config: Mapping[str, Any], part: Part, where: str) -> dict[str,
     return {name: value for name, value in arguments.items() if name in known}
 
 
-def _expected(part: Part, config: Mapping[str, Any], complaint: str) -> dict[str, Shape]:
+def _expected(part: Part, config: Mapping[str, Any], complaint: str) -> Mapping[str, Shape]:
     for name, value in config.items():
         limit = dimensions.MAX_BLOCKS if "layers" in name else 10**7
         if isinstance(value, int) and abs(value) > limit:
             raise ModelFileError(f"{complaint}: {name} is {value}, and no model has more than {limit}.")
     try:
-        state = build_part(part, config).state_dict()
+        return _shapes(part, json.dumps(config, sort_keys=True))
     except Exception as error:  # torch raises almost any type for values that it cannot use
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelFileError(f"{complaint}: {reason.rstrip('.')}.") from error
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+@lru_cache(maxsize=8)
+def _shapes(part: Part, config: str) -> Mapping[str, Shape]:
+    """Of a part with the arguments `config` (JSON). A VAE is loaded for each preview, and always the same one."""
+    state = build_part(part, json.loads(config)).state_dict()
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in state.items()})

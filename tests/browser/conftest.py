@@ -17,6 +17,11 @@ from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "/extensions/chromakit/"
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # the newcomer's tour would lie over the page
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "LiteGraph.Canvas.MaximumFps": 15,  # at the screen's rate the canvas takes a tenth of a core
+}
 
 
 @dataclass
@@ -66,8 +71,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def session_window(chromium: Browser, server: Host) -> Iterator[Window]:
-    # The newcomer's tour would lie over the page.
-    server.post("/api/settings", {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False})
+    server.post("/api/settings", SETTINGS)
     context = chromium.new_context(viewport={"width": 1600, "height": 1000})
     context.set_default_timeout(1000 * PATIENCE)
     context.route(lambda url: not url.startswith((server.url, "data:", "blob:")), lambda route: route.abort())

@@ -6,6 +6,7 @@ import gc
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,15 @@ def where() -> tuple[str, tuple[str, int]]:
     return "", site
 
 
+@cache
+def makes_tensors(func) -> bool:
+    """Whether an operation's results are new tensors: not of those in place, nor views."""
+    return not (func._schema.is_mutable or any(result.alias_info for result in func._schema.returns))
+
+
 def takes_memory(func, args, kwargs) -> bool:
-    """Whether an operation makes a tensor: those in place, views, and shapes alone (on the meta device) do not."""
-    if func._schema.is_mutable or any(result.alias_info for result in func._schema.returns):
+    """Whether an operation makes a tensor; shapes alone (on the meta device) are none."""
+    if not makes_tensors(func):
         return False
     tensors = [each for each in tree_iter((args, kwargs)) if isinstance(each, torch.Tensor)]
     device = (kwargs or {}).get("device")

@@ -301,7 +301,7 @@ def start(path: Path, root: Path) -> tuple[Begun, Path]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to a group of processes")
 def test_a_job_that_lost_its_processes_goes_on_in_one(places, tmp_path):
-    path = toml(places, tmp_path / "job.toml", steps=100)
+    path = toml(places, tmp_path / "job.toml", steps=60)
     settings = TrainingConfig.from_toml(path)
     running, status = start(path, tmp_path / "two")
     os.killpg(running.pid, signal.SIGINT)

@@ -20,7 +20,7 @@ from waiting import PATIENCE
 def test_ten_kills_ten_identical_results(tmp_path):
     lines = []
     model = {"folder": str(model_folder(tmp_path / "model"))}
-    identical = kill_resume.kill_and_compare(model, tmp_path / "runs", kills=10, seed=1, steps=8, say=lines.append)
+    identical = kill_resume.kill_and_compare(model, tmp_path / "runs", kills=10, seed=1, steps=6, say=lines.append)
     assert identical == 10, "\n".join(lines)
     assert any("half written" in line for line in lines) and any("running" in line for line in lines)
 

@@ -29,11 +29,15 @@ OUTPUTS = {
     "ChromaTrainingStatus": {"images": [SHOWN, SHOWN], "text": [REPORT]},
 }
 """What nodes send when a prompt has run them."""
-FINISHED = """outputs => window.app.graph._nodes.filter(node => node.type in outputs).forEach(({ id, type }) =>
-    window.app.api.dispatchCustomEvent('executed', {
-        node: String(id), display_node: String(id), prompt_id: 'as after a run', output: outputs[type],
-    }))"""
-"""The page's own events of a prompt that has run, without running it."""
+FINISHED = """outputs => {
+    const told = ['ChromaConvertLora', 'ChromaInspectLora'], { api, graph } = window.app;
+    for (const { id, type } of graph._nodes.filter(node => node.type in outputs)) {
+        const node = String(id), output = outputs[type];
+        api.dispatchCustomEvent('executed', { node, display_node: node, prompt_id: 'as after a run', output });
+        if (told.includes(type)) api.dispatchCustomEvent('progress_text', { nodeId: node, text: output.text[0] });
+    }
+}"""
+"""The page's own events of a prompt that has run, without running it; the two tell on the node what they found."""
 
 
 @pytest.fixture(scope="module")

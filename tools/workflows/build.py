@@ -39,7 +39,9 @@ COLUMN_GAP, ROW_GAP, FOLDED_GAP, NODE_WIDTH, NOTE_WIDTH = 30, 40, 20, 232, 340
 WIDEST = 1650  # pixels of the whole, note included
 NOTE_LINE, NOTE_LETTER = 17, 6.5  # pixels of a line of text in a note, and of a letter in it
 TITLE = 30
-APP_MODE = "*App mode*, the switch before *Graph* at the top left, shows the few fields that one changes, and the result."
+APP_MODE = (
+    "*App mode*, the switch before *Graph* at the top left, shows the few fields that one changes, and the result."
+)
 HIGHEST = 900
 """Pixels that a column may take: more, and a window of 1280 × 720 opens the workflow too small to read."""
 AFTER_RUN = {

@@ -90,7 +90,7 @@ def compile_sources() -> None:
 
 
 def begin(part: str, extra: list[str], among: int = 1) -> Running:
-    """Begin a part; `among` several the browser's tests take a single process on few cores, and the highest priority."""
+    """Begin a part; `among` several the browser's tests take one process on few cores, and the highest priority."""
     gently = ["nice", "-n", str(NICE[part])] if among > 1 and NICE[part] and shutil.which("nice") else []
     later = among > 1 and part in BESIDE
     if part == "lint":

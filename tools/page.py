@@ -19,7 +19,10 @@ FLAGS = [
     "--disable-extensions",
     "--no-first-run",
 ]
-READY = "() => window.app?.extensionManager && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
+READY = """() => Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100
+    && window.app?.extensionManager?.workflow?.activeWorkflow"""
+"""Every node is known, and the graph that the page begins with is open."""
+FRAMES = "async () => { for (let i = 0; i < 3; i++) await new Promise(done => requestAnimationFrame(done)) }"
 BARE = {
     "Comfy.TutorialCompleted": True,  # the newcomer's tour would lie over the page
     "Comfy.Workflow.ShowMissingModelsWarning": False,
@@ -50,8 +53,19 @@ def open_page(host: Host, width: int, height: int, scale: float = 1.0, **setting
         context = browser.new_context(viewport={"width": width, "height": height}, device_scale_factor=scale)
         context.route(lambda url: not url.startswith((host.url, "data:", "blob:")), lambda route: route.abort())
         page = context.new_page()
+        page.set_default_timeout(120_000)
         page.goto(host.url)
-        page.wait_for_function(READY, timeout=120_000)
-        page.wait_for_timeout(1500)
+        ready(page)
         yield page
         browser.close()
+
+
+def ready(page: Any) -> None:
+    """Wait until the host's page, opened or loaded anew, is as a user meets it."""
+    page.wait_for_function(READY)
+    drawn(page)
+
+
+def drawn(page: Any) -> None:
+    """Wait until what has changed is on the page."""
+    page.evaluate(FRAMES)

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from _host import Host
-from tools.page import FLAGS, READY
+from tools.page import FLAGS, drawn, ready
 from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,12 @@ class Window:
     def load(self, graph: dict[str, Any]) -> None:
         """Open a workflow, as dropping its file on the page does."""
         self.page.evaluate("async graph => { await window.app.loadGraphData(graph) }", graph)
-        self.page.wait_for_timeout(500)
+        drawn(self.page)
+
+    def set(self, name: str, value: Any) -> None:
+        """Change one of the host's settings."""
+        self.page.evaluate("([name, value]) => window.app.extensionManager.setting.set(name, value)", [name, value])
+        drawn(self.page)
 
     def missing_nodes(self) -> list[str]:
         """Types of nodes in the open graph that the page does not know."""
@@ -85,8 +90,7 @@ def session_window(chromium: Browser, server: Host) -> Iterator[Window]:
         ),
     )
     page.goto(server.url)
-    page.wait_for_function(READY)
-    page.wait_for_timeout(1500)
+    ready(page)
     yield window
     context.close()
 

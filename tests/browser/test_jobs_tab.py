@@ -14,7 +14,7 @@ from _host import Host
 from _workflows import change, load_api, load_window
 from prompts import ACTIVE
 from restarting import restarted
-from tools.page import READY
+from tools.page import drawn, ready
 from training_page import RENDERER, THEME, build, start, stop_all, until
 
 OPEN = """() => { const tabs = window.app.extensionManager.sidebarTab;
@@ -100,7 +100,7 @@ def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, 
     curve = server.get(f"/chromakit/jobs/{job}/curve")
     other = page.context.new_page()
     other.goto(server.url)
-    other.wait_for_function(READY)
+    ready(other)
     open_job(other, job)
     until(other, server, lambda: charted(other) == frozen, "the same curve in a second page")
     assert chip(other) == "paused" and shown_step(other) == frozen
@@ -108,7 +108,7 @@ def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, 
     until(page, server, lambda: chip(page).startswith("running"), "the first page to hear it")
     until(page, server, lambda: charted(page) > frozen and charted(other) > frozen, "both curves")
     other.reload()
-    other.wait_for_function(READY)
+    ready(other)
     open_job(other, job)
     until(other, server, lambda: charted(other) > frozen, "the curve after a reload in the middle of it")
     again = server.get(f"/chromakit/jobs/{job}/curve")
@@ -214,11 +214,11 @@ def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     assert "looked-into-step-000004.safetensors" in server.get("/models/loras")
     for theme in ("light", "dark"):
         page.evaluate(THEME, theme)
-        page.wait_for_timeout(500)
+        drawn(page)
         page.evaluate("() => document.querySelector('.ck-tab').scrollTo(0, 0)")
         window.screenshot(f"tab_{theme}")
     page.set_viewport_size({"width": 800, "height": 500})  # what 200 % zoom leaves of the window
-    page.wait_for_timeout(300)
+    drawn(page)
     window.screenshot("tab_zoom_200")
     wide = page.locator(".ck-tab").evaluate("e => e.scrollWidth > e.clientWidth + 1")
     page.set_viewport_size({"width": 1600, "height": 1000})
@@ -237,7 +237,7 @@ def test_a_job_is_extended_duplicated_used_and_deleted(window, server: Host):
 
     act(page, "again")
     page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'ChromaTrainingSettings')")
-    page.wait_for_timeout(500)
+    drawn(page)
     crowded = "() => app.graph.nodes.filter(node => node.size[1] + 1 < node.computeSize()[1]).map(node => node.type)"
     assert page.evaluate(crowded) == [], "every node has room for what stands on it"
     again = page.evaluate("async () => (await window.app.graphToPrompt()).output")

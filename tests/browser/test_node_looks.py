@@ -52,14 +52,9 @@ RUN = """async () => {
 }"""
 
 
-def setting(window: Any, name: str, value: Any) -> None:
-    window.page.evaluate("([name, value]) => window.app.extensionManager.setting.set(name, value)", [name, value])
-    window.page.wait_for_timeout(300)
-
-
 @pytest.fixture(params=["canvas", "vue"])
 def rendered(request: pytest.FixtureRequest, window: Any) -> Any:
-    setting(window, "Comfy.VueNodes.Enabled", request.param == "vue")
+    window.set("Comfy.VueNodes.Enabled", request.param == "vue")
     return window
 
 
@@ -77,7 +72,7 @@ def test_our_sockets_have_colours_under_every_palette(window: Any):
     before = window.page.evaluate(COLOURS)
     assert len({tuple(each) for each in before}) == 3 and all(len(set(each)) == 1 and each[0] for each in before)
     for palette in ("light", "dark"):
-        setting(window, "Comfy.ColorPalette", palette)
+        window.set("Comfy.ColorPalette", palette)
         assert window.page.evaluate(COLOURS) == before
 
 

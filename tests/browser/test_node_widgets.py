@@ -11,6 +11,7 @@ import pytest
 import waiting
 from _host import Host
 from _workflows import load_window
+from tools.page import drawn
 from training_page import pause
 
 BUILD = """async () => {
@@ -87,14 +88,9 @@ class Panels:
         return self.of(name).locator(".ck-line").first.get_attribute("points") or ""
 
 
-def setting(window: Any, name: str, value: Any) -> None:
-    window.page.evaluate("([name, value]) => window.app.extensionManager.setting.set(name, value)", [name, value])
-    window.page.wait_for_timeout(300)
-
-
 @pytest.fixture(params=["canvas", "vue"])
 def panels(request: pytest.FixtureRequest, window: Any) -> Iterator[Panels]:
-    setting(window, "Comfy.VueNodes.Enabled", request.param == "vue")
+    window.set("Comfy.VueNodes.Enabled", request.param == "vue")
     window.page.evaluate(BUILD)
     found = Panels(window, request.param)
     found.set("ChromaDataset", folder="sks_emblem")
@@ -116,9 +112,9 @@ def test_every_panel_shows_its_node_in_both_themes(panels: Panels):
         box, plot = panels.of(name).bounding_box(), panels.of(name).locator("svg").first.bounding_box()
         assert box and plot and plot["height"] > 40 and plot["y"] + plot["height"] <= box["y"] + box["height"]
     for theme in ("dark", "light"):
-        setting(panels.window, "Comfy.ColorPalette", theme)
+        panels.window.set("Comfy.ColorPalette", theme)
         panels.window.screenshot(f"node_widgets_{panels.renderer}_{theme}")
-    setting(panels.window, "Comfy.ColorPalette", "dark")
+    panels.window.set("Comfy.ColorPalette", "dark")
 
 
 def test_panels_follow_the_widgets_and_say_what_is_wrong(panels: Panels):
@@ -271,12 +267,12 @@ def test_an_answer_that_was_overtaken_is_not_shown(panels: Panels):
 def test_a_setting_takes_the_panels_away(panels: Panels):
     panels.shows("sigmas", "25 steps at")
     try:
-        setting(panels.window, "Chroma.Panels", False)
+        panels.window.set("Chroma.Panels", False)
         names = ("plan", "dataset", "sigmas", "density")
         panels.until(lambda: not [name for name in names if panels.of(name).is_visible()], "the panels to go")
         panels.window.screenshot(f"node_widgets_{panels.renderer}_off")
     finally:
-        setting(panels.window, "Chroma.Panels", True)
+        panels.window.set("Chroma.Panels", True)
     panels.shows("sigmas", "25 steps at")
     assert panels.of("sigmas").is_visible()
 
@@ -285,11 +281,11 @@ def test_words_are_those_of_the_pages_language(panels: Panels):
     panels.shows("sigmas", "25 steps at")
     panels.page.evaluate(CHANGED)
     try:
-        setting(panels.window, "Comfy.Locale", "zh")  # the page loads its graph anew
+        panels.window.set("Comfy.Locale", "zh")  # the page loads its graph anew
         panels.shows("sigmas", "25 步，1024×1024")
         panels.shows("plan", "GiB：放得下")
     finally:
-        setting(panels.window, "Comfy.Locale", "en")
+        panels.window.set("Comfy.Locale", "en")
         panels.shows("sigmas", "25 steps at")
 
 
@@ -297,7 +293,7 @@ def test_words_are_those_of_the_pages_language(panels: Panels):
 def test_the_sampler_shows_what_it_paints_while_it_paints(window: Any, server: Host, renderer: str):
     """The host's own live preview, fed by our sampler."""
     page = window.page
-    setting(window, "Comfy.VueNodes.Enabled", renderer == "vue")
+    window.set("Comfy.VueNodes.Enabled", renderer == "vue")
     window.load(load_window("chroma_1_first_picture"))
     page.evaluate(SET, ["ChromaEmptyLatent", {"width": 512, "height": 512}])
     page.evaluate(SET, ["ChromaSampler", {"steps": 150, "seed": 7}])
@@ -310,7 +306,7 @@ def test_the_sampler_shows_what_it_paints_while_it_paints(window: Any, server: H
             else f"() => {{ {FIND} return of('ChromaSampler').imgs?.[0]?.naturalWidth > 0 }}"
         )
         page.wait_for_function(seen)
-        page.wait_for_timeout(700)
+        drawn(page)
         window.screenshot(f"sampler_preview_{renderer}")
     finally:
         server.post("/interrupt")

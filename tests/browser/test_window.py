@@ -12,6 +12,7 @@ from PIL import Image
 import waiting
 from _host import Host
 from _workflows import load_api, load_window, window_files
+from tools.page import drawn
 from tools.workflows.build import READABLE
 from tools.workflows.look import PLACES, WINDOW, overlaps
 from training_page import RENDERER, pause, until
@@ -136,7 +137,7 @@ def test_a_queue_from_the_page_runs_green(window):
     )
     entry = window.server.wait(prompt_id)
     assert len(window.server.images(entry)) == 1
-    window.page.wait_for_timeout(1000)
+    drawn(window.page)
     window.screenshot("queued")
     assert window.ours == []
 

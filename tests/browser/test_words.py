@@ -10,9 +10,9 @@ import pytest
 
 import waiting
 from tools.locales.texts import FOLDER, escape, load, part
+from tools.page import drawn, ready
 from training_page import pause
 
-READY = "() => window.app?.extensionManager && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"
 SHOWN = 20  # results that fit in the search box without scrolling far
 NASTY = "50 % of {a|b} @:c, {'d'} %{e} $f [g] <h>"
 
@@ -89,8 +89,7 @@ def setting(window, name: str, value: Any = None) -> Any:
 def reload(window) -> None:
     """As a user does; the page asks for the languages and for the nodes when it starts."""
     window.page.reload()
-    window.page.wait_for_function(READY)
-    window.page.wait_for_timeout(1500)
+    ready(window.page)
 
 
 @contextmanager
@@ -121,7 +120,7 @@ def one_node(window, node_id: str) -> None:
         node_id,
     )
     window.page.mouse.move(20, 500)
-    window.page.wait_for_timeout(800)
+    drawn(window.page)
 
 
 def shown(window) -> dict[str, Any]:
@@ -188,7 +187,7 @@ def search(window) -> Iterator[Any]:
 
     yield titles
     page.keyboard.press("Escape")
-    page.wait_for_timeout(300)
+    drawn(page)
 
 
 def title(language: str, node_id: str) -> str:

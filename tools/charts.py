@@ -13,11 +13,11 @@ SCALE = 2  # drawn larger and reduced: Pillow's lines have no smooth edges
 
 
 class Sheet:
-    """A white image of `width` × `height` pixels; coordinates everywhere are those of the finished image."""
+    """An image of `width` × `height` pixels; coordinates everywhere are those of the finished image."""
 
-    def __init__(self, width: int, height: int):
+    def __init__(self, width: int, height: int, background: str = "white"):
         self.size = (width, height)
-        self.image = Image.new("RGB", (width * SCALE, height * SCALE), "white")
+        self.image = Image.new("RGB", (width * SCALE, height * SCALE), background)
         self.draw = ImageDraw.Draw(self.image, "RGBA")
 
     def text(self, x: float, y: float, words: str, anchor: str = "lm", size: int = 13, colour=INK) -> None:
@@ -34,10 +34,14 @@ class Sheet:
         box = ((x - radius) * SCALE, (y - radius) * SCALE, (x + radius) * SCALE, (y + radius) * SCALE)
         self.draw.ellipse(box, colour)
 
+    def finished(self) -> Image.Image:
+        """The image at its own size."""
+        return self.image.resize(self.size, Image.Resampling.LANCZOS)
+
     def save(self, path: Path, colours: int = 0) -> None:
         """Write the finished image; `colours` above 0 makes a smaller file of so many."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        image = self.image.resize(self.size, Image.Resampling.LANCZOS)
+        image = self.finished()
         (image.quantize(colours) if colours else image).save(path, optimize=True)
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from _host import Host
-from _workflows import FOLDER, change, load_api
+from _workflows import change, load_api, load_window
 from prompts import ACTIVE
 from restarting import restarted
 from tools.page import drawn, ready
@@ -388,7 +388,7 @@ def test_the_host_chooses_what_prompts_do(window, server: Host):
         open_list(page)
         said = page.get_by_text("Prompts are refused while a job")
         until(page, server, lambda: said.is_visible(), "the words in the tab")
-        window.load(json.loads((FOLDER / "chroma_1_first_picture.json").read_text(encoding="utf-8")))
+        window.load(load_window("chroma_1_first_picture"))
         page.evaluate("() => { window.app.queuePrompt(0, 1) }")
         until(page, server, lambda: page.get_by_text("Refused while").count(), "the host's words in the page")
         window.screenshot("prompts_refused")

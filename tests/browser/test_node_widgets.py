@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 
 import waiting
 from _host import Host
-from _workflows import FOLDER
+from _workflows import load_window
 from tools.page import drawn
 from training_page import pause
 
@@ -295,7 +294,7 @@ def test_the_sampler_shows_what_it_paints_while_it_paints(window: Any, server: H
     """The host's own live preview, fed by our sampler."""
     page = window.page
     window.set("Comfy.VueNodes.Enabled", renderer == "vue")
-    window.load(json.loads((FOLDER / "chroma_1_first_picture.json").read_text(encoding="utf-8")))
+    window.load(load_window("chroma_1_first_picture"))
     page.evaluate(SET, ["ChromaEmptyLatent", {"width": 512, "height": 512}])
     page.evaluate(SET, ["ChromaSampler", {"steps": 150, "seed": 7}])
     node = page.evaluate(f"() => {{ {FIND} return String(of('ChromaSampler').id) }}")

@@ -2,43 +2,88 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
 
-from _workflows import FOLDER, load_api
+import waiting
+from _host import Host
+from _workflows import load_api, load_window, window_files
 from tools.page import drawn
-from training_page import RENDERER, until
+from tools.workflows.build import READABLE
+from tools.workflows.look import PLACES, WINDOW, overlaps
+from training_page import RENDERER, pause, until
 
-WORKFLOWS = sorted(FOLDER.glob("*.json"))
-OVERLAPS = """() => {
-    const boxes = window.app.graph._nodes.map(node => ({ title: node.title, box: [...node.getBounding()] }));
-    const meet = ([x, y, w, h], [u, v, s, t]) => x < u + s && u < x + w && y < v + t && v < y + h;
-    return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => meet(a.box, b.box)).map(b => [a.title, b.title]));
+WORKFLOWS = window_files()
+SHOWN = {"filename": "as_after_a_run.png", "subfolder": "", "type": "output"}
+REPORT = (
+    "sks.safetensors (universal, 67 layers) → sks-kohya.safetensors (kohya). q, k, v (and the single blocks' MLP "
+    "input) are fused, of rank 48; nothing is lost. 24 modules, rank 16 to 48, float32."
+)
+OUTPUTS = {
+    **dict.fromkeys(("SaveImage", "PreviewImage"), {"images": [SHOWN]}),
+    **dict.fromkeys(("PreviewAny", "ChromaConvertLora"), {"text": [REPORT]}),
+    **dict.fromkeys(("ChromaInspectLora", "ChromaParity"), {"images": [SHOWN], "text": [REPORT]}),
+    "ChromaTrainingStatus": {"images": [SHOWN, SHOWN], "text": [REPORT]},
+}
+"""What nodes send when a prompt has run them."""
+FINISHED = """outputs => {
+    const told = ['ChromaConvertLora', 'ChromaInspectLora'], { api, graph } = window.app;
+    for (const { id, type } of graph._nodes.filter(node => node.type in outputs)) {
+        const node = String(id), output = outputs[type];
+        api.dispatchCustomEvent('executed', { node, display_node: node, prompt_id: 'as after a run', output });
+        if (told.includes(type)) api.dispatchCustomEvent('progress_text', { nodeId: node, text: output.text[0] });
+    }
 }"""
+"""The page's own events of a prompt that has run, without running it; the two tell on the node what they found."""
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_workflow_loads_and_means_what_its_api_form_says(window, path: Path):
-    window.load(json.loads(path.read_text(encoding="utf-8")))
-    screenshot = window.screenshot(path.stem)
+@pytest.fixture(scope="module")
+def small(session_window: Any, server: Host) -> Iterator[None]:
+    """The window in which every workflow can be read, and an image that nodes may show as theirs."""
+    image = server.base / "output" / SHOWN["filename"]
+    Image.new("RGB", (512, 512), "teal").save(image)
+    before = session_window.page.viewport_size
+    session_window.page.set_viewport_size({"width": WINDOW[0], "height": WINDOW[1]})
+    yield
+    session_window.page.set_viewport_size(before)
+    image.unlink()
+
+
+def what_is_wrong(window: Any) -> list[str]:
+    """Nodes on one another, and names too small to read, in the open workflow."""
+    scale = window.page.evaluate("() => window.app.canvas.ds.scale")
+    small = [f"opens at {scale:.0%}, where no text is written"] if scale < READABLE else []
+    return overlaps([tuple(place) for place in window.page.evaluate(PLACES)]) + small
+
+
+def what_is_wrong_after_a_run(window: Any) -> list[str]:
+    window.page.evaluate(FINISHED, OUTPUTS)
+    waiting.settled(lambda: window.page.evaluate(PLACES), pause(window.page), times=3)
+    return what_is_wrong(window)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_loads_and_means_what_its_api_form_says(window: Any, small: None, name: str):
+    window.load(load_window(name))
+    window.screenshot(name)
     assert window.missing_nodes() == []
     assert window.ours == []
-    wanted = {key: (node["class_type"], node["inputs"]) for key, node in load_api(path.stem).items()}
+    wanted = {key: (node["class_type"], node["inputs"]) for key, node in load_api(name).items()}
     assert {key: (node["class_type"], node["inputs"]) for key, node in window.prompt().items()} == wanted
-    assert window.page.evaluate(OVERLAPS) == []
-    with Image.open(screenshot) as image:
-        assert image.size == (1600, 1000)
+    assert what_is_wrong(window) == []
+    assert what_is_wrong_after_a_run(window) == []
 
 
 def test_templates_lists_what_is_there_with_an_image_each(window):
     """The host lists every JSON file of the folder, so an index of our own among them would be a broken template."""
     (listed,) = window.server.get("/workflow_templates").values()
-    assert sorted(listed) == [path.stem for path in WORKFLOWS]
-    for name in listed:
-        status, body = window.server.request("GET", f"/api/workflow_templates/chromakit/{name}.jpg")
+    assert sorted(listed) == sorted(path.stem for path in WORKFLOWS.values())
+    for title in listed:
+        status, body = window.server.request("GET", f"/api/workflow_templates/chromakit/{quote(title)}.jpg")
         assert status == 200 and body[:2] == b"\xff\xd8"
 
 
@@ -49,7 +94,7 @@ def test_a_preset_offers_the_download_of_its_models(window):
     setting = "on => window.app.extensionManager.setting.set('Comfy.Workflow.ShowMissingModelsWarning', on)"
     window.page.evaluate(setting, True)
     try:
-        window.load(json.loads((FOLDER / "chroma_4_real_08gb.json").read_text(encoding="utf-8")))
+        window.load(load_window("chroma_4_real_08gb"))
         window.page.get_by_text("View details").click()
         window.page.get_by_test_id("missing-model-download-all").wait_for()
         window.screenshot("missing_models")
@@ -62,16 +107,18 @@ def test_a_preset_offers_the_download_of_its_models(window):
         window.page.evaluate(setting, False)
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_workflow_shows_in_the_newer_node_renderer_too(window, path: Path):
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_shows_in_the_newer_node_renderer_too(window: Any, small: None, name: str):
     """Nodes as Vue components instead of a canvas; the fixture puts the setting back."""
     window.page.evaluate(RENDERER, True)
-    window.load(json.loads(path.read_text(encoding="utf-8")))
+    window.load(load_window(name))
     window.page.wait_for_selector("[data-node-id]")
-    window.screenshot(f"vue_{path.stem}")
     assert window.missing_nodes() == [] and window.ours == []
-    wanted = {key: node["inputs"] for key, node in load_api(path.stem).items()}
+    wanted = {key: node["inputs"] for key, node in load_api(name).items()}
     assert {key: node["inputs"] for key, node in window.prompt().items()} == wanted
+    assert what_is_wrong(window) == []
+    assert what_is_wrong_after_a_run(window) == []
+    window.screenshot(f"vue_{name}")
 
 
 def test_every_node_of_the_pack_is_in_the_page(window):
@@ -82,7 +129,7 @@ def test_every_node_of_the_pack_is_in_the_page(window):
 
 
 def test_a_queue_from_the_page_runs_green(window):
-    window.load(json.loads((FOLDER / "chroma_1_first_picture.json").read_text(encoding="utf-8")))
+    window.load(load_window("chroma_1_first_picture"))
     before = set(window.server.get("/history"))
     window.page.evaluate("async () => { await window.app.queuePrompt(0, 1) }")
     (prompt_id,) = until(
@@ -107,7 +154,7 @@ HALF = """async () => {
 
 
 def test_a_graph_that_runs_by_half_is_told(window):
-    window.load(json.loads((FOLDER / "chroma_1_first_picture.json").read_text(encoding="utf-8")))
+    window.load(load_window("chroma_1_first_picture"))
     window.page.evaluate(HALF)
     told = window.page.wait_for_selector("text=A part of this graph does not run")
     notice = told.evaluate("(each) => each.parentElement.innerText")

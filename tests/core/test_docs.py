@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from tools.docs import lora_table, option_tables, recipe_tables
 
@@ -35,7 +36,7 @@ def broken_links(page: Path) -> Iterator[str]:
         if re.match(r"https?://", link):
             continue
         place, _, anchor = link.partition("#")
-        target = page.parent / place if place else page
+        target = page.parent / unquote(place) if place else page
         if place.startswith("chromakit/"):  # a help page's link to the route that gives the documents
             target = ROOT / place.removeprefix("chromakit/")
         if not target.exists() or (anchor and anchor not in anchors(target)):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import re
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from urllib.parse import unquote
 
 from _host import pack_node_ids
+from _workflows import load_api, load_window, window_files
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -238,48 +239,48 @@ def test_every_node_has_a_help_page():
 
 def test_every_workflow_has_both_forms_and_an_image():
     assert len(WORKFLOWS) >= 5
-    stems = {path.stem for path in WORKFLOWS}
-    assert {path.stem for path in (ROOT / "example_workflows" / "api").glob("*.json")} == stems
-    assert {path.stem for path in (ROOT / "example_workflows").glob("*.jpg")} == stems
+    assert sorted(window_files().values()) == WORKFLOWS
+    assert sorted(window_files()) == sorted(path.stem for path in (ROOT / "example_workflows" / "api").glob("*.json"))
+    assert {path.stem for path in (ROOT / "example_workflows").glob("*.jpg")} == {path.stem for path in WORKFLOWS}
 
 
 def test_the_index_shows_every_workflow():
     index = (ROOT / "example_workflows" / "README.md").read_text(encoding="utf-8")
-    shown = re.findall(r"!\[\]\((\w+)\.jpg\) \| \*\*(\w+)\*\*", index)
-    assert sorted(shown) == [(path.stem, path.stem) for path in WORKFLOWS]
-    # The host takes every JSON file of the folder for a template and the page lists it by its name: no index.json.
-    assert all(path.stem.startswith("chroma_") for path in WORKFLOWS)
+    shown = re.findall(r"!\[\]\((\S+)\.jpg\) \| \*\*(.+?)\*\*", index)
+    assert sorted((unquote(image), title) for image, title in shown) == [(path.stem, path.stem) for path in WORKFLOWS]
+    # The host takes every JSON file of the folder for a template and the page lists it by its name: no index.json, and
+    # names in words, which may stand in an address and on any file system.
+    assert all(re.fullmatch(r"Chroma [a-zA-Z0-9, ]{5,30}", path.stem) for path in WORKFLOWS)
 
 
-def test_every_workflow_opens_large_enough_to_be_read():
-    """The page fits a graph into three quarters of the window, and writes no text when that makes it too small."""
-    too_large = {}
-    for path in WORKFLOWS:
-        nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
-        sizes = [[1, 1] if node["flags"].get("collapsed") else node["size"] for node in nodes]
-        width, height = (
-            max(node["pos"][i] + size[i] for node, size in zip(nodes, sizes, strict=True))
-            - min(node["pos"][i] for node in nodes)
-            for i in (0, 1)
-        )
-        if width > 2020 or height > 1240:
-            too_large[path.stem] = (width, height)
-    assert too_large == {}
+def test_an_app_form_shows_widgets_that_are_there():
+    forms = {name: graph for name in window_files() if (graph := load_window(name))["extra"]}
+    assert set(forms) == {name for name in window_files() if re.match(r"chroma_\d_", name)}
+    for graph in forms.values():
+        widgets = [[node["id"], slot["name"]] for node in graph["nodes"] for slot in node["inputs"] if "widget" in slot]
+        data = graph["extra"]["linearData"]
+        assert all(field in widgets for field in data["inputs"]) and len(data["inputs"]) >= 5
+        assert data["outputs"] and set(data["outputs"]) <= {node["id"] for node in graph["nodes"]}
+
+
+def test_the_page_opens_templates_that_are_there():
+    script = (ROOT / "web" / "js" / "jobs" / "list.js").read_text(encoding="utf-8")
+    (table,) = re.findall(r"const TEMPLATES = \{(.+)\}", script)
+    assert set(re.findall(r'"(.+?)"', table)) <= {path.stem for path in WORKFLOWS}
 
 
 def test_every_workflow_runs_tiny_and_says_how_to_leave_it():
     wrong = []
-    for path in WORKFLOWS:
-        if path.stem.startswith(PRESETS):
+    for name in window_files():
+        if name.startswith(PRESETS):
             continue
-        prompt = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
-        loaders = [node for node in prompt.values() if node["class_type"] == "ChromaLoadModel"]
+        loaders = [node for node in load_api(name).values() if node["class_type"] == "ChromaLoadModel"]
         if not loaders or any(node["inputs"]["flavour"] != "tiny" for node in loaders):
-            wrong.append(f"{path.stem} does not load tiny")
-        graph = json.loads(path.read_text(encoding="utf-8"))
-        notes = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] in ("Note", "MarkdownNote")]
+            wrong.append(f"{name} does not load tiny")
+        nodes = load_window(name)["nodes"]
+        notes = [node["widgets_values"][0] for node in nodes if node["type"] in ("Note", "MarkdownNote")]
         if not any("flavour" in note for note in notes):
-            wrong.append(f"{path.stem} does not say which widget to change")
+            wrong.append(f"{name} does not say which widget to change")
     assert wrong == []
 
 

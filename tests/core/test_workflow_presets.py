@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from _workflows import FOLDER, load_api
+from _workflows import load_api, load_window, window_files
 from chroma_core.memory import Machine, recommend
 from chroma_core.memory.machine import GIB
 from chroma_core.memory.plan import Settings, fits_on
@@ -31,9 +31,7 @@ def inputs(card: int, class_type: str) -> dict[str, Any]:
 
 
 def test_there_is_one_for_each_card():
-    assert {path.stem for path in FOLDER.glob("chroma_4_real_*.json")} == {
-        name for pair in NAMES.values() for name in pair
-    }
+    assert {name for name in window_files() if "_real_" in name} == {name for pair in NAMES.values() for name in pair}
     assert [preset(card).name for card in CARDS] == [train for train, _ in NAMES.values()]
 
 
@@ -95,7 +93,7 @@ def test_presets_differ_in_the_memory_plan_alone():
 
 @pytest.mark.parametrize(("card", "use"), [(card, use) for card in CARDS for use in (0, 1)])
 def test_what_a_preset_loads_is_what_the_page_offers_to_download(card: int, use: int):
-    graph = json.loads((FOLDER / f"{NAMES[card][use]}.json").read_text(encoding="utf-8"))
+    graph = load_window(NAMES[card][use])
     (loader,) = (node for node in graph["nodes"] if node["type"] == "ChromaLoadModel")
     models = {model["name"]: model for model in loader["properties"]["models"]}
     assert {inputs(card, "ChromaLoadModel")[widget] for widget in FILES} == set(models) <= set(loader["widgets_values"])
@@ -109,7 +107,7 @@ def test_what_a_preset_loads_is_what_the_page_offers_to_download(card: int, use:
 
 @pytest.mark.parametrize(("card", "use"), [(card, use) for card in CARDS for use in (0, 1)])
 def test_the_note_tells_what_is_set(card: int, use: int):
-    graph = json.loads((FOLDER / f"{NAMES[card][use]}.json").read_text(encoding="utf-8"))
+    graph = load_window(NAMES[card][use])
     (note,) = (node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote")
     rows = dict(re.findall(r"\| (\w+) \| `?(\w+)`? \|", note))
     loader = inputs(card, "ChromaLoadModel")

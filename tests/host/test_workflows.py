@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import waiting
 from _host import Host
-from _workflows import FOLDER, Prompt, change, load_api
+from _workflows import Prompt, change, load_api, window_files
 from chroma_core.names.transformer import to_original
 from tools.workflows.build import stale
 from tools.workflows.presets import CARDS, FILES, TRAINING_SIZE
@@ -240,7 +240,7 @@ def test_a_preset_trains_and_paints_at_its_own_sizes(server: Host, downloaded: N
 
 def test_each_workflow_is_run_here():
     """Two of them in test_datasets_in_host.py."""
-    assert {path.stem for path in FOLDER.glob("*.json")} == {
+    assert set(window_files()) == {
         "chroma_1_first_picture", "chroma_2_first_lora", "chroma_3_use_lora",
         *(f"chroma_4_real_{card:02d}gb{use}" for card in CARDS for use in ("", "_use")),
         "chroma_tail_sigmas", "chroma_train_lora", "chroma_resume_training", "chroma_compare_lora",

@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from _environment import ensure_environment
 from _host import start_host
@@ -38,9 +39,13 @@ COLUMN_GAP, ROW_GAP, FOLDED_GAP, NODE_WIDTH, NOTE_WIDTH = 30, 40, 20, 232, 340
 WIDEST = 1650  # pixels of the whole, note included
 NOTE_LINE, NOTE_LETTER = 17, 6.5  # pixels of a line of text in a note, and of a letter in it
 TITLE = 30
+APP_MODE = (
+    "*App mode*, the switch before *Graph* at the top left, shows the few fields that one changes, and the result."
+)
 HIGHEST = 900
 """Pixels that a column may take: more, and a window of 1280 × 720 opens the workflow too small to read."""
 AFTER_RUN = {
+    "ChromaConvertLora": 470,
     "ChromaLoadModel": 330,
     "ChromaDataset": 780,
     "ChromaDatasetFromImages": 720,
@@ -56,8 +61,10 @@ AFTER_RUN = {
 INDEX = """# Example workflows
 
 ComfyUI shows these under *Templates → chromakit*, by their file names; start with the numbered ones.
-Each is here in the format of the window and, in `api/`, of `POST /prompt`. All but the `chroma_4_real_…` ones run at
-once on `tiny`, which ships with the pack; their notes say what to change for the real Chroma.
+Each is here in the format of the window and, in `api/`, of `POST /prompt`. All but *Chroma on … GB* run at
+once on `tiny`, which ships with the pack; their notes say what to change for the real Chroma. The numbered ones and
+those for the real Chroma have an app form too, with the few fields that one changes: *App mode*, the switch
+before *Graph* at the top left.
 
 | | |
 |---|---|
@@ -136,7 +143,8 @@ def window_form(workflow: Workflow, object_info: dict[str, Any]) -> dict[str, An
     for node in nodes:
         for slot, output in enumerate(node["outputs"]):
             output["links"] = outgoing.get((node["id"], slot))
-    return document(nodes, links)
+    extra = {"linearData": workflow.linear_data()} if workflow.form else {}
+    return document(nodes, links) | {"extra": extra}
 
 
 def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, prompt: dict, links: list[list]) -> dict:
@@ -149,6 +157,7 @@ def _window_node(workflow: Workflow, key: str, node: Node, object_info: dict, pr
         value = node.inputs.get(name)
         if is_widget(spec):
             entry["widget"] = {"name": name}
+            entry |= {"label": node.labels[name]} if name in node.labels else {}
             # A linked widget keeps a place in the list of values; the link decides what the prompt gets.
             widget_values.append(default_of(spec) if isinstance(value, Link) else prompt[str(number)]["inputs"][name])
             if options.get("control_after_generate", name in SEED_NAMES):
@@ -199,7 +208,7 @@ def _note(workflow: Workflow, number: int, width: int) -> dict:
 
     Code style is turned into italics: on a note's colour the page's code cannot be read.
     """
-    note = workflow.note.replace("`", "*")
+    note = f"{workflow.note.strip()}\n\n{APP_MODE if workflow.form else ''}".strip().replace("`", "*")
     lines = sum(1 + int(len(line) * NOTE_LETTER / width) for line in note.splitlines())
     return about(number, [-width - COLUMN_GAP, 0], [width, min(HIGHEST - TITLE, 80 + NOTE_LINE * lines)], note)
 
@@ -208,9 +217,10 @@ def render(object_info: dict[str, Any]) -> dict[Path, str]:
     """The text of every file, by its path."""
     files, index = {}, INDEX
     for workflow in workflows():
-        files[FOLDER / f"{workflow.name}.json"] = json.dumps(window_form(workflow, object_info), indent=1) + "\n"
+        files[FOLDER / f"{workflow.title}.json"] = json.dumps(window_form(workflow, object_info), indent=1) + "\n"
         files[FOLDER / "api" / f"{workflow.name}.json"] = json.dumps(api_form(workflow, object_info), indent=2) + "\n"
-        index += f"| ![]({workflow.name}.jpg) | **{workflow.name}**<br>{workflow.summary} |\n"
+        image, api = quote(f"{workflow.title}.jpg"), f"api/{workflow.name}.json"
+        index += f"| ![]({image}) | **{workflow.title}**<br>{workflow.summary} [{api}]({api}) |\n"
     return files | {FOLDER / "README.md": index}
 
 

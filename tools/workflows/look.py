@@ -1,7 +1,8 @@
 """Looks at the example workflows in the page of a real ComfyUI, in both node renderers, as they open and after a run.
 
 python -m tools.workflows.look                        all of them, as they open
-python -m tools.workflows.look NAME ... --run         these, also after a run (training: a few steps)
+python -m tools.workflows.look NAME ... --run         these, also after a run (training: a few steps); what uses
+                                                      the LoRA of chroma_2_first_lora after that one
 
 Says which nodes lie on one another, and whether names can be read in a window of 1280 × 720; exit status 1 if anything
 is wrong. Screenshots go to test-output/ (ignored by git): look at them.
@@ -18,7 +19,7 @@ from typing import Any
 
 from _environment import ROOT, ensure_environment, say
 from _host import start_host
-from _workflows import FOLDER
+from _workflows import load_window, window_files
 
 from ..page import open_page
 from .build import READABLE
@@ -35,7 +36,7 @@ RUN = """async () => {
       widget.value = value;
       widget.callback?.(value);
     }));
-  set('ChromaTrainLora', { steps: 12, preview_every: 6, name: 'looked at' });
+  set('ChromaTrainLora', { steps: 12, preview_every: 6 });
   const ends = ['execution_success', 'execution_error', 'execution_interrupted'];
   const end = new Promise(done => {
     ends.forEach(each => app.api.addEventListener(each, () => done(each), { once: true }));
@@ -78,7 +79,7 @@ def look(page: Any, name: str, moment: str, shot: Path) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = sorted(path.stem for path in FOLDER.glob("*.json"))
+    known = list(window_files())
     parser.add_argument("names", nargs="*", choices=[[], *known], metavar="NAME", help="workflows; none: all")
     parser.add_argument("--run", action="store_true", help="also after a run")
     arguments = parser.parse_args()
@@ -90,8 +91,7 @@ def main() -> int:
         for renderer in ("canvas", "vue"):
             with open_page(host, *WINDOW, **{"Comfy.VueNodes.Enabled": renderer == "vue"}) as page:
                 for name in arguments.names or known:
-                    graph = (FOLDER / f"{name}.json").read_text(encoding="utf-8")
-                    page.evaluate(f"async text => ({LOAD})(JSON.parse(text))", graph)
+                    page.evaluate(LOAD, load_window(name))
                     wrong += look(page, name, f"{renderer}, new", output / f"{name}_{renderer}.png")
                     if arguments.run:
                         how = page.evaluate(RUN)

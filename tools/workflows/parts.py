@@ -34,6 +34,7 @@ class Node:
     """One node: the inputs that differ from a widget's default, and its links. Sizes are pixels on top of the usual.
 
     collapsed: only its title shows; for what a newcomer need not look at, so that the rest opens large enough to read.
+    labels: what a widget is called here, for app mode shows widgets without their nodes.
     """
 
     type: str
@@ -44,20 +45,36 @@ class Node:
     extra_width: int = 0
     models: tuple[ModelFile, ...] = ()
     collapsed: bool = False
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Workflow:
-    """`summary` is its sentence in the index, `note` what stands beside its nodes."""
+    """One for the window, under its `title`, and for programs, under its `name`.
+
+    `summary` is its sentence in the index, `note` what stands beside its nodes. `form` is what the window's app mode
+    shows of it: `node.widget` for each field, in this order, and `results` the nodes whose outputs are shown.
+    """
 
     name: str
+    title: str
     summary: str
     note: str
     nodes: dict[str, Node]
+    form: tuple[str, ...] = ()
+    results: tuple[str, ...] = ()
 
     def number(self, key: str) -> int:
         """The node's id in both forms, from 1."""
         return list(self.nodes).index(key) + 1
+
+    def linear_data(self) -> dict[str, list]:
+        """What app mode shows, as the page stores it: [node id, widget] for each field, and ids of nodes."""
+        fields = [field.split(".") for field in self.form]
+        return {
+            "inputs": [[self.number(key), widget] for key, widget in fields],
+            "outputs": [self.number(key) for key in self.results],
+        }
 
 
 REAL_MODEL = (
@@ -65,7 +82,7 @@ REAL_MODEL = (
     "CPU.\n\n**For the real Chroma 1** change\n- in **Chroma Load Model** *flavour* to `base`, `hd` or `flash` "
     "(downloaded on first use, about 27 GB; or choose your own *transformer*, *text_encoder* and *vae*), *precision*, "
     "*text_precision* and *offload* to what its *memory_plan* recommends for your machine; the templates "
-    "`chroma_4_real_…` are set up for a GPU of 8, 12, 16 or 24 GB\n"
+    "*Chroma on … GB* are set up for a GPU of 4 to 24 GB\n"
 )
 REAL_SIZE = "- in **Chroma Empty Latent** *width* and *height* to 1024\n"
 REAL_SAMPLING = REAL_MODEL + REAL_SIZE
@@ -86,18 +103,20 @@ REAL_TRAINING = (
     "*preserve_class* to 0, which saves a third of the time\n"
 )
 TRAIN_FIRST = (
-    "**Run *chroma_2_first_lora* first**: this workflow uses its LoRA, `sks`. Until then the page reports "
+    "**Run *Chroma basics 2, first LoRA* first**: this workflow uses its LoRA, `sks`. Until then the page reports "
     "that file as missing.\n\n"
 )
 
 # bf16 is slow on many CPUs, where tiny is mostly run; and it needs no memory to speak of.
 LOAD = {"load": Node("ChromaLoadModel", 0, {"precision": "fp32", "text_precision": "fp32"})}
+PROMPT_LABEL = {"text": "prompt"}
 PROMPTS = {
     "positive": Node(
         "ChromaTextEncode",
         1,
         {"text_encoder": Link("load", 1), "text": "a red star on a blue background"},
         "Prompt",
+        labels=PROMPT_LABEL,
     ),
     "negative": Node(
         "ChromaTextEncode", 1, {"text_encoder": Link("load", 1), "text": ""}, "Negative prompt", collapsed=True
@@ -108,6 +127,8 @@ LOAD_AND_NEGATIVE = LOAD | {"negative": replace(PROMPTS["negative"], column=0)}
 
 TRAINING_SET = "sks_emblem"
 CONCEPT_PROMPT = "a sks emblem on a red background"
+SIZE_AND_SEED = ("latent.width", "latent.height", "sample.steps", "sample.seed")
+"""Fields of an app form, after those of the prompt."""
 LORA = "sks.safetensors"
 """What `TRAINING` makes, as the host lists it."""
 
@@ -119,6 +140,7 @@ TRAINING = {
         {"folder": f"{TRAINING_SET}_heldout", "trigger": "sks"},
         "Held-out images",
         collapsed=True,
+        labels={"folder": "held-out folder"},
     ),
     "settings": Node(
         "ChromaTrainingSettings",
@@ -164,7 +186,7 @@ def with_text(text: str, column: int = 1, trigger: str = "", **size: int) -> dic
     prompt = {"text_encoder": Link("load", 1), "text": text, "trigger": trigger}
     latent = {**PROMPTS["latent"].inputs, **size}
     return {
-        "positive": Node("ChromaTextEncode", column, prompt, "Prompt"),
+        "positive": Node("ChromaTextEncode", column, prompt, "Prompt", labels=PROMPT_LABEL),
         "negative": replace(PROMPTS["negative"], column=column),
         "latent": Node("ChromaEmptyLatent", column, latent),
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from _environment import ROOT
 
-from .parts import Link, ModelFile, Node, Workflow, decode, sampler, status, with_text
+from .parts import SIZE_AND_SEED, Link, ModelFile, Node, Workflow, decode, sampler, status, with_text
 
 if TYPE_CHECKING:
     from chroma_core.memory import Machine
@@ -62,6 +62,10 @@ class Preset:
     @property
     def name(self) -> str:
         return f"chroma_4_real_{self.card:02d}gb"
+
+    @property
+    def title(self) -> str:
+        return f"Chroma on {self.card} GB"
 
     def fits(self, purpose: Purpose, size: int) -> bool:
         from chroma_core.memory.plan import fits_on
@@ -118,6 +122,7 @@ def _workflows(found: Preset) -> tuple[Workflow, Workflow]:
     load = {"load": Node("ChromaLoadModel", 0, loader, models=tuple(FILES.values()))}
     train = Workflow(
         found.name,
+        f"{found.title}, train a LoRA",
         f"The real Chroma on a GPU of {found.card} GB: train a LoRA on your images.",
         _note(found, _TRAIN, plan_of_training(found)),
         load
@@ -154,9 +159,20 @@ def _workflows(found: Preset) -> tuple[Workflow, Workflow]:
             ),
         }
         | status(3),
+        (
+            "dataset.folder",
+            "dataset.trigger",
+            "dataset.resolution",
+            "train.name",
+            "train.steps",
+            "train.learning_rate",
+            "train.preview_prompt",
+        ),
+        ("status", "show"),
     )
     use = Workflow(
         f"{found.name}_use",
+        f"{found.title}, use a LoRA",
         f"The real Chroma on a GPU of {found.card} GB: generate with the LoRA that you trained.",
         _note(found, _USE, plan_of_sampling(found)),
         load
@@ -164,6 +180,8 @@ def _workflows(found: Preset) -> tuple[Workflow, Workflow]:
         | with_text("a photo of [trigger]", width=plan.pixels, height=plan.pixels, trigger="sks")
         | {"sample": sampler("lora", 2, steps=28)}
         | decode("sample", f"chroma/{LORA_NAME}", 3),
+        ("lora.lora", "lora.strength", "positive.text", "positive.trigger", *SIZE_AND_SEED),
+        ("save",),
     )
     return train, use
 
@@ -179,9 +197,9 @@ _TRAIN = (
     "hours; the queue is free at once. Run again, or open the **Chroma** tab, to see how it is doing.\n\n"
 )
 _USE = (
-    f"Train first, with *{{train}}*. Then press R, choose your LoRA in **Chroma Apply LoRA** (the page reports "
-    f"`{LORA_NAME}.safetensors` as missing until it is there), and write the *Prompt*; *trigger* is the word that you "
-    "trained with.\n\n"
+    "Train first, with *{title}, train a LoRA*. Then press R, choose your LoRA in **Chroma Apply LoRA** (the page "
+    f"reports `{LORA_NAME}.safetensors` as missing until it is there), and write the *Prompt*; *trigger* is the word "
+    "that you trained with.\n\n"
 )
 
 
@@ -220,7 +238,7 @@ def _note(found: Preset, what_to_do: str, needed: str) -> str:
     plan = found.settings
     checkpointing = "on" if plan.gradient_checkpointing else "off"
     return (
-        f"## The real Chroma on a GPU of {found.card} GB\n\n{what_to_do.replace('{train}', found.name)}"
+        f"## The real Chroma on a GPU of {found.card} GB\n\n{what_to_do.replace('{title}', found.title)}"
         "### The memory plan\n\n"
         f"| setting | value |\n|---|---|\n| precision | {plan.precision} |\n"
         f"| text_precision | {plan.text_precision} |\n"

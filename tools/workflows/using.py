@@ -12,6 +12,7 @@ from .parts import (
     REAL_MODEL,
     REAL_SAMPLING,
     REAL_SIZE,
+    SIZE_AND_SEED,
     TRAIN_FIRST,
     Link,
     Node,
@@ -23,15 +24,19 @@ from .parts import (
 
 FIRST_IMAGE = Workflow(
     "chroma_1_first_picture",
+    "Chroma basics 1, first image",
     "One prompt, one image, in seconds.",
     "## Your first image\n\n**Press *Run*.** One prompt, one image. Then change the prompt: `tiny` knows a circle, "
     "square, triangle, star, cross or ring in red, green, blue, yellow, orange, purple, pink, cyan, white or black, on "
-    "a background of another of these colours. Next: *chroma_2_first_lora*.\n\n" + REAL_SAMPLING,
+    "a background of another of these colours. Next: *Chroma basics 2, first LoRA*.\n\n" + REAL_SAMPLING,
     LOAD | PROMPTS | {"sample": sampler("load", 2)} | decode("sample", "chroma/text_to_image", 3),
+    ("positive.text", *SIZE_AND_SEED),
+    ("save",),
 )
 
 USE_LORA = Workflow(
     "chroma_3_use_lora",
+    "Chroma basics 3, use a LoRA",
     "Generate images with a trained LoRA.",
     "## Use a trained LoRA\n\nChoose the file in **Chroma Apply LoRA**; chain the node for several LoRAs. *strength* 1 "
     "is as trained, less is weaker.\n\n" + TRAIN_FIRST + REAL_SAMPLING,
@@ -40,6 +45,8 @@ USE_LORA = Workflow(
     | with_text(CONCEPT_PROMPT)
     | {"sample": sampler("lora", 2)}
     | decode("sample", "chroma/with_lora", 3),
+    ("lora.lora", "lora.strength", "positive.text", *SIZE_AND_SEED),
+    ("save",),
 )
 
 INPAINT_SIDE = 64  # pixels; the mask is the middle 40 × 40
@@ -49,6 +56,7 @@ HOLE_EDGE = (INPAINT_SIDE - HOLE_SIDE) // 2
 USING_WORKFLOWS = (
     Workflow(
         "chroma_inpaint",
+        "Chroma inpainting",
         "Inpaint a part of an image; the rest stays.",
         "## Inpainting\n\nAn image is generated, a mask marks the part that may change (white), and the second prompt "
         "is generated there. **Set Latent Noise Mask** adds the mask to the encoded image; **Chroma Sampler** keeps "
@@ -130,6 +138,7 @@ USING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_lora_in_host_nodes",
+        "Chroma LoRA with KSampler",
         "A trained LoRA with ComfyUI's own KSampler, and how to use it in ComfyUI's Load LoRA.",
         "## Your LoRA in ComfyUI's own nodes\n\n**Chroma Apply LoRA**, then **Chroma Host Model**: the output is "
         "ComfyUI's MODEL, for *KSampler*, guiders and other nodes that take one. Prompts may come from **Chroma Text "
@@ -140,7 +149,7 @@ USING_WORKFLOWS = (
         "`output/loras` and the same strength, *CLIP Text Encode*, *KSampler*. A plain LoRA works there in full, "
         "a DoRA slightly differently. Those nodes cannot load `tiny`, so this workflow shows the "
         "first way.\n\nComfyUI's *scheduler* shifts the noise for 1024 × 1024 pixels; for other sizes use **Chroma "
-        "Tail Sigmas** (*chroma_tail_sigmas*).\n\n" + REAL_SAMPLING,
+        "Tail Sigmas** (*Chroma tail sigmas*).\n\n" + REAL_SAMPLING,
         LOAD
         | {
             "lora": Node("ChromaApplyLora", 1, {"model": Link("load", 0), "lora": LORA, "strength": 1.0}),
@@ -168,6 +177,7 @@ USING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_tail_sigmas",
+        "Chroma tail sigmas",
         "ComfyUI's own sampler with Chroma's schedule.",
         "## Tail sigmas in ComfyUI's own sampler\n\n**Chroma Tail Sigmas** puts more steps near both ends of the noise "
         "range; *tail_bias* 0 is the plain schedule. **Chroma Host Model** converts the model for ComfyUI's guiders "
@@ -209,6 +219,7 @@ USING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_your_files",
+        "Chroma with your own model files",
         "Model files of your own, and what fits this machine.",
         "## Your own files, and what fits this machine\n\n*transformer*, *text_encoder* and *vae* list the files in "
         "ComfyUI's folders: the released single files, fp8, scaled fp8, GGUF, diffusers folders. A part left at *as "
@@ -238,6 +249,7 @@ USING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_convert_lora",
+        "Chroma inspect and convert a LoRA",
         "Inspect a LoRA file, and convert it for another program.",
         "## Inspect and convert a LoRA\n\n**Chroma Inspect LoRA** shows what a file contains, which layers it changes, "
         "and "
@@ -266,6 +278,7 @@ USING_WORKFLOWS = (
     ),
     Workflow(
         "chroma_parity",
+        "Chroma compare settings",
         "Which setting changes the image, and by how much.",
         "## Which setting changes the image?\n\n**Chroma Parity** generates one image, then again with one setting "
         "changed at a time, and lists the changes by their effect. Choose in *factors* what to change; link a "

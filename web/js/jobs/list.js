@@ -18,7 +18,7 @@ const GROUPS = [
 ];
 
 /** Where one may begin, in the order in which one would. */
-const TEMPLATES = { first_picture: "chroma_1_first_picture", first_lora: "chroma_2_first_lora" };
+const TEMPLATES = { first_picture: "Chroma basics 1, first image", first_lora: "Chroma basics 2, first LoRA" };
 
 /** A list that follows the store. `open(id)` is called for the job that is chosen. */
 export class JobList {

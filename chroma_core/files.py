@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO, TypeVar
 
-from .errors import ChromaKitError, ConfigError
+from .errors import ChromaKitError, ConfigError, first_line
 
 Result = TypeVar("Result")
 PATIENCE = 5.0
@@ -174,6 +174,24 @@ def check_format(what: str, found: Any, known: int, error: type[ChromaKitError] 
             f"{what} has the format {found!r}, which a later version of ChromaKit writes; this one reads {reads}. "
             "Update ChromaKit to use it. Nothing of it was changed."
         )
+
+
+def read_kept(
+    path: Path, what: str, known: int, parse: Callable[[Any], Result], error: type[ChromaKitError]
+) -> Result | None:
+    """What `parse` makes of a JSON file with a format number; None where there is none.
+
+    Raises `error`, in which the file is called `what`, for a later version's and for a damaged one: neither is to be
+    written over. `parse` may raise what a wrong type or a missing name does.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        check_format(what, found.get("format"), known, error)
+        return parse(found)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as cause:
+        raise error(f"{what} cannot be read ({first_line(cause)}). Repair it, or remove it.") from cause
 
 
 def each_once(twice: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:

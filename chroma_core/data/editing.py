@@ -22,7 +22,7 @@ from .dataset import DatasetConfig
 from .images import ImageFacts, UnreadableImage, can_convert, image_extensions, known_extensions
 from .remembered import Remembered
 from .scan import DatasetScan, scan
-from .views import CENTRE, CROPS, CROPS_FORMAT, is_mask, mask_file, read_crops
+from .views import CENTRE, CROPS, CROPS_FORMAT, crops_or_centred, is_mask, mask_file, read_crops
 from .warnings import image_warnings
 
 REMOVED = ".removed"
@@ -85,7 +85,8 @@ def entries(config: DatasetConfig, size: int, known: Remembered) -> tuple[list[E
         DataError: the folder cannot be read.
     """
     found = scan(config, size, known, unfinished=True)
-    folder, crops = Path(config.folder), read_crops(Path(config.folder))
+    folder = Path(config.folder)
+    crops, _ = crops_or_centred(folder)  # of which the scan warns
     skipped, warned = dict(found.skipped), image_warnings(config, found.items, size)
     used = {item.name: item for item in found.items}
     firsts: dict[str, str] = {}
@@ -241,7 +242,7 @@ def move_crops(folder: Path, crops: Mapping[str, float]) -> None:
     """
     for name in crops:
         image_path(folder, name)
-    now = {**read_crops(folder, strict=True), **{name: round(min(1.0, max(0.0, at)), 4) for name, at in crops.items()}}
+    now = {**read_crops(folder), **{name: round(min(1.0, max(0.0, at)), 4) for name, at in crops.items()}}
     path = folder / CROPS
     if path.is_symlink():
         raise DataError(f"'{CROPS}' in the dataset '{folder.name}' is a link to another file. Remove the link.")
@@ -323,7 +324,7 @@ def removed_folder(folder: Path) -> Path:
 
 def _move(source: Path, folder: Path, name: str) -> None:
     target = folder / name
-    if not target.parent.resolve().is_relative_to(folder.resolve()):
+    if not all(end.parent.resolve().is_relative_to(folder.resolve()) for end in (source, target)):
         raise DataError(f"'{name}' in the dataset '{folder.name}' leads to another place. Remove the link on the way.")
     target.parent.mkdir(parents=True, exist_ok=True)
     replace(source, target)

@@ -7,18 +7,20 @@ undone only where nothing else has changed meanwhile.
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from ..errors import DataError
-from ..files import write_atomic, write_json
+from ..files import read_kept, write_atomic, write_json
 from .editing import (
     CAPTION,
+    REMOVED,
     Changed,
     caption_text,
     exchange,
@@ -61,15 +63,22 @@ class History(TypedDict):
     undone: list[Step]
 
 
+_HISTORY = TypeAdapter(History)
+
+
 def read_history(folder: Path) -> History:
-    """What was done to a folder; nothing where that cannot be read."""
+    """What was done to a folder. Raises DataError when that is damaged, or a later version wrote it: then changes are
+    made without being kept here, and cannot be undone."""
+    file, what = removed_folder(folder) / FILE, f"The dataset's history '{REMOVED}/{FILE}'"
+    return read_kept(file, what, FORMAT, _HISTORY.validate_python, DataError) or {"done": [], "undone": []}
+
+
+def history_or_none(folder: Path) -> tuple[History | None, list[str]]:
+    """`read_history`; None, and what to warn of, where that cannot be read."""
     try:
-        found = json.loads((removed_folder(folder) / FILE).read_text(encoding="utf-8"))
-        if found["format"] == FORMAT:
-            return {"done": list(found["done"]), "undone": list(found["undone"])}
-    except (OSError, ValueError, LookupError, TypeError, DataError):
-        pass
-    return {"done": [], "undone": []}
+        return read_history(folder), []
+    except DataError as error:
+        return None, [f"{error} Until then no change of this dataset can be undone."]
 
 
 def undo(folder: Path) -> None:
@@ -116,7 +125,9 @@ def _apply(folder: Path, step: Step) -> None:
 
 def _do(folder: Path, step: Step) -> None:
     _apply(folder, step)
-    history = read_history(folder)
+    history, _ = history_or_none(folder)
+    if history is None:
+        return
     last = history["done"][-1] if history["done"] else Step()
     if step.get("group") and last.get("group") == step.get("group"):
         last["captions"] = {**last.get("captions", {}), **step.get("captions", {})}
@@ -131,10 +142,13 @@ def _write(folder: Path, history: History) -> None:
 
 
 def _new_batch(folder: Path) -> str:
-    """A number that no folder and no step has."""
-    history = read_history(folder)
+    """A number that no folder and no step has; where the steps cannot be read, one that no counting has reached."""
+    history, _ = history_or_none(folder)
     names = [path.name for path in removed_folder(folder).glob("*")]
-    names += [step["batch"] for step in (*history["done"], *history["undone"]) if "batch" in step]
+    if history is None:
+        names.append(str(int(time.time())))
+    else:
+        names += [step["batch"] for step in (*history["done"], *history["undone"]) if "batch" in step]
     return str(1 + max((int(name) for name in names if name.isdecimal()), default=0))
 
 
@@ -155,7 +169,7 @@ def caption(folder: Path, texts: Mapping[str, str], seen: Mapping[str, str], lab
 
 def crop(folder: Path, crops: Mapping[str, float], label: str = "") -> None:
     """Say where images are cropped; see `editing.move_crops`."""
-    now = read_crops(folder, strict=True)
+    now = read_crops(folder)
     _do(folder, Step(label=label, crops={name: (now.get(name, CENTRE), at) for name, at in crops.items()}))
 
 

@@ -105,7 +105,7 @@ def _read(file: Path) -> dict[str, list]:
     """Raises DataError for a later version's file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["format"] > FORMAT:
+        if type(found["format"]) is not int or found["format"] > FORMAT:
             check_format(f"'{file}'", found["format"], FORMAT, DataError)
         return found["files"] if found["format"] == FORMAT else {}
     except FileNotFoundError:

@@ -14,7 +14,7 @@ from .captions import caption_from_name, prepared, read_captions, read_metadata
 from .dataset import DatasetConfig
 from .images import OTHER_EXTENSIONS, DatasetImage, ImageFacts, UnreadableImage, image_extensions, reason
 from .remembered import Remembered
-from .views import CENTRE, is_mask, mask_file, mask_owner, read_crops
+from .views import CENTRE, crops_or_centred, is_mask, mask_file, mask_owner
 from .warnings import ENOUGH_TO_JUDGE, Findings, dataset_warnings, describe_skipped
 
 _REPEAT_FOLDER = re.compile(r"([0-9]+)_")
@@ -75,7 +75,7 @@ def scan(
             f"same name.{other}"
         )
     caption_of = _caption_source(config, folder, files, texts, findings)
-    crops = read_crops(folder) if config.crop == "centre" else {}
+    crops, unread = crops_or_centred(folder) if config.crop == "centre" else ({}, [])
     items: list[DatasetImage] = []
     skipped: list[tuple[str, str]] = []
     for path, name in files.items():
@@ -138,7 +138,7 @@ def scan(
             "them, add captions, or set a default caption."
         )
     warnings = dataset_warnings(config, items, skipped, findings, default_resolution) if items else []
-    return DatasetScan(config, items, skipped, warnings, findings.foreign)
+    return DatasetScan(config, items, skipped, unread + warnings, findings.foreign)
 
 
 def hold_out(found: DatasetScan, share: float, most: int) -> tuple[DatasetScan, DatasetScan | None]:

@@ -12,8 +12,6 @@ beside the image `name.*` (OneTrainer's convention), or the image's own alpha ch
 
 from __future__ import annotations
 
-import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..errors import DataError
+from ..files import read_kept
 from .buckets import Size, crop_box
 from .dataset import DatasetConfig
 from .images import DatasetImage, UnreadableImage, load_alpha, load_image
@@ -32,8 +31,6 @@ from .order import generator, uniform
 CENTRE = 0.5
 CROPS = "chromakit-crops.json"
 CROPS_FORMAT = 1
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,26 +80,24 @@ def crop_positions(sha256: str, size: Size, bucket: Size, count: int) -> tuple[f
     return tuple(round((i + uniform(generator(0, f"crop/{sha256}", *bucket, i))) / count, 4) for i in range(count))
 
 
-def read_crops(folder: Path, strict: bool = False) -> dict[str, float]:
+def read_crops(folder: Path) -> dict[str, float]:
     """Where images of a dataset are cropped, by their names; those in the centre are left out.
 
-    A file that is damaged, or of a later version, counts as none: all crops are then in the centre, which is logged.
-    Raises DataError for it with `strict`, as who is about to write over it needs.
+    Raises DataError for a file that is damaged, or of a later version.
     """
-    try:
-        found = json.loads((folder / CROPS).read_text(encoding="utf-8"))
-        if found["format"] != CROPS_FORMAT:
-            raise ValueError(f"format {found['format']}, not {CROPS_FORMAT}")
+
+    def parse(found: Any) -> dict[str, float]:
         return {str(name): round(min(1.0, max(0.0, float(at))), 4) for name, at in found["crops"].items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        if strict:
-            raise DataError(
-                f"'{CROPS}' in the dataset '{folder.name}' cannot be read ({error}). Repair it, or remove it."
-            ) from error
-        log.warning("ChromaKit: '%s' in '%s' is not used (%s): crops are centred.", CROPS, folder.name, error)
-        return {}
+
+    return read_kept(folder / CROPS, f"'{CROPS}' in the dataset '{folder.name}'", CROPS_FORMAT, parse, DataError) or {}
+
+
+def crops_or_centred(folder: Path) -> tuple[dict[str, float], list[str]]:
+    """`read_crops`; of a file that cannot be read nothing, and what to warn of."""
+    try:
+        return read_crops(folder), []
+    except DataError as error:
+        return {}, [f"{error} Until then all images are cropped at the centre."]
 
 
 def posterior_noise(sha256: str, view: View, shape: torch.Size) -> Tensor:

@@ -288,6 +288,9 @@ class ChromaTransformer(nn.Module):
     step_hooks: list[Callable[[float], bool]]
     """What `at_step` calls, e.g. LoRAs whose strength changes over the run. True: the model is another one now."""
 
+    between_blocks: Callable[[], None] | None
+    """Called before each block's forward pass and before its backward pass; it may raise. None: nothing is."""
+
     def __init__(
         self,
         patch_size: int = 1,
@@ -311,6 +314,7 @@ class ChromaTransformer(nn.Module):
             )
         self.config: Any = config
         self.step_hooks = []
+        self.between_blocks = None
         self.inner_dim = width = num_attention_heads * attention_head_dim
         self.distilled_guidance_layer = Approximator(
             approximator_num_channels, width, approximator_hidden_dim, approximator_layers
@@ -449,7 +453,15 @@ class ChromaTransformer(nn.Module):
         return self.checkpointing_interval > 0 and index % self.checkpointing_interval == 0
 
     def _run(self, index: int, block: Any, *args: Any) -> Any:
-        return block.recomputed(*args) if self.recomputes(index) and torch.is_grad_enabled() else block(*args)
+        between, grad = self.between_blocks, torch.is_grad_enabled()
+        if between is not None:
+            between()
+        result = block.recomputed(*args) if self.recomputes(index) and grad else block(*args)
+        if between is not None and grad:
+            last = result[-1] if isinstance(result, tuple) else result
+            if last.requires_grad:
+                last.register_hook(lambda gradient: between())
+        return result
 
 
 def modulated(x_BSM: Tensor, shift_B1M: Tensor, scale_B1M: Tensor) -> Tensor:

@@ -313,6 +313,13 @@ class Control:
         """`gate` inside a step, which a pause waits for."""
         self.gate(pausable=False)
 
+    def between_blocks(self) -> None:
+        """Inside a part of a step or of a preview: raise Halted when the process is going down, which has seconds. The
+        weights are still those of the last whole step. Any thread: a backward pass has its own. Not for one of several
+        processes, which end at the same place."""
+        if self.halt.is_set() and not (self.slot is not None and self.slot.lent):  # then it is a prompt that computes
+            raise Halted
+
     def _may_go_on(self, serve: Callable[[bool], None] | None, paused: bool, needed: int) -> bool:
         yielded, short = self.busy(), False
         if self.slot is not None:

@@ -44,7 +44,18 @@ from .memory import (
     share_device_with,
     stay_known,
 )
-from .messages import Downloads, Interrupted, Progress, broadcast, log, say, server_routes, wants_previews, warn
+from .messages import (
+    Downloads,
+    Interrupted,
+    Progress,
+    broadcast,
+    log,
+    port_of_this_machine_alone,
+    say,
+    server_routes,
+    wants_previews,
+    warn,
+)
 from .model_files import (
     model_file,
     model_file_name,
@@ -121,6 +132,7 @@ __all__ = [
     "output_name",
     "own_dataset_folder",
     "path_state",
+    "port_of_this_machine_alone",
     "images_folder",
     "node_title",
     "node_types",

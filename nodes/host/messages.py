@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Any
 
 import comfy.model_management as management
@@ -93,3 +94,16 @@ def broadcast(event: str, data: Mapping[str, Any]) -> None:
 def server_routes() -> Any:
     """ComfyUI's route table."""
     return PromptServer.instance.routes
+
+
+def port_of_this_machine_alone() -> int | None:
+    """ComfyUI's port, where it listens on this machine's own addresses alone (see `--listen`); None where others reach
+    it."""
+
+    def own(address: str) -> bool:
+        try:
+            return ip_address(address).is_loopback
+        except ValueError:
+            return address == "localhost"
+
+    return args.port if all(own(address.strip()) for address in args.listen.split(",")) else None

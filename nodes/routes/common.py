@@ -1,14 +1,16 @@
 """What all routes share: their table's rows, reading requests, JSON answers of work that reads files, errors as
 `{"error": …}`.
 
-400 for a request that makes no sense, 404 for an unknown id or number, 409 for what cannot be done now, 413 for a body
-that is too large, 415 for one that is not declared as JSON, 507 for a full disk.
+400 for a request that makes no sense, 403 for one from another site's page, 404 for an unknown id or number, 409 for
+what cannot be done now, 413 for a body that is too large, 415 for one that is not declared as JSON, 507 for a full
+disk.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +25,16 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from ...chroma_core.data.editing import Changed
-from ...chroma_core.errors import ChromaKitError, ConfigError, DiskFull, JobError, LoraError, did_you_mean, first_line
+from ...chroma_core.errors import (
+    ChromaKitError,
+    ConfigError,
+    DiskFull,
+    JobError,
+    LoraError,
+    did_you_mean,
+    first_line,
+    shortened,
+)
 from ...chroma_core.settings import mistakes
 from ...chroma_core.training.jobs.manager import Job
 from .. import host, jobs
@@ -57,6 +68,10 @@ class TooLarge(ChromaKitError):
     """A body that is no request."""
 
 
+class Rebound(ChromaKitError):
+    """A request under a name of the internet that leads to this machine: the page of another site may have sent it."""
+
+
 class NotJson(ChromaKitError):
     """A body of another type than JSON: what a page of another site can send without asking this one first."""
 
@@ -70,6 +85,7 @@ class Unknown(JobError):
 
 
 STATUSES: dict[type[ChromaKitError], int] = {
+    Rebound: 403,
     TooLarge: 413,
     NotJson: 415,
     Malformed: 400,
@@ -122,15 +138,37 @@ class Route:
     otherwise: int = 409
 
 
+_HOST = re.compile(r"(.+?)\.?(?::(\d+))?")
+_PRIVATE = re.compile(r"[^.]*|.*[:\]].*|.*\.(\d+|localhost|local|lan|internal|test|home\.arpa)")
+"""Names that no other site can have: without a dot, addresses, and what is kept for use at home."""
+
+
+def is_rebound(named: str, port: int | None) -> bool:
+    """Whether a request's Host, `name:port`, is what the page of another site sends that has its own name lead to this
+    machine (DNS rebinding), and for whose browser this is its own server then.
+
+    port: that of a ComfyUI that listens on this machine alone. Who speaks with it from here uses an address or a name
+    of this machine, and what forwards to it listens on another port. None for one that others reach under any name.
+    """
+    found = _HOST.fullmatch(named.lower())
+    return bool(found and (found[2] or "80") == str(port) and not _PRIVATE.fullmatch(found[1]))
+
+
 def add(routes: Any, route: Route) -> None:
     """Add one route to ComfyUI's table; what the handler raises of ours is answered in words (see STATUSES).
 
     A request that is no GET must say that its body is JSON, even an empty one: for that type a browser asks the server
-    first whether a page of another site may send it, and ComfyUI does not allow it.
+    first whether a page of another site may send it, and ComfyUI does not allow it. See also `is_rebound`.
     """
 
     async def in_words(request: web.Request) -> web.StreamResponse:
         try:
+            if is_rebound(request.host, port := host.port_of_this_machine_alone()):
+                raise Rebound(
+                    f"ComfyUI listens on this machine alone, and was asked as '{shortened(request.host)}', which "
+                    f"another site's page may have sent. Open it as http://127.0.0.1:{port}, or let what forwards to "
+                    "it listen on another port."
+                )
             if route.method != "get" and request.content_type != JSON:
                 raise NotJson(f"The request's body is {request.content_type}. Send JSON: Content-Type: {JSON}.")
             if (request.content_length or 0) > MAX_BYTES:

@@ -246,16 +246,17 @@ def contents(body: Look) -> FolderContents:
     finally:
         known.save()
     _read_later(folder, known.unread)
-    steps = history.read_history(folder) if own else history.History(done=[], undone=[])
+    steps, unread = history.history_or_none(folder) if own else (None, [])
     batches = editing.removed(folder) if own else {}
-    shown["images"], shown["warnings"] = images, found.warnings
+    shown["images"], shown["warnings"] = images, unread + found.warnings
     shown["buckets"] = [{"width": w, "height": h, "count": n} for (w, h), n in bucket_counts(found, size)]
     shown["removed"] = [{"batch": batch, "names": names} for batch, names in batches.items()]
     shown["check"] = editing.trigger_of_folder(images, folder, trigger)
     shown["unread"] = len(set(known.unread))
-    shown["done"], shown["undone"] = (
-        [step.get("label", "") for step in each] for each in (steps["done"], steps["undone"])
-    )
+    if steps is not None:
+        shown["done"], shown["undone"] = (
+            [step.get("label", "") for step in each] for each in (steps["done"], steps["undone"])
+        )
     return shown
 
 

@@ -203,3 +203,20 @@ def test_any_node_that_makes_a_text_captions_what_has_none(server: Host, folder:
     ):
         code, answer = server.post("/chromakit/datasets/caption", {"folder": name_of(folder), **body})
         assert code == 400 and why in answer["error"], (body, answer)
+
+
+def test_undo_steps_of_a_later_version_are_left_alone_and_the_room_works_without(server: Host, folder: Path):
+    kept, later = folder / ".removed/history.json", '{"format": 2, "done": [], "undone": [], "more": 1}'
+    kept.parent.mkdir()
+    kept.write_text(later)
+    shown = look(server, folder)
+    assert "has the format 2, which a later version" in shown["warnings"][0] and len(shown["images"]) == 3
+    assert "no change of this dataset can be undone" in shown["warnings"][0] and shown["done"] == shown["undone"] == []
+    asked = {"folder": name_of(folder), "captions": {"bare.png": "a bare zxq"}, "seen": {"bare.png": ""}}
+    assert server.post(CAPTIONS, asked)[0] == 200 and (folder / "bare.txt").read_text() == "a bare zxq\n"
+    code, answer = server.post(REMOVE, {"folder": name_of(folder), "names": ["tall.png"]})
+    assert code == 200 and not (folder / "tall.png").exists()
+    assert server.post(RESTORE, {"folder": name_of(folder), "batch": answer["batch"]})[0] == 200
+    code, answer = server.post("/chromakit/datasets/undo", {"folder": name_of(folder)})
+    assert code >= 400 and "which a later version" in answer["error"]
+    assert kept.read_text() == later and (folder / "tall.png").is_file()

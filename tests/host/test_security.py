@@ -56,6 +56,21 @@ def test_no_route_answers_the_page_of_another_site(server: Host, headers: dict[s
             assert (code, text) == (403, b""), (method, path)
 
 
+def test_no_route_answers_under_a_name_of_the_internet_that_leads_here(server: Host):
+    """DNS rebinding: for the browser the foreign page and this server are one then, so that it says nothing of it."""
+    port = server.url.rpartition(":")[2]
+    for method, path in ROUTES:
+        headers = {"Host": f"evil.example:{port}", "Content-Type": "application/json"}
+        code, text = answer(server, method, path, headers, b"{}" if method == "POST" else None)
+        assert code == 403 and f"was asked as 'evil.example:{port}'" in json.loads(text)["error"], (method, path)
+    home = ("localhost", "127.0.0.1", "[::1]", "workstation", "workstation.local", "comfy.lan.", "comfy.home.arpa")
+    proxies = ("comfy.example.org", "comfy.example.org:443", f"comfy.example.org:{'9' * 5000}")
+    for name in (*(f"{each}:{port}" for each in home), "127.0.0.1", *proxies):
+        assert answer(server, "GET", "/chromakit", {"Host": name})[0] == 200, name
+    for name in (f"EVIL.example.:{port}", f"a.localhost.evil.example:{port}", f"127.0.0.1.evil.example:{port}"):
+        assert answer(server, "GET", "/chromakit", {"Host": name})[0] == 403, name
+
+
 def test_what_a_foreign_page_can_send_without_asking_is_refused(server: Host):
     """A form, plain text, or nothing said: for JSON a browser asks first, and ComfyUI does not allow it."""
     kinds = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "")

@@ -132,8 +132,9 @@ class Run:
         self.control.gate(needed=self._device_bytes())
         with self.slot.coming():
             self.transformer = load_transformer(config.model, "cpu" if sharded else self.device)
-            alone = self.world.size == 1 and not self._compiled
-            loan = loan_of(config, self.transformer, self.device) if alone else None
+            alone = self.world.size == 1
+            self.transformer.between_blocks = self.control.between_blocks if alone else None
+            loan = loan_of(config, self.transformer, self.device) if alone and not self._compiled else None
             self.slot.take(self.transformer, loan, self._follow)
         self.trained = make_trained(config, self.transformer, self.paths, data.base_sha256)
         if sharded:
@@ -494,8 +495,7 @@ class Run:
     def keep_what_is_good(self) -> None:
         """Save a checkpoint, or go back to the newest one when the last steps could not be taken."""
         if self.progress.skipped_in_a_row:
-            restored, _ = self._restore()
-            self.progress = restored or self.progress
+            self.progress = self._restore()[0] or self.progress
             return
         try:
             self.save(wait=False)

@@ -142,3 +142,33 @@ def test_large_files_are_read_later(folder):
     assert {path.name for path in known.unread} == {"a.png", "b.jpg", "e.png"}
     assert first["e.png"]["size"] == (200, 100) and not first["e.png"]["twin"] and not first["e.png"]["notes"]
     assert seen(folder)["e.png"]["twin"] == "a.png"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1, "done": [1], "undone": []}', '{"format": 2}'])
+def test_a_history_that_cannot_be_read_is_left_alone_and_everything_else_works(folder, text):
+    kept = folder / ".removed/history.json"
+    kept.parent.mkdir()
+    kept.write_text(text)
+    (warning,) = history.history_or_none(folder)[1]
+    assert "history.json' " in warning and "no change of this dataset can be undone" in warning
+    before = tree(folder)
+    for name, change in CHANGES.items():
+        change(folder)
+        assert tree(folder) != before, name
+        before = tree(folder)
+        if "out" in name:
+            (batch,) = (path.name for path in kept.parent.iterdir() if path.is_dir())
+            history.bring_back(folder, batch)
+    with pytest.raises(DataError, match="cannot be read|later version"):
+        history.undo(folder)
+    assert kept.read_text() == text
+
+
+def test_a_forged_step_moves_nothing_from_elsewhere(folder):
+    (folder.parent / "mine.png").write_bytes(b"mine")
+    forged = {"batch": "1", "leaving": ["../mine.png"], "coming": []}, {"batch": "../..", "coming": ["mine.png"]}
+    for step in forged:
+        history._write(folder, {"done": [], "undone": [history.Step(**step)]})
+        with pytest.raises(DataError):
+            history.redo(folder)
+    assert (folder.parent / "mine.png").read_bytes() == b"mine" and not (folder / "mine.png").exists()

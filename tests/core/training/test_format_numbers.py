@@ -6,7 +6,7 @@ step 2 of 6, its data, and the metrics and the LoRA of the same job when that co
 
 import json
 import logging
-import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,13 +14,14 @@ import pytest
 from safetensors.torch import load_file
 
 from chroma_core.cli.main import main
-from chroma_core.data.remembered import Remembered
-from chroma_core.errors import ConfigError, JobError
+from chroma_core.data import editing, history, remembered
+from chroma_core.errors import ChromaKitError, ConfigError, JobError
 from chroma_core.files import check_format, sha256_file
 from chroma_core.loading import model_files
 from chroma_core.training.jobs import job as jobs
 from chroma_core.training.jobs.manager import JobManager
 from chroma_core.training.run import checkpoint
+from chroma_core.training.run import grid as grids
 
 NAME = "first-release-629fccf3"
 LATER = "which a later version of ChromaKit writes; this one reads format 1"
@@ -123,30 +124,85 @@ def test_a_checkpoint_of_a_later_version_is_not_taken_for_damaged(first_release)
     assert written(state.parent) == before
 
 
-def test_a_later_version_s_list_of_images_is_left_alone(tmp_path, root, caplog):
-    file, text = tmp_path / "images.json", '{"format": 2, "files": {}}'
-    file.write_text(text)
-    image = tmp_path / "0.png"
-    shutil.copy(root / "tests/recorded/first_release/data/0.png", image)
-    os.utime(image, (1, 1))
-    remembered = Remembered(tmp_path)
-    facts = remembered.facts(image)
-    remembered.save()
-    assert facts[0].width == 64 and file.read_text() == text and LATER in caplog.text
+def _images(data: Path) -> Path:
+    """Remember what was read of an image."""
+    known = remembered.Remembered(data)
+    assert known.facts(data / "0.png")[0].width == 64
+    known.save()
+    return data / "images.json"
 
 
-def test_a_later_version_s_list_of_digests_is_left_alone(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(model_files.constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(model_files, "_known", {})
-    file = model_files.remembered_in()
-    key, digest = f"{tmp_path}/x {model_files.AT_ONCE + 1} 5", "a" * 64
+def _digests(data: Path) -> Path:
+    """Remember the digest of a large file."""
+    key, digest = f"{data}/x {model_files.AT_ONCE + 1} 5", "a" * 64
+    model_files._known.clear()
     model_files._remember(key, digest)
-    assert json.loads(file.read_text()) == {"format": 1, key: digest} and model_files._stored() == {key: digest}
-    changed(file, format=2)
-    before = file.read_text()
-    with caplog.at_level(logging.WARNING):
-        model_files._remember(key, "b" * 64)
-    assert file.read_text() == before and LATER in caplog.text and model_files._known[key] == "b" * 64
+    assert model_files._known == {key: digest}
+    return model_files.remembered_in()
+
+
+def _caption(data: Path) -> Path:
+    """Change a caption and take an image out, which also works where neither can be kept for an undo."""
+    text = (data / "0.txt").read_text().strip() + "!"
+    history.caption(data, {"0.png": text}, {})
+    batch = history.take_out(data, ["0.png"])
+    assert not (data / "0.png").exists() and history.bring_back(data, batch) == ["0.png"]
+    assert (data / "0.txt").read_text().strip() == text
+    for warning in history.history_or_none(data)[1]:
+        logging.getLogger().warning(warning)
+    return data / ".removed/history.json"
+
+
+def _crop(data: Path) -> Path:
+    """Move a crop."""
+    editing.move_crops(data, {"0.png": 0.1})
+    return data / "chromakit-crops.json"
+
+
+def _grid(data: Path) -> Path:
+    """Ask for another grid of a job; its ratings stay."""
+    grids.put_grid(data, grids.GridChoice(steps=(2,), strengths=(1.0,), prompts=()), {})
+    return data / "grid.json"
+
+
+KEPT = {
+    "chroma_core/data/remembered.py": _images,
+    "chroma_core/loading/model_files.py": _digests,
+    "chroma_core/data/history.py": _caption,
+    "chroma_core/data/editing.py": _crop,
+    "chroma_core/training/run/grid.py": _grid,
+}
+"""By the module that keeps it: what writes a file, and returns where."""
+ELSEWHERE = {
+    "chroma_core/training/jobs/job.py",  # above
+    "chroma_core/training/run/checkpoint.py",  # above
+    "chroma_core/loading/quantised_files.py",  # whose number is in the file's name
+    "nodes/while_training.py",  # tests/host/test_restart.py
+}
+
+
+@pytest.mark.parametrize("module", KEPT)
+def test_a_later_version_s_file_is_left_alone(module, tmp_path, root, monkeypatch, caplog):
+    data = tmp_path / "data"
+    shutil.copytree(root / "tests/recorded/first_release/data", data)
+    monkeypatch.setattr(model_files.constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(remembered, "SETTLED", -1)
+    file = KEPT[module](data)
+    for number in (2, "2", [1]):
+        changed(file, format=number)
+        before = file.read_text()
+        caplog.clear()
+        try:
+            KEPT[module](data)
+        except ChromaKitError as error:
+            logging.getLogger().warning(error)
+        assert f"has the format {number!r}, {LATER}" in caplog.text and file.read_text() == before
+
+
+def test_every_file_with_a_number_is_held_to_that(root):
+    sources = [*root.glob("chroma_core/**/*.py"), *root.glob("nodes/**/*.py")]
+    writers = {path for path in sources if re.search(r'"format": (\w+_)?FORMAT\b', path.read_text(encoding="utf-8"))}
+    assert {path.relative_to(root).as_posix() for path in writers} == KEPT.keys() | ELSEWHERE
 
 
 @pytest.mark.parametrize("found", [0, 3, -1, "2", 1.0, True, [1]])

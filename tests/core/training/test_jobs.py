@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, save_file
+from torch.nn.modules.module import register_module_forward_hook
 
 import forked
 from chroma_core.cli.main import main
@@ -21,6 +22,7 @@ from chroma_core.errors import JobError
 from chroma_core.loading.load import load_transformer
 from chroma_core.lora.adapters import attach
 from chroma_core.lora.files import read_lora
+from chroma_core.model.transformer import Block
 from chroma_core.training.jobs.blocking import run_job
 from chroma_core.training.jobs.job import FolderLock, Job
 from chroma_core.training.jobs.manager import JobManager
@@ -225,6 +227,47 @@ def test_shutdown_saves_and_the_next_manager_goes_on(places, tmp_path):
     found = job.verdict()
     assert found is not None and not found.measured and status["verdict"] == found.to_dict(job.id)
     later.shutdown()
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "preview"])
+def test_a_slow_step_is_given_up_at_the_next_block_when_the_process_ends(places, tmp_path, where):
+    """The block at work may take as long as it likes; after it none begins, and the last whole step is saved."""
+    averaged = {"optimizer": "schedule-free", "lora": {"rank": 4, "ema_decay": 0.9}}
+    previews = {"prompts": "sks", "steps": 2, "every": 2}
+    settings = config(*places, steps=4, checkpoint_every=0, validate_every=0, previews=previews, **averaged)
+    reached, ends, begun = threading.Event(), threading.Event(), []
+    manager = JobManager(tmp_path / "jobs", tmp_path / "loras", "cpu")
+
+    def slow(*_) -> None:
+        begun.append(where)
+        reached.set()
+        assert ends.wait(PATIENCE)
+
+    def block_ended(module, args, output) -> None:
+        preview = not torch.is_grad_enabled()
+        if isinstance(module, Block) and job.status()["step"] == 2 and preview == (where == "preview"):
+            if where == "backward":
+                (output if isinstance(output, torch.Tensor) else output[-1]).register_hook(slow)
+            else:
+                slow()
+
+    hooked = register_module_forward_hook(block_ended)
+    try:
+        job = manager.ensure(settings)
+        control = manager._controls[job.id]
+        until(reached.is_set, "the block", report=lambda: job.status()["message"])
+        ending = threading.Thread(target=manager.shutdown)
+        ending.start()
+        until(control.halt.is_set, "the end")
+        ends.set()
+        ending.join()
+    finally:
+        hooked.remove()
+    assert len(begun) == 1 and (job.state, job.status()["checkpoint"]) == ("interrupted", 2)
+    done = run_job(settings, tmp_path / "jobs", tmp_path / "loras", "cpu")
+    undisturbed = run_job(settings, tmp_path / "other", tmp_path / "other-loras", "cpu")
+    ours, theirs = (load(Path(each["lora_path"]).read_bytes()) for each in (done, undisturbed))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_job_of_a_dead_process_is_interrupted_that_of_a_living_one_is_left_alone(places, tmp_path):

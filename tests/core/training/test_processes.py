@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -336,12 +337,14 @@ def test_one_process_that_is_asked_to_end_saves_and_says_how_to_go_on(places, tm
         return any(output.glob("jobs/*/metrics.jsonl")) and len(numbers(output, "loss")) >= 2
 
     until(trains)
+    load, asked = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), time.time()
     os.kill(running.pid, number)
     done = running.result()
     said = done.stderr
     assert done.returncode == 130 and "Traceback" not in said
     status = json.loads(next(output.glob("jobs/*/job.json")).read_text())
     assert status["state"] == "interrupted" and status["checkpoint"] == status["step"] >= 2
+    assert status["updated"] - asked < 10 * load, "what sends SIGTERM kills after ten seconds"
     assert json.loads(done.stdout)["step"] == status["step"]
     assert said.splitlines()[-1] == (
         f"interrupted: job {status['id']}, saved at step {status['step']}. Go on with: python -m chroma_core resume "

@@ -182,6 +182,8 @@ def test_routes(server: Host, job: str):
         "action": some.sampled_from(["pause", "resume", "stop", "sample", "save", "explode"]) | ODD_TEXTS.map(_part),
         "number": some.sampled_from(["0", "1", "-1", "%D9%A3", "9" * 5000]) | ODD_TEXTS.map(_part),
         "kind": some.sampled_from(["again", "use", "x"]) | ODD_TEXTS.map(_part),
+        "name": some.sampled_from(["guide.md", "walk_1.jpg", "..%2f..%2fREADME.md", "images%2f.."])
+        | ODD_TEXTS.map(_part),
         "key": some.sampled_from(["0" * 16, "*", "..%2f..%2fjob"]) | ODD_TEXTS.map(_part),
         "id": ids,
     }

@@ -20,7 +20,6 @@ OURS = "/extensions/chromakit/"
 SETTINGS = {
     "Comfy.TutorialCompleted": True,  # the newcomer's tour would lie over the page
     "Comfy.Workflow.ShowMissingModelsWarning": False,
-    "LiteGraph.Canvas.MaximumFps": 15,  # at the screen's rate the canvas takes a tenth of a core
 }
 
 

@@ -36,6 +36,7 @@ CORES = os.cpu_count() or 1
 PROCESSES = {"core": min(4, CORES), "host": min(2, CORES), "browser": min(2, CORES)}
 """Core tests share nothing but the file system, the others a server for each process: their files are dealt out."""
 NICE = {"browser": 0, "core": 5, "host": 5, "lint": 10}
+"""How far each part stands back where several run."""
 DEALT = ("--dist", "loadscope", "--no-loadscope-reorder")
 """By whole files, and in the order, that tests/conftest.py gives them."""
 SLOWEST = ("--durations=50", "--durations-min=1")
@@ -82,9 +83,8 @@ def run(command: list[str]) -> tuple[int, str]:
 def compile_sources() -> None:
     """Compile ComfyUI and this repository once, not in each of the many processes that a run begins, where Python is
     told to write no bytecode (PYTHONDONTWRITEBYTECODE). A ComfyUI that COMFYUI_PATH names is never changed."""
-    for folder in (*SOURCES, HOST):
-        if folder != HOST or host_folder() == HOST:
-            compileall.compile_dir(folder, quiet=2)
+    for folder in (*SOURCES, *([HOST] if host_folder() == HOST else [])):
+        compileall.compile_dir(folder, quiet=2)
     compileall.compile_file(ROOT / "__init__.py", quiet=2)
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # pytest compiles tests in a way of its own
 

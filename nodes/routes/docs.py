@@ -60,17 +60,22 @@ async def _image(request: web.Request) -> web.StreamResponse:
 
 def page(text: str, pages: dict[str, Path]) -> str:
     """A whole HTML page of a Markdown text, with a list of all `pages`, which its links may lead to."""
-    titles = {name: _title(path.read_text(encoding="utf-8")) for name, path in pages.items()}
-    links = "".join(f'<li><a href="{name}">{title}</a></li>' for name, title in titles.items())
+    links = "".join(f'<li><a href="{name}">{_title(_first_line(path))}</a></li>' for name, path in pages.items())
+    title = _title(text.split("\n", 1)[0])
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_title(text)}</title><style>{STYLE}</style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
         f"<nav><details><summary>All pages</summary><ul>{links}</ul></details></nav>"
         f"<main>{html_of(text, pages)}</main></html>"
     )
 
 
-def _title(text: str) -> str:
-    return escape(text.split("\n", 1)[0].strip("# ").replace("`", ""))
+def _first_line(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.readline().rstrip()
+
+
+def _title(line: str) -> str:
+    return escape(line.strip("# ").replace("`", ""))
 
 
 def html_of(text: str, pages: dict[str, Path]) -> str:

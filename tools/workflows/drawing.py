@@ -121,21 +121,23 @@ def _memory(sheet: Sheet, gigabytes: int) -> None:
         _box(sheet, left + 26 * column, 248 + 18 * row, 22, 13, YELLOW, 3)
 
 
-def _trains_on(gigabytes: int) -> Callable[[Sheet], None]:
+def _trains(sheet: Sheet) -> None:
+    _photos(sheet, 34, 66, 84)
+    _arrow(sheet, (156, 100), (200, 100))
+    _lora(sheet, 254, 100, 26)
+
+
+def _generates(sheet: Sheet) -> None:
+    _lora(sheet, 66, 100, 26)
+    _arrow(sheet, (122, 100), (166, 100))
+    _photo(sheet, 180, 42, 112)
+
+
+def _on(gigabytes: int, what: Callable[[Sheet], None]) -> Callable[[Sheet], None]:
+    """Draws `what`, and below it the GPU."""
+
     def draw(sheet: Sheet) -> None:
-        _photos(sheet, 34, 66, 84)
-        _arrow(sheet, (156, 100), (200, 100))
-        _lora(sheet, 254, 100, 26)
-        _memory(sheet, gigabytes)
-
-    return draw
-
-
-def _generates_on(gigabytes: int) -> Callable[[Sheet], None]:
-    def draw(sheet: Sheet) -> None:
-        _lora(sheet, 66, 100, 26)
-        _arrow(sheet, (122, 100), (166, 100))
-        _photo(sheet, 180, 42, 112)
+        what(sheet)
         _memory(sheet, gigabytes)
 
     return draw
@@ -238,8 +240,8 @@ def _converted(sheet: Sheet) -> None:
 
 
 DRAWINGS: dict[str, tuple[str, Callable[[Sheet], None]]] = {
-    **{f"chroma_4_real_{card:02d}gb": (TRAINS, _trains_on(card)) for card in CARDS},
-    **{f"chroma_4_real_{card:02d}gb_use": (GENERATES, _generates_on(card)) for card in CARDS},
+    **{f"chroma_4_real_{card:02d}gb": (TRAINS, _on(card, _trains)) for card in CARDS},
+    **{f"chroma_4_real_{card:02d}gb_use": (GENERATES, _on(card, _generates)) for card in CARDS},
     "chroma_train_lora": (TRAINS, _background),
     "chroma_resume_training": (TRAINS, _resume),
     "chroma_train_with_regularisation": (TRAINS, _regularised),

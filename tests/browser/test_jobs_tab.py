@@ -83,7 +83,7 @@ def act(page: Any, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("renderer", ["canvas", "vue"])
-def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, renderer: str):
+def test_a_job_is_started_watched_and_steered(window, server: Host, renderer: str):
     page = window.page
     page.evaluate(RENDERER, renderer == "vue")
     job = start(page, server, f"in the tab, {renderer}", prompt=PROMPTS)
@@ -93,10 +93,7 @@ def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, 
     until(page, server, lambda: charted(page) > before, "the curve to grow on")
     window.screenshot(f"tab_{renderer}_running")
 
-    act(page, "pause")
-    until(page, server, lambda: chip(page) == "paused", "the pause")
-    frozen = status(server, job)["step"]
-    until(page, server, lambda: shown_step(page) == frozen, "the step that it stands at")
+    frozen = paused(window, server, job)
     page.wait_for_timeout(1500)
     assert status(server, job)["step"] == frozen == shown_step(page)
 
@@ -104,6 +101,22 @@ def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, 
     until(page, server, lambda: f"step-{frozen:06d}-0.png" in status(server, job)["samples"], "previews in a pause")
     until(page, server, lambda: page.locator(f".ck-strip [data-step='{frozen}']").count() == 2, "both strips")
 
+    act(page, "pause")  # which is Resume now
+    until(page, server, lambda: chip(page).startswith("running") and charted(page) > frozen, "the curve to go on")
+    act(page, "stop")
+    until(page, server, lambda: chip(page) == "stopped", "the stop")
+    lora = status(server, job)["lora_name"]
+    until(page, server, lambda: lora in choices(page), "the LoRA in the lists of files, without a reload")
+    assert page.get_by_text("has stopped").count(), "a notice"
+    window.screenshot(f"tab_{renderer}_stopped")
+    assert window.ours == []
+
+
+@pytest.mark.slow
+def test_a_job_is_found_again_in_a_second_page_and_after_a_reload(window, server: Host):
+    page = window.page
+    job = training(window, server, "found again")
+    frozen = paused(window, server, job)
     curve = server.get(f"/chromakit/jobs/{job}/curve")
     other = page.context.new_page()
     other.goto(server.url)
@@ -122,13 +135,18 @@ def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, 
     assert again["loss"][: len(curve["loss"])] == curve["loss"]
 
     act(other, "stop")
-    until(page, server, lambda: chip(page) == "stopped", "the stop")
-    lora = status(server, job)["lora_name"]
-    until(page, server, lambda: lora in choices(page), "the LoRA in the lists of files, without a reload")
-    assert page.get_by_text("has stopped").count(), "a notice"
-    window.screenshot(f"tab_{renderer}_stopped")
+    until(page, server, lambda: chip(page) == "stopped", "the first page to hear of the stop")
     other.close()
     assert window.ours == []
+
+
+def paused(window, server: Host, job: str) -> int:
+    """Press Pause, and return the step at which the job stands as soon as the tab shows it."""
+    act(window.page, "pause")
+    until(window.page, server, lambda: chip(window.page) == "paused", "the pause")
+    frozen = status(server, job)["step"]
+    until(window.page, server, lambda: shown_step(window.page) == frozen, "the step that it stands at")
+    return frozen
 
 
 def choices(page: Any) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 import waiting
 from tools.locales.texts import FOLDER, escape, load, part
-from tools.page import drawn, ready
+from tools.page import drawn
 from training_page import pause
 
 SHOWN = 20  # results that fit in the search box without scrolling far
@@ -84,25 +83,6 @@ def setting(window, name: str, value: Any = None) -> Any:
     if value is not None:
         window.page.evaluate("([n, v]) => window.app.extensionManager.setting.set(n, v)", [name, value])
     return window.page.evaluate("n => window.app.extensionManager.setting.get(n)", name)
-
-
-def reload(window) -> None:
-    """As a user does; the page asks for the languages and for the nodes when it starts."""
-    window.page.reload()
-    ready(window.page)
-
-
-@contextmanager
-def changed(window, name: str, value: Any) -> Iterator[None]:
-    """With one of the host's settings changed; the page is reloaded before and after."""
-    before = setting(window, name)
-    setting(window, name, value)
-    try:
-        reload(window)
-        yield
-    finally:
-        setting(window, name, before)
-        reload(window)
 
 
 def one_node(window, node_id: str) -> None:
@@ -205,6 +185,13 @@ def test_the_search_box_finds_every_node_by_what_people_type(window, search):
     window.screenshot("search_lora_train")
 
 
+def test_in_english_the_names_are_those_of_the_api(window):
+    one_node(window, "ChromaTrainLora")
+    seen = shown(window)
+    assert seen["title"] == "Chroma Train LoRA"
+    assert all(label == name for name, label in [*seen["inputs"].items(), *seen["widgets"].items()])
+
+
 def both_renderers(window) -> Iterator[str]:
     """Each of the page's two ways of drawing nodes; the setting is put back."""
     name = "Comfy.VueNodes.Enabled"
@@ -219,8 +206,14 @@ def both_renderers(window) -> Iterator[str]:
 
 @pytest.fixture
 def chinese(window) -> Iterator[None]:
-    with changed(window, "Comfy.Locale", "zh"):
+    before = setting(window, "Comfy.Locale")
+    try:
+        setting(window, "Comfy.Locale", "zh")
+        window.reload()
         yield
+    finally:
+        setting(window, "Comfy.Locale", before)
+        window.stale = True
 
 
 def test_in_chinese_titles_names_tooltips_and_search_are_chinese(window, chinese, search):
@@ -255,11 +248,11 @@ def nasty_texts(window) -> Iterator[None]:
     answer = {"en": {"nodeDefs": {"ChromaTailSigmas": words}}}
     window.page.route("**/i18n", lambda route: route.fulfill(json=answer))
     try:
-        reload(window)
+        window.reload()
         yield
     finally:
         window.page.unroute("**/i18n")
-        reload(window)
+        window.stale = True
 
 
 def test_special_characters_show_as_they_are(window, nasty_texts):
@@ -271,10 +264,3 @@ def test_special_characters_show_as_they_are(window, nasty_texts):
         assert hover(window, "steps", f"steps {NASTY}") == NASTY
         window.screenshot(f"words_special_{renderer}")
     assert window.ours == []
-
-
-def test_in_english_the_names_are_those_of_the_api(window):
-    one_node(window, "ChromaTrainLora")
-    seen = shown(window)
-    assert seen["title"] == "Chroma Train LoRA"
-    assert all(label == name for name, label in [*seen["inputs"].items(), *seen["widgets"].items()])

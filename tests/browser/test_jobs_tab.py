@@ -15,7 +15,7 @@ from _workflows import change, load_api, load_window
 from prompts import ACTIVE
 from restarting import restarted
 from tools.page import drawn, ready
-from training_page import RENDERER, THEME, build, start, stop_all, until
+from training_page import RENDERER, SIZE, THEME, build, start, stop_all, until
 
 OPEN = """() => { const tabs = window.app.extensionManager.sidebarTab;
     if (tabs.activeSidebarTab?.id !== 'chromakit') tabs.toggleSidebarTab('chromakit') }"""
@@ -101,7 +101,9 @@ def test_a_job_is_started_watched_and_steered(window, server: Host, renderer: st
     until(page, server, lambda: f"step-{frozen:06d}-0.png" in status(server, job)["samples"], "previews in a pause")
     until(page, server, lambda: page.locator(f".ck-strip [data-step='{frozen}']").count() == 2, "both strips")
 
-    act(page, "pause")  # which is Resume now
+    resume = page.locator("[data-action='pause']", has_text="Resume")  # as it is called once the previews are made
+    until(page, server, lambda: chip(page) == "paused" and resume.count(), "the pause after the previews")
+    resume.click()
     until(page, server, lambda: chip(page).startswith("running") and charted(page) > frozen, "the curve to go on")
     act(page, "stop")
     until(page, server, lambda: chip(page) == "stopped", "the stop")
@@ -246,7 +248,7 @@ def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     drawn(page)
     window.screenshot("tab_zoom_200")
     wide = page.locator(".ck-tab").evaluate("e => e.scrollWidth > e.clientWidth + 1")
-    page.set_viewport_size({"width": 1600, "height": 1000})
+    page.set_viewport_size(SIZE)
     assert not wide, "nothing is cut off at the right"
     assert window.ours == []
 
@@ -332,7 +334,7 @@ def test_a_prompt_gets_the_machine_and_the_job_takes_it_back(window, server: Hos
     page = window.page
     job = training(window, server, "it yields")
     panel = page.locator(".chromakit-train .ck-chip").first
-    prompt = server.post_prompt(change(load_api("chroma_1_first_picture"), "ChromaSampler", steps=150, seed=5))
+    prompt = server.post_prompt(change(load_api("chroma_1_first_picture"), "ChromaSampler", steps=50, seed=5))
     until(page, server, lambda: chip(page) == "running, yielding", "the tab to say so")
     assert panel.inner_text() == "running, yielding"
     window.screenshot("yielding")

@@ -104,8 +104,12 @@ def test_the_whole_walk(window, page: Any, tmp_path: Path):
     assert config["previews"]["every"] == config["validate_every"] == 1, "a short job has its previews, too"
     kept = {path.name for path in (server.base / "output" / "loras").glob("walked-object-step-*")}
     assert {Path(name).suffix for name in kept} == {".safetensors", ".png", ".md"}
-    used = [each["prompt"][2] for prompt, each in server.get("/history").items() if prompt not in seen]
-    assert any(node["class_type"] == "KSampler" for prompt in used for node in prompt.values())
+
+    def used() -> bool:
+        graphs = [each["prompt"][2] for prompt, each in server.get("/history").items() if prompt not in seen]
+        return any(node["class_type"] == "KSampler" for graph in graphs for node in graph.values())
+
+    until(page, server, used, "the prompt with ComfyUI's own nodes in the history")
     assert len(hand.done) <= MOST_ACTIONS and window.ours == []
 
 

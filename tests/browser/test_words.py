@@ -205,18 +205,17 @@ def both_renderers(window) -> Iterator[str]:
 
 
 @pytest.fixture
-def chinese(window) -> Iterator[None]:
-    before = setting(window, "Comfy.Locale")
-    try:
-        setting(window, "Comfy.Locale", "zh")
-        window.reload()
-        yield
-    finally:
-        setting(window, "Comfy.Locale", before)
-        window.stale = True
+def chinese(session_window) -> Iterator[None]:
+    """Before `window`, which loads the page in that language."""
+    before = setting(session_window, "Comfy.Locale")
+    setting(session_window, "Comfy.Locale", "zh")
+    session_window.stale = True
+    yield
+    setting(session_window, "Comfy.Locale", before)
+    session_window.stale = True
 
 
-def test_in_chinese_titles_names_tooltips_and_search_are_chinese(window, chinese, search):
+def test_in_chinese_titles_names_tooltips_and_search_are_chinese(chinese, window, search):
     words = load(FOLDER / "zh" / "nodeDefs.json")["ChromaTailSigmas"]
     names = {name: slot["name"] for name, slot in words["inputs"].items()}
     name = "flow_shift_value"
@@ -238,24 +237,25 @@ def test_in_chinese_titles_names_tooltips_and_search_are_chinese(window, chinese
 
 
 @pytest.fixture
-def nasty_texts(window) -> Iterator[None]:
-    """The page gets texts full of special characters from the host, spelled as tools.locales.build spells them."""
+def nasty_texts(session_window) -> Iterator[None]:
+    """The page gets texts full of special characters from the host, spelled as tools.locales.build spells them.
+
+    Before `window`, which loads the page with them.
+    """
     words = {
         "display_name": escape(NASTY),
         "inputs": {"steps": {"name": escape(f"steps {NASTY}"), "tooltip": NASTY}},
         "outputs": {"0": {"name": escape(NASTY)}},
     }
     answer = {"en": {"nodeDefs": {"ChromaTailSigmas": words}}}
-    window.page.route("**/i18n", lambda route: route.fulfill(json=answer))
-    try:
-        window.reload()
-        yield
-    finally:
-        window.page.unroute("**/i18n")
-        window.stale = True
+    session_window.page.route("**/i18n", lambda route: route.fulfill(json=answer))
+    session_window.stale = True
+    yield
+    session_window.page.unroute("**/i18n")
+    session_window.stale = True
 
 
-def test_special_characters_show_as_they_are(window, nasty_texts):
+def test_special_characters_show_as_they_are(nasty_texts, window):
     """Names go through the page's message compiler and are escaped; tooltips do not, and are not."""
     for renderer in both_renderers(window):
         one_node(window, "ChromaTailSigmas")

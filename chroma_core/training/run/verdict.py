@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import shlex
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log, sqrt
-from statistics import mean, median, pstdev
+from statistics import mean, median
 from typing import Any, Literal
+
+import numpy as np
 
 Measuring = Literal["early", "learning", "settled", "memorises", "hot", "captions", "worse"]
 """What is said by a validation loss."""
@@ -269,18 +271,17 @@ def _evidence_of_training(record: Record) -> dict[str, float]:
     norm that `SPIKES` of the steps reach, over the median of the first. broken: skipped steps.
     """
     steps = len(record.loss)
-    level = [min(LEVELS - 1, int(LEVELS * sigma)) for sigma in record.sigma]
-    logs: list[list[float]] = [[] for _ in range(LEVELS)]
-    for where, loss in zip(level, record.loss, strict=True):
-        logs[where].append(log(max(loss, 1e-12)))
-    usual = [mean(each) if each else 0.0 for each in logs]
-    left = [log(max(loss, 1e-12)) - usual[where] for where, loss in zip(level, record.loss, strict=True)]
+    level = np.minimum(LEVELS - 1, (LEVELS * np.array(record.sigma)).astype(int))
+    logs = np.log(np.maximum(record.loss, 1e-12))
+    usual = np.bincount(level, logs, LEVELS) / np.maximum(np.bincount(level, minlength=LEVELS), 1)
+    left = logs - usual[level]
     first, last = max(FIRST_STEPS, steps // 10), steps // 3
-    largest = sorted(record.grad_norm)[-max(2, round(SPIKES * steps))]
+    spikes = max(2, round(SPIKES * steps))
+    largest = float(np.partition(record.grad_norm, -spikes)[-spikes])
     start = median(record.grad_norm[:FIRST_STEPS])
     return {
-        "ratio": exp(mean(left[-last:]) - mean(left[:first])),
-        "error": pstdev(left) * sqrt(1 / first + 1 / last),
+        "ratio": exp(left[-last:].mean() - left[:first].mean()),
+        "error": float(left.std()) * sqrt(1 / first + 1 / last),
         "jump": largest / start if start else 1.0,
         "learning_rate": max(record.lr, default=0.0),
         "images": float(record.images or 0),
@@ -325,7 +326,7 @@ def _evidence(record: Record) -> dict[str, float]:
         "scatter": median(scatter) / gain if scatter else 0.0,
         "swing": mean(turns) / gain if turns else 0.0,
         "risen": mean(float(level > 0) for level in levels) if levels else 0.0,
-        "loss_rise": _ratio(record.loss[: measured[-1].taken], mean),
+        "loss_rise": _ratio(record.loss[: measured[-1].taken], np.mean),
         "norm_rise": _ratio(record.grad_norm[: measured[-1].taken], _high),
         "learning_rate": max(record.lr, default=0.0),
         "images": float(record.images or 0),
@@ -335,12 +336,13 @@ def _evidence(record: Record) -> dict[str, float]:
     }
 
 
-def _ratio(values: Sequence[float], of: Any) -> float:
+def _ratio(values: array[float], of: Callable[[array[float]], Any]) -> float:
     """`of` the last third of some steps over `of` the first."""
     third = len(values) // 3
-    return of(values[-third:]) / max(of(values[:third]), 1e-12) if third else 1.0
+    return float(of(values[-third:])) / max(float(of(values[:third])), 1e-12) if third else 1.0
 
 
-def _high(values: Sequence[float]) -> float:
+def _high(values: array[float]) -> float:
     """The 90th percentile."""
-    return sorted(values)[int(0.9 * (len(values) - 1))]
+    place = int(0.9 * (len(values) - 1))
+    return float(np.partition(values, place)[place])

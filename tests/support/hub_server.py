@@ -13,12 +13,14 @@ import json
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 REPOSITORY = "lodestones/Chroma1-Base"
 
 
+@cache
 def sha256(content: bytes) -> str:
     """Checksum of a large file."""
     return hashlib.sha256(content).hexdigest()

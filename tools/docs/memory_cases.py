@@ -5,7 +5,6 @@ Allocators, workspaces of libraries and caches are not seen: what is counted is 
 
 from __future__ import annotations
 
-import gc
 import weakref
 from dataclasses import dataclass
 
@@ -111,7 +110,6 @@ class Case:
         latents = torch.randn(self.batch, self.side**2, 64).to(chosen.dtype)
         text = torch.randn(self.batch, self.text_tokens, 64).to(chosen.dtype)
         args = latents, text, torch.full((self.batch,), 0.5), image_ids(2 * self.side, 2 * self.side, latents.device)
-        gc.collect()
         if layers is None:
             with torch.no_grad(), LiveBytes() as live:
                 model(*args)

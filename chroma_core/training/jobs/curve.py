@@ -65,8 +65,9 @@ class CurveData(TypedDict):
 class Curve:
     """The growing curve of one job.
 
-    Reading it costs what was added since the last time. Each reading of the file from its beginning has a new `token`:
-    who holds an older one must ask for everything again, because steps were taken back. Safe from several threads.
+    Of the file only what was added is read; the verdict looks at every step (7 ms for 10⁵). Each reading of the file
+    from its beginning has a new `token`: who holds an older one must ask for everything again, because steps were taken
+    back. Safe from several threads.
     """
 
     def __init__(self, path: Path):

@@ -49,6 +49,7 @@ def measure(
             step=0,
             heldout_loss_base=progress.heldout_loss_base,
             heldout_by_sigma_base=base,
+            heldout_images=image_count(data.heldout),
             **looked_at,
         )
     by_sigma = base if progress.step == 0 else None  # before the first step nothing was learnt

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import shlex
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log, sqrt
-from statistics import mean, median, pstdev
+from statistics import mean, median
 from typing import Any, Literal
+
+import numpy as np
 
 Measuring = Literal["early", "learning", "settled", "memorises", "hot", "captions", "worse"]
 """What is said by a validation loss."""
@@ -51,14 +53,15 @@ class Limits:
     """From which numbers on something is said.
 
     Shares of what the best step gained over the base: rise, what must be lost again, and more than the scatter, to
-    say: memorises. still: what the last third may have added at most, its scatter included, to say: settled. swing: how
-    far the loss goes up and down from one measurement to the next, on average, with a rate that is too high.
+    say: memorises, were one image held out; with n images a √n-th of it, as their mean is the more certain. still: what
+    the last third may have added at most, its scatter included, to say: settled. swing: how far the loss goes up and
+    down from one measurement to the next, on average, with a rate that is too high.
 
     Without held-out images, training loss and gradient norm of the last third, or of the largest, over those of the
     first steps: above `grown` it diverged, above `jump` it is unsteady, below `sunk` the images may be known by heart.
     """
 
-    rise: float = 0.08
+    rise: float = 0.3
     still: float = 0.02
     swing: float = 0.07
     grown: float = 1.1
@@ -67,6 +70,9 @@ class Limits:
 
 
 LIMITS = Limits()
+
+UNTOLD = 14
+"""Held-out images of a job whose metrics, older, do not tell: its limit stays what it was then."""
 
 ALIKE = 0.5
 """Different captions for each image from which on there are enough of them."""
@@ -92,7 +98,7 @@ class Measured:
 class Record:
     """What a verdict reads. loss, grad_norm, lr, sigma: of every step that was taken, the last of which was `step`.
     broken: steps that were skipped because a number was not finite. images, captions: how many are trained on, and how
-    many of the captions differ."""
+    many of the captions differ. heldout_images: how many a validation measures."""
 
     loss: array[float] = field(default_factory=lambda: array("d"))
     grad_norm: array[float] = field(default_factory=lambda: array("d"))
@@ -103,6 +109,7 @@ class Record:
     base: Measured | None = None
     images: int | None = None
     captions: int | None = None
+    heldout_images: int = UNTOLD
     broken: int = 0
 
     @classmethod
@@ -122,6 +129,7 @@ class Record:
         elif "heldout_loss_base" in line:
             self.base = Measured(0, line["heldout_loss_base"], line.get("heldout_by_sigma_base") or (), 0)
             self.images, self.captions = line.get("images"), line.get("captions")
+            self.heldout_images = line.get("heldout_images") or UNTOLD
         elif "heldout_loss" in line and line["step"] > 0:
             levels = line.get("heldout_by_sigma") or ()
             self.heldout.append(Measured(line["step"], line["heldout_loss"], levels, len(self.loss)))
@@ -238,7 +246,8 @@ def kind_of(found: Mapping[str, float], limits: Limits = LIMITS) -> Measuring:
         return "captions"
     if found["swing"] > limits.swing:
         return "hot"
-    if found["lost"] > max(limits.rise, found["scatter"]) and found["risen"] >= MOST_LEVELS:
+    rise = limits.rise / sqrt(found["heldout_images"])
+    if found["lost"] > max(rise, found["scatter"]) and found["risen"] >= MOST_LEVELS:
         return "memorises"
     return "learning" if found["trend"] + found["scatter"] > limits.still else "settled"
 
@@ -269,18 +278,17 @@ def _evidence_of_training(record: Record) -> dict[str, float]:
     norm that `SPIKES` of the steps reach, over the median of the first. broken: skipped steps.
     """
     steps = len(record.loss)
-    level = [min(LEVELS - 1, int(LEVELS * sigma)) for sigma in record.sigma]
-    logs: list[list[float]] = [[] for _ in range(LEVELS)]
-    for where, loss in zip(level, record.loss, strict=True):
-        logs[where].append(log(max(loss, 1e-12)))
-    usual = [mean(each) if each else 0.0 for each in logs]
-    left = [log(max(loss, 1e-12)) - usual[where] for where, loss in zip(level, record.loss, strict=True)]
+    level = np.minimum(LEVELS - 1, (LEVELS * np.array(record.sigma)).astype(int))
+    logs = np.log(np.maximum(record.loss, 1e-12))
+    usual = np.bincount(level, logs, LEVELS) / np.maximum(np.bincount(level, minlength=LEVELS), 1)
+    left = logs - usual[level]
     first, last = max(FIRST_STEPS, steps // 10), steps // 3
-    largest = sorted(record.grad_norm)[-max(2, round(SPIKES * steps))]
+    spikes = max(2, round(SPIKES * steps))
+    largest = float(np.partition(record.grad_norm, -spikes)[-spikes])
     start = median(record.grad_norm[:FIRST_STEPS])
     return {
-        "ratio": exp(mean(left[-last:]) - mean(left[:first])),
-        "error": pstdev(left) * sqrt(1 / first + 1 / last),
+        "ratio": exp(left[-last:].mean() - left[:first].mean()),
+        "error": float(left.std()) * sqrt(1 / first + 1 / last),
         "jump": largest / start if start else 1.0,
         "learning_rate": max(record.lr, default=0.0),
         "images": float(record.images or 0),
@@ -296,8 +304,9 @@ def _evidence(record: Record) -> dict[str, float]:
     on). lost, trend, scatter, swing: in units of base - best: what was lost since the best step, what the last third
     gained, the median distance of a measurement in the second half from the mean of its neighbours, and by how much a
     measurement lies above both neighbours or below both, on average. risen: share of the noise levels whose loss is
-    higher now than at the best step. loss_rise, norm_rise: mean training loss, and the gradient
-    norm's 90th percentile, of the last third over those of the first. measured: validations; broken: skipped steps.
+    higher now than at the best step. loss_rise, norm_rise: mean training loss, and the gradient norm's 90th percentile,
+    of the last third over those of the first. heldout_images: in each validation. measured: validations; broken:
+    skipped steps.
     """
     assert record.base is not None
     measured = record.heldout
@@ -325,22 +334,24 @@ def _evidence(record: Record) -> dict[str, float]:
         "scatter": median(scatter) / gain if scatter else 0.0,
         "swing": mean(turns) / gain if turns else 0.0,
         "risen": mean(float(level > 0) for level in levels) if levels else 0.0,
-        "loss_rise": _ratio(record.loss[: measured[-1].taken], mean),
+        "loss_rise": _ratio(record.loss[: measured[-1].taken], np.mean),
         "norm_rise": _ratio(record.grad_norm[: measured[-1].taken], _high),
         "learning_rate": max(record.lr, default=0.0),
         "images": float(record.images or 0),
         "captions": float(record.captions or 0),
+        "heldout_images": float(record.heldout_images),
         "measured": float(len(measured)),
         "broken": float(record.broken),
     }
 
 
-def _ratio(values: Sequence[float], of: Any) -> float:
+def _ratio(values: array[float], of: Callable[[array[float]], Any]) -> float:
     """`of` the last third of some steps over `of` the first."""
     third = len(values) // 3
-    return of(values[-third:]) / max(of(values[:third]), 1e-12) if third else 1.0
+    return float(of(values[-third:])) / max(float(of(values[:third])), 1e-12) if third else 1.0
 
 
-def _high(values: Sequence[float]) -> float:
+def _high(values: array[float]) -> float:
     """The 90th percentile."""
-    return sorted(values)[int(0.9 * (len(values) - 1))]
+    place = int(0.9 * (len(values) - 1))
+    return float(np.partition(values, place)[place])

@@ -97,6 +97,7 @@ def test_a_job_runs_to_its_end_and_asking_again_does_not_train_again(places, man
     assert [path.name for path in job.latest_samples()] == ["step-000008-0.png"]
     assert [line["step"] for line in job.metrics() if "loss" in line] == list(range(1, 9))
     assert [line["step"] for line in job.metrics() if "heldout_loss" in line] == [0, 4, 8]
+    assert job.metrics()[0]["heldout_images"] == 4, "different ones, though eight are measured"
     states = [state for state, _ in heard]
     assert [state for i, state in enumerate(states) if i == 0 or states[i - 1] != state] == [
         "queued",

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -32,6 +33,17 @@ TORCHRUN = (
     "-c",
     "import os, sys, torch.distributed.run as run; hasattr(os, 'setsid') and os.setsid(); run.main(sys.argv[1:])",
 )
+AGENT = """
+import os, sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from chroma_core.cli.main import main
+def work():
+    sys.exit(main(sys.argv[2:]))
+os.setsid()
+place = {"rdzv_backend": "static", "rdzv_configs": {"rank": 0}, "rdzv_endpoint": "127.0.0.1:" + sys.argv[1]}
+elastic_launch(LaunchConfig(1, 1, 2, start_method="fork", max_restarts=0, monitor_interval=0.1, **place), work)()
+"""
+"""What torchrun does with two processes, whose workers are forks of it and so import nothing anew."""
 
 
 def two() -> tuple[str, ...]:
@@ -131,7 +143,7 @@ def trained(places, tmp_path_factory):
     return folder, *both_ways(places, folder, JOBS, commands)
 
 
-def both_ways(places, folder: Path, jobs: dict, commands: list, forks: bool = False) -> tuple[list[dict], str]:
+def both_ways(places, folder: Path, jobs: dict, commands: Sequence = ()) -> tuple[list[dict], str]:
     """What the two processes found, by rank, and what they said. torch 2.11 crashes when a second thread of a process
     uses FSDP2 after a first one ended, so there can be only one such job among `jobs`."""
     wanted = []
@@ -146,11 +158,9 @@ def both_ways(places, folder: Path, jobs: dict, commands: list, forks: bool = Fa
         wanted.append({"config": settings.model_dump(mode="json"), "root": str(root), "sharding": sharding})
     path = folder / "list.json"
     path.write_text(json.dumps({"jobs": wanted, "commands": commands}))
+    begun = () if hasattr(os, "fork") else (*TORCHRUN, *two())
     script = ROOT / "tests/support/several_processes.py"
-    if forks:
-        done = forked.run(forked.FULL, script, path)
-    else:
-        done = forked.run(forked.FULL, *TORCHRUN, *two(), script, path, env=environment(), timeout=500)
+    done = forked.run(forked.FULL, *begun, script, path, env=environment(), timeout=500)
     assert done.returncode == 0, done.stderr[-9000:]
     return [json.loads((folder / f"list.json.{rank}").read_text()) for rank in (0, 1)], done.stderr
 
@@ -195,7 +205,7 @@ def held_in_halves(found, index: int, sharding: str):
 def test_codes_of_a_quantised_base_are_divided_too(places, tmp_path):
     """They are multiplied as they are, and a DoRA's norms are those of the dequantised weights."""
     jobs = {"int8": ("fsdp", {"precision": "int8", "compute": "w8a8", "lora": {"rank": 4, "kind": "dora"}})}
-    found, _ = both_ways(places, tmp_path, jobs, [], forks=hasattr(os, "fork"))
+    found, _ = both_ways(places, tmp_path, jobs)
     assert [ranks["jobs"][0]["state"] for ranks in found] == ["completed", "completed"], found
     same(tmp_path / "int8/one", tmp_path / "int8/two")
     held_in_halves(found, 0, "fsdp")
@@ -285,9 +295,9 @@ def test_parts_divide_the_share_of_a_process():
         part_size(2, 6, 4)
 
 
-def start(path: Path, root: Path) -> tuple[Begun, Path]:
+def start(path: Path, root: Path, *launcher: object) -> tuple[Begun, Path]:
     """Two processes on a job file, in a session of their own; returns once they have taken three more steps."""
-    running = Begun(*TORCHRUN, *two(), "-m", "chroma_core", "train", path, "--output", root)
+    running = Begun(*launcher, "train", path, "--output", root)
     before = sum(len(numbers(each.parents[2], "loss")) for each in root.glob("jobs/*/metrics.jsonl"))
 
     def goes_on() -> bool:
@@ -304,15 +314,15 @@ def start(path: Path, root: Path) -> tuple[Begun, Path]:
 def test_a_job_that_lost_its_processes_goes_on_in_one(places, tmp_path):
     path = toml(places, tmp_path / "job.toml", steps=60)
     settings = TrainingConfig.from_toml(path)
-    running, status = start(path, tmp_path / "two")
+    running, status = start(path, tmp_path / "two", *TORCHRUN, *two(), "-m", "chroma_core")
     os.killpg(running.pid, signal.SIGINT)
     assert running.result().returncode != 0
     first = json.loads(status.read_text())
     assert first["state"] == "interrupted" and first["checkpoint"] == first["step"] > 0
 
-    running, status = start(path, tmp_path / "two")
-    workers = psutil.Process(running.pid).children()
-    next(worker for worker in workers if worker.environ()["RANK"] == "1").kill()
+    again = (*TORCHRUN, *two(), "-m", "chroma_core") if sys.platform == "darwin" else ("-c", AGENT, free_port())
+    running, status = start(path, tmp_path / "two", *again)
+    max(psutil.Process(running.pid).children(), key=lambda worker: worker.create_time()).kill()  # rank 1
     assert running.result().returncode != 0
     second = json.loads(status.read_text())
     assert second["state"] in ("failed", "interrupted") and second["checkpoint"] == second["step"] > first["step"]

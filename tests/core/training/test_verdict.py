@@ -52,6 +52,15 @@ def test_each_curve_has_its_sentence(losses: list[float], kind: str, step: int, 
     assert json.loads(json.dumps(told, allow_nan=False)) == told and told["sentence"].endswith(".")
 
 
+@pytest.mark.parametrize("heldout_images, kind", [(2, "settled"), (9, "memorises"), (None, "memorises")])
+def test_a_rise_must_be_clear_for_so_many_images(heldout_images: int | None, kind: str):
+    """Of 15 % of the gain; by how much their mean may rise by chance goes with the root of their number."""
+    risen = [0.8, 0.65, 0.56, 0.53, 0.5, 0.56, 0.57, 0.58]
+    base, *rest = lines(risen)
+    found = verdict(Record.of([base | ({"heldout_images": heldout_images} if heldout_images else {}), *rest]))
+    assert found is not None and found.kind == kind, found.evidence
+
+
 def test_captions_that_are_alike_are_named():
     found = verdict(Record.of(lines(LEVEL, images=14, captions=1)))
     assert found is not None and found.sentence.startswith("Too few different captions: 1 for 14 images")

@@ -40,7 +40,7 @@ SELDOM = """(() => {
         [class*="transition-"], [class*="p-toast"] { transition: none !important }`);
     document.adoptedStyleSheets.push(still);
 })()"""
-"""Twelve frames a second, as on a busy machine, and what is ComfyUI's own does not pulse or slide: sixty a second take a
+"""Twelve frames a second, as on a busy machine, and nothing of ComfyUI's own pulses or slides: sixty a second take a
 tenth of a core when nothing happens, and a third of one for a dot that pulses while a prompt runs."""
 
 

@@ -3,7 +3,7 @@
 import gc
 
 gc.collect()
-gc.freeze()  # what is imported by now stays: the collections that ComfyUI asks for after prompts are short
+gc.freeze()  # what is imported by now stays, and the collections that ComfyUI asks for after prompts are short
 
 
 class Tagger:

@@ -72,8 +72,7 @@ def trained(server: Host) -> str:
     server.run(change(load_api("chroma_train_lora"), "ChromaTrainLora", steps=STEPS))
     jobs = server.get("/chromakit/jobs")
     job = next(job for job in (jobs["jobs"] if isinstance(jobs, dict) else jobs) if job["name"] == "sks")
-    while (status := server.get(f"/chromakit/jobs/{job['id']}"))["state"] not in ("completed", "failed", "stopped"):
-        assert server.alive()
+    status = until(server, job["id"], lambda status: status["state"] in ENDED)
     assert status["state"] == "completed", status["message"]
     return status["lora_name"]
 

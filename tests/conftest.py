@@ -39,8 +39,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
 
 @cache
 def group_of(file: Path) -> str:
-    """`native` for files that ask ComfyUI's own modules in forks of a process that has imported them (forked.py)."""
-    shared = re.search(r"^import native", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    """`native` for files that ask ComfyUI's own modules, here or in forks of a process that has imported them."""
+    asks = re.compile(r"^import native|\b(comfy|pack_host)\b[,:)]", re.MULTILINE)
+    shared = asks.search((ROOT / file).read_text(encoding="utf-8"))
     return "native" if shared else file.as_posix()
 
 

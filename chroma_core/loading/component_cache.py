@@ -120,7 +120,7 @@ class ComponentCache:
     def preview_matrix(self, spec: ModelSpec, device: Device) -> torch.Tensor:
         """The latent → RGB map for live previews of `spec` (see `images.preview_matrix`)."""
         with self._lock:
-            key = spec.key()
+            key = _key("vae", self._pinned(spec, "vae"), device)
             if self._matrix is None or self._matrix[0] != key:
                 self._matrix = key, preview_matrix(self.vae(spec, device))
             return self._matrix[1]
@@ -166,10 +166,7 @@ class ComponentCache:
         return replace(spec, revision=self._commits[branch])
 
     def _get(self, kind: Part, spec: ModelSpec, device: Device, load: Callable[[], Any], extra: str = "") -> _Held:
-        # With the state of the files: one that was replaced under its name is another model.
-        parts: tuple[ModelPart, ...] = ("text_encoder", "tokenizer") if kind == "text_encoder" else (kind,)
-        states = [file_state(locate(spec, part)) for part in parts]
-        key = f"{kind} {spec.key()} {device} {states} {extra}"
+        key = f"{_key(kind, spec, device)} {extra}"
         held = self._held.get(kind)
         if held is not None and held.key != key:
             gone = weakref.ref(held.module)
@@ -204,6 +201,26 @@ class ComponentCache:
                 held.parked = True
         held = None  # it names the last of them
         release_memory(gone)
+
+
+OF_ONE_PART: dict[Part, tuple[str, ...]] = {
+    "transformer": ("precision", "compute", "resident_blocks", "transformer"),
+    "text_encoder": ("text_precision", "text_encoder", "tokenizer"),
+    "vae": ("vae",),
+}
+"""Fields of a `ModelSpec` that the other parts do not depend on, but for the files that they name."""
+
+
+def _key(kind: Part, spec: ModelSpec, device: Device) -> str:
+    """Equal when the same part would be loaded: one that is chosen anew leaves the others where they are.
+
+    With the state of the files: one that was replaced under its name is another model.
+    """
+    others = [name for part, names in OF_ONE_PART.items() if part != kind for name in names]
+    fields = {name: value for name, value in spec.to_dict().items() if name not in others}
+    parts: tuple[ModelPart, ...] = ("text_encoder", "tokenizer") if kind == "text_encoder" else (kind,)
+    paths = [locate(spec, part) for part in parts]
+    return f"{kind} {fields} {device} {[(str(path), file_state(path)) for path in paths]}"
 
 
 def live_name(number: int) -> str:

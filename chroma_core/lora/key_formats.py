@@ -54,6 +54,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -88,14 +89,14 @@ _PARTS = (
     (re.compile(r"^(.+)\.lora_A$"), "down"),
     (re.compile(r"^(.+)\.lora_B$"), "up"),
     (re.compile(r"^(.+)\.(?:lora_B|lora_up)(?:\.\w+)?\.bias$"), "up_bias"),
-    (re.compile(r"^(.+)\.((?:lokr|hada)_(?:w[12](?:_[ab])?|t[12]))(?:\.\w+)?$"), r"\2"),
-    (re.compile(r"^(.+)\.(oft_blocks|rescale)$"), r"\2"),
+    (re.compile(r"^(.+)\.((?:lokr|hada)_(?:w[12](?:_[ab])?|t[12]))(?:\.\w+)?$"), None),
+    (re.compile(r"^(.+)\.(oft_blocks|rescale)$"), None),
     (re.compile(r"^(.+)\.(?:diff|w_norm)$"), "diff"),
     (re.compile(r"^(.+)\.(?:diff_b|b_norm)$"), "diff_b"),
     (re.compile(r"^(.+)\.(?:dora_scale|lora_magnitude_vector|magnitude)(?:\.\w+)*$"), "magnitude"),
     (re.compile(r"^(.*)\.alpha$"), "alpha"),
 )
-"""Keys of a module, and the kind of `Part` that they name."""
+"""Keys of a module, and the kind of `Part` that they name; None: their second group."""
 
 _FOREIGN = (
     (re.compile(r"\.oft_R"), "OFT by input columns (PEFT's, OneTrainer's)"),
@@ -128,10 +129,12 @@ class Part:
     kind: str
 
 
+@lru_cache(maxsize=8192)
 def part_of(key: str) -> Part | None:
     """The part that a key names; None when it is no part of an adapter."""
     matches = ((pattern.match(key), kind) for pattern, kind in _PARTS)
-    return next((Part(match[1], match.expand(kind)) for match, kind in matches if match), None)
+    found = ((match, kind) for match, kind in matches if match)
+    return next((Part(match[1], kind or match[2]) for match, kind in found), None)
 
 
 def locate(module: str) -> tuple[str, tuple[Rows, ...]] | None:

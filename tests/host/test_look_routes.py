@@ -26,7 +26,7 @@ from chroma_core.training.step.optimizers import Schedule
 from waiting import until
 
 LOOK, SIGMAS, DENSITY, PLAN = (f"/chromakit/{name}" for name in ("datasets/look", "sigmas", "density", "plan/rows"))
-MANY = 2000
+MANY = 1000
 
 
 def ask(server: Host, route: str, values: Any) -> dict[str, Any]:

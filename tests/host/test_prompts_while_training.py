@@ -252,6 +252,19 @@ def test_what_is_no_json_is_named(server: Host):
     assert code == 400 and "not JSON" in answer["error"]
 
 
+def test_a_later_version_s_settings_are_left_alone(server: Host):
+    assert server.post(SETTINGS, {NAME: "yield"})[0] == 200
+    file = server.base / "user/chromakit/settings.json"
+    ours, later = file.read_text(), '{"format": 2, "prompts_while_training": "yield", "and": "more"}'
+    file.write_text(later)
+    try:
+        code, answer = server.post(SETTINGS, {NAME: "finish"})
+        assert code == 400 and "settings.json' has the format 2, which a later version" in answer["error"]
+        assert file.read_text() == later and server.get(SETTINGS)[NAME] == "yield"
+    finally:
+        file.write_text(ours)
+
+
 def test_pages_hear_of_a_change(server: Host):
     async def listen() -> dict:
         async with aiohttp.ClientSession() as session, session.ws_connect(f"{server.url}/ws?clientId=page") as socket:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +19,7 @@ from prompts import job_of, train, until_not
 from waiting import PATIENCE, until
 
 ENDLESS = 1_000_000
+SETTINGS, CHOICE = "/chromakit/settings", "prompts_while_training"
 ACTIONS = ("pause", "resume", "stop", "sample", "save", "delete", "extend", "change")
 BODIES = {"extend": {"steps": 5}, "change": {"changes": {"checkpoint_every": 7}}}
 
@@ -31,6 +36,14 @@ def ours(server: Host) -> Iterator[JobManager]:
 def files(folder: Path) -> dict[str, tuple[int, int, int]]:
     found = ((path, path.stat()) for path in folder.rglob("*"))
     return {str(path): (stat.st_ino, stat.st_mtime_ns, stat.st_size) for path, stat in found}
+
+
+def refused(host: Host, job: str) -> None:
+    """Every action, at once, since each waits a while for the folder."""
+    with ThreadPoolExecutor(len(ACTIONS)) as pool:
+        answers = pool.map(lambda name: host.post(f"/chromakit/jobs/{job}/{name}", BODIES.get(name)), ACTIONS)
+    for name, (status, answer) in zip(ACTIONS, answers, strict=True):
+        assert status == 409 and "trained by another process" in answer["error"], (name, status, answer)
 
 
 def test_each_is_refused_what_the_other_trains(server: Host, ours: JobManager):
@@ -54,10 +67,7 @@ def test_each_is_refused_what_the_other_trains(server: Host, ours: JobManager):
     (listed,) = (each for each in server.get("/chromakit/jobs?brief=true") if each["id"] == job)
     assert shown["elsewhere"] and listed["elsewhere"]
     before = files(ours.root / job)
-    with ThreadPoolExecutor() as pool:  # each waits a while for the folder
-        answers = pool.map(lambda name: server.post(f"/chromakit/jobs/{job}/{name}", BODIES.get(name)), ACTIONS)
-    for name, (status, answer) in zip(ACTIONS, answers, strict=True):
-        assert status == 409 and "trained by another process" in answer["error"], (name, status, answer)
+    refused(server, job)
     with pytest.raises(PromptFailed, match="trained by another process"):
         server.run(prompt)
     assert files(ours.root / job) == before
@@ -72,10 +82,19 @@ def test_each_is_refused_what_the_other_trains(server: Host, ours: JobManager):
     assert job not in {each.id for each in ours.list()} and not (ours.root / job).exists()
 
 
-def test_two_comfyuis_share_an_output_folder(server: Host, tmp_path: Path):
-    """Each trains one job; neither can do anything to the other's, and one goes on with what the other left."""
-    other = start_host(tmp_path, extra=("--output-directory", str(server.base / "output")))
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without asking")
+def test_two_comfyuis_share_their_folders(server: Host, tmp_path: Path):
+    """Each trains one job; neither can do anything to the other's, and one goes on with what the other left.
+
+    The other begins with the settings that are saved, and ends by SIGTERM, which docker stop, systemd and Slurm send;
+    a restart by Ctrl-C is in tests/browser/test_jobs_tab.py.
+    """
+    assert server.post(SETTINGS, {CHOICE: "finish"})[0] == 200
+    shared = [word for name in ("output", "user") for word in (f"--{name}-directory", str(server.base / name))]
+    other = start_host(tmp_path, extra=tuple(shared))
     try:
+        assert other.get(SETTINGS) == {CHOICE: "finish", "choices": ["yield", "finish", "refuse"], "held": 0}
+        assert "settings.json" not in other.log_tail(10_000)
         hosts = (server, other)
         jobs = [
             job_of(host.run(train(f"of {which}", ENDLESS, preview_prompt="a star")))
@@ -90,19 +109,19 @@ def test_two_comfyuis_share_an_output_folder(server: Host, tmp_path: Path):
                 "the other's training, seen here",
             )
             assert shown["elsewhere"] and not own.get(f"/chromakit/jobs/{job}")["elsewhere"]
-            for name in ACTIONS:
-                status, answer = foreign.post(f"/chromakit/jobs/{job}/{name}", BODIES.get(name))
-                assert status == 409 and "trained by another process" in answer["error"], (name, status, answer)
-        other.stop()
+            refused(foreign, job)
+        assert server.post(f"/chromakit/jobs/{jobs[0]}/stop")[0] == 200
+        load, asked = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), time.time()
+        other.process.send_signal(signal.SIGTERM)
+        assert other.process.wait(60) == 0
+        saved = json.loads((server.base / "output" / "chromakit" / "jobs" / jobs[1] / "job.json").read_text())
+        assert saved["state"] == "interrupted" and saved["checkpoint"] == saved["step"] >= 2
+        assert saved["updated"] - asked < 10 * load, "docker stop kills after ten seconds"
         left = until(
             lambda: not (now := server.get(f"/chromakit/jobs/{jobs[1]}"))["elsewhere"] and now, "the end of the other"
         )
-        assert left["state"] == "interrupted" and left["checkpoint"] == left["step"] >= 2
-        assert (
-            server.post(f"/chromakit/jobs/{jobs[0]}/stop")[0]
-            == server.post(f"/chromakit/jobs/{jobs[1]}/resume")[0]
-            == 200
-        )
+        assert (left["state"], left["checkpoint"], left["step"]) == ("interrupted", saved["step"], saved["step"])
+        assert server.post(f"/chromakit/jobs/{jobs[1]}/resume")[0] == 200
         until(lambda: server.get(f"/chromakit/jobs/{jobs[1]}")["step"] > left["step"], "a step after the other's last")
         assert server.post(f"/chromakit/jobs/{jobs[1]}/stop")[0] == 200
         for job in jobs:
@@ -110,3 +129,4 @@ def test_two_comfyuis_share_an_output_folder(server: Host, tmp_path: Path):
             assert server.post(f"/chromakit/jobs/{job}/delete")[0] == 200
     finally:
         other.stop()
+        server.post(SETTINGS, {CHOICE: "yield"})

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import waiting
 from _host import Host
-from prompts import Prompt, at_defaults, interrupted, job_of, node, text_to_image, train
+from prompts import Prompt, at_defaults, interrupted, job_of, node, text_to_image, train, until_not
 
 ENDLESS = 1_000_000
 STEPS = 3
@@ -191,9 +191,8 @@ def test_adapter_optimizer_and_data_settings_reach_the_job(server: Host):
     data = {"folder": "sks_emblem", "trigger": "sks", "tag_shuffles": 1, "alignment": 32, "crop": "random"}
     prompt["dataset"] = at_defaults(server, "ChromaDataset", **data)
     job = job_of(server.run(prompt))
-    while (status := server.get(f"/chromakit/jobs/{job}"))["state"] not in ("completed", "failed", "stopped"):
-        assert server.alive()
-    assert status["state"] == "completed", status["message"]
+    assert until_not(server, job) == "completed", server.get(f"/chromakit/jobs/{job}")["message"]
+    status = server.get(f"/chromakit/jobs/{job}")
     config = status["config"]
     assert (config["lora"]["kind"], config["optimizer"], config["objective"]["loss"]) == ("dora", "adafactor", "huber")
     assert (config["dataset"]["alignment"], config["dataset"]["crop"]) == (32, "random")

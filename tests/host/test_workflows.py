@@ -22,6 +22,7 @@ from tools.workflows.presets import CARDS, FILES, TRAINING_SIZE
 from tools.workflows.presets import FOLDER as IMAGES
 
 STEPS = 6  # of training, in place of the workflow's own number: what runs is the same
+FEW = 3  # of sampling, where only a difference is looked for
 ENDED = ("completed", "failed", "stopped")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,8 +72,7 @@ def trained(server: Host) -> str:
     server.run(change(load_api("chroma_train_lora"), "ChromaTrainLora", steps=STEPS))
     jobs = server.get("/chromakit/jobs")
     job = next(job for job in (jobs["jobs"] if isinstance(jobs, dict) else jobs) if job["name"] == "sks")
-    while (status := server.get(f"/chromakit/jobs/{job['id']}"))["state"] not in ("completed", "failed", "stopped"):
-        assert server.alive()
+    status = until(server, job["id"], lambda status: status["state"] in ENDED)
     assert status["state"] == "completed", status["message"]
     return status["lora_name"]
 
@@ -93,8 +93,14 @@ def test_a_converted_lora_paints_the_same(server: Host, trained: str):
     assert (server.base / "output" / "loras" / trained.replace(".safetensors", "-kohya.safetensors")).is_file()
 
 
+def few_steps(workflow: str, name: str) -> Prompt:
+    """A workflow that trains and samples, with few steps of each."""
+    prompt = change(load_api(workflow), "ChromaTrainLora", steps=STEPS, name=name)
+    return change(change(prompt, "ChromaTrainingSettings", preview_steps=FEW), "ChromaSampler", steps=FEW)
+
+
 def test_train_wait_and_sample_in_one_prompt(server: Host):
-    prompt = change(load_api("chroma_2_first_lora"), "ChromaTrainLora", steps=STEPS, name="one prompt")
+    prompt = few_steps("chroma_2_first_lora", "one prompt")
     base, lora = pixels(server, server.run(prompt))
     assert base.shape == lora.shape and not np.array_equal(base, lora)
 
@@ -116,7 +122,7 @@ def until(server: Host, job: str, wanted: Any) -> dict:
 
 
 def test_the_grid_compares_the_same_seeds_without_and_with_the_lora(server: Host):
-    prompt = change(load_api("chroma_compare_lora"), "ChromaTrainLora", steps=STEPS, name="compared")
+    prompt = few_steps("chroma_compare_lora", "compared")
     (grid,) = pixels(server, server.run(prompt))
     cell, gap, seeds = 256, 4, 4
     assert grid.shape[1] == seeds * cell + (seeds - 1) * gap
@@ -130,6 +136,7 @@ def test_a_stopped_job_goes_on(server: Host):
     """Stopped through its route, taken up by queueing the workflow: the same job, to its end."""
     steps = 24
     prompt = change(load_api("chroma_resume_training"), "ChromaTrainLora", steps=steps, name="resumed")
+    prompt = change(prompt, "ChromaTrainingSettings", preview_steps=FEW)
     job = job_of(server.run(prompt))
     until(server, job, lambda status: status["step"] >= 2)
     server.post(f"/chromakit/jobs/{job}/stop")
@@ -208,11 +215,12 @@ def downloaded(server: Host) -> Iterator[None]:
 
 def preset_on_tiny(name: str, **sizes: int) -> Prompt:
     """A preset with the flavour tiny and few steps; the files, the precisions and where they lie are its own."""
+    steps = 2 if sizes else 1
     prompt = change(load_api(name), "ChromaLoadModel", flavour="tiny")
     if "ChromaSampler" in str(prompt):
-        return change(change(prompt, "ChromaSampler", steps=2), "ChromaEmptyLatent", **sizes)
+        return change(change(prompt, "ChromaSampler", steps=steps), "ChromaEmptyLatent", **sizes)
     prompt = change(prompt, "ChromaTrainLora", steps=2)
-    return change(prompt, "ChromaPreviewSettings", preview_steps=2, **{f"preview_{k}": v for k, v in sizes.items()})
+    return change(prompt, "ChromaPreviewSettings", preview_steps=steps, **{f"preview_{k}": v for k, v in sizes.items()})
 
 
 def train_and_use(server: Host, card: int, **sizes: int) -> np.ndarray:

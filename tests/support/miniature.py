@@ -116,10 +116,10 @@ REAL_DEPTH = {
 hard-codes 344 modulation rows, and 64 approximator channels."""
 
 
-def real_depth() -> ChromaTransformer:
+def real_depth(layers: int = 19, single_layers: int = 38) -> ChromaTransformer:
     """19 + 38 blocks of width 32, with weights large enough that every block matters; frozen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        built = ChromaTransformer(**REAL_DEPTH)
+        built = ChromaTransformer(**{**REAL_DEPTH, "num_layers": layers, "num_single_layers": single_layers})
         torch.nn.init.normal_(built.distilled_guidance_layer.out_proj.weight, std=0.05)
     return built.requires_grad_(False).eval()

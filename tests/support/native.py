@@ -102,15 +102,15 @@ def _write_own_files(folder: Path, config: dict[str, Any]) -> None:
             numbers = parameter.detach()
             tensors[key] = numbers if key.endswith(".alpha") else torch.randn_like(numbers) * 0.1
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"train-{algorithm}.safetensors")
+    torch.manual_seed(0)
+    one, other = native_lora_check.build_native(config), native_lora_check.build_native(config)
+    for model in (one.model, other.model):
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    difference = one.clone()
+    # All at once: each call lists the model's weights.
+    difference.add_patches(other.get_key_patches("diffusion_model."), -1.0, 1.0)
     for lora_type in nodes_lora_extract.LORAType:
-        torch.manual_seed(0)
-        one, other = native_lora_check.build_native(config), native_lora_check.build_native(config)
-        for model in (one.model, other.model):
-            for parameter in model.parameters():
-                torch.nn.init.normal_(parameter, std=0.1)
-        difference = one.clone()
-        for key, patch in other.get_key_patches("diffusion_model.").items():
-            difference.add_patches({key: patch}, -1.0, 1.0)
         prefix = "diffusion_model."
         made = nodes_lora_extract.calc_lora_model(difference, 8, prefix, prefix, {}, lora_type, bias_diff=True)
         save_file(made, folder / f"extract-{lora_type.name.lower()}.safetensors")

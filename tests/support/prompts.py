@@ -67,17 +67,18 @@ def dataset(folder: str = EXAMPLES, **inputs: Any) -> dict[str, Any]:
 
 
 def train(name: str, steps: int = 4, **inputs: Any) -> Prompt:
-    """A training job on the bundled images; `inputs` go to the train node."""
+    """A training job on the bundled images; `inputs` go to the train node. A preview takes two steps, unless `inputs`
+    bring settings."""
     settings = {
         "rank": 2, "alpha": 0.0, "learning_rate": 2e-3, "target": "tiny", "batch_size": 1, "seed": 1,
         "preview_prompt": "", "preview_every": 0, "if_exists": "keep",
     }  # fmt: skip
     links = {"model": ["load", 0], "text_encoder": ["load", 1], "dataset": ["dataset", 0]}
-    return {
-        **load(),
-        "dataset": dataset(),
-        "train": node("ChromaTrainLora", name=name, steps=steps, **{**links, **settings, **inputs}),
-    }
+    prompt = {**load(), "dataset": dataset()}
+    if inputs.get("preview_prompt") and "settings" not in inputs:
+        prompt["previews"] = node("ChromaPreviewSettings", preview_steps=2)
+        links["settings"] = ["previews", 0]
+    return prompt | {"train": node("ChromaTrainLora", name=name, steps=steps, **{**links, **settings, **inputs})}
 
 
 def message_of(server: Host, prompt: dict) -> str:

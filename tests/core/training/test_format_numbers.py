@@ -177,7 +177,7 @@ ELSEWHERE = {
     "chroma_core/training/jobs/job.py",  # above
     "chroma_core/training/run/checkpoint.py",  # above
     "chroma_core/loading/quantised_files.py",  # whose number is in the file's name
-    "nodes/while_training.py",  # tests/host/test_restart.py
+    "nodes/while_training.py",  # tests/host/test_prompts_while_training.py
 }
 
 

@@ -2,8 +2,12 @@
 or removes outside of the folders that it may, and every one that it opens below one that is none of its business.
 
 CHROMAKIT_WATCH is a JSON object: `log` (a file, a line of JSON for each), `may_write` (folders), `may_not_read`.
+
+ComfyUI's process ends when all that is to be done at its end is done, without clearing away its modules, which takes
+two seconds; tests/host/test_shared_output.py has one that ends in full.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -50,4 +54,10 @@ def _note(event: str, path: object, folder: int | None, writes: bool) -> None:
         os.write(_log, json.dumps([event, full[:-1], "writes" if writes else "reads"]).encode() + b"\n")
 
 
+def _end() -> None:
+    if sys.argv[0] == "main.py":
+        os._exit(int(hasattr(sys, "last_type")))
+
+
 sys.addaudithook(_hook)
+atexit.register(_end)  # the first, and so the last that is called

@@ -50,8 +50,8 @@ SHOWN = """() => [...document.querySelectorAll('.ck-room img[src]')].every(image
 })"""
 WINDOW = {"Comfy.VueNodes.Enabled": True, "Comfy.LinkRenderMode": 2}
 WIDTH, HEIGHT = 1280, 720
-SHORT, LONG = 4, 400
-"""Training steps: enough for a wall of four rows, and enough to learn the emblem."""
+SHORT, LONG = 2, 400
+"""Training steps: enough for a wall of three rows, and enough to learn the emblem."""
 PATIENCE = 900
 """Seconds that anything may take."""
 CAPTIONS = (

@@ -13,6 +13,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from _host import Host
 from tools.page import FLAGS, drawn, ready
+from training_page import SIZE
 from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,15 +22,39 @@ SETTINGS = {
     "Comfy.TutorialCompleted": True,  # the newcomer's tour would lie over the page
     "Comfy.Workflow.ShowMissingModelsWarning": False,
 }
+SELDOM = """(() => {
+    const { requestAnimationFrame: ask, cancelAnimationFrame: cancel } = window, calls = new Map(), asked = new Map();
+    let last = 0;
+    const pass = () => {
+        for (const [id, call] of calls) asked.set(id, ask(now => { asked.delete(id); call(now) }));
+        calls.clear();
+    };
+    window.requestAnimationFrame = call => {
+        if (!calls.size) setTimeout(pass, 60);
+        calls.set(++last, call);
+        return last;
+    };
+    window.cancelAnimationFrame = id => { calls.delete(id); cancel(asked.get(id)) };
+    const still = new CSSStyleSheet();
+    still.replaceSync(`[class*="animate-"], .p-skeleton::after { animation: none !important }
+        [class*="transition-"], [class*="p-toast"] { transition: none !important }`);
+    document.adoptedStyleSheets.push(still);
+})()"""
+"""Twelve frames a second, as on a busy machine, and nothing of ComfyUI's own pulses or slides: sixty a second take a
+tenth of a core when nothing happens, and a third of one for a dot that pulses while a prompt runs."""
 
 
 @dataclass
 class Window:
-    """The host's page in Chromium, and what went wrong on it; `ours` are the errors that name one of our files."""
+    """The host's page in Chromium, and what went wrong on it; `ours` are the errors that name one of our files.
+
+    stale: the page shows what is no longer so, and is loaded anew before the next test.
+    """
 
     page: Page
     server: Host
     errors: list[str] = field(default_factory=list)
+    stale: bool = False
 
     @property
     def ours(self) -> list[str]:
@@ -39,6 +64,12 @@ class Window:
         """Open a workflow, as dropping its file on the page does."""
         self.page.evaluate("async graph => { await window.app.loadGraphData(graph) }", graph)
         drawn(self.page)
+
+    def reload(self) -> None:
+        """As a user does; the page asks for the languages and for the nodes when it starts."""
+        self.page.reload()
+        ready(self.page)
+        self.stale = False
 
     def set(self, name: str, value: Any) -> None:
         """Change one of the host's settings."""
@@ -56,9 +87,9 @@ class Window:
         return self.page.evaluate("async () => (await window.app.graphToPrompt()).output")
 
     def screenshot(self, name: str) -> Path:
-        path = ROOT / "test-output" / f"{name}.png"
+        path = ROOT / "test-output" / f"{name}.jpg"
         path.parent.mkdir(exist_ok=True)
-        self.page.screenshot(path=path)
+        self.page.screenshot(path=path, quality=80)
         return path
 
 
@@ -76,9 +107,9 @@ def chromium() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def session_window(chromium: Browser, server: Host) -> Iterator[Window]:
     server.post("/api/settings", SETTINGS)
-    context = chromium.new_context(viewport={"width": 1600, "height": 1000})
+    context = chromium.new_context(viewport=SIZE)
     context.set_default_timeout(1000 * PATIENCE)
-    context.route(lambda url: not url.startswith((server.url, "data:", "blob:")), lambda route: route.abort())
+    context.add_init_script(SELDOM)
     page = context.new_page()
     window = Window(page, server)
     page.on("pageerror", lambda error: window.errors.append(f"{error.message}\n{error.stack}"))
@@ -97,6 +128,8 @@ def session_window(chromium: Browser, server: Host) -> Iterator[Window]:
 @pytest.fixture
 def window(session_window: Window) -> Window:
     """The page as a test finds it: nothing lies over it, nodes on the canvas, errors of earlier tests forgotten."""
+    if session_window.stale:
+        session_window.reload()
     session_window.page.keyboard.press("Escape")
     session_window.page.evaluate(
         """async () => {

@@ -10,7 +10,7 @@ from PIL import Image
 
 from _host import Host
 from prompts import ACTIVE, at_defaults, job_of, train, until_not
-from training_page import AXE, THEME, grave, until
+from training_page import AXE, SIZE, THEME, grave, until
 
 OPEN = "view => import('/extensions/chromakit/js/room/room.js').then(({ openRoom }) => openRoom(view))"
 OWN = "a [trigger] star\na red circle"
@@ -31,7 +31,7 @@ def job(server: Host) -> str:
 @pytest.fixture(autouse=True)
 def clean(window):
     yield
-    window.page.set_viewport_size({"width": 1600, "height": 1000})
+    window.page.set_viewport_size(SIZE)
     if window.page.locator(".ck-room").count():
         window.page.locator(".ck-room [aria-label^='Close']").click()
 
@@ -140,7 +140,7 @@ def test_a_lora_is_chosen_by_keys(window, server: Host, job: str):
     page.locator("#ck-room-tab-watch").click()
     window.screenshot("room_watch_700")
     page.locator("#ck-room-tab-choose").click()
-    page.set_viewport_size({"width": 1600, "height": 1000})
+    page.set_viewport_size(SIZE)
 
     key = grid.locator("[tabindex='0']").get_attribute("data-key")
     shown = server.request("GET", f"/chromakit/jobs/{job}/grid/{key}")[1]

@@ -27,8 +27,17 @@ TOO_WIDE = """() => {
 """Parts of a page that would have to be scrolled sideways."""
 
 
+@pytest.fixture(scope="module")
+def wide(session_window):
+    """ComfyUI's panel is a share of the window, and our widest table as wide as that of a usual one."""
+    before = session_window.page.viewport_size
+    session_window.page.set_viewport_size({"width": 1600, "height": 1000})
+    yield
+    session_window.page.set_viewport_size(before)
+
+
 @pytest.fixture
-def panel(window):
+def panel(window, wide):
     yield window
     window.page.evaluate("() => { app.canvas.deselectAll(); app.graph.clear() }")
     close = window.page.locator("[aria-label='Toggle properties panel']")

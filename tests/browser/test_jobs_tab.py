@@ -15,7 +15,7 @@ from _workflows import change, load_api, load_window
 from prompts import ACTIVE
 from restarting import restarted
 from tools.page import drawn, ready
-from training_page import RENDERER, THEME, build, start, stop_all, until
+from training_page import RENDERER, SIZE, THEME, build, start, stop_all, until
 
 OPEN = """() => { const tabs = window.app.extensionManager.sidebarTab;
     if (tabs.activeSidebarTab?.id !== 'chromakit') tabs.toggleSidebarTab('chromakit') }"""
@@ -83,7 +83,7 @@ def act(page: Any, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("renderer", ["canvas", "vue"])
-def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, renderer: str):
+def test_a_job_is_started_watched_and_steered(window, server: Host, renderer: str):
     page = window.page
     page.evaluate(RENDERER, renderer == "vue")
     job = start(page, server, f"in the tab, {renderer}", prompt=PROMPTS)
@@ -93,10 +93,7 @@ def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, 
     until(page, server, lambda: charted(page) > before, "the curve to grow on")
     window.screenshot(f"tab_{renderer}_running")
 
-    act(page, "pause")
-    until(page, server, lambda: chip(page) == "paused", "the pause")
-    frozen = status(server, job)["step"]
-    until(page, server, lambda: shown_step(page) == frozen, "the step that it stands at")
+    frozen = paused(window, server, job)
     page.wait_for_timeout(1500)
     assert status(server, job)["step"] == frozen == shown_step(page)
 
@@ -104,6 +101,24 @@ def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, 
     until(page, server, lambda: f"step-{frozen:06d}-0.png" in status(server, job)["samples"], "previews in a pause")
     until(page, server, lambda: page.locator(f".ck-strip [data-step='{frozen}']").count() == 2, "both strips")
 
+    resume = page.locator("[data-action='pause']", has_text="Resume")  # as it is called once the previews are made
+    until(page, server, lambda: chip(page) == "paused" and resume.count(), "the pause after the previews")
+    resume.click()
+    until(page, server, lambda: chip(page).startswith("running") and charted(page) > frozen, "the curve to go on")
+    act(page, "stop")
+    until(page, server, lambda: chip(page) == "stopped", "the stop")
+    lora = status(server, job)["lora_name"]
+    until(page, server, lambda: lora in choices(page), "the LoRA in the lists of files, without a reload")
+    assert page.get_by_text("has stopped").count(), "a notice"
+    window.screenshot(f"tab_{renderer}_stopped")
+    assert window.ours == []
+
+
+@pytest.mark.slow
+def test_a_job_is_found_again_in_a_second_page_and_after_a_reload(window, server: Host):
+    page = window.page
+    job = training(window, server, "found again")
+    frozen = paused(window, server, job)
     curve = server.get(f"/chromakit/jobs/{job}/curve")
     other = page.context.new_page()
     other.goto(server.url)
@@ -122,13 +137,18 @@ def test_a_job_is_started_watched_steered_and_found_again(window, server: Host, 
     assert again["loss"][: len(curve["loss"])] == curve["loss"]
 
     act(other, "stop")
-    until(page, server, lambda: chip(page) == "stopped", "the stop")
-    lora = status(server, job)["lora_name"]
-    until(page, server, lambda: lora in choices(page), "the LoRA in the lists of files, without a reload")
-    assert page.get_by_text("has stopped").count(), "a notice"
-    window.screenshot(f"tab_{renderer}_stopped")
+    until(page, server, lambda: chip(page) == "stopped", "the first page to hear of the stop")
     other.close()
     assert window.ours == []
+
+
+def paused(window, server: Host, job: str) -> int:
+    """Press Pause, and return the step at which the job stands as soon as the tab shows it."""
+    act(window.page, "pause")
+    until(window.page, server, lambda: chip(window.page) == "paused", "the pause")
+    frozen = status(server, job)["step"]
+    until(window.page, server, lambda: shown_step(window.page) == frozen, "the step that it stands at")
+    return frozen
 
 
 def choices(page: Any) -> list[str]:
@@ -228,7 +248,7 @@ def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     drawn(page)
     window.screenshot("tab_zoom_200")
     wide = page.locator(".ck-tab").evaluate("e => e.scrollWidth > e.clientWidth + 1")
-    page.set_viewport_size({"width": 1600, "height": 1000})
+    page.set_viewport_size(SIZE)
     assert not wide, "nothing is cut off at the right"
     assert window.ours == []
 
@@ -314,7 +334,7 @@ def test_a_prompt_gets_the_machine_and_the_job_takes_it_back(window, server: Hos
     page = window.page
     job = training(window, server, "it yields")
     panel = page.locator(".chromakit-train .ck-chip").first
-    prompt = server.post_prompt(change(load_api("chroma_1_first_picture"), "ChromaSampler", steps=150, seed=5))
+    prompt = server.post_prompt(change(load_api("chroma_1_first_picture"), "ChromaSampler", steps=50, seed=5))
     until(page, server, lambda: chip(page) == "running, yielding", "the tab to say so")
     assert panel.inner_text() == "running, yielding"
     window.screenshot("yielding")

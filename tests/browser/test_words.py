@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 import waiting
 from tools.locales.texts import FOLDER, escape, load, part
-from tools.page import drawn, ready
+from tools.page import drawn
 from training_page import pause
 
 SHOWN = 20  # results that fit in the search box without scrolling far
@@ -84,25 +83,6 @@ def setting(window, name: str, value: Any = None) -> Any:
     if value is not None:
         window.page.evaluate("([n, v]) => window.app.extensionManager.setting.set(n, v)", [name, value])
     return window.page.evaluate("n => window.app.extensionManager.setting.get(n)", name)
-
-
-def reload(window) -> None:
-    """As a user does; the page asks for the languages and for the nodes when it starts."""
-    window.page.reload()
-    ready(window.page)
-
-
-@contextmanager
-def changed(window, name: str, value: Any) -> Iterator[None]:
-    """With one of the host's settings changed; the page is reloaded before and after."""
-    before = setting(window, name)
-    setting(window, name, value)
-    try:
-        reload(window)
-        yield
-    finally:
-        setting(window, name, before)
-        reload(window)
 
 
 def one_node(window, node_id: str) -> None:
@@ -205,6 +185,13 @@ def test_the_search_box_finds_every_node_by_what_people_type(window, search):
     window.screenshot("search_lora_train")
 
 
+def test_in_english_the_names_are_those_of_the_api(window):
+    one_node(window, "ChromaTrainLora")
+    seen = shown(window)
+    assert seen["title"] == "Chroma Train LoRA"
+    assert all(label == name for name, label in [*seen["inputs"].items(), *seen["widgets"].items()])
+
+
 def both_renderers(window) -> Iterator[str]:
     """Each of the page's two ways of drawing nodes; the setting is put back."""
     name = "Comfy.VueNodes.Enabled"
@@ -218,12 +205,17 @@ def both_renderers(window) -> Iterator[str]:
 
 
 @pytest.fixture
-def chinese(window) -> Iterator[None]:
-    with changed(window, "Comfy.Locale", "zh"):
-        yield
+def chinese(session_window) -> Iterator[None]:
+    """Before `window`, which loads the page in that language."""
+    before = setting(session_window, "Comfy.Locale")
+    setting(session_window, "Comfy.Locale", "zh")
+    session_window.stale = True
+    yield
+    setting(session_window, "Comfy.Locale", before)
+    session_window.stale = True
 
 
-def test_in_chinese_titles_names_tooltips_and_search_are_chinese(window, chinese, search):
+def test_in_chinese_titles_names_tooltips_and_search_are_chinese(chinese, window, search):
     words = load(FOLDER / "zh" / "nodeDefs.json")["ChromaTailSigmas"]
     names = {name: slot["name"] for name, slot in words["inputs"].items()}
     name = "flow_shift_value"
@@ -245,24 +237,25 @@ def test_in_chinese_titles_names_tooltips_and_search_are_chinese(window, chinese
 
 
 @pytest.fixture
-def nasty_texts(window) -> Iterator[None]:
-    """The page gets texts full of special characters from the host, spelled as tools.locales.build spells them."""
+def nasty_texts(session_window) -> Iterator[None]:
+    """The page gets texts full of special characters from the host, spelled as tools.locales.build spells them.
+
+    Before `window`, which loads the page with them.
+    """
     words = {
         "display_name": escape(NASTY),
         "inputs": {"steps": {"name": escape(f"steps {NASTY}"), "tooltip": NASTY}},
         "outputs": {"0": {"name": escape(NASTY)}},
     }
     answer = {"en": {"nodeDefs": {"ChromaTailSigmas": words}}}
-    window.page.route("**/i18n", lambda route: route.fulfill(json=answer))
-    try:
-        reload(window)
-        yield
-    finally:
-        window.page.unroute("**/i18n")
-        reload(window)
+    session_window.page.route("**/i18n", lambda route: route.fulfill(json=answer))
+    session_window.stale = True
+    yield
+    session_window.page.unroute("**/i18n")
+    session_window.stale = True
 
 
-def test_special_characters_show_as_they_are(window, nasty_texts):
+def test_special_characters_show_as_they_are(nasty_texts, window):
     """Names go through the page's message compiler and are escaped; tooltips do not, and are not."""
     for renderer in both_renderers(window):
         one_node(window, "ChromaTailSigmas")
@@ -271,10 +264,3 @@ def test_special_characters_show_as_they_are(window, nasty_texts):
         assert hover(window, "steps", f"steps {NASTY}") == NASTY
         window.screenshot(f"words_special_{renderer}")
     assert window.ours == []
-
-
-def test_in_english_the_names_are_those_of_the_api(window):
-    one_node(window, "ChromaTrainLora")
-    seen = shown(window)
-    assert seen["title"] == "Chroma Train LoRA"
-    assert all(label == name for name, label in [*seen["inputs"].items(), *seen["widgets"].items()])

@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from playwright.sync_api import ViewportSize
+
 import waiting
 from _host import Host
 from prompts import ACTIVE
 from waiting import PATIENCE
 
 ENDLESS = 1_000_000
+SIZE: ViewportSize = {"width": 1280, "height": 800}
+"""Of the page, in CSS pixels, where a test needs no other."""
 
 BUILD = """async ([name, steps, prompt]) => {
     const graph = window.app.graph;

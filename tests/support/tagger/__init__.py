@@ -1,5 +1,10 @@
 """A pack of nodes as others have them: one makes a text of an image, one a text of a text."""
 
+import gc
+
+gc.collect()
+gc.freeze()  # what is imported by now stays, and the collections that ComfyUI asks for after prompts are short
+
 
 class Tagger:
     """IMAGE → STRING: the image's size, and how bright it is."""

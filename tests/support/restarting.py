@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,11 +10,8 @@ from watching import PACKS
 
 
 @contextmanager
-def restarted(server: Host, number: signal.Signals = signal.SIGINT) -> Iterator[None]:
-    """End the host by a signal; what stands in the `with` block happens before it is there again, with a new log."""
-    if number != signal.SIGINT:
-        server.process.send_signal(number)
-        server.process.wait(60)
+def restarted(server: Host) -> Iterator[None]:
+    """End the host; what stands in the `with` block happens before it is there again, with a new log."""
     server.stop()
     try:
         yield

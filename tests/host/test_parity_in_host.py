@@ -6,19 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from _host import Host
 from chroma_core.loading.component_cache import ComponentCache
-from chroma_core.loading.spec import ModelHandle, ModelSpec
-from chroma_core.model.flavours import flavour
+from chroma_core.loading.spec import ModelSpec
 from chroma_core.parity import Case, Sampled, compare, in_process, read_preview, train_briefly
 from chroma_core.parity.runtimes import through_comfyui
 from chroma_core.sampling.recipe import CANONICAL, RECIPES, recipe
 from chroma_core.sampling.sampler import SamplingSettings
 
 SPEC = ModelSpec("tiny", precision="fp32", text_precision="fp32")
-ASSETS = flavour("tiny").folder
 SETTINGS = SamplingSettings(steps=5, guidance=3.0, seed=11)
 
 
@@ -62,21 +59,3 @@ def test_every_precision(server: Host, preview, components, precision):
     painted = through_comfyui(case, server)
     assert torch.equal(painted.latents, in_process(case, components, "cpu").latents)
     assert compare("quantised", painted, preview[1]).mean_abs_diff > 0
-
-
-def test_a_part_that_is_chosen_anew_leaves_the_others_loaded(components, tmp_path):
-    text_encoder, vae = components.text_encoder(SPEC, "cpu"), components.vae(SPEC, "cpu")
-    matrix = components.preview_matrix(SPEC, "cpu")
-    other = replace(SPEC, precision="int8", compute="w8a8", resident_blocks=3)
-    assert components.text_encoder(other, "cpu") is text_encoder and components.vae(other, "cpu") is vae
-    assert components.preview_matrix(other, "cpu") is matrix
-    assert components.text_encoder(replace(other, text_precision="bf16"), "cpu") is not text_encoder
-    with components.transformer(ModelHandle(SPEC), "cpu") as transformer:
-        pass
-    (published,) = (ASSETS / "vae").glob("*.safetensors")
-    darker = load_file(published) | {"decoder.conv_out.bias": torch.full((3,), -1.0)}
-    save_file(darker, tmp_path / "darker.safetensors")
-    other = replace(SPEC, vae=str(tmp_path / "darker.safetensors"), text_precision="int8")
-    assert components.vae(other, "cpu") is not vae and components.preview_matrix(other, "cpu") is not matrix
-    with components.transformer(ModelHandle(other), "cpu") as again:
-        assert again is transformer

@@ -1,12 +1,15 @@
 """The component cache: one of each kind, turns on the device, parking, and what is in use staying where it is."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from chroma_core.loading.component_cache import HOST_MEMORY_MARGIN, ComponentCache
 from chroma_core.loading.spec import ModelHandle, ModelSpec
+from chroma_core.model.flavours import flavour
 from chroma_core.streaming import module_bytes, streamed
 from lora_cases import inputs, predict
 from miniature import write_model_folder
@@ -39,6 +42,25 @@ def test_one_of_each_kind_and_room_is_made_first(folder):
     assert cache.device_bytes() == {}
     with cache.transformer(ModelHandle(spec(folder)), "cpu") as fresh:
         assert fresh is not first
+
+
+def test_a_part_that_is_chosen_anew_leaves_the_others_loaded(tmp_path):
+    components, tiny = ComponentCache(), ModelSpec("tiny", precision="fp32", text_precision="fp32")
+    text_encoder, vae = components.text_encoder(tiny, "cpu"), components.vae(tiny, "cpu")
+    matrix = components.preview_matrix(tiny, "cpu")
+    other = replace(tiny, precision="int8", compute="w8a8", resident_blocks=3)
+    assert components.text_encoder(other, "cpu") is text_encoder and components.vae(other, "cpu") is vae
+    assert components.preview_matrix(other, "cpu") is matrix
+    assert components.text_encoder(replace(other, text_precision="bf16"), "cpu") is not text_encoder
+    with components.transformer(ModelHandle(tiny), "cpu") as transformer:
+        pass
+    (published,) = (flavour("tiny").folder / "vae").glob("*.safetensors")
+    darker = load_file(published) | {"decoder.conv_out.bias": torch.full((3,), -1.0)}
+    save_file(darker, tmp_path / "darker.safetensors")
+    other = replace(tiny, vae=str(tmp_path / "darker.safetensors"), text_precision="int8")
+    assert components.vae(other, "cpu") is not vae and components.preview_matrix(other, "cpu") is not matrix
+    with components.transformer(ModelHandle(other), "cpu") as again:
+        assert again is transformer
 
 
 def test_room_is_made_before_the_old_model_has_a_successor(folder):

@@ -221,10 +221,14 @@ WRONG = """
 import json, os, sys
 from chroma_core.cli.main import main
 from chroma_core.comfy.server import free_port
-os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+commands = [(command, free_port()) for command in json.loads(sys.argv[1])]
 other = os.fork()
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if other else "1"
-codes = [main(command) for command in json.loads(sys.argv[1])]
+codes = []
+for command, port in commands:  # each its own: where a slower process met the last time is still open
+    os.environ["MASTER_PORT"] = str(port)
+    codes.append(main(command))
 if other:
     assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 3
 assert codes == [1] * len(codes)

@@ -112,7 +112,8 @@ def pyright_options() -> list[str]:
     say(f"pyright reads the types of the ComfyUI in {host_folder()} (COMFYUI_PATH)")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pyright"]
     settings["include"] = [f"../{folder}" for folder in settings["include"]]
-    settings |= {"extraPaths": [str(host_folder()), "../scripts", ".."], "venvPath": ".."}
+    paths = [str(host_folder()), "../scripts", ".."]
+    settings |= {"extraPaths": paths, "stubPath": "../typings", "venvPath": ".."}
     path = VENV / "pyright.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
     return ["--project", str(path)]

@@ -37,12 +37,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
     return FilesTogether(config, log)
 
 
+GROUPS = {
+    "native": r"^import native|\b(comfy|pack_host)\b[,:)]",
+    "forks": r"^import forked|^from .*\b(killed|hub_cases)\b",
+}
+"""What files share that is dear to begin: ComfyUI's own modules, here or in forks; processes that are forked."""
+
+
 @cache
 def group_of(file: Path) -> str:
-    """`native` for files that ask ComfyUI's own modules, here or in forks of a process that has imported them."""
-    asks = re.compile(r"^import native|\b(comfy|pack_host)\b[,:)]", re.MULTILINE)
-    shared = asks.search((ROOT / file).read_text(encoding="utf-8"))
-    return "native" if shared else file.as_posix()
+    """The group whose files go to one process, or else the file."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    found = (name for name, words in GROUPS.items() if re.search(words, text, re.MULTILINE))
+    return next(found, file.as_posix())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -232,7 +232,7 @@ class Trials:
     @staticmethod
     def _wait(process: Any, ready: Callable[[], bool]) -> None:
         while process.is_alive() and not ready():
-            time.sleep(0.0005)
+            time.sleep(0.002)
 
 
 def reached(output: Path) -> str:

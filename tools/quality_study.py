@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from chroma_core.files import slug
 from chroma_core.memory.plan import step_cost
@@ -46,7 +47,8 @@ from .sigma_study.study import (
 )
 from .tiny.build import check_prompts
 from .tiny.example_dataset import write
-from .tiny.world import plain_caption
+from .tiny.world import SIZE, STANDARD_RADII, Scene, plain_caption
+from .tiny.world import draw as draw_scene
 from .verdict_study import DATA as VERDICT_DATA
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +96,7 @@ VARIETY_SEEDS = 10
 COLOURS = (
     (30, 30, 34), (120, 120, 126), (200, 120, 0), (37, 99, 235), (16, 150, 90), (220, 60, 40), (122, 75, 176),
     (0, 150, 170), (230, 90, 160), (110, 140, 30), (150, 90, 40), (70, 70, 200), (180, 180, 60), (240, 150, 130),
-    (60, 90, 80), (160, 130, 200), (180, 30, 110), (20, 110, 40),
+    (60, 90, 80), (160, 130, 200), (180, 30, 110), (20, 110, 40), (240, 90, 0),
 )  # fmt: skip
 LIGHT = (222, 222, 228)
 
@@ -110,12 +112,17 @@ def drawn(images: int) -> str:
     return f"quality-study/images/{images}"
 
 
+ORDINARY_IMAGES = "quality-study/images/ordinary"
+"""Where images of what is preserved lie, one for each prompt, for a regularisation set."""
+
 THIRD = 0.3334
 """One step in three."""
 THINGS = [plain_caption(*triple) for triple in ordinary_things()]
 PROMPTS = {"preserve.prompts": THINGS, "preserve.share": THIRD}
 CLASS = {"preserve.class_weight": 1, "preserve.share": THIRD}
 BLANK = {"preserve.blank_weight": 1, "preserve.share": THIRD}
+SET = {"folder": ORDINARY_IMAGES, "regularisation": True, "weight": round(THIRD, 2)}
+"""24 images beside 16 of the concept: at this weight a third of the steps."""
 STRONG = {**PROMPTS, "preserve.prompts_weight": 3, "steps": 400}
 NO_DROPOUT = {"dataset.caption_dropout": 0}
 EVEN = {"objective.draw": "uniform", "objective.remap": "none"}
@@ -132,7 +139,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "σ uniform": EVEN,
     "σ uniform from 0.25 on": {**EVEN, "objective.minimum": 0.25},
 }
-"""Variants without preservation that differ from `plain` in an option or two; a running mean changes no LoRA."""
+"""Variants without preservation that differ from `plain` in an option or two."""
 VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "plain, 600 steps": {"steps": 600},
@@ -150,11 +157,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "class, 400 steps, no dropout": {**CLASS, **NO_DROPOUT, "steps": 400},
     "class, 600 steps": {**CLASS, "steps": 600},
     "class and prompts × 3, 400 steps": {**STRONG, **CLASS},
-    "class and prompts × 3, 600 steps": {**STRONG, **CLASS, "steps": 600},
+    "class and prompts × 3, 600 steps": {**STRONG, **CLASS, "steps": 600, "lora.ema_decay": 0.99},
     "class and 8 prompts × 3, 400 steps, σ uniform": {**STRONG, **CLASS, **EVEN, "preserve.prompts": THINGS[:8]},
+    "regularisation set, 600 steps": {"more_datasets": [SET], "steps": 600},
     **OPTIONS,
 }
-"""What the study compares: names, and options that differ from the job of `plain`, by dotted names."""
+"""What the study compares: names, and options that differ from the job of `plain`, by dotted names. A running mean
+changes no LoRA."""
 
 REPEATED = {
     PLAIN: SEEDS,
@@ -171,7 +180,7 @@ MORE = {
     "class, 600 steps": dict.fromkeys([use for use in USES if use not in ("guidance 2.5", "EMA")], 1),
     "class, share 1/4, 600 steps": {"strength 0.9, guidance 3": 1},
     "class and prompts × 3, 400 steps": {"guidance 3": 3},
-    "class and prompts × 3, 600 steps": {"strength 0.8": 1, "guidance 3": SEEDS},
+    "class and prompts × 3, 600 steps": {"strength 0.8": 1, "guidance 3": SEEDS, "EMA": 1},
     "class and 8 prompts × 3, 400 steps, σ uniform": {"guidance 3": 1},
     "constant rate": {"EMA": 1},
 }
@@ -187,20 +196,23 @@ def variant_config(name: str, seed: int) -> dict[str, Any]:
         place = values
         for section in sections:
             place = place.setdefault(section, {})
-        place[last] = value
-    values["dataset"]["folder"] = str(ROOT / values["dataset"]["folder"])
+        place[last] = deepcopy(value)
+    for dataset in (values["dataset"], *values.get("more_datasets", [])):
+        dataset["folder"] = str(ROOT / dataset["folder"])
     return values
 
 
 def step_price(name: str) -> float:
-    """What a mean step of a variant costs beside one of `plain`."""
-    return step_cost(plan_settings(TrainingConfig.parse(variant_config(name, FIRST_SEED))))
+    """What a mean step of a variant costs beside one of `plain`. A step on `SET`, every third, has a forward pass more,
+    for its target."""
+    config = TrainingConfig.parse(variant_config(name, FIRST_SEED))
+    return step_cost(plan_settings(config)) + THIRD / 2 * any(each.regularisation for each in config.more_datasets)
 
 
 def cost(name: str) -> float:
     """What a job of a variant computes, beside one of `plain`; the images of its prompts included."""
     config = TrainingConfig.parse(variant_config(name, FIRST_SEED))
-    steps = config.steps * step_cost(plan_settings(config)) * config.effective_batch * 2
+    steps = config.steps * step_price(name) * config.effective_batch * 2
     images = len(config.preserve.prompts) * config.preserve.images if "prompts" in config.preserve.weights else 0
     generated = images * flavour(config.model.flavour).steps * 2
     return (steps + generated) / (STEPS * config.effective_batch * 2)
@@ -336,6 +348,7 @@ def run(output: Path, only: Sequence[str], train: bool = True) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for images in (4, 40):
         write(ROOT / drawn(images), images, np.random.default_rng(1), middle=0.6)
+    draw_ordinary(ROOT / ORDINARY_IMAGES)
     judge = Judge()
     base = remembered(output / "base.json", lambda: judge.judge(None) | {"variety": variety(judge, None)})
     gentle = remembered(output / "base-guidance-3.json", lambda: judge.judge(None, guidance=3.0))
@@ -350,6 +363,16 @@ def run(output: Path, only: Sequence[str], train: bool = True) -> None:
                 runs.append(found | further(name, seed, values, judge, output))
     settings = {"painting": SAMPLING, "uses": USES, "variants": VARIANTS}
     write_runs(DATA, settings, base, runs)
+
+
+def draw_ordinary(folder: Path) -> None:
+    """An image for each of `ordinary_things`, of medium size in the middle, with its caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (shape, colour, background) in enumerate(ordinary_things()):
+        scene = Scene(shape, colour, background, SIZE / 2, SIZE / 2, STANDARD_RADII[1], (0, 0))
+        Image.fromarray(draw_scene(scene)).save(folder / f"{i + 1:02d}.png")
+        caption = plain_caption(shape, colour, background)
+        (folder / f"{i + 1:02d}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def further(name: str, seed: int, values: Mapping[str, Any], judge: Judge, output: Path) -> dict[str, Any]:

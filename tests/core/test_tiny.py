@@ -17,6 +17,9 @@ from tools.tiny.example_dataset import NAME, draw_emblem
 from tools.tiny.vae import decode, encode
 from tools.tiny.world import draw, read_image, sample_scene
 
+WRITTEN_BY_5 = pytest.mark.skipif(
+    int(transformers.__version__.partition(".")[0]) < 5, reason="its own loader cannot read tokenizers of version 5"
+)
 DATASETS = Path(__file__).parents[2] / "example_datasets"
 
 
@@ -77,6 +80,7 @@ def test_vae_keeps_a_concept_it_was_not_drawn_for():
         assert np.linalg.norm(decoded[30:35, x - 1 : x + 2].mean(axis=(0, 1)) - colour) < 40
 
 
+@WRITTEN_BY_5
 def test_tokenizer_survives_the_folder(tokenizer):
     same = AutoTokenizer.from_pretrained(ASSETS / "tokenizer")
     for text in ("a red circle on a blue background", "[trigger] (zorblax), Ünïcode-42", ""):
@@ -86,6 +90,7 @@ def test_tokenizer_survives_the_folder(tokenizer):
     assert len(tokenizer("a red circle").input_ids) == 4
 
 
+@WRITTEN_BY_5
 def test_any_trigger_word_has_tokens_of_its_own(tokenizer):
     words = ["sks", "ohwx", "zorblax", "zorblay", "qx7", "p3rs0n", "ключ", "x", "yx", "xy"]
     ids = [tuple(tokenizer(word).input_ids) for word in words]
@@ -100,9 +105,7 @@ def test_spelling_with_capitals_means_the_same():
     assert torch.equal(lower, upper)
 
 
-@pytest.mark.skipif(
-    int(transformers.__version__.partition(".")[0]) < 5, reason="its own loader cannot read tokenizers of version 5"
-)
+@WRITTEN_BY_5
 def test_opens_in_diffusers_and_paints():
     """diffusers lets every pad token of the padded prompt through, so it is given little room for padding."""
     pipeline = ChromaPipeline.from_pretrained(ASSETS).to(torch.float32)

@@ -21,6 +21,8 @@ def numbers(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", GGUF_TYPES)
 def test_every_type_is_unpacked_as_by_the_package(tmp_path: Path, kind: str):
+    if kind not in gguf.GGMLQuantizationType.__members__:
+        pytest.skip("the package is older than this type")
     held = {"blk.weight": numbers(37, 512), "norm.weight": numbers(7)}
     expected = write_gguf(tmp_path / "x.gguf", held, kind)
     weights = open_weights(tmp_path / "x.gguf")

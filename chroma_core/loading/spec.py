@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -151,10 +150,6 @@ class ModelSpec:
         """The name (not the place) of the transformer's own file or folder; empty for the published one."""
         own = self.transformer or self.folder
         return Path(own).name if own else ""
-
-    def key(self) -> str:
-        """A stable text that is equal exactly when the same weights would be loaded in the same way."""
-        return json.dumps(self.to_dict(), sort_keys=True)
 
 
 @dataclass(frozen=True)

@@ -305,8 +305,8 @@ def _evidence(record: Record) -> dict[str, float]:
     gained, the median distance of a measurement in the second half from the mean of its neighbours, and by how much a
     measurement lies above both neighbours or below both, on average. risen: share of the noise levels whose loss is
     higher now than at the best step. loss_rise, norm_rise: mean training loss, and the gradient norm's 90th percentile,
-    of the last third over those of the first. heldout_images: in each validation. measured: validations; broken:
-    skipped steps.
+    of the last third over those of the first. heldout_images: in each validation, or `UNTOLD`. measured: validations;
+    broken: skipped steps.
     """
     assert record.base is not None
     measured = record.heldout

@@ -303,7 +303,7 @@ class Control:
                 raise Halted
             if self.stop.is_set():
                 raise Stopped
-            if self._may_go_on(serve, pausable and self.pause.is_set(), needed):
+            if self._may_go_on(serve, pausable, needed):
                 return
             self.waits += 1
             self._changed.clear()
@@ -320,14 +320,16 @@ class Control:
         if self.halt.is_set() and not (self.slot is not None and self.slot.lent):  # then it is a prompt that computes
             raise Halted
 
-    def _may_go_on(self, serve: Callable[[bool], None] | None, paused: bool, needed: int) -> bool:
+    def _may_go_on(self, serve: Callable[[bool], None] | None, pausable: bool, needed: int) -> bool:
         yielded, short = self.busy(), False
+        asked = self.pause.is_set()
+        paused = asked and pausable
         if self.slot is not None:
             if yielded or (paused and not self.sample.is_set()):
                 self.slot.rest()
             else:
                 short = not self.slot.ready(needed)
-        self._announce(paused, yielded, short)
+        self._announce(paused or (asked and self._waiting[0]), yielded, short)  # a pause lasts while it serves
         if serve is not None:
             serve(not yielded and not short)
         return not (paused or yielded or short)

@@ -189,7 +189,7 @@ class Verdict:
 SENTENCES: dict[Kind, str] = {
     "early": "Too early to say: {measured:.0f} of at least 4 validations are made.",
     "learning": "Still learning: the last third added {trend:.0%} to the gain, give or take {scatter:.0%}.",
-    "settled": "Best at step {step}; since then neither better nor worse: more steps gain nothing.",
+    "settled": "Best at step {step}; no better since: more steps gain nothing.",
     "memorises": "Best at step {step}; since then it memorises: {lost:.0%} of what was gained is lost again.",
     "hot": "Too hot: halve the learning rate ({learning_rate:g}) and go on from step {step}.",
     "captions": "Too few different captions: {captions:.0f} for {images:.0f} images, so the prompt decides too little.",

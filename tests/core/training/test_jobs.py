@@ -143,11 +143,15 @@ def test_pause_freezes_sample_and_save_work_meanwhile_stop_leaves_a_lora(places,
     logged = len(job.metrics())
     stays(lambda: job.status()["step"] == frozen and len(job.metrics()) == logged, "paused")
     assert job.status()["samples"] == []
+    told = []
+    forget = manager.subscribe(lambda status: told.append(status["state"]))
     manager.sample(job.id)
     until(lambda: job.status()["samples"] == [f"step-{frozen:06d}-0.png"])
     manager.save(job.id)
     until(lambda: (job.folder / "checkpoints" / f"step-{frozen:06d}").is_dir())
     assert job.state == "paused" and job.status()["step"] == frozen
+    forget()
+    assert told and {*told} <= {"paused", "queued"}, "it may be resumed all the while"
     manager.resume(job.id)
     until(lambda: job.status()["step"] > frozen and job.state == "running")
     with pytest.raises(JobError, match="Stop it before"):

@@ -37,6 +37,24 @@ export async function post(path, body = {}) {
 }
 
 /**
+ * A function that waits for an answer; undefined when it was called again meanwhile, for then only the newer one counts:
+ * answers may overtake each other.
+ * @returns {<T>(asked: Promise<T> | null) => Promise<T | null | undefined>}
+ */
+export function newest() {
+  let calls = 0;
+  return async (asked) => {
+    const call = ++calls;
+    try {
+      const answer = await asked;
+      return call === calls ? answer : undefined;
+    } catch (error) {
+      if (call === calls) throw error;
+    }
+  };
+}
+
+/**
  * The path of what is below a job.
  * @param {string} id
  * @param {string} rest

@@ -3,7 +3,7 @@
 import { api } from "../../../../scripts/api.js";
 import { debounced, fill, h, say } from "../lib/dom.js";
 import { duration, lines } from "../lib/format.js";
-import { address, get, post, reason } from "../lib/http.js";
+import { address, get, newest, post, reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { all, reload } from "../jobs/store.js";
 import { advice } from "../widgets/plan.js";
@@ -49,6 +49,8 @@ class Aim {
     this.plan = null;
     /** @type {FolderLook | null} */
     this.found = null;
+    this.told = ""; // what it needs, in words
+    this.newest = { plan: newest(), found: newest() };
     this.cards = h("div.ck-aims", { role: "radiogroup", "aria-label": t("room.aim.question") });
     this.trigger = h("input", { type: "text", "data-field": "trigger", oninput: debounced(() => room.choose({ trigger: this.trigger.value.trim() }), WAIT) });
     const soon = debounced(() => this.#costs(), WAIT);
@@ -142,6 +144,7 @@ class Aim {
       this.#fill();
     }
     if ("folder" in changed) {
+      this.found = null;
       const { name, ...typed } = this.room.view.typed;
       this.room.choose({ typed });
     }
@@ -221,8 +224,11 @@ class Aim {
   async #look() {
     const { folder, trigger, size } = this.room.view;
     this.#name();
+    this.#complain();
     try {
-      this.found = folder ? await post("datasets/images", { folder, trigger, size }) : null;
+      const found = await this.newest.found(folder ? post("datasets/images", { folder, trigger, size }) : null);
+      if (found === undefined) return;
+      this.found = found;
     } catch (error) {
       this.found = null;
       this.room.failed(error);
@@ -244,9 +250,11 @@ class Aim {
       used > most && t("room.aim.many", { used, most }),
       skipped > 0 && t("room.aim.skipped", { skipped }),
     ].filter((text) => text !== false && text !== "");
+    this.start.disabled = !used;
+    if (texts.join() === this.told) return; // built anew, it would be read out again, and lose the focus
+    this.told = texts.join();
     const back = h("button", { onclick: () => this.room.go("images") }, t("room.aim.to_images"));
     fill(this.needs, texts.map((text, i) => h("li.ck-warning", text, " ", i === texts.length - 1 && back)));
-    this.start.disabled = !used;
   }
 
   /** The memory plan of this machine for the chosen model. */
@@ -254,7 +262,9 @@ class Aim {
     const flavour = this.flavour.value;
     if (!flavour) return;
     try {
-      this.plan = await post("plan/rows", { flavour, size: this.room.view.size });
+      const plan = await this.newest.plan(post("plan/rows", { flavour, size: this.room.view.size }));
+      if (plan === undefined) return;
+      this.plan = plan;
     } catch (error) {
       this.plan = null;
       this.room.failed(error);

@@ -47,15 +47,19 @@ export class Bar {
     );
   }
 
-  /** The folders and sizes to choose from, what is chosen among them. @param {FolderList} list */
-  offer({ folders, sizes }) {
+  /**
+   * The folders and sizes to choose from, what is chosen among them.
+   * @param {FolderList} list
+   * @param {boolean} [naming] whether a new folder's name is asked for
+   */
+  offer({ folders, sizes }, naming = !this.making.hidden) {
     const { folder, size } = this.room.view;
     const names = folders.map((each) => each.name);
     const all = folder && !names.includes(folder) ? [folder, ...names] : names;
     const first = h("option", { value: "" }, t("room.images.choose"));
     fill(this.choice, !folder && first, h("option", { value: NEW }, t("room.images.new")), all.map((name) => h("option", { value: name }, name)));
-    this.choice.value = folder;
-    this.making.hidden = true;
+    this.choice.value = naming ? NEW : folder;
+    this.making.hidden = !naming;
     fill(this.size, h("option", { value: "0" }, t("room.images.size_open")), sizes.map((px) => h("option", { value: String(px) }, `${px} px`)));
     this.size.value = String(size);
   }
@@ -81,6 +85,8 @@ export class Bar {
   #create() {
     const folder = this.name.value.trim();
     if (!folder) return;
+    this.making.hidden = true;
+    this.choice.value = this.room.view.folder;
     this.room.choose({ folder });
     this.add.focus();
   }

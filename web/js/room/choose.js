@@ -35,6 +35,9 @@ class Chooser {
     /** @type {WallCell | null} */
     this.cell = null;
     this.keptKey = "";
+    /** @type {Promise<unknown>} */
+    this.queue = Promise.resolve();
+    this.changes = 0; // asked for and done
     this.refresh = throttled(() => this.#load(), MILLISECONDS);
     this.steps = h("div.ck-choose-steps", { role: "group", "aria-label": t("room.choose.steps") });
     this.strengths = h("input", { type: "text", value: STRENGTHS, oninput: () => this.#count() });
@@ -110,20 +113,25 @@ class Chooser {
 
   async #load() {
     if (this.stopped) return;
+    const before = this.changes;
     try {
-      this.#show(await get(ofJob(this.id, "grid")));
+      const grid = /** @type {GridLook} */ (await get(ofJob(this.id, "grid")));
+      if (before === this.changes) this.#show(grid); // else what was answered since is newer
     } catch (error) {
       this.room.failed(error);
     }
   }
 
   /**
-   * Ask for something that the host answers with the grid.
+   * Ask for something that the host answers with the grid: one after another, so that the last answer is the newest.
    * @param {string} end
    * @param {object} body
    */
-  async #send(end, body) {
-    this.#show(await post(ofJob(this.id, end), body));
+  #send(end, body) {
+    this.changes += 1;
+    const sent = this.queue.then(() => post(ofJob(this.id, end), body)).then((grid) => this.#show(grid));
+    this.queue = sent.catch(() => {}).finally(() => (this.changes += 1));
+    return sent;
   }
 
   // --- the form -------------------------------------------------------------------------------------------------------

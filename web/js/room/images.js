@@ -28,6 +28,7 @@ class Images {
     this.list = { folders: [], endings: [], known: [], sizes: [] };
     /** @type {Given[]} what was dropped before there was a folder for it */
     this.held = [];
+    this.begun = Promise.resolve();
     /** @type {Map<string, Card>} */
     this.cards = new Map();
     this.grid = h("ul.ck-gallery", { "aria-label": t("room.images.grid") });
@@ -63,7 +64,7 @@ class Images {
   }
 
   refresh() {
-    this.#begin();
+    this.begun = this.#begin();
     this.folder.touch();
   }
 
@@ -100,7 +101,7 @@ class Images {
       this.folder = this.#enter();
       for (const card of this.cards.values()) card.element.remove();
       this.cards.clear();
-      this.bar.offer(this.list);
+      this.bar.offer(this.list, false);
       this.show();
       this.room.notice("");
       const held = this.held.splice(0);
@@ -130,11 +131,14 @@ class Images {
   }
 
   /** @param {Given[]} given */
-  #send(given) {
+  async #send(given) {
+    await this.begun;
+    if (!this.list.known.length) await (this.begun = this.#begin());
+    if (!this.list.known.length) return; // why was said
     if (!this.room.view.folder) {
-      this.held = given;
+      this.held.push(...given);
       this.bar.nameNew();
-      return this.room.notice(t("room.images.name_it", { count: given.length }));
+      return this.room.notice(t("room.images.name_it", { count: this.held.length }));
     }
     if (this.folder.found && !this.folder.found.own) return this.room.notice(t("room.images.not_own"), "error");
     if (this.uploads.going) return this.room.notice(t("room.images.busy"), "error");

@@ -226,7 +226,7 @@ class Enlarged {
     this.left = h("select", { onchange: () => { this.pinned = this.left.value; this.#show(); } });
     this.up = h("button", { title: t("wall.up_tip"), onclick: () => this.#go(-1) }, t("wall.up"));
     this.down = h("button", { title: t("wall.down_tip"), onclick: () => this.#go(1) }, t("wall.down"));
-    const close = h("button", { onclick: () => this.element.close() }, t("wall.close"));
+    const close = h("button", { onclick: () => this.#close() }, t("wall.close"));
     this.choice = h("label.ck-group", t("previews.compare_with"), this.left);
     this.element = h(
       "dialog.ck-large",
@@ -236,11 +236,16 @@ class Enlarged {
       h("div.ck-row", this.choice, h("div.ck-group", this.up, this.down)),
     );
     this.element.addEventListener("keydown", (event) => this.#key(event));
-    this.element.addEventListener("click", (event) => event.target === this.element && this.element.close());
-    this.element.addEventListener("close", () => {
-      this.element.remove();
-      if (this.cell) this.wall.focus(this.cell.key);
-    });
+    this.element.addEventListener("click", (event) => event.target === this.element && this.#close());
+    this.element.addEventListener("close", () => this.#close()); // by the browser's own ways
+  }
+
+  /** The focus is at the image that was shown last before another key can come. */
+  #close() {
+    if (!this.element.isConnected) return;
+    this.element.close();
+    this.element.remove();
+    if (this.cell) this.wall.focus(this.cell.key);
   }
 
   /** @param {WallCell} cell */
@@ -290,7 +295,7 @@ class Enlarged {
   /** @param {KeyboardEvent} event */
   #key(event) {
     event.stopPropagation();
-    if (event.key === "Escape") this.element.close();
+    if (event.key === "Escape") this.#close();
     else if (event.key === "PageUp" || event.key === "PageDown") this.#go(event.key === "PageUp" ? -1 : 1);
     else if (event.ctrlKey || event.altKey || event.metaKey || !this.cell || !this.wall.key(this.cell, event)) return;
     event.preventDefault();

@@ -10,7 +10,7 @@ from PIL import Image
 
 from _host import Host
 from prompts import ACTIVE, at_defaults, job_of, train, until_not
-from training_page import AXE, SIZE, THEME, grave, until
+from training_page import AXE, SIZE, THEME, fast, grave, slow, until
 
 OPEN = "view => import('/extensions/chromakit/js/room/room.js').then(({ openRoom }) => openRoom(view))"
 OWN = "a [trigger] star\na red circle"
@@ -125,6 +125,17 @@ def test_a_lora_is_chosen_by_keys(window, server: Host, job: str):
     until(page, server, lambda: "4.5" in grid.locator("[data-row='4 1.5'] [role=rowheader]").inner_text(), "the mean")
     assert "Best so far: step 4 at strength 1.5" in choose.inner_text()
     assert press(page, "ArrowRight") == ["4 1.5", "2"], "rating keeps the focus"
+    slow(page, f"{job}/grid", 0, 1000)
+    with page.expect_response(lambda answer: answer.url.endswith(f"{job}/grid")):
+        page.keyboard.press("Alt+3")
+        page.keyboard.press("Alt+4")
+    fast(page)
+    mean = grid.locator("[data-row='4 1.5'] [role=rowheader]")
+    grid.locator("[tabindex='0']").press("2")
+    until(page, server, lambda: "3.5" in mean.inner_text(), "the mean of 2 and 5")
+    page.wait_for_timeout(1500)
+    assert "3.5" in mean.inner_text(), "what was asked for before, and came later, is older"
+    assert press(page, "4") == ["4 1.5", "2"]
     window.screenshot("room_choose_1280")
     seen_by_all(page)
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tools import room_walk
-from training_page import AXE, RENDERER, THEME, grave, stop_all, until
+from training_page import AXE, RENDERER, THEME, fast, grave, slow, stop_all, until
 
 FRESH = {"step": "images", "folder": "", "trigger": "", "size": 0, "aim": "", "job": "", "typed": {}}
 OPEN = "view => import('/extensions/chromakit/js/room/room.js').then(({ openRoom }) => openRoom(view))"
@@ -66,20 +66,6 @@ def filled(page: Any, name: str, files: list[str], cards: int) -> None:
     page.set_input_files(".ck-bar input[type=file]", files)
     page.wait_for_function("n => document.querySelectorAll('.ck-card').length === n", arg=cards)
     page.get_by_text("Uploaded to").wait_for()
-
-
-SLOW = """ms => {
-  // captions take this long to reach the host, and its answers to come back
-  const { fetch } = window;
-  window.fast = () => { window.fetch = fetch; };
-  window.fetch = async (...asked) => {
-    const late = String(asked[0]).includes("datasets/captions");
-    if (late) await new Promise(resolve => setTimeout(resolve, ms));
-    const answer = await fetch(...asked);
-    if (late) await new Promise(resolve => setTimeout(resolve, ms));
-    return answer;
-  };
-}"""
 
 
 @pytest.mark.slow
@@ -138,7 +124,7 @@ def test_files_come_in_and_are_mended(window, page: Any, desk: list[str]):
     page.get_by_role("button", name="Redo").click()
     saw(lambda: "All 4 captions have zxq." in checks.inner_text(), "the trigger again")
 
-    page.evaluate(SLOW, 1000)
+    slow(page, "datasets/captions", 1000, 1000)
     page.get_by_role("button", name="Write a caption").click()
     page.keyboard.type("a zxq star, grey, plain")
     page.keyboard.press("Tab")
@@ -147,7 +133,7 @@ def test_files_come_in_and_are_mended(window, page: Any, desk: list[str]):
         page.keyboard.press("Shift+ArrowRight")  # the first tag, on which Tab has landed, to the end
     saw(lambda: (folder / "plain.txt").read_text() == "grey, plain, a zxq star\n", "the tags in another order")
     assert page.evaluate("() => document.activeElement.textContent") == "a zxq star", "no key was lost, nor their place"
-    page.evaluate("() => window.fast()")
+    fast(page)
     page.get_by_role("button", name="Take the copy out").click()
     page.get_by_role("button", name="Take it out").click()
     saw(lambda: "4 images: 4 trained, 0 skipped" in page.locator(".ck-summary").inner_text(), "four images")
@@ -185,12 +171,17 @@ def test_files_come_in_and_are_mended(window, page: Any, desk: list[str]):
         assert drawn.getpixel((1, drawn.height - 2)) == 0, "painted by keys"
 
     page.get_by_role("button", name="Next: Aim").click()
+    needs = page.locator(".ck-needs")
+    saw(lambda: "4 images are few" in needs.inner_text(), "what the first aim needs")
+    slow(page, "datasets/images", 0, 1000)
     page.locator("[data-aim=object]").click()
+    assert "4 images are few; 8 or more are advised." in needs.inner_text(), "of this aim, before anybody answers"
+    fast(page)
     page.locator("[data-field=flavour]").select_option("tiny")
     page.locator("[data-field=steps]").fill("2")
     page.locator("[data-field=prompts]").fill("a [trigger] comet")
     page.locator(".ck-room").get_by_text("Best for training").wait_for()
-    assert "4 images are few; 8 or more are advised." in page.locator(".ck-needs").inner_text()
+    assert "4 images are few; 8 or more are advised." in needs.inner_text()
     window.screenshot("room_3_aim")
     kept = "/settings/Chroma.Room"
     saw(lambda: server.get(kept)["typed"].get("steps") == "2", "what was typed, on the server")
@@ -210,6 +201,26 @@ def test_files_come_in_and_are_mended(window, page: Any, desk: list[str]):
     saw(lambda: (folder / "plain.txt").is_file() and (folder / "plain.txt").read_text(), "a caption by a node")
     page.get_by_text("1 captions written").wait_for()
     assert (folder / "plain.txt").read_text() == "dark, 64 by 64\n" and window.ours == []
+
+
+def test_what_is_dropped_before_the_folders_are_known_arrives(window, page: Any, desk: list[str]):
+    """Nor is it lost when more is dropped before it has a name, nor by another look at the folders meanwhile."""
+    server, hand = window.server, room_walk.Hand(page, window.screenshot)
+    slow(page, "chromakit/datasets", 0, 1500)
+    page.evaluate(OPEN, FRESH)
+    for part in (desk[:4], desk[4:]):
+        hand.drop([Path(path) for path in part])
+    hand.until(f"the {len(desk)} files go into it")
+    hand.type("early")
+    hand.key("Alt+2")
+    hand.key("Alt+1")
+    fast(page)
+    until(page, server, lambda: page.locator("[data-choice=folder] option").count() > 3, "the folders")
+    page.get_by_label("Name of the new folder").press("Enter")
+    hand.until("Uploaded to early")
+    told = page.locator(".ck-uploads [role=alert] li").all_inner_texts()
+    assert [text.split(":")[0] for text in told] == ["clip.mp4", "lost.txt"]
+    assert page.locator(".ck-card").count() == 6 and window.ours == []
 
 
 def test_keys_and_focus(window, page: Any):

@@ -52,6 +52,16 @@ RENDERER = "on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enable
 THEME = "name => window.app.extensionManager.setting.set('Comfy.ColorPalette', name)"
 
 
+SLOW = """([part, there, back]) => {
+    const fetch = window.fastFetch ??= window.fetch;
+    window.fetch = async (...asked) => {
+        if (!String(asked[0]).includes(part)) return fetch(...asked);
+        await new Promise(resolve => setTimeout(resolve, there));
+        const answer = await fetch(...asked);
+        await new Promise(resolve => setTimeout(resolve, back));
+        return answer;
+    };
+}"""
 AXE = Path(__file__).resolve().parents[2] / "node_modules" / "axe-core" / "axe.min.js"
 SERIOUS = """async () => {
     const { violations } = await axe.run('.ck-room', { resultTypes: ['violations'] });
@@ -64,6 +74,16 @@ def grave(page: Any) -> list[str]:
     """What axe-core finds serious or critical in the training room as it is shown."""
     page.evaluate(f"() => {{ if (!window.axe) {{ {AXE.read_text(encoding='utf-8')} }} }}")
     return page.evaluate(SERIOUS)
+
+
+def slow(page: Any, part: str, there: int, back: int) -> None:
+    """What the page asks for at addresses with this part takes so many milliseconds to reach the host, and back."""
+    page.evaluate(SLOW, [part, there, back])
+
+
+def fast(page: Any) -> None:
+    """As it was before `slow`; what is on its way stays late."""
+    page.evaluate("() => { window.fetch = window.fastFetch; }")
 
 
 def build(page: Any, name: str, steps: int = ENDLESS, prompt: str = "") -> dict[str, Any]:

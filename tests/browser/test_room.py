@@ -223,6 +223,25 @@ def test_what_is_dropped_before_the_folders_are_known_arrives(window, page: Any,
     assert page.locator(".ck-card").count() == 6 and window.ours == []
 
 
+def test_a_host_that_does_not_answer_is_said_and_asked_again(window, page: Any, desk: list[str]):
+    filled(page, "away", desk, 6)
+    page.keyboard.press("Escape")
+    page.context.set_offline(True)
+    try:
+        page.evaluate(OPEN, {"step": "aim", "aim": "object"})
+        page.locator(".ck-needs").get_by_text("away could not be looked into: ComfyUI does not answer.").wait_for()
+        assert "ComfyUI does not answer" in page.locator(".ck-notice").inner_text()
+        assert page.locator("[data-aim]").count() == 0 and page.locator("[data-action=start]").is_disabled()
+        window.screenshot("room_away")
+    finally:
+        page.context.set_offline(False)
+    page.locator(".ck-needs").get_by_role("button", name="Refresh").click()
+    page.locator("[data-aim=object][aria-checked=true]").wait_for()
+    page.locator(".ck-needs").get_by_text("4 images are few; 8 or more are advised.").wait_for()
+    page.get_by_text("Best for training").wait_for()
+    window.errors.clear()  # the browser names each request that failed
+
+
 def test_keys_and_focus(window, page: Any):
     """All by keyboard: the focus stays in the room, which no shortcut of the page's reaches, and returns."""
     page.evaluate(OPEN, FRESH)

@@ -13,7 +13,8 @@ from tools.page import drawn
 from training_page import pause
 
 SHOWN = 20  # results that fit in the search box without scrolling far
-NASTY = "50 % of {a|b} @:c, {'d'} %{e} $f [g] <h>"
+NASTY = "50 % of {a} or {'b'} @:c | $d [e] <f>"
+"""Without escapes it would be shown as something else: {a} as nothing, {'b'} as b, @:c as the text c, | as a choice."""
 
 # What people type, and the nodes that must then be among the first results.
 QUERIES = {

@@ -1,7 +1,6 @@
 // New graphs in the window: from a job, or one of the pack's templates.
 import { app } from "../../../../scripts/app.js";
-import { api } from "../../../../scripts/api.js";
-import { get, ofJob } from "../lib/http.js";
+import { ask, get, ofJob } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { notify } from "./notices.js";
 
@@ -103,7 +102,7 @@ const drawn = () => new Promise((done) => requestAnimationFrame(() => requestAni
 /** Open a template of ours by its name. Throws Error when the host does not give it. @param {string} name */
 export async function openTemplate(name) {
   const pack = new URL("../../", import.meta.url).pathname.split("/").at(-2); // users name its folder as they like
-  const answer = await api.fetchApi(`/workflow_templates/${pack}/${name}.json`);
+  const answer = await ask(`/workflow_templates/${pack}/${name}.json`);
   if (!answer.ok) throw new Error(t("graph.no_template", { name }));
   await app.loadGraphData(await answer.json(), true, true, name);
 }

@@ -1,16 +1,34 @@
 // The host's routes under /chromakit, as JSON. An error carries the host's own words.
 import { api } from "../../../../scripts/api.js";
+import { t } from "./words.js";
 
-/** @param {Response} answer */
-async function answered(answer) {
-  const text = await answer.text();
+/**
+ * What the host answers at any of its paths. Throws Error, in words, where there is no answer; what was given up by its
+ * `signal` throws that signal's reason.
+ * @param {string} path
+ * @param {RequestInit} [options]
+ */
+export async function ask(path, options) {
+  try {
+    return await api.fetchApi(path, options);
+  } catch {
+    options?.signal?.throwIfAborted();
+    throw new Error(t("host.no_answer"));
+  }
+}
+
+/** The JSON of an answer; Error, in words, where it is none or tells of one. @param {Response} answer */
+export async function answered(answer) {
+  const text = await answer.text().catch(() => {
+    throw new Error(t("host.no_answer"));
+  });
   let value = null;
   try {
     value = text ? JSON.parse(text) : null;
   } catch {
     // Not ours: a proxy's page, or a host that is going down.
   }
-  if (!answer.ok) throw new Error(value?.error ?? (answer.statusText || `HTTP ${answer.status}`));
+  if (!answer.ok) throw new Error(value?.error ?? t("host.odd_answer", { status: [answer.status, answer.statusText].join(" ").trim() }));
   return value;
 }
 
@@ -21,7 +39,7 @@ async function answered(answer) {
  * @returns {Promise<T>}
  */
 export async function get(path) {
-  return answered(await api.fetchApi(`/chromakit/${path}`, { cache: "no-store" }));
+  return answered(await ask(`/chromakit/${path}`, { cache: "no-store" }));
 }
 
 /**
@@ -33,7 +51,7 @@ export async function get(path) {
  */
 export async function post(path, body = {}) {
   const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  return answered(await api.fetchApi(`/chromakit/${path}`, options));
+  return answered(await ask(`/chromakit/${path}`, options));
 }
 
 /**

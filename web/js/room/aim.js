@@ -3,7 +3,7 @@
 import { api } from "../../../../scripts/api.js";
 import { debounced, fill, h, say } from "../lib/dom.js";
 import { duration, lines } from "../lib/format.js";
-import { address, get, newest, post, reason } from "../lib/http.js";
+import { address, ask, get, newest, post, reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { all, reload } from "../jobs/store.js";
 import { advice } from "../widgets/plan.js";
@@ -50,6 +50,7 @@ class Aim {
     /** @type {FolderLook | null} */
     this.found = null;
     this.told = ""; // what it needs, in words
+    this.trouble = ""; // why the folder could not be looked into
     this.newest = { plan: newest(), found: newest() };
     this.cards = h("div.ck-aims", { role: "radiogroup", "aria-label": t("room.aim.question") });
     this.trigger = h("input", { type: "text", "data-field": "trigger", oninput: debounced(() => room.choose({ trigger: this.trigger.value.trim() }), WAIT) });
@@ -102,10 +103,14 @@ class Aim {
       why,
     );
     this.unfollow = room.onChoice((changed) => this.#chosen(changed));
-    this.#begin();
+    /** @type {Promise<void> | null} */
+    this.beginning = null;
   }
 
+  /** Look anew, also for what could not be had before. */
   refresh() {
+    if (!this.list) this.beginning ??= this.#begin().finally(() => (this.beginning = null));
+    else if (!this.plan) this.#ask();
     this.#look();
     this.#costs();
   }
@@ -117,7 +122,7 @@ class Aim {
   async #begin() {
     try {
       /** @type {[RecipeList, Response]} */
-      const [list, node] = await Promise.all([get("recipes"), api.fetchApi("/object_info/ChromaLoadModel")]);
+      const [list, node] = await Promise.all([get("recipes"), ask("/object_info/ChromaLoadModel")]);
       this.list = list;
       this.#offer((await node.json()).ChromaLoadModel.input.required.flavour);
     } catch (error) {
@@ -145,6 +150,7 @@ class Aim {
     }
     if ("folder" in changed) {
       this.found = null;
+      this.trouble = "";
       const { name, ...typed } = this.room.view.typed;
       this.room.choose({ typed });
     }
@@ -202,7 +208,8 @@ class Aim {
     fill(this.sources, Object.entries(recipe.options_from).map(([path, names]) =>
       h("tr", h("th", { scope: "row" }, h("code", path)), h("td", shown(at(options, path))), h("td", names.map((name) => this.#source(name))))));
     this.#name();
-    this.refresh();
+    this.#look();
+    this.#costs();
     this.#ask();
   }
 
@@ -229,9 +236,10 @@ class Aim {
       const found = await this.newest.found(folder ? post("datasets/images", { folder, trigger, size }) : null);
       if (found === undefined) return;
       this.found = found;
+      this.trouble = "";
     } catch (error) {
       this.found = null;
-      this.room.failed(error);
+      this.trouble = t("room.aim.not_looked", { folder, why: reason(error) });
     }
     this.#complain();
   }
@@ -249,12 +257,14 @@ class Aim {
       used > 0 && used < least && t("room.aim.few", { used, least }),
       used > most && t("room.aim.many", { used, most }),
       skipped > 0 && t("room.aim.skipped", { skipped }),
+      this.trouble,
     ].filter((text) => text !== false && text !== "");
     this.start.disabled = !used;
     if (texts.join() === this.told) return; // built anew, it would be read out again, and lose the focus
     this.told = texts.join();
     const back = h("button", { onclick: () => this.room.go("images") }, t("room.aim.to_images"));
-    fill(this.needs, texts.map((text, i) => h("li.ck-warning", text, " ", i === texts.length - 1 && back)));
+    const again = h("button", { onclick: () => this.refresh() }, t("room.images.again"));
+    fill(this.needs, texts.map((text, i) => h("li.ck-warning", text, " ", i === texts.length - 1 && (this.trouble ? again : back))));
   }
 
   /** The memory plan of this machine for the chosen model. */
@@ -284,7 +294,7 @@ class Aim {
     fill(
       this.costs,
       this.plan && choice && h("li", { class: choice.fits ? "" : "ck-warning" }, t("room.aim.device", { device: this.plan.device_name }), " ", advice(this.plan, choice)),
-      h("li", time),
+      flavour && h("li", time),
     );
   }
 

@@ -2,8 +2,9 @@
 // aim, job, what was typed for it) is a setting of ComfyUI's user; everything else is the host's, too.
 import { api } from "../../../../scripts/api.js";
 import { fill, h, throttled } from "../lib/dom.js";
-import { reason } from "../lib/http.js";
+import { answered, ask, reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
+import { notify } from "../jobs/notices.js";
 import { help } from "../jobs/words.js";
 import * as aim from "./aim.js";
 import * as choose from "./choose.js";
@@ -30,7 +31,14 @@ let chosen = null; // before, in this page or another
  * @param {Partial<RoomView>} [view]
  */
 export async function openRoom(view = {}) {
-  const before = await (chosen ??= kept());
+  /** @type {RoomView} */
+  let before;
+  try {
+    before = await (chosen ??= kept());
+  } catch (error) {
+    chosen = null; // not to be written over
+    return notify("error", t("room.title"), reason(error));
+  }
   if (!open) {
     open = new Room(before, () => (open = null));
     document.body.append(open.element);
@@ -42,14 +50,10 @@ export async function openRoom(view = {}) {
 
 /** @returns {Promise<RoomView>} */
 async function kept() {
-  try {
-    const found = (await (await api.fetchApi(KEPT)).json()) ?? {};
-    const fits = (/** @type {[string, unknown]} */ [name, value]) => Object.hasOwn(found, name) && typeof found[name] === typeof value;
-    const view = { ...FIRST, ...Object.fromEntries(Object.entries(FIRST).filter(fits).map(([name]) => [name, found[name]])) };
-    return NAMES.includes(view.step) ? view : { ...view, step: FIRST.step };
-  } catch {
-    return { ...FIRST }; // a host that is going down
-  }
+  const found = (await answered(await ask(KEPT))) ?? {};
+  const fits = (/** @type {[string, unknown]} */ [name, value]) => Object.hasOwn(found, name) && typeof found[name] === typeof value;
+  const view = { ...FIRST, ...Object.fromEntries(Object.entries(FIRST).filter(fits).map(([name]) => [name, found[name]])) };
+  return NAMES.includes(view.step) ? view : { ...view, step: FIRST.step };
 }
 
 /** The open room. What steps may use of it is the interface `TrainingRoom` of types.d.ts. */
@@ -85,6 +89,8 @@ class Room {
     // A button that is switched off or taken away while it has the focus leaves it to the page's body.
     this.lost = (/** @type {KeyboardEvent} */ event) => event.target === document.body && this.#key(event);
     document.addEventListener("keydown", this.lost, true);
+    this.again = () => this.built.get(this.view.step)?.refresh?.();
+    api.addEventListener("reconnected", this.again); // to a host that was away
     // What is dropped or pasted here is not meant for the canvas below.
     for (const name of ["dragover", "drop", "paste", "wheel"]) this.element.addEventListener(name, (event) => event.stopPropagation());
   }
@@ -141,6 +147,7 @@ class Room {
     clearTimeout(this.timer);
     for (const step of this.built.values()) step.destroy?.();
     document.removeEventListener("keydown", this.lost, true);
+    api.removeEventListener("reconnected", this.again);
     this.element.remove();
     this.closed();
     if (this.before instanceof HTMLElement) this.before.focus();

@@ -1,7 +1,6 @@
 // Files on their way into a data set folder, through ComfyUI's own upload; captions through ours, once their images are
 // there. Every file that does not arrive is named with the reason.
-import { api } from "../../../../scripts/api.js";
-import { reason } from "../lib/http.js";
+import { ask, reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 
 const AT_ONCE = 3;
@@ -74,7 +73,7 @@ export class Uploads {
       body.append("image", file, file.name);
       body.append("subfolder", [folder.name, place].filter(Boolean).join("/"));
       body.append("type", "input");
-      const answer = await api.fetchApi("/upload/image", { method: "POST", body, signal });
+      const answer = await ask("/upload/image", { method: "POST", body, signal });
       if (!answer.ok) throw new Error(t(answer.status === 413 ? "room.images.too_large" : "room.images.refused", { status: answer.status }));
       const { name } = await answer.json();
       const within = (/** @type {string} */ each) => (place ? `${place}/${each}` : each);

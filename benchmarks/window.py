@@ -346,7 +346,7 @@ def page_rows(rounds: list[dict[str, Any]], opening: str) -> list[tuple[str, ...
     def frames(found: dict[str, Any]) -> str:
         gaps, tasks = found["gaps"], found["tasks"]
         slow = f"{max(gaps):.0f} ms; {sum(gap > 50 for gap in gaps)} of {len(gaps)} above 50 ms"
-        return f"{slow}; {len(tasks)} tasks of the page were; {found['cpu']:.1f} ms of its CPU each"
+        return f"{slow}, {len(tasks)} of the page's own tasks; {found['cpu']:.1f} ms of its CPU a frame"
 
     paces = [
         (

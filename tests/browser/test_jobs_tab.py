@@ -21,6 +21,13 @@ OPEN = """() => { const tabs = window.app.extensionManager.sidebarTab;
     if (tabs.activeSidebarTab?.id !== 'chromakit') tabs.toggleSidebarTab('chromakit') }"""
 CLOSE = """() => { const tabs = window.app.extensionManager.sidebarTab;
     if (tabs.activeSidebarTab?.id === 'chromakit') tabs.toggleSidebarTab('chromakit') }"""
+ASK = """() => {
+    // the panel on the data set node asks the host
+    const node = window.app.graph.nodes.find(node => node.type === 'ChromaDataset');
+    const widget = node.widgets.find(each => each.name === 'trigger');
+    widget.value = 'zxq';
+    widget.callback?.('zxq');
+}"""
 FAILED = ("it fails", "failed")
 PROMPTS = "a [trigger] emblem on a red background\na red circle"
 
@@ -367,6 +374,7 @@ def test_a_restarted_host_has_the_same_jobs(window, server: Host):
     open_job(page, job)
     until(page, server, lambda: shown_step(page) >= 3, "the first steps")
     settings = server.base / "user" / "chromakit" / "settings.json"
+    panel = page.locator("[data-panel=dataset]")
     with restarted(server):
         saved = json.loads((server.base / "output" / "chromakit" / "jobs" / job / "job.json").read_text())
         assert saved["state"] == "interrupted" and saved["checkpoint"] == saved["step"] >= 3
@@ -375,6 +383,9 @@ def test_a_restarted_host_has_the_same_jobs(window, server: Host):
         later = server.base / "output" / "chromakit" / "jobs" / "of-a-later-version"
         later.mkdir()
         (later / "job.json").write_text('{"format": 99}')
+        page.evaluate(ASK)
+        until(page, server, lambda: "ComfyUI does not answer" in panel.inner_text(), "that nobody answers")
+    until(page, server, lambda: "16 images" in panel.inner_text(), "the answer of the host that came back")
     until(page, server, lambda: chip(page) == "interrupted", "the truth of the host that came back")
     assert server.get("/chromakit/settings")["prompts_while_training"] == "yield"
     assert server.log_path.read_text(encoding="utf-8", errors="replace").count("settings.json' is not used") == 1

@@ -238,7 +238,7 @@ def test_a_host_that_does_not_answer_is_said_and_asked_again(window, page: Any, 
     page.locator(".ck-needs").get_by_role("button", name="Refresh").click()
     page.locator("[data-aim=object][aria-checked=true]").wait_for()
     page.locator(".ck-needs").get_by_text("4 images are few; 8 or more are advised.").wait_for()
-    page.get_by_text("Best for training").wait_for()
+    page.locator(".ck-costs").get_by_text("Best for training").wait_for()
     window.errors.clear()  # the browser names each request that failed
 
 

@@ -132,17 +132,19 @@ class Images {
 
   /** @param {Given[]} given */
   async #send(given) {
+    const here = this.folder;
     await this.begun;
     if (!this.list.known.length) await (this.begun = this.#begin());
     if (!this.list.known.length) return; // why was said
-    if (!this.room.view.folder) {
+    const folder = here.name ? here : this.folder;
+    if (!folder.name) {
       this.held.push(...given);
       this.bar.nameNew();
       return this.room.notice(t("room.images.name_it", { count: this.held.length }));
     }
-    if (this.folder.found && !this.folder.found.own) return this.room.notice(t("room.images.not_own"), "error");
+    if (folder.found && !folder.found.own) return this.room.notice(t("room.images.not_own"), "error");
     if (this.uploads.going) return this.room.notice(t("room.images.busy"), "error");
-    return this.uploads.add(this.folder, given, this.list.known);
+    return this.uploads.add(folder, given, this.list.known);
   }
 
   showUploads() {

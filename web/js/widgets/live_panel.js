@@ -18,6 +18,11 @@ export function touchAll() {
   for (const panel of panels) panel.touch();
 }
 
+/** The host, which may have been away, is back: every panel asks again. */
+export function askAll() {
+  for (const panel of panels) panel.again();
+}
+
 /** Show or hide all panels. @param {boolean} on */
 export function showAll(on) {
   for (const panel of panels) panel.toggle(on);

@@ -5,7 +5,7 @@ import { linkStyles } from "../lib/dom.js";
 import { loadWords } from "../lib/words.js";
 import { Dataset } from "./dataset.js";
 import { Density } from "./density.js";
-import { SETTING, showAll, touchAll } from "./live_panel.js";
+import { SETTING, askAll, showAll, touchAll } from "./live_panel.js";
 import { dress, startLooks } from "./looks.js";
 import { Plan } from "./plan.js";
 import { Sigmas } from "./sigmas.js";
@@ -37,6 +37,7 @@ app.registerExtension({
     await loadWords();
     // Links, undo and values that other code sets: what a widget's own callback does not tell.
     api.addEventListener("graphChanged", touchAll);
+    api.addEventListener("reconnected", askAll);
   },
   async setup() {
     startLooks();

@@ -3,6 +3,7 @@ import { throttled } from "../lib/dom.js";
 import { get, ofJob } from "../lib/http.js";
 
 const MILLISECONDS = 1000;
+const AGAIN_MILLISECONDS = 5000;
 const COLUMNS = /** @type {const} */ (["loss", "loss_smooth", "lr", "grad_norm", "sigma", "seconds"]);
 
 /** Steps by name, held-out losses, notes; `changed` is called after they grew or were replaced. */
@@ -41,8 +42,9 @@ export class CurveFeed {
     const goesOn = curve && curve.step.length < 2 * points;
     const after = goesOn ? `&after=${curve.step.at(-1) ?? 0}&token=${curve.token}` : "";
     const asked = /** @type {Promise<Curve>} */ (get(ofJob(this.id, `curve?points=${points}${after}`)));
-    const found = await asked.catch(() => null); // the job is gone, or the host is; the store notices
-    if (!found || this.stopped) return;
+    const found = await asked.catch(() => null); // the job is gone, or the host is: the store says so
+    if (this.stopped) return;
+    if (!found) return void setTimeout(this.refresh, AGAIN_MILLISECONDS); // of a job that has ended no word will come
     this.curve = found.continued && curve ? grown(curve, found) : found;
     this.changed(this.curve);
   }

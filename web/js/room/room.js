@@ -89,7 +89,7 @@ class Room {
     // A button that is switched off or taken away while it has the focus leaves it to the page's body.
     this.lost = (/** @type {KeyboardEvent} */ event) => event.target === document.body && this.#key(event);
     document.addEventListener("keydown", this.lost, true);
-    this.again = () => this.built.get(this.view.step)?.refresh?.();
+    this.again = () => this.#again();
     api.addEventListener("reconnected", this.again); // to a host that was away
     // What is dropped or pasted here is not meant for the canvas below.
     for (const name of ["dragover", "drop", "paste", "wheel"]) this.element.addEventListener(name, (event) => event.stopPropagation());
@@ -127,6 +127,15 @@ class Room {
     });
     found.refresh?.();
     this.tabs[number].focus();
+  }
+
+  /** What the step shows is asked for anew, and images that did not come. */
+  #again() {
+    this.built.get(this.view.step)?.refresh?.();
+    for (const image of this.element.querySelectorAll("img")) {
+      const source = image.getAttribute("src");
+      if (source && image.complete && !image.naturalWidth) image.src = source;
+    }
   }
 
   /** @param {string} text @param {"info" | "error"} [kind] */

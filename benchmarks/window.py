@@ -310,7 +310,7 @@ def opened_and_scrolled(
     paces: tuple[int, ...],
     beside: Mapping[str, tuple[str, Any]],
 ) -> list[dict[str, Any]]:
-    """What opening something in the room and scrolling through it, so many pixels a frame, takes; twice.
+    """What opening something in the room and scrolling through it at each of `paces`, pixels a frame, takes; twice.
 
     beside: what is opened afterwards, by name: a script and its argument.
     """
@@ -332,8 +332,8 @@ def opened_and_scrolled(
             scrolled = {}
             for pixels in paces:
                 before = cpu()
-                found_there = page.evaluate(SCROLL, [selector, pixels])
-                scrolled[pixels] = found_there | {"cpu": (cpu() - before) / len(found_there["gaps"])}
+                passed = page.evaluate(SCROLL, [selector, pixels])
+                scrolled[pixels] = passed | {"cpu": (cpu() - before) / len(passed["gaps"])}
             others = {name: page.evaluate(script, argument) for name, (script, argument) in beside.items()}
             page.evaluate(CLOSE_WALL)
             rounds.append({**found, "opening_cpu": opened - begun, "scrolled": scrolled, **others})

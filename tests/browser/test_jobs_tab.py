@@ -207,7 +207,8 @@ def test_two_curves_lie_over_one_another(window, server: Host):
 def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     page = window.page
     job = finished(server, page, "looked into", 4, PROMPTS)
-    page.route(f"**/{job}/curve**", lambda route: route.abort(), times=1)
+    for lost in (f"**/{job}/curve**", f"**/{job}/samples/*?side=1024*"):
+        page.route(lost, lambda route: route.abort(), times=1)
     open_job(page, job)
     until(page, server, lambda: charted(page) == 4, "the curve, whose first answer was lost")
     views = page.locator(".ck-curves select")
@@ -232,8 +233,9 @@ def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     slider.focus()
     page.keyboard.press("Home")
     assert prompts.first.locator(".ck-frame").evaluate("e => e.style.getPropertyValue('--ck-share')") == "0%"
-    loaded = "e => e.complete && e.naturalWidth > 0"
-    until(page, server, lambda: prompts.first.locator("img.ck-right").evaluate(loaded), "the preview")
+    loaded = "images => images.length === 4 && images.every(image => image.complete && image.naturalWidth)"
+    large = page.locator(".ck-previews .ck-frame img")
+    until(page, server, lambda: large.evaluate_all(loaded), "the previews, of which one was lost on its way")
 
     page.locator("summary", has_text="All options").click()
     assert "sks_emblem" in page.locator(".ck-settings").inner_text()

@@ -204,7 +204,7 @@ def test_files_come_in_and_are_mended(window, page: Any, desk: list[str]):
 
 
 def test_what_is_dropped_before_the_folders_are_known_arrives(window, page: Any, desk: list[str]):
-    """Nor is it lost when more is dropped before it has a name, nor by another look at the folders meanwhile."""
+    """So does what is dropped before the folder has a name, or while others are uploaded."""
     server, hand = window.server, room_walk.Hand(page, window.screenshot)
     slow(page, "chromakit/datasets", 0, 1500)
     page.evaluate(OPEN, FRESH)
@@ -220,7 +220,20 @@ def test_what_is_dropped_before_the_folders_are_known_arrives(window, page: Any,
     hand.until("Uploaded to early")
     told = page.locator(".ck-uploads [role=alert] li").all_inner_texts()
     assert [text.split(":")[0] for text in told] == ["clip.mp4", "lost.txt"]
-    assert page.locator(".ck-card").count() == 6 and window.ours == []
+    assert page.locator(".ck-card").count() == 6
+
+    slow(page, "/upload/image", 1000, 0)
+    for stem in ("later", "last"):
+        image, text = (Path(desk[0]).with_name(f"{stem}.{ending}") for ending in ("png", "txt"))
+        Image.new("RGB", (70, 70), (len(stem), 9, 99)).save(image)
+        text.write_text(f"a zxq star, {stem}")
+        hand.drop([image, text])
+    hand.until("Uploading to early: 0 of 2")
+    fast(page)
+    hand.until("Uploaded to early: 2 of 2")
+    saw = page.locator("[data-name='last.png'] textarea").input_value
+    until(page, server, lambda: saw() == "a zxq star, last", "the caption of what was dropped last")
+    assert page.locator(".ck-card").count() == 8 and window.ours == []
 
 
 def test_a_host_that_does_not_answer_is_said_and_asked_again(window, page: Any, desk: list[str]):

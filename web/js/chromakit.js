@@ -1,6 +1,7 @@
 // What the host's page gets from ChromaKit: the tab of jobs, the training room, the panel on Chroma Train LoRA, settings, notices.
+import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { linkStyles } from "./lib/dom.js";
+import { linkStyles, mendImages } from "./lib/dom.js";
 import { loadWords } from "./lib/words.js";
 import { startHalfNotices, startNotices } from "./jobs/notices.js";
 import { start } from "./jobs/store.js";
@@ -25,6 +26,7 @@ app.registerExtension({
     app.extensionManager.registerSidebarTab(tab());
     startNotices(wantsNotices);
     startHalfNotices();
+    api.addEventListener("reconnected", mendImages()); // to a host that was away
     await startSettings();
   },
   nodeCreated(node) {

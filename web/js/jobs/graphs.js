@@ -1,6 +1,6 @@
 // New graphs in the window: from a job, or one of the pack's templates.
 import { app } from "../../../../scripts/app.js";
-import { ask, get, ofJob } from "../lib/http.js";
+import { answered, ask, get, ofJob } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { notify } from "./notices.js";
 
@@ -104,7 +104,7 @@ export async function openTemplate(name) {
   const pack = new URL("../../", import.meta.url).pathname.split("/").at(-2); // users name its folder as they like
   const answer = await ask(`/workflow_templates/${pack}/${name}.json`);
   if (!answer.ok) throw new Error(t("graph.no_template", { name }));
-  await app.loadGraphData(await answer.json(), true, true, name);
+  await app.loadGraphData(await answered(answer), true, true, name);
 }
 
 /** A fresh seed widget draws a new number after each run; what a job had is to be the same every time. */

@@ -63,6 +63,28 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+const AGAIN = 5000; // milliseconds
+
+/** Ask once more for an image that did not come. @param {Element} image */
+function mend(image) {
+  if (!(image instanceof HTMLImageElement)) return;
+  const source = image.getAttribute("src");
+  if (source && image.complete && !image.naturalWidth) image.src = source;
+}
+
+/** Images of ours that did not come are asked for once more after a while, and whenever what is returned is called. */
+export function mendImages() {
+  /** @type {WeakMap<Element, string | null>} */
+  const again = new WeakMap();
+  const failed = (/** @type {Event} */ { target }) => {
+    if (!(target instanceof Element) || !target.closest(".chromakit") || again.get(target) === target.getAttribute("src")) return;
+    again.set(target, target.getAttribute("src"));
+    setTimeout(() => mend(target), AGAIN);
+  };
+  document.addEventListener("error", failed, true); // it does not rise
+  return () => document.querySelectorAll(".chromakit img").forEach(mend);
+}
+
 /**
  * A function that calls `work` once, `milliseconds` after the last of several calls.
  * @param {() => void} work

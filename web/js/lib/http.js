@@ -33,13 +33,22 @@ export async function answered(answer) {
 }
 
 /**
+ * The JSON that the host answers at any of its paths. Throws as `ask` and `answered` do.
+ * @param {string} path
+ * @param {RequestInit} [options]
+ */
+export async function askJson(path, options) {
+  return answered(await ask(path, options));
+}
+
+/**
  * The JSON that GET /chromakit/<path> answers.
  * @template T
  * @param {string} path
  * @returns {Promise<T>}
  */
-export async function get(path) {
-  return answered(await ask(`/chromakit/${path}`, { cache: "no-store" }));
+export function get(path) {
+  return askJson(`/chromakit/${path}`, { cache: "no-store" });
 }
 
 /**
@@ -49,10 +58,12 @@ export async function get(path) {
  * @param {object} body
  * @returns {Promise<T>}
  */
-export async function post(path, body = {}) {
-  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  return answered(await ask(`/chromakit/${path}`, options));
+export function post(path, body = {}) {
+  return askJson(`/chromakit/${path}`, jsonPost(body));
 }
+
+/** How fetch is told of a POST with a JSON body. @param {object} body @returns {RequestInit} */
+export const jsonPost = (body) => ({ method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
 /**
  * A function that waits for an answer; undefined when it was called again meanwhile, for then only the newer one counts:
@@ -70,6 +81,40 @@ export function newest() {
       if (call === calls) throw error;
     }
   };
+}
+
+/**
+ * Changes, one after another, for each counts on what the one before has left; and looks at what they change, which
+ * count only where no change was on its way or came meanwhile.
+ */
+export class InTurn {
+  constructor() {
+    /** @type {Promise<unknown>} */
+    this.queue = Promise.resolve();
+    this.pending = 0; // asked for and not yet over
+    this.over = 0;
+  }
+
+  /**
+   * Do this after what was asked for before.
+   * @template T
+   * @param {() => Promise<T>} work
+   */
+  next(work) {
+    this.pending += 1;
+    const done = this.queue.then(work).finally(() => {
+      this.pending -= 1;
+      this.over += 1;
+    });
+    this.queue = done.catch(() => {});
+    return done;
+  }
+
+  /** To be called before a look; what it returns says after it whether the look counts. */
+  look() {
+    const before = this.over;
+    return () => !this.pending && before === this.over;
+  }
 }
 
 /**

@@ -3,7 +3,7 @@
 import { api } from "../../../../scripts/api.js";
 import { debounced, fill, h, say } from "../lib/dom.js";
 import { duration, lines } from "../lib/format.js";
-import { address, ask, get, newest, post, reason } from "../lib/http.js";
+import { address, askJson, get, newest, post, reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { all, reload } from "../jobs/store.js";
 import { advice } from "../widgets/plan.js";
@@ -121,10 +121,10 @@ class Aim {
 
   async #begin() {
     try {
-      /** @type {[RecipeList, Response]} */
-      const [list, node] = await Promise.all([get("recipes"), ask("/object_info/ChromaLoadModel")]);
+      /** @type {[RecipeList, any]} */
+      const [list, nodes] = await Promise.all([get("recipes"), askJson("/object_info/ChromaLoadModel")]);
       this.list = list;
-      this.#offer((await node.json()).ChromaLoadModel.input.required.flavour);
+      this.#offer(nodes.ChromaLoadModel.input.required.flavour);
     } catch (error) {
       return this.room.failed(error);
     }

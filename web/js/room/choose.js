@@ -3,7 +3,7 @@ import { api } from "../../../../scripts/api.js";
 import { app } from "../../../../scripts/app.js";
 import { fill, h, say, throttled } from "../lib/dom.js";
 import { lines } from "../lib/format.js";
-import { address, get, ofJob, post } from "../lib/http.js";
+import { InTurn, address, get, ofJob, post } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { doing } from "../jobs/actions.js";
 import { openGraph } from "../jobs/graphs.js";
@@ -35,9 +35,7 @@ class Chooser {
     /** @type {WallCell | null} */
     this.cell = null;
     this.keptKey = "";
-    /** @type {Promise<unknown>} */
-    this.queue = Promise.resolve();
-    this.changes = 0; // asked for and done
+    this.turn = new InTurn();
     this.refresh = throttled(() => this.#load(), MILLISECONDS);
     this.steps = h("div.ck-choose-steps", { role: "group", "aria-label": t("room.choose.steps") });
     this.strengths = h("input", { type: "text", value: STRENGTHS, oninput: () => this.#count() });
@@ -113,25 +111,23 @@ class Chooser {
 
   async #load() {
     if (this.stopped) return;
-    const before = this.changes;
+    const counts = this.turn.look();
     try {
       const grid = /** @type {GridLook} */ (await get(ofJob(this.id, "grid")));
-      if (before === this.changes) this.#show(grid); // else what was answered since is newer
+      if (counts()) this.#show(grid);
+      else this.refresh();
     } catch (error) {
       this.room.failed(error);
     }
   }
 
   /**
-   * Ask for something that the host answers with the grid: one after another, so that the last answer is the newest.
+   * Ask for something that the host answers with the grid.
    * @param {string} end
    * @param {object} body
    */
   #send(end, body) {
-    this.changes += 1;
-    const sent = this.queue.then(() => post(ofJob(this.id, end), body)).then((grid) => this.#show(grid));
-    this.queue = sent.catch(() => {}).finally(() => (this.changes += 1));
-    return sent;
+    return this.turn.next(async () => this.#show(await post(ofJob(this.id, end), body)));
   }
 
   // --- the form -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // A data set folder in the room: what the host says is in it, and changes of it, each of which the host can undo.
 import { throttled } from "../lib/dom.js";
-import { address, get, post } from "../lib/http.js";
+import { InTurn, address, get, post } from "../lib/http.js";
 
 const MILLISECONDS = 700;
 
@@ -40,10 +40,7 @@ export class Folder {
     this.closed = false; // whether it could not be looked into at all
     /** @type {Promise<void> | null} */
     this.loading = null;
-    /** @type {Promise<unknown>} */
-    this.queue = Promise.resolve();
-    this.pending = 0; // changes that are asked for and not yet done
-    this.changes = 0; // those that are
+    this.turn = new InTurn();
     /** Look again soon; many calls are one. */
     this.touch = throttled(() => this.load(), MILLISECONDS);
   }
@@ -63,13 +60,12 @@ export class Folder {
     while (this.again) {
       this.again = false;
       const { trigger, size } = this.room.view;
-      const before = this.changes;
+      const counts = this.turn.look();
       try {
         const found = await post("datasets/images", { folder: this.name, trigger, size });
-        if (this.pending || before !== this.changes) {
-          // Seen from before a change that the page shows already.
+        if (!counts()) {
           this.again = true;
-          await this.queue;
+          await this.turn.queue;
           continue;
         }
         this.found = found;
@@ -89,7 +85,7 @@ export class Folder {
    * @param {string} label what is undone with it, in words
    */
   write(texts, label) {
-    return this.#next(async () => {
+    return this.turn.next(async () => {
       const now = new Map(this.images.map(({ name, caption }) => [name, caption]));
       const news = Object.entries(texts).map(([name, text]) => [name, plain(text)]).filter(([name, text]) => now.get(name) !== text);
       if (!news.length) return true;
@@ -108,17 +104,7 @@ export class Folder {
    * @param {object} [body]
    */
   change(action, body = {}) {
-    return this.#next(() => this.#tried(action, body));
-  }
-
-  /** One change after another: each counts on what the one before has left. @param {() => Promise<unknown>} work */
-  #next(work) {
-    this.pending += 1;
-    this.queue = this.queue.then(work).finally(() => {
-      this.pending -= 1;
-      this.changes += 1;
-    });
-    return this.queue;
+    return this.turn.next(() => this.#tried(action, body));
   }
 
   /** @param {string} action @param {object} body */

@@ -143,7 +143,6 @@ class Images {
       return this.room.notice(t("room.images.name_it", { count: this.held.length }));
     }
     if (folder.found && !folder.found.own) return this.room.notice(t("room.images.not_own"), "error");
-    if (this.uploads.going) return this.room.notice(t("room.images.busy"), "error");
     return this.uploads.add(folder, given, this.list.known);
   }
 
@@ -159,7 +158,6 @@ class Images {
         going && h("button", { "data-action": "cancel", onclick: () => this.uploads.cancel() }, t("room.images.cancel"))),
       failures.length > 0 && h("div", { role: "alert" }, h("ul.ck-error", failures.map(({ name, why }) => h("li", `${name}: ${why}`)))),
     );
-    this.bar.add.disabled = going;
   }
 
   // --- what is there ---

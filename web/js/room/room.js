@@ -2,7 +2,7 @@
 // aim, job, what was typed for it) is a setting of ComfyUI's user; everything else is the host's, too.
 import { api } from "../../../../scripts/api.js";
 import { fill, h, throttled } from "../lib/dom.js";
-import { answered, ask, reason } from "../lib/http.js";
+import { ask, askJson, jsonPost, reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { notify } from "../jobs/notices.js";
 import { help } from "../jobs/words.js";
@@ -50,7 +50,7 @@ export async function openRoom(view = {}) {
 
 /** @returns {Promise<RoomView>} */
 async function kept() {
-  const found = (await answered(await ask(KEPT))) ?? {};
+  const found = (await askJson(KEPT)) ?? {};
   const fits = (/** @type {[string, unknown]} */ [name, value]) => Object.hasOwn(found, name) && typeof found[name] === typeof value;
   const view = { ...FIRST, ...Object.fromEntries(Object.entries(FIRST).filter(fits).map(([name]) => [name, found[name]])) };
   return NAMES.includes(view.step) ? view : { ...view, step: FIRST.step };
@@ -64,8 +64,7 @@ class Room {
     this.before = document.activeElement;
     this.view = view;
     this.keep = throttled(() => {
-      const body = JSON.stringify(this.view);
-      api.fetchApi(KEPT, { method: "POST", headers: { "Content-Type": "application/json" }, body, keepalive: true }).catch(() => {});
+      ask(KEPT, { ...jsonPost(this.view), keepalive: true }).catch(() => {});
     }, KEPT_MILLISECONDS);
     /** @type {Map<RoomStep, Step>} */
     this.built = new Map();
@@ -89,7 +88,7 @@ class Room {
     // A button that is switched off or taken away while it has the focus leaves it to the page's body.
     this.lost = (/** @type {KeyboardEvent} */ event) => event.target === document.body && this.#key(event);
     document.addEventListener("keydown", this.lost, true);
-    this.again = () => this.#again();
+    this.again = () => this.built.get(this.view.step)?.refresh?.();
     api.addEventListener("reconnected", this.again); // to a host that was away
     // What is dropped or pasted here is not meant for the canvas below.
     for (const name of ["dragover", "drop", "paste", "wheel"]) this.element.addEventListener(name, (event) => event.stopPropagation());
@@ -127,15 +126,6 @@ class Room {
     });
     found.refresh?.();
     this.tabs[number].focus();
-  }
-
-  /** What the step shows is asked for anew, and images that did not come. */
-  #again() {
-    this.built.get(this.view.step)?.refresh?.();
-    for (const image of this.element.querySelectorAll("img")) {
-      const source = image.getAttribute("src");
-      if (source && image.complete && !image.naturalWidth) image.src = source;
-    }
   }
 
   /** @param {string} text @param {"info" | "error"} [kind] */

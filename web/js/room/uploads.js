@@ -1,6 +1,6 @@
 // Files on their way into a data set folder, through ComfyUI's own upload; captions through ours, once their images are
 // there. Every file that does not arrive is named with the reason.
-import { ask, reason } from "../lib/http.js";
+import { InTurn, answered, ask, reason } from "../lib/http.js";
 import { t } from "../lib/words.js";
 
 const AT_ONCE = 3;
@@ -10,15 +10,16 @@ const ending = (name) => (/\.[^./]+$/.exec(name)?.[0] ?? "").toLowerCase();
 /** @param {string} name */
 const stem = (name) => name.replace(/\.[^./]+$/, "");
 
-/** One batch after another: none is added while `going`. `arrived()` is called after each file. */
+/** One batch after another, counted together until all have arrived. `arrived()` is called after each file. */
 export class Uploads {
   /** @param {() => void} arrived */
   constructor(arrived) {
     this.arrived = arrived;
-    /** @type {Folder | null} where the last batch went */
+    /** @type {Folder | null} where the last batch goes, or went */
     this.folder = null;
     /** @type {AbortController | null} */
     this.stop = null;
+    this.turn = new InTurn();
     this.count = 0;
     this.finished = 0;
     this.bytes = 0;
@@ -41,27 +42,33 @@ export class Uploads {
    * @param {Given[]} given
    * @param {string[]} endings of images that are read
    */
-  async add(folder, given, endings) {
-    this.folder = folder;
-    const { signal } = (this.stop = new AbortController());
+  add(folder, given, endings) {
+    if (!this.going) Object.assign(this, { count: 0, finished: 0, bytes: 0, sent: 0, failures: [] });
+    const { signal } = (this.stop ??= new AbortController());
     const images = given.filter(({ file }) => endings.includes(ending(file.name)));
     const texts = given.filter(({ file }) => ending(file.name) === ".txt");
-    this.failures = given.filter((one) => !images.includes(one) && !texts.includes(one)).map(({ file }) => ({ name: file.name, why: t("room.images.no_image") }));
-    this.count = images.length;
-    this.finished = 0;
-    this.sent = 0;
-    this.bytes = images.reduce((sum, { file }) => sum + file.size, 0);
+    const others = given.filter((one) => !images.includes(one) && !texts.includes(one));
+    this.failures.push(...others.map(({ file }) => ({ name: file.name, why: t("room.images.no_image") })));
+    this.count += images.length;
+    this.bytes += images.reduce((sum, { file }) => sum + file.size, 0);
+    const sent = this.turn.next(() => this.#batch(folder, images, texts, signal));
+    this.arrived();
+    return sent;
+  }
+
+  /** @param {Folder} folder @param {Given[]} images @param {Given[]} texts @param {AbortSignal} signal */
+  async #batch(folder, images, texts, signal) {
+    this.folder = folder;
     /** @type {Map<string, string>} names as they are here, without ending → as they are there */
     const names = new Map();
     const waiting = [...images];
     const worker = async () => {
       for (let next = waiting.shift(); next; next = waiting.shift()) await this.#send(folder, next, names, signal);
     };
-    this.arrived();
     await Promise.all(Array.from({ length: AT_ONCE }, worker));
     await folder.load(); // the images that captions may be for
     if (!signal.aborted) await this.#write(folder, texts, names);
-    this.stop = null;
+    if (this.turn.pending === 1) this.stop = null;
     this.arrived();
   }
 
@@ -75,7 +82,7 @@ export class Uploads {
       body.append("type", "input");
       const answer = await ask("/upload/image", { method: "POST", body, signal });
       if (!answer.ok) throw new Error(t(answer.status === 413 ? "room.images.too_large" : "room.images.refused", { status: answer.status }));
-      const { name } = await answer.json();
+      const { name } = await answered(answer);
       const within = (/** @type {string} */ each) => (place ? `${place}/${each}` : each);
       names.set(stem(within(file.name)), within(name));
     } catch (error) {

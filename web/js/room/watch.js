@@ -1,6 +1,7 @@
 // Step "Watch": the jobs; and of the one that is chosen how far it is, its previews as a wall, the verdict, its curves.
 import { api } from "../../../../scripts/api.js";
 import { fill, h, say } from "../lib/dom.js";
+import { askJson } from "../lib/http.js";
 import { t } from "../lib/words.js";
 import { Actions } from "../jobs/actions.js";
 import { Choice } from "../jobs/choice.js";
@@ -98,7 +99,7 @@ class Watched {
       onManners(() => this.#queued(this.waiting)),
       () => api.removeEventListener("status", counted),
     ];
-    api.fetchApi("/prompt").then((answer) => answer.json()).then((found) => this.#queued(found?.exec_info?.queue_remaining)).catch(() => {});
+    askJson("/prompt").then((found) => this.#queued(found?.exec_info?.queue_remaining)).catch(() => {});
     this.#show(job);
   }
 

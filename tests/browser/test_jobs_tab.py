@@ -12,10 +12,12 @@ from PIL import Image
 
 from _host import Host
 from _workflows import change, load_api, load_window
+from after_a_run import as_after_a_run, image_to_show
 from prompts import ACTIVE
 from restarting import restarted
 from tools.page import drawn, ready
-from training_page import RENDERER, SIZE, THEME, build, start, stop_all, until
+from tools.workflows.look import lying
+from training_page import RENDERER, SIZE, THEME, build, losing_the_first, start, stop_all, until
 
 OPEN = """() => { const tabs = window.app.extensionManager.sidebarTab;
     if (tabs.activeSidebarTab?.id !== 'chromakit') tabs.toggleSidebarTab('chromakit') }"""
@@ -207,8 +209,13 @@ def test_two_curves_lie_over_one_another(window, server: Host):
 def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     page = window.page
     job = finished(server, page, "looked into", 4, PROMPTS)
-    for lost in (f"**/{job}/curve**", f"**/{job}/samples/*?side=1024*"):
-        page.route(lost, lambda route: route.abort(), times=1)
+    with losing_the_first(page, f"{job}/curve", f"{job}/samples/.+side=1024"):
+        look_into(window, server, job)
+    assert window.ours == []
+
+
+def look_into(window: Any, server: Host, job: str) -> None:
+    page = window.page
     open_job(page, job)
     until(page, server, lambda: charted(page) == 4, "the curve, whose first answer was lost")
     views = page.locator(".ck-curves select")
@@ -260,7 +267,6 @@ def test_charts_previews_options_and_log_of_a_job(window, server: Host):
     wide = page.locator(".ck-tab").evaluate("e => e.scrollWidth > e.clientWidth + 1")
     page.set_viewport_size(SIZE)
     assert not wide, "nothing is cut off at the right"
-    assert window.ours == []
 
 
 @pytest.mark.slow
@@ -304,6 +310,25 @@ def test_a_job_is_extended_duplicated_used_and_deleted(window, server: Host):
     page.wait_for_selector(".ck-list")
     assert job not in [one["id"] for one in server.get("/chromakit/jobs")]
     assert page.locator(f"li[data-job='{job}']").count() == 0
+    assert window.ours == []
+
+
+@pytest.mark.parametrize("renderer", ["canvas", "vue"])
+def test_graphs_of_a_job_have_room_for_what_comes_onto_their_nodes(window, server: Host, renderer: str):
+    page = window.page
+    page.evaluate(RENDERER, renderer == "vue")
+    job = finished(server, page, f"laid out, {renderer}", 2, "a [trigger] star")
+    open_job(page, job)
+    with image_to_show(server):
+        for kind, node in (("again", "ChromaTrainingStatus"), ("use", "ChromaSampler")):
+            act(page, kind)
+            page.wait_for_selector(f"[data-action='{kind}']:enabled")
+            drawn(page)
+            assert node in page.evaluate("() => window.app.graph.nodes.map(node => node.type)")
+            assert page.evaluate(IN_SIGHT) and lying(page) == [], kind
+            as_after_a_run(page)
+            assert lying(page) == [], f"{kind}, after a run"
+            window.screenshot(f"tab_{kind}_{renderer}")
     assert window.ours == []
 
 

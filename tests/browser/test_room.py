@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tools import room_walk
+from tools.workflows.look import lying
 from training_page import AXE, RENDERER, THEME, fast, grave, slow, stop_all, until
 
 FRESH = {"step": "images", "folder": "", "trigger": "", "size": 0, "aim": "", "job": "", "typed": {}}
@@ -69,34 +70,36 @@ def filled(page: Any, name: str, files: list[str], cards: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_walk(window, page: Any, tmp_path: Path):
+@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
+def test_the_whole_walk(window, page: Any, tmp_path: Path, vue: bool):
     """Thirty mixed images, dropped; mended, trained, one step of them chosen and kept, and used in ComfyUI's own nodes:
     by a user's hand alone, without the file system or a node."""
-    server = window.server
-    page.evaluate(RENDERER, True)
+    server, name = window.server, f"walked-{'vue' if vue else 'canvas'}"
+    page.evaluate(RENDERER, vue)
     seen = set(server.get("/history"))
-    hand = room_walk.Hand(page, lambda name: window.screenshot(f"walk_{name}"))
-    room_walk.walk(hand, room_walk.desk(tmp_path / "desk"), "walked", room_walk.SHORT)
+    hand = room_walk.Hand(page, lambda what: window.screenshot(f"walk_{name}_{what}"))
+    room_walk.walk(hand, room_walk.desk(tmp_path / "desk"), name, room_walk.SHORT)
 
-    folder = server.base / "input" / "walked"
+    folder = server.base / "input" / name
     names = {path.name for path in folder.iterdir()}
     assert {"export.png", "scan.png", "export.txt", "04.txt", "09.txt", "h2.txt"} <= names
     assert not {"export.jp2", "scan.tga", "cut off.png", "empty.jpg", "copy of 01.png"} & names
     assert json.loads((folder / "chromakit-crops.json").read_text())["crops"] == {"wide.png": 1}
-    (job,) = [each for each in server.get("/chromakit/jobs") if each["name"] == "walked-object"]
+    (job,) = [each for each in server.get("/chromakit/jobs") if each["name"] == f"{name}-object"]
     config = job["config"]
     assert (config["dataset"]["trigger"], config["model"]["flavour"]) == ("sks", "tiny")
     assert config["steps"] == room_walk.SHORT
     assert config["previews"]["prompts"] == list(room_walk.PROMPTS) and config["preserve"]["class_word"] == "object"
     assert config["previews"]["every"] == config["validate_every"] == 1, "a short job has its previews, too"
-    kept = {path.name for path in (server.base / "output" / "loras").glob("walked-object-step-*")}
-    assert {Path(name).suffix for name in kept} == {".safetensors", ".png", ".md"}
+    kept = {path.name for path in (server.base / "output" / "loras").glob(f"{name}-object-step-*")}
+    assert {Path(file).suffix for file in kept} == {".safetensors", ".png", ".md"}
 
     def used() -> bool:
         graphs = [each["prompt"][2] for prompt, each in server.get("/history").items() if prompt not in seen]
         return any(node["class_type"] == "KSampler" for graph in graphs for node in graph.values())
 
     until(page, server, used, "the prompt with ComfyUI's own nodes in the history")
+    assert lying(page) == []
     assert len(hand.done) <= MOST_ACTIONS and window.ours == []
 
 

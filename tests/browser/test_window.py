@@ -7,62 +7,39 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from PIL import Image
 
 import waiting
 from _host import Host
 from _workflows import load_api, load_window, window_files
+from after_a_run import as_after_a_run, image_to_show
 from tools.page import drawn
 from tools.workflows.build import READABLE
-from tools.workflows.look import PLACES, WINDOW, overlaps
+from tools.workflows.look import WINDOW, lying
 from training_page import RENDERER, pause, until
 
 WORKFLOWS = window_files()
-SHOWN = {"filename": "as_after_a_run.png", "subfolder": "", "type": "output"}
-REPORT = (
-    "sks.safetensors (universal, 67 layers) → sks-kohya.safetensors (kohya). q, k, v (and the single blocks' MLP "
-    "input) are fused, of rank 48; nothing is lost. 24 modules, rank 16 to 48, float32."
-)
-OUTPUTS = {
-    **dict.fromkeys(("SaveImage", "PreviewImage"), {"images": [SHOWN]}),
-    **dict.fromkeys(("PreviewAny", "ChromaConvertLora"), {"text": [REPORT]}),
-    **dict.fromkeys(("ChromaInspectLora", "ChromaParity"), {"images": [SHOWN], "text": [REPORT]}),
-    "ChromaTrainingStatus": {"images": [SHOWN, SHOWN], "text": [REPORT]},
-}
-"""What nodes send when a prompt has run them."""
-FINISHED = """outputs => {
-    const told = ['ChromaConvertLora', 'ChromaInspectLora'], { api, graph } = window.app;
-    for (const { id, type } of graph._nodes.filter(node => node.type in outputs)) {
-        const node = String(id), output = outputs[type];
-        api.dispatchCustomEvent('executed', { node, display_node: node, prompt_id: 'as after a run', output });
-        if (told.includes(type)) api.dispatchCustomEvent('progress_text', { nodeId: node, text: output.text[0] });
-    }
-}"""
-"""The page's own events of a prompt that has run, without running it; the two tell on the node what they found."""
+FORMS = {name: load_window(name) for name in WORKFLOWS if load_window(name)["extra"]}
 
 
 @pytest.fixture(scope="module")
 def small(session_window: Any, server: Host) -> Iterator[None]:
     """The window in which every workflow can be read, and an image that nodes may show as theirs."""
-    image = server.base / "output" / SHOWN["filename"]
-    Image.new("RGB", (512, 512), "teal").save(image)
     before = session_window.page.viewport_size
     session_window.page.set_viewport_size({"width": WINDOW[0], "height": WINDOW[1]})
-    yield
+    with image_to_show(server):
+        yield
     session_window.page.set_viewport_size(before)
-    image.unlink()
 
 
 def what_is_wrong(window: Any) -> list[str]:
     """Nodes on one another, and names too small to read, in the open workflow."""
     scale = window.page.evaluate("() => window.app.canvas.ds.scale")
     small = [f"opens at {scale:.0%}, where no text is written"] if scale < READABLE else []
-    return overlaps([tuple(place) for place in window.page.evaluate(PLACES)]) + small
+    return lying(window.page) + small
 
 
 def what_is_wrong_after_a_run(window: Any) -> list[str]:
-    window.page.evaluate(FINISHED, OUTPUTS)
-    waiting.settled(lambda: window.page.evaluate(PLACES), pause(window.page), times=3)
+    as_after_a_run(window.page)
     return what_is_wrong(window)
 
 
@@ -119,6 +96,26 @@ def test_a_workflow_shows_in_the_newer_node_renderer_too(window: Any, small: Non
     assert what_is_wrong(window) == []
     assert what_is_wrong_after_a_run(window) == []
     window.screenshot(f"vue_{name}")
+
+
+def test_an_app_form_shows_its_fields(window):
+    """Each field of each form in its order, by the label that the workflow gives it, and then the run button."""
+    page, toggle = window.page, "() => window.app.extensionManager.command.execute('Comfy.ToggleLinear')"
+    found, wanted = {}, {}
+    for name, graph in FORMS.items():
+        slots = {(node["id"], slot["name"]): slot for node in graph["nodes"] for slot in node["inputs"]}
+        fields = [slots[tuple(field)] for field in graph["extra"]["linearData"]["inputs"]]
+        wanted[name] = [slot.get("label", slot["name"]) for slot in fields]
+        window.load(graph)
+        page.evaluate(toggle)
+        page.get_by_test_id("linear-run-button").wait_for()
+        labels = page.get_by_test_id("builder-widget-label")
+        found[name] = waiting.settled(labels.all_inner_texts, pause(page), times=3)
+        assert page.get_by_test_id("linear-widgets").get_by_test_id("node-widget").count() == len(fields), name
+        window.screenshot(f"app_{name}")
+        page.evaluate(toggle)
+        page.get_by_test_id("linear-run-button").wait_for(state="detached")
+    assert found == wanted and len(found) > 10 and window.ours == []
 
 
 def test_every_node_of_the_pack_is_in_the_page(window):

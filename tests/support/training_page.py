@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,25 @@ def slow(page: Any, part: str, there: int, back: int) -> None:
 def fast(page: Any) -> None:
     """As it was before `slow`; what is on its way stays late."""
     page.evaluate("() => { window.fetch = window.fastFetch; }")
+
+
+@contextmanager
+def losing_the_first(page: Any, *addresses: str) -> Iterator[None]:
+    """The first request to an address that has each of these expressions in it does not arrive."""
+    left = list(addresses)
+
+    def lose(route: Any) -> None:
+        found = next((each for each in left if re.search(each, route.request.url)), None)
+        if found is None:
+            return route.continue_()
+        left.remove(found)
+        route.abort()
+
+    wanted = re.compile("|".join(addresses))
+    page.route(wanted, lose)
+    yield
+    page.unroute(wanted)
+    assert left == [], "they were not asked for"
 
 
 def build(page: Any, name: str, steps: int = ENDLESS, prompt: str = "") -> dict[str, Any]:

@@ -66,9 +66,14 @@ def overlaps(places: list[Place]) -> list[str]:
     return found
 
 
+def lying(page: Any) -> list[str]:
+    """Pairs of nodes of the open workflow that lie on one another."""
+    return overlaps([tuple(place) for place in page.evaluate(PLACES)])
+
+
 def look(page: Any, name: str, moment: str, shot: Path) -> list[str]:
     """What is wrong with the open workflow now."""
-    wrong = overlaps([tuple(place) for place in page.evaluate(PLACES)])
+    wrong = lying(page)
     scale = page.evaluate("() => app.canvas.ds.scale")
     if scale < READABLE:
         wrong.append(f"opens at {scale:.0%}, where no text is written")

@@ -6,7 +6,7 @@ import { notify } from "./notices.js";
 
 const [COLUMN_GAP, ROW_GAP, TITLE] = [60, 60, 30]; // pixels; a row's gap has the title in it
 const [EDGE, BUTTONS] = [20, 60]; // pixels around the graph, and where the page's own buttons lie over it
-const [GROWING, IMAGE] = [/Sampler(?:Custom)?(?:Advanced)?$|^SaveImage$|Status$/, 240]; // nodes that show images, so many pixels high, later
+const [GROWING, IMAGE] = [/^ChromaDataset$|Sampler(?:Custom)?(?:Advanced)?$|^SaveImage$|Status$/, 250]; // nodes that show images, so many pixels high, later
 const READABLE = 0.6; // below it the classic renderer writes no text
 
 /**
@@ -37,8 +37,9 @@ export async function openGraph(job, kind, path = `graph/${kind}`) {
 const literally = (text) => text.replace(/[{}]/g, "\\$&").replace(/\/([/*])/g, "/{$1}");
 
 /**
- * Nodes in columns, each no further left than what is linked to it; those of the ids in `folded` closed. Columns go under
- * their neighbours as long as the whole is then shown larger; it is shown in `view`, and no smaller than can be read.
+ * Nodes in columns, each no further left than what is linked to it; those of the ids in `folded` closed, at the top. Columns
+ * go under their neighbours or are parted as long as the whole is then shown larger; it is shown in `view`, and no smaller
+ * than can be read.
  * (The page's own arrangement puts tall nodes under one another as if they were open, and so out of sight.)
  * @param {Set<string>} folded
  * @param {ReturnType<typeof inSight>} view
@@ -58,19 +59,22 @@ function layOut(folded, view) {
   };
   /** @type {GraphNode[][]} */
   let columns = [];
-  for (const node of app.graph.nodes) {
-    if (folded.has(String(node.id)) && !node.flags.collapsed) node.collapse();
+  const closed = (/** @type {GraphNode} */ node) => folded.has(String(node.id));
+  for (const node of [...app.graph.nodes].sort((a, b) => Number(closed(b)) - Number(closed(a)))) {
+    if (closed(node) && !node.flags.collapsed) node.collapse();
     (columns[depth(node)] ??= []).push(node);
   }
   const heightOf = (/** @type {GraphNode} */ node) =>
-    (node.flags.collapsed ? 0 : node.size[1] + (GROWING.test(node.type) ? IMAGE : 0)) + ROW_GAP;
-  const widthOf = (/** @type {GraphNode[]} */ column) => Math.max(...column.map((node) => node.size[0])) + COLUMN_GAP;
+    (node.flags.collapsed ? 0 : sizeOf(node)[1] + (GROWING.test(node.type) ? IMAGE : 0)) + ROW_GAP;
+  const widthOf = (/** @type {GraphNode[]} */ column) => Math.max(...column.map((node) => sizeOf(node)[0])) + COLUMN_GAP;
   const sum = (/** @type {number[]} */ numbers) => numbers.reduce((all, each) => all + each, 0);
   const scale = (/** @type {GraphNode[][]} */ all) =>
     Math.min(view.width / sum(all.map(widthOf)), view.height / Math.max(...all.map((column) => sum(column.map(heightOf)))));
   for (;;) {
-    const joined = columns.slice(1).map((_, i) => [...columns.slice(0, i), columns.slice(i, i + 2).flat(), ...columns.slice(i + 2)]);
-    const best = joined.sort((a, b) => scale(b) - scale(a))[0];
+    const instead = (/** @type {number} */ at, /** @type {number} */ count, /** @type {GraphNode[][]} */ ...others) => columns.toSpliced(at, count, ...others);
+    const joined = columns.slice(1).map((_, i) => instead(i, 2, columns.slice(i, i + 2).flat()));
+    const parted = columns.flatMap((column, i) => column.slice(1).map((_, at) => instead(i, 1, column.slice(0, at + 1), column.slice(at + 1))));
+    const best = [...joined, ...parted].sort((a, b) => scale(b) - scale(a))[0];
     if (!best || scale(best) <= scale(columns)) break;
     columns = best;
   }
@@ -87,6 +91,13 @@ function layOut(folded, view) {
   ds.scale = Math.min(1, Math.max(READABLE, scale(columns)));
   ds.offset = [view.left / ds.scale, view.top / ds.scale + TITLE];
   app.canvas.setDirty(true, true);
+}
+
+/** A node's width, and its height below the title; the newer renderer's own element may be larger. @param {GraphNode} node */
+function sizeOf({ id, size: [width, height] }) {
+  const element = document.querySelector(`[data-node-id="${id}"]`);
+  if (!(element instanceof HTMLElement)) return [width, height];
+  return [Math.max(width, element.offsetWidth), Math.max(height, element.offsetHeight - TITLE)];
 }
 
 /** Where a graph can be seen: between the page's panels, below its buttons; in pixels of the canvas. */

@@ -39,6 +39,18 @@ FINISHED = """outputs => {
 """The page's own events of a prompt that has run; the two tell on the node what they found."""
 
 
+CAME = """types => {
+    const { canvas, graph } = window.app;
+    canvas.setDirty(true, true);  // the classic renderer fetches an image when it draws the node
+    return graph._nodes.filter(node => types.includes(node.type) && !node.flags.collapsed).every(node => {
+        const element = document.querySelector(`[data-node-id="${node.id}"]`);
+        if (element) return [...element.querySelectorAll('img')].some(image => image.naturalWidth);
+        return node.imgs?.length || !canvas.visible_nodes.includes(node);
+    });
+}"""
+"""Whether the nodes in sight show their images."""
+
+
 @contextmanager
 def image_to_show(server: Host) -> Iterator[None]:
     """An image that nodes may show as theirs, as long as this lasts."""
@@ -51,4 +63,5 @@ def image_to_show(server: Host) -> Iterator[None]:
 def as_after_a_run(page: Any) -> None:
     """Bring the open workflow's nodes to the state after a run; returns when their sizes stay."""
     page.evaluate(FINISHED, OUTPUTS)
+    page.wait_for_function(CAME, arg=[node for node, output in OUTPUTS.items() if "images" in output])
     waiting.settled(lambda: page.evaluate(PLACES), pause(page), times=3)

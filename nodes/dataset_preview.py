@@ -24,6 +24,7 @@ from ..chroma_core.data.contact_sheet import (
 )
 from ..chroma_core.data.dataset import DatasetConfig
 from ..chroma_core.data.images import DatasetImage
+from ..chroma_core.data.remarks import Code, codes_of
 from ..chroma_core.data.remembered import Remembered
 from ..chroma_core.data.scan import DatasetScan, scan
 from ..chroma_core.data.warnings import image_warnings
@@ -91,10 +92,12 @@ class DatasetFacts(TypedDict):
 
 
 class DatasetLook(DatasetFacts):
-    """What the page shows of a dataset. size_from: what decides its size. sheet: the address of its contact sheet."""
+    """What the page shows of a dataset. size_from: what decides its size. sheet: the address of its contact sheet.
+    codes: of warnings and notes, by their sentences."""
 
     size_from: Literal["widget", "model", "assumed"]
     sheet: str
+    codes: dict[str, Code]
 
 
 @dataclass
@@ -128,8 +131,11 @@ class DatasetPreviews:
         if found is None:
             seen = look(config, model_size or 0)
             size, name = model_size or FALLBACK_SIZE, secrets.token_urlsafe(16)
+            known = facts(seen, size, judged_by=model_size or 0)
+            notes = [note for shown in known["thumbnails"] for note in shown["notes"]]
             answer: DatasetLook = {
-                **facts(seen, size, judged_by=model_size or 0),
+                **known,
+                "codes": codes_of([*known["warnings"], *notes]),
                 "size_from": "widget" if config.resolutions else "model" if model_size else "assumed",
                 "sheet": f"datasets/sheets/{name}",
             }

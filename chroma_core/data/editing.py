@@ -20,6 +20,7 @@ from .buckets import choose_bucket, crop_box
 from .captions import contains_trigger, read_captions
 from .dataset import DatasetConfig
 from .images import ImageFacts, UnreadableImage, can_convert, image_extensions, known_extensions
+from .remarks import Remark
 from .remembered import Remembered
 from .scan import DatasetScan, scan
 from .views import CENTRE, CROPS, CROPS_FORMAT, crops_or_centred, is_mask, mask_file, read_crops
@@ -28,6 +29,8 @@ from .warnings import image_warnings
 REMOVED = ".removed"
 SWAPPED = ".swapped"
 CAPTION = ".txt"
+PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+"""What makes Pillow read a format."""
 
 
 class Changed(DataError):
@@ -122,10 +125,8 @@ def entries(config: DatasetConfig, size: int, known: Remembered) -> tuple[list[E
 
 def _foreign(path: Path, name: str) -> Entry:
     """An image in a format that is not read."""
-    convertible = can_convert(path)
-    mend = "Convert it" if convertible else "Save it as PNG or JPEG"
-    if path.suffix.lower() in (".heic", ".heif", ".jxl"):
-        mend += f", or install {'pillow-jxl-plugin' if path.suffix.lower() == '.jxl' else 'pillow-heif'} for ComfyUI"
+    convertible, plugin = can_convert(path), PLUGINS.get(path.suffix.lower(), "")
+    code = ("convert" if convertible else "save") + ("_or_install" if plugin else "")
     return Entry(
         name=name,
         size=None,
@@ -133,7 +134,7 @@ def _foreign(path: Path, name: str) -> Entry:
         frame=None,
         crop=CENTRE,
         caption=caption_text(path),
-        skipped=f"{path.suffix} files are not read. {mend}.",
+        skipped=Remark(code, ending=path.suffix, plugin=plugin),
         notes=[],
         twin="",
         version=_version(path),

@@ -13,6 +13,7 @@ from ..errors import ConfigError, DataError, check_text, printable
 from .captions import caption_from_name, prepared, read_captions, read_metadata
 from .dataset import DatasetConfig
 from .images import OTHER_EXTENSIONS, DatasetImage, ImageFacts, UnreadableImage, image_extensions, reason
+from .remarks import Remark
 from .remembered import Remembered
 from .views import CENTRE, crops_or_centred, is_mask, mask_file, mask_owner
 from .warnings import ENOUGH_TO_JUDGE, Findings, dataset_warnings, describe_skipped
@@ -81,24 +82,24 @@ def scan(
     for path, name in files.items():
         repeats = _folder_repeats(name) if config.repeat_folders else 1
         if not repeats:
-            skipped.append((name, "its folder's name says 0 repeats"))
+            skipped.append((name, Remark("zero_repeats")))
             continue
         try:
             facts, digest = known.facts(path)
             mask, mask_digest = _mask(path, facts, config, known)
         except (UnreadableImage, OSError) as error:
             why = reason(error) if isinstance(error, OSError) else error
-            skipped.append((name, f"unreadable image: {why}"))
+            skipped.append((name, Remark("unreadable", why=str(why))))
             continue
         try:
             captions, source = caption_of(path, name)
             check_text(captions)
         except ConfigError:
-            skipped.append((name, "its caption has half a character (a lone surrogate)"))
+            skipped.append((name, Remark("half_character")))
             continue
         except ValueError as error:
             text = isinstance(error, UnicodeDecodeError)
-            skipped.append((name, f"its caption file {'is not UTF-8 text' if text else f'is {error}'}"))
+            skipped.append((name, Remark("caption_no_text") if text else Remark("caption_fault", why=str(error))))
             continue
         captioned = bool(captions)
         if not captioned:
@@ -113,7 +114,7 @@ def scan(
                     "one, set a default caption, or choose to skip such images."
                 )
             else:
-                skipped.append((name, f"no caption in {source}"))
+                skipped.append((name, Remark("no_caption", source=source)))
                 continue
         around = config.trigger, config.caption_prefix, config.caption_suffix
         drawn = prepared(captions, *around, config.tag_shuffles, config.keep_tags)

@@ -1,6 +1,4 @@
-"""What to warn of in a dataset: of the whole, with counts and examples, and of each single image, in a few words that
-fit below a thumbnail.
-"""
+"""What to warn of in a dataset: of the whole, with counts and examples, and of each single image; see `remarks`."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ from statistics import mean
 from ..errors import first_few, shortened
 from .dataset import DatasetConfig
 from .images import DatasetImage
+from .remarks import Remark
 
 MANY_REPEATS = 100
 """From here on the number in a folder's name may well be a year or a date."""
@@ -47,8 +46,8 @@ def dataset_warnings(
     """All warnings about a dataset, one a line."""
     found = []
     if skipped:
-        images = "1 image was" if len(skipped) == 1 else f"{len(skipped)} images were"
-        found.append(f"{images} skipped: {describe_skipped(skipped)}.")
+        code = "one_skipped" if len(skipped) == 1 else "skipped"
+        found.append(Remark(code, count=len(skipped), files=describe_skipped(skipped)))
     found += _about_captions(config, items, findings)
     found += _about_files(config, items, findings)
     found += _about_sizes(config, items, default_resolution)
@@ -59,25 +58,23 @@ def _about_captions(config: DatasetConfig, items: Sequence[DatasetImage], findin
     found = list(findings.metadata)
     if without := findings.without_caption:
         if config.default_caption is not None:
-            found.append(f"{without} without a caption use the default caption.")
+            found.append(Remark("default_captions", count=without))
         elif config.missing_caption == "empty":
-            found.append(f"{without} without a caption are trained with an empty one.")
+            found.append(Remark("empty_captions", count=without))
         else:
-            found.append(f"{without} without a caption are left out.")
+            found.append(Remark("left_out", count=without))
     if elsewhere := findings.captions_elsewhere:
-        found.append(
-            f"{len(elsewhere)} have text in a file that is not read, such as {elsewhere[0]}: rename these files, or "
-            f"set caption_extension (now '{config.caption_extension}')."
-        )
+        where = {"name": elsewhere[0], "extension": config.caption_extension}
+        found.append(Remark("captions_elsewhere", count=len(elsewhere), **where))
     if same := findings.same_stem:
-        found.append(f"{_several(same)} share one caption file with an image of the same name in another format.")
+        found.append(Remark("same_stem", files=_several(same)))
     captions = Counter(caption for item in items for caption in item.captions)
     if len(items) > 3 and len(captions) == 1:
-        found.append("All captions are the same: the LoRA cannot tell the concept from the rest of the image.")
+        found.append(Remark("all_the_same"))
         return found
     most, times = max(captions.items(), key=lambda entry: entry[1])
     if len(items) > 3 and times > 1:
-        found.append(f"{times} times the same caption: “{shortened(most)}”.")
+        found.append(Remark("often_the_same", count=times, caption=shortened(most)))
     return found + low_variety([item.captions for item in items], config.trigger)
 
 
@@ -97,11 +94,7 @@ def low_variety(captions: Sequence[Sequence[str]], trigger: str = "") -> list[st
     own_words = mean(sum(counts[word] < 0.8 * len(sets) for word in words) for words in sets)
     if different * 2 >= len(captions) and own_words >= 2:
         return []
-    return [
-        f"Prompt variety is low: {different} different captions for {len(captions)} images, on average "
-        f"{own_words:.1f} words that are not in nearly all of them. Say in each what is special about the image "
-        "(place, pose, light, colours), or everything that all have in common is learned as one."
-    ]
+    return [Remark("low_variety", different=different, images=len(captions), words=f"{own_words:.1f}")]
 
 
 def _about_files(config: DatasetConfig, items: Sequence[DatasetImage], findings: Findings) -> list[str]:
@@ -114,26 +107,23 @@ def _about_files(config: DatasetConfig, items: Sequence[DatasetImage], findings:
         copies = sum(map(len, twins)) - len(twins)
         more = f" and {len(twins) - 3} more" if len(twins) > 3 else ""
         named = "; ".join(" = ".join(names) for names in twins[:3])
-        found.append(f"Identical images ({copies} too many): {named}{more}.")
+        found.append(Remark("twins", count=copies, files=f"{named}{more}"))
     over = sum(item.transparent for item in items)
     if over:
-        found.append(f"{over} with transparency are laid over {config.background}.")
+        found.append(Remark("transparent", count=over, background=config.background))
     if animated := [item.name for item in items if item.animated]:
-        found.append(f"Of {_several(animated)} with several frames or pages only the first is used.")
+        found.append(Remark("animated", files=_several(animated)))
     if misnamed := [item.name for item in items if item.misnamed]:
-        found.append(f"{_several(misnamed)} of another format than the name says; read all the same.")
+        found.append(Remark("misnamed", files=_several(misnamed)))
     if findings.foreign:
-        found.append(f"{_several(findings.foreign)} in a format that is not read; save as PNG or JPEG to use them.")
+        found.append(Remark("not_read", files=_several(findings.foreign)))
     if many_repeats := [item.name for item in items if item.repeats >= MANY_REPEATS]:
-        found.append(
-            f"{_several(many_repeats)} with {MANY_REPEATS} repeats or more from the folder's name; set "
-            "repeat_folders to false if that number means something else."
-        )
+        found.append(Remark("many_repeats", files=_several(many_repeats), repeats=MANY_REPEATS))
     masked = sum(item.masked for item in items)
     if config.masks == "none" and findings.mask_files:
-        found.append(f"{findings.mask_files} mask files are not used; set masks to 'files' to use them.")
+        found.append(Remark("masks_unused", count=findings.mask_files))
     elif config.masks != "none" and masked < len(items):
-        found.append(f"{len(items) - masked} without a mask are trained as a whole.")
+        found.append(Remark("masks_missing", count=len(items) - masked))
     return found
 
 
@@ -142,14 +132,13 @@ def _about_sizes(config: DatasetConfig, items: Sequence[DatasetImage], default_r
     resolution = config.sizes(default_resolution)[0]
     small = [item.name for item in items if item.width * item.height < resolution**2]
     if small:
-        fate = "are enlarged" if config.upscale else "are trained at their own, smaller size"
-        found.append(f"{len(small)} smaller than the training resolution {fate}, e.g. {small[0]}.")
+        found.append(Remark("below_enlarged" if config.upscale else "below", count=len(small), name=small[0]))
     tiny = [item.name for item in items if item.width * item.height < (resolution / 2) ** 2]
     if tiny:
-        found.append(f"{len(tiny)} tiny (under a quarter of the training resolution's area), e.g. {tiny[0]}.")
+        found.append(Remark("far_below", count=len(tiny), name=tiny[0]))
     cramped = [item.name for item in items if min(item.width, item.height) < config.alignment]
     if cramped:
-        found.append(f"{len(cramped)} with a side below {config.alignment} pixels are enlarged, e.g. {cramped[0]}.")
+        found.append(Remark("cramped", count=len(cramped), pixels=config.alignment, name=cramped[0]))
     return found
 
 
@@ -183,18 +172,18 @@ def image_warnings(
         own: list[str] = []
         if twins[item.sha256] > 1:
             original = first.setdefault(item.sha256, item.name)
-            own.append(f"same image as {original}" if original != item.name else "more than once in this set")
+            own.append(Remark("twin_of", name=original) if original != item.name else Remark("twin_first"))
         own += _sizes(config, item, resolution)
         if not item.captioned:
-            own.append("no caption" + (": default used" if config.default_caption is not None else ""))
+            own.append(Remark("captionless" if config.default_caption is None else "default_used"))
         elif len(items) >= ENOUGH_TO_COMPARE and config.caption_source != "fixed":
             times = max(captions[caption] for caption in item.captions)
             if times > 1:
-                own.append(f"{times} images have this caption")
+                own.append(Remark("shared_caption", count=times))
         if masks_expected and not item.masked:
-            own.append("no mask: all of it is trained")
+            own.append(Remark("maskless"))
         if item.repeats >= MANY_REPEATS:
-            own.append(f"{item.repeats} repeats by its folder's name")
+            own.append(Remark("folder_repeats", count=item.repeats))
         if own:
             found[item.name] = own
     return found
@@ -203,9 +192,8 @@ def image_warnings(
 def _sizes(config: DatasetConfig, item: DatasetImage, resolution: int) -> list[str]:
     area, size = item.width * item.height, f"{item.width}×{item.height}"
     if min(item.width, item.height) < config.alignment:
-        return [f"tiny: {size}, enlarged"]
-    if area < (resolution / 2) ** 2:
-        return [f"tiny: {size}" + (", enlarged" if config.upscale else "")]
-    if area < resolution**2:
-        return [f"small: {size}" + (", enlarged" if config.upscale else "")]
-    return []
+        return [Remark("tiny_enlarged", size=size)]
+    if area >= resolution**2:
+        return []
+    code = "tiny" if area < (resolution / 2) ** 2 else "small"
+    return [Remark(f"{code}_enlarged" if config.upscale else code, size=size)]

@@ -25,6 +25,7 @@ from ...chroma_core.data import editing, history
 from ...chroma_core.data.contact_sheet import bucket_counts
 from ...chroma_core.data.dataset import DatasetConfig
 from ...chroma_core.data.images import UnreadableImage, image_extensions, known_extensions, load_image
+from ...chroma_core.data.remarks import Code, codes_of
 from ...chroma_core.data.remembered import Remembered
 from ...chroma_core.errors import DataError
 from ...chroma_core.model.flavours import FLAVOURS
@@ -158,14 +159,16 @@ class RemovedBatch(TypedDict):
 
 
 class FolderContents(TypedDict):
-    """What a dataset holds, image by image. unread: how many images were not read yet, so that nothing is known of
-    copies of them. done, undone: what can be taken back and done again, the last one last."""
+    """What a dataset holds, image by image. codes: of its warnings, notes and reasons, by their sentences. unread: how
+    many images were not read yet, so that nothing is known of copies of them. done, undone: what can be taken back and
+    done again, the last one last."""
 
     folder: str
     own: bool
     size: int
     images: list[editing.Entry]
     warnings: list[str]
+    codes: dict[str, Code]
     buckets: list[BucketCount]
     removed: list[RemovedBatch]
     check: editing.TriggerCheck
@@ -228,6 +231,7 @@ def contents(body: Look) -> FolderContents:
         "size": size,
         "images": [],
         "warnings": [],
+        "codes": {},
         "buckets": [],
         "removed": [],
         "check": editing.trigger_check({}, trigger),
@@ -249,6 +253,8 @@ def contents(body: Look) -> FolderContents:
     steps, unread = history.history_or_none(folder) if own else (None, [])
     batches = editing.removed(folder) if own else {}
     shown["images"], shown["warnings"] = images, unread + found.warnings
+    said = [text for image in images for text in (image["skipped"], *image["notes"])]
+    shown["codes"] = codes_of([*shown["warnings"], *said])
     shown["buckets"] = [{"width": w, "height": h, "count": n} for (w, h), n in bucket_counts(found, size)]
     shown["removed"] = [{"batch": batch, "names": names} for batch, names in batches.items()]
     shown["check"] = editing.trigger_of_folder(images, folder, trigger)

@@ -76,6 +76,8 @@ QUERIES = {
     "lokr": "ChromaAdapterSettings",
     "less memory": "ChromaSpeedSettings",
 }
+ROOM = """() => import('/extensions/chromakit/js/room/room.js')
+    .then(({ openRoom }) => openRoom({ step: 'images', folder: 'sks_emblem', size: 1024 }))"""
 TITLES = {"lora 训练": "ChromaTrainLora", "加载模型": "ChromaLoadModel", "采样器": "ChromaSampler"}
 
 
@@ -234,6 +236,13 @@ def test_in_chinese_titles_names_tooltips_and_search_are_chinese(chinese, window
     for query, node in {**TITLES, "lora train": "ChromaTrainLora"}.items():
         search(query, title("zh", node))
     window.screenshot("search_zh")
+    window.page.keyboard.press("Escape")
+    window.page.evaluate(ROOM)
+    window.page.locator("[data-name='01.png'] .ck-trouble").get_by_text("很小：64×64").wait_for()
+    window.page.locator(".ck-warnings summary").click()
+    window.page.locator(".ck-warnings li", has_text="面积不到训练分辨率的四分之一").wait_for()
+    window.screenshot("room_zh")
+    window.page.keyboard.press("Escape")
     assert window.ours == []
 
 

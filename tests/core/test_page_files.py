@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WEB = ROOT / "web"
 SCRIPTS = sorted(path for path in (WEB / "js").rglob("*.js") if "vendor" not in path.parts)
 SHEETS = sorted((WEB / "css").glob("*.css"))
-LIMITS = 234_000, 187_000
+LIMITS = 236_000, 188_500
 """Bytes of our own script as it is sent, and without comments and the types in them."""
 COMMENTS = re.compile(r"/\*\*.*?\*/\s*|^[ \t]*//[^\n]*\n", re.S | re.M)
 ENTRIES = {"chromakit.js", "register.js"}

@@ -371,6 +371,12 @@ interface JobGraph {
   folded: string[];
 }
 
+/** A sentence of the host's: which it is, and what stands in it; see chroma_core/data/remarks.py. */
+interface Code {
+  code: string;
+  values: Record<string, string | number>;
+}
+
 interface Bucket {
   width: number;
   height: number;
@@ -394,6 +400,7 @@ interface DatasetLook {
   warnings: string[];
   thumbnails: Thumbnail[];
   sheet: string;
+  codes: Record<string, Code>;
 }
 
 /** Nodes that make a text of an image; see nodes/routes/captioning.py. */
@@ -436,6 +443,7 @@ interface FolderLook {
   size: number;
   images: FolderImage[];
   warnings: string[];
+  codes: Record<string, Code>;
   buckets: Bucket[];
   removed: { batch: string; names: string[] }[];
   unread: number;

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from chroma_core.data import editing
 from chroma_core.data.contact_sheet import bucket_counts, contact_sheet, most_telling
+from chroma_core.data.remarks import REMARKS, Remark, codes_of
+from chroma_core.data.remembered import Remembered
 from chroma_core.data.scan import DatasetConfig, DatasetScan, scan
 from chroma_core.data.warnings import image_warnings
 from chroma_core.model.drawing import fitting, font_of, wrap
@@ -113,3 +118,16 @@ def test_a_caption_without_blanks_is_not_measured_again_and_again():
     assert [len(line) for line in wrap(page, font, 200, 3)[:2]] == [20, 20]
     assert len(fitting(page, font, 200, keep_end=True)) == 20
     assert font.measured < 10 * len(page)
+
+
+def test_what_is_said_has_codes_and_the_page_has_words_for_each(root: Path, messy: DatasetScan, tmp_path: Path):
+    words = json.loads((root / "locales" / "en" / "main.json").read_text(encoding="utf-8"))
+    assert words["chromakit"]["remark"] == REMARKS
+    (tmp_path / "old.tga").write_bytes(b"of another time")
+    images, found = editing.entries(messy.config, 256, Remembered())
+    said = [*found.warnings, *(text for image in images for text in (*image["notes"], image["skipped"]) if text)]
+    codes = codes_of(said)
+    assert set(codes) == set(said) and len({code["code"] for code in codes.values()}) > 8
+    assert all(REMARKS[code["code"]].format(**code["values"]) == text for text, code in codes.items())
+    for text in said:
+        assert isinstance(text, Remark) and json.loads(json.dumps(text)) == text == pickle.loads(pickle.dumps(text))

@@ -2,7 +2,7 @@
 import { fill, h, say } from "../lib/dom.js";
 import { bytes, duration, loss } from "../lib/format.js";
 import { address } from "../lib/http.js";
-import { t } from "../lib/words.js";
+import { t, told } from "../lib/words.js";
 import { manners } from "./prompts.js";
 import { ACTIVE, all } from "./store.js";
 
@@ -77,6 +77,6 @@ export class Standing {
     say(this.cost, costWords(job));
     say(this.message, job.message || "");
     this.message.classList.toggle("ck-error", job.state === "failed");
-    fill(this.warnings, (job.warnings ?? []).map((warning) => h("li.ck-warning", warning)));
+    fill(this.warnings, (job.warnings ?? []).map((warning) => h("li.ck-warning", told(warning))));
   }
 }

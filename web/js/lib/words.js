@@ -4,6 +4,8 @@ import { api } from "../../../../scripts/api.js";
 
 /** @type {Words} */
 let languages = {};
+/** @type {Map<string, Code>} */
+const codes = new Map();
 /** @type {Promise<void> | undefined} */
 let loading;
 
@@ -38,4 +40,15 @@ export function t(key, values = {}) {
   const language = String(app.ui?.settings?.getSettingValue?.("Comfy.Locale") ?? "en");
   const text = find(language, key) ?? find(language.split("-")[0], key) ?? find("en", key) ?? key;
   return text.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
+}
+
+/** Remember which of the host's sentences can be said in other languages, too. @param {Record<string, Code>} given */
+export function learn(given) {
+  for (const [text, code] of Object.entries(given)) codes.set(text, code);
+}
+
+/** A sentence of the host's, in the page's language where that is known. @param {string} text */
+export function told(text) {
+  const known = codes.get(text);
+  return known ? t(`remark.${known.code}`, known.values) : text;
 }

@@ -1,6 +1,6 @@
 // One image of a data set: all of it with the frame that is trained, its caption, what is wrong with it.
 import { debounced, fill, h, say } from "../lib/dom.js";
-import { t } from "../lib/words.js";
+import { t, told } from "../lib/words.js";
 import { maskOf, sourceOf } from "./folder.js";
 import { paintMask } from "./mask.js";
 
@@ -133,7 +133,7 @@ export class Card {
   #complain(skipped, notes, own) {
     const { name, twin, size, caption, convertible } = this.image;
     const convert = () => this.folder.change("convert", { names: [name], label: t("room.images.did_convert", { name }) });
-    const texts = [...(skipped ? [t("room.images.skipped", { why: skipped })] : []), ...notes];
+    const texts = [...(skipped ? [t("room.images.skipped", { why: told(skipped) })] : []), ...notes.map(told)];
     const writing = own && skipped && size && caption === "";
     const button = (/** @type {string} */ key, /** @type {() => unknown} */ work) => h("button", { "data-mend": key, onclick: work }, t(`room.images.${key}`));
     fill(

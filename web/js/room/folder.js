@@ -1,6 +1,7 @@
 // A data set folder in the room: what the host says is in it, and changes of it, each of which the host can undo.
 import { throttled } from "../lib/dom.js";
 import { InTurn, address, get, post } from "../lib/http.js";
+import { learn } from "../lib/words.js";
 
 const MILLISECONDS = 700;
 
@@ -68,6 +69,7 @@ export class Folder {
           await this.turn.queue;
           continue;
         }
+        learn(found.codes);
         this.found = found;
         this.closed = false;
       } catch (error) {

@@ -1,7 +1,7 @@
 // Step "Images": a folder of images to learn from. They come in here, are captioned here, and what is wrong with them is
 // said and mended here.
 import { fill, h, say } from "../lib/dom.js";
-import { t } from "../lib/words.js";
+import { t, told } from "../lib/words.js";
 import { notify } from "../jobs/notices.js";
 import { Bar } from "./bar.js";
 import { CaptionAll } from "./caption_all.js";
@@ -201,7 +201,7 @@ class Images {
     const warnings = found?.warnings ?? [];
     this.warned.hidden = !warnings.length;
     say(this.warned.children[0], t(warnings.length === 1 ? "widgets.dataset.warning" : "widgets.dataset.warnings", { count: warnings.length }));
-    fill(this.warnings, warnings.map((text) => h("li", text)));
+    fill(this.warnings, warnings.map((text) => h("li", told(text))));
     this.#removed(found);
     this.replacing.element.hidden = !found?.own || !images.length;
     this.replacing.count();

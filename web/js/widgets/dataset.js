@@ -1,6 +1,7 @@
 // Chroma Dataset: what is in the folder, before anything runs.
 import { fill, h } from "../lib/dom.js";
 import { address } from "../lib/http.js";
+import { learn, told } from "../lib/words.js";
 import { companionValues, sourceOf, targetsOf, valueOf } from "./graph.js";
 import { LivePanel } from "./live_panel.js";
 
@@ -32,6 +33,7 @@ export class Dataset extends LivePanel {
 
   /** @param {DatasetLook} found */
   show(found) {
+    learn(found.codes);
     const assumed = found.size_from === "assumed" ? "size_assumed" : found.size_from === "model" ? "size_model" : "size";
     const counts = this.t("counts", { pictures: found.pictures, captions: found.captions });
     const again = h("button.ck-quiet", { onclick: () => this.again(), "aria-label": this.t("again"), title: this.t("again") }, "⟳");
@@ -40,7 +42,7 @@ export class Dataset extends LivePanel {
       this.body,
       h("div.ck-row.ck-nowrap", { title: found.summary.join("\n") }, h("span.ck-strong.ck-clip", counts), again),
       this.chips(size, found.buckets),
-      this.warnings(found.warnings),
+      this.warnings(found.warnings.map(told)),
       this.sheet(found),
     );
   }
@@ -84,7 +86,7 @@ export class Dataset extends LivePanel {
   /** Small images, cropped as in training; a click opens the whole contact sheet. @param {DatasetLook} found */
   sheet(found) {
     const tile = (/** @type {Thumbnail} */ { name, caption, notes, image }) => {
-      const title = [name, caption, ...notes.map((note) => `! ${note}`)].filter(Boolean).join("\n");
+      const title = [name, caption, ...notes.map((note) => `! ${told(note)}`)].filter(Boolean).join("\n");
       const inside = image ? h("img", { src: image, alt: name, loading: "lazy", draggable: false }) : "✕";
       return h("span", { class: notes.length ? "ck-tile ck-doubt" : "ck-tile", title }, inside);
     };

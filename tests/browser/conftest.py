@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 from _host import Host
 from tools.page import FLAGS, drawn, ready
@@ -91,6 +93,18 @@ class Window:
         path.parent.mkdir(exist_ok=True)
         self.page.screenshot(path=path, quality=80)
         return path
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Of a test that fails, how the page was then."""
+    report = yield
+    window = getattr(item, "funcargs", {}).get("window")
+    if report.failed and window is not None:
+        report.sections.append(("Errors of the page", "\n".join(window.errors)))
+        with suppress(Error):
+            window.screenshot(re.sub(r"\W+", "_", f"failed_{item.name}"))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -226,14 +226,18 @@ def test_what_is_dropped_before_the_folders_are_known_arrives(window, page: Any,
     assert page.locator(".ck-card").count() == 6
 
     slow(page, "/upload/image", 1000, 0)
-    for stem in ("later", "last"):
+    for stem in ("gone", "later", "last"):
         image, text = (Path(desk[0]).with_name(f"{stem}.{ending}") for ending in ("png", "txt"))
         Image.new("RGB", (70, 70), (len(stem), 9, 99)).save(image)
         text.write_text(f"a zxq star, {stem}")
         hand.drop([image, text])
-    hand.until("Uploading to early: 0 of 2")
+        if stem == "gone":
+            hand.press("Cancel")
+    hand.until("Uploading to early")
     fast(page)
-    hand.until("Uploaded to early: 2 of 2")
+    hand.until("Uploaded to early: 3 of 3")
+    told = page.locator(".ck-uploads [role=alert] li").all_inner_texts()
+    assert [text.split(":")[0] for text in told] == ["gone.png"]
     saw = page.locator("[data-name='last.png'] textarea").input_value
     until(page, server, lambda: saw() == "a zxq star, last", "the caption of what was dropped last")
     assert page.locator(".ck-card").count() == 8 and window.ours == []

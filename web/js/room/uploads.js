@@ -44,7 +44,8 @@ export class Uploads {
    */
   add(folder, given, endings) {
     if (!this.going) Object.assign(this, { count: 0, finished: 0, bytes: 0, sent: 0, failures: [] });
-    const { signal } = (this.stop ??= new AbortController());
+    if (!this.stop || this.stop.signal.aborted) this.stop = new AbortController();
+    const { signal } = this.stop;
     const images = given.filter(({ file }) => endings.includes(ending(file.name)));
     const texts = given.filter(({ file }) => ending(file.name) === ".txt");
     const others = given.filter((one) => !images.includes(one) && !texts.includes(one));
@@ -101,8 +102,12 @@ export class Uploads {
     for (const { file, place } of texts) {
       const key = stem(place ? `${place}/${file.name}` : file.name);
       const name = names.get(key) ?? there.get(key);
-      if (name) captions[name] = await file.text();
-      else this.failures.push({ name: file.name, why: t("room.images.no_such_image") });
+      try {
+        if (!name) throw new Error(t("room.images.no_such_image"));
+        captions[name] = await file.text();
+      } catch (error) {
+        this.failures.push({ name: file.name, why: reason(error) });
+      }
     }
     await folder.write(captions, t("room.images.did_upload"));
     await folder.load();

@@ -1,4 +1,5 @@
-"""Writes locales/en/nodeDefs.json from what the running host says about the pack's nodes, and checks the translations.
+"""Writes locales/en/nodeDefs.json from what the running host says about the pack's nodes, and into main.json what the
+core says of datasets; checks the translations.
 
 Usage:
 
@@ -21,10 +22,11 @@ from typing import Any
 
 from _environment import ROOT, ensure_environment
 from _host import pack_node_ids, start_host
+from chroma_core.data.remarks import REMARKS
 
 from .texts import ENGLISH, FOLDER, SOURCES, escape, flatten, load, part, problems, record, texts, translations
 
-NODES = FOLDER / ENGLISH / "nodeDefs.json"
+NODES, MAIN = (FOLDER / ENGLISH / name for name in ("nodeDefs.json", "main.json"))
 
 
 def node_words(info: dict[str, Any]) -> dict[str, Any]:
@@ -65,18 +67,19 @@ def render(object_info: dict[str, Any]) -> str:
 
 
 def english_words(object_info: dict[str, Any]) -> dict[str, Any]:
-    """Every English text by its key, those of the nodes as the host has them now."""
+    """Every English text by its key, those of the nodes as the host has them now and remarks as the core has them."""
     nodes = dict(flatten(json.loads(render(object_info)), "nodeDefs"))
-    return nodes | {key: text for key, text in texts(ENGLISH).items() if not key.startswith("nodeDefs.")}
+    own = {key: text for key, text in texts(ENGLISH).items() if not key.startswith("nodeDefs.")}
+    return nodes | own | dict(flatten(REMARKS, "main.chromakit.remark"))
 
 
 def outdated(object_info: dict[str, Any]) -> list[str]:
-    """The keys whose English text is not what the host's nodes say, one line each; empty if the file is current."""
+    """The keys whose English text is not what the pack says, one line each; empty if the files are current."""
     wanted, present = english_words(object_info), texts(ENGLISH)
     differing = [key for key in wanted | present if wanted.get(key) != present.get(key)]
     if not differing and NODES.read_text(encoding="utf-8") != render(object_info):
         differing = ["nodeDefs.json, its layout"]
-    return [f"{ENGLISH}: {key}: not as the node has it; run python -m tools.locales.build" for key in differing]
+    return [f"{ENGLISH}: {key}: not as the pack has it; run python -m tools.locales.build" for key in differing]
 
 
 def recorded(still_right: list[str]) -> str:
@@ -108,8 +111,11 @@ def main() -> int:
         return 1 if found else 0
     NODES.parent.mkdir(parents=True, exist_ok=True)
     NODES.write_text(render(object_info), encoding="utf-8")
+    main = load(MAIN)
+    main["chromakit"]["remark"] = REMARKS
+    MAIN.write_text(as_json(main), encoding="utf-8")
     SOURCES.write_text(recorded(arguments.still_right), encoding="utf-8")
-    print(f"wrote {NODES.relative_to(ROOT)} and {SOURCES.relative_to(ROOT)}")
+    print("wrote", ", ".join(str(path.relative_to(ROOT)) for path in (NODES, MAIN, SOURCES)))
     if found := problems():
         print("\n".join(["to be done:", *found]))
     return 0

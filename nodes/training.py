@@ -318,6 +318,9 @@ class ChromaUseStep(io.ComfyNode):
         return io.NodeOutput(host.load_tensors(path), path.name, report, ui={"text": (report,)})
 
 
+LOOK_AGAIN = "Run again to look again. The tab Chroma and the panel on Chroma Train LoRA show it live."
+
+
 class ChromaTrainingStatus(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -346,9 +349,11 @@ class ChromaTrainingStatus(io.ComfyNode):
     def execute(cls, job) -> io.NodeOutput:
         found = jobs.find(job)
         text = host.told(describe(found.status()))
-        images = [Image.open(path) for path in found.latest_samples()] or [Image.new("RGB", (64, 64))]
-        samples, plot = to_image(images), to_image([plot_losses(found.metrics())])
-        previews = [*ui.PreviewImage(samples, cls=cls).values, *ui.PreviewImage(plot, cls=cls).values]
+        images = [Image.open(path) for path in found.latest_samples()]
+        samples = to_image(images or [Image.new("RGB", (64, 64))])
+        plot = to_image([plot_losses(found.metrics(), instead=f"{text}\n\n{LOOK_AGAIN}")])
+        shown = [samples, plot] if images else [plot]
+        previews = [each for tensor in shown for each in ui.PreviewImage(tensor, cls=cls).values]
         return io.NodeOutput(text, samples, plot, ui={"images": previews, "text": (text,), "chromakit_job": (job,)})
 
 

@@ -169,6 +169,17 @@ def test_status_is_never_replayed(server: Host, job: str):
     assert texts[0] != texts[1] and job in texts[0] and f"of {ENDLESS}" in texts[0]
 
 
+def test_a_status_before_the_first_step_shows_words_and_no_black_image(server: Host):
+    """All that an app form shows of a training that has just begun."""
+    prompt = train("just begun", ENDLESS)
+    prompt["status"] = node("ChromaTrainingStatus", job=["train", 0])
+    entry = server.run(prompt)
+    job = next(each for each in server.get("/chromakit/jobs") if each["name"] == "just begun")
+    server.post(f"/chromakit/jobs/{job['id']}/stop")
+    images = server.images({"outputs": {"status": entry["outputs"]["status"]}}, "temp")
+    assert all(image.getextrema() != ((0, 0),) * 3 for image in images) and images[-1].size == (768, 432)
+
+
 def test_cancelling_the_wait_stops_and_saves(server: Host):
     prompt = train_wait_sample("cancelled wait", ENDLESS)
     prompt_id = server.post_prompt(prompt)

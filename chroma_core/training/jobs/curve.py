@@ -18,7 +18,7 @@ from typing import Any, cast
 from PIL import Image, ImageDraw
 from typing_extensions import TypedDict
 
-from ...model.drawing import font_of
+from ...model.drawing import font_of, wrap
 from ..run.verdict import Record, verdict
 from ..step.objective import HELDOUT_SIGMAS
 
@@ -187,12 +187,18 @@ _SCALE = 2  # drawn larger and reduced: Pillow's lines have no smooth edges
 Point = tuple[float, float]
 
 
-def plot_losses(metrics: Sequence[dict[str, Any]], width: int = 768, height: int = 432) -> Image.Image:
+def plot_losses(
+    metrics: Sequence[dict[str, Any]],
+    width: int = 768,
+    height: int = 432,
+    instead: str = "no step has been logged yet",
+) -> Image.Image:
     """Loss over steps: raw faint, smoothed bold, held-out as points joined by a line, axes labelled.
 
     Args:
         metrics: the lines of `metrics.jsonl` (`Job.metrics()`); may be empty.
         width, height: size of the image in pixels.
+        instead: what stands there as long as there is nothing to plot.
     """
     raw = _series(metrics, "loss")
     smooth = _series(metrics, "loss_smooth")
@@ -203,7 +209,8 @@ def plot_losses(metrics: Sequence[dict[str, Any]], width: int = 768, height: int
     left, top, right, bottom = 64 * _SCALE, 36 * _SCALE, (width - 20) * _SCALE, (height - 44) * _SCALE
     points = raw + heldout
     if not points:
-        draw.text((left, top), "no step has been logged yet", _INK, font)
+        rows = [row for line in instead.split("\n") for row in wrap(line, font, right - left, 4)]
+        draw.text((left, top), "\n".join(rows), _INK, font, spacing=6 * _SCALE)
         return image.resize((width, height), Image.Resampling.LANCZOS)
 
     last_step = max(1.0, max(x for x, _ in points))

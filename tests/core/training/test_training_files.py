@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors import safe_open
 
 from chroma_core.errors import ConfigError
@@ -369,3 +369,11 @@ def test_the_plot_shows_curve_and_heldout_points():
 )
 def test_the_plot_copes_with_little(lines):
     assert plot_losses(lines, 300, 200).size == (300, 200)
+
+
+def test_what_there_is_to_say_stands_where_there_is_nothing_to_plot():
+    said = [plot_losses([], instead=text) for text in ("job: queued", "job: queued\n\nQueue again.", "word " * 200)]
+    assert len({image.tobytes() for image in said}) == 3
+    for image in said:
+        left, top, right, bottom = ImageChops.difference(image, Image.new("RGB", image.size, (24, 24, 27))).getbbox()
+        assert left > 30 and top > 20 and right <= 768 - 20 and bottom < 432

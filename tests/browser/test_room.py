@@ -219,7 +219,10 @@ def test_what_is_dropped_before_the_folders_are_known_arrives(window, page: Any,
     hand.key("Alt+1")
     fast(page)
     until(page, server, lambda: page.locator("[data-choice=folder] option").count() > 3, "the folders")
+    slow(page, "/upload/image", 1000, 0)
     page.get_by_label("Name of the new folder").press("Enter")
+    hand.until("Uploading to early: 0 of 6")
+    fast(page)
     hand.until("Uploaded to early")
     told = page.locator(".ck-uploads [role=alert] li").all_inner_texts()
     assert [text.split(":")[0] for text in told] == ["clip.mp4", "lost.txt"]

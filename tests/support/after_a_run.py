@@ -37,8 +37,6 @@ FINISHED = """outputs => {
     }
 }"""
 """The page's own events of a prompt that has run; the two tell on the node what they found."""
-
-
 CAME = """types => {
     const { canvas, graph } = window.app;
     canvas.setDirty(true, true);  // the classic renderer fetches an image when it draws the node
@@ -56,8 +54,10 @@ def image_to_show(server: Host) -> Iterator[None]:
     """An image that nodes may show as theirs, as long as this lasts."""
     image = server.base / "output" / SHOWN["filename"]
     Image.new("RGB", (512, 512), "teal").save(image)
-    yield
-    image.unlink()
+    try:
+        yield
+    finally:
+        image.unlink()
 
 
 def as_after_a_run(page: Any) -> None:

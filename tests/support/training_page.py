@@ -102,8 +102,10 @@ def losing_the_first(page: Any, *addresses: str) -> Iterator[None]:
 
     wanted = re.compile("|".join(addresses))
     page.route(wanted, lose)
-    yield
-    page.unroute(wanted)
+    try:
+        yield
+    finally:
+        page.unroute(wanted)
     assert left == [], "they were not asked for"
 
 

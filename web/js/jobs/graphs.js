@@ -57,23 +57,22 @@ function layOut(folded, view) {
     depths.set(node, found);
     return found;
   };
-  /** @type {GraphNode[][]} */
+  /** @type {{ node: GraphNode, width: number, height: number }[][]} with the room for what comes onto the node later */
   let columns = [];
   const closed = (/** @type {GraphNode} */ node) => folded.has(String(node.id));
   for (const node of [...app.graph.nodes].sort((a, b) => Number(closed(b)) - Number(closed(a)))) {
     if (closed(node) && !node.flags.collapsed) node.collapse();
-    (columns[depth(node)] ??= []).push(node);
+    const [width, height] = sizeOf(node);
+    const open = node.flags.collapsed ? 0 : height + (GROWING.test(node.type) ? IMAGE : 0);
+    (columns[depth(node)] ??= []).push({ node, width, height: open + ROW_GAP });
   }
-  const heightOf = (/** @type {GraphNode} */ node) =>
-    (node.flags.collapsed ? 0 : sizeOf(node)[1] + (GROWING.test(node.type) ? IMAGE : 0)) + ROW_GAP;
-  const widthOf = (/** @type {GraphNode[]} */ column) => Math.max(...column.map((node) => sizeOf(node)[0])) + COLUMN_GAP;
   const sum = (/** @type {number[]} */ numbers) => numbers.reduce((all, each) => all + each, 0);
-  const scale = (/** @type {GraphNode[][]} */ all) =>
-    Math.min(view.width / sum(all.map(widthOf)), view.height / Math.max(...all.map((column) => sum(column.map(heightOf)))));
+  const widthOf = (/** @type {typeof columns[0]} */ column) => Math.max(...column.map(({ width }) => width)) + COLUMN_GAP;
+  const heightOf = (/** @type {typeof columns[0]} */ column) => sum(column.map(({ height }) => height));
+  const scale = (/** @type {typeof columns} */ all) => Math.min(view.width / sum(all.map(widthOf)), view.height / Math.max(...all.map(heightOf)));
   for (;;) {
-    const instead = (/** @type {number} */ at, /** @type {number} */ count, /** @type {GraphNode[][]} */ ...others) => columns.toSpliced(at, count, ...others);
-    const joined = columns.slice(1).map((_, i) => instead(i, 2, columns.slice(i, i + 2).flat()));
-    const parted = columns.flatMap((column, i) => column.slice(1).map((_, at) => instead(i, 1, column.slice(0, at + 1), column.slice(at + 1))));
+    const joined = columns.slice(1).map((_, i) => columns.toSpliced(i, 2, columns.slice(i, i + 2).flat()));
+    const parted = columns.flatMap((column, i) => column.slice(1).map((_, at) => columns.toSpliced(i, 1, column.slice(0, at + 1), column.slice(at + 1))));
     const best = [...joined, ...parted].sort((a, b) => scale(b) - scale(a))[0];
     if (!best || scale(best) <= scale(columns)) break;
     columns = best;
@@ -81,9 +80,9 @@ function layOut(folded, view) {
   let left = 0;
   for (const column of columns) {
     let top = 0;
-    for (const node of column) {
+    for (const { node, height } of column) {
       node.pos = [left, top];
-      top += heightOf(node);
+      top += height;
     }
     left += widthOf(column);
   }

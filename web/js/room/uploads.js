@@ -17,8 +17,7 @@ export class Uploads {
     this.arrived = arrived;
     /** @type {Folder | null} where the last batch goes, or went */
     this.folder = null;
-    /** @type {AbortController | null} */
-    this.stop = null;
+    this.stop = new AbortController();
     this.turn = new InTurn();
     this.count = 0;
     this.finished = 0;
@@ -29,11 +28,11 @@ export class Uploads {
   }
 
   get going() {
-    return this.stop != null;
+    return this.turn.pending > 0;
   }
 
   cancel() {
-    this.stop?.abort();
+    this.stop.abort();
   }
 
   /**
@@ -43,8 +42,8 @@ export class Uploads {
    * @param {string[]} endings of images that are read
    */
   add(folder, given, endings) {
-    if (!this.going) Object.assign(this, { count: 0, finished: 0, bytes: 0, sent: 0, failures: [] });
-    if (!this.stop || this.stop.signal.aborted) this.stop = new AbortController();
+    if (!this.going) Object.assign(this, { folder, count: 0, finished: 0, bytes: 0, sent: 0, failures: [] });
+    if (this.stop.signal.aborted) this.stop = new AbortController();
     const { signal } = this.stop;
     const images = given.filter(({ file }) => endings.includes(ending(file.name)));
     const texts = given.filter(({ file }) => ending(file.name) === ".txt");
@@ -54,7 +53,7 @@ export class Uploads {
     this.bytes += images.reduce((sum, { file }) => sum + file.size, 0);
     const sent = this.turn.next(() => this.#batch(folder, images, texts, signal));
     this.arrived();
-    return sent;
+    return sent.finally(this.arrived);
   }
 
   /** @param {Folder} folder @param {Given[]} images @param {Given[]} texts @param {AbortSignal} signal */
@@ -69,8 +68,6 @@ export class Uploads {
     await Promise.all(Array.from({ length: AT_ONCE }, worker));
     await folder.load(); // the images that captions may be for
     if (!signal.aborted) await this.#write(folder, texts, names);
-    if (this.turn.pending === 1) this.stop = null;
-    this.arrived();
   }
 
   /** @param {Folder} folder @param {Given} given @param {Map<string, string>} names @param {AbortSignal} signal */

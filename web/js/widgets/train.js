@@ -3,7 +3,7 @@
 import { fill, h, say, svg } from "../lib/dom.js";
 import { reason } from "../lib/http.js";
 import { addPanel, chain } from "../lib/node_panel.js";
-import { t } from "../lib/words.js";
+import { t, told } from "../lib/words.js";
 import { CurveFeed } from "../jobs/curve_feed.js";
 import { ACTIVE, act, find, listen, watch } from "../jobs/store.js";
 import { sourceOf } from "../jobs/previews.js";
@@ -137,7 +137,7 @@ class Panel {
     showState(this.chip, job);
     say(this.numbers, progressWords(job));
     this.numbers.title = progressWords(job);
-    this.#tell(job.message || job.lora_name || job.model_name || job.warnings?.[0] || "");
+    this.#tell(job.message || job.lora_name || job.model_name || told(job.warnings?.[0] ?? ""));
     this.note.classList.toggle("ck-error", job.state === "failed");
     const samples = job.samples ?? [];
     const last = firstOfLast(samples);
